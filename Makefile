@@ -1,0 +1,42 @@
+# Every target sets up its own virtual environment in .venv the first time and re-uses it after.
+PYTHON ?= python3
+BIN := .venv/bin
+# CUDA builds of torch come from the package index by default; the version range is pyproject's.
+
+.PHONY: demo test test-slow lint format clean
+
+demo: .venv/installed
+	rm -rf runs/demo
+	$(BIN)/lit-rlft fit --config configs/experiments/shapes_p_graft.yaml --name demo
+	$(BIN)/lit-rlft test --config configs/experiments/shapes_p_graft.yaml --name demo \
+		--ckpt_path runs/demo/checkpoints/last.ckpt
+
+test: .venv/installed-dev
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: .venv/installed-dev
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lit-rlft needs Python 3.11 or newer; run make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+
+.venv/installed: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet -e .
+	touch $@
+
+.venv/installed-dev: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	touch .venv/installed $@

@@ -1,0 +1,1 @@
+"""Domains: what the algorithms are run on, each with its own pipeline, data and rewards."""

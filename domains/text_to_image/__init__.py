@@ -1,0 +1,1 @@
+"""Text-to-image generation: captioned pictures, pipelines and rewards."""

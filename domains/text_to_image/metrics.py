@@ -1,0 +1,62 @@
+"""Measurements of pictures that no reward sees."""
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from domains.text_to_image.clip import CLIPEncoder
+from domains.text_to_image.rewards import check_pictures
+from lit_rlft.core.checks import UsageError
+from lit_rlft.core.pipeline import Condition
+from lit_rlft.core.reward import Metric
+
+__all__ = ["Diversity"]
+
+_POOLED = 16  # pixels a side that pictures are pooled to, so that fine noise is no diversity
+
+
+class Diversity(Metric):
+    """Mean distance of a sample to the others of the same condition; 0 when all look the same.
+
+    A fall below the reference's diversity is the first sign that a reward is being exploited.
+
+    Args:
+        features: "clip" takes 1 - cosine of CLIP's picture embeddings, in [0, 2]; "pixels" takes
+            the root mean square difference of pictures pooled to 16 x 16, in [0, 1].
+        pretrained: The CLIP for "clip": a folder, a hub id or "shapes_clip"; unused otherwise.
+
+    Raises:
+        UsageError: `features` is unknown or `pretrained` is no CLIP.
+    """
+
+    def __init__(
+        self, features: Literal["clip", "pixels"] = "clip", pretrained: str = "shapes_clip"
+    ) -> None:
+        super().__init__()
+        if features not in ("clip", "pixels"):
+            raise UsageError(f"Diversity: features is {features!r}; use 'clip' or 'pixels'")
+        self.encoder = CLIPEncoder(pretrained) if features == "clip" else None
+
+    @torch.no_grad()
+    def evaluate(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
+        """Return {"diversity": [B]}, NaN for a sample that is the only one of its condition."""
+        pictures = check_pictures(samples, condition)
+        rows = condition.rows.to(pictures.device)
+        others = rows[:, None] == rows[None, :]
+        others.fill_diagonal_(False)
+        distances = self._distances(pictures).to(pictures.device)
+        totals = distances.where(others, 0).sum(dim=1)
+        return {"diversity": totals / others.sum(dim=1)}
+
+    def _distances(self, pictures: Tensor) -> Tensor:
+        """Return the distance of every two pictures, [B, B]."""
+        if self.encoder is None:
+            flat = F.interpolate(pictures, (_POOLED, _POOLED), mode="area").float().flatten(1)
+            # The faster way by a matrix product makes equal pictures differ.
+            exact = "donot_use_mm_for_euclid_dist"
+            return torch.cdist(flat, flat, compute_mode=exact).div(flat.shape[1] ** 0.5)
+        embeddings = self.encoder.embed_pictures(pictures)
+        with torch.autocast(embeddings.device.type, enabled=False):
+            return 1 - embeddings @ embeddings.T

@@ -1,0 +1,241 @@
+"""Text-to-image pipelines on diffusers: any SD 1.x / 2.x-style `StableDiffusionPipeline`."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from domains.text_to_image.render import save_png
+from lit_rlft.core.checks import UsageError
+from lit_rlft.core.pipeline import Batch, Condition, Pipeline
+from lit_rlft.core.process import GaussianProcess, PredictionType
+from lit_rlft.core.schedule import DiscreteVP
+from lit_rlft.core.state import State, tensor_of
+
+__all__ = ["EMBEDDED", "TextToImagePipeline"]
+
+EMBEDDED = Path(__file__).parent / "assets"
+"""Folder of the models that ship with the package, reachable by their bare names."""
+
+_PREDICTION_TYPES: dict[str, PredictionType] = {
+    "epsilon": "epsilon",
+    "v_prediction": "v",
+    "sample": "sample",
+}
+
+
+class TextToImagePipeline(Pipeline):
+    """A latent diffusion model with a CLIP text encoder, a U-Net and a VAE.
+
+    States are latents [B, 4, H / f, W / f]; samples are pictures [B, 3, H, W] in [0, 1]. The text
+    encoder and the VAE are frozen.
+
+    Args:
+        pretrained: A folder saved by diffusers, a hub id, or the name of an embedded model
+            ("shapes").
+        guidance_scale: w of classifier-free guidance, u + w (c - u); no guidance at 1 or below.
+        negative_prompt: What the unconditional prediction u is conditioned on.
+        height: Picture height in pixels; None takes the model's own size.
+        width: Picture width in pixels; None takes the model's own size.
+        decode_batch_size: Pictures decoded at a time, which bounds the VAE's memory.
+        from_scratch: Keep the architecture and draw new weights for U-Net and text encoder, to
+            pretrain them.
+        save_dtype: Precision in which a fully trained pipeline is written.
+
+    Raises:
+        UsageError: `pretrained` is neither a pipeline folder nor a loadable hub id.
+    """
+
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    denoiser: UNet2DConditionModel
+    process: GaussianProcess
+
+    def __init__(
+        self,
+        pretrained: str = "shapes",
+        *,
+        guidance_scale: float = 7.5,
+        negative_prompt: str = "",
+        height: int | None = None,
+        width: int | None = None,
+        decode_batch_size: int = 32,
+        from_scratch: bool = False,
+        save_dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+    ) -> None:
+        super().__init__()
+        self.pretrained = pretrained
+        self.guidance_scale = guidance_scale
+        self.negative_prompt = negative_prompt
+        self.decode_batch_size = decode_batch_size
+        self.save_dtype = getattr(torch, save_dtype)
+        self.diffusers = _load(pretrained, from_scratch=from_scratch)
+        self.denoiser = self.diffusers.unet
+        self.encoder = self.diffusers.text_encoder.requires_grad_(False).eval()
+        self.vae: AutoencoderKL = self.diffusers.vae.requires_grad_(False).eval()
+        self.process = _process(self.diffusers.scheduler)
+        factor = self.diffusers.vae_scale_factor
+        native = self.denoiser.config["sample_size"]
+        native = (native, native) if isinstance(native, int) else tuple(native)
+        self.latent_size = (
+            _latents(height, factor, "height") or native[0],
+            _latents(width, factor, "width") or native[1],
+        )
+
+    @property
+    def name(self) -> str:
+        return Path(self.pretrained).name
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
+
+    def encode(self, batch: Batch) -> Condition:
+        """Encode `batch["prompt"]`, each unique prompt once, and the negative prompt last."""
+        prompts = list(batch["prompt"])
+        unique = list(dict.fromkeys(prompts))
+        first = {prompt: prompts.index(prompt) for prompt in unique}
+        columns = [name for name in batch if name != "index"]
+        entries = [{name: batch[name][first[prompt]] for name in columns} for prompt in unique]
+        rows = {prompt: row for row, prompt in enumerate(unique)}
+        embedding, _ = self.diffusers.encode_prompt(
+            [*unique, self.negative_prompt], self.device, 1, do_classifier_free_guidance=False
+        )
+        return Condition(
+            entries=entries,
+            tables={"embedding": embedding},
+            rows=torch.tensor([rows[prompt] for prompt in prompts]),
+            null=len(unique),
+        )
+
+    def blank(self, condition: Condition) -> Tensor:
+        channels = self.denoiser.config["in_channels"]
+        shape = (len(condition), channels, *self.latent_size)
+        return torch.empty(shape, dtype=self.denoiser.dtype, device=self.device)
+
+    def predict(self, x_t: State, t: Tensor, condition: Condition) -> Tensor:
+        return self._denoise(tensor_of(x_t), t, condition.table("embedding"))
+
+    def forward(self, x_t: State, t: Tensor, condition: Condition) -> Tensor:
+        """Return the guided prediction u + w (c - u); both halves go through in one call."""
+        if self.guidance_scale <= 1:
+            return self.predict(x_t, t, condition)
+        conditional = condition.table("embedding")
+        null = condition.tables["embedding"][condition.null].expand_as(conditional)
+        both = torch.cat([null, conditional])
+        prediction = self._denoise(torch.cat([tensor_of(x_t)] * 2), t.repeat(2), both)
+        u, c = prediction.chunk(2)
+        return u + self.guidance_scale * (c - u)
+
+    def decode(self, x_0: State, condition: Condition) -> Tensor:
+        latents = tensor_of(x_0) / self.vae.config["scaling_factor"]
+        parts = latents.split(self.decode_batch_size)
+        pictures = torch.cat([self.vae.decode(part).sample for part in parts])
+        return (pictures.float() / 2 + 0.5).clamp(0, 1)
+
+    def states(self, batch: Batch) -> Tensor:
+        """Return the latents of `batch["image"]`, uint8 [B, 3, H, W]: the VAE's mode, scaled."""
+        pictures = batch["image"].to(self.device, self.vae.dtype) / 127.5 - 1
+        with torch.no_grad():
+            parts = pictures.split(self.decode_batch_size)
+            modes = torch.cat([self.vae.encode(part).latent_dist.mode() for part in parts])
+        return modes * self.vae.config["scaling_factor"]
+
+    def render(self, samples: Any, condition: Condition) -> Tensor:
+        return samples
+
+    def describe(self, entry: Mapping[str, Any]) -> str:
+        """Return the prompt."""
+        return entry["prompt"]
+
+    def save_samples(
+        self, samples: Any, condition: Condition, folder: Path, names: Sequence[str]
+    ) -> list[Path]:
+        paths = [folder / f"{name}.png" for name in names]
+        for picture, path in zip(samples, paths, strict=True):
+            save_png(picture, path)
+        return paths
+
+    def save(self, folder: Path) -> list[Path]:
+        """Write a LoRA that `StableDiffusionPipeline.load_lora_weights` reads, or all weights."""
+        if not any(isinstance(layer, BaseTunerLayer) for layer in self.denoiser.modules()):
+            whole = copy.deepcopy(self.diffusers).to(dtype=self.save_dtype)
+            whole.save_pretrained(folder)
+            return [folder]
+        StableDiffusionPipeline.save_lora_weights(
+            folder,
+            unet_lora_layers=convert_state_dict_to_diffusers(
+                get_peft_model_state_dict(self.denoiser)
+            ),
+            unet_lora_adapter_metadata=self.denoiser.peft_config["default"].to_dict(),
+        )
+        return sorted(folder.glob("*.safetensors"))
+
+    def _denoise(self, x_t: Tensor, t: Tensor, embedding: Tensor) -> Tensor:
+        schedule = self.process.schedule
+        assert isinstance(schedule, DiscreteVP)
+        timestep = schedule.timestep(t)
+        return self.denoiser(x_t, timestep, embedding.to(x_t.dtype), return_dict=False)[0]
+
+
+def _process(scheduler: Any) -> GaussianProcess:
+    config = scheduler.config
+    prediction_type = config.get("prediction_type", "epsilon")
+    betas = getattr(scheduler, "betas", None)  # schedulers of flow models have none
+    if prediction_type not in _PREDICTION_TYPES or betas is None:
+        raise UsageError(
+            f"{type(scheduler).__name__} with prediction_type {prediction_type!r} is not a "
+            f"discrete VP schedule; text_to_image supports {sorted(_PREDICTION_TYPES)}"
+        )
+    schedule = DiscreteVP(
+        betas,
+        spacing=config.get("timestep_spacing", "leading"),
+        steps_offset=config.get("steps_offset", 0),
+        ends_at_zero=config.get("set_alpha_to_one", True),
+    )
+    return GaussianProcess(schedule, _PREDICTION_TYPES[prediction_type])
+
+
+def _load(pretrained: str, *, from_scratch: bool) -> StableDiffusionPipeline:
+    folder = Path(pretrained)
+    if not folder.exists() and (EMBEDDED / pretrained).is_dir():
+        folder = EMBEDDED / pretrained
+    if folder.exists() and not (folder / "model_index.json").is_file():
+        raise UsageError(
+            f"pipeline.init_args.pretrained: {folder} has no model_index.json, so it is no "
+            "diffusers pipeline; give a folder written by save_pretrained or a hub id"
+        )
+    source = str(folder) if folder.exists() else pretrained
+    fresh: dict[str, Any] = {}
+    if from_scratch:
+        unet = UNet2DConditionModel.load_config(source, subfolder="unet")
+        fresh["unet"] = UNet2DConditionModel.from_config(unet)
+        text = CLIPTextConfig.from_pretrained(source, subfolder="text_encoder")
+        fresh["text_encoder"] = CLIPTextModel(text)
+    try:
+        return StableDiffusionPipeline.from_pretrained(
+            source, safety_checker=None, torch_dtype=torch.float32, **fresh
+        )
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"pipeline.init_args.pretrained: {pretrained!r} could not be loaded as a "
+            f"StableDiffusionPipeline folder or hub id ({error})"
+        ) from error
+
+
+def _latents(pixels: int | None, factor: int, key: str) -> int | None:
+    if pixels is None:
+        return None
+    if pixels < 1 or pixels % factor:
+        raise UsageError(
+            f"pipeline.init_args.{key} is {pixels}, but this VAE needs a positive multiple of "
+            f"{factor}"
+        )
+    return pixels // factor

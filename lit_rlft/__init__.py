@@ -1,0 +1,3 @@
+"""lit-rlft: fine-tune pretrained diffusion and flow models with rewards."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,96 @@
+"""LoRA adapters through peft, and the switch between the policy and its reference.
+
+With an adapter the reference is the same network with the adapter disabled, never a second copy;
+full fine-tuning keeps a frozen copy of the denoiser.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from lit_rlft.core.checks import UsageError
+from lit_rlft.core.pipeline import Pipeline
+
+__all__ = ["LoRA", "Reference", "attach_lora"]
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adaptation W + (alpha / rank) B A of the denoiser's layers.
+
+    Attributes:
+        rank: Rank of the update.
+        alpha: Scale; the update is multiplied by alpha / rank.
+        targets: Name endings of the layers to adapt; None takes the pipeline's own choice.
+
+    References:
+        LoRA (Hu et al., 2021), https://arxiv.org/abs/2106.09685
+    """
+
+    rank: int = 8
+    alpha: int = 8
+    targets: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise UsageError(f"lora.rank must be at least 1, got {self.rank}")
+
+
+def attach_lora(pipeline: Pipeline, lora: LoRA) -> None:
+    """Freeze the denoiser and add a LoRA whose update starts at zero.
+
+    Raises:
+        UsageError: No layer of the denoiser has one of the target names.
+    """
+    targets = list(lora.targets or pipeline.lora_targets)
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets)
+    pipeline.denoiser.requires_grad_(False)
+    try:
+        inject_adapter_in_model(config, pipeline.denoiser)
+    except ValueError as error:
+        raise UsageError(
+            f"no layer of the denoiser {type(pipeline.denoiser).__name__} is named {targets}; "
+            "set model.init_args.lora.targets to layer names, or lora to null for full fine-tuning"
+        ) from error
+
+
+class Reference(nn.Module):
+    """Switches a pipeline to its frozen pretrained denoiser for the length of a block.
+
+    Args:
+        pipeline: The pipeline to switch.
+        adapted: Whether its denoiser carries an adapter; otherwise a frozen copy is made.
+    """
+
+    def __init__(self, pipeline: Pipeline, *, adapted: bool) -> None:
+        super().__init__()
+        layers = pipeline.denoiser.modules() if adapted else ()
+        # A tuple, so that the adapted layers are not registered as modules of this one.
+        self._layers = tuple(layer for layer in layers if isinstance(layer, BaseTunerLayer))
+        self.frozen = None if adapted else copy.deepcopy(pipeline.denoiser).requires_grad_(False)
+
+    @contextmanager
+    def active(self, pipeline: Pipeline) -> Iterator[None]:
+        """Within the block the pipeline's denoiser is the reference."""
+        if self.frozen is not None:
+            tuned, pipeline.denoiser = pipeline.denoiser, self.frozen
+            try:
+                yield
+            finally:
+                pipeline.denoiser = tuned
+            return
+        self._enable(False)
+        try:
+            yield
+        finally:
+            self._enable(True)
+
+    def _enable(self, enabled: bool) -> None:
+        for layer in self._layers:
+            # peft's own switch also toggles requires_grad; forward reads this flag alone.
+            layer._disable_adapters = not enabled

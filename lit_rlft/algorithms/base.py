@@ -1,0 +1,435 @@
+"""The loop that every algorithm shares: collect experience, train on it, evaluate."""
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Self, TypeVar
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from lit_rlft import checkpoint as contents
+from lit_rlft.adapters import LoRA, Reference, attach_lora
+from lit_rlft.core.checks import UsageError
+from lit_rlft.core.distribution import Distribution
+from lit_rlft.core.pipeline import Batch, Condition, Pipeline
+from lit_rlft.core.randomness import Generators, generators, seed_from
+from lit_rlft.core.reward import Metric, Metrics, Reward, check_rewards
+from lit_rlft.core.sampling import Denoiser, Sampler, walk
+from lit_rlft.core.state import State, batch_size, cat, index, split
+from lit_rlft.cost import Cost, count_calls, flops_per_call, peak_memory_bytes
+from lit_rlft.evaluation import Arm, Evaluation
+from lit_rlft.optimization import Updates
+from lit_rlft.processes import gather
+from lit_rlft.runs import run_folder, summary_writer
+
+__all__ = ["Draw", "Experience", "Relay", "RewardFineTuner"]
+
+T = TypeVar("T")
+Relay = Sequence[tuple[Denoiser, int]]
+"""Who denoises how many steps, in the sampler's order."""
+_EVALUATE = 1
+"""The stream of evaluation seeds; algorithms use streams from 10 on."""
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What one collect returns and the updates train on: n samples and what is known of them.
+
+    Attributes:
+        states: Named states, each with n rows (e.g. the accepted x_tau).
+        condition: n rows.
+        seeds: n integers that seed each sample's noise during the updates.
+        metrics: Numbers to log, averaged over the processes where they are not NaN.
+        histograms: Values to show as histograms, by name.
+    """
+
+    states: Mapping[str, State]
+    condition: Condition
+    seeds: Sequence[int]
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    histograms: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        """Return n."""
+        return len(self.seeds)
+
+    def index(self, rows: Tensor) -> "Experience":
+        """Select samples."""
+        states = {name: index(state, rows) for name, state in self.states.items()}
+        seeds = [self.seeds[row] for row in rows.tolist()]
+        return Experience(states, self.condition.index(rows), seeds)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Decoded samples with their conditions, the integers their noise came from, their rewards."""
+
+    samples: Any
+    condition: Condition
+    seeds: Sequence[int]
+    rewards: Tensor
+
+    def to(self, device: torch.device | str) -> "Draw":
+        """Move samples and rewards, as Lightning does with predictions that it keeps."""
+        samples = self.samples.to(device) if isinstance(self.samples, Tensor) else self.samples
+        return replace(self, samples=samples, rewards=self.rewards.to(device))
+
+
+class RewardFineTuner(LightningModule, ABC):
+    """Improves a pipeline under a reward; subclasses say what to collect and what to minimise.
+
+    One training batch holds the conditions of one round: `collect` draws samples for them, then
+    `num_epochs` passes of minibatch updates minimise `loss`. All randomness is a function of
+    `seed`, the round and the sample, so a run does not depend on chunk sizes or on the number of
+    processes, and a resumed run continues as if it had never stopped.
+
+    Args:
+        pipeline: The pretrained model.
+        reward: What to improve.
+        metrics: Further measurements for `validate` and `test`; no gradient or selection sees them.
+        sampler: Discretisation of the sampler, in training and evaluation alike.
+        lora: The adapter to train; None fine-tunes all of the denoiser.
+        optimizer: From trainable parameters to an optimiser.
+        lr_scheduler: From the optimiser to a learning-rate schedule, stepped once per update.
+        num_epochs: Passes over the experience of each round.
+        minibatch_size: Samples per update on each process, at most.
+        microbatch_size: Samples per backward pass, which bounds the memory of training; None
+            takes the whole minibatch. Gradients do not depend on it.
+        max_grad_norm: Gradients are clipped to this norm; None leaves them alone.
+        sampling_batch_size: Samples drawn at a time, which bounds the sampler's memory.
+        num_eval_samples: Samples per condition in `validate`, `test` and `predict`.
+        seed: Seed of all noise.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        reward: Reward,
+        *,
+        metrics: Metric | None = None,
+        sampler: Sampler = Sampler(),
+        lora: LoRA | None = None,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        num_epochs: int = 1,
+        minibatch_size: int = 32,
+        microbatch_size: int | None = None,
+        max_grad_norm: float | None = 1.0,
+        sampling_batch_size: int = 64,
+        num_eval_samples: int = 4,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.strict_loading = False
+        self.pipeline = pipeline
+        self.reward = reward
+        self.metrics = metrics or Metrics()
+        self.sampler = sampler
+        self.lora = lora
+        self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
+        self.num_epochs, self.minibatch_size = num_epochs, minibatch_size
+        self.microbatch_size, self.max_grad_norm = microbatch_size, max_grad_norm
+        self.sampling_batch_size = sampling_batch_size
+        self.num_eval_samples = num_eval_samples
+        self.seed = seed
+        self.reference: Reference | None = None
+        self.pretrained = ""
+        self.evaluation = Evaluation()
+        self.updates = Updates(self)
+        self.num_rounds = self.num_samples = self.num_updates = 0
+        self.cost = self._meter = Cost()
+        self._started = self._seconds_before = 0.0
+        self._flops = 0
+
+    @abstractmethod
+    def collect(self, batch: Batch, condition: Condition) -> Experience:
+        """Draw the experience of one round; called without gradients."""
+
+    @abstractmethod
+    def loss(self, experience: Experience, rows: Generators) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the losses [n] of some samples and values [n] to log; `rows` seeds the noise."""
+
+    def check(self) -> None:
+        """Raise UsageError where pipeline, reward and settings cannot work together."""
+
+    def trainable(self) -> nn.Module:
+        """Return what is trained, checkpointed and exported."""
+        return self.pipeline.denoiser
+
+    def policy(self, x_t: State, t: Tensor, condition: Condition) -> State:
+        """Return the prediction of the model being tuned."""
+        return self.pipeline(x_t, t, condition)
+
+    def reference_policy(self, x_t: State, t: Tensor, condition: Condition) -> State:
+        """Return the prediction of the frozen pretrained model."""
+        assert self.reference is not None
+        with self.reference.active(self.pipeline):
+            return self.pipeline(x_t, t, condition)
+
+    def relay(self) -> Relay:
+        """Return who denoises which steps when the tuned model samples."""
+        return [(self.policy, self.sampler.num_steps)]
+
+    def reference_relay(self) -> Relay:
+        """Return the pretrained model for all steps."""
+        return [(self.reference_policy, self.sampler.num_steps)]
+
+    def prior(self, condition: Condition) -> Distribution:
+        """Return the law of x_1; overridden by algorithms that learn it."""
+        return self.pipeline.process.prior(self.pipeline.blank(condition))
+
+    def setup(self, stage: str) -> None:
+        """Check the settings and attach the adapter; the reference is the model as loaded."""
+        if self.reference is not None:
+            return
+        self._check_settings()
+        self.check()
+        self.reward.requires_grad_(False)
+        self.metrics.requires_grad_(False)
+        self.pretrained = contents.fingerprint(self.pipeline.denoiser)
+        if self.lora is not None:
+            with torch.random.fork_rng():
+                torch.manual_seed(self.seed)
+                attach_lora(self.pipeline, self.lora)
+        self.reference = Reference(self.pipeline, adapted=self.lora is not None)
+        for denoiser in (self.pipeline.denoiser, self.reference.frozen):
+            if denoiser is not None:
+                count_calls(denoiser, lambda: self._meter)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the training mode of what is trained; everything else stays in evaluation mode."""
+        super().train(False)
+        self.training = mode
+        self.trainable().train(mode)
+        return self
+
+    def configure_optimizers(self) -> Any:
+        """Build the optimiser over what is trainable."""
+        parameters = [p for p in self.trainable().parameters() if p.requires_grad]
+        optimizer = self.make_optimizer(parameters)
+        if self.make_lr_scheduler is None:
+            return optimizer
+        return [optimizer], [self.make_lr_scheduler(optimizer)]
+
+    def on_train_start(self) -> None:
+        """Set the modes, which Lightning leaves alone, and start the clock."""
+        self.train()
+        self._meter, self._started = self.cost, time.monotonic()
+        self._seconds_before = self.cost.seconds
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """Run one round: collect, then update."""
+        with torch.no_grad():
+            experience = self.collect(batch, self.pipeline.encode(batch))
+        outcomes = [
+            self.updates.take(update)
+            for update in self.track(self.updates.plan(experience), "Training")
+        ]
+        self.num_rounds += 1
+        self.cost.seconds = self._seconds_before + time.monotonic() - self._started
+        self._log_round(experience, outcomes)
+
+    def draw_states(
+        self,
+        condition: Condition,
+        seeds: Sequence[int],
+        *,
+        keep: Sequence[int],
+        relay: Relay,
+        label: str = "Sampling",
+    ) -> list[State]:
+        """Sample trajectories in chunks and keep the states at some indices of the grid.
+
+        Args:
+            condition: One row per sample.
+            seeds: One integer per sample; all its noise comes from it.
+            keep: Indices into the grid [num_steps + 1] (num_steps is x_0).
+            relay: Who denoises which steps.
+            label: Text of the progress bar.
+
+        Returns:
+            One state per entry of `keep`, all samples concatenated.
+        """
+        kept: list[list[State]] = [[] for _ in keep]
+        starts = range(0, len(condition), self.sampling_batch_size)
+        for start in self.track(starts, label):
+            chunk = slice(start, start + self.sampling_batch_size)
+            for i, x in self._walk(relay, condition.index(chunk), generators(seeds[chunk])):
+                for slot, wanted in enumerate(keep):
+                    if i == wanted:
+                        kept[slot].append(x)
+        return [cat(states) for states in kept]
+
+    def _walk(
+        self, relay: Relay, condition: Condition, rows: Generators
+    ) -> Iterator[tuple[int, State]]:
+        """Iterate over (i, x at times[i]) of trajectories that several denoisers run in turn."""
+        process, first = self.pipeline.process, 0
+        times = process.times(self.sampler.num_steps)
+        x = self.prior(condition).sample(rows)
+        yield 0, x
+        for denoiser, num_steps in relay:
+            leg = times[first : first + num_steps + 1]
+            for i, state in walk(denoiser, process, x, condition, leg, self.sampler.eta, rows):
+                if i:
+                    yield first + i, (x := state)
+            first += num_steps
+
+    def score(self, x_0: State, condition: Condition) -> tuple[Tensor, list[Hashable] | None]:
+        """Decode and score samples in chunks; return rewards [B] and de-duplication keys."""
+        rewards: list[Tensor] = []
+        keys: list[Hashable] = []
+        first = 0
+        for chunk in self.track(list(split(x_0, self.sampling_batch_size)), "Scoring"):
+            part = condition.index(slice(first, first + batch_size(chunk)))
+            first += batch_size(chunk)
+            samples = self.pipeline.decode(chunk, part)
+            rewards.append(self._reward(samples, part))
+            keys.extend(self.pipeline.keys(samples, part) or [])
+        return torch.cat(rewards), keys or None
+
+    def sample_seeds(self, batch: Batch, num: int, *stream: int) -> list[int]:
+        """Return `num` seeds for each row of the batch, by the row's place in its data set."""
+        rows = batch["index"].tolist()
+        return [seed_from(self.seed, *stream, row, i) for row in rows for i in range(num)]
+
+    def track(self, items: Iterable[T], label: str) -> Iterable[T]:
+        """Show a progress bar over `items` on the main process, if the trainer shows any."""
+        shown = self.trainer.progress_bar_callback is not None and self.trainer.is_global_zero
+        return tqdm(items, label, leave=False, position=1, dynamic_ncols=True, disable=not shown)
+
+    def on_validation_epoch_start(self) -> None:
+        """Start a fresh evaluation, not on training's bill; the reference's first one is kept."""
+        self.evaluation = Evaluation(self.evaluation.reference)
+        self._meter = Cost()
+
+    def on_test_epoch_start(self) -> None:
+        """Start a fresh evaluation, with a clock and counters of its own."""
+        self.evaluation = Evaluation()
+        self._meter, self._started = Cost(), time.monotonic()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Evaluate the tuned model, and once the reference, on the same noise."""
+        known = self.evaluation.reference.has(batch_idx)
+        self._evaluate(batch, batch_idx, ["tuned"] if known else ["tuned", "reference"])
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Evaluate the tuned model and the reference on the same conditions and noise."""
+        self._evaluate(batch, batch_idx, ["tuned", "reference"])
+        if not self._flops:
+            spent = self._meter.denoiser_calls
+            self._flops = flops_per_call(self.pipeline, self.pipeline.encode(batch))
+            self._meter.denoiser_calls = spent
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Draw:
+        """Draw samples from the tuned model and score them."""
+        condition = self.pipeline.encode(batch).repeat(self.num_eval_samples)
+        samples, seeds = self._draw(batch, condition, "tuned")
+        return Draw(samples, condition, seeds, self._reward(samples, condition))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log every metric of the tuned model and of the reference."""
+        for arm, summary in self.evaluation.summary(self.trainer.world_size).items():
+            prefix = "val" if arm == "tuned" else f"val_{arm}"
+            for name, moments in summary.items():
+                self.log(f"{prefix}/{name}", moments["mean"], sync_dist=True)
+        self._meter = self.cost
+
+    def cost_report(self) -> dict[str, Any]:
+        """Return what training and the test spent, over all processes."""
+        world, test = self.trainer.world_size, self._meter
+        return {
+            "denoiser_calls": self.cost.denoiser_calls * world,
+            "reward_calls": self.cost.reward_calls * world,
+            "flops": self.cost.denoiser_calls * world * self._flops,
+            "seconds": self.cost.seconds,
+            "peak_memory_bytes": peak_memory_bytes(),
+            "test_denoiser_calls": test.denoiser_calls * world,
+            "test_seconds": time.monotonic() - self._started,
+            "flops_per_denoiser_call": self._flops,
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what is trained, the counters, and the pretrained model's fingerprint."""
+        contents.reduce(checkpoint, self)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the counters; raise UsageError for a checkpoint of another model."""
+        contents.restore(checkpoint, self)
+
+    def on_fit_end(self) -> None:
+        """Write the tuned model in the format of the domain's own tools."""
+        if self.trainer.is_global_zero and self.num_updates:
+            for path in self.pipeline.save(run_folder(self.trainer) / "tuned"):
+                rank_zero_info(f"tuned model: {path}")
+
+    def _draw(self, batch: Batch, condition: Condition, arm: Arm) -> tuple[Any, list[int]]:
+        seeds = self.sample_seeds(batch, self.num_eval_samples, _EVALUATE)
+        relay = self.relay() if arm == "tuned" else self.reference_relay()
+        keep, label = [self.sampler.num_steps], f"Sampling ({arm})"
+        (x_0,) = self.draw_states(condition, seeds, keep=keep, relay=relay, label=label)
+        return self.pipeline.decode(x_0, condition), seeds
+
+    def _evaluate(self, batch: Batch, batch_idx: int, arms: Sequence[Arm]) -> None:
+        condition = self.pipeline.encode(batch).repeat(self.num_eval_samples)
+        labels = [self.pipeline.describe(entry) for entry in condition.each()]
+        for arm in arms:
+            samples, _ = self._draw(batch, condition, arm)
+            values = self.reward.evaluate(samples, condition)
+            check_rewards(self.reward, values[self.reward.name], len(condition))
+            values |= self.metrics.evaluate(samples, condition)
+            pictures = self.pipeline.render(samples, condition)
+            self.evaluation.add(arm, batch_idx, values, pictures, labels)
+
+    def _reward(self, samples: Any, condition: Condition) -> Tensor:
+        self._meter.reward_calls += len(condition)
+        return check_rewards(self.reward, self.reward(samples, condition), len(condition))
+
+    def _log_round(self, experience: Experience, outcomes: list[dict[str, float]]) -> None:
+        means = self._means(experience.metrics, outcomes)
+        for name, value in means.items():
+            self.log(f"train/{name}", value, prog_bar=name in ("reward", "loss"))
+        self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
+        reward_calls = self.cost.reward_calls * self.trainer.world_size
+        self.log("cost/samples", float(self.num_samples))
+        self.log("cost/reward_calls", float(reward_calls))
+        self.log("cost/denoiser_calls", float(self.cost.denoiser_calls * self.trainer.world_size))
+        writer = summary_writer(self)
+        if writer is None:
+            return
+        for name, values in experience.histograms.items():
+            if values.numel():
+                writer.add_histogram(f"train/{name}", values.cpu(), self.num_updates)
+        if "reward" in means:
+            writer.add_scalar("train/reward_by_samples", means["reward"], self.num_samples)
+            writer.add_scalar("train/reward_by_reward_calls", means["reward"], reward_calls)
+
+    def _means(
+        self, metrics: Mapping[str, float], outcomes: list[dict[str, float]]
+    ) -> dict[str, float]:
+        """Average over processes; one without samples has no losses, which counts as zeros."""
+        world_size = self.trainer.world_size
+        parts = gather((dict(metrics), outcomes), world_size)
+        means: dict[str, float] = {}
+        for name in metrics:
+            known = [own[name] for own, _ in parts if not math.isnan(own[name])]
+            if known:
+                means[name] = sum(known) / len(known)
+        updates = [outcome for _, own in parts for outcome in own]
+        for name in sorted({name for outcome in updates for name in outcome}):
+            total = sum(outcome.get(name, 0.0) for outcome in updates)
+            means[name] = total / len(updates)
+        return means
+
+    def _check_settings(self) -> None:
+        for name in ("num_epochs", "minibatch_size", "sampling_batch_size", "num_eval_samples"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"model.init_args.{name} must be at least 1")

@@ -1,0 +1,138 @@
+r"""GRAFT and P-GRAFT: fine-tuning on what rejection sampling accepts.
+
+GRAFT draws M candidates per condition from the reference, accepts some by their reward and fits
+the model to the accepted samples with its own denoising loss. P-GRAFT attaches the accept bits to
+the trajectories' states at an intermediate noise level :math:`\tau` and fits the law
+:math:`\propto p_{ref,\tau}(x_\tau)\, E[a(x_0) \mid x_\tau]`: the tuned model runs the steps above
+:math:`\tau`, the reference the rest.
+
+References:
+    P-GRAFT (2025), https://arxiv.org/abs/2510.02692
+"""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lit_rlft.algorithms.base import Experience, Relay, RewardFineTuner
+from lit_rlft.core.checks import UsageError
+from lit_rlft.core.pipeline import Batch, Condition
+from lit_rlft.core.randomness import Generators, generators, rand_like, seed_from
+from lit_rlft.core.selection import Selection, TopK
+from lit_rlft.core.state import index, leaves
+
+__all__ = ["GRAFT", "PGRAFT"]
+
+_ROLLOUT, _SELECT = 10, 11
+
+
+class PGRAFT(RewardFineTuner):
+    """P-GRAFT: shape the law of x_tau, leave the last steps to the reference.
+
+    Args:
+        *args: Pipeline and reward.
+        cut: f in [0, 1); the reference runs the last f of the sampler's steps. 0 is GRAFT.
+        selection: The acceptance rule; the 1 best of M unless given.
+        num_candidates: M, samples drawn per condition.
+        train_from: What is noised for training: the accepted x_tau ("intermediate", exact for any
+            sampler) or the accepted x_0 ("clean", exact only for an exact stochastic sampler).
+        iterative: Draw each round from the model tuned so far instead of from the reference.
+        guided_loss: Fit the guided prediction, the one that is sampled from, instead of the
+            conditional one; then accepting at random is a fixed point under guidance too.
+        **base: Arguments of `RewardFineTuner`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        cut: float = 0.25,
+        selection: Selection | None = None,
+        num_candidates: int = 4,
+        train_from: Literal["intermediate", "clean"] = "intermediate",
+        iterative: bool = False,
+        guided_loss: bool = False,
+        **base: Any,
+    ) -> None:
+        super().__init__(*args, **base)
+        self.cut = cut
+        self.selection = selection or TopK(1)
+        self.num_candidates = num_candidates
+        self.train_from = train_from
+        self.iterative = iterative
+        self.guided_loss = guided_loss
+
+    def check(self) -> None:
+        if not 0 <= self.cut < 1 or self.cut_step < 1:
+            raise UsageError(
+                f"model.init_args.cut is {self.cut}; it must be in [0, 1) and leave at least one "
+                f"of the sampler's {self.sampler.num_steps} steps to the tuned model"
+            )
+        self.selection.check(self.num_candidates)
+
+    @property
+    def cut_step(self) -> int:
+        """Number of steps run by the tuned model; the state after them is x_tau."""
+        return self.sampler.num_steps - round(self.cut * self.sampler.num_steps)
+
+    @property
+    def tau(self) -> float:
+        """The noise level of the cut; 0 where there is none."""
+        if self.cut_step == self.sampler.num_steps:
+            return 0.0
+        return float(self.pipeline.process.times(self.sampler.num_steps)[self.cut_step])
+
+    def relay(self) -> Relay:
+        num_reference = self.sampler.num_steps - self.cut_step
+        return [(self.policy, self.cut_step), (self.reference_policy, num_reference)]
+
+    def collect(self, batch: Batch, condition: Condition) -> Experience:
+        """Draw M candidates per condition and keep x_tau (or x_0) of the accepted ones."""
+        candidates = condition.repeat(self.num_candidates)
+        seeds = self.sample_seeds(batch, self.num_candidates, _ROLLOUT, self.num_rounds)
+        relay = self.relay() if self.iterative else self.reference_relay()
+        keep = (self.cut_step, self.sampler.num_steps)
+        x_tau, x_0 = self.draw_states(candidates, seeds, keep=keep, relay=relay)
+        self.num_samples += len(candidates) * self.trainer.world_size
+        rewards, keys = self.score(x_0, candidates)
+
+        shape = (-1, self.num_candidates)
+        starts = range(0, len(candidates), self.num_candidates)
+        grouped = [keys[i : i + self.num_candidates] for i in starts] if keys else None
+        rows = generators([seed_from(seed, _SELECT) for seed in seeds[:: self.num_candidates]])
+        accepted = self.selection(rewards.cpu().view(shape), grouped, rows).flatten()
+        chosen = accepted.nonzero().flatten()
+        source = x_tau if self.train_from == "intermediate" else x_0
+        return Experience(
+            states={"x_s": index(source, chosen.to(leaves(source)[0].device))},
+            condition=candidates.index(chosen),
+            seeds=[seeds[i] for i in chosen.tolist()],
+            metrics={
+                "reward": float(rewards.mean()),
+                "accepted_reward": float(rewards[chosen.to(rewards.device)].mean()),
+                "acceptance_rate": float(accepted.float().mean()),
+            },
+            histograms={"reward": rewards, "accepted_reward": rewards.cpu()[chosen]},
+        )
+
+    def loss(self, experience: Experience, rows: Generators) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the denoising loss of the accepted samples at levels above tau, [n]."""
+        process, x_s = self.pipeline.process, experience.states["x_s"]
+        uniform = rand_like(torch.empty(len(experience), device=leaves(x_s)[0].device), rows)
+        t = process.draw_times(uniform, low=self.tau)
+        s = torch.full_like(t, self.tau if self.train_from == "intermediate" else 0.0)
+        x_t = process.noised(x_s, s, t, rows)
+        predict = self.policy if self.guided_loss else self.pipeline.predict
+        return process.loss(predict(x_t, t, experience.condition), x_s, x_t, s, t), {}
+
+
+class GRAFT(PGRAFT):
+    """GRAFT: P-GRAFT at tau = 0; the accepted samples are clean and the tuned model runs all steps.
+
+    Args:
+        *args: Pipeline and reward.
+        **p_graft: Arguments of `PGRAFT` other than `cut`.
+    """
+
+    def __init__(self, *args: Any, **p_graft: Any) -> None:
+        super().__init__(*args, cut=0.0, **p_graft)

@@ -1,0 +1,94 @@
+"""Pretraining: the denoising loss on data."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_rlft.algorithms.base import Experience, RewardFineTuner
+from lit_rlft.core.checks import UsageError
+from lit_rlft.core.pipeline import Batch, Condition
+from lit_rlft.core.randomness import Generators, rand_like
+from lit_rlft.core.state import State, cat, index, leaves, to
+
+__all__ = ["Pretrain"]
+
+
+class Pretrain(RewardFineTuner):
+    """Trains all of the denoiser on data with the model's native loss; the reward only evaluates.
+
+    Args:
+        condition_dropout: Probability of training a sample on the null condition, which
+            classifier-free guidance needs.
+        train_encoder: Train the condition encoder along with the denoiser.
+        cache_states: Keep each data sample's x_0 in memory once it was encoded; needs `index` in
+            the batches and data without augmentation.
+        **base: Arguments of `RewardFineTuner`; `lora` must be None.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        condition_dropout: float = 0.1,
+        train_encoder: bool = False,
+        cache_states: bool = False,
+        **base: Any,
+    ) -> None:
+        super().__init__(*args, **base)
+        self.condition_dropout = condition_dropout
+        self.train_encoder = train_encoder
+        self.cache_states = cache_states
+        self._cache: dict[int, State] = {}
+
+    def check(self) -> None:
+        if self.lora is not None:
+            raise UsageError("Pretrain trains the whole denoiser; set model.init_args.lora to null")
+        encoder = self.pipeline.encoder
+        if self.train_encoder and encoder is None:
+            raise UsageError(
+                f"{type(self.pipeline).__name__} has no condition encoder; "
+                "set model.init_args.train_encoder to false"
+            )
+        if self.train_encoder and encoder is not None:
+            encoder.requires_grad_(True)
+
+    def trainable(self) -> nn.Module:
+        if not self.train_encoder or self.pipeline.encoder is None:
+            return self.pipeline.denoiser
+        return nn.ModuleList([self.pipeline.denoiser, self.pipeline.encoder])
+
+    def collect(self, batch: Batch, condition: Condition) -> Experience:
+        """Return the data of the batch as experience."""
+        seeds = self.sample_seeds(batch, 1, 0, self.num_rounds)
+        self.num_samples += len(seeds) * self.trainer.world_size
+        return Experience({"x_0": self._states(batch)}, condition, seeds)
+
+    def loss(self, experience: Experience, rows: Generators) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the native denoising loss, [n]."""
+        process, x_0 = self.pipeline.process, experience.states["x_0"]
+        uniform = rand_like(torch.empty(len(experience), device=leaves(x_0)[0].device), rows)
+        t = process.draw_times(uniform)
+        s = torch.zeros_like(t)
+        x_t = process.noised(x_0, s, t, rows)
+        condition = experience.condition
+        if self.train_encoder:
+            condition = self.pipeline.encode(_columns(condition))
+        if self.condition_dropout:
+            dropped = rand_like(torch.empty(len(experience)), rows) < self.condition_dropout
+            condition = condition.dropped(dropped)
+        return process.loss(self.pipeline.predict(x_t, t, condition), x_0, x_t, s, t), {}
+
+    def _states(self, batch: Batch) -> State:
+        if not self.cache_states:
+            return self.pipeline.states(batch)
+        rows = batch["index"].tolist()
+        if any(row not in self._cache for row in rows):
+            states = self.pipeline.states(batch)
+            for i, row in enumerate(rows):
+                self._cache[row] = to(index(states, slice(i, i + 1)), "cpu")
+        return to(cat([self._cache[row] for row in rows]), self.device)
+
+
+def _columns(condition: Condition) -> Batch:
+    records = condition.each()
+    return {name: [record[name] for record in records] for name in records[0]}

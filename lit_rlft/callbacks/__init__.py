@@ -1,0 +1,1 @@
+"""Lightning callbacks: sample panels, reports, cost, EMA."""

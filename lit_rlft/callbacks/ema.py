@@ -1,0 +1,89 @@
+"""An exponential moving average of what an algorithm trains."""
+
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from lit_rlft.algorithms.base import RewardFineTuner
+from lit_rlft.core.checks import UsageError
+
+__all__ = ["EMA"]
+
+
+class EMA(Callback):
+    """Averages the trainable weights after every batch; evaluates and exports the average.
+
+    After n updates the decay is min(decay, (1 + n) / (10 + n)), so that the start is forgotten
+    quickly. The average lives in the callback's state and is restored on resuming.
+
+    Args:
+        decay: Weight of the old average per training batch, in [0, 1).
+    """
+
+    def __init__(self, decay: float = 0.999) -> None:
+        if not 0 <= decay < 1:
+            raise UsageError(f"EMA decay must be in [0, 1), got {decay}")
+        self.decay, self.num_updates = decay, 0
+        self.average: list[Tensor] | None = None
+        self._raw: list[Tensor] | None = None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Move the average towards the weights."""
+        weights = _weights(pl_module)
+        if self.average is None:
+            self.average = [w.clone() for w in weights]
+        self.num_updates += 1
+        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        for average, weight in zip(self.average, weights, strict=True):
+            average.lerp_(weight.to(average.device), 1 - decay)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Evaluate the average."""
+        self._swap_in(pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go on training the raw weights."""
+        if self._raw is not None:
+            _copy(self._raw, _weights(pl_module))
+            self._raw = None
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Test the average."""
+        self._swap_in(pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Predict with the average."""
+        self._swap_in(pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the average in the model, which is what gets exported after the last checkpoint."""
+        if self.average is not None:
+            _copy(self.average, _weights(pl_module))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"average": self.average, "num_updates": self.num_updates}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.average, self.num_updates = state_dict["average"], state_dict["num_updates"]
+
+    def _swap_in(self, pl_module: LightningModule) -> None:
+        if self.average is None:
+            return
+        weights = _weights(pl_module)
+        self._raw = [w.clone() for w in weights]
+        _copy(self.average, weights)
+
+
+def _weights(pl_module: LightningModule) -> list[Tensor]:
+    assert isinstance(pl_module, RewardFineTuner)
+    return [p.data for p in pl_module.trainable().parameters() if p.requires_grad]
+
+
+@torch.no_grad()
+def _copy(source: list[Tensor], target: list[Tensor]) -> None:
+    for value, place in zip(source, target, strict=True):
+        place.copy_(value)

@@ -1,0 +1,148 @@
+"""What a run writes into its folder, and where that folder is."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_only
+from PIL import Image
+
+from lit_rlft.algorithms.base import Draw, RewardFineTuner
+from lit_rlft.processes import gather
+from lit_rlft.report import comparison
+from lit_rlft.runs import run_folder, summary_writer
+
+Summary = dict[str, dict[str, dict[str, float]]]
+
+__all__ = ["RunFiles", "SaveConfig"]
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes the whole config into the run's folder and, as text, to TensorBoard."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write `config.yaml` for a fit, `config_<stage>.yaml` otherwise."""
+        text = self.parser.dump(self.config, skip_none=False)
+        stage = TrainerFn(stage).value
+        name = "config.yaml" if stage == "fit" else f"config_{stage}.yaml"
+        folder = run_folder(trainer)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+        writer = summary_writer(pl_module)
+        if writer is not None:
+            writer.add_text(f"config/{stage}", f"```yaml\n{text}\n```")
+
+
+class RunFiles(Callback):
+    """Writes metrics.json and comparison.png after a test, samples and samples.jsonl in predict.
+
+    Args:
+        num_conditions: Conditions shown side by side in the picture.
+    """
+
+    def __init__(self, num_conditions: int = 12) -> None:
+        self.num_conditions = num_conditions
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say where everything is."""
+        folder = run_folder(trainer)
+        _say(f"run folder: {folder}\nTensorBoard log: tensorboard --logdir {folder}")
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the metrics and the picture."""
+        assert isinstance(pl_module, RewardFineTuner)
+        summary = pl_module.evaluation.summary(trainer.world_size)
+        labels = pl_module.evaluation.tuned.labels.values()
+        num_samples = sum(gather(sum(map(len, labels)), trainer.world_size))
+        for name, values in summary["tuned"].items():
+            pl_module.log(f"test/{name}", values["mean"], sync_dist=True)
+        if not trainer.is_global_zero:
+            return
+        folder = run_folder(trainer)
+        report = {
+            "algorithm": type(pl_module).__name__,
+            "domain": pl_module.pipeline.name,
+            "num_samples": num_samples,
+            "seed": pl_module.seed,
+            **{arm: _without_nan(metrics) for arm, metrics in summary.items()},
+            "cost": pl_module.cost_report(),
+        }
+        path = _write_text(folder / "metrics.json", json.dumps(report, indent=2) + "\n")
+        picture = self._picture(pl_module, summary, num_samples)
+        picture.save(folder / "comparison.png")
+        _say(f"metrics: {path}\npicture: {folder / 'comparison.png'}")
+
+    def _picture(self, module: RewardFineTuner, summary: Summary, num_samples: int) -> Image.Image:
+        reference, tuned = module.evaluation.reference, module.evaluation.tuned
+        batches = sorted(tuned.pictures)
+        labels = [label for batch in batches for label in tuned.labels[batch]]
+        size = module.num_eval_samples
+        starts = list(range(0, len(labels), size))[: self.num_conditions]
+        name = module.reward.name
+        before, after = (summary[arm][name] for arm in ("reference", "tuned"))
+        title = (
+            f"{type(module).__name__} on {module.pipeline.name}: {name} "
+            f"{before['mean']:.3f} -> {after['mean']:.3f} (n = {num_samples}, same noise)"
+        )
+        arms = [torch.cat([arm.pictures[i] for i in batches]) for arm in (reference, tuned)]
+        return comparison(arms[0], arms[1], labels, [*starts, min(size, 4)], title)
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Write the samples of a batch and a line each in samples.jsonl."""
+        assert isinstance(pl_module, RewardFineTuner) and isinstance(outputs, Draw)
+        folder = run_folder(trainer) / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        indices = batch["index"].repeat_interleave(pl_module.num_eval_samples).tolist()
+        names = [f"{i:05d}_{seed:019d}" for i, seed in zip(indices, outputs.seeds, strict=True)]
+        paths = pl_module.pipeline.save_samples(outputs.samples, outputs.condition, folder, names)
+        rewards = outputs.rewards.tolist()
+        lines = [
+            json.dumps(
+                {**entry, "seed": seed, "rewards": {pl_module.reward.name: r}, "file": p.name}
+            )
+            for entry, seed, r, p in zip(
+                outputs.condition.each(), outputs.seeds, rewards, paths, strict=True
+            )
+        ]
+        rank = f"_{trainer.global_rank}" if trainer.world_size > 1 else ""
+        path = folder.parent / f"samples{rank}.jsonl"
+        with path.open("w" if batch_idx == 0 else "a") as file:
+            file.write("\n".join(lines) + "\n")
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say where the samples are."""
+        folder = run_folder(trainer)
+        _say(f"samples: {folder / 'samples'}\nsamples.jsonl: {folder / 'samples.jsonl'}")
+
+
+def _without_nan(metrics: dict[str, dict[str, float]]) -> dict[str, dict[str, float | None]]:
+    # NaN is no JSON.
+    return {
+        name: {key: None if math.isnan(value) else value for key, value in values.items()}
+        for name, values in metrics.items()
+    }
+
+
+def _write_text(path: Path, text: str) -> Path:
+    # A half-written file never replaces a good one.
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    return partial.replace(path)
+
+
+@rank_zero_only
+def _say(text: str) -> None:
+    print(text)

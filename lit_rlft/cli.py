@@ -1,0 +1,113 @@
+"""The command line: `lit-rlft fit | validate | test | predict`."""
+
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+from jsonargparse import ArgumentError
+from lightning import LightningDataModule, Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from lit_rlft.algorithms.base import RewardFineTuner
+from lit_rlft.callbacks.run_files import RunFiles, SaveConfig
+from lit_rlft.callbacks.sample_panel import SamplePanel
+from lit_rlft.checkpoint import check_file
+from lit_rlft.core.checks import UsageError
+from lit_rlft.core.pipeline import Pipeline
+from lit_rlft.core.reward import Metrics, Reward
+from lit_rlft.runs import make_folder, trainer_settings
+
+__all__ = ["main"]
+
+_FALSE_ALARMS = (
+    r"Found \d+ module\(s\) in eval mode",  # all but what is trained
+    "You're resuming from a checkpoint that ended before the epoch ended",  # data.py goes on there
+    "Using ModelCheckpoint with manual optimization",  # between rounds
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+)
+
+
+class _CLI(LightningCLI):
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_subclass_arguments(Pipeline, "pipeline", required=True)
+        parser.add_subclass_arguments(Reward, "reward", required=True)
+        parser.add_class_arguments(Metrics, "metrics")
+        for group in ("pipeline", "reward", "metrics"):
+            parser.link_arguments(group, f"model.init_args.{group}", apply_on="instantiate")
+        parser.add_argument("--name", type=str | None, default=None, help="folder of this run")
+        parser.add_argument("--root", type=str, default="runs", help="folder of all runs")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults({"checkpoint.save_last": True})
+        parser.add_lightning_class_args(RunFiles, "run_files")
+        parser.add_lightning_class_args(SamplePanel, "sample_panel")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        # The base class warns wherever arguments are given, which here they always are.
+        self.config = parser.parse_args(args)
+        check_file(self.config[self.config.subcommand].ckpt_path)
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[str(self.subcommand)]
+        self.folder = make_folder(config, str(self.subcommand))
+        if self.subcommand == "predict":
+            config.return_predictions = False  # they are written as they come
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        given = self.config_init[str(self.subcommand)].trainer
+        return super().instantiate_trainer(**trainer_settings(given, self.folder), **kwargs)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line; `args` are those of the process unless given."""
+    jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    args = [_packaged(argument) for argument in (sys.argv[1:] if args is None else args)]
+    try:
+        with warnings.catch_warnings():
+            for message in _FALSE_ALARMS:
+                warnings.filterwarnings("ignore", message)
+            _run(args)
+    except Exception as error:
+        reason = _reason(error)
+        if reason is None:
+            raise
+        raise SystemExit(f"lit-rlft: error: {reason}") from error
+
+
+def _run(args: list[str]) -> None:
+    _CLI(
+        RewardFineTuner,
+        LightningDataModule,
+        trainer_defaults={"max_epochs": 1, "log_every_n_steps": 1, "num_sanity_val_steps": 0},
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        save_config_callback=SaveConfig,
+        save_config_kwargs={"save_to_log_dir": False, "overwrite": True},
+        parser_kwargs={"parser_mode": "omegaconf+", "exit_on_error": False},
+        args=args,
+    )
+
+
+def _reason(error: Exception) -> str | None:
+    """Return the sentence of an error that is the user's to mend, also where parsing wrapped it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UsageError):
+            return str(cause)
+        cause = cause.__cause__
+    return str(error) if isinstance(error, ArgumentError | MisconfigurationException) else None
+
+
+def _packaged(argument: str) -> str:
+    """Find `configs/...` in the installed package where the working directory has none."""
+    prefix, _, path = argument.rpartition("=")
+    packaged = Path(__file__).parents[1] / path
+    if path.startswith("configs/") and not Path(path).exists() and packaged.is_file():
+        return f"{prefix}={packaged}" if prefix else str(packaged)
+    return argument

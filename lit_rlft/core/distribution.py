@@ -1,0 +1,150 @@
+"""Distributions over states: what a process says about the next state, or the prior about x_1.
+
+Log-probabilities and divergences are per sample, [B]: the **sum** over dimensions by default, the
+**mean** on request (DDPO's published clip range belongs to the mean).
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lit_rlft.core.randomness import Generators, rand_like, randn_like
+from lit_rlft.core.state import State, fields_of, tensor_of
+
+__all__ = ["Categorical", "Distribution", "Gaussian", "Product", "Reduction"]
+
+Reduction = Literal["sum", "mean"]
+
+
+class Distribution(ABC):
+    """A law over states with batch dimension B."""
+
+    @property
+    @abstractmethod
+    def mean(self) -> State:
+        """The expected state; for categorical fields the most likely one."""
+
+    @abstractmethod
+    def rsample(self, rows: Generators = None) -> State:
+        """Draw a state; differentiable with respect to the parameters where that is possible."""
+
+    @abstractmethod
+    def log_prob(self, state: State, reduction: Reduction = "sum") -> Tensor:
+        """Return the log-probability (density) of `state`, [B]."""
+
+    @abstractmethod
+    def kl(self, other: "Distribution", reduction: Reduction = "sum") -> Tensor:
+        """Return KL(self || other) in closed form, [B]."""
+
+    def sample(self, rows: Generators = None) -> State:
+        """Draw a state without building a graph."""
+        with torch.no_grad():
+            return self.rsample(rows)
+
+
+class Gaussian(Distribution):
+    """Independent normals N(loc, std^2).
+
+    Args:
+        loc: [B, ...].
+        std: Broadcastable against `loc`. A sample whose std is 0 is a point mass: it can be drawn,
+            and it counts 0 in log-probabilities and divergences.
+    """
+
+    def __init__(self, loc: Tensor, std: Tensor) -> None:
+        self.loc, self.std = loc, std
+
+    @property
+    def mean(self) -> Tensor:
+        return self.loc
+
+    def rsample(self, rows: Generators = None) -> Tensor:
+        return self.loc + self.std * randn_like(self.loc, rows)
+
+    def log_prob(self, state: State, reduction: Reduction = "sum") -> Tensor:
+        std = self._positive_std
+        x = tensor_of(state)
+        values = -0.5 * ((x - self.loc) / std) ** 2 - std.log() - 0.5 * math.log(2 * math.pi)
+        return _reduce(values.where(self.std > 0, 0), reduction)
+
+    def kl(self, other: Distribution, reduction: Reduction = "sum") -> Tensor:
+        if not isinstance(other, Gaussian):
+            raise TypeError(f"no closed-form KL between Gaussian and {type(other).__name__}")
+        std, other_std = self._positive_std, other._positive_std
+        ratio = (std / other_std) ** 2
+        values = 0.5 * (((self.loc - other.loc) / other_std) ** 2 + ratio - 1 - ratio.log())
+        return _reduce(values.where(self.std > 0, 0), reduction)
+
+    @property
+    def _positive_std(self) -> Tensor:
+        return self.std.where(self.std > 0, 1)
+
+
+class Categorical(Distribution):
+    """Independent categorical variables over integer states.
+
+    Args:
+        logits: [B, ..., V] unnormalised log-probabilities; -inf marks the impossible.
+    """
+
+    def __init__(self, logits: Tensor) -> None:
+        self.log_probs = logits.log_softmax(dim=-1)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.log_probs.argmax(dim=-1)
+
+    def rsample(self, rows: Generators = None) -> Tensor:
+        # Gumbel-max; the noise is kept off 0, where -log(-log(u)) would be -inf for all classes.
+        uniform = rand_like(self.log_probs, rows).clamp(min=torch.finfo(self.log_probs.dtype).tiny)
+        return (self.log_probs - (-uniform.log()).log()).argmax(dim=-1)
+
+    def log_prob(self, state: State, reduction: Reduction = "sum") -> Tensor:
+        picked = self.log_probs.gather(-1, tensor_of(state).long().unsqueeze(-1)).squeeze(-1)
+        return _reduce(picked, reduction)
+
+    def kl(self, other: Distribution, reduction: Reduction = "sum") -> Tensor:
+        if not isinstance(other, Categorical):
+            raise TypeError(f"no closed-form KL between Categorical and {type(other).__name__}")
+        probs = self.log_probs.exp()
+        terms = (probs * (self.log_probs - other.log_probs)).where(probs > 0, 0)
+        return _reduce(terms.sum(dim=-1), reduction)
+
+
+class Product(Distribution):
+    """Independent fields of a dict state; log-probabilities and divergences add.
+
+    With `reduction="mean"` each field is averaged over its own dimensions before adding.
+    """
+
+    def __init__(self, fields: Mapping[str, Distribution]) -> None:
+        self.fields = {name: fields[name] for name in sorted(fields)}
+
+    @property
+    def mean(self) -> dict[str, Tensor]:
+        return {name: tensor_of(field.mean) for name, field in self.fields.items()}
+
+    def rsample(self, rows: Generators = None) -> dict[str, Tensor]:
+        return {name: tensor_of(field.rsample(rows)) for name, field in self.fields.items()}
+
+    def log_prob(self, state: State, reduction: Reduction = "sum") -> Tensor:
+        parts = fields_of(state)
+        return _add([f.log_prob(parts[name], reduction) for name, f in self.fields.items()])
+
+    def kl(self, other: Distribution, reduction: Reduction = "sum") -> Tensor:
+        if not isinstance(other, Product):
+            raise TypeError(f"no closed-form KL between Product and {type(other).__name__}")
+        return _add([f.kl(other.fields[name], reduction) for name, f in self.fields.items()])
+
+
+def _reduce(values: Tensor, reduction: Reduction) -> Tensor:
+    flat = values.unsqueeze(-1).flatten(start_dim=1)  # also for one number per sample
+    return flat.sum(dim=1) if reduction == "sum" else flat.mean(dim=1)
+
+
+def _add(terms: list[Tensor]) -> Tensor:
+    return torch.stack(terms).sum(dim=0)

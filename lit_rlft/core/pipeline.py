@@ -1,0 +1,159 @@
+"""What a domain hands over: conditions, and the pipeline of encoder, denoiser, process, decoder."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_rlft.core.checks import UsageError
+from lit_rlft.core.process import Process
+from lit_rlft.core.state import State
+
+__all__ = ["Batch", "Condition", "Pipeline"]
+
+Batch = Mapping[str, Any]
+"""What a DataModule yields: columns of equal length; `index` [B] numbers the data set's rows."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What generation is conditioned on, each unique condition held once.
+
+    Attributes:
+        entries: U records a person can read, one per unique condition (e.g. `{"prompt": ...}`).
+        tables: Encodings with U rows (or U + 1 where there is a null condition).
+        rows: [B] int64, which unique condition each sample has.
+        null: Row of the null condition in `tables`, or None where the domain has none.
+    """
+
+    entries: Sequence[Mapping[str, Any]]
+    tables: Mapping[str, Tensor]
+    rows: Tensor
+    null: int | None = None
+
+    def __len__(self) -> int:
+        """Return B, the number of samples described."""
+        return self.rows.shape[0]
+
+    def index(self, rows: Tensor | slice) -> "Condition":
+        """Select samples; the tables are shared, not copied."""
+        return replace(self, rows=self.rows[rows])
+
+    def repeat(self, times: int) -> "Condition":
+        """Repeat each sample's condition `times` times, copies side by side."""
+        return replace(self, rows=self.rows.repeat_interleave(times))
+
+    def dropped(self, mask: Tensor) -> "Condition":
+        """Replace the condition by the null condition where `mask` [B] is true.
+
+        Raises:
+            UsageError: The domain has no null condition.
+        """
+        if self.null is None:
+            raise UsageError("this condition has no null condition; set condition_dropout to 0")
+        return replace(self, rows=self.rows.where(~mask, self.null))
+
+    def table(self, name: str) -> Tensor:
+        """Return one encoding for every sample, [B, ...]."""
+        table = self.tables[name]
+        return table[self.rows.to(table.device)]
+
+    def each(self) -> list[Mapping[str, Any]]:
+        """Return the readable record of every sample."""
+        return [self.entries[row] for row in self.rows.tolist()]
+
+
+class Pipeline(nn.Module, ABC):
+    """A pretrained generative model: prior, transitions and decoder of one domain.
+
+    Attributes:
+        denoiser: The network that algorithms train.
+        encoder: The network that encodes conditions, frozen unless pretraining; None without one.
+        process: The noising process it was trained for.
+        lora_targets: Names of the denoiser's layers that get a LoRA unless a config says otherwise.
+    """
+
+    denoiser: nn.Module
+    process: Process
+    lora_targets: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder: nn.Module | None = None
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """A short name for reports, e.g. the model's folder."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where states live."""
+
+    @abstractmethod
+    def encode(self, batch: Batch) -> Condition:
+        """Encode the conditions of a batch, each unique one once."""
+
+    @abstractmethod
+    def blank(self, condition: Condition) -> State:
+        """Return an empty state: the shape, dtype and device of x_t for these samples."""
+
+    @abstractmethod
+    def predict(self, x_t: State, t: Tensor, condition: Condition) -> State:
+        """Return the denoiser's own prediction, the one the native training loss is about."""
+
+    @abstractmethod
+    def decode(self, x_0: State, condition: Condition) -> Any:
+        """Return samples a person can look at (images: [B, 3, H, W] in [0, 1])."""
+
+    @abstractmethod
+    def render(self, samples: Any, condition: Condition) -> Tensor:
+        """Return pictures of samples, [B, 3, H, W] in [0, 1]."""
+
+    def forward(self, x_t: State, t: Tensor, condition: Condition) -> State:
+        """Return the prediction that is sampled from: `predict`, or a guided version of it."""
+        return self.predict(x_t, t, condition)
+
+    def states(self, batch: Batch) -> State:
+        """Return x_0 for the data in a batch.
+
+        Raises:
+            NotImplementedError: The domain's pipeline does not encode data.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} does not encode data samples; Pretrain cannot train it"
+        )
+
+    def describe(self, entry: Mapping[str, Any]) -> str:
+        """Return what a picture of a sample is labelled with, given its condition's record."""
+        return " ".join(map(str, entry.values()))
+
+    def index_samples(self, samples: Any, rows: Tensor) -> Any:
+        """Select decoded samples."""
+        return samples[rows.to(samples.device)]
+
+    def keys(self, samples: Any, condition: Condition) -> list[Hashable] | None:
+        """Return each sample's equivalence class for de-duplication, or None where none exists."""
+        return None
+
+    def save(self, folder: Path) -> list[Path]:
+        """Write the tuned model in the format of the domain's own tools; return what was written.
+
+        The default writes nothing.
+        """
+        return []
+
+    def save_samples(
+        self, samples: Any, condition: Condition, folder: Path, names: Sequence[str]
+    ) -> list[Path]:
+        """Write each sample to `folder/<name>.<suffix>` in the domain's own format.
+
+        Raises:
+            NotImplementedError: The domain has no file format.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no file format for samples")

@@ -1,0 +1,8 @@
+"""Noising processes: the mathematics of x_t, with no network in sight."""
+
+from lit_rlft.core.process.base import Process
+from lit_rlft.core.process.categorical import MaskedProcess
+from lit_rlft.core.process.gaussian import GaussianProcess, PredictionType
+from lit_rlft.core.process.product import ProductProcess
+
+__all__ = ["GaussianProcess", "MaskedProcess", "PredictionType", "Process", "ProductProcess"]

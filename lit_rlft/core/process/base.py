@@ -1,0 +1,60 @@
+"""The interface of a noising process."""
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+from lit_rlft.core.distribution import Distribution
+from lit_rlft.core.randomness import Generators
+from lit_rlft.core.state import State
+
+__all__ = ["Process"]
+
+
+class Process(nn.Module, ABC):
+    """The mathematics of x_t: prior, forward and reverse transitions, denoising loss.
+
+    Times `t` and `s` are [B] in [0, 1] with `s < t`; a *prediction* is what the denoiser returned
+    for x_t and has the structure of a state.
+
+    Attributes:
+        differentiable: Whether reverse transitions carry gradients from x_s to x_t.
+        invertible: Whether the deterministic sampler can be run backwards.
+    """
+
+    differentiable: bool
+    invertible: bool
+
+    @abstractmethod
+    def prior(self, blank: State) -> Distribution:
+        """Return the law of x_1 for the shape, dtype and device of `blank`."""
+
+    @abstractmethod
+    def transition(
+        self, prediction: State, x_t: State, t: Tensor, s: Tensor, eta: float
+    ) -> Distribution:
+        """Return the law of x_s given x_t under the denoiser; eta 0 is deterministic."""
+
+    @abstractmethod
+    def denoised(self, prediction: State, x_t: State, t: Tensor) -> State:
+        """Return the estimate of x_0 that a prediction implies."""
+
+    @abstractmethod
+    def noised(self, x_s: State, s: Tensor, t: Tensor, rows: Generators = None) -> State:
+        """Draw x_t from the forward transition q(x_t | x_s)."""
+
+    @abstractmethod
+    def loss(self, prediction: State, x_s: State, x_t: State, s: Tensor, t: Tensor) -> Tensor:
+        """Return the denoising loss [B] at x_t for data known at level s.
+
+        Its minimiser over predictions is the exact denoiser of the law of x_s carried to level t.
+        At s = 0 it is the model's native loss.
+        """
+
+    @abstractmethod
+    def draw_times(self, uniform: Tensor, low: float = 0.0) -> Tensor:
+        """Map uniform numbers [B] to training times in (low, 1]."""
+
+    @abstractmethod
+    def times(self, num_steps: int) -> Tensor:
+        """Return the sampler's grid [num_steps + 1], decreasing; its last entry is data."""

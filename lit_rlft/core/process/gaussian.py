@@ -1,0 +1,168 @@
+r"""Gaussian processes: VP diffusion and rectified flow under every prediction type and eta.
+
+Everything is linear in :math:`(\hat x_0, \hat\epsilon)` with
+:math:`x_t = \alpha_t \hat x_0 + \sigma_t \hat\epsilon`, and every prediction type is
+:math:`a \hat x_0 + b \hat\epsilon`:
+
+| prediction type | a | b |
+|---|---|---|
+| epsilon | 0 | 1 |
+| sample | 1 | 0 |
+| v | -sigma_t | alpha_t |
+| velocity | -1 | 1 |
+
+References:
+    Denoising Diffusion Implicit Models (Song et al., 2021), https://arxiv.org/abs/2010.02502
+    Progressive Distillation (Salimans & Ho, 2022; v-prediction), https://arxiv.org/abs/2202.00512
+    Flow Straight and Fast (Liu et al., 2023), https://arxiv.org/abs/2209.03003
+"""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lit_rlft.core.checks import UsageError
+from lit_rlft.core.distribution import Gaussian
+from lit_rlft.core.process.base import Process
+from lit_rlft.core.randomness import Generators, randn_like
+from lit_rlft.core.schedule import Schedule
+from lit_rlft.core.state import State, expand_as, tensor_of
+
+__all__ = ["GaussianProcess", "PredictionType"]
+
+PredictionType = Literal["epsilon", "sample", "v", "velocity"]
+_MIN_SIGNAL = 1e-4
+"""Smallest alpha_1 at which x_0 = (x_1 - sigma eps) / alpha survives single precision."""
+
+
+class GaussianProcess(Process):
+    r"""A Gaussian process on tensor states.
+
+    The reverse step from t to s < t is DDIM(eta) in alpha/sigma form,
+
+    .. math::
+        std^2 = \eta^2 \frac{\sigma_s^2}{\sigma_t^2}
+                \left(\sigma_t^2 - \frac{\alpha_t^2}{\alpha_s^2}\sigma_s^2\right), \qquad
+        x_s = \alpha_s \hat x_0 + \sqrt{\sigma_s^2 - std^2}\,\hat\epsilon + std\, z,
+
+    the probability-flow ODE at eta = 0 (Euler on the velocity for the rectified flow) and the
+    exact posterior (ancestral step) at eta = 1.
+
+    Args:
+        schedule: The noise schedule.
+        prediction_type: What the denoiser predicts.
+    """
+
+    differentiable = True
+    invertible = True
+
+    def __init__(self, schedule: Schedule, prediction_type: PredictionType = "epsilon") -> None:
+        super().__init__()
+        if prediction_type not in get_args(PredictionType):
+            raise UsageError(
+                f"prediction_type must be one of {get_args(PredictionType)}, "
+                f"got {prediction_type!r}"
+            )
+        if prediction_type == "epsilon" and schedule.alpha(torch.ones(1)).item() < _MIN_SIGNAL:
+            raise UsageError(
+                f"{type(schedule).__name__} starts at pure noise, where prediction_type 'epsilon' "
+                "says nothing about x_0; use 'v', 'velocity' or 'sample' (or CosineVP's min_alpha)"
+            )
+        self.schedule = schedule
+        self.prediction_type: PredictionType = prediction_type
+
+    def prior(self, blank: State) -> Gaussian:
+        loc = torch.zeros_like(tensor_of(blank))
+        return Gaussian(loc, torch.ones((), dtype=loc.dtype, device=loc.device))
+
+    def transition(
+        self, prediction: State, x_t: State, t: Tensor, s: Tensor, eta: float
+    ) -> Gaussian:
+        x = tensor_of(x_t)
+        x_0, eps = self._split(tensor_of(prediction), x, t)
+        alpha_s, sigma_s = self.schedule.alpha(s), self.schedule.sigma(s)
+        variance = self._forward_variance(s, t) * (sigma_s / self.schedule.sigma(t)) ** 2
+        std = eta * variance.sqrt()
+        direction = (sigma_s**2 - std**2).clamp(min=0).sqrt()
+        return Gaussian(
+            expand_as(alpha_s, x) * x_0 + expand_as(direction, x) * eps, expand_as(std, x)
+        )
+
+    def denoised(self, prediction: State, x_t: State, t: Tensor) -> Tensor:
+        return self._split(tensor_of(prediction), tensor_of(x_t), t)[0]
+
+    def noised(self, x_s: State, s: Tensor, t: Tensor, rows: Generators = None) -> Tensor:
+        x = tensor_of(x_s)
+        ratio = self.schedule.alpha(t) / self.schedule.alpha(s)
+        std = self._forward_variance(s, t).sqrt()
+        return expand_as(ratio, x) * x + expand_as(std, x) * randn_like(x, rows)
+
+    def loss(self, prediction: State, x_s: State, x_t: State, s: Tensor, t: Tensor) -> Tensor:
+        r"""Return the weighted squared error to the target, mean over dimensions, [B].
+
+        With :math:`r = \alpha_t/\alpha_s` and :math:`v = \sigma_t^2 - r^2 \sigma_s^2` the target is
+        :math:`\epsilon^* = \sigma_t (x_t - r x_s)/v`, converted to the prediction type, and the
+        weight is :math:`v/\sigma_t^2`: the target's variance grows without bound as t -> s.
+        """
+        target = self.target(tensor_of(x_s), tensor_of(x_t), s, t)
+        error = (tensor_of(prediction).to(target.dtype) - target).square()
+        weight = self._forward_variance(s, t) / self.schedule.sigma(t) ** 2
+        return weight.to(target.dtype) * error.unsqueeze(-1).flatten(start_dim=1).mean(dim=1)
+
+    def target(self, x_s: Tensor, x_t: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        """Return the regression target of `loss` in the process's prediction type, [B, ...]."""
+        alpha_s, sigma_s = self.schedule.alpha(s), self.schedule.sigma(s)
+        alpha_t, sigma_t = self.schedule.alpha(t), self.schedule.sigma(t)
+        variance = self._forward_variance(s, t)
+        # Written so that neither s = 0 nor alpha_t = 0 divides by zero.
+        x_0 = (
+            expand_as(sigma_t**2 / (alpha_s * variance), x_t) * x_s
+            - expand_as(alpha_t * sigma_s**2 / (alpha_s**2 * variance), x_t) * x_t
+        )
+        eps = (x_t - expand_as(alpha_t / alpha_s, x_t) * x_s) * expand_as(sigma_t / variance, x_t)
+        return self.prediction(x_0, eps, t)
+
+    def prediction(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """Return what a denoiser that estimates x_0 and the noise would predict, [B, ...]."""
+        a, b = self._weights(t)
+        return expand_as(a, x_0) * x_0 + expand_as(b, x_0) * eps
+
+    def draw_times(self, uniform: Tensor, low: float = 0.0) -> Tensor:
+        return self.schedule.draw_times(uniform, low)
+
+    def times(self, num_steps: int) -> Tensor:
+        return self.schedule.times(num_steps)
+
+    def _forward_variance(self, s: Tensor, t: Tensor) -> Tensor:
+        ratio = self.schedule.alpha(t) / self.schedule.alpha(s)
+        return (self.schedule.sigma(t) ** 2 - (ratio * self.schedule.sigma(s)) ** 2).clamp(min=0)
+
+    def _weights(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        zero, one = (
+            torch.zeros_like(t, dtype=torch.float64),
+            torch.ones_like(t, dtype=torch.float64),
+        )
+        if self.prediction_type == "epsilon":
+            return zero, one
+        if self.prediction_type == "sample":
+            return one, zero
+        if self.prediction_type == "v":
+            return -self.schedule.sigma(t), self.schedule.alpha(t)
+        return -one, one
+
+    def _split(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (x_0 estimate, noise estimate) by solving the two linear equations."""
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        a, b = self._weights(t)
+        prediction = prediction.to(x_t.dtype)
+        determinant = b * alpha - a * sigma
+        eps = (
+            expand_as(alpha / determinant, x_t) * prediction - expand_as(a / determinant, x_t) * x_t
+        )
+        if self.prediction_type == "sample":
+            return prediction, eps
+        x_0 = (
+            expand_as(b / determinant, x_t) * x_t - expand_as(sigma / determinant, x_t) * prediction
+        )
+        return x_0, eps

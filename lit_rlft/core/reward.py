@@ -1,0 +1,125 @@
+"""Rewards and metrics: functions of decoded samples and their conditions."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_rlft.core.checks import UsageError
+from lit_rlft.core.pipeline import Condition
+
+__all__ = ["Metric", "Metrics", "Reward", "WeightedSum", "check_rewards"]
+
+
+class Metric(nn.Module, ABC):
+    """Something measured on samples when a model is evaluated."""
+
+    @abstractmethod
+    def evaluate(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
+        """Return named values [B], NaN where a value does not apply to a sample."""
+
+
+class Metrics(Metric):
+    """Several measurements taken together.
+
+    Args:
+        parts: What to measure; their names must differ.
+    """
+
+    def __init__(self, parts: list[Metric] | None = None) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts or [])
+
+    def evaluate(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
+        """Return the values of every part."""
+        values: dict[str, Tensor] = {}
+        for part in self.parts:
+            assert isinstance(part, Metric)
+            values |= part.evaluate(samples, condition)
+        return values
+
+
+class Reward(Metric):
+    """A score of decoded samples, [B], higher is better.
+
+    Attributes:
+        differentiable: Whether gradients flow from the reward to the samples.
+    """
+
+    differentiable: bool = False
+
+    @property
+    def name(self) -> str:
+        """The key under which the reward is reported."""
+        return type(self).__name__
+
+    @abstractmethod
+    def forward(self, samples: Any, condition: Condition) -> Tensor:
+        """Return the reward of each sample, [B]."""
+
+    def evaluate(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
+        """Return the reward under its name; subclasses may add details."""
+        return {self.name: self(samples, condition)}
+
+
+class WeightedSum(Reward):
+    """r = sum_i w_i r_i; differentiable when every part is.
+
+    Args:
+        rewards: The parts by name.
+        weights: Their weights; 1 where absent. Use a negative weight for a cost.
+    """
+
+    def __init__(self, rewards: dict[str, Reward], weights: dict[str, float] | None = None) -> None:
+        super().__init__()
+        if not rewards:
+            raise UsageError("reward.init_args.rewards must name at least one reward")
+        unknown = sorted(set(weights or {}) - set(rewards))
+        if unknown:
+            raise UsageError(
+                f"reward.init_args.weights names {unknown}, but rewards has {sorted(rewards)}"
+            )
+        self.rewards = nn.ModuleDict(rewards)
+        self.weights: Mapping[str, float] = {n: (weights or {}).get(n, 1.0) for n in rewards}
+        self.differentiable = all(reward.differentiable for reward in rewards.values())
+
+    def parts(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
+        """Return each part's unweighted reward, [B]."""
+        return {name: reward(samples, condition) for name, reward in self.rewards.items()}
+
+    def forward(self, samples: Any, condition: Condition) -> Tensor:
+        return self._total(self.parts(samples, condition))
+
+    def evaluate(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
+        """Return the sum and each part."""
+        parts = self.parts(samples, condition)
+        return {self.name: self._total(parts), **parts}
+
+    def _total(self, parts: Mapping[str, Tensor]) -> Tensor:
+        return torch.stack([self.weights[name] * part for name, part in parts.items()]).sum(dim=0)
+
+
+def check_rewards(reward: Reward, values: Any, num_samples: int) -> Tensor:
+    """Return rewards as float32 [B].
+
+    Raises:
+        UsageError: They are no tensor [B] or a value is NaN; the sentence names the reward.
+    """
+    if not isinstance(values, Tensor):
+        raise UsageError(
+            f"{reward.name} returned a {type(values).__name__}; a reward returns a tensor with one "
+            f"number per sample, shape ({num_samples},)"
+        )
+    if values.shape != (num_samples,):
+        raise UsageError(
+            f"{reward.name} returned shape {tuple(values.shape)} for {num_samples} samples; "
+            f"a reward returns one number per sample, shape ({num_samples},)"
+        )
+    if values.isnan().any():
+        raise UsageError(
+            f"{reward.name} returned NaN for {int(values.isnan().sum())} of {num_samples} samples; "
+            "give failed samples a finite low reward"
+        )
+    return values.float()

@@ -1,0 +1,84 @@
+"""The sampler: a grid of times and the amount of noise, walked from x_1 to x_0."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lit_rlft.core.checks import UsageError
+from lit_rlft.core.pipeline import Condition
+from lit_rlft.core.process import Process
+from lit_rlft.core.randomness import Generators
+from lit_rlft.core.state import State, batch_size, leaves
+
+__all__ = ["Denoiser", "Sampler", "walk"]
+
+Denoiser = Callable[[State, Tensor, Condition], State]
+"""(x_t, t [B], condition) -> prediction."""
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How a trajectory is discretised.
+
+    Attributes:
+        num_steps: Denoiser evaluations from noise to data.
+        eta: Noise of each step: 0 is deterministic, 1 the ancestral sampler.
+    """
+
+    num_steps: int = 20
+    eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1:
+            raise UsageError(f"sampler.num_steps must be at least 1, got {self.num_steps}")
+        if not 0 <= self.eta <= 1:
+            raise UsageError(f"sampler.eta must be in [0, 1], got {self.eta}")
+
+    def sample(
+        self,
+        denoiser: Denoiser,
+        process: Process,
+        x_1: State,
+        condition: Condition,
+        rows: Generators = None,
+    ) -> State:
+        """Return x_0 of the trajectories that start at `x_1`."""
+        times = process.times(self.num_steps)
+        *_, (_, x_0) = walk(denoiser, process, x_1, condition, times, self.eta, rows)
+        return x_0
+
+
+def walk(
+    denoiser: Denoiser,
+    process: Process,
+    x_1: State,
+    condition: Condition,
+    times: Tensor,
+    eta: float,
+    rows: Generators = None,
+) -> Iterator[tuple[int, State]]:
+    """Iterate over (i, x at times[i]) from the start, i = 0, to the data, i = num_steps.
+
+    Args:
+        denoiser: Called once per step with x_t, t [B] and the condition.
+        process: Gives each reverse transition.
+        x_1: State at `times[0]`.
+        condition: One row per sample.
+        times: [num_steps + 1], decreasing.
+        eta: Noise of the transitions.
+        rows: One generator per sample, or None for torch's global one.
+    """
+    x, size = x_1, batch_size(x_1)
+    times = times.to(leaves(x_1)[0].device)
+    yield 0, x
+    for i in range(len(times) - 1):
+        t, s = times[i].expand(size), times[i + 1].expand(size)
+        transition = process.transition(denoiser(x, t, condition), x, t, s, eta)
+        x = transition.mean if eta == 0 and process.differentiable else transition.rsample(rows)
+        yield i + 1, x
+
+
+def prior_noise(process: Process, blank: State, rows: Generators = None) -> State:
+    """Draw x_1 from the process's own prior."""
+    return process.prior(blank).sample(rows)

@@ -1,0 +1,196 @@
+r"""Noise schedules: :math:`x_t = \alpha_t x_0 + \sigma_t \epsilon` for :math:`t \in [0, 1]`.
+
+| family | alpha_t | sigma_t |
+|---|---|---|
+| discrete VP (SD 1.x, 2.x, XL) | sqrt(abar_t) | sqrt(1 - abar_t) |
+| cosine VP | cos(pi t / 2) | sin(pi t / 2) |
+| rectified flow (SD3, FLUX) | 1 - t | t |
+
+Coefficients are computed in float64 and cast by whoever uses them.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lit_rlft.core.checks import UsageError
+
+__all__ = ["CosineVP", "DiscreteVP", "RectifiedFlow", "Schedule", "vp_betas"]
+
+Spacing = Literal["leading", "trailing", "linspace"]
+
+
+class Schedule(nn.Module, ABC):
+    """The signal scale alpha_t and the noise scale sigma_t, and the sampler's grid of times."""
+
+    @abstractmethod
+    def alpha(self, t: Tensor) -> Tensor:
+        """Return alpha_t in float64, shape of `t`."""
+
+    @abstractmethod
+    def sigma(self, t: Tensor) -> Tensor:
+        """Return sigma_t in float64, shape of `t`."""
+
+    def times(self, num_steps: int) -> Tensor:
+        """Return the sampler's grid [num_steps + 1], decreasing from noise to data, float64."""
+        return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+
+    def draw_times(self, uniform: Tensor, low: float = 0.0) -> Tensor:
+        """Map uniform numbers in [0, 1) to training times in (low, 1], float64.
+
+        The image of the uniform law is the law of t in the model's native loss.
+        """
+        return 1 - (1 - low) * uniform.double()
+
+
+class DiscreteVP(Schedule):
+    """A variance-preserving schedule with a table of betas, as diffusers stores them.
+
+    Table index k (diffusers' timestep) is time `t = (k + 1) / T`; t = 0 is clean data. Between the
+    entries, which another field's clock may visit, log abar is interpolated linearly.
+
+    Args:
+        betas: [T], each in (0, 1).
+        spacing: How diffusers lays the timesteps of a sampler ("timestep_spacing").
+        steps_offset: Added to every timestep for "leading" spacing.
+        ends_at_zero: Whether the last step goes to t = 0 exactly ("set_alpha_to_one"); otherwise
+            it ends at table index 0, the level 1 / T, and that state is taken for data.
+    """
+
+    def __init__(
+        self,
+        betas: Tensor,
+        *,
+        spacing: Spacing = "leading",
+        steps_offset: int = 0,
+        ends_at_zero: bool = True,
+    ) -> None:
+        super().__init__()
+        # cumprod in the dtype of the betas: diffusers' tables are float32 and must be met exactly.
+        alphas_bar = torch.cumprod(1 - betas, dim=0).double()
+        table = torch.cat([torch.ones(1, dtype=torch.float64), alphas_bar.cpu()])
+        self.register_buffer("alpha_bar", table, persistent=False)
+        self.spacing, self.steps_offset, self.ends_at_zero = spacing, steps_offset, ends_at_zero
+
+    alpha_bar: Tensor
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+        # `pipeline.half()` must not round the table; a device move is all that is wanted.
+        exact = self.alpha_bar
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.alpha_bar = exact.to(self.alpha_bar.device)
+        return self
+
+    @property
+    def num_levels(self) -> int:
+        """T, the number of noise levels in the table."""
+        return self.alpha_bar.shape[0] - 1
+
+    def timestep(self, t: Tensor) -> Tensor:
+        """Return the table index in [0, T - 1] that the network was trained with, int64."""
+        return (t.double() * self.num_levels).round().long().sub(1).clamp(min=0)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return self._at(t).sqrt()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return (1 - self._at(t)).sqrt()
+
+    def _at(self, t: Tensor) -> Tensor:
+        level = t.double() * self.num_levels
+        below = level.floor().long().clamp(max=self.num_levels - 1)
+        share = level - below
+        # Powers, not logarithms: abar is 0 at the end of a table with zero terminal signal.
+        return self.alpha_bar[below] ** (1 - share) * self.alpha_bar[below + 1] ** share
+
+    def times(self, num_steps: int) -> Tensor:
+        total = self.num_levels
+        if not 1 <= num_steps <= total:
+            raise UsageError(
+                f"num_steps must be in [1, {total}] for this schedule, got {num_steps}"
+            )
+        steps = torch.arange(num_steps, dtype=torch.float64)
+        if self.spacing == "leading":
+            timesteps = (steps * (total // num_steps)).flip(0) + self.steps_offset
+        elif self.spacing == "trailing":
+            timesteps = (total - steps * total / num_steps).round() - 1
+        else:
+            timesteps = torch.linspace(0, total - 1, num_steps, dtype=torch.float64).round().flip(0)
+        timesteps = timesteps.clamp(max=total - 1)
+        # Where the timesteps end at 0, the level that not ends_at_zero asks for, the last step
+        # changes nothing; diffusers takes it, and so do we, to visit the same states.
+        last = torch.tensor([-1.0 if self.ends_at_zero else 0.0], dtype=torch.float64)
+        return (torch.cat([timesteps, last]) + 1) / total
+
+    def draw_times(self, uniform: Tensor, low: float = 0.0) -> Tensor:
+        """Map uniform numbers to table levels above `low`, each equally likely."""
+        first = round(low * self.num_levels)
+        levels = first + 1 + (uniform.double() * (self.num_levels - first)).floor()
+        return levels.clamp(max=self.num_levels) / self.num_levels
+
+
+class CosineVP(Schedule):
+    """alpha_t = cos(w t), sigma_t = sin(w t), with w = pi / 2 unless some signal is kept at t = 1.
+
+    Args:
+        min_alpha: alpha at t = 1, in [0, 1); epsilon prediction needs about 1e-3.
+    """
+
+    def __init__(self, min_alpha: float = 0.0) -> None:
+        super().__init__()
+        if not 0 <= min_alpha < 1:
+            raise UsageError(f"min_alpha must be in [0, 1), got {min_alpha}")
+        self.angle = math.acos(min_alpha)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.cos(t.double() * self.angle).clamp(min=0)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return torch.sin(t.double() * self.angle)
+
+
+class RectifiedFlow(Schedule):
+    """alpha_t = 1 - t, sigma_t = t, with the resolution-dependent time shift of SD3.
+
+    Args:
+        shift: Grid and training times are mapped by t -> shift t / (1 + (shift - 1) t); 1 is the
+            identity (Esser et al., 2024, arXiv 2403.03206, section 5.3.2).
+    """
+
+    def __init__(self, shift: float = 1.0) -> None:
+        super().__init__()
+        if shift <= 0:
+            raise UsageError(f"shift must be positive, got {shift}")
+        self.shift = shift
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return 1 - t.double()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t.double()
+
+    def times(self, num_steps: int) -> Tensor:
+        return self._shifted(super().times(num_steps))
+
+    def draw_times(self, uniform: Tensor, low: float = 0.0) -> Tensor:
+        """Map uniform numbers to shifted times in (low, 1]."""
+        unshifted_low = low / (self.shift - (self.shift - 1) * low)
+        return self._shifted(super().draw_times(uniform, unshifted_low))
+
+    def _shifted(self, t: Tensor) -> Tensor:
+        return self.shift * t / (1 + (self.shift - 1) * t)
+
+
+def vp_betas(
+    num_levels: int = 1000,
+    beta_start: float = 0.00085,
+    beta_end: float = 0.012,
+    kind: Literal["linear", "scaled_linear"] = "scaled_linear",
+) -> Tensor:
+    """Return betas [num_levels] of a discrete VP schedule, float32; defaults are SD 1.x's."""
+    if kind == "linear":
+        return torch.linspace(beta_start, beta_end, num_levels)
+    return torch.linspace(beta_start**0.5, beta_end**0.5, num_levels) ** 2

@@ -1,0 +1,193 @@
+r"""Acceptance rules of generalised rejection sampling.
+
+Per condition, M candidates with rewards R_1..R_M get accept bits C_1..C_M. A rule with
+:math:`P(C_i = 1 \mid x^{(1:M)}) = A(R_i, \hat F_R, x^{(i)})`, non-decreasing in the reward, makes
+the accepted law :math:`p_{acc}(x) \propto p_{ref}(x)\, a(x)` with
+:math:`a(x) = P(C_1 = 1 \mid x^{(1)} = x)`: the law that maximises a reshaped reward under a KL
+penalty to the reference. F below is the CDF of the reward under the reference.
+
+References:
+    P-GRAFT (2025), https://arxiv.org/abs/2510.02692, section on generalised rejection sampling.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+from lit_rlft.core.checks import UsageError
+from lit_rlft.core.randomness import Generators, rand_like
+
+__all__ = [
+    "BestOfM",
+    "Classical",
+    "Preference",
+    "RandomK",
+    "Selection",
+    "Threshold",
+    "TopK",
+    "Unique",
+]
+
+Keys = Sequence[Sequence[Hashable]]
+"""[G][M] equivalence classes of the candidates, e.g. canonical SMILES."""
+
+
+class Selection(ABC):
+    """A rule that accepts some of the candidates of each condition."""
+
+    def check(self, num_candidates: int) -> None:
+        """Raise ValueError where the rule cannot work with this many candidates."""
+
+    @abstractmethod
+    def __call__(
+        self, rewards: Tensor, keys: Keys | None = None, rows: Generators = None
+    ) -> Tensor:
+        """Return accept bits, bool [G, M], for rewards [G, M].
+
+        Args:
+            rewards: [G, M], a row per condition.
+            keys: Equivalence classes of the candidates, for rules that de-duplicate.
+            rows: One generator per condition for the rule's own randomness, or None for torch's.
+        """
+
+
+class TopK(Selection):
+    r"""Accept the K best of M, ties broken at random.
+
+    :math:`a(x) = \sum_{k<K} \binom{M-1}{k} (1-F)^k F^{M-1-k}`, so E[a] = K / M; invariant to
+    monotone rescaling of the reward.
+
+    Args:
+        k: Number of candidates accepted per condition.
+    """
+
+    def __init__(self, k: int = 1) -> None:
+        if k < 1:
+            raise UsageError(f"selection.init_args.k must be at least 1, got {k}")
+        self.k = k
+
+    def check(self, num_candidates: int) -> None:
+        if num_candidates < self.k:
+            raise UsageError(
+                f"num_candidates ({num_candidates}) is smaller than the selection's k ({self.k}); "
+                "raise model.init_args.num_candidates or lower k"
+            )
+
+    def __call__(
+        self, rewards: Tensor, keys: Keys | None = None, rows: Generators = None
+    ) -> Tensor:
+        self.check(rewards.shape[1])
+        # Ties broken at random: with discrete rewards the closed form needs it.
+        shuffle = rand_like(rewards, rows).argsort(dim=1)
+        order = rewards.gather(1, shuffle).argsort(dim=1, descending=True, stable=True)
+        best = shuffle.gather(1, order)[:, : self.k]
+        return torch.zeros_like(rewards, dtype=torch.bool).scatter(1, best, True)
+
+
+class BestOfM(TopK):
+    """Accept the best candidate: a(x) = F^(M-1), KL(p_acc || p_ref) = log M - (M-1)/M."""
+
+    def __init__(self) -> None:
+        super().__init__(k=1)
+
+
+class RandomK(TopK):
+    """Accept K candidates at random whatever their reward: the control that must gain nothing."""
+
+    def __call__(
+        self, rewards: Tensor, keys: Keys | None = None, rows: Generators = None
+    ) -> Tensor:
+        return super().__call__(torch.zeros_like(rewards), keys, rows)
+
+
+class Threshold(Selection):
+    """Accept every reward of at least `minimum`: conditioning on success for a binary reward.
+
+    Args:
+        minimum: Smallest accepted reward.
+    """
+
+    def __init__(self, minimum: float = 1.0) -> None:
+        self.minimum = minimum
+
+    def __call__(
+        self, rewards: Tensor, keys: Keys | None = None, rows: Generators = None
+    ) -> Tensor:
+        return rewards >= self.minimum
+
+
+class Classical(Selection):
+    """Accept with probability min(1, exp((r - r_max) / alpha)): classical rejection sampling.
+
+    Args:
+        alpha: Temperature of the target p_ref exp(r / alpha).
+        r_max: Upper bound of the reward, log B = r_max / alpha; above it the probability saturates.
+    """
+
+    def __init__(self, alpha: float = 1.0, r_max: float = 1.0) -> None:
+        if alpha <= 0:
+            raise UsageError(f"selection.init_args.alpha must be positive, got {alpha}")
+        self.alpha, self.r_max = alpha, r_max
+
+    def __call__(
+        self, rewards: Tensor, keys: Keys | None = None, rows: Generators = None
+    ) -> Tensor:
+        probability = ((rewards - self.r_max) / self.alpha).clamp(max=0).exp()
+        return rand_like(rewards, rows) < probability
+
+
+class Preference(Selection):
+    """Bradley–Terry preference between pairs: a(x) = E_Y sigmoid(r(x) - r(Y)).
+
+    Candidates are paired in order (1 with 2, 3 with 4, ...); one of each pair is accepted.
+    """
+
+    def check(self, num_candidates: int) -> None:
+        if num_candidates % 2:
+            raise UsageError(
+                f"num_candidates ({num_candidates}) must be even for Preference, which pairs them"
+            )
+
+    def __call__(
+        self, rewards: Tensor, keys: Keys | None = None, rows: Generators = None
+    ) -> Tensor:
+        self.check(rewards.shape[1])
+        pairs = rewards.reshape(len(rewards), -1, 2)
+        margin = pairs[..., 0] - pairs[..., 1]
+        first = rand_like(margin, rows) < margin.sigmoid()
+        return torch.stack([first, ~first], dim=-1).flatten(start_dim=1)
+
+
+class Unique(Selection):
+    r"""Keep one accepted candidate per equivalence class, chosen at random.
+
+    With a binary reward: :math:`a(x) = 1[r=1]\,(1-(1-q)^M)/(Mq)` for q = p_ref([x]), which keeps
+    the diversity that rejection alone would narrow.
+
+    Args:
+        inner: The rule whose accepted candidates are de-duplicated.
+    """
+
+    def __init__(self, inner: Selection) -> None:
+        self.inner = inner
+
+    def check(self, num_candidates: int) -> None:
+        self.inner.check(num_candidates)
+
+    def __call__(
+        self, rewards: Tensor, keys: Keys | None = None, rows: Generators = None
+    ) -> Tensor:
+        if keys is None:
+            raise UsageError("Unique needs keys; the pipeline gives none, use the inner rule alone")
+        accepted = self.inner(rewards, keys, rows)
+        for group, names in enumerate(keys):
+            seen: set[Hashable] = set()
+            order = torch.randperm(len(names), generator=rows[group] if rows else None)
+            for candidate in order.tolist():
+                if accepted[group, candidate] and names[candidate] in seen:
+                    accepted[group, candidate] = False
+                elif accepted[group, candidate]:
+                    seen.add(names[candidate])
+        return accepted

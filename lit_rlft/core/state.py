@@ -1,0 +1,100 @@
+"""States: a tensor or a dict of tensors, every leaf with the batch on dimension 0.
+
+Algorithms treat a state as opaque and only use the functions of this module; arithmetic on states
+is the business of a `Process`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "State",
+    "batch_size",
+    "cat",
+    "detach",
+    "expand_as",
+    "fields_of",
+    "index",
+    "leaves",
+    "repeat",
+    "split",
+    "tensor_of",
+    "to",
+    "tree_map",
+]
+
+State = Tensor | dict[str, Tensor]
+
+
+def tree_map(function: Callable[..., Tensor], *states: State) -> State:
+    """Apply `function` leaf by leaf; fields of a dict are visited in sorted order."""
+    first = states[0]
+    if isinstance(first, Tensor):
+        return function(*states)
+    return {
+        name: function(*(state[name] for state in states if isinstance(state, dict)))
+        for name in sorted(first)
+    }
+
+
+def leaves(state: State) -> list[Tensor]:
+    """Return the tensors of a state, fields in sorted order."""
+    return [state] if isinstance(state, Tensor) else [state[name] for name in sorted(state)]
+
+
+def batch_size(state: State) -> int:
+    """Return B, the common size of dimension 0."""
+    return leaves(state)[0].shape[0]
+
+
+def index(state: State, rows: Tensor | slice) -> State:
+    """Select rows of the batch."""
+    return tree_map(lambda leaf: leaf[rows], state)
+
+
+def cat(states: Sequence[State]) -> State:
+    """Concatenate states along the batch."""
+    return tree_map(lambda *parts: torch.cat(parts), *states)
+
+
+def detach(state: State) -> State:
+    """Cut a state off the graph that made it."""
+    return tree_map(Tensor.detach, state)
+
+
+def repeat(state: State, times: int) -> State:
+    """Repeat every row `times` times, copies side by side: [B, ...] -> [B * times, ...]."""
+    return tree_map(lambda leaf: leaf.repeat_interleave(times, dim=0), state)
+
+
+def to(state: State, device: torch.device | str) -> State:
+    """Move every leaf to a device."""
+    return tree_map(lambda leaf: leaf.to(device, non_blocking=True), state)
+
+
+def split(state: State, size: int) -> Iterator[State]:
+    """Iterate over consecutive chunks of at most `size` rows."""
+    for start in range(0, batch_size(state), size):
+        yield index(state, slice(start, start + size))
+
+
+def expand_as(values: Tensor, like: Tensor) -> Tensor:
+    """Reshape [B] values to broadcast against [B, ...], in the dtype of a floating `like`."""
+    dtype = like.dtype if like.is_floating_point() else values.dtype
+    return values.to(dtype).reshape(-1, *(1,) * (like.dim() - 1))
+
+
+def tensor_of(state: State) -> Tensor:
+    """Return a tensor state; raise TypeError for a dict of fields."""
+    if not isinstance(state, Tensor):
+        raise TypeError(f"expected a tensor state, got fields {sorted(state)}; use a product")
+    return state
+
+
+def fields_of(state: State) -> dict[str, Tensor]:
+    """Return the fields of a dict state; raise TypeError for a tensor."""
+    if isinstance(state, Tensor):
+        raise TypeError("expected a dict of fields, got a tensor state")
+    return state

@@ -1,0 +1,174 @@
+"""Loaders over three splits, shared out among processes: the base of the domains' DataModules."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from lightning import LightningDataModule
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from lit_rlft.core.checks import UsageError
+
+__all__ = ["Record", "Rows", "Split", "SplitData", "collate"]
+
+Split = Literal["train", "val", "test"]
+Record = Mapping[str, Any]
+"""One row of a data set: columns by name, with the same names in every row."""
+
+
+class Rows(Dataset[dict[str, Any]]):
+    """A data set whose row i is `row(i)`, made on demand, with its number under "index".
+
+    Args:
+        length: Number of rows.
+        row: Returns the columns of a row.
+    """
+
+    def __init__(self, length: int, row: Callable[[int], Record]) -> None:
+        self.length, self.row = length, row
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return {"index": i, **self.row(i)}
+
+
+class _TrainOrder(DistributedSampler[Any]):
+    """Shuffled passes over this process's share, one after the other, from any batch on.
+
+    A resumed run goes on with the batch after the last one that it has trained on, also in the
+    middle of a pass: Lightning starts its loaders anew, and counts an epoch that a limit on steps
+    cut short as a whole one.
+
+    Args:
+        rows: The training data.
+        ranks: Number of processes.
+        rank: This process.
+        seed: Seed of the order.
+        batch_size: Rows per batch on this process.
+        seen: Returns the number of batches trained on since the beginning, or None where no
+            trainer counts them and `set_epoch` says which pass it is.
+    """
+
+    def __init__(
+        self,
+        rows: Dataset[dict[str, Any]],
+        ranks: int,
+        rank: int,
+        *,
+        seed: int,
+        batch_size: int,
+        seen: Callable[[], int | None],
+    ) -> None:
+        super().__init__(rows, ranks, rank, shuffle=True, seed=seed)
+        self.batch_size, self.seen = batch_size, seen
+
+    def __iter__(self) -> Iterator[int]:
+        epoch, seen = self.epoch, self.seen()
+        num_batches = max(1, self.num_samples // self.batch_size)
+        done, first = divmod(epoch * num_batches if seen is None else seen, num_batches)
+        cut, size = first * self.batch_size, num_batches * self.batch_size
+        order = [*self._pass(done)[cut:size], *self._pass(done + 1)[:cut]]
+        self.epoch = epoch
+        return iter(order)
+
+    def _pass(self, number: int) -> list[int]:
+        self.epoch = number
+        return list(super().__iter__())
+
+
+class SplitData(LightningDataModule, ABC):
+    """Loaders over three splits; every process sees its share, in an order fixed by the seed.
+
+    Args:
+        batch_size: Conditions per training batch, over all processes: those of one round.
+        eval_batch_size: Conditions per evaluation batch on each process.
+        seed: Seed of the order in which training data are seen.
+        num_workers: Worker processes of each loader.
+    """
+
+    def __init__(
+        self, batch_size: int = 32, eval_batch_size: int = 16, seed: int = 0, num_workers: int = 0
+    ) -> None:
+        super().__init__()
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.seed, self.num_workers = seed, num_workers
+
+    @abstractmethod
+    def rows(self, split: Split) -> Dataset[dict[str, Any]]:
+        """Return the data of a split."""
+
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Return shuffled batches; an incomplete last one is dropped.
+
+        Raises:
+            UsageError: `batch_size` is not divisible by the number of processes.
+        """
+        ranks, rank = self._place()
+        if self.batch_size % ranks:
+            raise UsageError(
+                f"data.init_args.batch_size ({self.batch_size}) is not divisible by the "
+                f"{ranks} processes; make it a multiple"
+            )
+        rows = self.rows("train")
+        size = self.batch_size // ranks
+        order = _TrainOrder(rows, ranks, rank, seed=self.seed, batch_size=size, seen=self._seen)
+        return self._loader(rows, size, order, drop_last=True)
+
+    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Return the validation data in order, each row once over all processes."""
+        return self._evaluation("val")
+
+    def test_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Return the test data in order, each row once over all processes."""
+        return self._evaluation("test")
+
+    def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Return the conditions of the test data."""
+        return self._evaluation("test")
+
+    def _evaluation(self, split: Split) -> DataLoader[dict[str, Any]]:
+        rows = self.rows(split)
+        ranks, rank = self._place()
+        order = UnrepeatedDistributedSampler(rows, ranks, rank, shuffle=False)
+        return self._loader(rows, self.eval_batch_size, order, drop_last=False)
+
+    def _loader(
+        self,
+        rows: Dataset[dict[str, Any]],
+        batch_size: int,
+        sampler: DistributedSampler[Any],
+        *,
+        drop_last: bool,
+    ) -> DataLoader[dict[str, Any]]:
+        return DataLoader(
+            dataset=rows,
+            batch_size=batch_size,
+            sampler=sampler,
+            drop_last=drop_last and len(sampler) >= batch_size,
+            collate_fn=collate,
+            num_workers=self.num_workers,
+        )
+
+    def _seen(self) -> int | None:
+        if self.trainer is None:
+            return None
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        return progress.total.processed  # type: ignore[attr-defined]
+
+    def _place(self) -> tuple[int, int]:
+        if self.trainer is None:
+            return 1, 0
+        return self.trainer.world_size, self.trainer.global_rank
+
+
+def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return columns: tensors stacked, `index` int64 [B], everything else a list."""
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    return {
+        name: torch.stack(values) if isinstance(values[0], torch.Tensor) else values
+        for name, values in columns.items()
+    } | {"index": torch.tensor(columns["index"])}

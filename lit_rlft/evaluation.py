@@ -1,0 +1,92 @@
+"""Measurements of the tuned model beside the reference, and their standard errors."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lit_rlft.processes import gather
+
+Arm = Literal["tuned", "reference"]
+
+__all__ = ["Arm", "Evaluation", "Measured", "moments"]
+
+
+@dataclass
+class Measured:
+    """What was measured of one model.
+
+    Attributes:
+        values: Per metric and batch, values [B].
+        pictures: Per batch, rendered samples [B, 3, H, W].
+        labels: Per batch, what each sample was conditioned on.
+    """
+
+    values: dict[str, dict[int, Tensor]] = field(default_factory=lambda: defaultdict(dict))
+    pictures: dict[int, Tensor] = field(default_factory=dict)
+    labels: dict[int, list[str]] = field(default_factory=dict)
+
+    def has(self, batch: int) -> bool:
+        """Return whether a batch was measured already."""
+        return batch in self.pictures
+
+    def columns(self) -> dict[str, Tensor]:
+        """Return all values of each metric, [n], in the order of the batches."""
+        return {n: torch.cat([v[i] for i in sorted(v)]) for n, v in self.values.items()}
+
+
+class Evaluation:
+    """The values of the tuned model and of the reference on the same conditions and noise."""
+
+    def __init__(self, reference: Measured | None = None) -> None:
+        self.tuned, self.reference = Measured(), reference or Measured()
+
+    def add(
+        self,
+        arm: Arm,
+        batch: int,
+        values: Mapping[str, Tensor],
+        pictures: Tensor,
+        labels: list[str],
+    ) -> None:
+        """Add the measurements of one batch; pictures are kept as bytes."""
+        measured = self.tuned if arm == "tuned" else self.reference
+        for name, value in values.items():
+            measured.values[name][batch] = value.detach().double().cpu()
+        measured.pictures[batch] = (pictures.detach().clamp(0, 1) * 255).round().byte().cpu()
+        measured.labels[batch] = labels
+
+    def summary(self, world_size: int) -> dict[str, dict[str, dict[str, float]]]:
+        """Return mean and standard error per arm and metric, over all processes.
+
+        "gain" holds the paired differences tuned - reference where both were measured.
+        """
+        tuned, reference = self.tuned.columns(), self.reference.columns()
+        gain = {
+            name: tuned[name] - reference[name]
+            for name in tuned
+            if name in reference and tuned[name].shape == reference[name].shape
+        }
+        arms = {"tuned": tuned, "reference": reference, "gain": gain}
+        gathered = gather(arms, world_size)
+        return {
+            arm: {
+                name: moments(
+                    torch.cat([part[arm][name] for part in gathered if name in part[arm]])
+                )
+                for name in gathered[0][arm]
+            }
+            for arm in arms
+        }
+
+
+def moments(values: Tensor) -> dict[str, float]:
+    """Return the mean and its standard error over the entries that are not NaN."""
+    known = values[~values.isnan()]
+    if not len(known):
+        return {"mean": float("nan"), "sem": float("nan")}
+    sem = known.std() / len(known) ** 0.5 if len(known) > 1 else torch.tensor(float("nan"))
+    return {"mean": float(known.mean()), "sem": float(sem)}

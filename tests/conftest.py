@@ -1,0 +1,110 @@
+"""Fixtures of all tests: one thread, no network, and a tiny Stable Diffusion folder."""
+
+import os
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+torch.set_num_threads(1)
+
+TOKENIZER = Path(__file__).parents[1] / "domains/text_to_image/assets/shapes/tokenizer"
+
+
+@pytest.fixture(scope="session")
+def tiny_stable_diffusion(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return a function that writes a StableDiffusionPipeline folder with seeded random weights.
+
+    Its keywords, all of which have defaults: `prediction_type`, `size` (pixels, height and width;
+    the U-Net's sample_size is an int for squares, else a list), `factor` (pixels per latent: 2, 4
+    or 8), `width` (channels), `seed`, `scheduler` (further fields of the DDIMScheduler).
+    A folder is written once per session: copy it before changing it.
+    """
+
+    @cache
+    def write(
+        prediction_type: str = "epsilon",
+        size: tuple[int, int] = (16, 16),
+        factor: int = 8,
+        width: int = 8,
+        seed: int = 0,
+        scheduler: tuple[tuple[str, Any], ...] = (),
+    ) -> Path:
+        folder = tmp_path_factory.mktemp("stable_diffusion") / "tiny"
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            parts = _parts(size, factor, width)
+        _write(folder, parts, prediction_type=prediction_type, **dict(scheduler))
+        return folder
+
+    def tiny(*, scheduler: dict[str, Any] | None = None, **settings: Any) -> Path:
+        return write(scheduler=tuple(sorted((scheduler or {}).items())), **settings)
+
+    return tiny
+
+
+def _parts(size: tuple[int, int], factor: int, width: int) -> dict[str, Any]:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=2 * width,
+        intermediate_size=4 * width,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    height, width_px = size
+    assert height % factor == 0 and width_px % factor == 0
+    latents = [height // factor, width_px // factor]
+    unet = UNet2DConditionModel(
+        sample_size=latents[0] if latents[0] == latents[1] else latents,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(width, 2 * width),
+        norm_num_groups=4,
+        attention_head_dim=2,
+        cross_attention_dim=2 * width,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
+    levels = factor.bit_length()
+    vae = AutoencoderKL(
+        sample_size=max(size),
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        layers_per_block=1,
+        block_out_channels=(width,) * levels,
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        mid_block_add_attention=False,
+    )
+    encoder = CLIPTextModel(text)
+    return {"tokenizer": tokenizer, "text_encoder": encoder, "unet": unet, "vae": vae}
+
+
+def _write(folder: Path, parts: dict[str, Any], **scheduler: Any) -> None:
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    settings = {**betas, "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
+    pipeline = StableDiffusionPipeline(
+        **parts,
+        scheduler=DDIMScheduler(**{**settings, **scheduler}),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)

@@ -1,0 +1,179 @@
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from scipy import stats
+
+from lit_rlft.core.checks import UsageError
+from lit_rlft.core.schedule import CosineVP, DiscreteVP, RectifiedFlow, Schedule, vp_betas
+
+SCHEDULES: list[Schedule] = [
+    DiscreteVP(vp_betas()),
+    CosineVP(),
+    CosineVP(min_alpha=0.01),
+    RectifiedFlow(),
+    RectifiedFlow(shift=3.0),
+]
+
+
+def ids(schedule: Schedule) -> str:
+    return type(schedule).__name__
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=ids)
+def test_signal_falls_and_noise_rises_from_clean_data(schedule: Schedule) -> None:
+    t = torch.linspace(0, 1, 101)
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    assert alpha.dtype == sigma.dtype == torch.float64
+    assert alpha[0] == 1 and sigma[0] == 0
+    assert (alpha.diff() < 0).all() and (sigma.diff() > 0).all()
+    kept = alpha if isinstance(schedule, RectifiedFlow) else alpha**2
+    gained = sigma if isinstance(schedule, RectifiedFlow) else sigma**2
+    torch.testing.assert_close(kept + gained, torch.ones_like(kept))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=ids)
+@pytest.mark.parametrize("num_steps", [1, 7, 50])
+def test_grid_starts_at_noise_and_ends_at_data(schedule: Schedule, num_steps: int) -> None:
+    times = schedule.times(num_steps)
+    assert times.shape == (num_steps + 1,) and times.dtype == torch.float64
+    assert (times.diff() < 0).all() and times[-1] == 0
+    if not isinstance(schedule, DiscreteVP):
+        assert times[0] == 1
+
+
+def test_vp_betas_are_those_of_diffusers() -> None:
+    for kind, start, end in itertools.product(["linear", "scaled_linear"], [1e-4], [0.012, 0.02]):
+        scheduler = DDIMScheduler(beta_schedule=kind, beta_start=start, beta_end=end)
+        assert torch.equal(vp_betas(1000, start, end, kind), scheduler.betas)
+
+
+def test_signal_of_stable_diffusion() -> None:
+    # Recomputed in numpy's float64; the table itself is float32's, as diffusers'.
+    betas = np.linspace(math.sqrt(0.00085), math.sqrt(0.012), 1000) ** 2
+    schedule = DiscreteVP(vp_betas())
+    t = torch.tensor([0.1, 0.25, 0.5, 0.75], dtype=torch.float64)
+    signal = schedule.alpha(t) ** 2
+    exact = np.cumprod(1 - betas)[[99, 249, 499, 749]]
+    np.testing.assert_allclose(signal.numpy(), exact, rtol=2e-5)
+    np.testing.assert_allclose(signal.numpy(), [0.896, 0.675, 0.278, 0.057], atol=6e-4)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("steps_offset", [0, 1])
+@pytest.mark.parametrize("ends_at_zero", [True, False])
+def test_discrete_grid_is_that_of_diffusers(
+    spacing: str, steps_offset: int, ends_at_zero: bool
+) -> None:
+    scheduler = DDIMScheduler(
+        timestep_spacing=spacing, steps_offset=steps_offset, set_alpha_to_one=ends_at_zero
+    )
+    schedule = DiscreteVP(
+        scheduler.betas, spacing=spacing, steps_offset=steps_offset, ends_at_zero=ends_at_zero
+    )
+    for num_steps in (1, 2, 7, 20, 30, 50, 333):
+        scheduler.set_timesteps(num_steps)
+        times = schedule.times(num_steps)
+        assert torch.equal(schedule.timestep(times[:-1]), scheduler.timesteps)
+        signal = schedule.alpha(times) ** 2
+        exact = scheduler.alphas_cumprod[scheduler.timesteps].double()
+        torch.testing.assert_close(signal[:-1], exact, rtol=1e-12, atol=0)
+        torch.testing.assert_close(signal[-1], scheduler.final_alpha_cumprod.double())
+
+
+def test_discrete_table_survives_casts() -> None:
+    schedule = DiscreteVP(vp_betas())
+    exact = schedule.alpha_bar.clone()
+    for cast in (schedule.half(), schedule.to(torch.bfloat16), schedule.float()):
+        assert cast.alpha_bar.dtype == torch.float64
+        assert torch.equal(cast.alpha_bar, exact)
+    assert not schedule.state_dict()
+
+
+def test_levels_between_the_entries_are_geometric_means() -> None:
+    schedule = DiscreteVP(vp_betas())
+    table = schedule.alpha_bar
+    for below in (0, 1, 500, 999):
+        between = schedule.alpha(torch.tensor((below + 0.5) / 1000, dtype=torch.float64)) ** 2
+        assert between.item() == pytest.approx((table[below] * table[below + 1]).sqrt().item())
+    assert schedule.sigma(torch.tensor(1e-9, dtype=torch.float64)) > 0
+
+
+def test_table_may_end_without_signal() -> None:
+    betas = DDIMScheduler(rescale_betas_zero_snr=True).betas
+    schedule = DiscreteVP(betas, spacing="trailing")
+    alpha, sigma = schedule.alpha(schedule.times(20)), schedule.sigma(schedule.times(20))
+    assert alpha[0] == 0 and sigma[0] == 1 and alpha[-1] == 1 and sigma[-1] == 0
+    assert (alpha.diff() > 0).all() and alpha.isfinite().all()
+
+
+def test_network_times_are_table_indices() -> None:
+    schedule = DiscreteVP(vp_betas())
+    t = torch.arange(1, 1001) / 1000
+    assert torch.equal(schedule.timestep(t), torch.arange(1000))
+    assert torch.equal(schedule.timestep(t.double()), torch.arange(1000))
+
+
+def test_discrete_training_times_are_uniform_over_the_levels_above_low() -> None:
+    schedule = DiscreteVP(vp_betas(num_levels=20))
+    for low, first in ((0.0, 1), (0.25, 6), (0.95, 20)):
+        uniform = (torch.arange(20_000) + 0.5) / 20_000
+        levels = (schedule.draw_times(uniform, low) * 20).round().long()
+        counts = torch.bincount(levels, minlength=21)
+        assert (counts[:first] == 0).all()
+        assert counts[first:].max() - counts[first:].min() <= 1
+    edge = torch.tensor([0.0, 1 - 2**-24])
+    assert schedule.draw_times(edge, 0.25).tolist() == [0.3, 1.0]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=ids)
+@pytest.mark.parametrize("low", [0.0, 0.25, 0.75])
+def test_training_times_lie_above_low(schedule: Schedule, low: float) -> None:
+    t = schedule.draw_times(torch.tensor([0.0, 0.3, 0.999, 1 - 2**-24]), low)
+    assert t.dtype == torch.float64
+    assert (t > low).all() and (t <= 1).all()
+
+
+def test_shifted_training_times_have_the_logistic_density() -> None:
+    # t = 3 u / (1 + 2 u) with u uniform: P(t <= x) = x / (3 - 2 x); restricted to t > low.
+    low = 0.4
+    uniform = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
+    t = RectifiedFlow(shift=3.0).draw_times(uniform, low).numpy()
+
+    def cdf(x: np.ndarray) -> np.ndarray:
+        whole = x / (3 - 2 * x)
+        below = low / (3 - 2 * low)
+        return (whole - below) / (1 - below)
+
+    assert stats.kstest(t, cdf).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("num_steps", [1, 4, 28])
+def test_flow_grid_is_that_of_diffusers(shift: float, num_steps: int) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / num_steps, num_steps).tolist())
+    times = RectifiedFlow(shift).times(num_steps)
+    torch.testing.assert_close(times.float(), scheduler.sigmas, rtol=1e-6, atol=1e-7)
+
+
+def test_kept_signal_of_the_cosine_schedule() -> None:
+    schedule = CosineVP(min_alpha=0.02)
+    one = torch.ones(1)
+    assert schedule.alpha(one).item() == pytest.approx(0.02, abs=1e-15)
+    half = CosineVP().alpha(one / 2).item()
+    assert half == pytest.approx(math.sqrt(0.5), abs=1e-15)
+
+
+def test_settings_that_cannot_work_are_refused() -> None:
+    for build in (
+        lambda: RectifiedFlow(shift=0.0),
+        lambda: CosineVP(min_alpha=1.0),
+        lambda: DiscreteVP(vp_betas(10)).times(11),
+        lambda: DiscreteVP(vp_betas(10)).times(0),
+    ):
+        with pytest.raises(UsageError):
+            build()

@@ -1,0 +1,78 @@
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from lit_rlft.core.checks import UsageError
+from lit_rlft.data import Rows, Split, SplitData, collate
+
+
+class Numbers(SplitData):
+    sizes = {"train": 21, "val": 7, "test": 5}  # noqa: RUF012
+
+    def rows(self, split: Split) -> Dataset[dict[str, Any]]:
+        return Rows(self.sizes[split], lambda i: {"text": f"{split} {i}", "x": torch.tensor([i])})
+
+
+def on(data: Numbers, ranks: int, rank: int, batches: int = 0) -> Numbers:
+    progress = SimpleNamespace(total=SimpleNamespace(processed=batches))
+    fit_loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
+    trainer = SimpleNamespace(world_size=ranks, global_rank=rank, fit_loop=fit_loop)
+    data.trainer = trainer  # type: ignore[assignment]
+    return data
+
+
+def seen(loader: Any) -> list[list[int]]:
+    return [batch["index"].tolist() for batch in loader]
+
+
+def test_rows_are_numbered_and_collated() -> None:
+    rows = Numbers().rows("val")
+    assert len(rows) == 7  # type: ignore[arg-type]
+    batch = collate([rows[0], rows[3]])
+    assert batch["index"].tolist() == [0, 3] and batch["index"].dtype == torch.int64
+    assert batch["text"] == ["val 0", "val 3"]
+    assert batch["x"].tolist() == [[0], [3]]
+
+
+def test_training_rows_are_shuffled_by_the_seed() -> None:
+    first, again, other = (
+        seen(Numbers(batch_size=4, seed=seed).train_dataloader()) for seed in (0, 0, 1)
+    )
+    assert first == again != other
+    assert [len(batch) for batch in first] == [4] * 5
+    loader = Numbers(batch_size=4).train_dataloader()
+    loader.sampler.set_epoch(1)
+    assert seen(loader) != first
+
+
+def test_training_goes_on_after_the_batches_already_seen() -> None:
+    loader = Numbers(batch_size=4).train_dataloader()
+    passes = []
+    for epoch in range(2):
+        loader.sampler.set_epoch(epoch)
+        passes += seen(loader)
+    for batches in (0, 3, 5):
+        rest = seen(on(Numbers(batch_size=4), 1, 0, batches).train_dataloader())
+        assert rest == passes[batches : batches + 5]
+
+
+def test_processes_share_a_round_and_every_evaluation_row_is_seen_once() -> None:
+    rounds = [seen(on(Numbers(batch_size=6), 2, r).train_dataloader()) for r in range(2)]
+    assert [len(batch) for batch in rounds[0]] == [len(batch) for batch in rounds[1]] == [3] * 3
+    rows = [row for batches in rounds for batch in batches for row in batch]
+    assert len(set(rows)) == len(rows) == 18
+    shares = [seen(on(Numbers(eval_batch_size=2), 2, r).val_dataloader()) for r in range(2)]
+    rows = [row for batches in shares for batch in batches for row in batch]
+    assert sorted(rows) == list(range(7))
+
+
+def test_a_small_training_split_still_gives_a_batch() -> None:
+    assert [len(batch) for batch in seen(Numbers(batch_size=64).train_dataloader())] == [21]
+
+
+def test_a_round_must_divide_among_processes() -> None:
+    with pytest.raises(UsageError, match=r"batch_size \(5\)"):
+        on(Numbers(batch_size=5), 2, 0).train_dataloader()
