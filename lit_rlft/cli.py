@@ -20,6 +20,7 @@ from lit_rlft.checkpoint import check_file
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Pipeline
 from lit_rlft.core.reward import Metrics, Reward
+from lit_rlft.data import SplitData
 from lit_rlft.runs import make_folder, trainer_settings
 
 __all__ = ["main"]
@@ -56,6 +57,11 @@ class _CLI(LightningCLI):
         self.folder = make_folder(config, str(self.subcommand))
         if self.subcommand == "predict":
             config.return_predictions = False  # they are written as they come
+
+    def after_instantiate_classes(self) -> None:
+        if self.subcommand == "fit" and isinstance(self.datamodule, SplitData):
+            # Before further processes are started.
+            self.datamodule.check_batch_size(self.trainer.num_devices * self.trainer.num_nodes)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         given = self.config_init[str(self.subcommand)].trainer
@@ -96,12 +102,17 @@ def _run(args: list[str]) -> None:
 
 def _reason(error: Exception) -> str | None:
     """Return the sentence of an error that is the user's to mend, also where parsing wrapped it."""
-    cause: BaseException | None = error
-    while cause is not None:
+    causes: list[BaseException] = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    for cause in causes:
         if isinstance(cause, UsageError):
             return str(cause)
-        cause = cause.__cause__
-    return str(error) if isinstance(error, ArgumentError | MisconfigurationException) else None
+    if not isinstance(error, ArgumentError | MisconfigurationException):
+        return None
+    # The innermost of these says what the parser's list of all alternatives buries.
+    texts = [str(error), *(t for t in map(str, causes) if t.startswith("Problem with given class"))]
+    return " ".join(texts[-1].split())
 
 
 def _packaged(argument: str) -> str:

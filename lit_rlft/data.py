@@ -108,15 +108,19 @@ class SplitData(LightningDataModule, ABC):
             UsageError: `batch_size` is not divisible by the number of processes.
         """
         ranks, rank = self._place()
-        if self.batch_size % ranks:
-            raise UsageError(
-                f"data.init_args.batch_size ({self.batch_size}) is not divisible by the "
-                f"{ranks} processes; make it a multiple"
-            )
+        self.check_batch_size(ranks)
         rows = self.rows("train")
         size = self.batch_size // ranks
         order = _TrainOrder(rows, ranks, rank, seed=self.seed, batch_size=size, seen=self._seen)
         return self._loader(rows, size, order, drop_last=True)
+
+    def check_batch_size(self, num_processes: int) -> None:
+        """Raise UsageError where `batch_size` cannot be shared out evenly."""
+        if self.batch_size % num_processes:
+            raise UsageError(
+                f"data.init_args.batch_size ({self.batch_size}) is not divisible by the "
+                f"{num_processes} processes; make it a multiple"
+            )
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Return the validation data in order, each row once over all processes."""

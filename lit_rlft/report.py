@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 __all__ = ["before_after", "comparison", "write_png"]
@@ -59,8 +59,9 @@ def comparison(
                 text = "\n".join(textwrap.wrap(labels[start], 16)[:2])
                 draw.multiline_text((left, 28), text, fill="black", font=font, spacing=2)
             for row in range(size):
-                tile = _image(pictures[start + row]).resize(
-                    (_TILE, _TILE), Image.Resampling.BICUBIC
+                picture = _image(pictures[start + row])
+                tile = ImageOps.pad(
+                    picture, (_TILE, _TILE), Image.Resampling.BICUBIC, color="white"
                 )
                 canvas.paste(tile, (left, top + row * (_TILE + _GAP)))
     return canvas

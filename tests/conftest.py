@@ -63,9 +63,8 @@ def _parts(size: tuple[int, int], factor: int, width: int) -> dict[str, Any]:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    height, width_px = size
-    assert height % factor == 0 and width_px % factor == 0
-    latents = [height // factor, width_px // factor]
+    assert not any(pixels % factor for pixels in size)
+    latents = [pixels // factor for pixels in size]
     unet = UNet2DConditionModel(
         sample_size=latents[0] if latents[0] == latents[1] else latents,
         in_channels=4,

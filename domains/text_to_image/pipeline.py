@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -121,17 +122,18 @@ class TextToImagePipeline(Pipeline):
         return torch.empty(shape, dtype=self.denoiser.dtype, device=self.device)
 
     def predict(self, x_t: State, t: Tensor, condition: Condition) -> Tensor:
-        return self._denoise(tensor_of(x_t), t, condition.table("embedding"))
+        x, schedule = tensor_of(x_t), self.process.schedule
+        assert isinstance(schedule, DiscreteVP)
+        embedding = condition.table("embedding").to(x.dtype)
+        return self.denoiser(x, schedule.timestep(t), embedding, return_dict=False)[0]
 
     def forward(self, x_t: State, t: Tensor, condition: Condition) -> Tensor:
         """Return the guided prediction u + w (c - u); both halves go through in one call."""
         if self.guidance_scale <= 1:
             return self.predict(x_t, t, condition)
-        conditional = condition.table("embedding")
-        null = condition.tables["embedding"][condition.null].expand_as(conditional)
-        both = torch.cat([null, conditional])
-        prediction = self._denoise(torch.cat([tensor_of(x_t)] * 2), t.repeat(2), both)
-        u, c = prediction.chunk(2)
+        null = condition.dropped(torch.ones_like(condition.rows, dtype=torch.bool))
+        both = replace(condition, rows=torch.cat([null.rows, condition.rows]))
+        u, c = self.predict(torch.cat([tensor_of(x_t)] * 2), t.repeat(2), both).chunk(2)
         return u + self.guidance_scale * (c - u)
 
     def decode(self, x_0: State, condition: Condition) -> Tensor:
@@ -178,12 +180,6 @@ class TextToImagePipeline(Pipeline):
         )
         return sorted(folder.glob("*.safetensors"))
 
-    def _denoise(self, x_t: Tensor, t: Tensor, embedding: Tensor) -> Tensor:
-        schedule = self.process.schedule
-        assert isinstance(schedule, DiscreteVP)
-        timestep = schedule.timestep(t)
-        return self.denoiser(x_t, timestep, embedding.to(x_t.dtype), return_dict=False)[0]
-
 
 def _process(scheduler: Any) -> GaussianProcess:
     config = scheduler.config
@@ -214,20 +210,22 @@ def _load(pretrained: str, *, from_scratch: bool) -> StableDiffusionPipeline:
         )
     source = str(folder) if folder.exists() else pretrained
     fresh: dict[str, Any] = {}
-    if from_scratch:
-        unet = UNet2DConditionModel.load_config(source, subfolder="unet")
-        fresh["unet"] = UNet2DConditionModel.from_config(unet)
-        text = CLIPTextConfig.from_pretrained(source, subfolder="text_encoder")
-        fresh["text_encoder"] = CLIPTextModel(text)
     try:
-        return StableDiffusionPipeline.from_pretrained(
-            source, safety_checker=None, torch_dtype=torch.float32, **fresh
-        )
+        if from_scratch:
+            unet = UNet2DConditionModel.load_config(source, subfolder="unet")
+            fresh["unet"] = UNet2DConditionModel.from_config(unet)
+            text = CLIPTextConfig.from_pretrained(source, subfolder="text_encoder")
+            fresh["text_encoder"] = CLIPTextModel(text)
+        loaded = StableDiffusionPipeline.from_pretrained(source, safety_checker=None, **fresh)
     except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
         raise UsageError(
             f"pipeline.init_args.pretrained: {pretrained!r} could not be loaded as a "
-            f"StableDiffusionPipeline folder or hub id ({error})"
+            f"StableDiffusionPipeline folder or hub id ({reason})"
         ) from error
+    for part in (loaded.unet, loaded.vae, loaded.text_encoder):
+        part.float()
+    return loaded
 
 
 def _latents(pixels: int | None, factor: int, key: str) -> int | None:

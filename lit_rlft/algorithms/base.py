@@ -226,9 +226,11 @@ class RewardFineTuner(LightningModule, ABC):
         self._seconds_before = self.cost.seconds
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        """Run one round: collect, then update."""
+        """Run one round: collect, in evaluation mode, then update."""
+        self.eval()
         with torch.no_grad():
             experience = self.collect(batch, self.pipeline.encode(batch))
+        self.train()
         outcomes = [
             self.updates.take(update)
             for update in self.track(self.updates.plan(experience), "Training")

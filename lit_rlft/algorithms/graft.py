@@ -38,8 +38,10 @@ class PGRAFT(RewardFineTuner):
         train_from: What is noised for training: the accepted x_tau ("intermediate", exact for any
             sampler) or the accepted x_0 ("clean", exact only for an exact stochastic sampler).
         iterative: Draw each round from the model tuned so far instead of from the reference.
-        guided_loss: Fit the guided prediction, the one that is sampled from, instead of the
-            conditional one; then accepting at random is a fixed point under guidance too.
+        guided_loss: Fit the prediction that is sampled from, guidance included, so that the law
+            being fitted is the law being drawn. False fits the conditional prediction alone, as
+            plain supervised fine-tuning does; guidance then acts on top of samples that were
+            guided already, and saturates within a few rounds.
         **base: Arguments of `RewardFineTuner`.
     """
 
@@ -51,7 +53,7 @@ class PGRAFT(RewardFineTuner):
         num_candidates: int = 4,
         train_from: Literal["intermediate", "clean"] = "intermediate",
         iterative: bool = False,
-        guided_loss: bool = False,
+        guided_loss: bool = True,
         **base: Any,
     ) -> None:
         super().__init__(*args, **base)

@@ -123,8 +123,17 @@ class RunFiles(Callback):
             file.write("\n".join(lines) + "\n")
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say where the samples are."""
+        """Join the lines of all processes; say where the samples are."""
         folder = run_folder(trainer)
+        trainer.strategy.barrier()
+        if trainer.world_size > 1 and trainer.is_global_zero:
+            paths = [folder / f"samples_{rank}.jsonl" for rank in range(trainer.world_size)]
+            parts = [path for path in paths if path.is_file()]
+            lines = [line for part in parts for line in part.read_text().splitlines()]
+            lines.sort(key=lambda line: json.loads(line)["file"])
+            _write_text(folder / "samples.jsonl", "\n".join(lines) + "\n")
+            for part in parts:
+                part.unlink()
         _say(f"samples: {folder / 'samples'}\nsamples.jsonl: {folder / 'samples.jsonl'}")
 
 

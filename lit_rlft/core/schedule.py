@@ -34,6 +34,10 @@ class Schedule(nn.Module, ABC):
     def sigma(self, t: Tensor) -> Tensor:
         """Return sigma_t in float64, shape of `t`."""
 
+    def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (alpha_t, sigma_t), each in float64 and of the shape of `t`."""
+        return self.alpha(t), self.sigma(t)
+
     def times(self, num_steps: int) -> Tensor:
         """Return the sampler's grid [num_steps + 1], decreasing from noise to data, float64."""
         return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
@@ -98,6 +102,10 @@ class DiscreteVP(Schedule):
 
     def sigma(self, t: Tensor) -> Tensor:
         return (1 - self._at(t)).sqrt()
+
+    def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        alpha_bar = self._at(t)
+        return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
     def _at(self, t: Tensor) -> Tensor:
         level = t.double() * self.num_levels

@@ -57,6 +57,7 @@ from domains.text_to_image.shapes.world import (
 LEARNING_RATE = 2e-3
 # Of the updates, those that precede the contrast; they see pictures only, half as many each.
 LOCAL_SHARE = 0.4
+PROJECTION = 64
 NUM_TEXTS = 192
 # What the pixels in [0, 1] are normalised with.
 MEAN, STD = 0.5, 0.5
@@ -67,6 +68,7 @@ Meaning = tuple[Requirement, ...]
 def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
     """An untrained two-tower model of well under a million parameters."""
     text = {
+        "projection_dim": PROJECTION,
         "vocab_size": len(tokenizer),
         "max_position_embeddings": tokenizer.model_max_length,
         "hidden_size": 64,
@@ -78,6 +80,7 @@ def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
         "pad_token_id": tokenizer.pad_token_id,
     }
     vision = {
+        "projection_dim": PROJECTION,
         "image_size": SIZE,
         "patch_size": 8,
         "hidden_size": 96,
@@ -85,7 +88,7 @@ def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
     }
-    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64))
+    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=PROJECTION))
     with torch.no_grad():
         # As loud as the patches, or positions go unheard for long.
         clip.vision_model.embeddings.position_embedding.weight *= 10

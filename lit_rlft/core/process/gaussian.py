@@ -80,22 +80,33 @@ class GaussianProcess(Process):
         self, prediction: State, x_t: State, t: Tensor, s: Tensor, eta: float
     ) -> Gaussian:
         x = tensor_of(x_t)
-        x_0, eps = self._split(tensor_of(prediction), x, t)
-        alpha_s, sigma_s = self.schedule.alpha(s), self.schedule.sigma(s)
-        variance = self._forward_variance(s, t) * (sigma_s / self.schedule.sigma(t)) ** 2
-        std = eta * variance.sqrt()
+        (alpha_t, alpha_s), (sigma_t, sigma_s) = self.schedule.levels(torch.stack([t, s]))
+        variance = _forward_variance(alpha_s, sigma_s, alpha_t, sigma_t)
+        std = eta * (sigma_s / sigma_t) * variance.sqrt()
         direction = (sigma_s**2 - std**2).clamp(min=0).sqrt()
-        return Gaussian(
-            expand_as(alpha_s, x) * x_0 + expand_as(direction, x) * eps, expand_as(std, x)
-        )
+        # alpha_s x_0 + direction eps, written in x_t and the prediction p: few passes over states.
+        a, b = self._weights(alpha_t, sigma_t)
+        determinant = b * alpha_t - a * sigma_t
+        of_x = (alpha_s * b - direction * a) / determinant
+        of_p = (direction * alpha_t - alpha_s * sigma_t) / determinant
+        mean = expand_as(of_x, x) * x + expand_as(of_p, x) * tensor_of(prediction).to(x.dtype)
+        return Gaussian(mean, expand_as(std, x))
 
     def denoised(self, prediction: State, x_t: State, t: Tensor) -> Tensor:
-        return self._split(tensor_of(prediction), tensor_of(x_t), t)[0]
+        x = tensor_of(x_t)
+        p = tensor_of(prediction).to(x.dtype)
+        if self.prediction_type == "sample":
+            return p
+        alpha, sigma = self.schedule.levels(t)
+        a, b = self._weights(alpha, sigma)
+        determinant = b * alpha - a * sigma
+        return expand_as(b / determinant, x) * x - expand_as(sigma / determinant, x) * p
 
     def noised(self, x_s: State, s: Tensor, t: Tensor, rows: Generators = None) -> Tensor:
         x = tensor_of(x_s)
-        ratio = self.schedule.alpha(t) / self.schedule.alpha(s)
-        std = self._forward_variance(s, t).sqrt()
+        (alpha_t, alpha_s), (sigma_t, sigma_s) = self.schedule.levels(torch.stack([t, s]))
+        ratio = alpha_t / alpha_s
+        std = _forward_variance(alpha_s, sigma_s, alpha_t, sigma_t).sqrt()
         return expand_as(ratio, x) * x + expand_as(std, x) * randn_like(x, rows)
 
     def loss(self, prediction: State, x_s: State, x_t: State, s: Tensor, t: Tensor) -> Tensor:
@@ -107,14 +118,14 @@ class GaussianProcess(Process):
         """
         target = self.target(tensor_of(x_s), tensor_of(x_t), s, t)
         error = (tensor_of(prediction).to(target.dtype) - target).square()
-        weight = self._forward_variance(s, t) / self.schedule.sigma(t) ** 2
+        (alpha_t, alpha_s), (sigma_t, sigma_s) = self.schedule.levels(torch.stack([t, s]))
+        weight = _forward_variance(alpha_s, sigma_s, alpha_t, sigma_t) / sigma_t**2
         return weight.to(target.dtype) * error.unsqueeze(-1).flatten(start_dim=1).mean(dim=1)
 
     def target(self, x_s: Tensor, x_t: Tensor, s: Tensor, t: Tensor) -> Tensor:
         """Return the regression target of `loss` in the process's prediction type, [B, ...]."""
-        alpha_s, sigma_s = self.schedule.alpha(s), self.schedule.sigma(s)
-        alpha_t, sigma_t = self.schedule.alpha(t), self.schedule.sigma(t)
-        variance = self._forward_variance(s, t)
+        (alpha_t, alpha_s), (sigma_t, sigma_s) = self.schedule.levels(torch.stack([t, s]))
+        variance = _forward_variance(alpha_s, sigma_s, alpha_t, sigma_t)
         # Written so that neither s = 0 nor alpha_t = 0 divides by zero.
         x_0 = (
             expand_as(sigma_t**2 / (alpha_s * variance), x_t) * x_s
@@ -125,7 +136,7 @@ class GaussianProcess(Process):
 
     def prediction(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """Return what a denoiser that estimates x_0 and the noise would predict, [B, ...]."""
-        a, b = self._weights(t)
+        a, b = self._weights(*self.schedule.levels(t))
         return expand_as(a, x_0) * x_0 + expand_as(b, x_0) * eps
 
     def draw_times(self, uniform: Tensor, low: float = 0.0) -> Tensor:
@@ -134,35 +145,18 @@ class GaussianProcess(Process):
     def times(self, num_steps: int) -> Tensor:
         return self.schedule.times(num_steps)
 
-    def _forward_variance(self, s: Tensor, t: Tensor) -> Tensor:
-        ratio = self.schedule.alpha(t) / self.schedule.alpha(s)
-        return (self.schedule.sigma(t) ** 2 - (ratio * self.schedule.sigma(s)) ** 2).clamp(min=0)
-
-    def _weights(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        zero, one = (
-            torch.zeros_like(t, dtype=torch.float64),
-            torch.ones_like(t, dtype=torch.float64),
-        )
+    def _weights(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a and b of the prediction type at a level."""
+        zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
         if self.prediction_type == "epsilon":
             return zero, one
         if self.prediction_type == "sample":
             return one, zero
         if self.prediction_type == "v":
-            return -self.schedule.sigma(t), self.schedule.alpha(t)
+            return -sigma, alpha
         return -one, one
 
-    def _split(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (x_0 estimate, noise estimate) by solving the two linear equations."""
-        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
-        a, b = self._weights(t)
-        prediction = prediction.to(x_t.dtype)
-        determinant = b * alpha - a * sigma
-        eps = (
-            expand_as(alpha / determinant, x_t) * prediction - expand_as(a / determinant, x_t) * x_t
-        )
-        if self.prediction_type == "sample":
-            return prediction, eps
-        x_0 = (
-            expand_as(b / determinant, x_t) * x_t - expand_as(sigma / determinant, x_t) * prediction
-        )
-        return x_0, eps
+
+def _forward_variance(alpha_s: Tensor, sigma_s: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
+    """Return the variance of q(x_t | x_s)."""
+    return (sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2).clamp(min=0)

@@ -31,7 +31,7 @@ def autoencoder() -> AutoencoderKL:
 
 @pytest.fixture(scope="module")
 def clip() -> CLIPModel:
-    return CLIPModel.from_pretrained(CLIP, dtype=torch.float32).eval()
+    return CLIPModel.from_pretrained(CLIP).float().eval()
 
 
 def test_every_word_of_the_grammar_is_one_token_and_survives(tokenizer: CLIPTokenizer) -> None:
@@ -71,12 +71,12 @@ def test_the_autoencoder_keeps_held_out_pictures(autoencoder: AutoencoderKL) -> 
     prompts, pictures = draw(np.random.default_rng(3), split_prompts("test"), 256)
     decoded, latents = reconstruct(autoencoder, pictures)
     assert latents.shape == (256, 4, 8, 8)
-    assert (decoded - pictures).abs().mean() < 0.02
+    assert (decoded - pictures).abs().mean() < 0.01
     correct = [
         judge(picture, prompt).correct
         for picture, prompt in zip(decoded.permute(0, 2, 3, 1).numpy(), prompts, strict=True)
     ]
-    assert np.mean(correct) > 0.9
+    assert np.mean(correct) > 0.95
 
 
 def test_scaled_latents_have_unit_variance(autoencoder: AutoencoderKL) -> None:
@@ -91,7 +91,7 @@ def test_clip_prefers_the_true_caption(
     clip: CLIPModel, tokenizer: CLIPTokenizer, task: str
 ) -> None:
     accuracy = train_clip.ranking_accuracy(clip, tokenizer, task, num_pictures=100, seed=2)
-    assert accuracy > 0.7
+    assert accuracy > 0.8
 
 
 def test_clip_brings_its_tokenizer_and_picture_settings(clip: CLIPModel) -> None:

@@ -1,0 +1,130 @@
+"""Every config is parsed in every combination, and run at a tiny size where that is quick."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import lit_rlft
+from lit_rlft.cli import main
+
+CONFIGS = Path(lit_rlft.__file__).parents[1] / "configs"
+ASSETS = CONFIGS.parent / "domains/text_to_image/assets"
+DOMAINS, ALGORITHMS, TRAINERS, EXPERIMENTS = (
+    sorted((CONFIGS / folder).glob("*.yaml"))
+    for folder in ("domains", "algorithms", "trainer", "experiments")
+)
+# Domains whose models are built at once, without files.
+CLOSED_FORM = {"gaussian_mixture"}
+WEIGHTS = [ASSETS / "shapes/unet/diffusion_pytorch_model.safetensors", ASSETS / "shapes_clip"]
+needs_weights = pytest.mark.skipif(
+    not all(path.exists() for path in WEIGHTS), reason="the embedded models are not trained yet"
+)
+TINY = [
+    "--trainer.accelerator=cpu",
+    "--trainer.devices=1",
+    "--trainer.max_epochs=1",
+    "--trainer.limit_train_batches=1",
+    "--trainer.limit_val_batches=1",
+    "--trainer.val_check_interval=1",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+    "--model.init_args.sampler.num_steps=2",
+    "--model.init_args.num_eval_samples=1",
+    "--data.init_args.batch_size=2",
+    "--data.init_args.eval_batch_size=2",
+]
+TINY_SPLITS = {
+    "MixtureData": ("num_train=4", "num_val=2", "num_test=2"),
+    "ShapesPrompts": ("num_train_prompts=4", "num_val_prompts=2", "num_test_prompts=2"),
+    "ShapesPictures": ("num_pictures=4", "num_val_prompts=2", "num_test_prompts=2"),
+}
+
+
+def name(path: Path) -> str:
+    return path.stem
+
+
+def load(path: Path) -> dict[str, Any]:
+    return yaml.safe_load(path.read_text())
+
+
+def parsed(configs: list[Path], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    with pytest.raises(SystemExit) as raised:
+        main(["fit", *(f"--config={path}" for path in configs), "--print_config"])
+    assert raised.value.code == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def run(configs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train one tiny round of a config, then test the result."""
+    monkeypatch.chdir(tmp_path)
+    data = next(config["data"] for config in map(load, configs) if "data" in config)
+    splits = TINY_SPLITS[data["class_path"].rpartition(".")[2]]
+    flags = [f"--config={path}" for path in configs]
+    flags += [*TINY, *(f"--data.init_args.{split}" for split in splits), "--name=run"]
+    main(["fit", *flags])
+    last = "runs/run/checkpoints/last.ckpt"
+    trained = torch.load(last, weights_only=True)["state_dict"]
+    assert trained and all(value.isfinite().all() for value in trained.values())
+    main(["test", *flags, f"--ckpt_path={last}"])
+    assert Path("runs/run/metrics.json").is_file()
+
+
+@pytest.mark.parametrize("path", [*DOMAINS, *ALGORITHMS, *EXPERIMENTS, *TRAINERS], ids=name)
+def test_the_first_line_says_how_to_run_it_or_what_it_is(path: Path) -> None:
+    first = path.read_text().splitlines()[0]
+    assert first.startswith("# ")
+    if path in TRAINERS:
+        return
+    words = shlex.split(first[2:])
+    assert words[:2] == ["lit-rlft", "fit"]
+    named = [CONFIGS.parent / word for word in words if word.startswith("configs/")]
+    assert path in named and all(config.is_file() for config in named)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=name)
+@pytest.mark.parametrize("domain", DOMAINS, ids=name)
+def test_domains_and_algorithms_combine(
+    domain: Path, algorithm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = parsed([domain, algorithm], capsys)
+    for part in ("pipeline", "reward", "data"):
+        assert config[part]["class_path"] == load(domain)[part]["class_path"]
+    assert config["model"]["class_path"] == load(algorithm)["model"]["class_path"]
+
+
+@pytest.mark.parametrize("trainer", TRAINERS, ids=name)
+def test_trainers_are_understood(trainer: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = parsed([DOMAINS[0], ALGORITHMS[0], trainer], capsys)
+    assert load(trainer)["trainer"].items() <= config["trainer"].items()
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=name)
+def test_experiments_are_complete(experiment: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert parsed([experiment], capsys)["trainer"]["accelerator"] == "cpu"
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=name)
+@pytest.mark.parametrize("domain", [d for d in DOMAINS if d.stem in CLOSED_FORM], ids=name)
+def test_closed_form_domains_run(
+    domain: Path, algorithm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run([domain, algorithm, CONFIGS / "trainer/cpu.yaml"], tmp_path, monkeypatch)
+
+
+@needs_weights
+@pytest.mark.parametrize("domain", [d for d in DOMAINS if d.stem not in CLOSED_FORM], ids=name)
+def test_embedded_domains_run(
+    domain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run([domain, CONFIGS / "algorithms/p_graft.yaml"], tmp_path, monkeypatch)
+
+
+@needs_weights
+@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=name)
+def test_experiments_run(experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run([experiment], tmp_path, monkeypatch)

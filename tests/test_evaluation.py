@@ -1,0 +1,146 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from lit_rlft.evaluation import Evaluation, moments
+from lit_rlft.report import before_after, comparison
+
+NAN = float("nan")
+
+
+def pictures(num: int, size: tuple[int, int] = (8, 8), seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 255, (num, 3, *size), dtype=torch.uint8, generator=generator)
+
+
+def added(evaluation: Evaluation, arm: str, batch: int, **values: list[float]) -> None:
+    columns = {name: torch.tensor(column) for name, column in values.items()}
+    num = len(next(iter(columns.values())))
+    shown = torch.full((num, 3, 2, 2), batch / 10)
+    evaluation.add(arm, batch, columns, shown, [f"label {batch}"] * num)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("values", "mean", "sem"),
+    [
+        ([1.0, 2.0, 3.0, 6.0], 3.0, math.sqrt(14 / 3 / 4)),
+        ([1.0, NAN, 3.0, NAN], 2.0, 1.0),
+        ([NAN, 5.0], 5.0, NAN),
+        ([NAN, NAN], NAN, NAN),
+        ([], NAN, NAN),
+        ([0.0, math.inf], math.inf, NAN),
+    ],
+)
+def test_moments_leave_out_what_does_not_apply(
+    values: list[float], mean: float, sem: float
+) -> None:
+    found = moments(torch.tensor(values, dtype=torch.float64))
+    assert found == pytest.approx({"mean": mean, "sem": sem}, nan_ok=True)
+
+
+def test_gain_is_the_paired_difference() -> None:
+    """The same large spread in both arms cancels: the error is that of the differences."""
+    evaluation = Evaluation()
+    added(evaluation, "reference", 0, r=[0.0, 100.0], only=[1.0, 2.0])
+    added(evaluation, "reference", 1, r=[50.0], only=[3.0])
+    added(evaluation, "tuned", 1, r=[51.0])  # batches in any order
+    added(evaluation, "tuned", 0, r=[2.0, 103.0])
+    summary = evaluation.summary(world_size=1)
+    assert set(summary["gain"]) == set(summary["tuned"]) == {"r"}
+    assert set(summary["reference"]) == {"r", "only"}
+    assert summary["gain"]["r"] == pytest.approx({"mean": 2.0, "sem": 1 / math.sqrt(3)})
+    assert summary["tuned"]["r"]["mean"] == pytest.approx(52.0)
+    assert summary["reference"]["r"]["sem"] == pytest.approx(50 / math.sqrt(3))
+
+
+def test_gain_is_over_pairs_known_in_both_arms() -> None:
+    evaluation = Evaluation()
+    added(evaluation, "reference", 0, r=[1.0, NAN, 3.0, NAN])
+    added(evaluation, "tuned", 0, r=[2.0, 5.0, NAN, NAN])
+    assert evaluation.summary(1)["gain"]["r"]["mean"] == 1.0
+    other = Evaluation()
+    added(other, "reference", 0, r=[1.0])
+    added(other, "tuned", 0, r=[2.0, 5.0])
+    assert "r" not in other.summary(1)["gain"]
+
+
+def test_reference_is_kept_for_the_next_evaluation() -> None:
+    first = Evaluation()
+    added(first, "reference", 3, r=[1.0])
+    added(first, "tuned", 3, r=[2.0])
+    second = Evaluation(first.reference)
+    assert second.reference.has(3) and not second.tuned.has(3)
+    added(second, "tuned", 3, r=[4.0])
+    assert second.summary(1)["gain"]["r"]["mean"] == 3.0
+    assert first.summary(1)["gain"]["r"]["mean"] == 1.0
+
+
+def test_processes_are_summarised_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluation = Evaluation()
+    added(evaluation, "reference", 0, r=[1.0])
+    added(evaluation, "tuned", 0, r=[2.0, 4.0])
+    other = {"tuned": {"r": torch.tensor([9.0])}, "reference": {}, "gain": {}}
+    monkeypatch.setattr("lit_rlft.evaluation.gather", lambda mine, world_size: [mine, other])
+    summary = evaluation.summary(world_size=2)
+    assert summary["tuned"]["r"]["mean"] == 5.0 and summary["reference"]["r"]["mean"] == 1.0
+
+
+def test_nothing_measured() -> None:
+    assert Evaluation().summary(1) == {"tuned": {}, "reference": {}, "gain": {}}
+
+
+def test_pictures_are_kept_as_bytes_and_values_off_the_graph() -> None:
+    evaluation = Evaluation()
+    value = torch.tensor([0.5, 1.0], requires_grad=True)
+    shown = torch.tensor([-0.5, 0.5, 1.0, 2.0]).expand(2, 3, 1, 4).requires_grad_()
+    evaluation.add("tuned", 0, {"r": value}, shown, ["a", "b"])
+    kept = evaluation.tuned.pictures[0]
+    assert kept.dtype == torch.uint8 and kept[0, 0, 0].tolist() == [0, 128, 255, 255]
+    column = evaluation.tuned.columns()["r"]
+    assert column.dtype == torch.float64 and not column.requires_grad
+    assert evaluation.tuned.labels == {0: ["a", "b"]}
+
+
+@pytest.mark.parametrize(("num", "num_columns"), [(6, 3), (7, 3), (2, 5), (1, 1)])
+@pytest.mark.parametrize("size", [(8, 8), (8, 12)])
+def test_before_after_puts_twins_one_above_the_other(
+    num: int, num_columns: int, size: tuple[int, int]
+) -> None:
+    reference, tuned = pictures(num, size), pictures(num, size, seed=1)
+    panel = before_after(reference, tuned, num_columns)
+    height, width = size[0] + 2, size[1] + 2
+    num_rows = -(-num // num_columns)
+    assert panel.dtype == torch.uint8
+    assert panel.shape == (3, num_rows * (2 * height + 3), num_columns * width)
+    for i in range(num_rows * num_columns):
+        row, column = divmod(i, num_columns)
+        top, left = row * (2 * height + 3) + 1, column * width + 1
+        for arm, shown in enumerate((reference, tuned)):
+            start = top + arm * height
+            tile = panel[:, start : start + size[0], left : left + size[1]]
+            expected = shown[i] if i < num else torch.full_like(tile, 255)
+            assert torch.equal(tile, expected)
+
+
+@pytest.mark.parametrize(("size", "num_rows"), [((96, 96), 96), ((32, 64), 48), ((64, 64), 96)])
+def test_comparison_has_a_column_per_condition(size: tuple[int, int], num_rows: int) -> None:
+    """Each column: the samples of the reference above those of the tuned model, unsqueezed."""
+    reference, tuned = pictures(6, size), torch.zeros(6, 3, *size, dtype=torch.uint8)
+    labels = [label for label in ("a circle", "a very long prompt " * 9, "") for _ in range(2)]
+    image = comparison(reference.clamp(min=99), tuned, labels, [0, 2, 4, 2], "")
+    one = comparison(reference[:2], tuned[:2], labels[:2], [0, 2], "")
+    assert image.width - one.width >= 2 * 96 and image.height == one.height
+    gray = torch.frombuffer(bytearray(image.convert("L").tobytes()), dtype=torch.uint8)
+    dark = gray.view(image.height, image.width) < 30
+    upper, lower = dark[: image.height // 2], dark[image.height // 2 :]
+    # The two rows of three samples, 96 pixels wide each, that are dark; labels hardly count.
+    full = lower.sum(dim=1) >= 3 * 96
+    assert full.sum() == 2 * num_rows
+    assert not (upper.sum(dim=1) >= 96).any()
+
+
+def test_comparison_of_a_single_sample() -> None:
+    image = comparison(pictures(1), pictures(1), ["a"], [0, 1], "one sample")
+    assert image.width > 96 and image.height > 2 * 96
