@@ -9,14 +9,17 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from lightning import LightningModule
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lit_rlft.callbacks.run_files import RunFiles
 from lit_rlft.cli import main
 
 GAUSSIAN = ("configs/domains/gaussian_mixture.yaml", "configs/algorithms/graft.yaml")
@@ -28,6 +31,7 @@ TINY = {
     "data.init_args.num_test": EVAL_ROWS,
     "data.init_args.batch_size": 8,
     "model.init_args.sampler.num_steps": STEPS,
+    "model.init_args.num_epochs": 2,
     "model.init_args.num_eval_samples": EVAL_SAMPLES,
     **QUIET,
 }
@@ -127,6 +131,7 @@ SMALL = {
     "model.init_args.sampler.num_steps": 2,
     "model.init_args.num_eval_samples": 2,
     "model.init_args.num_candidates": 2,
+    "model.init_args.num_epochs": 1,
     **QUIET,
 }
 
@@ -168,7 +173,7 @@ def test_the_command_line_wins_over_files_and_later_files_over_earlier() -> None
     model = yaml.safe_load((folder / "config_validate.yaml").read_text())["model"]
     assert model["init_args"]["sampler"] == {"num_steps": STEPS, "eta": 0.5}
     assert model["init_args"]["seed"] == 3
-    assert model["init_args"]["num_epochs"] == 2
+    assert model["init_args"]["num_candidates"] == 4
 
 
 def test_a_file_here_wins_over_the_packaged_one_of_the_same_name() -> None:
@@ -236,6 +241,25 @@ def test_predict_writes_samples_and_a_line_for_each(gaussian_run: Path) -> None:
     tuned = report(gaussian_run)["tuned"]["Coordinate"]["mean"]
     mean = sum(record["rewards"]["Coordinate"] for record in records) / len(records)
     assert mean == pytest.approx(tuned, abs=1e-6)
+
+
+def test_predictions_of_all_processes_are_joined(tmp_path: Path) -> None:
+    for rank, names in enumerate((["a", "c"], ["b"])):
+        text = "".join(json.dumps({"file": name}) + "\n" for name in names)
+        (tmp_path / f"samples_{rank}.jsonl").write_text(text)
+    strategy = SimpleNamespace(barrier=lambda: None)
+    settings = {"loggers": [], "default_root_dir": tmp_path, "strategy": strategy}
+    trainer: Any = SimpleNamespace(world_size=2, is_global_zero=True, **settings)
+    RunFiles().on_predict_end(trainer, LightningModule())
+    assert [path.name for path in tmp_path.iterdir()] == ["samples.jsonl"]
+    lines = (tmp_path / "samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["file"] for line in lines] == ["a", "b", "c"]
+
+
+def test_runs_without_a_name_are_numbered() -> None:
+    for _ in range(2):
+        main(arguments("validate", GAUSSIAN, TINY))
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["graft", "graft-2"]
 
 
 def test_tensorboard_shows_the_promised_tags(gaussian_run: Path) -> None:
@@ -388,7 +412,7 @@ def script(*command: str) -> str:
     """Run the console script and return what it printed."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
     result = subprocess.run(
-        [str(SCRIPT), *command], env=environment, capture_output=True, text=True, timeout=120
+        [str(SCRIPT), *command], env=environment, capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout + result.stderr

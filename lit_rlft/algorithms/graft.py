@@ -20,7 +20,7 @@ from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Batch, Condition
 from lit_rlft.core.randomness import Generators, generators, rand_like, seed_from
 from lit_rlft.core.selection import Selection, TopK
-from lit_rlft.core.state import index, leaves
+from lit_rlft.core.state import index, leaves, tensor_of
 
 __all__ = ["GRAFT", "PGRAFT"]
 
@@ -42,6 +42,11 @@ class PGRAFT(RewardFineTuner):
             being fitted is the law being drawn. False fits the conditional prediction alone, as
             plain supervised fine-tuning does; guidance then acts on top of samples that were
             guided already, and saturates within a few rounds.
+        contrast: Also train on the rejected candidates of each condition, with negative weight:
+            a_i - mean(a) instead of 1 for the accepted. A choice of ours, not the paper's: fitting
+            only accepted samples also fits the errors of a coarse sampler, which every candidate
+            shares; the difference cancels them. The loss has no lower bound, so set `iterative`
+            and take few epochs per round.
         **base: Arguments of `RewardFineTuner`.
     """
 
@@ -54,6 +59,7 @@ class PGRAFT(RewardFineTuner):
         train_from: Literal["intermediate", "clean"] = "intermediate",
         iterative: bool = False,
         guided_loss: bool = True,
+        contrast: bool = False,
         **base: Any,
     ) -> None:
         super().__init__(*args, **base)
@@ -63,6 +69,7 @@ class PGRAFT(RewardFineTuner):
         self.train_from = train_from
         self.iterative = iterative
         self.guided_loss = guided_loss
+        self.contrast = contrast
 
     def check(self) -> None:
         if not 0 <= self.cut < 1 or self.cut_step < 1:
@@ -104,11 +111,16 @@ class PGRAFT(RewardFineTuner):
         rows = generators([seed_from(seed, _SELECT) for seed in seeds[:: self.num_candidates]])
         accepted = self.selection(rewards.cpu().view(shape), grouped, rows).flatten()
         chosen = accepted.nonzero().flatten()
+        weights = self._weights(accepted.view(shape).float()).flatten()
+        trained = weights.nonzero().flatten()
         source = x_tau if self.train_from == "intermediate" else x_0
         return Experience(
-            states={"x_s": index(source, chosen.to(leaves(source)[0].device))},
-            condition=candidates.index(chosen),
-            seeds=[seeds[i] for i in chosen.tolist()],
+            states={
+                "x_s": index(source, trained.to(leaves(source)[0].device)),
+                "weight": weights[trained].to(rewards.device),
+            },
+            condition=candidates.index(trained),
+            seeds=[seeds[i] for i in trained.tolist()],
             metrics={
                 "reward": float(rewards.mean()),
                 "accepted_reward": float(rewards[chosen.to(rewards.device)].mean()),
@@ -118,14 +130,19 @@ class PGRAFT(RewardFineTuner):
         )
 
     def loss(self, experience: Experience, rows: Generators) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the denoising loss of the accepted samples at levels above tau, [n]."""
+        """Return the weighted denoising loss of the samples at levels above tau, [n]."""
         process, x_s = self.pipeline.process, experience.states["x_s"]
         uniform = rand_like(torch.empty(len(experience), device=leaves(x_s)[0].device), rows)
         t = process.draw_times(uniform, low=self.tau)
         s = torch.full_like(t, self.tau if self.train_from == "intermediate" else 0.0)
         x_t = process.noised(x_s, s, t, rows)
         predict = self.policy if self.guided_loss else self.pipeline.predict
-        return process.loss(predict(x_t, t, experience.condition), x_s, x_t, s, t), {}
+        losses = process.loss(predict(x_t, t, experience.condition), x_s, x_t, s, t)
+        return tensor_of(experience.states["weight"]) * losses, {}
+
+    def _weights(self, accepted: Tensor) -> Tensor:
+        """Return each candidate's weight in the loss, [G, M]; those with 0 cost nothing."""
+        return accepted - accepted.mean(dim=1, keepdim=True) if self.contrast else accepted
 
 
 class GRAFT(PGRAFT):

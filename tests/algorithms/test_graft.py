@@ -571,7 +571,8 @@ def test_prompts_are_encoded_once_per_round(
 def test_guided_loss_trains_what_is_sampled_from(tiny_stable_diffusion: Any) -> None:
     pipeline = TextToImagePipeline(str(tiny_stable_diffusion()), guidance_scale=3.0)
     condition = pipeline.encode({"index": torch.arange(2), "prompt": ["a ring", "a cross"]})
-    experience = Experience({"x_s": torch.randn(2, 4, 2, 2)}, condition, [0, 1])
+    states = {"x_s": torch.randn(2, 4, 2, 2), "weight": torch.ones(2)}
+    experience = Experience(states, condition, [0, 1])
     losses = {}
     for guided in (False, True):
         tuner = PGRAFT(pipeline, Brightness(), guided_loss=guided)
@@ -609,3 +610,12 @@ def test_settings_that_cannot_work_are_refused(
 ) -> None:
     with pytest.raises(UsageError, match=sentence):
         fit(tuner_of(**settings), default_root_dir=folder)
+
+
+def test_contrast_weighs_candidates_against_their_group() -> None:
+    accepted = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
+    pipeline = GaussianMixturePipeline()
+    weights = PGRAFT(pipeline, Coordinate(0), contrast=True)._weights(accepted)
+    torch.testing.assert_close(weights[0], torch.tensor([0.75, -0.25, -0.25, -0.25]))
+    assert not weights[1:].any()  # groups without a difference teach nothing and cost nothing
+    assert torch.equal(PGRAFT(pipeline, Coordinate(0))._weights(accepted), accepted)
