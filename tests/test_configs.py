@@ -127,4 +127,7 @@ def test_embedded_domains_run(
 @needs_weights
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=name)
 def test_experiments_run(experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The second stage of pretraining starts from what the first one wrote.
+    (tmp_path / "runs/shapes_pretrain").mkdir(parents=True)
+    (tmp_path / "runs/shapes_pretrain/tuned").symlink_to(WEIGHTS[0].parents[1])
     run([experiment], tmp_path, monkeypatch)
