@@ -1,9 +1,8 @@
 # Every target sets up its own virtual environment in .venv the first time and re-uses it after.
 PYTHON ?= python3
 BIN := .venv/bin
-# CUDA builds of torch come from the package index by default; the version range is pyproject's.
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test lint format clean
 
 demo: .venv/installed
 	rm -rf runs/demo
@@ -12,10 +11,7 @@ demo: .venv/installed
 		--ckpt_path runs/demo/checkpoints/last.ckpt
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -m "not slow"
-
-test-slow: .venv/installed-dev
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
