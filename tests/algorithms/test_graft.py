@@ -40,7 +40,7 @@ from lit_rlft.core.randomness import generators, seed_from
 from lit_rlft.core.reward import Reward
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.selection import Preference, RandomK, Threshold, TopK, Unique
-from lit_rlft.core.state import State
+from lit_rlft.core.state import State, tensor_of
 from lit_rlft.data import collate
 
 W, M = np.array(WEIGHTS), np.array(MEANS)
@@ -381,6 +381,24 @@ def test_the_best_of_each_condition_are_accepted(folder: Path) -> None:
     kept = experience.states["x_s"]
     assert isinstance(kept, Tensor)
     torch.testing.assert_close(kept[:, 0].sort().values, best.sort().values)
+
+
+def test_contrast_weighs_the_rejected_against_the_accepted(folder: Path) -> None:
+    """a_i - mean(a) over the candidates of a condition; without contrast 1 for the accepted."""
+    settings: dict[str, Any] = {"reward": Coordinate(), "selection": TopK(1)}
+    plain, contrast = (
+        fit(tuner_of(contrast=c, **settings), default_root_dir=folder).experiences[0]
+        for c in (False, True)
+    )
+    assert torch.equal(tensor_of(plain.states["weight"]), torch.ones(8)) and len(contrast) == 32
+    weights = tensor_of(contrast.states["weight"])
+    assert weights.view(8, 4).sort(dim=1).values.tolist() == [[-0.25, -0.25, -0.25, 0.75]] * 8
+    kept = [seed for seed, w in zip(contrast.seeds, weights.tolist(), strict=True) if w > 0]
+    assert kept == plain.seeds
+    # Groups that are accepted or rejected as a whole say nothing about their members.
+    for minimum in (-5.0, 5.0):
+        tuner = tuner_of(contrast=True, selection=Threshold(minimum))
+        assert len(fit(tuner, default_root_dir=folder).experiences[0]) == 0
 
 
 def test_rounds_that_accept_nothing_or_unequally(folder: Path) -> None:
