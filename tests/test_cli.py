@@ -479,3 +479,66 @@ def test_processes_that_accept_unequal_numbers_do_not_hang() -> None:
     for tag in ("train/loss", "train/accepted_reward", "train/grad_norm"):
         values = [event.value for event in events.Scalars(tag)]
         assert len(values) == 4 and all(map(math.isfinite, values))
+
+
+METHODS = ("drtune", "draft", "draft_lv", "align_prop", "refl")
+each_method = pytest.mark.parametrize("method", METHODS)
+QUADRATIC = {
+    "reward": "domains.gaussian_mixture.rewards.Quadratic",
+    "model.init_args.sampler.num_steps": 4,
+    "model.init_args.minibatch_size": 8,
+}
+SHORT = {"drtune": {"model.init_args.method.init_args.m": 2}}
+SHORT["refl"] = SHORT["drtune"]
+
+
+def gradients(stage: str, method: str, name: str, settings: dict[str, Any] | None = None) -> None:
+    main(by_gradient(stage, method, name, settings or {}))
+
+
+def by_gradient(stage: str, method: str, name: str, settings: dict[str, Any]) -> list[str]:
+    configs = (GAUSSIAN[0], f"configs/algorithms/{method}.yaml")
+    short = SHORT.get(method, {})
+    return arguments(stage, configs, TINY, QUADRATIC, short, {"name": name}, settings)
+
+
+@each_method
+def test_reward_gradients_resume_bit_by_bit(method: str) -> None:
+    gradients("fit", method, "whole", {"trainer.max_epochs": 2})
+    gradients("fit", method, "run", {"trainer.max_epochs": 1})
+    last = "runs/run/checkpoints/last.ckpt"
+    gradients("fit", method, "run", {"trainer.max_epochs": 2, "ckpt_path": last})
+    assert_equal(weights("run"), weights("whole"))
+    gradients("test", method, "run", {"ckpt_path": last})
+    written = report(Path("runs/run"))
+    assert written["algorithm"].lower() == method.replace("_", "")
+    assert written["gain"]["Quadratic"]["mean"] != 0
+
+
+@each_method
+def test_reward_gradients_run_in_bf16(method: str) -> None:
+    gradients("fit", method, "run", {"trainer.precision": "bf16-mixed"})
+    trained = weights("run")
+    assert all(value.isfinite().all() for value in trained.values())
+    assert any(value.any() for key, value in trained.items() if "lora_B" in key)
+
+
+@each_method
+def test_reward_gradients_of_two_processes_are_those_of_one(method: str) -> None:
+    gradients("fit", method, "one")
+    halves = {**TWO, "model.init_args.minibatch_size": 4, "trainer.limit_val_batches": 0}
+    script(*by_gradient("fit", method, "two", halves))
+    one, two = weights("one"), weights("two")
+    assert one.keys() == two.keys()
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], rtol=1e-5, atol=1e-7)
+
+
+def test_the_pull_on_each_step_reaches_tensorboard() -> None:
+    every = {"model.init_args.log_depth": True, "trainer.log_every_n_steps": 1}
+    gradients("fit", "align_prop", "run", every)
+    events = EventAccumulator("runs/run")
+    events.Reload()
+    names = [tag for tag in events.Tags()["scalars"] if "grad_norm_at_step/" in tag]
+    assert "train/grad_norm_at_step/001" in names
+    assert all(event.value > 0 for event in events.Scalars("train/grad_norm_at_step/001"))

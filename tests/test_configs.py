@@ -37,6 +37,8 @@ TINY = [
     "--data.init_args.batch_size=2",
     "--data.init_args.eval_batch_size=2",
 ]
+# What makes a method fit into two sampling steps.
+TINY_METHODS = {"DRTune": ("k=1", "m=1"), "ReFL": ("m=1",)}
 TINY_SPLITS = {
     "MixtureData": ("num_train=4", "num_val=2", "num_test=2"),
     "ShapesPrompts": ("num_train_prompts=4", "num_val_prompts=2", "num_test_prompts=2"),
@@ -62,9 +64,13 @@ def parsed(configs: list[Path], capsys: pytest.CaptureFixture[str]) -> dict[str,
 def run(configs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Train one tiny round of a config, then test the result."""
     monkeypatch.chdir(tmp_path)
-    data = next(config["data"] for config in map(load, configs) if "data" in config)
+    loaded = [load(path) for path in configs]
+    data = next(config["data"] for config in loaded if "data" in config)
     splits = TINY_SPLITS[data["class_path"].rpartition(".")[2]]
     flags = [f"--config={path}" for path in configs]
+    method = next((c["model"]["init_args"].get("method") for c in loaded if "model" in c), None)
+    settings = TINY_METHODS.get(method["class_path"].rpartition(".")[2], ()) if method else ()
+    flags += [f"--model.init_args.method.init_args.{setting}" for setting in settings]
     flags += [*TINY, *(f"--data.init_args.{split}" for split in splits), "--name=run"]
     main(["fit", *flags])
     last = "runs/run/checkpoints/last.ckpt"

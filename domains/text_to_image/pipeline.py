@@ -12,6 +12,7 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from domains.text_to_image.render import save_png
@@ -43,10 +44,14 @@ class TextToImagePipeline(Pipeline):
         pretrained: A folder saved by diffusers, a hub id, or the name of an embedded model
             ("shapes").
         guidance_scale: w of classifier-free guidance, u + w (c - u); no guidance at 1 or below.
+        guidance_gradient: Where reward gradients go under guidance: "both" predictions, or the
+            "conditional" one alone; u is then computed without a graph, at half the memory.
         negative_prompt: What the unconditional prediction u is conditioned on.
         height: Picture height in pixels; None takes the model's own size.
         width: Picture width in pixels; None takes the model's own size.
         decode_batch_size: Pictures decoded at a time, which bounds the VAE's memory.
+        checkpoint_decoder: Where gradients flow through the VAE, keep its input alone and decode
+            again in the backward pass.
         from_scratch: Keep the architecture and draw new weights for U-Net and text encoder, to
             pretrain them.
         save_dtype: Precision in which a fully trained pipeline is written.
@@ -64,18 +69,22 @@ class TextToImagePipeline(Pipeline):
         pretrained: str = "shapes",
         *,
         guidance_scale: float = 7.5,
+        guidance_gradient: Literal["both", "conditional"] = "both",
         negative_prompt: str = "",
         height: int | None = None,
         width: int | None = None,
         decode_batch_size: int = 32,
+        checkpoint_decoder: bool = True,
         from_scratch: bool = False,
         save_dtype: Literal["float32", "float16", "bfloat16"] = "float32",
     ) -> None:
         super().__init__()
         self.pretrained = pretrained
         self.guidance_scale = guidance_scale
+        self.guidance_gradient = guidance_gradient
         self.negative_prompt = negative_prompt
         self.decode_batch_size = decode_batch_size
+        self.checkpoint_decoder = checkpoint_decoder
         self.save_dtype = getattr(torch, save_dtype)
         self.diffusers = _load(pretrained, from_scratch=from_scratch)
         self.denoiser = self.diffusers.unet
@@ -128,19 +137,32 @@ class TextToImagePipeline(Pipeline):
         return self.denoiser(x, schedule.timestep(t), embedding, return_dict=False)[0]
 
     def forward(self, x_t: State, t: Tensor, condition: Condition) -> Tensor:
-        """Return the guided prediction u + w (c - u); both halves go through in one call."""
+        """Return the guided prediction u + w (c - u); both halves go through in one call.
+
+        Where only c carries gradient there are two calls, u's without a graph.
+        """
         if self.guidance_scale <= 1:
             return self.predict(x_t, t, condition)
         null = condition.dropped(torch.ones_like(condition.rows, dtype=torch.bool))
-        both = replace(condition, rows=torch.cat([null.rows, condition.rows]))
-        u, c = self.predict(torch.cat([tensor_of(x_t)] * 2), t.repeat(2), both).chunk(2)
+        if self.guidance_gradient == "conditional" and torch.is_grad_enabled():
+            with torch.no_grad():
+                u = self.predict(x_t, t, null)
+            c = self.predict(x_t, t, condition)
+        else:
+            both = replace(condition, rows=torch.cat([null.rows, condition.rows]))
+            u, c = self.predict(torch.cat([tensor_of(x_t)] * 2), t.repeat(2), both).chunk(2)
         return u + self.guidance_scale * (c - u)
 
     def decode(self, x_0: State, condition: Condition) -> Tensor:
         latents = tensor_of(x_0) / self.vae.config["scaling_factor"]
         parts = latents.split(self.decode_batch_size)
-        pictures = torch.cat([self.vae.decode(part).sample for part in parts])
+        pictures = torch.cat([self._decode(part) for part in parts])
         return (pictures.float() / 2 + 0.5).clamp(0, 1)
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        if self.checkpoint_decoder and latents.requires_grad and torch.is_grad_enabled():
+            return checkpoint(lambda x: self.vae.decode(x).sample, latents, use_reentrant=False)
+        return self.vae.decode(latents).sample
 
     def states(self, batch: Batch) -> Tensor:
         """Return the latents of `batch["image"]`, uint8 [B, 3, H, W]: the VAE's mode, scaled."""

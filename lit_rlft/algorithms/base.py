@@ -3,6 +3,7 @@
 import math
 import time
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self, TypeVar
@@ -149,6 +150,11 @@ class RewardFineTuner(LightningModule, ABC):
         self._started = self._seconds_before = 0.0
         self._flops = 0
 
+    @property
+    def algorithm(self) -> str:
+        """The name under which results are reported."""
+        return type(self).__name__
+
     @abstractmethod
     def collect(self, batch: Batch, condition: Condition) -> Experience:
         """Draw the experience of one round; called without gradients."""
@@ -294,7 +300,7 @@ class RewardFineTuner(LightningModule, ABC):
             part = condition.index(slice(first, first + batch_size(chunk)))
             first += batch_size(chunk)
             samples = self.pipeline.decode(chunk, part)
-            rewards.append(self._reward(samples, part))
+            rewards.append(self.reward_of(samples, part))
             keys.extend(self.pipeline.keys(samples, part) or [])
         return torch.cat(rewards), keys or None
 
@@ -335,7 +341,7 @@ class RewardFineTuner(LightningModule, ABC):
         """Draw samples from the tuned model and score them."""
         condition = self.pipeline.encode(batch).repeat(self.num_eval_samples)
         samples, seeds = self._draw(batch, condition, "tuned")
-        return Draw(samples, condition, seeds, self._reward(samples, condition))
+        return Draw(samples, condition, seeds, self.reward_of(samples, condition))
 
     def on_validation_epoch_end(self) -> None:
         """Log every metric of the tuned model and of the reference."""
@@ -391,7 +397,8 @@ class RewardFineTuner(LightningModule, ABC):
             pictures = self.pipeline.render(samples, condition)
             self.evaluation.add(arm, batch_idx, values, pictures, labels)
 
-    def _reward(self, samples: Any, condition: Condition) -> Tensor:
+    def reward_of(self, samples: Any, condition: Condition) -> Tensor:
+        """Score decoded samples, [B]; raises UsageError where the reward returns something else."""
         self._meter.reward_calls += len(condition)
         return check_rewards(self.reward, self.reward(samples, condition), len(condition))
 
@@ -425,11 +432,13 @@ class RewardFineTuner(LightningModule, ABC):
             known = [own[name] for own, _ in parts if not math.isnan(own[name])]
             if known:
                 means[name] = sum(known) / len(known)
-        updates = [outcome for _, own in parts for outcome in own]
-        for name in sorted({name for outcome in updates for name in outcome}):
-            total = sum(outcome.get(name, 0.0) for outcome in updates)
-            means[name] = total / len(updates)
-        return means
+        values: dict[str, list[float]] = defaultdict(list)
+        for outcomes_of_update in zip(*(own for _, own in parts), strict=True):
+            # A name belongs to the updates that have it: not every one trains every step.
+            for name in sorted({name for outcome in outcomes_of_update for name in outcome}):
+                total = sum(outcome.get(name, 0.0) for outcome in outcomes_of_update)
+                values[name].append(total / world_size)
+        return means | {name: sum(every) / len(every) for name, every in values.items()}
 
     def _check_settings(self) -> None:
         for name in ("num_epochs", "minibatch_size", "sampling_batch_size", "num_eval_samples"):

@@ -65,7 +65,7 @@ class RunFiles(Callback):
             return
         folder = run_folder(trainer)
         report = {
-            "algorithm": type(pl_module).__name__,
+            "algorithm": pl_module.algorithm,
             "domain": pl_module.pipeline.name,
             "num_samples": num_samples,
             "seed": pl_module.seed,
@@ -86,7 +86,7 @@ class RunFiles(Callback):
         name = module.reward.name
         before, after = (summary[arm][name] for arm in ("reference", "tuned"))
         title = (
-            f"{type(module).__name__} on {module.pipeline.name}: {name} "
+            f"{module.algorithm} on {module.pipeline.name}: {name} "
             f"{before['mean']:.3f} -> {after['mean']:.3f} (n = {num_samples}, same noise)"
         )
         arms = [torch.cat([arm.pictures[i] for i in batches]) for arm in (reference, tuned)]

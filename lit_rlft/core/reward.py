@@ -102,7 +102,7 @@ class WeightedSum(Reward):
 
 
 def check_rewards(reward: Reward, values: Any, num_samples: int) -> Tensor:
-    """Return rewards as float32 [B].
+    """Return rewards as float32 [B], or as float64 where they are.
 
     Raises:
         UsageError: They are no tensor [B] or a value is NaN; the sentence names the reward.
@@ -122,4 +122,4 @@ def check_rewards(reward: Reward, values: Any, num_samples: int) -> Tensor:
             f"{reward.name} returned NaN for {int(values.isnan().sum())} of {num_samples} samples; "
             "give failed samples a finite low reward"
         )
-    return values.float()
+    return values if values.dtype == torch.float64 else values.float()

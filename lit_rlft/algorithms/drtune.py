@@ -1,0 +1,257 @@
+r"""Reward gradients through the sampler: DRTune, DRaFT-K, DRaFT-LV, AlignProp and ReFL as one loop.
+
+The loss of a sample is minus its reward, differentiated through the decoder and the sampler's
+steps. The methods differ in which steps carry gradient, in whether the denoiser's input is
+detached there, in where the walk stops, and in re-noised copies (`core.gradient_plan`). With
+detached inputs each step is linear in x_t, so the gradient is a plain sum,
+
+.. math::
+    \nabla_\theta r = \sum_{t \in T_{train}} c_t \,
+        \frac{\partial f_\theta(x_t, t)}{\partial \theta}^\top \nabla_{x_0} r,
+
+with one scalar :math:`c_t` per step, the product of the sampler's coefficients after it.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from lit_rlft.algorithms.base import Experience, RewardFineTuner
+from lit_rlft.core.checks import UsageError
+from lit_rlft.core.gradient_plan import DRTune, GradientMethod, GradientPlan
+from lit_rlft.core.pipeline import Batch, Condition
+from lit_rlft.core.randomness import Generators, generators, seed_from
+from lit_rlft.core.reward import Reward, WeightedSum
+from lit_rlft.core.sampling import walk
+from lit_rlft.core.state import State, batch_size, cat, detach, index, leaves
+
+__all__ = ["GradientWalk", "RewardGradient"]
+
+_ROLLOUT, _PLAN = 10, 12
+
+
+class RewardGradient(RewardFineTuner):
+    """Ascends a differentiable reward by backpropagation through the sampler.
+
+    Each condition of a batch is sampled once per epoch, inside the loss. Memory grows with the
+    number of trained steps, not with the sampler's: the others never build a graph.
+
+    Args:
+        *args: Pipeline and reward.
+        method: Which steps carry gradient; DRTune unless given.
+        kl_coef: Weight of the squared distance of prediction and reference prediction, per
+            dimension and averaged over the trained steps; 0 never runs the reference.
+        reward_ceiling: lambda of the hinge max(0, lambda - r): samples above it are left alone;
+            None maximises without bound.
+        gradient_checkpointing: "steps" keeps only the inputs of trained steps and runs the
+            denoiser again in the backward pass, "blocks" does so for each block of a denoiser that
+            can; None keeps all activations, which is fastest.
+        log_depth: Log how strongly each step's prediction is pulled, the norm of the reward's
+            gradient there (`train/grad_norm_at_step/...`).
+        **base: Arguments of `RewardFineTuner`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        method: GradientMethod | None = None,
+        kl_coef: float = 0.0,
+        reward_ceiling: float | None = None,
+        gradient_checkpointing: Literal["steps", "blocks"] | None = None,
+        log_depth: bool = False,
+        **base: Any,
+    ) -> None:
+        super().__init__(*args, **base)
+        self.method = method or DRTune()
+        self.kl_coef = kl_coef
+        self.reward_ceiling = reward_ceiling
+        self.gradient_checkpointing = gradient_checkpointing
+        self.log_depth = log_depth
+
+    @property
+    def algorithm(self) -> str:
+        return type(self.method).__name__
+
+    def check(self) -> None:
+        process = self.pipeline.process
+        if not process.differentiable:
+            raise UsageError(
+                f"{self.algorithm} differentiates through the sampler, but the "
+                f"{type(process).__name__} of {type(self.pipeline).__name__} has discrete "
+                "transitions; use configs/algorithms/p_graft.yaml or graft.yaml"
+            )
+        if not self.reward.differentiable:
+            raise UsageError(
+                f"{self.algorithm} needs a differentiable reward, but {_opaque(self.reward)} has "
+                "no gradient; choose a reward with differentiable = True, or an algorithm that "
+                "needs none (configs/algorithms/p_graft.yaml)"
+            )
+        self.method.check(self.sampler.num_steps)
+        enable = getattr(self.pipeline.denoiser, "enable_gradient_checkpointing", None)
+        if self.gradient_checkpointing == "blocks" and enable is None:
+            raise UsageError(
+                f"{self.algorithm} was asked for gradient_checkpointing 'blocks', which the "
+                f"denoiser {type(self.pipeline.denoiser).__name__} does not offer; set "
+                "model.init_args.gradient_checkpointing to 'steps'"
+            )
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if self.gradient_checkpointing == "blocks":
+            self.pipeline.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
+
+    def collect(self, batch: Batch, condition: Condition) -> Experience:
+        """Return the conditions and the seeds; samples are drawn inside the loss."""
+        seeds = self.sample_seeds(batch, 1, _ROLLOUT, self.num_rounds)
+        self.num_samples += len(condition) * self.num_epochs * self.trainer.world_size
+        return Experience(states={}, condition=condition, seeds=seeds)
+
+    def loss(self, experience: Experience, rows: Generators) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return minus the reward of fresh samples, or its hinge, plus the penalty, [n]."""
+        size, walked = len(experience), GradientWalk(self, self._plan(), experience.condition)
+        x_0 = walked.run(rows)
+        condition = experience.condition.repeat(walked.num_copies)
+        rewards = self.reward_of(self.pipeline.decode(x_0, condition), condition)
+        losses = -rewards
+        if self.reward_ceiling is not None:
+            losses = (self.reward_ceiling - rewards).clamp(min=0)
+        losses, rewards = losses.view(size, -1).mean(dim=1), rewards.view(size, -1).mean(dim=1)
+        values = {"reward": rewards.detach()}
+        if self.log_depth:
+            values |= walked.watch(losses)
+        if walked.distances:
+            distance = torch.stack(walked.distances).mean(dim=0)
+            losses = losses + self.kl_coef * distance
+            values["reference_distance"] = distance.detach()
+        return losses, values
+
+    def _plan(self) -> GradientPlan:
+        """Draw the plan of the current update, the same on every process and microbatch."""
+        (generator,) = generators([seed_from(self.seed, _PLAN, self.num_updates)])
+        return self.method.draw(self.sampler.num_steps, generator)
+
+
+class GradientWalk:
+    """One walk from noise to x_0 in which some steps carry gradient.
+
+    Args:
+        tuner: Whose policy is walked, with its settings.
+        plan: Which steps carry gradient.
+        condition: n rows.
+
+    Attributes:
+        distances: Per trained step, the squared distance to the reference's prediction, [n].
+    """
+
+    def __init__(self, tuner: RewardGradient, plan: GradientPlan, condition: Condition) -> None:
+        self.tuner, self.plan, self.condition = tuner, plan, condition
+        self.num_copies = max(plan.num_copies, 1)
+        self.distances: list[Tensor] = []
+        self._predictions: dict[int, State] = {}
+
+    def run(self, rows: Generators) -> State:
+        """Return x_0, n rows, or n * num_copies with the copies of a sample side by side."""
+        process, sampler = self.tuner.pipeline.process, self.tuner.sampler
+        times = process.times(sampler.num_steps)
+        x_1 = self.tuner.prior(self.condition).sample(rows)
+        steps = iter(range(sampler.num_steps, 0, -1))
+
+        def denoise(x_t: State, t: Tensor, condition: Condition) -> State:
+            step = next(steps)
+            if step in self.plan.trained:
+                return self._trained(x_t, t, condition, step)
+            with torch.no_grad():
+                return self.tuner.policy(x_t, t, condition)
+
+        stop = sampler.num_steps - (self.plan.stop or 0)  # where the walk ends, on the grid
+        *_, (_, x) = walk(
+            denoise, process, x_1, self.condition, times[: stop + 1], sampler.eta, rows
+        )
+        if self.plan.stop is not None:
+            t = times[stop].to(leaves(x)[0].device).expand(len(self.condition))
+            return process.denoised(denoise(x, t, self.condition), x, t)
+        return self._last_step_again(x, times, rows) if self.plan.num_copies else x
+
+    def watch(self, losses: Tensor) -> dict[str, Tensor]:
+        """Return values [n] that the backward pass fills in: the loss's gradient at each step.
+
+        Args:
+            losses: [n], before they are scaled and summed.
+        """
+        scale = torch.ones_like(losses)
+        if losses.requires_grad:
+            _on_gradient(losses, scale.copy_)  # comes first
+        values: dict[str, Tensor] = {}
+        for step, prediction in self._predictions.items():
+            value = values[f"grad_norm_at_step/{step:03d}"] = torch.zeros_like(scale)
+            for leaf in leaves(prediction):
+                _on_gradient(leaf, partial(_add_norm, value, scale=scale))
+        return values
+
+    def _trained(self, x_t: State, t: Tensor, condition: Condition, step: int) -> State:
+        """Return a prediction that carries gradient to the weights."""
+        tuner = self.tuner
+        x = detach(x_t) if tuner.method.detach_input else x_t
+        if tuner.gradient_checkpointing == "steps":
+            prediction = checkpoint(tuner.policy, x, t, condition, use_reentrant=False)
+        else:
+            prediction = tuner.policy(x, t, condition)
+        self._predictions[step] = prediction
+        if tuner.kl_coef:
+            with torch.no_grad():
+                reference = tuner.reference_policy(detach(x), t, condition)
+            distance = _mean_square(prediction, reference)
+            self.distances.append(distance.view(len(self.condition), -1).mean(dim=1))
+        return prediction
+
+    def _last_step_again(self, x_0: State, times: Tensor, rows: Generators) -> State:
+        """Noise x_0 to the level before the last step and do that step again, with gradient."""
+        process, size = self.tuner.pipeline.process, len(self.condition)
+        device = leaves(x_0)[0].device
+        t, s = (level.to(device) for level in times[-2:])
+        copies = cat(
+            [
+                process.noised(x_0, s.expand(size), t.expand(size), rows)
+                for _ in range(self.num_copies)
+            ]
+        )
+        side_by_side = torch.arange(self.num_copies * size, device=device).view(-1, size).T
+        x_t = index(copies, side_by_side.flatten())
+        t, s = t.expand(batch_size(x_t)), s.expand(batch_size(x_t))
+        prediction = self._trained(x_t, t, self.condition.repeat(self.num_copies), step=1)
+        return process.transition(prediction, x_t, t, s, eta=0.0).mean
+
+
+def _on_gradient(tensor: Tensor, look: Callable[[Tensor], object]) -> None:
+    """Look at a tensor's gradient once it is known, without changing it."""
+
+    def hook(grad: Tensor) -> None:
+        look(grad)
+
+    tensor.register_hook(hook)  # type: ignore[no-untyped-call]
+
+
+def _add_norm(value: Tensor, grad: Tensor, scale: Tensor) -> None:
+    """Add the norm of a gradient [n * copies, ...] to `value` [n], per unit of the loss."""
+    squares = grad.detach().float().square().reshape(len(value), -1).sum(dim=1)
+    value.copy_((value.square() + squares / scale.square()).sqrt())
+
+
+def _mean_square(prediction: State, reference: State) -> Tensor:
+    """Return the squared distance per dimension, [B]."""
+    pairs = zip(leaves(prediction), leaves(reference), strict=True)
+    squares = torch.cat([(p - r).float().square().flatten(1) for p, r in pairs], dim=1)
+    return squares.mean(dim=1)
+
+
+def _opaque(reward: Reward) -> str:
+    """Name the part of a reward that has no gradient."""
+    if isinstance(reward, WeightedSum):
+        parts = [part for part in reward.rewards.values() if isinstance(part, Reward)]
+        named = [_opaque(part) for part in parts if not part.differentiable]
+        return f"{reward.name}'s {' and '.join(named)}"
+    return reward.name
