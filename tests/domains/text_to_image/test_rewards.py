@@ -14,10 +14,13 @@ from transformers import BertConfig, CLIPConfig, CLIPModel, CLIPTokenizer
 from domains.text_to_image import clip, rewards
 from domains.text_to_image.clip import CLIPEncoder, Preprocessing
 from domains.text_to_image.rewards import (
+    Brightness,
     CLIPScore,
+    Colourfulness,
     JPEGCompressibility,
     JPEGIncompressibility,
     ShapesEval,
+    SmoothJPEGCompressibility,
     Symmetry,
 )
 from domains.text_to_image.shapes import world
@@ -27,6 +30,7 @@ from lit_rlft.core.reward import Reward
 
 ASSETS = Path(clip.__file__).parent / "assets"
 IMAGE_SIZE = 32
+SMOOTH = [Brightness(), Colourfulness(), SmoothJPEGCompressibility(), Symmetry()]
 
 
 def condition(prompts: Sequence[str]) -> Condition:
@@ -110,7 +114,7 @@ class TestCheckPictures:
             ({"box": noise(2)}, "got dict; choose"),
         ],
     )
-    @pytest.mark.parametrize("reward", [ShapesEval(), JPEGCompressibility(), Symmetry()])
+    @pytest.mark.parametrize("reward", [ShapesEval(), JPEGCompressibility(), *SMOOTH])
     def test_wrong_pictures_are_refused(self, reward: Reward, samples: object, message: str):
         with pytest.raises(UsageError, match=message):
             reward(samples, condition(["a circle", "a ring"]))
@@ -118,7 +122,7 @@ class TestCheckPictures:
     def test_rounding_beyond_the_range_is_tolerated(self):
         Symmetry()(torch.full((1, 3, 8, 8), 1 + 1e-5), condition(["a circle"]))
 
-    @pytest.mark.parametrize("reward", [ShapesEval(), JPEGCompressibility(), Symmetry()])
+    @pytest.mark.parametrize("reward", [ShapesEval(), JPEGCompressibility(), *SMOOTH])
     def test_rewards_are_float32_in_half_precision_training(self, reward: Reward):
         pictures = noise(2)
         torch.set_default_dtype(torch.bfloat16)
@@ -427,9 +431,115 @@ class TestSymmetry:
         assert (Symmetry()(pictures, given) > 0.5 * start).all()
 
 
+class TestSmoothJPEG:
+    @pytest.mark.parametrize("quality", [75, 95])
+    def test_is_close_to_the_size_of_the_file(self, quality: int):
+        _, pictures = drawn(per_task=2)
+        given = condition(["a circle"] * len(pictures))
+        expected = JPEGCompressibility(quality)(pictures, given)
+        assert SmoothJPEGCompressibility(quality)(pictures, given).allclose(expected, rtol=0.1)
+
+    def test_default_quality_is_that_of_the_exact_reward(self):
+        pictures, given = drawn_scene("a red circle"), condition(["a red circle"])
+        expected = SmoothJPEGCompressibility(JPEGCompressibility().quality)(pictures, given)
+        assert SmoothJPEGCompressibility()(pictures, given).equal(expected)
+
+    @pytest.mark.parametrize("quality", [0, 101])
+    def test_quality_out_of_range_is_refused(self, quality: int):
+        with pytest.raises(UsageError, match=f"quality is {quality}; give 1 to 100"):
+            SmoothJPEGCompressibility(quality)
+
+    def test_half_precision_module_changes_nothing(self):
+        pictures, given = noise(2), condition(["a circle"] * 2)
+        reward = SmoothJPEGCompressibility()
+        expected = reward(pictures, given)
+        assert reward.to(torch.bfloat16)(pictures, given).equal(expected)
+        assert reward.state_dict() == {}
+
+
+class TestBrightness:
+    def test_agrees_with_pil(self):
+        _, pictures = drawn(per_task=1)
+        luma = [np.asarray(image.convert("L"), float).mean() / 255 for image in images(pictures)]
+        values = Brightness()(pictures, condition(["a circle"] * len(luma)))
+        assert values.allclose(torch.tensor(luma).float(), atol=1 / 255)
+
+    def test_primaries(self):
+        pictures = torch.cat([torch.eye(3), torch.zeros(1, 3), torch.ones(1, 3)])
+        values = Brightness()(
+            pictures[..., None, None].expand(-1, -1, 4, 6), condition(list("abcde"))
+        )
+        assert values.allclose(torch.tensor([0.299, 0.587, 0.114, 0.0, 1.0]))
+
+
+class TestColourfulness:
+    def test_agrees_with_the_formula_on_bytes(self):
+        _, pictures = drawn(per_task=1)
+        expected = []
+        for image in images(pictures):
+            r, g, b = np.asarray(image, float).transpose(2, 0, 1)
+            u, v = r - g, (r + g) / 2 - b
+            expected.append(np.hypot(u.std(), v.std()) + 0.3 * np.hypot(u.mean(), v.mean()))
+        values = Colourfulness()(pictures, condition(["a circle"] * len(expected)))
+        assert values.allclose(torch.tensor(expected).float() / 255, atol=2e-4)
+
+    def test_grey_is_zero_and_opposite_colours_most(self):
+        grey = noise(1)[:, :1].expand(-1, 3, -1, -1)
+        red = torch.zeros(1, 3, 64, 64)
+        red[:, 0] = 1
+        opposite = torch.cat([red[..., :32], 1 - red[..., :32]], dim=-1)
+        values = Colourfulness()(torch.cat([grey, red, opposite]), condition(list("abc")))
+        expected = torch.tensor([0, 0.3 * 1.25**0.5, 1.25**0.5])
+        assert values.allclose(expected, atol=2e-4)
+        assert values[0] == 0
+
+
+class TestSmoothRewards:
+    @pytest.mark.parametrize("reward", SMOOTH)
+    def test_gradient_is_that_of_finite_differences(self, reward: Reward):
+        given = condition(["a circle", "a ring"])
+        pictures = (0.1 + 0.8 * noise(2, 6, 4)).double().requires_grad_()
+        torch.autograd.gradcheck(lambda x: reward(x, given), pictures)
+
+    @pytest.mark.parametrize("reward", SMOOTH)
+    @pytest.mark.parametrize("level", [0.0, 0.5, 1.0])
+    def test_gradient_is_finite_in_flat_pictures(self, reward: Reward, level: float):
+        pictures = torch.full((1, 3, 16, 16), level, requires_grad=True)
+        reward(pictures, condition(["a circle"])).sum().backward()
+        assert pictures.grad is not None and pictures.grad.isfinite().all()
+
+    @pytest.mark.parametrize("reward", SMOOTH)
+    def test_autocast_changes_nothing(self, reward: Reward):
+        given = condition(["a circle", "a ring"])
+        plain, mixed = noise(2).requires_grad_(), noise(2).requires_grad_()
+        expected = reward(plain, given)
+        expected.sum().backward()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            values = reward(mixed, given)
+        values.sum().backward()
+        assert values.equal(expected)
+        assert plain.grad is not None and plain.grad.abs().sum() > 0
+        assert mixed.grad is not None and mixed.grad.equal(plain.grad)
+
+    @pytest.mark.parametrize("reward", SMOOTH)
+    def test_ascent_raises_the_reward(self, reward: Reward):
+        given, pictures = condition(["a circle"] * 2), noise(2, 16, 16)
+        start = reward(pictures, given)
+        for _ in range(10):
+            pictures.requires_grad_()
+            (slope,) = torch.autograd.grad(reward(pictures, given).sum(), pictures)
+            pictures = (pictures.detach() + 0.02 * slope.sign()).clamp(0, 1)
+        assert (reward(pictures, given) > start).all()
+
+
 @pytest.mark.parametrize(
     ("reward", "expected"),
-    [(ShapesEval, False), (JPEGCompressibility, False), (CLIPScore, True), (Symmetry, True)],
+    [
+        (ShapesEval, False),
+        (JPEGCompressibility, False),
+        (CLIPScore, True),
+        *((type(reward), True) for reward in SMOOTH),
+    ],
 )
 def test_differentiability_is_declared(reward: type[Reward], expected: bool):
     assert reward.differentiable == expected
