@@ -214,7 +214,7 @@ def test_metrics_json_has_the_promised_fields(gaussian_run: Path) -> None:
     assert metrics["num_samples"] == EVAL_ROWS * EVAL_SAMPLES
     assert metrics["seed"] == 0
     for arm in ("reference", "tuned", "gain"):
-        assert set(metrics[arm]) == {"Coordinate"}
+        assert set(metrics[arm]) == {"Coordinate"} | ({"kl"} if arm == "tuned" else set())
         assert set(metrics[arm]["Coordinate"]) == {"mean", "sem"}
         assert all(math.isfinite(value) for value in metrics[arm]["Coordinate"].values())
     means = {arm: metrics[arm]["Coordinate"]["mean"] for arm in ("reference", "tuned", "gain")}
@@ -330,6 +330,7 @@ def test_full_fine_tuning_leaves_the_reference_alone(gaussian_run: Path) -> None
     assert metrics["tuned"] != metrics["reference"]
     gaussian("test", "untuned", full)
     untuned = report(Path("runs/untuned"))
+    assert untuned["tuned"].pop("kl") == {"mean": 0, "sem": 0}
     assert untuned["tuned"] == untuned["reference"] == metrics["reference"]
 
 
@@ -479,6 +480,14 @@ def test_processes_that_accept_unequal_numbers_do_not_hang() -> None:
     for tag in ("train/loss", "train/accepted_reward", "train/grad_norm"):
         values = [event.value for event in events.Scalars(tag)]
         assert len(values) == 4 and all(map(math.isfinite, values))
+
+
+def test_a_budget_ends_the_fit_with_the_round_that_spends_it() -> None:
+    # 8 conditions, 4 candidates, 3 steps: 96 denoiser calls of sampling and 2 x 8 of training.
+    budget = {"trainer.callbacks+": "lit_rlft.callbacks.budget.Budget", "trainer.max_epochs": 9}
+    gaussian("fit", "run", budget | {"trainer.callbacks.denoiser_calls": 113})
+    spent = checkpoint("run")["lit_rlft"]
+    assert spent["num_rounds"] == 2 and spent["cost"]["denoiser_calls"] == 224
 
 
 METHODS = ("drtune", "draft", "draft_lv", "align_prop", "refl")

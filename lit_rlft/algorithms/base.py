@@ -19,6 +19,7 @@ from lit_rlft import checkpoint as contents
 from lit_rlft.adapters import LoRA, Reference, attach_lora
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.distribution import Distribution
+from lit_rlft.core.divergence import path_kl
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline
 from lit_rlft.core.randomness import Generators, generators, seed_from
 from lit_rlft.core.reward import Metric, Metrics, Reward, check_rewards
@@ -35,8 +36,8 @@ __all__ = ["Draw", "Experience", "Relay", "RewardFineTuner"]
 T = TypeVar("T")
 Relay = Sequence[tuple[Denoiser, int]]
 """Who denoises how many steps, in the sampler's order."""
-_EVALUATE = 1
-"""The stream of evaluation seeds; algorithms use streams from 10 on."""
+_EVALUATE, _DIVERGENCE = 1, 4
+"""Streams of evaluation; algorithms use streams from 10 on."""
 
 
 @dataclass(frozen=True)
@@ -340,7 +341,8 @@ class RewardFineTuner(LightningModule, ABC):
     def predict_step(self, batch: Batch, batch_idx: int) -> Draw:
         """Draw samples from the tuned model and score them."""
         condition = self.pipeline.encode(batch).repeat(self.num_eval_samples)
-        samples, seeds = self._draw(batch, condition, "tuned")
+        x_0, seeds = self._draw(batch, condition, "tuned")
+        samples = self.pipeline.decode(x_0, condition)
         return Draw(samples, condition, seeds, self.reward_of(samples, condition))
 
     def on_validation_epoch_end(self) -> None:
@@ -379,23 +381,41 @@ class RewardFineTuner(LightningModule, ABC):
             for path in self.pipeline.save(run_folder(self.trainer) / "tuned"):
                 rank_zero_info(f"tuned model: {path}")
 
-    def _draw(self, batch: Batch, condition: Condition, arm: Arm) -> tuple[Any, list[int]]:
+    def _draw(self, batch: Batch, condition: Condition, arm: Arm) -> tuple[State, list[int]]:
         seeds = self.sample_seeds(batch, self.num_eval_samples, _EVALUATE)
         relay = self.relay() if arm == "tuned" else self.reference_relay()
         keep, label = [self.sampler.num_steps], f"Sampling ({arm})"
         (x_0,) = self.draw_states(condition, seeds, keep=keep, relay=relay, label=label)
-        return self.pipeline.decode(x_0, condition), seeds
+        return x_0, seeds
 
     def _evaluate(self, batch: Batch, batch_idx: int, arms: Sequence[Arm]) -> None:
         condition = self.pipeline.encode(batch).repeat(self.num_eval_samples)
         labels = [self.pipeline.describe(entry) for entry in condition.each()]
         for arm in arms:
-            samples, _ = self._draw(batch, condition, arm)
+            x_0, seeds = self._draw(batch, condition, arm)
+            samples = self.pipeline.decode(x_0, condition)
             values = self.reward.evaluate(samples, condition)
             check_rewards(self.reward, values[self.reward.name], len(condition))
             values |= self.metrics.evaluate(samples, condition)
+            if arm == "tuned":
+                values["kl"] = self._divergence(x_0, condition, seeds)
             pictures = self.pipeline.render(samples, condition)
             self.evaluation.add(arm, batch_idx, values, pictures, labels)
+
+    def _divergence(self, x_0: State, condition: Condition, seeds: Sequence[int]) -> Tensor:
+        """Estimate the KL of the tuned model's paths from the reference's, [B]."""
+        process, meter = self.pipeline.process, self._meter
+        self._meter = Cost()  # looking costs nothing
+        tuned = torch.tensor([who == self.policy for who, n in self.relay() for _ in range(n)])
+        times = process.times(self.sampler.num_steps)
+        parts, first = [], 0
+        for x in split(x_0, self.sampling_batch_size):
+            chunk = slice(first, first := first + batch_size(x))
+            rows = generators([seed_from(seed, _DIVERGENCE) for seed in seeds[chunk]])
+            args = (self.policy, self.reference_policy, x, condition.index(chunk), times, tuned)
+            parts.append(path_kl(process, *args, rows))
+        self._meter = meter
+        return torch.cat(parts)
 
     def reward_of(self, samples: Any, condition: Condition) -> Tensor:
         """Score decoded samples, [B]; raises UsageError where the reward returns something else."""

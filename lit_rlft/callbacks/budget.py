@@ -1,0 +1,38 @@
+"""Stopping at a cost instead of at a number of updates, to compare algorithms."""
+
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+
+from lit_rlft.algorithms.base import RewardFineTuner
+from lit_rlft.core.checks import UsageError
+
+__all__ = ["Budget"]
+
+
+class Budget(Callback):
+    """Ends the fit with the round in which training has spent a number of calls.
+
+    Args:
+        denoiser_calls: Rows the denoiser is evaluated on, over all processes (guidance counts
+            both its halves, checkpointing its recomputation).
+        reward_calls: Samples that are scored, over all processes.
+
+    Raises:
+        UsageError: Neither is given.
+    """
+
+    def __init__(self, denoiser_calls: int | None = None, reward_calls: int | None = None) -> None:
+        if denoiser_calls is None and reward_calls is None:
+            raise UsageError("Budget needs denoiser_calls or reward_calls")
+        self.limits = {"denoiser_calls": denoiser_calls, "reward_calls": reward_calls}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop the trainer where a limit is reached."""
+        assert isinstance(pl_module, RewardFineTuner)
+        for name, limit in self.limits.items():
+            spent = getattr(pl_module.cost, name) * trainer.world_size
+            if limit is not None and spent >= limit:
+                trainer.should_stop = True

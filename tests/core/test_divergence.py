@@ -1,0 +1,80 @@
+"""The KL of two models' paths against sums of normal and categorical divergences."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import Normal, kl_divergence
+
+from lit_rlft.core.divergence import path_kl
+from lit_rlft.core.pipeline import Condition
+from lit_rlft.core.process import GaussianProcess, MaskedProcess
+from lit_rlft.core.randomness import generators
+from lit_rlft.core.schedule import CosineVP, DiscreteVP, RectifiedFlow, Schedule, vp_betas
+from lit_rlft.core.state import State, tensor_of
+
+N, B, D = 6, 4000, 3
+SCHEDULES = [CosineVP(), RectifiedFlow(), DiscreteVP(vp_betas(), ends_at_zero=False)]
+
+
+def condition_of(size: int) -> Condition:
+    return Condition([{}], {}, torch.zeros(size, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: type(s).__name__)
+def test_gaussian_paths_add_the_kl_of_every_step(schedule: Schedule) -> None:
+    """A prediction that is off by a constant: the KL of a step does not depend on where it is."""
+    process = GaussianProcess(schedule, "v")
+    times = process.times(N)
+
+    def reference(x_t: State, t: Tensor, condition: Condition) -> Tensor:
+        return 0.3 * tensor_of(x_t)
+
+    def policy(x_t: State, t: Tensor, condition: Condition) -> Tensor:
+        return 0.3 * tensor_of(x_t) + 0.2
+
+    tuned = torch.tensor([True] * (N - 2) + [False, True])
+    total = torch.zeros((), dtype=torch.float64)
+    for i in range(N):
+        x = torch.ones(1, D, dtype=torch.float64)
+        t, s = times[i].expand(1), times[i + 1].expand(1)
+        one, other = (
+            process.transition(f(x, t, condition_of(1)), x, t, s, 1.0) for f in (policy, reference)
+        )
+        if tuned[i] and bool(one.std.max() > 0):
+            normal = (Normal(each.loc, each.std) for each in (one, other))
+            total = total + kl_divergence(*normal).sum()
+    x_0 = torch.zeros(B, D, dtype=torch.float64)
+    rows = generators(range(B))
+    kl = path_kl(process, policy, reference, x_0, condition_of(B), times, tuned, rows)
+    assert total > 0.01
+    assert abs(kl.mean() - total) < 4 * kl.std() / B**0.5
+
+
+def test_equal_models_have_no_divergence() -> None:
+    process = GaussianProcess(RectifiedFlow(), "velocity")
+
+    def policy(x_t: State, t: Tensor, condition: Condition) -> State:
+        return x_t
+
+    tuned = torch.ones(N, dtype=torch.bool)
+    x_0, times = torch.randn(8, D), process.times(N)
+    kl = path_kl(process, policy, policy, x_0, condition_of(8), times, tuned, generators(range(8)))
+    assert not kl.any()
+
+
+def test_masked_paths_count_what_is_unmasked() -> None:
+    """Each masked entry is unmasked once on a path: the KL is that of its classes, once."""
+    process, logits = MaskedProcess(3), torch.tensor([0.0, 1.0, -1.0])
+
+    def reference(x_t: State, t: Tensor, condition: Condition) -> Tensor:
+        return torch.zeros(*tensor_of(x_t).shape, 3)
+
+    def policy(x_t: State, t: Tensor, condition: Condition) -> Tensor:
+        return logits.expand(*tensor_of(x_t).shape, 3)
+
+    classes = (torch.distributions.Categorical(logits=v) for v in (logits, torch.zeros(3)))
+    expected = D * kl_divergence(*classes)
+    x_0, times = torch.zeros(B, D, dtype=torch.int64), process.times(N)
+    tuned, rows = torch.ones(N, dtype=torch.bool), generators(range(B))
+    kl = path_kl(process, policy, reference, x_0, condition_of(B), times, tuned, rows)
+    assert abs(kl.mean() - expected) < 4 * kl.std() / B**0.5
