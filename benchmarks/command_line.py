@@ -1,0 +1,45 @@
+"""Runs of the command line that benchmarks share: train, test, read metrics.json; resume."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+Report = dict[str, Any]
+
+
+def fit_and_test(root: Path, name: str, options: Sequence[str]) -> Report:
+    """Train and test on one thread and return metrics.json; a finished run is not repeated.
+
+    Args:
+        root: Folder of all runs.
+        name: Folder of this run; characters that are no letters or digits become "_".
+        options: Configs and settings for the command line.
+    """
+    name = "".join(c if c.isalnum() else "_" for c in name)
+    folder = root / name
+    if not (folder / "metrics.json").exists():
+        options = [*options, "--root", str(root), "--name", name]
+        options += ["--trainer.enable_progress_bar", "false", "--trainer.limit_val_batches", "0"]
+        command = [str(Path(sys.executable).parent / "lit-rlft")]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        checkpoint = folder / "checkpoints" / "last.ckpt"
+        if not checkpoint.exists():
+            subprocess.run([*command, "fit", *options], env=environment, check=True)
+        test = [*command, "test", *options, "--ckpt_path", str(checkpoint)]
+        subprocess.run(test, env=environment, check=True)
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def change(results: Sequence[Report], metric: str) -> str:
+    """Return `reference -> tuned (gain +- standard error over runs)` of one metric."""
+    reference, tuned = (
+        statistics.mean(r[arm][metric]["mean"] for r in results) for arm in ("reference", "tuned")
+    )
+    gains = [r["gain"][metric]["mean"] for r in results]
+    error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
+    return f"{reference:.3f} → {tuned:.3f} ({statistics.mean(gains):+.3f} ± {error:.3f})"
