@@ -28,6 +28,7 @@ __all__ = [
     "SmoothJPEGCompressibility",
     "Symmetry",
     "check_pictures",
+    "prompts_of",
 ]
 
 _TOLERANCE = 1e-3  # beyond [0, 1], for rounding
@@ -81,7 +82,7 @@ class ShapesEval(Reward):
         return _column([j.score if self.graded else j.correct for j in judgements])
 
     def _prompts(self, condition: Condition) -> list[Prompt]:
-        return [_parse(text) for text in _texts(condition)]
+        return [_parse(text) for text in prompts_of(condition)]
 
     def _judge(self, pictures: Tensor, prompts: list[Prompt]) -> list[Judgement]:
         height, width = pictures.shape[-2:]
@@ -125,7 +126,7 @@ class CLIPScore(Reward):
     def forward(self, samples: Any, condition: Condition) -> Tensor:
         """Return the cosine of each picture and its prompt, [B]."""
         pictures = check_pictures(samples, condition)
-        texts = self.encoder.embed_texts(_texts(condition))
+        texts = self.encoder.embed_texts(prompts_of(condition))
         images = self.encoder.embed_pictures(pictures)
         return (images * texts).sum(dim=-1).to(pictures.device)
 
@@ -283,7 +284,12 @@ def check_pictures(samples: Any, condition: Condition) -> Tensor:
     return samples
 
 
-def _texts(condition: Condition) -> list[str]:
+def prompts_of(condition: Condition) -> list[str]:
+    """Return the prompt of every sample.
+
+    Raises:
+        UsageError: The conditions have no prompts.
+    """
     records = condition.each()
     for record in records:
         if "prompt" not in record:
@@ -301,7 +307,7 @@ def _parse(text: str) -> Prompt:
     except ValueError as error:
         raise UsageError(
             f"ShapesEval cannot read the prompt {text!r}, since it only knows the grammar of the "
-            "shapes world (such as 'a red circle above a blue ring'); use CLIPScore for free text"
+            "shapes world (such as 'a circle above a ring'); use CLIPScore for free text"
         ) from error
 
 
