@@ -50,13 +50,18 @@ def run(root: Path, reward: str, method: str, seed: int, extra: list[str]) -> Re
     return fit_and_test(root, f"{reward} {method} {seed}", options)
 
 
+def num_copies(method: str) -> int:
+    """Return how often a method scores a sample."""
+    return int(METHODS[method].get("num_copies", 1))
+
+
 def row(reward: str, method: str, results: list[Report]) -> str:
     """Return one line of the table."""
     own = REWARDS[reward]
     cells = [change(results, metric) for metric in (own, "ShapesEval", "diversity")]
     kl = statistics.mean(r["tuned"]["kl"]["mean"] for r in results)
-    seconds = statistics.mean(r["cost"]["seconds"] for r in results)
-    return f"| {reward} | {method} | {' | '.join(cells)} | {kl:.3g} | {seconds:.0f} |"
+    updates = statistics.mean(r["cost"]["reward_calls"] / num_copies(method) / 16 for r in results)
+    return f"| {reward} | {method} | {' | '.join(cells)} | {kl:.3g} | {updates:.0f} |"
 
 
 def main() -> None:
@@ -66,7 +71,7 @@ def main() -> None:
     parser.add_argument("--rewards", nargs="+", choices=REWARDS, default=list(REWARDS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--denoiser-calls", type=int, default=20000)
+    parser.add_argument("--denoiser-calls", type=int, default=8000)
     parser.add_argument("--workers", type=int, default=2, help="runs side by side, a thread each")
     options, extra = parser.parse_known_args()
     extra += ["--trainer.callbacks.denoiser_calls", str(options.denoiser_calls)]
@@ -75,7 +80,7 @@ def main() -> None:
     with ThreadPoolExecutor(options.workers) as pool:
         outcomes = pool.map(lambda job: run(options.root, *job, extra), jobs)
         results = dict(zip(jobs, outcomes, strict=True))
-    print("| reward | method | reward | ShapesEval | diversity | kl | seconds of training |")
+    print("| reward | method | reward | ShapesEval | diversity | kl | updates |")
     print("|---|---|---|---|---|---|---|")
     for arm in arms:
         print(row(*arm, [results[(*arm, seed)] for seed in options.seeds]))
