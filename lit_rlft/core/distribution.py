@@ -110,9 +110,10 @@ class Categorical(Distribution):
     def kl(self, other: Distribution, reduction: Reduction = "sum") -> Tensor:
         if not isinstance(other, Categorical):
             raise TypeError(f"no closed-form KL between Categorical and {type(other).__name__}")
-        probs = self.log_probs.exp()
-        terms = (probs * (self.log_probs - other.log_probs)).where(probs > 0, 0)
-        return _reduce(terms.sum(dim=-1), reduction)
+        # Masked before they meet: where both are -inf, the gradient of the difference is NaN.
+        impossible = self.log_probs.isneginf()
+        log_ratio = (self.log_probs - other.log_probs).masked_fill(impossible, 0)
+        return _reduce((self.log_probs.exp() * log_ratio).sum(dim=-1), reduction)
 
 
 class Product(Distribution):
