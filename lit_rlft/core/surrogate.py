@@ -1,0 +1,70 @@
+r"""Policy-gradient losses on log-probabilities of transitions.
+
+A log-probability here is one number per transition. Whether it is the **sum** or the **mean** over
+the state's dimensions was decided where it was computed (`Distribution.log_prob`) and changes what
+a clip range means: the one that DDPO publishes, 1e-4, belongs to the mean.
+
+References:
+    Training Diffusion Models with Reinforcement Learning (Black et al., 2023),
+    https://arxiv.org/abs/2305.13301
+    Proximal Policy Optimization Algorithms (Schulman et al., 2017),
+    https://arxiv.org/abs/1707.06347
+"""
+
+from torch import Tensor
+
+__all__ = ["importance_sampling", "ratio_values", "score_function"]
+
+
+def score_function(log_probs: Tensor, advantages: Tensor) -> Tensor:
+    r"""Return :math:`-A \log p_\theta`, [P].
+
+    Its gradient is that of the expected reward only as long as the samples are the policy's own.
+
+    Args:
+        log_probs: [P], with gradient.
+        advantages: [P].
+    """
+    return -advantages * log_probs
+
+
+def importance_sampling(
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip_range: float
+) -> Tensor:
+    r"""Return the clipped surrogate :math:`\max(-A \rho, -A\,\mathrm{clip}(\rho))`, [P].
+
+    :math:`\rho = p_\theta / p_{old}` is clipped to 1 ± `clip_range`. At :math:`\rho = 1` the
+    gradient equals that of `score_function`.
+
+    Args:
+        log_probs: [P], with gradient.
+        old_log_probs: [P], of the policy that sampled.
+        advantages: [P].
+        clip_range: Positive.
+    """
+    ratio = (log_probs - old_log_probs).exp()
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    return (-advantages * ratio).maximum(-advantages * clipped)
+
+
+def ratio_values(log_probs: Tensor, old_log_probs: Tensor, clip_range: float) -> dict[str, Tensor]:
+    """Return what tells whether the policy has left its samples behind, each [P].
+
+    Args:
+        log_probs: [P].
+        old_log_probs: [P], of the policy that sampled.
+        clip_range: Positive.
+
+    Returns:
+        `ratio`, `ratio_deviation` (absolute, from 1), `clip_fraction` (0 or 1), and `approx_kl`,
+        half the squared log-ratio.
+    """
+    log_ratio = (log_probs - old_log_probs).detach()
+    ratio = log_ratio.exp()
+    deviation = (ratio - 1).abs()
+    return {
+        "ratio": ratio,
+        "ratio_deviation": deviation,
+        "clip_fraction": (deviation > clip_range).to(ratio.dtype),
+        "approx_kl": 0.5 * log_ratio.square(),
+    }
