@@ -21,10 +21,15 @@ from lit_rlft.processes import gather
 if TYPE_CHECKING:
     from lit_rlft.algorithms.base import Experience, RewardFineTuner
 
-__all__ = ["Update", "Updates"]
+__all__ = ["Update", "Updates", "is_maximum"]
 
 _NOISE, _ORDER = 2, 3
 """Streams of randomness, the second number of a key."""
+
+
+def is_maximum(name: str) -> bool:
+    """Return whether values of this name, which are not negative, are reduced by their maximum."""
+    return name.endswith("_max")
 
 
 @dataclass(frozen=True)
@@ -73,17 +78,21 @@ class Updates:
         assert isinstance(optimizer, LightningOptimizer)
         optimizer.zero_grad()
         scale = tuner.trainer.world_size / update.total
-        size = tuner.microbatch_size or max(len(minibatch), 1)
-        starts = range(0, max(len(minibatch), 1), size)
+        num_terms = max(minibatch.num_terms, 1)
+        size = tuner.microbatch_size or num_terms
+        starts = range(0, num_terms, size)
         logged: dict[str, float] = defaultdict(float)
         for start in starts:
-            rows = torch.arange(start, min(start + size, len(minibatch)))
-            loss, values = self._summed_loss(minibatch.index(rows), update.epoch)
+            rows = torch.arange(start, min(start + size, minibatch.num_terms))
+            loss, values = self._summed_loss(minibatch.terms(rows), update.epoch)
             # One all-reduce per update: only the last backward pass synchronises.
             with nullcontext() if start == starts[-1] else self._no_sync():
                 tuner.manual_backward(loss * scale)
             for name, value in values.items():
-                logged[name] += float(value.sum()) * scale
+                if is_maximum(name):
+                    logged[name] = max(logged[name], float(value.max()))
+                else:
+                    logged[name] += float(value.sum()) * scale
         logged["grad_norm"] = self._clip(optimizer)
         optimizer.step()
         tuner.num_updates += 1

@@ -27,7 +27,7 @@ from lit_rlft.core.sampling import Denoiser, Sampler, walk
 from lit_rlft.core.state import State, batch_size, cat, index, split
 from lit_rlft.cost import Cost, count_calls, flops_per_call, peak_memory_bytes
 from lit_rlft.evaluation import Arm, Evaluation
-from lit_rlft.optimization import Updates
+from lit_rlft.optimization import Updates, is_maximum
 from lit_rlft.processes import gather
 from lit_rlft.runs import run_folder, summary_writer
 
@@ -61,6 +61,15 @@ class Experience:
     def __len__(self) -> int:
         """Return n."""
         return len(self.seeds)
+
+    @property
+    def num_terms(self) -> int:
+        """Number of terms of the loss, which microbatches share out: here one per sample."""
+        return len(self)
+
+    def terms(self, rows: Tensor) -> "Experience":
+        """Select terms of the loss, as many rows."""
+        return self.index(rows)
 
     def index(self, rows: Tensor) -> "Experience":
         """Select samples."""
@@ -162,7 +171,10 @@ class RewardFineTuner(LightningModule, ABC):
 
     @abstractmethod
     def loss(self, experience: Experience, rows: Generators) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the losses [n] of some samples and values [n] to log; `rows` seeds the noise."""
+        """Return the losses [n] of some samples and values [n] to log; `rows` seeds the noise.
+
+        Values are averaged over samples; of those whose name ends in `_max` the largest is logged.
+        """
 
     def check(self) -> None:
         """Raise UsageError where pipeline, reward and settings cannot work together."""
@@ -292,8 +304,14 @@ class RewardFineTuner(LightningModule, ABC):
                     yield first + i, (x := state)
             first += num_steps
 
-    def score(self, x_0: State, condition: Condition) -> tuple[Tensor, list[Hashable] | None]:
-        """Decode and score samples in chunks; return rewards [B] and de-duplication keys."""
+    def score(
+        self, x_0: State, condition: Condition, *, may_fail: bool = False
+    ) -> tuple[Tensor, list[Hashable] | None]:
+        """Decode and score samples in chunks; return rewards [B] and de-duplication keys.
+
+        Rewards are NaN for samples that could not be scored, which stops the run unless they
+        `may_fail`.
+        """
         rewards: list[Tensor] = []
         keys: list[Hashable] = []
         first = 0
@@ -301,7 +319,7 @@ class RewardFineTuner(LightningModule, ABC):
             part = condition.index(slice(first, first + batch_size(chunk)))
             first += batch_size(chunk)
             samples = self.pipeline.decode(chunk, part)
-            rewards.append(self.reward_of(samples, part))
+            rewards.append(self.reward_of(samples, part, may_fail=may_fail))
             keys.extend(self.pipeline.keys(samples, part) or [])
         return torch.cat(rewards), keys or None
 
@@ -417,10 +435,14 @@ class RewardFineTuner(LightningModule, ABC):
         self._meter = meter
         return torch.cat(parts)
 
-    def reward_of(self, samples: Any, condition: Condition) -> Tensor:
-        """Score decoded samples, [B]; raises UsageError where the reward returns something else."""
+    def reward_of(self, samples: Any, condition: Condition, *, may_fail: bool = False) -> Tensor:
+        """Score decoded samples, [B]; raises UsageError where the reward returns something else.
+
+        NaN counts as something else unless samples `may_fail`.
+        """
         self._meter.reward_calls += len(condition)
-        return check_rewards(self.reward, self.reward(samples, condition), len(condition))
+        values = self.reward(samples, condition)
+        return check_rewards(self.reward, values, len(condition), may_fail=may_fail)
 
     def _log_round(self, experience: Experience, outcomes: list[dict[str, float]]) -> None:
         means = self._means(experience.metrics, outcomes)
@@ -456,9 +478,12 @@ class RewardFineTuner(LightningModule, ABC):
         for outcomes_of_update in zip(*(own for _, own in parts), strict=True):
             # A name belongs to the updates that have it: not every one trains every step.
             for name in sorted({name for outcome in outcomes_of_update for name in outcome}):
-                total = sum(outcome.get(name, 0.0) for outcome in outcomes_of_update)
-                values[name].append(total / world_size)
-        return means | {name: sum(every) / len(every) for name, every in values.items()}
+                known = [outcome.get(name, 0.0) for outcome in outcomes_of_update]
+                values[name].append(max(known) if is_maximum(name) else sum(known) / world_size)
+        return means | {
+            name: max(every) if is_maximum(name) else sum(every) / len(every)
+            for name, every in values.items()
+        }
 
     def _check_settings(self) -> None:
         for name in ("num_epochs", "minibatch_size", "sampling_batch_size", "num_eval_samples"):

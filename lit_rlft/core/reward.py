@@ -101,11 +101,14 @@ class WeightedSum(Reward):
         return torch.stack([self.weights[name] * part for name, part in parts.items()]).sum(dim=0)
 
 
-def check_rewards(reward: Reward, values: Any, num_samples: int) -> Tensor:
+def check_rewards(
+    reward: Reward, values: Any, num_samples: int, *, may_fail: bool = False
+) -> Tensor:
     """Return rewards as float32 [B], or as float64 where they are.
 
     Raises:
-        UsageError: They are no tensor [B] or a value is NaN; the sentence names the reward.
+        UsageError: They are no tensor [B], or a value is NaN although none `may_fail`; the
+            sentence names the reward.
     """
     if not isinstance(values, Tensor):
         raise UsageError(
@@ -117,7 +120,7 @@ def check_rewards(reward: Reward, values: Any, num_samples: int) -> Tensor:
             f"{reward.name} returned shape {tuple(values.shape)} for {num_samples} samples; "
             f"a reward returns one number per sample, shape ({num_samples},)"
         )
-    if values.isnan().any():
+    if not may_fail and values.isnan().any():
         raise UsageError(
             f"{reward.name} returned NaN for {int(values.isnan().sum())} of {num_samples} samples; "
             "give failed samples a finite low reward"

@@ -1,0 +1,322 @@
+r"""DDPO and its family: policy gradients on the transitions of whole trajectories.
+
+Denoising is a decision process whose policy is the transition :math:`p_\theta(x_s \mid x_t, c)`.
+Trajectories are drawn once with the current policy and replayed as (step, sample) pairs:
+
+.. math::
+    \nabla_\theta E[r(x_0)] = E\Big[\sum_t A\, \nabla_\theta \log p_\theta(x_s \mid x_t, c)\Big].
+
+| method | estimator | advantages | further |
+|---|---|---|---|
+| DDPO-SF | score function | per condition, running | one pass over the samples |
+| DDPO-IS | importance sampling, clipped | per condition, running | |
+| DPOK | importance sampling, clipped | per condition, running | KL to the reference, per step |
+| group-relative (on a flow: Flow-GRPO) | importance sampling, clipped | per group | KL |
+
+A transition without noise, as the last one of many schedules, has no log-probability: it takes part
+in sampling alone, and so does any other that left nothing to chance (a masked state that is all
+shown). Works on every process, each through its own `transition(...).log_prob`.
+
+References:
+    Training Diffusion Models with Reinforcement Learning (Black et al., 2023; DDPO),
+    https://arxiv.org/abs/2305.13301
+    DPOK (Fan et al., 2023), https://arxiv.org/abs/2305.16381
+    Flow-GRPO (Liu et al., 2025), https://arxiv.org/abs/2505.05470
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lit_rlft.algorithms.base import Experience, RewardFineTuner
+from lit_rlft.core.advantage import Advantage, RunningAdvantage, constant_groups
+from lit_rlft.core.checks import UsageError
+from lit_rlft.core.distribution import Distribution, Reduction
+from lit_rlft.core.pipeline import Batch, Condition
+from lit_rlft.core.randomness import Generators, generators, seed_from
+from lit_rlft.core.sampling import Denoiser
+from lit_rlft.core.state import State, cat, tensor_of
+from lit_rlft.core.surrogate import importance_sampling, ratio_values, score_function
+from lit_rlft.core.trajectory import Trajectories, transition_of, walk_with_log_probs
+from lit_rlft.processes import gather
+
+__all__ = ["DDPO", "Rollout"]
+
+_ROLLOUT, _STEPS = 10, 13
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout(Experience):
+    """Trajectories and their advantages; the loss has a term per trained (step, sample) pair.
+
+    Selecting samples moves no state: only the pairs of one microbatch are ever gathered.
+
+    Attributes:
+        trajectories: N of them, shared by all selections.
+        trained: [S, N] bool, which pairs have a term.
+        advantages: [N] float64.
+        rows: [n] int64, which trajectories are selected.
+        num_steps: Steps over which a sample's terms are averaged.
+    """
+
+    trajectories: Trajectories
+    trained: Tensor
+    advantages: Tensor
+    rows: Tensor
+    num_steps: int
+
+    @property
+    def num_terms(self) -> int:
+        return len(self._pairs)
+
+    @cached_property
+    def _pairs(self) -> Tensor:
+        # Step by step: pairs of one step then meet in a batch, as they did in the sampler.
+        return self.trained[:, self.rows].nonzero()
+
+    def index(self, rows: Tensor) -> "Rollout":
+        return replace(
+            self,
+            rows=self.rows[rows],
+            condition=self.condition.index(rows),
+            seeds=[self.seeds[row] for row in rows.tolist()],
+        )
+
+    def terms(self, rows: Tensor) -> Experience:
+        """Gather pairs: their states, and their weights in the loss and in logged means."""
+        places, chosen = self._pairs[rows].unbind(dim=1)
+        samples = self.rows[chosen]
+        states = self.trajectories.pairs(places, samples)
+        old = tensor_of(states["log_prob"])
+        states["advantage"] = self.advantages[samples].to(old)
+        states["weight"] = torch.full_like(old, 1 / self.num_steps)
+        states["share"] = torch.full_like(old, len(self) / max(self.num_terms, 1))
+        seeds = [self.seeds[i] for i in chosen.tolist()]
+        return Experience(states, self.condition.index(chosen), seeds)
+
+
+class DDPO(RewardFineTuner):
+    """Denoising diffusion policy optimisation, by score function or clipped importance sampling.
+
+    `minibatch_size` counts samples: an update trains all their trained steps, averaged.
+    `microbatch_size` counts (step, sample) pairs and bounds the memory of the replay.
+
+    Args:
+        *args: Pipeline and reward.
+        num_candidates: M, samples drawn per condition, which are the groups of group advantages.
+        estimator: The clipped ratio, good for several passes over the samples, or the score
+            function, for one.
+        advantage: Which rewards a sample's is compared with; running statistics per condition
+            unless given.
+        advantage_clip: Advantages are clamped to this size; None leaves them alone.
+        clip_range: Ratios count up to 1 ± this. The published 1e-4 belongs to the mean.
+        log_prob_reduction: Log-probabilities are the "mean" over the dimensions of a state, as
+            DDPO publishes, or their "sum", whose ratios grow with the number of dimensions.
+        kl_coef: Weight of KL(policy || reference) of each trained transition, in closed form and
+            reduced like log-probabilities; 0 never runs the reference.
+        window: First trained step and the one after the last, counted from 0 at pure noise; None
+            trains all.
+        num_train_steps: Train so many steps of the window, drawn anew each round; None trains all.
+        state_dtype: Type in which states are kept between sampling and replay; None takes the
+            pipeline's. The sampler walks on rounded states, so ratios do not notice.
+        **base: Arguments of `RewardFineTuner`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        num_candidates: int = 4,
+        estimator: Literal["importance_sampling", "score_function"] = "importance_sampling",
+        advantage: Advantage | None = None,
+        advantage_clip: float | None = 5.0,
+        clip_range: float = 1e-4,
+        log_prob_reduction: Reduction = "mean",
+        kl_coef: float = 0.0,
+        window: tuple[int, int] | None = None,
+        num_train_steps: int | None = None,
+        state_dtype: Literal["float32", "float16", "bfloat16"] | None = None,
+        **base: Any,
+    ) -> None:
+        super().__init__(*args, **base)
+        self.num_candidates = num_candidates
+        self.estimator = estimator
+        self.advantage = advantage or RunningAdvantage()
+        self.advantage_clip, self.clip_range = advantage_clip, clip_range
+        self.log_prob_reduction: Reduction = log_prob_reduction
+        self.kl_coef = kl_coef
+        self.window, self.num_train_steps = window, num_train_steps
+        self.state_dtype = None if state_dtype is None else getattr(torch, state_dtype)
+        self._sampled_at = 0
+
+    def check(self) -> None:
+        num_steps, clip = self.sampler.num_steps, self.advantage_clip
+        first, last = self.window or (0, num_steps)
+        _require(
+            self.sampler.eta > 0,
+            "sampler.eta",
+            f"above 0 for {self.algorithm}: steps without noise have no log-probability; set it "
+            "to 1",
+        )
+        _require(self.num_candidates >= 1, "num_candidates", "at least 1")
+        _require(self.clip_range > 0, "clip_range", "above 0; 1e-4 is usual for mean log-probs")
+        _require(clip is None or clip > 0, "advantage_clip", "above 0, or null for none")
+        _require(self.kl_coef >= 0, "kl_coef", "0 or more")
+        _require(
+            0 <= first < last <= num_steps,
+            "window",
+            f"[first, last] with 0 <= first < last <= {num_steps}, the sampler's num_steps",
+        )
+        _require(
+            1 <= (1 if self.num_train_steps is None else self.num_train_steps) <= last - first,
+            "num_train_steps",
+            f"from 1 to the window's {last - first} steps, or null for all of them",
+        )
+        _require(
+            self.estimator == "importance_sampling" or self.num_epochs == 1,
+            "num_epochs",
+            "1 for the score function, which holds for fresh samples only; or set "
+            "model.init_args.estimator to importance_sampling",
+        )
+        self.advantage.check(self.num_candidates)
+
+    def collect(self, batch: Batch, condition: Condition) -> Rollout:
+        """Draw M trajectories per condition with the current policy and compare their rewards.
+
+        Raises:
+            UsageError: All rewards failed, or no trained step left anything to chance.
+        """
+        candidates = condition.repeat(self.num_candidates)
+        seeds = self.sample_seeds(batch, self.num_candidates, _ROLLOUT, self.num_rounds)
+        trajectories, x_0 = self._sample(candidates, seeds)
+        self.num_samples += len(candidates) * self.trainer.world_size
+        self._sampled_at = self.num_updates
+        rewards, _ = self.score(x_0, candidates, may_fail=True)
+        rewards = rewards.cpu().double().view(-1, self.num_candidates)
+        advantages = self._advantages(rewards, condition, seeds[:: self.num_candidates])
+        random = trajectories.log_probs.cpu() != 0
+        known = rewards[rewards.isfinite()]
+        return Rollout(
+            states={},
+            condition=candidates,
+            seeds=seeds,
+            metrics={
+                "reward": float(known.mean()),
+                "failed_rewards": 1 - len(known) / rewards.numel(),
+                "advantage_std": float(advantages.std(correction=0)),
+                "zero_variance_groups": constant_groups(rewards),
+            },
+            histograms={"reward": known, "advantage": advantages},
+            trajectories=trajectories,
+            # Without a KL term a pair without advantage has no gradient either.
+            trained=random if self.kl_coef else random & (advantages != 0),
+            advantages=advantages,
+            rows=torch.arange(len(candidates)),
+            num_steps=self._num_random(random),
+        )
+
+    def loss(self, experience: Experience, rows: Generators) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the surrogate of some pairs, plus the KL to the reference, [P]."""
+        pairs = experience.states
+        old, advantages, weight, share = (
+            tensor_of(pairs[name]) for name in ("log_prob", "advantage", "weight", "share")
+        )
+        policy = self._transition(self.policy, experience)
+        new = policy.log_prob(pairs["x_s"], self.log_prob_reduction)
+        if self.estimator == "score_function":
+            losses = score_function(new, advantages)
+        else:
+            losses = importance_sampling(new, old, advantages, self.clip_range)
+        values = ratio_values(new, old, self.clip_range)
+        if self.kl_coef:
+            with torch.no_grad():
+                reference = self._transition(self.reference_policy, experience)
+            kl = policy.kl(reference, self.log_prob_reduction)
+            losses = losses + self.kl_coef * kl
+            values["reference_kl"] = kl.detach()
+        largest = {"ratio_deviation_max": values["ratio_deviation"]}
+        if self.num_updates == self._sampled_at:
+            largest["first_ratio_deviation_max"] = values["ratio_deviation"]
+        means = {name: value * share for name, value in values.items()}
+        return losses * weight, means | largest
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the running statistics too."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["lit_rlft"]["advantage"] = self.advantage.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the running statistics too."""
+        super().on_load_checkpoint(checkpoint)
+        self.advantage.load_state_dict(checkpoint["lit_rlft"].get("advantage", {}))
+
+    def _sample(self, condition: Condition, seeds: Sequence[int]) -> tuple[Trajectories, State]:
+        """Draw trajectories in chunks; return what is kept of them, and x_0."""
+        times = self.pipeline.process.times(self.sampler.num_steps)
+        kept = Trajectories(len(condition), times, self._draw_steps(), self.state_dtype)
+        x_0 = []
+        for first in self.track(range(0, len(condition), self.sampling_batch_size), "Sampling"):
+            chunk = slice(first, first + self.sampling_batch_size)
+            part, rows = condition.index(chunk), generators(seeds[chunk])
+            walk = walk_with_log_probs(
+                self.policy,
+                self.pipeline.process,
+                self.prior(part).sample(rows),
+                part,
+                times,
+                self.sampler.eta,
+                rows,
+                dtype=self.state_dtype,
+                reduction=self.log_prob_reduction,
+            )
+            x_0.append(kept.record(first, walk))
+        return kept, cat(x_0)
+
+    def _draw_steps(self) -> list[int]:
+        """Draw the trained steps of a round, the same on every process."""
+        first, last = self.window or (0, self.sampler.num_steps)
+        (generator,) = generators([seed_from(self.seed, _STEPS, self.num_rounds)])
+        order = torch.randperm(last - first, generator=generator)
+        return (first + order[: self.num_train_steps]).tolist()
+
+    def _advantages(self, rewards: Tensor, condition: Condition, seeds: Sequence[int]) -> Tensor:
+        """Compare rewards [G, M] with those of all processes; return advantages [G * M]."""
+        names = [str(sorted(entry.items())) for entry in condition.each()]
+        own = list(zip(seeds, names, rewards.tolist(), strict=True))
+        # In the order of the seeds, which does not depend on the number of processes.
+        groups = sorted(chain(*gather(own, self.trainer.world_size)), key=lambda group: group[0])
+        everyone = torch.tensor([values for *_, values in groups], dtype=torch.float64)
+        if not everyone.isfinite().any():
+            raise UsageError(
+                f"{self.reward.name} failed for all {everyone.numel()} samples of the round: it "
+                "returned no finite number; mend the reward before training on it"
+            )
+        advantages = self.advantage(everyone, [name for _, name, _ in groups], self.advantage_clip)
+        by_seed = {seed: row for (seed, *_), row in zip(groups, advantages, strict=True)}
+        return torch.cat([by_seed[seed] for seed in seeds])
+
+    def _num_random(self, random: Tensor) -> int:
+        """Return in how many trained steps something was left to chance, on any process."""
+        parts = gather(random.any(dim=1).tolist(), self.trainer.world_size)
+        num = sum(any(step) for step in zip(*parts, strict=True))
+        if not num:
+            raise UsageError(
+                "none of the trained steps has noise, so there is nothing to learn from; raise "
+                "model.init_args.sampler.num_steps or widen model.init_args.window"
+            )
+        return num
+
+    def _transition(self, denoiser: Denoiser, pairs: Experience) -> Distribution:
+        states = pairs.states
+        t, s = tensor_of(states["t"]), tensor_of(states["s"])
+        process, eta = self.pipeline.process, self.sampler.eta
+        return transition_of(denoiser, process, states["x_t"], t, s, pairs.condition, eta)
+
+
+def _require(holds: bool, name: str, rule: str) -> None:
+    if not holds:
+        raise UsageError(f"model.init_args.{name} must be {rule}")

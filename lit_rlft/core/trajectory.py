@@ -1,0 +1,174 @@
+"""Whole trajectories: sampled once, each state held once, replayed as (step, sample) pairs.
+
+Step i of a sampler leads from x at `times[i]` to x at `times[i + 1]`. A state is rounded to the
+type it is stored in *before* its log-probability is taken and before the walk goes on from it:
+replay then sees exactly what the sampler saw, and the first ratio is 1.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from lit_rlft.core.distribution import Distribution, Reduction
+from lit_rlft.core.pipeline import Condition
+from lit_rlft.core.process import Process
+from lit_rlft.core.randomness import Generators
+from lit_rlft.core.sampling import Denoiser
+from lit_rlft.core.state import State, batch_size, index, leaves, tree_map
+
+__all__ = ["Trajectories", "rounded", "transition_of", "walk_with_log_probs"]
+
+
+def transition_of(
+    denoiser: Denoiser,
+    process: Process,
+    x_t: State,
+    t: Tensor,
+    s: Tensor,
+    condition: Condition,
+    eta: float,
+) -> Distribution:
+    """Return p(x_s | x_t), computed in single precision at least; sampler and replay share it."""
+    prediction = denoiser(x_t, t, condition)
+    return process.transition(_single(prediction), _single(x_t), t, s, eta)
+
+
+def walk_with_log_probs(
+    denoiser: Denoiser,
+    process: Process,
+    x_1: State,
+    condition: Condition,
+    times: Tensor,
+    eta: float,
+    rows: Generators = None,
+    *,
+    dtype: torch.dtype | None = None,
+    reduction: Reduction = "mean",
+) -> Iterator[tuple[State, Tensor | None]]:
+    """Iterate over (x, log-probability [B] of the step that led to it), from x_1 with None.
+
+    Args:
+        denoiser: Called once per step with x_t, t [B] and the condition.
+        process: Gives each reverse transition.
+        x_1: State at `times[0]`; its types are those the denoiser is called with.
+        condition: One row per sample.
+        times: [num_steps + 1], decreasing.
+        eta: Noise of the transitions, above 0.
+        rows: One generator per sample, or None for torch's global one.
+        dtype: Floating type that every state is rounded to; None takes x_1's own.
+        reduction: Over the dimensions of a state.
+    """
+    x, size = rounded(x_1, x_1, dtype), batch_size(x_1)
+    times = times.to(leaves(x_1)[0].device)
+    yield x, None
+    for i in range(len(times) - 1):
+        t, s = times[i].expand(size), times[i + 1].expand(size)
+        transition = transition_of(denoiser, process, x, t, s, condition, eta)
+        x = rounded(transition.rsample(rows), x_1, dtype)
+        yield x, transition.log_prob(x, reduction)
+
+
+class Trajectories:
+    """N trajectories, of which only the states that the trained steps touch are kept, once each.
+
+    Args:
+        num: N.
+        times: [T + 1], the sampler's grid.
+        steps: The S trained steps, numbers in [0, T).
+        dtype: Floating type of the kept states; None takes that of the states given.
+
+    Attributes:
+        steps: The trained steps in order.
+    """
+
+    def __init__(
+        self, num: int, times: Tensor, steps: Iterable[int], dtype: torch.dtype | None = None
+    ) -> None:
+        self.num, self.times, self.dtype = num, times, dtype
+        self.steps = sorted(set(steps))
+        needed = sorted({i + end for i in self.steps for end in (0, 1)})
+        self._slots = {i: slot for slot, i in enumerate(needed)}
+        self._states: State | None = None
+        self._types: State | None = None
+        self._log_probs: Tensor | None = None
+
+    @property
+    def log_probs(self) -> Tensor:
+        """Log-probabilities of the trained steps under the policy that sampled, [S, N]."""
+        assert self._log_probs is not None
+        return self._log_probs
+
+    def record(self, first: int, walk: Iterable[tuple[State, Tensor | None]]) -> State:
+        """Keep what is needed of the trajectories from number `first` on; return their x_0."""
+        for i, (x, log_prob) in enumerate(walk):
+            rows = slice(first, first + batch_size(x))
+            if i in self._slots:
+                self._keep(self._slots[i], rows, x)
+            if log_prob is not None and i - 1 in self.steps:
+                if self._log_probs is None:
+                    self._log_probs = log_prob.new_zeros(len(self.steps), self.num)
+                self._log_probs[self.steps.index(i - 1), rows] = log_prob
+        return x
+
+    def pairs(self, places: Tensor, samples: Tensor) -> dict[str, State]:
+        """Return the transitions of some (step, sample) pairs, gathered from the kept states.
+
+        Args:
+            places: [P] int64 on the CPU, places in `steps`.
+            samples: [P] int64 on the CPU, numbers of trajectories.
+
+        Returns:
+            `x_t` and `x_s` [P, ...] in the types of the states once given, `t` and `s` [P], and
+            `log_prob` [P].
+        """
+        device = self.log_probs.device
+        steps = torch.tensor(self.steps)[places]
+        slots = torch.tensor([self._slots[i] for i in self.steps])[places].to(device)
+        places, samples = places.to(device), samples.to(device)
+        return {
+            "x_t": self._read(slots, samples),
+            "x_s": self._read(slots + 1, samples),  # the next state has the next slot
+            "t": self.times[steps].to(device),
+            "s": self.times[steps + 1].to(device),
+            "log_prob": self.log_probs[places, samples],
+        }
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the kept states."""
+        assert self._states is not None
+        return sum(leaf.numel() * leaf.element_size() for leaf in leaves(self._states))
+
+    def _keep(self, slot: int, rows: slice, x: State) -> None:
+        if self._states is None:
+            self._states, self._types = tree_map(self._empty, x), index(x, slice(0, 0))
+        for kept, leaf in zip(leaves(self._states), leaves(x), strict=True):
+            kept[slot, rows] = leaf.to(kept.dtype)
+
+    def _empty(self, leaf: Tensor) -> Tensor:
+        shape = (len(self._slots), self.num, *leaf.shape[1:])
+        return leaf.new_empty(shape, dtype=_stored_type(leaf, self.dtype))
+
+    def _read(self, slots: Tensor, samples: Tensor) -> State:
+        assert self._states is not None and self._types is not None
+        return tree_map(
+            lambda kept, own: kept[slots, samples].to(own.dtype), self._states, self._types
+        )
+
+
+def rounded(x: State, like: State, dtype: torch.dtype | None) -> State:
+    """Return x in the types of `like`, its numbers rounded to what a state of `dtype` can hold."""
+    return tree_map(lambda leaf, own: leaf.to(_stored_type(own, dtype)).to(own.dtype), x, like)
+
+
+def _stored_type(leaf: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    return dtype if dtype is not None and leaf.is_floating_point() else leaf.dtype
+
+
+def _single(state: State) -> State:
+    def upcast(leaf: Tensor) -> Tensor:
+        half = leaf.dtype in (torch.float16, torch.bfloat16)
+        return leaf.float() if half else leaf
+
+    return tree_map(upcast, state)
