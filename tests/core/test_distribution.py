@@ -121,6 +121,18 @@ def test_product_adds_over_fields() -> None:
     assert torch.equal(ours.mean["b"], fields["b"].mean)
 
 
+def test_divergence_of_laws_that_exclude_the_same_class_has_a_gradient() -> None:
+    logits = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    excluded = torch.zeros(4).index_fill(0, torch.tensor([1]), -torch.inf)
+    law, other = Categorical(logits + excluded), Categorical(torch.zeros(2, 3, 4) + excluded)
+    (grads,) = torch.autograd.grad(law.kl(other).sum(), logits)
+    kept = logits.detach()[..., [0, 2, 3]].requires_grad_()
+    expected = Categorical(kept).kl(Categorical(torch.zeros(2, 3, 3)))
+    torch.testing.assert_close(law.kl(other), expected)
+    torch.testing.assert_close(grads[..., [0, 2, 3]], torch.autograd.grad(expected.sum(), kept)[0])
+    assert not grads[..., 1].any()
+
+
 def test_divergences_between_families_are_refused() -> None:
     normal, classes = gaussians()[0], categoricals()[0]
     for law, other in ((normal, classes), (classes, normal), (Product({"a": normal}), normal)):

@@ -1,0 +1,116 @@
+import copy
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lit_rlft.core.advantage import (
+    Advantage,
+    BatchAdvantage,
+    GroupAdvantage,
+    RunningAdvantage,
+    constant_groups,
+)
+from lit_rlft.core.checks import UsageError
+
+NAMES = ["a", "b", "a"]
+REWARDS = torch.tensor([[1.0, 2.0, 4.0, 9.0], [0.5, 0.25, 0.5, 0.0], [3.0, 3.0, 5.0, 7.0]])
+NAN = math.nan
+
+
+def by_hand(values: np.ndarray, peers: np.ndarray) -> np.ndarray:
+    return (values - peers.mean()) / (peers.std() + 1e-6)
+
+
+def close(found: Tensor, expected: np.ndarray) -> None:
+    torch.testing.assert_close(found, torch.from_numpy(expected), rtol=1e-12, atol=1e-12)
+
+
+def test_groups_and_batches_against_numpy() -> None:
+    r = REWARDS.double().numpy()
+    close(GroupAdvantage()(REWARDS, NAMES), np.stack([by_hand(row, row) for row in r]))
+    close(BatchAdvantage()(REWARDS, NAMES), by_hand(r, r))
+
+
+def test_running_statistics_against_a_plain_list() -> None:
+    """The latest 6 rewards of a condition, or the round where there are fewer than 4."""
+    advantage, seen = RunningAdvantage(buffer_size=6, min_count=4), dict[str, list[float]]()
+    generator = torch.Generator().manual_seed(0)
+    used = set()
+    for _ in range(5):
+        rewards = torch.randn(3, 2, generator=generator, dtype=torch.float64)
+        r = rewards.numpy()
+        for name, row in zip(NAMES, r, strict=True):
+            seen[name] = [*seen.get(name, []), *row][-6:]
+        own = [len(seen[name]) >= 4 for name in NAMES]
+        used |= set(own)
+        peers = [np.array(seen[n]) if enough else r for n, enough in zip(NAMES, own, strict=True)]
+        expected = np.stack([by_hand(row, p) for row, p in zip(r, peers, strict=True)])
+        close(advantage(rewards, NAMES), expected)
+    assert used == {True, False}
+
+
+@pytest.mark.parametrize("rule", [GroupAdvantage(), BatchAdvantage(), RunningAdvantage(4, 2)])
+def test_integer_rewards_are_not_truncated(rule: Advantage) -> None:
+    integers = torch.tensor([[1, 2, 4, 9], [0, 1, 0, 0], [3, 3, 5, 7]])
+    found, again = (
+        copy.deepcopy(rule)(rewards, NAMES) for rewards in (integers, integers.double())
+    )
+    assert found.dtype == torch.float64 and found.frac().any()
+    assert torch.equal(found, again)
+
+
+@pytest.mark.parametrize("rule", [GroupAdvantage(), BatchAdvantage(), RunningAdvantage(4, 2)])
+def test_failed_rewards_are_nobodys_peers(rule: Advantage) -> None:
+    rewards = torch.tensor([[1.0, NAN, 2.0, 4.0], [NAN, NAN, NAN, NAN], [1.0, 3.0, math.inf, 0.0]])
+    found = rule(rewards, ["a", "b", "c"])
+    assert found.isfinite().all()
+    assert (found[~rewards.isfinite()] == 0).all() and found[rewards.isfinite()].all()
+    if isinstance(rule, GroupAdvantage):
+        close(found[0, [0, 2, 3]], by_hand(np.array([1.0, 2.0, 4.0]), np.array([1.0, 2.0, 4.0])))
+
+
+@pytest.mark.parametrize("rule", [GroupAdvantage(), BatchAdvantage(), RunningAdvantage()])
+def test_equal_rewards_give_exactly_nothing(rule: Advantage) -> None:
+    # 0.1 in three equal parts: a plain mean is off by a rounding error.
+    assert not rule(torch.full((3, 7), 0.1), NAMES).any()
+
+
+def test_clip() -> None:
+    rewards = torch.zeros(1, 100)
+    rewards[0, 0] = 1.0
+    free, clipped = (GroupAdvantage()(rewards, ["a"], clip) for clip in (None, 5.0))
+    assert free[0, 0] > 9 and clipped[0, 0] == 5
+    assert torch.equal(free[0, 1:], clipped[0, 1:])
+
+
+def test_statistics_survive_a_checkpoint_exactly() -> None:
+    first, second, fresh = (RunningAdvantage(16, 4) for _ in range(3))
+    generator = torch.Generator().manual_seed(0)
+    rounds = torch.randn(4, 3, 4, generator=generator)
+    for rewards in rounds[:2]:
+        first(rewards, NAMES)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    for rewards in rounds[2:]:
+        resumed = second(rewards, NAMES)
+        assert torch.equal(first(rewards, NAMES), resumed)
+        assert not torch.equal(fresh(rewards, NAMES), resumed)
+
+
+def test_constant_groups() -> None:
+    rewards = torch.tensor([[1.0, 1.0], [1.0, 2.0], [NAN, 1.0], [0.1, 0.1]])
+    assert constant_groups(rewards) == 2 / 3
+    assert math.isnan(constant_groups(torch.ones(3, 1)))
+
+
+def test_bad_settings() -> None:
+    with pytest.raises(UsageError, match=r"num_candidates is 1.*RunningAdvantage"):
+        GroupAdvantage().check(1)
+    GroupAdvantage().check(2)
+    BatchAdvantage().check(1)
+    for sizes in ((16, 32), (16, 1)):
+        with pytest.raises(UsageError, match="min_count must be"):
+            RunningAdvantage(*sizes)
