@@ -196,21 +196,14 @@ class DDPO(RewardFineTuner):
         self.num_samples += len(candidates) * self.trainer.world_size
         self._sampled_at = self.num_updates
         rewards, _ = self.score(x_0, candidates, may_fail=True)
-        rewards = rewards.cpu().double().view(-1, self.num_candidates)
-        advantages = self._advantages(rewards, condition, seeds[:: self.num_candidates])
+        advantages, metrics = self._compare(rewards, condition, seeds)
         random = trajectories.log_probs.cpu() != 0
-        known = rewards[rewards.isfinite()]
         return Rollout(
             states={},
             condition=candidates,
             seeds=seeds,
-            metrics={
-                "reward": float(known.mean()),
-                "failed_rewards": 1 - len(known) / rewards.numel(),
-                "advantage_std": float(advantages.std(correction=0)),
-                "zero_variance_groups": constant_groups(rewards),
-            },
-            histograms={"reward": known, "advantage": advantages},
+            metrics=metrics,
+            histograms={"reward": rewards[rewards.isfinite()], "advantage": advantages},
             trajectories=trajectories,
             # Without a KL term a pair without advantage has no gradient either.
             trained=random if self.kl_coef else random & (advantages != 0),
@@ -283,21 +276,31 @@ class DDPO(RewardFineTuner):
         order = torch.randperm(last - first, generator=generator)
         return (first + order[: self.num_train_steps]).tolist()
 
-    def _advantages(self, rewards: Tensor, condition: Condition, seeds: Sequence[int]) -> Tensor:
-        """Compare rewards [G, M] with those of all processes; return advantages [G * M]."""
+    def _compare(
+        self, rewards: Tensor, condition: Condition, seeds: Sequence[int]
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Return advantages [G * M] among the samples of all processes, and what to log of them."""
         names = [str(sorted(entry.items())) for entry in condition.each()]
-        own = list(zip(seeds, names, rewards.tolist(), strict=True))
+        own = seeds[:: self.num_candidates]
+        groups = zip(own, names, rewards.view(len(own), -1).tolist(), strict=True)
         # In the order of the seeds, which does not depend on the number of processes.
-        groups = sorted(chain(*gather(own, self.trainer.world_size)), key=lambda group: group[0])
-        everyone = torch.tensor([values for *_, values in groups], dtype=torch.float64)
-        if not everyone.isfinite().any():
+        parts = gather(list(groups), self.trainer.world_size)
+        every = sorted(chain(*parts), key=lambda group: group[0])
+        compared = torch.tensor([values for *_, values in every], dtype=torch.float64)
+        known = compared[compared.isfinite()]
+        if not len(known):
             raise UsageError(
-                f"{self.reward.name} failed for all {everyone.numel()} samples of the round: it "
+                f"{self.reward.name} failed for all {compared.numel()} samples of the round: it "
                 "returned no finite number; mend the reward before training on it"
             )
-        advantages = self.advantage(everyone, [name for _, name, _ in groups], self.advantage_clip)
-        by_seed = {seed: row for (seed, *_), row in zip(groups, advantages, strict=True)}
-        return torch.cat([by_seed[seed] for seed in seeds])
+        advantages = self.advantage(compared, [name for _, name, _ in every], self.advantage_clip)
+        by_seed = {seed: row for (seed, *_), row in zip(every, advantages, strict=True)}
+        return torch.cat([by_seed[seed] for seed in own]), {
+            "reward": float(known.mean()),
+            "failed_rewards": 1 - len(known) / compared.numel(),
+            "advantage_std": float(advantages.std(correction=0)),
+            "zero_variance_groups": constant_groups(compared),
+        }
 
     def _num_random(self, random: Tensor) -> int:
         """Return in how many trained steps something was left to chance, on any process."""

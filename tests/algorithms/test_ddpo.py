@@ -608,13 +608,13 @@ LEARNERS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("learner", LEARNERS)
 def test_learns(learner: str, tmp_path: Path) -> None:
-    """From the mixture's -3.2 to at least half-way; 0 is the optimum."""
-    assert mean_reward(fitted(tmp_path, **LEARNERS[learner])) > -1.6
+    """From the mixture's -3.1 most of the way to the optimum, 0."""
+    assert mean_reward(fitted(tmp_path, **LEARNERS[learner])) > -0.6
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_advantages_of_others_teach_nothing(tmp_path: Path, seed: int) -> None:
-    assert mean_reward(fitted(tmp_path, Shuffled(), seed=seed)) < -2.9
+    assert mean_reward(fitted(tmp_path, Shuffled(), seed=seed)) < -2.2
 
 
 def test_the_kl_to_the_reference_holds_back(tmp_path: Path) -> None:
