@@ -64,7 +64,8 @@ class Reference(nn.Module):
 
     Args:
         pipeline: The pipeline to switch.
-        adapted: Whether its denoiser carries an adapter; otherwise a frozen copy is made.
+        adapted: Whether its denoiser carries an adapter; otherwise a frozen copy is made, unless
+            the denoiser is frozen itself and so its own reference.
     """
 
     def __init__(self, pipeline: Pipeline, *, adapted: bool) -> None:
@@ -72,7 +73,8 @@ class Reference(nn.Module):
         layers = pipeline.denoiser.modules() if adapted else ()
         # A tuple, so that the adapted layers are not registered as modules of this one.
         self._layers = tuple(layer for layer in layers if isinstance(layer, BaseTunerLayer))
-        self.frozen = None if adapted else copy.deepcopy(pipeline.denoiser).requires_grad_(False)
+        moves = not adapted and any(p.requires_grad for p in pipeline.denoiser.parameters())
+        self.frozen = copy.deepcopy(pipeline.denoiser).requires_grad_(False) if moves else None
 
     @contextmanager
     def active(self, pipeline: Pipeline) -> Iterator[None]:

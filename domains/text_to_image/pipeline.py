@@ -125,6 +125,9 @@ class TextToImagePipeline(Pipeline):
             null=len(unique),
         )
 
+    def example(self) -> Condition:
+        return self.encode({"prompt": [self.negative_prompt]})
+
     def blank(self, condition: Condition) -> Tensor:
         channels = self.denoiser.config["in_channels"]
         shape = (len(condition), channels, *self.latent_size)

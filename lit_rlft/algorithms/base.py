@@ -4,8 +4,9 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import torch
@@ -31,11 +32,13 @@ from lit_rlft.optimization import Updates, is_maximum
 from lit_rlft.processes import gather
 from lit_rlft.runs import run_folder, summary_writer
 
-__all__ = ["Draw", "Experience", "Relay", "RewardFineTuner"]
+__all__ = ["Draw", "Experience", "Prior", "Relay", "RewardFineTuner"]
 
 T = TypeVar("T")
 Relay = Sequence[tuple[Denoiser, int]]
 """Who denoises how many steps, in the sampler's order."""
+Prior = Callable[[Condition], Distribution]
+"""From conditions to the law of x_1."""
 _EVALUATE, _DIVERGENCE = 1, 4
 """Streams of evaluation; algorithms use streams from 10 on."""
 
@@ -179,6 +182,9 @@ class RewardFineTuner(LightningModule, ABC):
     def check(self) -> None:
         """Raise UsageError where pipeline, reward and settings cannot work together."""
 
+    def build(self) -> None:
+        """Build what is trained beside the pipeline's own networks; the settings are checked."""
+
     def trainable(self) -> nn.Module:
         """Return what is trained, checkpointed and exported."""
         return self.pipeline.denoiser
@@ -203,6 +209,10 @@ class RewardFineTuner(LightningModule, ABC):
 
     def prior(self, condition: Condition) -> Distribution:
         """Return the law of x_1; overridden by algorithms that learn it."""
+        return self.reference_prior(condition)
+
+    def reference_prior(self, condition: Condition) -> Distribution:
+        """Return the process's own law of x_1."""
         return self.pipeline.process.prior(self.pipeline.blank(condition))
 
     def setup(self, stage: str) -> None:
@@ -211,6 +221,7 @@ class RewardFineTuner(LightningModule, ABC):
             return
         self._check_settings()
         self.check()
+        self.build()
         self.reward.requires_grad_(False)
         self.metrics.requires_grad_(False)
         self.pretrained = contents.fingerprint(self.pipeline.denoiser)
@@ -265,6 +276,7 @@ class RewardFineTuner(LightningModule, ABC):
         *,
         keep: Sequence[int],
         relay: Relay,
+        prior: Prior | None = None,
         label: str = "Sampling",
     ) -> list[State]:
         """Sample trajectories in chunks and keep the states at some indices of the grid.
@@ -274,28 +286,30 @@ class RewardFineTuner(LightningModule, ABC):
             seeds: One integer per sample; all its noise comes from it.
             keep: Indices into the grid [num_steps + 1] (num_steps is x_0).
             relay: Who denoises which steps.
+            prior: The law of x_1; None takes the tuned model's.
             label: Text of the progress bar.
 
         Returns:
             One state per entry of `keep`, all samples concatenated.
         """
+        prior = prior or self.prior
         kept: list[list[State]] = [[] for _ in keep]
         starts = range(0, len(condition), self.sampling_batch_size)
         for start in self.track(starts, label):
             chunk = slice(start, start + self.sampling_batch_size)
-            for i, x in self._walk(relay, condition.index(chunk), generators(seeds[chunk])):
+            part, rows = condition.index(chunk), generators(seeds[chunk])
+            for i, x in self._walk(relay, part, prior(part).sample(rows), rows):
                 for slot, wanted in enumerate(keep):
                     if i == wanted:
                         kept[slot].append(x)
         return [cat(states) for states in kept]
 
     def _walk(
-        self, relay: Relay, condition: Condition, rows: Generators
+        self, relay: Relay, condition: Condition, x: State, rows: Generators
     ) -> Iterator[tuple[int, State]]:
-        """Iterate over (i, x at times[i]) of trajectories that several denoisers run in turn."""
+        """Iterate over (i, x at times[i]) from x_1 on; several denoisers run in turn."""
         process, first = self.pipeline.process, 0
         times = process.times(self.sampler.num_steps)
-        x = self.prior(condition).sample(rows)
         yield 0, x
         for denoiser, num_steps in relay:
             leg = times[first : first + num_steps + 1]
@@ -393,17 +407,27 @@ class RewardFineTuner(LightningModule, ABC):
         """Restore the counters; raise UsageError for a checkpoint of another model."""
         contents.restore(checkpoint, self)
 
+    def export(self, folder: Path) -> list[Path]:
+        """Write what was tuned into `folder`; return what was written."""
+        return self.pipeline.save(folder)
+
     def on_fit_end(self) -> None:
         """Write the tuned model in the format of the domain's own tools."""
         if self.trainer.is_global_zero and self.num_updates:
-            for path in self.pipeline.save(run_folder(self.trainer) / "tuned"):
+            for path in self.export(run_folder(self.trainer) / "tuned"):
                 rank_zero_info(f"tuned model: {path}")
 
     def _draw(self, batch: Batch, condition: Condition, arm: Arm) -> tuple[State, list[int]]:
         seeds = self.sample_seeds(batch, self.num_eval_samples, _EVALUATE)
-        relay = self.relay() if arm == "tuned" else self.reference_relay()
-        keep, label = [self.sampler.num_steps], f"Sampling ({arm})"
-        (x_0,) = self.draw_states(condition, seeds, keep=keep, relay=relay, label=label)
+        tuned = arm == "tuned"
+        (x_0,) = self.draw_states(
+            condition,
+            seeds,
+            keep=[self.sampler.num_steps],
+            relay=self.relay() if tuned else self.reference_relay(),
+            prior=self.prior if tuned else self.reference_prior,
+            label=f"Sampling ({arm})",
+        )
         return x_0, seeds
 
     def _evaluate(self, batch: Batch, batch_idx: int, arms: Sequence[Arm]) -> None:
@@ -422,9 +446,12 @@ class RewardFineTuner(LightningModule, ABC):
 
     def _divergence(self, x_0: State, condition: Condition, seeds: Sequence[int]) -> Tensor:
         """Estimate the KL of the tuned model's paths from the reference's, [B]."""
+        prior = self.prior(condition).kl(self.reference_prior(condition))
+        tuned = torch.tensor([who == self.policy for who, n in self.relay() for _ in range(n)])
+        if not tuned.any():
+            return prior
         process, meter = self.pipeline.process, self._meter
         self._meter = Cost()  # looking costs nothing
-        tuned = torch.tensor([who == self.policy for who, n in self.relay() for _ in range(n)])
         times = process.times(self.sampler.num_steps)
         parts, first = [], 0
         for x in split(x_0, self.sampling_batch_size):
@@ -433,7 +460,7 @@ class RewardFineTuner(LightningModule, ABC):
             args = (self.policy, self.reference_policy, x, condition.index(chunk), times, tuned)
             parts.append(path_kl(process, *args, rows))
         self._meter = meter
-        return torch.cat(parts)
+        return prior + torch.cat(parts)
 
     def reward_of(self, samples: Any, condition: Condition, *, may_fail: bool = False) -> Tensor:
         """Score decoded samples, [B]; raises UsageError where the reward returns something else.

@@ -13,7 +13,7 @@ from lit_rlft.core.checks import UsageError
 from lit_rlft.core.process import Process
 from lit_rlft.core.state import State
 
-__all__ = ["Batch", "Condition", "Pipeline"]
+__all__ = ["Batch", "Condition", "Pipeline", "pooled"]
 
 Batch = Mapping[str, Any]
 """What a DataModule yields: columns of equal length; `index` [B] numbers the data set's rows."""
@@ -119,6 +119,25 @@ class Pipeline(nn.Module, ABC):
         """Return the prediction that is sampled from: `predict`, or a guided version of it."""
         return self.predict(x_t, t, condition)
 
+    def example(self) -> Condition:
+        """Return the condition of one sample, any, to learn the shapes of states and features from.
+
+        The default fits domains whose batches need nothing but an index.
+        """
+        return self.encode({"index": torch.zeros(1, dtype=torch.int64)})
+
+    def features(self, condition: Condition) -> Tensor:
+        """Return a fixed-size encoding of each sample's condition, [B, F], for added networks.
+
+        The default averages the condition's tables (`pooled`) and joins them; it is constant
+        where there are none.
+        """
+        tables = [pooled(condition.tables[name]) for name in sorted(condition.tables)]
+        if not tables:
+            return torch.ones(len(condition), 1, device=self.device)
+        table = torch.cat(tables, dim=1)
+        return table[condition.rows.to(table.device)]
+
     def states(self, batch: Batch) -> State:
         """Return x_0 for the data in a batch.
 
@@ -157,3 +176,10 @@ class Pipeline(nn.Module, ABC):
             NotImplementedError: The domain has no file format.
         """
         raise NotImplementedError(f"{type(self).__name__} has no file format for samples")
+
+
+def pooled(encoding: Tensor) -> Tensor:
+    """Average an encoding [B, ..., F] to [B, F]; numbers [B] become [B, 1]."""
+    if encoding.dim() < 3:
+        return encoding.float().unsqueeze(-1).flatten(1)
+    return encoding.float().flatten(1, -2).mean(dim=1)

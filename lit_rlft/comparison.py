@@ -1,0 +1,64 @@
+"""Advantages over all processes of a run, the same for any number of them."""
+
+from collections.abc import Sequence
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from lit_rlft.core.advantage import Advantage, constant_groups
+from lit_rlft.core.checks import UsageError
+from lit_rlft.core.pipeline import Condition
+from lit_rlft.core.reward import Reward
+from lit_rlft.processes import gather
+
+__all__ = ["compare"]
+
+
+def compare(
+    rewards: Tensor,
+    condition: Condition,
+    seeds: Sequence[int],
+    rule: Advantage,
+    *,
+    clip: float | None,
+    reward: Reward,
+    world_size: int,
+) -> tuple[Tensor, dict[str, float]]:
+    """Compare rewards [G * M] with those of all processes.
+
+    Args:
+        rewards: The candidates of one condition side by side; not finite where the reward failed.
+        condition: G rows.
+        seeds: G integers, one per group, which order the groups of all processes.
+        rule: Whose rewards a sample's is compared with.
+        clip: Advantages are clamped to this size; None leaves them alone.
+        reward: Where the rewards are from.
+        world_size: Number of processes; all of them must call this.
+
+    Returns:
+        Advantages, float64 [G * M], and what to log.
+
+    Raises:
+        UsageError: The reward failed for all samples.
+    """
+    grouped = rewards.cpu().double().view(len(condition), -1)
+    names = [str(sorted(entry.items())) for entry in condition.each()]
+    own = list(zip(seeds, names, grouped.tolist(), strict=True))
+    groups = sorted(chain(*gather(own, world_size)), key=lambda group: group[0])
+    everyone = torch.tensor([values for *_, values in groups], dtype=torch.float64)
+    if not everyone.isfinite().any():
+        raise UsageError(
+            f"{reward.name} failed for all {everyone.numel()} samples of the round: it returned no "
+            "finite number; mend the reward before training on it"
+        )
+    rows = rule(everyone, [name for _, name, _ in groups], clip)
+    by_seed = {seed: row for (seed, *_), row in zip(groups, rows, strict=True)}
+    advantages = torch.cat([by_seed[seed] for seed in seeds])
+    known = grouped[grouped.isfinite()]
+    return advantages, {
+        "reward": float(known.mean()),
+        "failed_rewards": 1 - len(known) / grouped.numel(),
+        "advantage_std": float(advantages.std(correction=0)),
+        "zero_variance_groups": constant_groups(grouped),
+    }

@@ -1,0 +1,158 @@
+r"""Learned priors: a network that moves and stretches the initial noise, given a condition.
+
+.. math::
+    z = \mu(c) + \sigma(c)\, e, \qquad e \sim N(0, I), \qquad
+    KL(\pi \,\|\, N(0, I)) = \tfrac12 \sum_i (\mu_i^2 + \sigma_i^2 - 1 - \log \sigma_i^2).
+
+The network's output layer is zero at the start, where z is e to the last bit. How the numbers of
+:math:`\mu` and :math:`\log\sigma` come about is a choice (`Maps`): an average of d dimensions is
+learned from far fewer samples than each of them.
+
+References:
+    Noise PPO (Miao et al., 2025), https://arxiv.org/abs/2506.12036
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate, layer_norm
+
+from lit_rlft.core.checks import UsageError
+from lit_rlft.core.distribution import Gaussian
+
+__all__ = ["FullResolution", "LowRank", "LowResolution", "Maps", "NoisePolicy"]
+
+
+class Maps(ABC):
+    """How mu and log sigma of a state are made from hidden units."""
+
+    @abstractmethod
+    def head(self, width: int, shape: Sequence[int]) -> nn.Module:
+        """Return a network from hidden units [B, width] to [B, 2, *shape], zero at the start.
+
+        Args:
+            width: Number of hidden units.
+            shape: A sample's, without the batch.
+        """
+
+
+class FullResolution(Maps):
+    """A number of its own for every dimension."""
+
+    def head(self, width: int, shape: Sequence[int]) -> nn.Module:
+        return nn.Sequential(
+            _zero_linear(width, 2 * math.prod(shape)), nn.Unflatten(1, (2, *shape))
+        )
+
+
+class LowResolution(Maps):
+    """Small maps, interpolated (bilinear) to the size of the state.
+
+    States that are no maps [C, H, W] have nothing to interpolate over: there it is
+    `FullResolution`.
+
+    Args:
+        size: Height and width of the small maps, at most; 1 is one number per channel.
+    """
+
+    def __init__(self, size: int = 4) -> None:
+        if size < 1:
+            raise UsageError(f"model.init_args.maps.init_args.size must be at least 1, got {size}")
+        self.size = size
+
+    def head(self, width: int, shape: Sequence[int]) -> nn.Module:
+        if len(shape) != 3:
+            return FullResolution().head(width, shape)
+        channels, *large = shape
+        small = (channels, *(min(self.size, pixels) for pixels in large))
+        return nn.Sequential(FullResolution().head(width, small), _Upsample(large))
+
+
+class LowRank(Maps):
+    """Combinations of a few maps that are learned along, the same for all conditions.
+
+    Args:
+        rank: Number of maps for mu, and for log sigma.
+    """
+
+    def __init__(self, rank: int = 8) -> None:
+        if rank < 1:
+            raise UsageError(f"model.init_args.maps.init_args.rank must be at least 1, got {rank}")
+        self.rank = rank
+
+    def head(self, width: int, shape: Sequence[int]) -> nn.Module:
+        return nn.Sequential(_zero_linear(width, 2 * self.rank), _Combine(self.rank, shape))
+
+
+class NoisePolicy(nn.Module):
+    """The law N(mu(c), sigma(c)^2) of the initial noise, N(0, I) at the start.
+
+    Args:
+        num_features: Size of the encoding of a condition.
+        shape: A sample's shape, without the batch.
+        maps: How mu and log sigma are made.
+        width: Units of the two hidden layers.
+        conditional: False ignores the features: one law for all conditions.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        shape: Sequence[int],
+        maps: Maps,
+        *,
+        width: int = 256,
+        conditional: bool = True,
+    ) -> None:
+        super().__init__()
+        if width < 1:
+            raise UsageError(f"model.init_args.width must be at least 1, got {width}")
+        self.num_features, self.shape = num_features, tuple(shape)
+        self.maps, self.width, self.conditional = maps, width, conditional
+        self.trunk = nn.Sequential(
+            nn.Linear(num_features, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
+        )
+        self.head = maps.head(width, self.shape)
+
+    def forward(self, features: Tensor) -> Gaussian:
+        """Return the law of z [B, *shape] for features [B, F], in the network's own precision."""
+        weight = next(self.parameters())
+        # Rounded as in mixed precision, mu would depend on how samples are batched.
+        with torch.autocast(weight.device.type, enabled=False):
+            features = layer_norm(features.to(weight), features.shape[1:])
+            # Multiplied by 0, not left out: all parameters keep a gradient.
+            hidden = self.trunk(features if self.conditional else features * 0)
+            mu, log_sigma = self.head(hidden).unbind(dim=1)
+        return Gaussian(mu, log_sigma.exp())
+
+
+class _Upsample(nn.Module):
+    def __init__(self, size: Sequence[int]) -> None:
+        super().__init__()
+        self.size = tuple(size)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Enlarge [B, 2, C, h, w] to [B, 2, C, H, W]."""
+        large = interpolate(maps.flatten(1, 2), self.size, mode="bilinear")
+        return large.view(*maps.shape[:3], *self.size)
+
+
+class _Combine(nn.Module):
+    def __init__(self, rank: int, shape: Sequence[int]) -> None:
+        super().__init__()
+        self.basis = nn.Parameter(torch.randn(2, rank, *shape) / rank**0.5)
+
+    def forward(self, coefficients: Tensor) -> Tensor:
+        """Sum the maps weighted with [B, 2 * rank] into [B, 2, *shape]."""
+        weights = coefficients.view(-1, *self.basis.shape[:2])
+        return torch.einsum("bkr,kr...->bk...", weights, self.basis)
+
+
+def _zero_linear(width: int, size: int) -> nn.Linear:
+    layer = nn.Linear(width, size)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
