@@ -413,12 +413,12 @@ def test_rewards_that_do_not_depend_on_the_noise_teach_nothing(tmp_path: Path) -
         "beta": 0.1,
         "minibatch_size": 512,
         "sampling_batch_size": 1024,
-        "optimizer": lambda p: torch.optim.Adam(p, lr=0.001),
+        "optimizer": lambda p: torch.optim.Adam(p, lr=0.003),
     }
     runs = {}
     for reward in (Coordinate(), Unrelated(), Constant()):
         tuner = tuner_of(reward, **settings)
-        fit(tuner, tmp_path, num_conditions=32, num_rounds=60)
+        fit(tuner, tmp_path, num_conditions=32, num_rounds=50)
         runs[reward.name] = learned(tuner)
     assert runs["Coordinate"][0][0] > 1
     mu, sigma = runs["Unrelated"]
