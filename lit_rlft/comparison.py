@@ -25,10 +25,11 @@ def compare(
     reward: Reward,
     world_size: int,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Compare rewards [G * M] with those of all processes.
+    """Compare rewards with those of all processes.
 
     Args:
-        rewards: The candidates of one condition side by side; not finite where the reward failed.
+        rewards: [G * M], the candidates of one condition side by side; not finite where the
+            reward failed.
         condition: G rows.
         seeds: G integers, one per group, which order the groups of all processes.
         rule: Whose rewards a sample's is compared with.
@@ -37,28 +38,28 @@ def compare(
         world_size: Number of processes; all of them must call this.
 
     Returns:
-        Advantages, float64 [G * M], and what to log.
+        Advantages, float64 [G * M], and what to log, of all processes together.
 
     Raises:
         UsageError: The reward failed for all samples.
     """
-    grouped = rewards.cpu().double().view(len(condition), -1)
     names = [str(sorted(entry.items())) for entry in condition.each()]
+    grouped = rewards.cpu().double().view(len(seeds), -1)
     own = list(zip(seeds, names, grouped.tolist(), strict=True))
+    # In the order of the seeds, which does not depend on the number of processes.
     groups = sorted(chain(*gather(own, world_size)), key=lambda group: group[0])
     everyone = torch.tensor([values for *_, values in groups], dtype=torch.float64)
-    if not everyone.isfinite().any():
+    known = everyone[everyone.isfinite()]
+    if not len(known):
         raise UsageError(
             f"{reward.name} failed for all {everyone.numel()} samples of the round: it returned no "
             "finite number; mend the reward before training on it"
         )
-    rows = rule(everyone, [name for _, name, _ in groups], clip)
-    by_seed = {seed: row for (seed, *_), row in zip(groups, rows, strict=True)}
-    advantages = torch.cat([by_seed[seed] for seed in seeds])
-    known = grouped[grouped.isfinite()]
-    return advantages, {
+    advantages = rule(everyone, [name for _, name, _ in groups], clip)
+    by_seed = {seed: row for (seed, *_), row in zip(groups, advantages, strict=True)}
+    return torch.cat([by_seed[seed] for seed in seeds]), {
         "reward": float(known.mean()),
-        "failed_rewards": 1 - len(known) / grouped.numel(),
+        "failed_rewards": 1 - len(known) / everyone.numel(),
         "advantage_std": float(advantages.std(correction=0)),
-        "zero_variance_groups": constant_groups(grouped),
+        "zero_variance_groups": constant_groups(everyone),
     }

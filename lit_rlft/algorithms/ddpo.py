@@ -27,14 +27,14 @@ References:
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lit_rlft.algorithms.base import Experience, RewardFineTuner
-from lit_rlft.core.advantage import Advantage, RunningAdvantage, constant_groups
+from lit_rlft.comparison import compare
+from lit_rlft.core.advantage import Advantage, RunningAdvantage
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.distribution import Distribution, Reduction
 from lit_rlft.core.pipeline import Batch, Condition
@@ -196,7 +196,15 @@ class DDPO(RewardFineTuner):
         self.num_samples += len(candidates) * self.trainer.world_size
         self._sampled_at = self.num_updates
         rewards, _ = self.score(x_0, candidates, may_fail=True)
-        advantages, metrics = self._compare(rewards, condition, seeds)
+        advantages, metrics = compare(
+            rewards,
+            condition,
+            seeds[:: self.num_candidates],
+            self.advantage,
+            clip=self.advantage_clip,
+            reward=self.reward,
+            world_size=self.trainer.world_size,
+        )
         random = trajectories.log_probs.cpu() != 0
         return Rollout(
             states={},
@@ -275,32 +283,6 @@ class DDPO(RewardFineTuner):
         (generator,) = generators([seed_from(self.seed, _STEPS, self.num_rounds)])
         order = torch.randperm(last - first, generator=generator)
         return (first + order[: self.num_train_steps]).tolist()
-
-    def _compare(
-        self, rewards: Tensor, condition: Condition, seeds: Sequence[int]
-    ) -> tuple[Tensor, dict[str, float]]:
-        """Return advantages [G * M] among the samples of all processes, and what to log of them."""
-        names = [str(sorted(entry.items())) for entry in condition.each()]
-        own = seeds[:: self.num_candidates]
-        groups = zip(own, names, rewards.view(len(own), -1).tolist(), strict=True)
-        # In the order of the seeds, which does not depend on the number of processes.
-        parts = gather(list(groups), self.trainer.world_size)
-        every = sorted(chain(*parts), key=lambda group: group[0])
-        compared = torch.tensor([values for *_, values in every], dtype=torch.float64)
-        known = compared[compared.isfinite()]
-        if not len(known):
-            raise UsageError(
-                f"{self.reward.name} failed for all {compared.numel()} samples of the round: it "
-                "returned no finite number; mend the reward before training on it"
-            )
-        advantages = self.advantage(compared, [name for _, name, _ in every], self.advantage_clip)
-        by_seed = {seed: row for (seed, *_), row in zip(every, advantages, strict=True)}
-        return torch.cat([by_seed[seed] for seed in own]), {
-            "reward": float(known.mean()),
-            "failed_rewards": 1 - len(known) / compared.numel(),
-            "advantage_std": float(advantages.std(correction=0)),
-            "zero_variance_groups": constant_groups(compared),
-        }
 
     def _num_random(self, random: Tensor) -> int:
         """Return in how many trained steps something was left to chance, on any process."""
