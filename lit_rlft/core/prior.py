@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, layer_norm
+from torch.nn.functional import interpolate
 
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.distribution import Gaussian
@@ -122,9 +122,9 @@ class NoisePolicy(nn.Module):
         weight = next(self.parameters())
         # Rounded as in mixed precision, mu would depend on how samples are batched.
         with torch.autocast(weight.device.type, enabled=False):
-            features = layer_norm(features.to(weight), features.shape[1:])
             # Multiplied by 0, not left out: all parameters keep a gradient.
-            hidden = self.trunk(features if self.conditional else features * 0)
+            features = _bounded(features.to(weight)) * self.conditional
+            hidden = self.trunk(features)
             mu, log_sigma = self.head(hidden).unbind(dim=1)
         return Gaussian(mu, log_sigma.exp())
 
@@ -149,6 +149,11 @@ class _Combine(nn.Module):
         """Sum the maps weighted with [B, 2 * rank] into [B, 2, *shape]."""
         weights = coefficients.view(-1, *self.basis.shape[:2])
         return torch.einsum("bkr,kr...->bk...", weights, self.basis)
+
+
+def _bounded(features: Tensor) -> Tensor:
+    """Scale features [B, F] to a size below 1; unlike a layer norm it keeps a single number."""
+    return features / (1 + features.square().mean(dim=1, keepdim=True).sqrt())
 
 
 def _zero_linear(width: int, size: int) -> nn.Linear:

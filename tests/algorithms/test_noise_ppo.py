@@ -42,7 +42,7 @@ from lit_rlft.algorithms.noise_ppo import NoisePPO
 from lit_rlft.core.advantage import Advantage, BatchAdvantage, RunningAdvantage
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.distribution import Gaussian
-from lit_rlft.core.pipeline import Condition, pooled
+from lit_rlft.core.pipeline import Batch, Condition, pooled
 from lit_rlft.core.prior import FullResolution, LowRank, LowResolution, Maps, NoisePolicy
 from lit_rlft.core.process import MaskedProcess, ProductProcess
 from lit_rlft.core.randomness import generators, seed_from
@@ -84,6 +84,22 @@ class Unrelated(Reward):
     def forward(self, samples: Any, condition: Condition) -> Tensor:
         self.num_calls += 1
         return torch.randn(len(samples), generator=torch.Generator().manual_seed(self.num_calls))
+
+
+class Sided(GaussianMixturePipeline):
+    """One Gaussian under two conditions, which say where the reward is: `side` is 1 or -1."""
+
+    def __init__(self) -> None:
+        super().__init__([1.0], [[0.5, -0.25]], [0.6], residual_width=0)
+
+    def encode(self, batch: Batch) -> Condition:
+        entries, tables = [{"side": 1.0}, {"side": -1.0}], {"side": torch.tensor([1.0, -1.0])}
+        return Condition(entries, tables, batch["index"].cpu() % 2)
+
+
+class OnItsSide(Reward):
+    def forward(self, samples: Any, condition: Condition) -> Tensor:
+        return condition.table("side") * samples[:, 0]
 
 
 class Constant(Reward):
@@ -427,6 +443,29 @@ def test_rewards_that_do_not_depend_on_the_noise_teach_nothing(tmp_path: Path) -
     assert torch.equal(mu, torch.zeros(2)) and torch.equal(sigma, torch.ones(2))
 
 
+@pytest.mark.parametrize("condition_free", [False, True])
+def test_each_condition_gets_a_prior_of_its_own(tmp_path: Path, condition_free: bool) -> None:
+    """Alone, two opposite rewards pull mu apart; together, they leave it where it is."""
+    tuner = tuner_of(
+        OnItsSide(),
+        Sided(),
+        num_candidates=16,
+        beta=1.0,
+        minibatch_size=512,
+        sampling_batch_size=1024,
+        condition_free=condition_free,
+        optimizer=lambda p: torch.optim.Adam(p, lr=0.005),
+    )
+    fit(tuner, tmp_path, num_conditions=32, num_rounds=50)
+    with torch.no_grad():
+        law = tuner.prior(tuner.pipeline.encode({"index": torch.arange(2)}))
+    std = 0.95  # of 16 normals, on average
+    expected = torch.tensor([0.0, 0.0] if condition_free else [std, -std])
+    assert (law.loc[:, 0] - expected).abs().max() < 0.2
+    assert law.loc[:, 1].abs().max() < 0.2
+    assert torch.equal(law.loc[0], law.loc[1]) is condition_free
+
+
 def test_failed_rewards_are_left_out_and_counted() -> None:
     reward = Patchy()
     tuner = ready(reward, num_candidates=64, advantage=BatchAdvantage())
@@ -595,6 +634,12 @@ def test_plain_diffusers_paints_our_pictures(
     assert (ours - theirs).abs().max() < 1e-3
     plain = pipe(prompts, generator=generators(seeds_of), **common).images
     assert (plain - theirs).abs().max() > 1e-3
+    # Before training, latents are those that diffusers draws, one generator or several.
+    start = NoisePolicy(embeds.shape[-1], latents.shape[1:], LowResolution(2))
+    for generator_of in (lambda: generators(seeds_of), lambda: torch.Generator().manual_seed(5)):
+        latents = NoiseGenerator(start)(embeds, generator=generator_of())
+        theirs = pipe(prompts, latents=latents, **common).images
+        assert torch.equal(theirs, pipe(prompts, generator=generator_of(), **common).images)
 
 
 def test_the_loader_needs_neither_lightning_nor_diffusers() -> None:
