@@ -101,7 +101,10 @@ class NoiseGenerator(nn.Module):
         written = json.loads(text)
         architecture = written["architecture"]
         maps = dict(architecture.pop("maps"))
-        policy = NoisePolicy(maps=_MAPS[maps.pop("name")](**maps), **architecture)
+        kind = maps.pop("name")
+        if kind not in _MAPS:
+            raise UsageError(f"{path} has maps of a kind of your own, {kind}; known: {[*_MAPS]}")
+        policy = NoisePolicy(maps=_MAPS[kind](**maps), **architecture)
         policy.load_state_dict(weights)
         return cls(policy.requires_grad_(False).eval(), written["notes"])
 

@@ -599,6 +599,9 @@ def test_files_and_encodings_that_do_not_fit_are_refused(tmp_path: Path) -> None
     for name in ("text", "other"):
         with pytest.raises(UsageError, match="is no noise generator written by lit-rlft"):
             NoiseGenerator.load(tmp_path / f"{name}.safetensors")
+    own = NoiseGenerator(NoisePolicy(6, (2,), type("Own", (FullResolution,), {})()))
+    with pytest.raises(UsageError, match="maps of a kind of your own, Own"):
+        NoiseGenerator.load(own.save(tmp_path / "own.safetensors"))
     generator = NoiseGenerator(NoisePolicy(6, (2,), FullResolution()), {"pipeline": "tiny"})
     with pytest.raises(UsageError, match=r"has 5 features.*trained with 6.*with tiny"):
         generator(torch.zeros(1, 3, 5))
