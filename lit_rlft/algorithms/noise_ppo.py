@@ -69,7 +69,7 @@ class NoisePPO(RewardFineTuner):
         advantage_clip: float | None = 5.0,
         clip_range: float = 0.2,
         log_prob_reduction: Reduction = "sum",
-        beta: float = 0.01,
+        beta: float = 0.05,
         maps: Maps | None = None,
         width: int = 256,
         condition_free: bool = False,
