@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
@@ -20,7 +19,7 @@ from diffusers import (
 from PIL import Image
 from torch import Tensor
 
-from domains.text_to_image.pipeline import EMBEDDED, TextToImagePipeline
+from domains.text_to_image.pipeline import TextToImagePipeline
 from domains.text_to_image.shapes import world
 from lit_rlft.adapters import LoRA, Reference, attach_lora
 from lit_rlft.core.checks import UsageError
@@ -338,13 +337,7 @@ def test_states_of_pictures_invert_decoding(tiny_stable_diffusion: Folder) -> No
 
 def test_the_embedded_autoencoder_returns_its_pictures() -> None:
     """Up to the autoencoder's own error: a mean absolute error of 1 % on the shapes world."""
-    pipeline = TextToImagePipeline.__new__(TextToImagePipeline)
-    torch.nn.Module.__init__(pipeline)
-    pipeline.vae = AutoencoderKL.from_pretrained(
-        EMBEDDED / "shapes" / "vae", torch_dtype=torch.float32
-    )
-    pipeline.decode_batch_size = 8
-    pipeline.denoiser = pipeline.vae  # says where the pipeline is
+    pipeline = TextToImagePipeline("shapes", decode_batch_size=8)
     rng = np.random.default_rng(0)
     arrays = [world.sample(rng, world.split_prompts("val"))[1] for _ in range(16)]
     image = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
