@@ -96,9 +96,9 @@ def main() -> None:
     """Measure, print the table, draw the figure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--figure", type=Path, default=Path("docs/gradient_norm.png"))
-    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 7.5, 20.0])
-    parser.add_argument("--batches", type=int, default=8)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--guidance", type=float, nargs="+", default=[7.5, 20.0])
+    parser.add_argument("--batches", type=int, default=4)
+    parser.add_argument("--batch-size", type=int, default=4)
     options = parser.parse_args()
     results: Results = defaultdict(dict)
     print("| guidance | K | " + " | ".join(ARMS.values()) + " | ratio |\n|---|---|---|---|---|")

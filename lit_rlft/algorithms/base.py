@@ -439,8 +439,11 @@ class RewardFineTuner(LightningModule, ABC):
             values = self.reward.evaluate(samples, condition)
             check_rewards(self.reward, values[self.reward.name], len(condition))
             values |= self.metrics.evaluate(samples, condition)
-            if arm == "tuned":
-                values["kl"] = self._divergence(x_0, condition, seeds)
+            values["kl"] = (
+                self._divergence(x_0, condition, seeds)
+                if arm == "tuned"
+                else torch.zeros(len(condition))
+            )
             pictures = self.pipeline.render(samples, condition)
             self.evaluation.add(arm, batch_idx, values, pictures, labels)
 
