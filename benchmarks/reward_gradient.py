@@ -471,8 +471,9 @@ def _depth_rows(model: Path, options: argparse.Namespace) -> list[str]:
         settings = {
             "DRTune K=2, m=11": ["--k", "2", "--m", "11"],
             "DRTune K=2, m=1": ["--k", "2", "--m", "1"],
-            "DRaFT-25, steps run again": ["--k", "25", "--again"],
-            "DRaFT-25, all kept": ["--k", "25"],
+            # Their updates are all alike: few will do.
+            "DRaFT-25, steps run again": ["--k", "25", "--again", "--updates", "3"],
+            "DRaFT-25, all kept": ["--k", "25", "--updates", "3"],
         }
         arms = {name: (sys.executable, [*given, *setting]) for name, setting in settings.items()}
         turns = take_turns(arms, options)
