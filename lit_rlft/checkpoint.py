@@ -50,7 +50,7 @@ def fingerprint(module: nn.Module) -> str:
 
 
 def reduce(checkpoint: dict[str, Any], tuner: RewardFineTuner) -> None:
-    """Drop the frozen weights from a checkpoint; add the counters and the fingerprint."""
+    """Drop the frozen weights; add counters, running statistics and the fingerprint."""
     state = checkpoint["state_dict"]
     checkpoint["state_dict"] = {name: state[name] for name in _trained_names(tuner)}
     checkpoint["lit_rlft"] = {
@@ -58,11 +58,12 @@ def reduce(checkpoint: dict[str, Any], tuner: RewardFineTuner) -> None:
         "pipeline": tuner.pipeline.name,
         "cost": tuner.cost.as_dict(),
         **{name: getattr(tuner, name) for name in _COUNTERS},
+        **{name: part.state_dict() for name, part in tuner.statistics().items()},
     }
 
 
 def restore(checkpoint: dict[str, Any], tuner: RewardFineTuner) -> None:
-    """Restore the counters.
+    """Restore the counters and the running statistics.
 
     Raises:
         UsageError: The checkpoint belongs to another pretrained model or another adapter.
@@ -84,6 +85,8 @@ def restore(checkpoint: dict[str, Any], tuner: RewardFineTuner) -> None:
         )
     for name in _COUNTERS:
         setattr(tuner, name, ours[name])
+    for name, part in tuner.statistics().items():
+        part.load_state_dict(ours.get(name, {}))
     vars(tuner.cost).update(ours["cost"])
 
 

@@ -18,7 +18,8 @@ from tqdm.auto import tqdm
 
 from lit_rlft import checkpoint as contents
 from lit_rlft.adapters import LoRA, Reference, attach_lora
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.advantage import Advantage
+from lit_rlft.core.checks import require
 from lit_rlft.core.distribution import Distribution
 from lit_rlft.core.divergence import path_kl
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline
@@ -159,6 +160,7 @@ class RewardFineTuner(LightningModule, ABC):
         self.evaluation = Evaluation()
         self.updates = Updates(self)
         self.num_rounds = self.num_samples = self.num_updates = 0
+        self._collected_at = 0
         self.cost = self._meter = Cost()
         self._started = self._seconds_before = 0.0
         self._flops = 0
@@ -167,6 +169,11 @@ class RewardFineTuner(LightningModule, ABC):
     def algorithm(self) -> str:
         """The name under which results are reported."""
         return type(self).__name__
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether no update has been made since the round's experience was collected."""
+        return self.num_updates == self._collected_at
 
     @abstractmethod
     def collect(self, batch: Batch, condition: Condition) -> Experience:
@@ -184,6 +191,10 @@ class RewardFineTuner(LightningModule, ABC):
 
     def build(self) -> None:
         """Build what is trained beside the pipeline's own networks; the settings are checked."""
+
+    def statistics(self) -> Mapping[str, Advantage]:
+        """Return what else a resumed run has to know, by its name in the checkpoint."""
+        return {}
 
     def trainable(self) -> nn.Module:
         """Return what is trained, checkpointed and exported."""
@@ -258,6 +269,7 @@ class RewardFineTuner(LightningModule, ABC):
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Run one round: collect, in evaluation mode, then update."""
         self.eval()
+        self._collected_at = self.num_updates
         with torch.no_grad():
             experience = self.collect(batch, self.pipeline.encode(batch))
         self.train()
@@ -400,11 +412,11 @@ class RewardFineTuner(LightningModule, ABC):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what is trained, the counters, and the pretrained model's fingerprint."""
+        """Keep what is trained, counters, statistics, and the pretrained model's fingerprint."""
         contents.reduce(checkpoint, self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the counters; raise UsageError for a checkpoint of another model."""
+        """Restore all but the weights; raise UsageError for a checkpoint of another model."""
         contents.restore(checkpoint, self)
 
     def export(self, folder: Path) -> list[Path]:
@@ -517,5 +529,4 @@ class RewardFineTuner(LightningModule, ABC):
 
     def _check_settings(self) -> None:
         for name in ("num_epochs", "minibatch_size", "sampling_batch_size", "num_eval_samples"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"model.init_args.{name} must be at least 1")
+            require(getattr(self, name) >= 1, name, "at least 1")

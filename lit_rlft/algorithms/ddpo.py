@@ -24,7 +24,7 @@ References:
     Flow-GRPO (Liu et al., 2025), https://arxiv.org/abs/2505.05470
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -35,7 +35,7 @@ from torch import Tensor
 from lit_rlft.algorithms.base import Experience, RewardFineTuner
 from lit_rlft.comparison import compare
 from lit_rlft.core.advantage import Advantage, RunningAdvantage
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, require
 from lit_rlft.core.distribution import Distribution, Reduction
 from lit_rlft.core.pipeline import Batch, Condition
 from lit_rlft.core.randomness import Generators, generators, seed_from
@@ -43,6 +43,7 @@ from lit_rlft.core.sampling import Denoiser
 from lit_rlft.core.state import State, cat, tensor_of
 from lit_rlft.core.surrogate import importance_sampling, ratio_values, score_function
 from lit_rlft.core.trajectory import Trajectories, transition_of, walk_with_log_probs
+from lit_rlft.optimization import is_maximum
 from lit_rlft.processes import gather
 
 __all__ = ["DDPO", "Rollout"]
@@ -151,32 +152,31 @@ class DDPO(RewardFineTuner):
         self.kl_coef = kl_coef
         self.window, self.num_train_steps = window, num_train_steps
         self.state_dtype = None if state_dtype is None else getattr(torch, state_dtype)
-        self._sampled_at = 0
 
     def check(self) -> None:
         num_steps, clip = self.sampler.num_steps, self.advantage_clip
         first, last = self.window or (0, num_steps)
-        _require(
+        require(
             self.sampler.eta > 0,
             "sampler.eta",
             f"above 0 for {self.algorithm}: steps without noise have no log-probability; set it "
             "to 1",
         )
-        _require(self.num_candidates >= 1, "num_candidates", "at least 1")
-        _require(self.clip_range > 0, "clip_range", "above 0; 1e-4 is usual for mean log-probs")
-        _require(clip is None or clip > 0, "advantage_clip", "above 0, or null for none")
-        _require(self.kl_coef >= 0, "kl_coef", "0 or more")
-        _require(
+        require(self.num_candidates >= 1, "num_candidates", "at least 1")
+        require(self.clip_range > 0, "clip_range", "above 0; 1e-4 is usual for mean log-probs")
+        require(clip is None or clip > 0, "advantage_clip", "above 0, or null for none")
+        require(self.kl_coef >= 0, "kl_coef", "0 or more")
+        require(
             0 <= first < last <= num_steps,
             "window",
             f"[first, last] with 0 <= first < last <= {num_steps}, the sampler's num_steps",
         )
-        _require(
+        require(
             1 <= (1 if self.num_train_steps is None else self.num_train_steps) <= last - first,
             "num_train_steps",
             f"from 1 to the window's {last - first} steps, or null for all of them",
         )
-        _require(
+        require(
             self.estimator == "importance_sampling" or self.num_epochs == 1,
             "num_epochs",
             "1 for the score function, which holds for fresh samples only; or set "
@@ -194,17 +194,8 @@ class DDPO(RewardFineTuner):
         seeds = self.sample_seeds(batch, self.num_candidates, _ROLLOUT, self.num_rounds)
         trajectories, x_0 = self._sample(candidates, seeds)
         self.num_samples += len(candidates) * self.trainer.world_size
-        self._sampled_at = self.num_updates
         rewards, _ = self.score(x_0, candidates, may_fail=True)
-        advantages, metrics = compare(
-            rewards,
-            condition,
-            seeds[:: self.num_candidates],
-            self.advantage,
-            clip=self.advantage_clip,
-            reward=self.reward,
-            world_size=self.trainer.world_size,
-        )
+        advantages, metrics = compare(self, rewards, condition, seeds[:: self.num_candidates])
         random = trajectories.log_probs.cpu() != 0
         return Rollout(
             states={},
@@ -232,28 +223,18 @@ class DDPO(RewardFineTuner):
             losses = score_function(new, advantages)
         else:
             losses = importance_sampling(new, old, advantages, self.clip_range)
-        values = ratio_values(new, old, self.clip_range)
+        values = ratio_values(new, old, self.clip_range, on_policy=self.on_policy)
         if self.kl_coef:
             with torch.no_grad():
                 reference = self._transition(self.reference_policy, experience)
             kl = policy.kl(reference, self.log_prob_reduction)
             losses = losses + self.kl_coef * kl
             values["reference_kl"] = kl.detach()
-        largest = {"ratio_deviation_max": values["ratio_deviation"]}
-        if self.num_updates == self._sampled_at:
-            largest["first_ratio_deviation_max"] = values["ratio_deviation"]
-        means = {name: value * share for name, value in values.items()}
-        return losses * weight, means | largest
+        logged = {n: v if is_maximum(n) else v * share for n, v in values.items()}
+        return losses * weight, logged
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the running statistics too."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["lit_rlft"]["advantage"] = self.advantage.state_dict()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the running statistics too."""
-        super().on_load_checkpoint(checkpoint)
-        self.advantage.load_state_dict(checkpoint["lit_rlft"].get("advantage", {}))
+    def statistics(self) -> Mapping[str, Advantage]:
+        return {"advantage": self.advantage}
 
     def _sample(self, condition: Condition, seeds: Sequence[int]) -> tuple[Trajectories, State]:
         """Draw trajectories in chunks; return what is kept of them, and x_0."""
@@ -300,8 +281,3 @@ class DDPO(RewardFineTuner):
         t, s = tensor_of(states["t"]), tensor_of(states["s"])
         process, eta = self.pipeline.process, self.sampler.eta
         return transition_of(denoiser, process, states["x_t"], t, s, pairs.condition, eta)
-
-
-def _require(holds: bool, name: str, rule: str) -> None:
-    if not holds:
-        raise UsageError(f"model.init_args.{name} must be {rule}")

@@ -15,6 +15,7 @@ References:
 """
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch import Tensor
 from lit_rlft.algorithms.base import Experience, Relay, RewardFineTuner
 from lit_rlft.comparison import compare
 from lit_rlft.core.advantage import Advantage, GroupAdvantage
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, require
 from lit_rlft.core.distribution import Gaussian, Reduction
 from lit_rlft.core.pipeline import Batch, Condition
 from lit_rlft.core.prior import LowResolution, Maps, NoisePolicy
@@ -83,7 +84,6 @@ class NoisePPO(RewardFineTuner):
         self.beta = beta
         self.maps, self.width, self.condition_free = maps or LowResolution(), width, condition_free
         self.noise_policy: NoisePolicy | None = None
-        self._sampled_at = 0
 
     def check(self) -> None:
         process, clip = self.pipeline.process, self.advantage_clip
@@ -93,21 +93,17 @@ class NoisePPO(RewardFineTuner):
                 f"starts from that of a {type(process).__name__}; use configs/algorithms/ddpo.yaml "
                 "or p_graft.yaml"
             )
-        rules = {
-            "sampler.eta": (
-                self.sampler.eta == 0,
-                f"0 for {self.algorithm}, which credits the initial noise with all of the reward; "
-                "to train a stochastic sampler use configs/algorithms/ddpo.yaml",
-            ),
-            "lora": (self.lora is None, f"null: {self.algorithm} leaves the denoiser as it is"),
-            "num_candidates": (self.num_candidates >= 1, "at least 1"),
-            "clip_range": (self.clip_range > 0, "above 0; 0.2 is usual for sums"),
-            "advantage_clip": (clip is None or clip > 0, "above 0, or null for none"),
-            "beta": (self.beta >= 0, "0 or more"),
-        }
-        for name, (holds, rule) in rules.items():
-            if not holds:
-                raise UsageError(f"model.init_args.{name} must be {rule}")
+        require(
+            self.sampler.eta == 0,
+            "sampler.eta",
+            f"0 for {self.algorithm}, which credits the initial noise with all of the reward; to "
+            "train a stochastic sampler use configs/algorithms/ddpo.yaml",
+        )
+        require(self.lora is None, "lora", f"null: {self.algorithm} leaves the denoiser as it is")
+        require(self.num_candidates >= 1, "num_candidates", "at least 1")
+        require(self.clip_range > 0, "clip_range", "above 0; 0.2 is usual for sums")
+        require(clip is None or clip > 0, "advantage_clip", "above 0, or null for none")
+        require(self.beta >= 0, "beta", "0 or more")
         self.advantage.check(self.num_candidates)
 
     def build(self) -> None:
@@ -154,17 +150,8 @@ class NoisePPO(RewardFineTuner):
         ends = (0, self.sampler.num_steps)
         x_1, x_0 = self.draw_states(candidates, seeds, keep=ends, relay=self.relay())
         self.num_samples += len(candidates) * self.trainer.world_size
-        self._sampled_at = self.num_updates
         rewards, _ = self.score(x_0, candidates, may_fail=True)
-        advantages, metrics = compare(
-            rewards,
-            condition,
-            seeds[:: self.num_candidates],
-            self.advantage,
-            clip=self.advantage_clip,
-            reward=self.reward,
-            world_size=self.trainer.world_size,
-        )
+        advantages, metrics = compare(self, rewards, condition, seeds[:: self.num_candidates])
         old = _precise(self.prior(candidates)).log_prob(x_1, self.log_prob_reduction)
         return Experience(
             states={"x_1": x_1, "log_prob": old, "advantage": advantages.to(old)},
@@ -185,12 +172,9 @@ class NoisePPO(RewardFineTuner):
         new = prior.log_prob(x_1, self.log_prob_reduction)
         kl = prior.kl(reference, self.log_prob_reduction)
         losses = importance_sampling(new, old, advantages, self.clip_range) + self.beta * kl
-        values = ratio_values(new, old, self.clip_range)
-        largest = {"ratio_deviation_max": values["ratio_deviation"]}
-        if self.num_updates == self._sampled_at:
-            largest["first_ratio_deviation_max"] = values["ratio_deviation"]
+        values = ratio_values(new, old, self.clip_range, on_policy=self.on_policy)
         nats = {"kl": prior.kl(reference).detach(), "entropy": _entropy(prior)}
-        return losses, values | largest | nats
+        return losses, values | nats
 
     def export(self, folder: Path) -> list[Path]:
         """Write the noise generator, which `NoiseGenerator.load` reads."""
@@ -198,15 +182,8 @@ class NoisePPO(RewardFineTuner):
         generator = NoiseGenerator(self.trainable(), notes)
         return [generator.save(folder / "noise_generator.safetensors")]
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep running statistics too."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["lit_rlft"]["advantage"] = self.advantage.state_dict()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore running statistics too."""
-        super().on_load_checkpoint(checkpoint)
-        self.advantage.load_state_dict(checkpoint["lit_rlft"].get("advantage", {}))
+    def statistics(self) -> Mapping[str, Advantage]:
+        return {"advantage": self.advantage}
 
 
 def _precise(law: Gaussian) -> Gaussian:

@@ -77,8 +77,3 @@ def walk(
         transition = process.transition(denoiser(x, t, condition), x, t, s, eta)
         x = transition.mean if eta == 0 and process.differentiable else transition.rsample(rows)
         yield i + 1, x
-
-
-def prior_noise(process: Process, blank: State, rows: Generators = None) -> State:
-    """Draw x_1 from the process's own prior."""
-    return process.prior(blank).sample(rows)

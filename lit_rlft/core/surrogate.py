@@ -47,22 +47,27 @@ def importance_sampling(
     return (-advantages * ratio).maximum(-advantages * clipped)
 
 
-def ratio_values(log_probs: Tensor, old_log_probs: Tensor, clip_range: float) -> dict[str, Tensor]:
+def ratio_values(
+    log_probs: Tensor, old_log_probs: Tensor, clip_range: float, *, on_policy: bool
+) -> dict[str, Tensor]:
     """Return what tells whether the policy has left its samples behind, each [P].
 
     Args:
         log_probs: [P].
         old_log_probs: [P], of the policy that sampled.
         clip_range: Positive.
+        on_policy: Whether both are of the same policy, so that every ratio should be 1.
 
     Returns:
-        `ratio`, `ratio_deviation` (absolute, from 1), `clip_fraction` (0 or 1), and `approx_kl`,
-        half the squared log-ratio.
+        `ratio`, `ratio_deviation` (absolute, from 1; again as `ratio_deviation_max` and, on
+        policy, as `first_ratio_deviation_max`), `clip_fraction` (0 or 1), and `approx_kl`, half
+        the squared log-ratio.
     """
     log_ratio = (log_probs - old_log_probs).detach()
     ratio = log_ratio.exp()
     deviation = (ratio - 1).abs()
-    return {
+    largest = ["ratio_deviation_max", *(["first_ratio_deviation_max"] if on_policy else [])]
+    return dict.fromkeys(largest, deviation) | {
         "ratio": ratio,
         "ratio_deviation": deviation,
         "clip_fraction": (deviation > clip_range).to(ratio.dtype),

@@ -77,9 +77,12 @@ def test_both_estimators_agree_at_the_policy_that_sampled() -> None:
 def test_what_is_logged() -> None:
     old = torch.zeros(3, dtype=torch.float64)
     new = torch.tensor([0.0, 0.1, -0.1], dtype=torch.float64, requires_grad=True)
-    values = ratio_values(new, old, 0.1)
+    values = ratio_values(new, old, 0.1, on_policy=False)
     assert not any(value.requires_grad for value in values.values())
     assert values["ratio"].tolist() == pytest.approx([1, math.exp(0.1), math.exp(-0.1)])
     assert values["ratio_deviation"].tolist() == pytest.approx([0, 0.1051709, 0.0951626], abs=1e-6)
     assert values["clip_fraction"].tolist() == [0, 1, 0]
     assert values["approx_kl"].tolist() == pytest.approx([0, 0.005, 0.005])
+    assert torch.equal(values["ratio_deviation_max"], values["ratio_deviation"])
+    first = ratio_values(new, old, 0.1, on_policy=True)
+    assert set(first) - set(values) == {"first_ratio_deviation_max"}
