@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
@@ -25,6 +24,7 @@ from lit_rlft.callbacks.ema import EMA
 from lit_rlft.checkpoint import check_file, fingerprint
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.sampling import Sampler
+from tests.support import trainer_of
 
 SHAPES = Path(domains.text_to_image.__file__).parent / "assets/shapes"
 STEPS = Sampler(num_steps=2)
@@ -39,22 +39,9 @@ class Judged(Coordinate):
         self.register_buffer("table", torch.zeros(1000))
 
 
-def trainer(folder: Path, **settings: Any) -> Trainer:
-    defaults = {
-        "accelerator": "cpu",
-        "max_epochs": 1,
-        "limit_val_batches": 0,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    return Trainer(default_root_dir=folder, **{**defaults, **settings})
-
-
 def trained(tuner: RewardFineTuner, folder: Path, **settings: Any) -> dict[str, Any]:
     """Train a round on the mixture and return the checkpoint."""
-    fit = trainer(folder, **settings)
+    fit = trainer_of(default_root_dir=folder, **settings)
     fit.fit(tuner, MixtureData(num_train=8, batch_size=8))
     fit.save_checkpoint(folder / "file.ckpt")
     return torch.load(folder / "file.ckpt", weights_only=True)
@@ -82,7 +69,7 @@ def test_counters_and_fingerprint_travel(tmp_path: Path) -> None:
     assert held["pretrained"] == fingerprint(GaussianMixturePipeline().denoiser)
     assert (held["num_rounds"], held["num_samples"], held["num_updates"]) == (1, 8, 1)
     second = fresh()
-    resumed = trainer(tmp_path, max_epochs=2)
+    resumed = trainer_of(default_root_dir=tmp_path, max_epochs=2)
     data = MixtureData(num_train=8, batch_size=8)
     resumed.fit(second, data, ckpt_path=str(tmp_path / "file.ckpt"))
     assert (second.num_rounds, second.num_samples, second.num_updates) == (2, 16, 2)
@@ -106,7 +93,9 @@ def test_the_average_is_exported_and_the_raw_weights_are_kept(tmp_path: Path) ->
     for name, callbacks in {"plain": [], "averaged": [EMA(decay=0.5), last]}.items():
         lora = LoRA(rank=2)
         tuner = GRAFT(GaussianMixturePipeline(), Coordinate(), sampler=STEPS, lora=lora)
-        fit = trainer(tmp_path, callbacks=callbacks, enable_checkpointing=bool(callbacks))
+        fit = trainer_of(
+            default_root_dir=tmp_path, callbacks=callbacks, enable_checkpointing=bool(callbacks)
+        )
         fit.fit(tuner, MixtureData(num_train=16, batch_size=8))
         runs[name] = tuner
     raw = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
@@ -122,7 +111,7 @@ def test_an_adapter_of_the_embedded_model_is_small(
     config = UNet2DConditionModel.load_config(SHAPES, subfolder="unet")
     pipeline.denoiser = pipeline.diffusers.unet = UNet2DConditionModel.from_config(config)
     tuner = GRAFT(pipeline, Symmetry(), lora=LoRA(rank=8))
-    fit = trainer(tmp_path)
+    fit = trainer_of(default_root_dir=tmp_path)
     fit.strategy.connect(tuner)
     tuner.trainer = fit
     tuner.setup("fit")

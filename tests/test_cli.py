@@ -3,11 +3,7 @@
 import itertools
 import json
 import math
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +17,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lit_rlft.callbacks.run_files import RunFiles
 from lit_rlft.cli import main
+from tests.support import (
+    TWO_PROCESSES,
+    arguments,
+    assert_equal,
+    checkpoint,
+    report,
+    script,
+    weights,
+    working_directory,
+)
 
 GAUSSIAN = ("configs/domains/gaussian_mixture.yaml", "configs/algorithms/graft.yaml")
 STEPS, EVAL_SAMPLES, EVAL_ROWS = 3, 2, 4
@@ -37,42 +43,8 @@ TINY = {
 }
 
 
-def arguments(stage: str, configs: Sequence[Any], *settings: dict[str, Any]) -> list[str]:
-    merged = {key: value for part in settings for key, value in part.items()}
-    words = {key: v if isinstance(v, str) else json.dumps(v) for key, v in merged.items()}
-    flags = [f"--{key}={word}" for key, word in words.items()]
-    return [stage, *(f"--config={config}" for config in configs), *flags]
-
-
 def gaussian(stage: str, name: str, settings: dict[str, Any] | None = None) -> None:
     main(arguments(stage, GAUSSIAN, TINY, {"name": name}, settings or {}))
-
-
-def checkpoint(name: str, file: str = "last.ckpt") -> dict[str, Any]:
-    return torch.load(f"runs/{name}/checkpoints/{file}", weights_only=True)
-
-
-def weights(name: str) -> dict[str, torch.Tensor]:
-    return checkpoint(name)["state_dict"]
-
-
-def report(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "metrics.json").read_text())
-
-
-def assert_equal(first: Any, second: Any) -> None:
-    """Compare trees of tensors and numbers bit by bit."""
-    torch.testing.assert_close(first, second, rtol=0, atol=0)
-
-
-@contextmanager
-def working_directory(folder: Path) -> Iterator[None]:
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)
 
 
 @pytest.fixture(autouse=True)
@@ -404,24 +376,10 @@ def test_epochs_are_prolonged_bit_by_bit() -> None:
     assert_equal(weights("run"), weights("whole"))
 
 
-SCRIPT = Path(sys.executable).with_name("lit-rlft")
-TWO = {"trainer.accelerator": "cpu", "trainer.devices": 2, "trainer.strategy": "ddp"}
-
-
-def script(*command: str) -> str:
-    """Run the console script and return what it printed."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
-    result = subprocess.run(
-        [str(SCRIPT), *command], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout + result.stderr
-
-
 def test_two_processes_train_and_test_like_one() -> None:
     # One minibatch a round: 8 accepted samples on one process, 4 on each of two.
     alone = {"model.init_args.minibatch_size": 8, "trainer.max_epochs": 2}
-    shared = {**TWO, "model.init_args.minibatch_size": 4, "trainer.max_epochs": 2}
+    shared = {**TWO_PROCESSES, "model.init_args.minibatch_size": 4, "trainer.max_epochs": 2}
     monitor = {"checkpoint.monitor": "val/Coordinate", "checkpoint.save_top_k": -1}
     gaussian("fit", "one", alone)
     script(*arguments("fit", GAUSSIAN, TINY, {"name": "two"}, shared, monitor))
@@ -431,7 +389,7 @@ def test_two_processes_train_and_test_like_one() -> None:
         torch.testing.assert_close(two[key], one[key], rtol=1e-6, atol=1e-7)
     trained = {"ckpt_path": "runs/two/checkpoints/last.ckpt"}
     gaussian("test", "one", trained)
-    script(*arguments("test", GAUSSIAN, TINY, {"name": "two"}, TWO, trained))
+    script(*arguments("test", GAUSSIAN, TINY, {"name": "two"}, TWO_PROCESSES, trained))
     first, second = (report(Path(f"runs/{name}")) for name in ("one", "two"))
     assert second["num_samples"] == first["num_samples"]
     for arm in ("reference", "tuned", "gain"):
@@ -472,7 +430,7 @@ def test_processes_that_accept_unequal_numbers_do_not_hang() -> None:
         "model.init_args.minibatch_size": 3,
         "trainer.max_epochs": 2,
     }
-    script(*arguments("fit", GAUSSIAN, TINY, threshold, TWO))
+    script(*arguments("fit", GAUSSIAN, TINY, threshold, TWO_PROCESSES))
     assert checkpoint("run")["lit_rlft"]["num_rounds"] == 4
     assert all(value.isfinite().all() for value in weights("run").values())
     events = EventAccumulator("runs/run").Reload()
@@ -534,7 +492,7 @@ def test_reward_gradients_run_in_bf16(method: str) -> None:
 @each_method
 def test_reward_gradients_of_two_processes_are_those_of_one(method: str) -> None:
     gradients("fit", method, "one")
-    halves = {**TWO, "model.init_args.minibatch_size": 4, "trainer.limit_val_batches": 0}
+    halves = {**TWO_PROCESSES, "model.init_args.minibatch_size": 4, "trainer.limit_val_batches": 0}
     script(*by_gradient("fit", method, "two", halves))
     one, two = weights("one"), weights("two")
     assert one.keys() == two.keys()

@@ -9,22 +9,21 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.testing import assert_close
 
 from lit_rlft.cli import main
-from tests.test_cli import (
-    GAUSSIAN,
-    TINY,
-    TWO,
+from tests.support import (
+    TWO_PROCESSES,
     arguments,
     assert_equal,
     checkpoint,
     report,
+    scalars,
     script,
     weights,
     working_directory,
 )
+from tests.test_cli import GAUSSIAN, TINY
 
 METHODS = ("ddpo", "ddpo_sf", "dpok", "grpo")
 each_method = pytest.mark.parametrize("method", METHODS)
@@ -54,13 +53,6 @@ def command(stage: str, method: str, name: str, settings: dict[str, Any]) -> lis
 
 def fit(method: str, name: str, settings: dict[str, Any] | None = None) -> None:
     main(command("fit", method, name, settings or {}))
-
-
-def scalars(name: str) -> dict[str, list[float]]:
-    events = EventAccumulator(f"runs/{name}")
-    events.Reload()
-    tags = events.Tags()["scalars"]
-    return {tag: [event.value for event in events.Scalars(tag)] for tag in tags}
 
 
 @each_method
@@ -104,7 +96,7 @@ def test_statistics_matter_to_a_resumed_run() -> None:
 @pytest.mark.parametrize("method", ["ddpo", "grpo"])
 def test_two_processes_train_like_one(method: str) -> None:
     alone = {"model.init_args.minibatch_size": 32, "trainer.limit_val_batches": 0}
-    halves = {**alone, **TWO, "model.init_args.minibatch_size": 16}
+    halves = {**alone, **TWO_PROCESSES, "model.init_args.minibatch_size": 16}
     fit(method, "one", {**alone, **ROUNDS})
     script(*command("fit", method, "two", {**halves, **ROUNDS}))
     one, two = checkpoint("one"), checkpoint("two")

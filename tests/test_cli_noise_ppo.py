@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +9,18 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_rlft.cli import main
 from lit_rlft.noise_generator import NoiseGenerator
+from tests.support import (
+    TWO_PROCESSES,
+    arguments,
+    assert_equal,
+    checkpoint,
+    report,
+    scalars,
+    script,
+)
 
 ALGORITHM = "configs/algorithms/noise_ppo.yaml"
 GAUSSIAN = "configs/domains/gaussian_mixture.yaml"
@@ -36,7 +41,6 @@ TINY = {
     "trainer.enable_model_summary": False,
 }
 NO_SPLITS = {key: value for key, value in TINY.items() if not key.startswith("data.")}
-TWO = {"trainer.accelerator": "cpu", "trainer.devices": 2, "trainer.strategy": "ddp"}
 RUNNING = {"model.init_args.advantage": "lit_rlft.core.advantage.RunningAdvantage"}
 
 
@@ -46,40 +50,11 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def words(stage: str, *settings: dict[str, Any], domain: Any = GAUSSIAN) -> list[str]:
-    merged = {key: value for part in settings for key, value in part.items()}
-    flags = {key: v if isinstance(v, str) else json.dumps(v) for key, v in merged.items()}
-    configs = [f"--config={domain}", f"--config={ALGORITHM}"]
-    return [stage, *configs, *(f"--{key}={value}" for key, value in flags.items())]
+    return arguments(stage, (domain, ALGORITHM), *settings)
 
 
 def command(stage: str, name: str = "run", settings: dict[str, Any] | None = None) -> None:
     main(words(stage, TINY, {"name": name}, settings or {}))
-
-
-def script(*arguments: str) -> None:
-    root = str(Path(__file__).parents[1])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
-    console = Path(sys.executable).with_name("lit-rlft")
-    result = subprocess.run(
-        [str(console), *arguments], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-
-
-def checkpoint(name: str = "run") -> dict[str, Any]:
-    return torch.load(f"runs/{name}/checkpoints/last.ckpt", weights_only=True)
-
-
-def report(name: str = "run") -> dict[str, Any]:
-    return json.loads(Path(f"runs/{name}/metrics.json").read_text())
-
-
-def scalars(tag: str, name: str = "run") -> list[float]:
-    return [event.value for event in EventAccumulator(f"runs/{name}").Reload().Scalars(tag)]
-
-
-def same(first: Any, second: Any) -> None:
-    torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
 @pytest.fixture
@@ -125,22 +100,21 @@ def test_all_commands(tmp_path: Path) -> None:
     generator = NoiseGenerator.load("runs/run/tuned/noise_generator.safetensors")
     assert generator.notes == {"pipeline": "gaussian_mixture", "num_steps": 3}
     trained = {f"noise_policy.{key}": v for key, v in generator.policy.state_dict().items()}
-    same(trained, checkpoint()["state_dict"])
+    assert_equal(trained, checkpoint()["state_dict"])
 
 
 def test_monitors_reach_tensorboard() -> None:
     command("fit")
+    values = scalars()
     for tag in ("noise_power", "entropy", "kl", "ratio", "clip_fraction", "approx_kl"):
-        values = scalars(f"train/{tag}")
-        assert len(values) == 2 and all(map(math.isfinite, values)), tag
-    assert scalars("train/first_ratio_deviation_max")[0] == 0
-    assert scalars("train/ratio_deviation_max")[0] > 0
-    assert 0.5 < scalars("train/noise_power")[0] < 2
-    assert scalars("train/entropy")[0] == pytest.approx(1.4189, abs=0.3)
-    assert scalars("val/kl")[-1] > 0
-    assert {"train/reward", "train/failed_rewards", "train/zero_variance_groups"} <= set(
-        EventAccumulator("runs/run").Reload().Tags()["scalars"]
-    )
+        assert len(values[f"train/{tag}"]) == 2, tag
+        assert all(map(math.isfinite, values[f"train/{tag}"])), tag
+    assert values["train/first_ratio_deviation_max"][0] == 0
+    assert values["train/ratio_deviation_max"][0] > 0
+    assert 0.5 < values["train/noise_power"][0] < 2
+    assert values["train/entropy"][0] == pytest.approx(1.4189, abs=0.3)
+    assert values["val/kl"][-1] > 0
+    assert {"train/reward", "train/failed_rewards", "train/zero_variance_groups"} <= set(values)
 
 
 @pytest.mark.parametrize("advantage", [{}, RUNNING], ids=["group", "running"])
@@ -150,12 +124,12 @@ def test_a_run_resumes_bit_by_bit(advantage: dict[str, Any]) -> None:
     command("fit", settings={"trainer.max_epochs": 3, "ckpt_path": LAST, **advantage})
     whole, resumed = checkpoint("whole"), checkpoint()
     for key in ("state_dict", "optimizer_states"):
-        same(resumed[key], whole[key])
+        assert_equal(resumed[key], whole[key])
     for held in (whole, resumed):
         del held["lit_rlft"]["cost"]["seconds"]
     assert resumed["lit_rlft"] == whole["lit_rlft"]
     assert bool(whole["lit_rlft"]["advantage"]) is bool(advantage)
-    assert len(scalars("train/reward")) == 6
+    assert len(scalars()["train/reward"]) == 6
 
 
 @pytest.mark.parametrize("advantage", [{}, RUNNING], ids=["group", "running"])
@@ -163,7 +137,7 @@ def test_two_processes_learn_what_one_learns(advantage: dict[str, Any]) -> None:
     whole = {"model.init_args.minibatch_size": 16, "trainer.limit_val_batches": 0}
     command("fit", "one", {**whole, **advantage})
     halves = {**whole, "model.init_args.minibatch_size": 8}
-    script(*words("fit", TINY, {"name": "two"}, halves, TWO, advantage))
+    script(*words("fit", TINY, {"name": "two"}, halves, TWO_PROCESSES, advantage))
     one, two = checkpoint("one"), checkpoint("two")
     assert one["state_dict"].keys() == two["state_dict"].keys()
     for key, value in one["state_dict"].items():
@@ -172,8 +146,8 @@ def test_two_processes_learn_what_one_learns(advantage: dict[str, Any]) -> None:
     remembered = [held["lit_rlft"]["advantage"] for held in (one, two)]
     torch.testing.assert_close(remembered[1], remembered[0], rtol=1e-5, atol=1e-6)
     for tag in ("reward", "kl", "loss"):
-        assert scalars(f"train/{tag}", "two") == pytest.approx(
-            scalars(f"train/{tag}", "one"), abs=1e-5
+        assert scalars("two")[f"train/{tag}"] == pytest.approx(
+            scalars("one")[f"train/{tag}"], abs=1e-5
         )
 
 
@@ -181,7 +155,7 @@ def test_a_diffusion_model_in_bf16(pictures: Path) -> None:
     half = {"trainer.precision": "bf16-mixed", "name": "run"}
     main(words("fit", NO_SPLITS, half, domain=pictures))
     assert all(value.isfinite().all() for value in checkpoint()["state_dict"].values())
-    assert scalars("train/first_ratio_deviation_max")[0] < 1e-4
+    assert scalars()["train/first_ratio_deviation_max"][0] < 1e-4
     main(words("test", NO_SPLITS, half, {"ckpt_path": LAST}, domain=pictures))
     assert report()["gain"]["Symmetry"]["mean"] != 0
 
@@ -222,7 +196,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "reward": ({"reward": "failing_reward.Failing"}, "Failing failed for all 16 samples"),
     "processes": (
-        {**TWO, "data.init_args.batch_size": 3},
+        {**TWO_PROCESSES, "data.init_args.batch_size": 3},
         "data.init_args.batch_size (3) is not divisible by the 2 processes",
     ),
 }

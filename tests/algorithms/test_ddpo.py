@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning import Trainer
 from torch import Tensor, nn
 from torch.distributions import Categorical, Normal, kl_divergence
 
@@ -33,6 +32,7 @@ from lit_rlft.core.reward import Reward
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.schedule import DiscreteVP, RectifiedFlow, vp_betas
 from lit_rlft.core.state import State, leaves, tensor_of
+from tests.support import trainer_of
 
 STEPS, CLASSES, PLACES = 4, 5, 12
 CENTER = (0.75, -0.5)
@@ -588,17 +588,9 @@ def fitted(folder: Path, advantage: Advantage, num_rounds: int = 20, **settings:
         advantage=advantage,
         **{**base, **settings},
     )
-    trainer = Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        max_epochs=num_rounds,
-        default_root_dir=folder,
+    trainer_of(max_epochs=num_rounds, default_root_dir=folder).fit(
+        tuner, MixtureData(num_train=64, batch_size=64)
     )
-    trainer.fit(tuner, MixtureData(num_train=64, batch_size=64))
     return tuner
 
 

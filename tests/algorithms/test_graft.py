@@ -8,7 +8,6 @@ reference's completion mixes the modes by the posterior, C_jk = int N_j(x_tau) r
 """
 
 import itertools
-import logging
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -20,8 +19,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning import Trainer
-from lightning.pytorch.utilities import disable_possible_user_warnings
 from scipy import stats
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -42,6 +39,7 @@ from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.selection import Preference, RandomK, Threshold, TopK, Unique
 from lit_rlft.core.state import State, tensor_of
 from lit_rlft.data import collate
+from tests.support import trainer_of
 
 W, M = np.array(WEIGHTS), np.array(MEANS)
 VALUES = (1.0, 0.0, 1.0, 2.0, 2.0)
@@ -122,8 +120,6 @@ def tuner_of(cls: type[PGRAFT] = PGRAFT, *, width: int = 0, **settings: Any) -> 
 
 
 def fit(tuner: PGRAFT, num_conditions: int = 8, num_rounds: int = 1, **trainer: Any) -> Run:
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    disable_possible_user_warnings()
     run, collect = Run(tuner), tuner.collect
 
     def recorded(*args: Any) -> Experience:
@@ -135,18 +131,6 @@ def fit(tuner: PGRAFT, num_conditions: int = 8, num_rounds: int = 1, **trainer: 
     data = MixtureData(num_train=num_conditions, batch_size=num_conditions)
     trainer_of(max_epochs=num_rounds, **trainer).fit(tuner, data)
     return run
-
-
-def trainer_of(**settings: Any) -> Trainer:
-    return Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        **settings,
-    )
 
 
 @cache

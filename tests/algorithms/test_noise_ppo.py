@@ -10,7 +10,6 @@ One Gaussian is such a model: its denoiser is linear, so every deterministic ste
 """
 
 import json
-import logging
 import math
 import subprocess
 import sys
@@ -22,8 +21,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
-from lightning import Trainer
-from lightning.pytorch.utilities import disable_possible_user_warnings
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal, kl_divergence
@@ -50,6 +47,7 @@ from lit_rlft.core.reward import Reward
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.state import tensor_of
 from lit_rlft.noise_generator import NoiseGenerator
+from tests.support import trainer_of
 
 CENTER = (1.5, -1.0)
 MAPS: dict[str, Maps] = {
@@ -131,20 +129,6 @@ def ready(*args: Any, **settings: Any) -> NoisePPO:
     tuner.trainer = trainer_of()
     tuner.setup("fit")
     return tuner
-
-
-def trainer_of(**settings: Any) -> Trainer:
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    disable_possible_user_warnings()
-    return Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        **settings,
-    )
 
 
 def fit(tuner: NoisePPO, folder: Path, *, num_conditions: int, num_rounds: int) -> NoisePPO:

@@ -1,6 +1,5 @@
 """Pretraining: the mixture is found again from its samples; what else is trained, and what not."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import disable_possible_user_warnings
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
@@ -27,6 +25,7 @@ from lit_rlft.core.randomness import generators
 from lit_rlft.core.reward import Reward
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.data import collate
+from tests.support import trainer_of
 
 START = {"weights": [1.0] * 5, "means": [[0.6 * x, 0.6 * y] for x, y in MEANS], "stds": [0.4] * 5}
 PROMPTS = ["a ring", "a red cross", "two circles", "a ring"]
@@ -50,19 +49,7 @@ def tuner_of(pipeline: Pipeline, reward: Reward | None = None, **settings: Any) 
 
 
 def fit(tuner: Pretrain, data: Any, folder: Path, num_epochs: int = 1, **trainer: Any) -> None:
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    disable_possible_user_warnings()
-    Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        max_epochs=num_epochs,
-        default_root_dir=folder,
-        **trainer,
-    ).fit(tuner, data)
+    trainer_of(max_epochs=num_epochs, default_root_dir=folder, **trainer).fit(tuner, data)
 
 
 def pictures(num: int = 4) -> DataLoader[dict[str, Any]]:

@@ -1,6 +1,4 @@
 import dataclasses
-import json
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from domains.text_to_image.shapes.training import ASSETS, pixels_of
 from domains.text_to_image.shapes_classifier import ShapesClassifier
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
+from tests.support import altered
 
 EMBEDDED = ASSETS / "shapes_classifier"
 
@@ -64,18 +63,6 @@ def balanced_accuracy(pictures: Tensor, true: list[str], false: list[str]) -> fl
     reward = ShapesClassifier(output="probability")
     yes, no = (reward(pictures, condition(texts)) > 0.5 for texts in (true, false))
     return (yes.float().mean() + (~no).float().mean()).item() / 2
-
-
-def altered(out: Path, name: str, change: Callable[[dict], None] | None) -> Path:
-    """Copy the embedded folder with config.json changed, or any file removed."""
-    shutil.copytree(EMBEDDED, out)
-    if change is None:
-        (out / name).unlink()
-        return out
-    content = json.loads((out / name).read_text())
-    change(content)
-    (out / name).write_text(json.dumps(content))
-    return out
 
 
 class TestAnswers:
@@ -248,7 +235,7 @@ class TestRefusals:
     def test_folders_that_hold_no_classifier(
         self, tmp_path: Path, name: str, change: Callable[[dict], None] | None, message: str
     ):
-        folder = altered(tmp_path / "classifier", name, change)
+        folder = altered(EMBEDDED, tmp_path / "classifier", name, change)
         with pytest.raises(UsageError, match=message) as error:
             ShapesClassifier(str(folder))
         assert "\n" not in str(error.value)

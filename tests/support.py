@@ -1,0 +1,109 @@
+"""What several test files share: a silent trainer, the command line, edited folders."""
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Trainer
+from lightning.pytorch.utilities import disable_possible_user_warnings
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = Path(sys.executable).with_name("lit-rlft")
+TWO_PROCESSES = {"trainer.accelerator": "cpu", "trainer.devices": 2, "trainer.strategy": "ddp"}
+
+
+def trainer_of(**settings: Any) -> Trainer:
+    """Return a trainer that trains on the CPU and says, shows and keeps nothing."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    disable_possible_user_warnings()
+    quiet: dict[str, Any] = {
+        "accelerator": "cpu",
+        "max_epochs": 1,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "limit_val_batches": 0,
+    }
+    return Trainer(**{**quiet, **settings})
+
+
+def arguments(stage: str, configs: Sequence[Any], *settings: dict[str, Any]) -> list[str]:
+    """Return the words of a command; later settings win."""
+    merged = {key: value for part in settings for key, value in part.items()}
+    words = {key: v if isinstance(v, str) else json.dumps(v) for key, v in merged.items()}
+    flags = [f"--{key}={word}" for key, word in words.items()]
+    return [stage, *(f"--config={config}" for config in configs), *flags]
+
+
+def script(*command: str) -> str:
+    """Run the console script in a process of its own and return what it printed."""
+    path = os.pathsep.join((str(Path.cwd()), str(ROOT)))
+    result = subprocess.run(
+        [str(SCRIPT), *command],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+@contextmanager
+def working_directory(folder: Path) -> Iterator[None]:
+    """Work in another folder for the length of a block."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def checkpoint(name: str = "run", file: str = "last.ckpt") -> dict[str, Any]:
+    """Load a checkpoint of a run."""
+    return torch.load(f"runs/{name}/checkpoints/{file}", weights_only=True)
+
+
+def weights(name: str = "run") -> dict[str, torch.Tensor]:
+    """Load the weights that a run trained."""
+    return checkpoint(name)["state_dict"]
+
+
+def report(folder: Path | str = "runs/run") -> dict[str, Any]:
+    """Load a run's metrics.json."""
+    return json.loads((Path(folder) / "metrics.json").read_text())
+
+
+def scalars(name: str = "run") -> dict[str, list[float]]:
+    """Return the values of every TensorBoard tag of a run."""
+    events = EventAccumulator(f"runs/{name}").Reload()
+    tags = events.Tags()["scalars"]
+    return {tag: [event.value for event in events.Scalars(tag)] for tag in tags}
+
+
+def assert_equal(first: Any, second: Any) -> None:
+    """Compare trees of tensors and numbers bit by bit."""
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+def altered(folder: Path, out: Path, name: str, change: Callable[[dict], None] | None) -> Path:
+    """Copy a folder with one JSON file changed, or any file removed."""
+    shutil.copytree(folder, out)
+    if change is None:
+        (out / name).unlink()
+        return out
+    content = json.loads((out / name).read_text())
+    change(content)
+    (out / name).write_text(json.dumps(content))
+    return out
