@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.callbacks.run_files import RunFiles, SaveConfig
 from lit_rlft.callbacks.sample_panel import SamplePanel
+from lit_rlft.callbacks.self_check import SelfCheck
 from lit_rlft.checkpoint import check_file
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Pipeline
@@ -43,9 +44,10 @@ class _CLI(LightningCLI):
         parser.add_argument("--name", type=str | None, default=None, help="folder of this run")
         parser.add_argument("--root", type=str, default="runs", help="folder of all runs")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults({"checkpoint.save_last": True})
+        parser.set_defaults({"checkpoint.save_last": True, "checkpoint.save_on_exception": True})
         parser.add_lightning_class_args(RunFiles, "run_files")
         parser.add_lightning_class_args(SamplePanel, "sample_panel")
+        parser.add_lightning_class_args(SelfCheck, "self_check")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         # The base class warns wherever arguments are given, which here they always are.

@@ -108,6 +108,8 @@ class Updates:
             return torch.stack([p.sum() * 0 for p in parameters if p.requires_grad]).sum(), {}
         rows = generators([seed_from(seed, _NOISE, epoch) for seed in part.seeds])
         losses, values = self.tuner.loss(part, rows)
+        for observer in self.tuner.observers:
+            observer.on_losses(self.tuner, part, losses, values)
         return losses.sum(), {"loss": losses.detach(), **values}
 
     def _clip(self, optimizer: LightningOptimizer) -> float:
@@ -116,10 +118,12 @@ class Updates:
             # fp16 gradients are scaled until the scaler is told to undo it.
             precision.scaler.unscale_(optimizer.optimizer)
         grads = [p.grad for p in tuner.trainable().parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
+        norm = float(torch.nn.utils.get_total_norm(grads))
+        for observer in tuner.observers:
+            observer.on_gradients(tuner, norm)
         if tuner.max_grad_norm is not None:
             tuner.clip_gradients(optimizer.optimizer, tuner.max_grad_norm, "norm")
-        return float(norm)
+        return norm
 
     def _no_sync(self) -> AbstractContextManager[None]:
         strategy = self.tuner.trainer.strategy

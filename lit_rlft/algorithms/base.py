@@ -29,6 +29,7 @@ from lit_rlft.core.sampling import Denoiser, Sampler, walk
 from lit_rlft.core.state import State, batch_size, cat, index, split
 from lit_rlft.cost import Cost, count_calls, flops_per_call, peak_memory_bytes
 from lit_rlft.evaluation import Arm, Evaluation
+from lit_rlft.observer import Observer
 from lit_rlft.optimization import Updates, is_maximum
 from lit_rlft.processes import gather
 from lit_rlft.runs import run_folder, summary_writer
@@ -171,6 +172,12 @@ class RewardFineTuner(LightningModule, ABC):
         return type(self).__name__
 
     @property
+    def observers(self) -> list[Observer]:
+        """The trainer's callbacks that watch rounds from inside."""
+        callbacks = getattr(self.trainer, "callbacks", [])
+        return [callback for callback in callbacks if isinstance(callback, Observer)]
+
+    @property
     def on_policy(self) -> bool:
         """Whether no update has been made since the round's experience was collected."""
         return self.num_updates == self._collected_at
@@ -272,6 +279,8 @@ class RewardFineTuner(LightningModule, ABC):
         self._collected_at = self.num_updates
         with torch.no_grad():
             experience = self.collect(batch, self.pipeline.encode(batch))
+        for observer in self.observers:
+            observer.on_experience(self, experience)
         self.train()
         outcomes = [
             self.updates.take(update)
