@@ -186,9 +186,7 @@ def test_half_precision_is_named(tmp_path: Path) -> None:
         return prediction * (1 + 2**-8 * (len(condition) == 1))
 
     tuner.policy = rounded  # type: ignore[method-assign]
-    with pytest.raises(
-        UsageError, match=r"give model.init_args.sampling_batch_size and"
-    ):
+    with pytest.raises(UsageError, match=r"give model.init_args.sampling_batch_size and"):
         trainer.fit(tuner, MixtureData(num_train=8, batch_size=8))
 
 
