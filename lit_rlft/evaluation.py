@@ -3,14 +3,14 @@
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lit_rlft.processes import gather
 
-Arm = Literal["tuned", "reference"]
+Arm = str
+"""The "tuned" model, the "reference", or the name of a baseline."""
 
 __all__ = ["Arm", "Evaluation", "Measured", "moments"]
 
@@ -39,10 +39,20 @@ class Measured:
 
 
 class Evaluation:
-    """The values of the tuned model and of the reference on the same conditions and noise."""
+    """The values of the tuned model, the reference and baselines on the same conditions."""
 
     def __init__(self, reference: Measured | None = None) -> None:
-        self.tuned, self.reference = Measured(), reference or Measured()
+        self.arms = {"tuned": Measured(), "reference": reference or Measured()}
+
+    @property
+    def tuned(self) -> Measured:
+        """What was measured of the tuned model."""
+        return self.arms["tuned"]
+
+    @property
+    def reference(self) -> Measured:
+        """What was measured of the reference."""
+        return self.arms["reference"]
 
     def add(
         self,
@@ -53,7 +63,7 @@ class Evaluation:
         labels: list[str],
     ) -> None:
         """Add the measurements of one batch; pictures are kept as bytes."""
-        measured = self.tuned if arm == "tuned" else self.reference
+        measured = self.arms.setdefault(arm, Measured())
         for name, value in values.items():
             measured.values[name][batch] = value.detach().double().cpu()
         measured.pictures[batch] = (pictures.detach().clamp(0, 1) * 255).round().byte().cpu()
@@ -64,13 +74,13 @@ class Evaluation:
 
         "gain" holds the paired differences tuned - reference where both were measured.
         """
-        tuned, reference = self.tuned.columns(), self.reference.columns()
-        gain = {
+        arms = {arm: measured.columns() for arm, measured in self.arms.items()}
+        tuned, reference = arms["tuned"], arms["reference"]
+        arms["gain"] = {
             name: tuned[name] - reference[name]
             for name in tuned
             if name in reference and tuned[name].shape == reference[name].shape
         }
-        arms = {"tuned": tuned, "reference": reference, "gain": gain}
         gathered = gather(arms, world_size)
         return {
             arm: {

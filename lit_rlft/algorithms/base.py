@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from lit_rlft import checkpoint as contents
 from lit_rlft.adapters import LoRA, Reference, attach_lora
+from lit_rlft.best_of import best_of
 from lit_rlft.core.advantage import Advantage
 from lit_rlft.core.checks import require
 from lit_rlft.core.distribution import Distribution
@@ -121,6 +122,8 @@ class RewardFineTuner(LightningModule, ABC):
         max_grad_norm: Gradients are clipped to this norm; None leaves them alone.
         sampling_batch_size: Samples drawn at a time, which bounds the sampler's memory.
         num_eval_samples: Samples per condition in `validate`, `test` and `predict`.
+        best_of: n of the best-of-n baselines that `test` draws from the reference beside it: the
+            best of n samples, and a sample from the best of n initial noises; 0 leaves them out.
         seed: Seed of all noise.
     """
 
@@ -140,6 +143,7 @@ class RewardFineTuner(LightningModule, ABC):
         max_grad_norm: float | None = 1.0,
         sampling_batch_size: int = 64,
         num_eval_samples: int = 4,
+        best_of: int = 0,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -154,7 +158,7 @@ class RewardFineTuner(LightningModule, ABC):
         self.num_epochs, self.minibatch_size = num_epochs, minibatch_size
         self.microbatch_size, self.max_grad_norm = microbatch_size, max_grad_norm
         self.sampling_batch_size = sampling_batch_size
-        self.num_eval_samples = num_eval_samples
+        self.num_eval_samples, self.best_of = num_eval_samples, best_of
         self.seed = seed
         self.reference: Reference | None = None
         self.pretrained = ""
@@ -384,8 +388,10 @@ class RewardFineTuner(LightningModule, ABC):
         self._evaluate(batch, batch_idx, ["tuned"] if known else ["tuned", "reference"])
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Evaluate the tuned model and the reference on the same conditions and noise."""
+        """Evaluate the tuned model, the reference and baselines on the same conditions."""
         self._evaluate(batch, batch_idx, ["tuned", "reference"])
+        if self.best_of:
+            self._evaluate_baselines(batch, batch_idx)
         if not self._flops:
             spent = self._meter.denoiser_calls
             self._flops = flops_per_call(self.pipeline, self.pipeline.encode(batch))
@@ -416,6 +422,7 @@ class RewardFineTuner(LightningModule, ABC):
             "seconds": self.cost.seconds,
             "peak_memory_bytes": peak_memory_bytes(),
             "test_denoiser_calls": test.denoiser_calls * world,
+            "test_reward_calls": test.reward_calls * world,
             "test_seconds": time.monotonic() - self._started,
             "flops_per_denoiser_call": self._flops,
         }
@@ -453,20 +460,30 @@ class RewardFineTuner(LightningModule, ABC):
 
     def _evaluate(self, batch: Batch, batch_idx: int, arms: Sequence[Arm]) -> None:
         condition = self.pipeline.encode(batch).repeat(self.num_eval_samples)
-        labels = [self.pipeline.describe(entry) for entry in condition.each()]
         for arm in arms:
             x_0, seeds = self._draw(batch, condition, arm)
-            samples = self.pipeline.decode(x_0, condition)
-            values = self.reward.evaluate(samples, condition)
-            check_rewards(self.reward, values[self.reward.name], len(condition))
-            values |= self.metrics.evaluate(samples, condition)
-            values["kl"] = (
-                self._divergence(x_0, condition, seeds)
-                if arm == "tuned"
-                else torch.zeros(len(condition))
-            )
-            pictures = self.pipeline.render(samples, condition)
-            self.evaluation.add(arm, batch_idx, values, pictures, labels)
+            kl = torch.zeros(len(condition))
+            if arm == "tuned":
+                kl = self._divergence(x_0, condition, seeds)
+            self._measure(arm, batch_idx, x_0, condition, kl=kl)
+
+    def _evaluate_baselines(self, batch: Batch, batch_idx: int) -> None:
+        condition = self.pipeline.encode(batch).repeat(self.num_eval_samples)
+        seeds = self.sample_seeds(batch, self.num_eval_samples, _EVALUATE)
+        for arm, x_0 in best_of(self, condition, seeds, self.best_of).items():
+            self._measure(arm, batch_idx, x_0, condition)
+
+    def _measure(
+        self, arm: Arm, batch_idx: int, x_0: State, condition: Condition, **known: Tensor
+    ) -> None:
+        """Decode and measure samples; `known` are values that are known already."""
+        samples = self.pipeline.decode(x_0, condition)
+        values = self.reward.evaluate(samples, condition)
+        check_rewards(self.reward, values[self.reward.name], len(condition))
+        values |= self.metrics.evaluate(samples, condition) | known
+        pictures = self.pipeline.render(samples, condition)
+        labels = [self.pipeline.describe(entry) for entry in condition.each()]
+        self.evaluation.add(arm, batch_idx, values, pictures, labels)
 
     def _divergence(self, x_0: State, condition: Condition, seeds: Sequence[int]) -> Tensor:
         """Estimate the KL of the tuned model's paths from the reference's, [B]."""
@@ -539,3 +556,4 @@ class RewardFineTuner(LightningModule, ABC):
     def _check_settings(self) -> None:
         for name in ("num_epochs", "minibatch_size", "sampling_batch_size", "num_eval_samples"):
             require(getattr(self, name) >= 1, name, "at least 1")
+        require(self.best_of != 1 and self.best_of >= 0, "best_of", "2 or more, or 0 for none")
