@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from lit_rlft.algorithms.base import Experience, Relay, RewardFineTuner
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, require
 from lit_rlft.core.pipeline import Batch, Condition
 from lit_rlft.core.randomness import Generators, generators, rand_like, seed_from
 from lit_rlft.core.selection import Selection, TopK
-from lit_rlft.core.state import index, leaves, tensor_of
+from lit_rlft.core.state import State, expand_as, index, leaves, tensor_of, tree_map
 
 __all__ = ["GRAFT", "PGRAFT"]
 
@@ -42,11 +42,16 @@ class PGRAFT(RewardFineTuner):
             being fitted is the law being drawn. False fits the conditional prediction alone, as
             plain supervised fine-tuning does; guidance then acts on top of samples that were
             guided already, and saturates within a few rounds.
-        contrast: Also train on the rejected candidates of each condition, with negative weight:
-            a_i - mean(a) instead of 1 for the accepted. A choice of ours, not the paper's: fitting
-            only accepted samples also fits the errors of a coarse sampler, which every candidate
-            shares; the difference cancels them. The loss has no lower bound, so set `iterative`
-            and take few epochs per round.
+        contrast: Also train on the rejected candidates of each condition; 0 leaves them out. A
+            choice of ours, not GRAFT's: fitting only accepted samples also fits the errors of a
+            coarse sampler, which every candidate shares; the difference cancels them. With
+            f_ref the frozen reference's prediction, accepted candidates fit
+            f_ref + (f - f_ref) / contrast and rejected ones its mirror image in f_ref, each with
+            weight |a_i - mean(a)|, so that f moves from f_ref by contrast / 2 times the difference
+            of what the two fit. Bounded below, unlike a loss with negative weights, whose
+            direction at the reference it shares. After the implicit negative policy of
+            DiffusionNFT (Zheng et al., 2025), https://arxiv.org/abs/2509.16117. The candidates of
+            a condition are noised alike in training, so that noise cancels in the difference too.
         **base: Arguments of `RewardFineTuner`.
     """
 
@@ -59,7 +64,7 @@ class PGRAFT(RewardFineTuner):
         train_from: Literal["intermediate", "clean"] = "intermediate",
         iterative: bool = False,
         guided_loss: bool = True,
-        contrast: bool = False,
+        contrast: float = 0.0,
         **base: Any,
     ) -> None:
         super().__init__(*args, **base)
@@ -77,6 +82,7 @@ class PGRAFT(RewardFineTuner):
                 f"model.init_args.cut is {self.cut}; it must be in [0, 1) and leave at least one "
                 f"of the sampler's {self.sampler.num_steps} steps to the tuned model"
             )
+        require(self.contrast >= 0, "contrast", "positive, or 0 to leave rejected candidates out")
         self.selection.check(self.num_candidates)
 
     @property
@@ -120,7 +126,7 @@ class PGRAFT(RewardFineTuner):
                 "weight": weights[trained].to(rewards.device),
             },
             condition=candidates.index(trained),
-            seeds=[seeds[i] for i in trained.tolist()],
+            seeds=[seeds[i - i % self._noised_alike] for i in trained.tolist()],
             metrics={
                 "reward": float(rewards.mean()),
                 "accepted_reward": float(rewards[chosen.to(rewards.device)].mean()),
@@ -128,6 +134,11 @@ class PGRAFT(RewardFineTuner):
             },
             histograms={"reward": rewards, "accepted_reward": rewards.cpu()[chosen]},
         )
+
+    @property
+    def _noised_alike(self) -> int:
+        """Number of neighbouring candidates that share the times and noise of training."""
+        return self.num_candidates if self.contrast else 1
 
     def loss(self, experience: Experience, rows: Generators) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted denoising loss of the samples at levels above tau, [n]."""
@@ -137,12 +148,26 @@ class PGRAFT(RewardFineTuner):
         s = torch.full_like(t, self.tau if self.train_from == "intermediate" else 0.0)
         x_t = process.noised(x_s, s, t, rows)
         predict = self.policy if self.guided_loss else self.pipeline.predict
-        losses = process.loss(predict(x_t, t, experience.condition), x_s, x_t, s, t)
-        return tensor_of(experience.states["weight"]) * losses, {}
+        prediction = predict(x_t, t, experience.condition)
+        weight = tensor_of(experience.states["weight"])
+        if self.contrast:
+            prediction = self._mirrored(prediction, x_t, t, experience.condition, weight.sign())
+        return weight.abs() * process.loss(prediction, x_s, x_t, s, t), {}
 
     def _weights(self, accepted: Tensor) -> Tensor:
-        """Return each candidate's weight in the loss, [G, M]; those with 0 cost nothing."""
+        """Return each candidate's weight, [G, M], negative for rejected; 0 costs nothing."""
         return accepted - accepted.mean(dim=1, keepdim=True) if self.contrast else accepted
+
+    def _mirrored(
+        self, prediction: State, x_t: State, t: Tensor, condition: Condition, sign: Tensor
+    ) -> State:
+        """Return f_ref + sign (f - f_ref) / contrast; `sign` [n] is -1 for the rejected."""
+        assert self.reference is not None
+        predict = self.pipeline if self.guided_loss else self.pipeline.predict
+        with torch.no_grad(), self.reference.active(self.pipeline):
+            reference = predict(x_t, t, condition)
+        share = sign / self.contrast
+        return tree_map(lambda f_ref, f: f_ref.lerp(f, expand_as(share, f)), reference, prediction)
 
 
 class GRAFT(PGRAFT):
