@@ -69,7 +69,9 @@ def test_a_run_resumes_bit_by_bit(method: str) -> None:
     assert bool(resumed["lit_rlft"]["advantage"]) == (method != "grpo")
     assert all((resumed["state_dict"][key] != before[key]).any() for key in before)
     main(command("test", method, "run", {"ckpt_path": last}))
-    assert report(Path("runs/run"))["gain"]["Coordinate"]["mean"] != 0
+    metrics = report()
+    assert metrics["gain"]["Coordinate"]["mean"] != 0
+    assert metrics["algorithm"] == method.upper().replace("_", "-")
 
 
 def test_statistics_matter_to_a_resumed_run() -> None:

@@ -9,9 +9,9 @@ Trajectories are drawn once with the current policy and replayed as (step, sampl
 | method | estimator | advantages | further |
 |---|---|---|---|
 | DDPO-SF | score function | per condition, running | one pass over the samples |
-| DDPO-IS | importance sampling, clipped | per condition, running | |
+| DDPO | importance sampling, clipped | per condition, running | |
 | DPOK | importance sampling, clipped | per condition, running | KL to the reference, per step |
-| group-relative (on a flow: Flow-GRPO) | importance sampling, clipped | per group | KL |
+| GRPO (on a flow: Flow-GRPO) | importance sampling, clipped | per group | KL |
 
 A transition without noise, as the last one of many schedules, has no log-probability: it takes part
 in sampling alone, and so does any other that left nothing to chance (a masked state that is all
@@ -34,7 +34,7 @@ from torch import Tensor
 
 from lit_rlft.algorithms.base import Experience, RewardFineTuner
 from lit_rlft.comparison import compare
-from lit_rlft.core.advantage import Advantage, RunningAdvantage
+from lit_rlft.core.advantage import Advantage, GroupAdvantage, RunningAdvantage
 from lit_rlft.core.checks import UsageError, require
 from lit_rlft.core.distribution import Distribution, Reduction
 from lit_rlft.core.pipeline import Batch, Condition
@@ -152,6 +152,15 @@ class DDPO(RewardFineTuner):
         self.kl_coef = kl_coef
         self.window, self.num_train_steps = window, num_train_steps
         self.state_dtype = None if state_dtype is None else getattr(torch, state_dtype)
+
+    @property
+    def algorithm(self) -> str:
+        """The family member that the settings make, as in the table above."""
+        if isinstance(self.advantage, GroupAdvantage):
+            return "GRPO"
+        if self.estimator == "score_function":
+            return "DDPO-SF"
+        return "DPOK" if self.kl_coef else "DDPO"
 
     def check(self) -> None:
         num_steps, clip = self.sampler.num_steps, self.advantage_clip
