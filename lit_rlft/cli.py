@@ -3,13 +3,10 @@
 import sys
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jsonargparse
-from jsonargparse import ArgumentError
 from lightning import LightningDataModule, Trainer
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -18,20 +15,13 @@ from lit_rlft.callbacks.run_files import RunFiles, SaveConfig
 from lit_rlft.callbacks.sample_panel import SamplePanel
 from lit_rlft.callbacks.self_check import SelfCheck
 from lit_rlft.checkpoint import check_file
-from lit_rlft.core.checks import UsageError
+from lit_rlft.command import FALSE_ALARMS, packaged, sentence
 from lit_rlft.core.pipeline import Pipeline
 from lit_rlft.core.reward import Metrics, Reward
 from lit_rlft.data import SplitData
 from lit_rlft.runs import make_folder, trainer_settings
 
 __all__ = ["main"]
-
-_FALSE_ALARMS = (
-    r"Found \d+ module\(s\) in eval mode",  # all but what is trained
-    "You're resuming from a checkpoint that ended before the epoch ended",  # data.py goes on there
-    "Using ModelCheckpoint with manual optimization",  # between rounds
-    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
-)
 
 
 class _CLI(LightningCLI):
@@ -73,14 +63,14 @@ class _CLI(LightningCLI):
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; `args` are those of the process unless given."""
     jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
-    args = [_packaged(argument) for argument in (sys.argv[1:] if args is None else args)]
+    args = [packaged(argument) for argument in (sys.argv[1:] if args is None else args)]
     try:
         with warnings.catch_warnings():
-            for message in _FALSE_ALARMS:
+            for message in FALSE_ALARMS:
                 warnings.filterwarnings("ignore", message)
             _run(args)
     except Exception as error:
-        reason = _reason(error)
+        reason = sentence(error)
         if reason is None:
             raise
         raise SystemExit(f"lit-rlft: error: {reason}") from error
@@ -100,27 +90,3 @@ def _run(args: list[str]) -> None:
         parser_kwargs={"parser_mode": "omegaconf+", "exit_on_error": False},
         args=args,
     )
-
-
-def _reason(error: Exception) -> str | None:
-    """Return the sentence of an error that is the user's to mend, also where parsing wrapped it."""
-    causes: list[BaseException] = [error]
-    while causes[-1].__cause__ is not None:
-        causes.append(causes[-1].__cause__)
-    for cause in causes:
-        if isinstance(cause, UsageError):
-            return str(cause)
-    if not isinstance(error, ArgumentError | MisconfigurationException):
-        return None
-    # The innermost of these says what the parser's list of all alternatives buries.
-    texts = [str(error), *(t for t in map(str, causes) if t.startswith("Problem with given class"))]
-    return " ".join(texts[-1].split())
-
-
-def _packaged(argument: str) -> str:
-    """Find `configs/...` in the installed package where the working directory has none."""
-    prefix, _, path = argument.rpartition("=")
-    packaged = Path(__file__).parents[1] / path
-    if path.startswith("configs/") and not Path(path).exists() and packaged.is_file():
-        return f"{prefix}={packaged}" if prefix else str(packaged)
-    return argument

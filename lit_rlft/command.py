@@ -1,0 +1,45 @@
+"""What the command line needs beside its wiring: packaged configs, errors as sentences."""
+
+from pathlib import Path
+
+from jsonargparse import ArgumentError
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from lit_rlft.core.checks import UsageError
+
+__all__ = ["FALSE_ALARMS", "packaged", "sentence"]
+
+FALSE_ALARMS = (
+    r"Found \d+ module\(s\) in eval mode",  # all but what is trained
+    "You're resuming from a checkpoint that ended before the epoch ended",  # data.py goes on there
+    "Using ModelCheckpoint with manual optimization",  # between rounds
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+)
+"""Warnings of Lightning, as patterns, about what is meant to be so."""
+
+
+def sentence(error: Exception) -> str | None:
+    """Return what a user should read of an error that is theirs to mend, else None.
+
+    Parsing wraps errors: the innermost one says what is wrong.
+    """
+    causes: list[BaseException] = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    for cause in causes:
+        if isinstance(cause, UsageError):
+            return str(cause)
+    if not isinstance(error, ArgumentError | MisconfigurationException):
+        return None
+    # The innermost of these says what the parser's list of all alternatives buries.
+    texts = [str(error), *(t for t in map(str, causes) if t.startswith("Problem with given class"))]
+    return " ".join(texts[-1].split())
+
+
+def packaged(argument: str) -> str:
+    """Find `configs/...` in the installed package where the working directory has none."""
+    prefix, _, path = argument.rpartition("=")
+    installed = Path(__file__).parents[1] / path
+    if path.startswith("configs/") and not Path(path).exists() and installed.is_file():
+        return f"{prefix}={installed}" if prefix else str(installed)
+    return argument
