@@ -22,7 +22,6 @@ from command_line import Report, change, fit_and_test
 CONFIG = "configs/experiments/shapes_p_graft.yaml"
 ARMS = {
     "GRAFT (f = 0)": ["--model.cut", "0.0"],
-    "P-GRAFT (f = 0.1, make demo)": ["--model.cut", "0.1"],
     "P-GRAFT (f = 0.25)": ["--model.cut", "0.25"],
     "P-GRAFT (f = 0.5)": ["--model.cut", "0.5"],
     "P-GRAFT (f = 0.75)": ["--model.cut", "0.75"],
