@@ -1,6 +1,6 @@
 """Speed of a reward-gradient update beside TRL's `AlignPropTrainer`; DRTune beside DRaFT-T.
 
-Method of `compare`: both sides load the same folder of weights (random; `make-model` writes it) and
+Method of `compare`: both sides load the same folder of weights (random; written if missing) and
 take the same update: 4 prompts, T = 10 steps at eta 1, guidance 5 with gradient through both
 halves, the last K steps trained, redness as reward, LoRA of rank 4 on the attention layers, AdamW,
 clipping at norm 1, fp32, two threads that sleep while they wait. Our side is what `lit-rlft fit`
@@ -8,191 +8,55 @@ runs, Lightning's loop included, without a logger; their cut is fixed, so that b
 work. TRL always runs trained steps again in the backward pass: `gradient_checkpointing: steps` is
 the equal setting, "all kept" is ours without it. Before anything is timed, both take three updates
 from the same noise and the same adapter: rewards and gradient norms must agree.
-Each measurement is a fresh process; the sides take turns, in reverse order in every second repeat.
-The first update warms up; an update lasts from the end of the one before to its own end. Seconds
-are the fastest and the median over all repeats; the ratio is that of the medians of one turn
-(above 1: ours is faster), median over turns with its range, by the wall clock and by processor
-time, which depends less on what else the machine does. Memory is the peak of resident memory
-from the first update on, and in brackets its growth over what was resident before. Calls of the
-denoiser are per update, on 2 x 4 rows each: with a graph / without / run again.
+An update is a round of `beside_trl.py`, which says how rounds are measured; seconds are the fastest
+and the median over all repeats. Calls of the denoiser are per update, on 2 x 4 rows each: with a
+graph / without / run again.
 
 `depth` compares our own methods at T = 25 on the tiny model, in the same way: DRTune with K = 2
 against backpropagation through all 25 steps. Their seconds are means over the updates of a turn,
 since DRTune's early stop makes updates of different lengths.
 
-TRL 0.23.1 is the last release with this trainer. Its environment, on a CPU (Python 3.11):
-
-    python -m venv TRL
-    TRL/bin/pip install torch==2.13.0        # a CPU build
-    echo "torch==2.13.0+cpu" > constraint.txt       # so that pip never replaces it
-    TRL/bin/pip install -c constraint.txt trl==0.23.1 transformers==4.57.6 diffusers==0.35.2 \
-        peft==0.17.1 accelerate==1.11.0 datasets==4.4.1 ftfy==6.3.1
+TRL's environment is described in `beside_trl.py`.
 
     python benchmarks/reward_gradient.py compare --trl-python TRL/bin/python --models runs/models
     python benchmarks/reward_gradient.py depth
 """
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from beside_trl import (
+    CLOCKS,
+    ETA,
+    GUIDANCE,
+    KINDS,
+    PROMPTS,
+    RANK,
+    WEIGHT_DECAY,
+    Meter,
+    Turn,
+    add_models,
+    add_turns,
+    lightning_trainer,
+    make_model,
+    measure,
+    model_folder,
+    ratio,
+    run_side,
+    share_adapter,
+    take_turns,
+)
+from torch import Tensor
 
-PROMPTS = ["a red circle", "a blue square", "two green stars", "a cat"]
-GUIDANCE, ETA, RANK, LEARNING_RATE, WEIGHT_DECAY = 5.0, 1.0, 4, 1e-4, 1e-4
-TOKENIZER = Path(__file__).parents[1] / "domains/text_to_image/assets/shapes/tokenizer"
-SIZES: dict[str, dict[str, Any]] = {
-    "tiny": {"latents": 16, "unet": (32, 64), "heads": 2, "vae": (16, 32), "text": (32, 2)},
-    "small": {
-        "latents": 32,
-        "unet": (64, 128, 256),
-        "heads": 4,
-        "vae": (32, 64, 64),
-        "text": (128, 4),
-    },
-}
-KINDS = ("graph", "plain", "again")
-CLOCKS = ("seconds", "processor")
+LEARNING_RATE = 1e-4
 TOLERANCE = 1e-3
-
-Turn = Mapping[str, Any]
-"""What one measuring process reports."""
-
-
-def make_model(size: str, folder: Path) -> None:
-    """Write a Stable Diffusion pipeline with random weights that both environments can load."""
-    from diffusers import (
-        AutoencoderKL,
-        DDIMScheduler,
-        StableDiffusionPipeline,
-        UNet2DConditionModel,
-    )
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-    spec = SIZES[size]
-    torch.manual_seed(0)
-    tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER, model_max_length=77)
-    width, num_layers = spec["text"]
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=num_layers,
-        num_attention_heads=4,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    levels = len(spec["unet"])
-    unet = UNet2DConditionModel(
-        sample_size=spec["latents"],
-        down_block_types=("CrossAttnDownBlock2D",) * (levels - 1) + ("DownBlock2D",),
-        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (levels - 1),
-        block_out_channels=spec["unet"],
-        attention_head_dim=spec["heads"],
-        cross_attention_dim=width,
-    )
-    levels = len(spec["vae"])
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=spec["vae"],
-        norm_num_groups=16,
-        latent_channels=4,
-        sample_size=spec["latents"] * 2 ** (levels - 1),
-    )
-    pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=CLIPTextModel(text),
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=DDIMScheduler.from_pretrained(TOKENIZER.parent / "scheduler"),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.save_pretrained(folder)
-
-
-class Meter:
-    """Clock, peak memory and denoiser calls of one side, update by update.
-
-    Args:
-        denoiser: Whose calls are counted.
-    """
-
-    def __init__(self, denoiser: nn.Module) -> None:
-        self.seconds: list[float] = []
-        self.processor: list[float] = []
-        self.calls: list[Counter[str]] = []
-        self.rewards: list[float] = []
-        self.norms: list[float] = []
-        self._counts: Counter[str] = Counter()
-        denoiser.register_forward_pre_hook(self._count)
-
-    def start(self) -> None:
-        """Begin the first update."""
-        self.num_rows: set[int] = set()
-        self._counts.clear()
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here on
-        self.resident = _memory("VmRSS")
-        self._last = _clocks()
-
-    def end(self, reward: float, norm: float) -> None:
-        """End an update, and begin the next."""
-        now = _clocks()
-        self.seconds.append(now[0] - self._last[0])
-        self.processor.append(now[1] - self._last[1])
-        self.calls.append(self._counts.copy())
-        self.rewards.append(reward)
-        self.norms.append(norm)
-        self._counts.clear()
-        self.peak = _memory("VmHWM")
-        self._last = now
-
-    def report(self) -> Turn:
-        """Return what was measured; the first update only warms up."""
-        steady = self.calls[1:]
-        return {
-            "seconds": self.seconds[1:],
-            "processor": self.processor[1:],
-            "calls": {kind: statistics.mean(c[kind] for c in steady) for kind in KINDS},
-            "rows": sorted(self.num_rows),
-            "peak": self.peak,
-            "growth": self.peak - self.resident,
-            "rewards": self.rewards,
-            "norms": self.norms,
-        }
-
-    def _count(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        # Before the call: a recomputation is cut short and never reaches hooks that follow it.
-        backward = torch._C._current_graph_task_id() != -1
-        kind = "again" if backward else "graph" if torch.is_grad_enabled() else "plain"
-        self._counts[kind] += 1
-        self.num_rows.add(inputs[0].shape[0])
-
-
-def _clocks() -> tuple[float, float]:
-    """Return wall time and the processor time of all threads."""
-    return time.perf_counter(), time.process_time()
-
-
-def _memory(key: str) -> float:
-    """Return an entry of the process's status in MiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
 
 
 def redness(pictures: Tensor) -> Tensor:
@@ -204,15 +68,6 @@ def shared_rows(update: int, prompts: Iterable[str]) -> list[torch.Generator]:
     """Return each prompt's generator in an update, where both sides are to draw the same noise."""
     seeds = (1000 * update + PROMPTS.index(prompt) for prompt in prompts)
     return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
-@torch.no_grad()
-def share_adapter(denoiser: nn.Module) -> None:
-    """Start the LoRA from the same weights on both sides."""
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in sorted(denoiser.named_parameters()):
-        if "lora_A" in name:
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) / RANK)
 
 
 def trl_side(options: argparse.Namespace) -> Turn:
@@ -239,7 +94,7 @@ def trl_side(options: argparse.Namespace) -> Turn:
         def step(self, epoch: int, global_step: int) -> int:
             noise["rows"] = shared_rows(epoch, PROMPTS)
             done = super().step(epoch, global_step)
-            meter.end(seen["reward"], seen["norm"])
+            meter.end(reward=seen["reward"], norm=seen["norm"])
             return done
 
     prompts = (PROMPTS[i % len(PROMPTS)] for i in range(options.updates * len(PROMPTS)))
@@ -316,7 +171,8 @@ def our_side(options: argparse.Namespace) -> Turn:
 
         def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
             known = trainer.callback_metrics
-            meter.end(float(known["train/reward"]), float(known["train/grad_norm"]))
+            reward, norm = (float(known[f"train/{name}"]) for name in ("reward", "grad_norm"))
+            meter.end(reward=reward, norm=norm)
 
     pipeline = TextToImagePipeline(
         str(options.model), guidance_scale=GUIDANCE, checkpoint_decoder=False
@@ -332,61 +188,10 @@ def our_side(options: argparse.Namespace) -> Turn:
         optimizer=partial(torch.optim.AdamW, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY),
         minibatch_size=len(PROMPTS),
     )
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        callbacks=[Timed()],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
     rows = Rows(options.updates * len(PROMPTS), lambda i: {"prompt": PROMPTS[i % len(PROMPTS)]})
-    trainer.fit(tuner, DataLoader(rows, batch_size=len(PROMPTS), collate_fn=collate))
+    loader = DataLoader(rows, batch_size=len(PROMPTS), collate_fn=collate)
+    lightning_trainer(Timed()).fit(tuner, loader)
     return meter.report()
-
-
-def measure(python: str, options: argparse.Namespace, arguments: Sequence[str]) -> Turn:
-    """Run one side in a process of its own, in an empty folder."""
-    threads = str(options.threads)
-    env = {
-        **os.environ,
-        "OMP_NUM_THREADS": threads,
-        "MKL_NUM_THREADS": threads,
-        "OMP_WAIT_POLICY": "passive",
-    }
-    command = [python, str(Path(__file__).resolve()), "side", *arguments]
-    with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def take_turns(
-    arms: Mapping[str, tuple[str, Sequence[str]]], options: argparse.Namespace
-) -> dict[str, list[Turn]]:
-    """Measure every arm once per repeat, in reverse order in every second one."""
-    turns: dict[str, list[Turn]] = {name: [] for name in arms}
-    for repeat in range(options.repeats):
-        for name in list(arms)[:: -1 if repeat % 2 else 1]:
-            turn = measure(arms[name][0], options, arms[name][1])
-            turns[name].append(turn)
-            load = os.getloadavg()[0]
-            print(f"{repeat} {name}, load {load:.2f}: {json.dumps(turn)}", file=sys.stderr)
-    return turns
-
-
-def ratio(
-    mine: Sequence[Turn],
-    other: Sequence[Turn],
-    clock: str,
-    middle: Callable[[Sequence[float]], float] = statistics.median,
-) -> str:
-    """Return how much faster mine is, turn by turn: the median with the range."""
-    pairs = zip(mine, other, strict=True)
-    ratios = [middle(theirs[clock]) / middle(turn[clock]) for turn, theirs in pairs]
-    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
 
 
 def described(turns: Sequence[Turn]) -> str:
@@ -400,26 +205,14 @@ def check_agreement(model: Path, options: argparse.Namespace) -> None:
     """Take three updates on both sides from the same noise; stop where they differ."""
     given = ["--model", str(model), "--updates", "3", "--k", str(options.steps), "--shared-noise"]
     given += ["--steps", str(options.steps)]
-    mine = measure(sys.executable, options, ["ours", *given])
-    other = measure(options.trl_python, options, ["trl", *given])
-    for key in ("rewards", "norms"):
+    mine = measure(__file__, sys.executable, options, ["ours", *given])
+    other = measure(__file__, options.trl_python, options, ["trl", *given])
+    for key in ("reward", "norm"):
         theirs, ours = (" ".join(f"{v:.6g}" for v in turn[key]) for turn in (other, mine))
-        print(f"{model.name}, {key} of three updates: TRL {theirs}, ours {ours}")
+        print(f"{model.name}, {key} in three updates: TRL {theirs}, ours {ours}")
         pairs = zip(mine[key], other[key], strict=True)
         if any(abs(a - b) > TOLERANCE * abs(b) for a, b in pairs):
             raise SystemExit("the two sides do not take the same update")
-
-
-def model_folder(size: str, options: argparse.Namespace) -> Path:
-    """Return the model's folder, written by TRL's environment where there is none.
-
-    The newer environment reads what the older one wrote; the other way round fails.
-    """
-    folder = options.models.resolve() / size
-    if not folder.is_dir():
-        command = [options.trl_python, __file__, "make-model", size, str(folder)]
-        subprocess.run(command, check=True)
-    return folder
 
 
 def compare(options: argparse.Namespace) -> None:
@@ -436,7 +229,7 @@ def compare(options: argparse.Namespace) -> None:
                 "ours, equal": (sys.executable, ["ours", *given, "--again"]),
                 "ours, all kept": (sys.executable, ["ours", *given]),
             }
-            turns = take_turns(arms, options)
+            turns = take_turns(__file__, arms, options)
             for name in arms:
                 every = [s for turn in turns[name] for s in turn["seconds"]]
                 middle = statistics.median(every)
@@ -476,7 +269,7 @@ def _depth_rows(model: Path, options: argparse.Namespace) -> list[str]:
             "DRaFT-25, all kept": ["--k", "25", "--updates", "3"],
         }
         arms = {name: (sys.executable, [*given, *setting]) for name, setting in settings.items()}
-        turns = take_turns(arms, options)
+        turns = take_turns(__file__, arms, options)
         for name in arms:
             seconds = statistics.median(statistics.mean(turn["seconds"]) for turn in turns[name])
             ratios = (
@@ -491,19 +284,9 @@ def _depth_rows(model: Path, options: argparse.Namespace) -> list[str]:
     return rows
 
 
-def side(options: argparse.Namespace) -> None:
-    """Measure one side in this process; the last line printed is its report."""
-    warnings.filterwarnings("ignore")
-    report = {"trl": trl_side, "ours": our_side}[options.side](options)
-    print(json.dumps(report))
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("make-model", help="write a model with random weights")
-    one.add_argument("size", choices=sorted(SIZES))
-    one.add_argument("folder", type=Path)
     one = commands.add_parser("side", help="measure one side in this process")
     one.add_argument("side", choices=("ours", "trl"))
     one.add_argument("--model", type=Path, required=True)
@@ -515,13 +298,10 @@ def _parser() -> argparse.ArgumentParser:
     both = [one]
     for name in ("compare", "depth"):
         one = commands.add_parser(name)
-        one.add_argument("--repeats", type=int, default=5)
-        one.add_argument("--threads", type=int, default=2)
+        add_turns(one)
         both.append(one)
         if name == "compare":
-            one.add_argument("--trl-python", required=True, help="TRL's environment (see the top)")
-            one.add_argument("--models", type=Path, required=True, help="folder of the models")
-            one.add_argument("--sizes", nargs="+", choices=sorted(SIZES), default=["tiny", "small"])
+            add_models(one)
             one.add_argument(
                 "--trained", type=int, nargs="+", help="K; 1 and all steps if not given"
             )
@@ -534,10 +314,10 @@ def _parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Run a sub-command."""
     options = _parser().parse_args()
-    if options.command == "make-model":
-        make_model(options.size, options.folder)
+    if options.command == "side":
+        run_side(options, {"trl": trl_side, "ours": our_side})
     else:
-        {"side": side, "compare": compare, "depth": depth}[options.command](options)
+        {"compare": compare, "depth": depth}[options.command](options)
 
 
 if __name__ == "__main__":
