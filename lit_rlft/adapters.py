@@ -1,16 +1,19 @@
 """LoRA adapters through peft, and the switch between the policy and its reference.
 
 With an adapter the reference is the same network with the adapter disabled, never a second copy;
-full fine-tuning keeps a frozen copy of the denoiser.
+full fine-tuning keeps a frozen copy of the denoiser. Starting from a saved LoRA changes nothing
+about this: the reference is the pretrained model without it.
 """
 
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
 from lit_rlft.core.checks import UsageError
@@ -27,6 +30,9 @@ class LoRA:
         rank: Rank of the update.
         alpha: Scale; the update is multiplied by alpha / rank.
         targets: Name endings of the layers to adapt; None takes the pipeline's own choice.
+        pretrained: A saved LoRA to go on from, such as a run's folder `tuned`, of the same rank,
+            alpha and layers; None starts from an update of zero. Either way the reference is the
+            model without an adapter.
 
     References:
         LoRA (Hu et al., 2021), https://arxiv.org/abs/2106.09685
@@ -35,6 +41,7 @@ class LoRA:
     rank: int = 8
     alpha: int = 8
     targets: list[str] | None = None
+    pretrained: str | None = None
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -42,10 +49,11 @@ class LoRA:
 
 
 def attach_lora(pipeline: Pipeline, lora: LoRA) -> None:
-    """Freeze the denoiser and add a LoRA whose update starts at zero.
+    """Freeze the denoiser and add a LoRA whose update starts at zero, or as it was saved.
 
     Raises:
-        UsageError: No layer of the denoiser has one of the target names.
+        UsageError: No layer of the denoiser has one of the target names, or the saved LoRA is
+            another one than the settings describe.
     """
     targets = list(lora.targets or pipeline.lora_targets)
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets)
@@ -57,6 +65,35 @@ def attach_lora(pipeline: Pipeline, lora: LoRA) -> None:
             f"no layer of the denoiser {type(pipeline.denoiser).__name__} is named {targets}; "
             "set model.init_args.lora.targets to layer names, or lora to null for full fine-tuning"
         ) from error
+    if lora.pretrained is not None:
+        _load(pipeline, lora, lora.pretrained)
+
+
+def _load(pipeline: Pipeline, lora: LoRA, path: str) -> None:
+    """Put a saved LoRA into the one that was just attached, which it must fit in every respect."""
+    weights, alpha = pipeline.read_lora(Path(path))
+    own = get_peft_model_state_dict(pipeline.denoiser)
+    if odd := sorted(own.keys() ^ weights.keys()):
+        layer = odd[0].partition(".lora_")[0]
+        raise _misfit(path, f"adapts other layers than this model, such as {layer}", "targets")
+    ranks = sorted({value.shape[0] for name, value in weights.items() if ".lora_A." in name})
+    if ranks != [lora.rank]:
+        raise _misfit(path, f"has rank {', '.join(map(str, ranks))}, not {lora.rank}", "rank")
+    # Whoever saves no alpha means a scale of 1, as diffusers does.
+    alpha = lora.rank if alpha is None else alpha
+    if alpha != lora.alpha:
+        raise _misfit(path, f"has alpha {alpha:g}, not {lora.alpha}", "alpha")
+    if any(weights[name].shape != value.shape for name, value in own.items()):
+        raise UsageError(
+            f"model.init_args.lora.pretrained: {path} has layers of other sizes than this model; "
+            "set pipeline.init_args to what it was tuned from"
+        )
+    set_peft_model_state_dict(pipeline.denoiser, weights)
+
+
+def _misfit(path: str, what: str, setting: str) -> UsageError:
+    key = "model.init_args.lora"
+    return UsageError(f"{key}.pretrained: {path} {what}; set {key}.{setting} to the file's")
 
 
 class Reference(nn.Module):

@@ -144,6 +144,10 @@ SETTINGS = {
     "too much noise": ({"model.init_args.sampler.eta": 2.0}, "sampler.eta must be in [0, 1]"),
     "rank": ({"model.init_args.lora.rank": 0}, "lora.rank must be at least 1"),
     "targets": ({"model.init_args.lora.targets": ["nothing"]}, "model.init_args.lora.targets"),
+    "saved LoRA": (
+        {"model.init_args.lora.pretrained": "runs/run/tuned"},
+        "model.init_args.lora.pretrained must be null: GaussianMixturePipeline has no file format",
+    ),
     "minibatch": ({"model.init_args.minibatch_size": 0}, "model.init_args.minibatch_size"),
     "clipping": ({"trainer.gradient_clip_val": 1.0}, "set model.init_args.max_grad_norm"),
     "accumulation": ({"trainer.accumulate_grad_batches": 2}, "set model.init_args.minibatch_size"),

@@ -1,6 +1,7 @@
 """Text-to-image pipelines on diffusers: any SD 1.x / 2.x-style `StableDiffusionPipeline`."""
 
 import copy
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,9 +9,11 @@ from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.utils import convert_state_dict_to_diffusers
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
+from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -204,6 +207,27 @@ class TextToImagePipeline(Pipeline):
             unet_lora_adapter_metadata=self.denoiser.peft_config["default"].to_dict(),
         )
         return sorted(folder.glob("*.safetensors"))
+
+    def read_lora(self, path: Path) -> tuple[dict[str, Tensor], float | None]:
+        """Read a LoRA of the U-Net in diffusers' format, from its file or the file's folder."""
+        path = path / LORA_WEIGHT_NAME_SAFE if path.is_dir() else path
+        key = "model.init_args.lora.pretrained"
+        if not path.is_file():
+            raise UsageError(f"{key}: there is no file {path}")
+        try:
+            with safe_open(path, "pt") as file:
+                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                saved = (file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}")
+        except SafetensorError as error:
+            raise UsageError(f"{key}: {path} is no safetensors file ({error})") from error
+        if not weights or any(not name.startswith("unet.") for name in weights):
+            raise UsageError(f"{key}: {path} is no LoRA in diffusers' format, of a U-Net alone")
+        config = json.loads(saved)
+        for kind in ("alpha_pattern", "use_rslora", "use_dora"):
+            if config.get(f"unet.{kind}"):
+                raise UsageError(f"{key}: {path} was trained with {kind}, which is not supported")
+        plain = {name.removeprefix("unet."): value for name, value in weights.items()}
+        return convert_unet_state_dict_to_peft(plain), config.get("unet.lora_alpha")
 
 
 def _process(scheduler: Any) -> GaussianProcess:

@@ -167,6 +167,17 @@ class Pipeline(nn.Module, ABC):
         """
         return []
 
+    def read_lora(self, path: Path) -> tuple[dict[str, Tensor], float | None]:
+        """Read a LoRA that `save` wrote: its weights by peft's names, and its alpha if known.
+
+        Raises:
+            UsageError: The file cannot be read, or the domain has no format for a LoRA.
+        """
+        raise UsageError(
+            f"model.init_args.lora.pretrained must be null: {type(self).__name__} has no file "
+            "format for a LoRA; continue a run with --ckpt_path"
+        )
+
     def save_samples(
         self, samples: Any, condition: Condition, folder: Path, names: Sequence[str]
     ) -> list[Path]:

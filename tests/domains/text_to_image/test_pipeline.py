@@ -17,6 +17,7 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from domains.text_to_image.pipeline import TextToImagePipeline
@@ -361,6 +362,75 @@ def test_lora_is_read_by_diffusers(
     assert (after - before).abs().max() > 0.1
     close(ours(tuned), after)
     assert same(pictures(tuned), theirs(plain, guidance_scale=3.0))
+
+
+@pytest.mark.parametrize("place", ["", "pytorch_lora_weights.safetensors"])
+def test_a_saved_lora_is_read_back(
+    tuned: TextToImagePipeline, tiny_stable_diffusion: Folder, tmp_path: Path, place: str
+) -> None:
+    tuned.save(tmp_path)
+    again = TextToImagePipeline(str(tiny_stable_diffusion()))
+    attach_lora(again, LoRA(2, 6, pretrained=str(tmp_path / place)))
+    saved, read = tuned.denoiser.state_dict(), again.denoiser.state_dict()
+    assert saved.keys() == read.keys()
+    assert all(torch.equal(read[name], value) for name, value in saved.items())
+    trained = [name for name, p in again.denoiser.named_parameters() if p.requires_grad]
+    assert trained and all(".default." in name for name in trained)
+
+
+def test_a_lora_of_other_tools_means_what_it_means_to_diffusers(
+    tuned: TextToImagePipeline, tiny_stable_diffusion: Folder, tmp_path: Path
+) -> None:
+    """Without metadata its alpha is its rank, whatever it was trained with."""
+    (path,) = tuned.save(tmp_path)
+    save_file(load_file(path), path)
+    again = TextToImagePipeline(str(tiny_stable_diffusion()), guidance_scale=3.0)
+    attach_lora(again, LoRA(2, 2, pretrained=str(path)))
+    plain = load(tiny_stable_diffusion())
+    plain.load_lora_weights(path)
+    close(ours(again), theirs(plain, guidance_scale=3.0, output_type="latent"))
+
+
+MISFITS: dict[str, tuple[dict[str, Any], str]] = {
+    "rank": ({"rank": 4}, "has rank 2, not 4; set model.init_args.lora.rank to the file's"),
+    "alpha": ({"alpha": 2}, "has alpha 6, not 2; set model.init_args.lora.alpha to the file's"),
+    "targets": ({"targets": ["to_q"]}, r"other layers .*, such as .*; set .*lora\.targets"),
+    "nowhere": ({"pretrained": "nowhere"}, "lora.pretrained: there is no file nowhere"),
+    "empty folder": ({"pretrained": "empty"}, "there is no file empty/pytorch_lora_weights"),
+    "no safetensors": ({"pretrained": "broken"}, "broken is no safetensors file"),
+    "other tensors": ({"pretrained": "foreign"}, "foreign is no LoRA in diffusers' format"),
+    "other scale": ({"pretrained": "rslora"}, "rslora was trained with use_rslora"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISFITS)
+def test_loras_that_do_not_fit_are_refused(
+    tuned: TextToImagePipeline,
+    tiny_stable_diffusion: Folder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mistake: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (path,) = tuned.save(tmp_path / "lora")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").write_text("nothing")
+    save_file({"weight": torch.zeros(1)}, "foreign")
+    metadata = {"lora_adapter_metadata": json.dumps({"unet.use_rslora": True})}
+    save_file(load_file(path), "rslora", metadata)
+    changes, sentence = MISFITS[mistake]
+    lora = LoRA(**{"rank": 2, "alpha": 6, "pretrained": str(path), **changes})
+    with pytest.raises(UsageError, match=sentence):
+        attach_lora(TextToImagePipeline(str(tiny_stable_diffusion())), lora)
+
+
+def test_a_lora_of_a_larger_model_is_refused(
+    tuned: TextToImagePipeline, tiny_stable_diffusion: Folder, tmp_path: Path
+) -> None:
+    (path,) = tuned.save(tmp_path)
+    lora = LoRA(2, 6, pretrained=str(path))
+    with pytest.raises(UsageError, match="has layers of other sizes than this model"):
+        attach_lora(TextToImagePipeline(str(tiny_stable_diffusion(width=16))), lora)
 
 
 def test_a_fully_tuned_pipeline_is_a_folder_like_its_own(
