@@ -207,7 +207,7 @@ def our_side(options: argparse.Namespace) -> Turn:
 
     class JPEG(Reward):
         def forward(self, samples: Any, condition: Condition) -> Tensor:
-            with meter.phase("reward"):
+            with meter.phase("score"):
                 values = jpeg_size(samples)
             seen["reward"] += values.tolist()
             return values
