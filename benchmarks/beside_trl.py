@@ -233,10 +233,12 @@ def lightning_trainer(*callbacks: Any) -> Any:
     """Return the Trainer of one epoch that `lit-rlft fit` builds, without logger and files."""
     from lightning import Trainer
 
+    from lit_rlft.callbacks.self_check import SelfCheck
+
     return Trainer(
         accelerator="cpu",
         max_epochs=1,
-        callbacks=list(callbacks),
+        callbacks=[*callbacks, SelfCheck()],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

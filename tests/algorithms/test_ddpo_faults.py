@@ -4,7 +4,6 @@ Those shown elsewhere: a resumed run trains nothing, and ranks drift apart (`tes
 `test_a_run_resumes_bit_by_bit`, `test_two_processes_train_like_one`).
 """
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +13,6 @@ import pytest
 import torch
 import yaml
 from diffusers import DDIMScheduler
-from lightning import Trainer
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -32,7 +30,7 @@ from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.schedule import DiscreteVP
 from lit_rlft.core.state import tensor_of
 from lit_rlft.data import Rows, collate
-from tests.test_cli import working_directory
+from tests.support import arguments, trainer_of, working_directory
 
 STEPS, M = 4, 4
 SIZE = (32, 32)  # attention over a single place would leave some layers without gradient
@@ -76,8 +74,7 @@ def fit(folder: Path, name: str, **settings: Any) -> dict[str, Tensor]:
         "trainer.enable_model_summary": False,
         **{key.replace("__", "."): value for key, value in settings.items()},
     }
-    words = [f"--{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in flags.items()]
-    main(["fit", "--config=domain.yaml", "--config=configs/algorithms/ddpo.yaml", *words])
+    main(arguments("fit", ("domain.yaml", "configs/algorithms/ddpo.yaml"), flags))
     return load_file(f"runs/{name}/tuned/pytorch_lora_weights.safetensors")
 
 
@@ -115,16 +112,8 @@ def test_a_last_step_without_noise_leaves_the_weights_finite(
     """There, sigma 0 makes the log-probability NaN and, after one update, all weights."""
     folder = tiny_stable_diffusion(size=SIZE, scheduler={"set_alpha_to_one": to_one})
     tuner = tuner_of(folder, Colourfulness(), offset)
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
     rows = Rows(4, lambda i: {"prompt": PROMPTS[i % 2]})
-    trainer.fit(tuner, DataLoader(rows, batch_size=2, collate_fn=collate))
+    trainer_of().fit(tuner, DataLoader(rows, batch_size=2, collate_fn=collate))
     trained = dict(tuner.pipeline.denoiser.named_parameters())
     assert tuner.num_updates == 2
     assert all(value.isfinite().all() for value in trained.values())
