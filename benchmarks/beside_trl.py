@@ -303,6 +303,15 @@ def ratio(
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
 
 
+def side_parser(commands: Any) -> argparse.ArgumentParser:
+    """Add the sub-command that `measure` runs; return it for options of its own."""
+    parser = commands.add_parser("side", help="measure one side in this process")
+    parser.add_argument("side", choices=("ours", "trl"))
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--shared-noise", action="store_true", help="the same noise on both sides")
+    return parser
+
+
 def add_turns(parser: argparse.ArgumentParser) -> None:
     """Add the options of `take_turns`."""
     parser.add_argument("--repeats", type=int, default=5)

@@ -61,6 +61,7 @@ from beside_trl import (
     ratio,
     run_side,
     share_adapter,
+    side_parser,
     take_turns,
 )
 from torch import Tensor
@@ -366,14 +367,11 @@ def compare(options: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    side = commands.add_parser("side", help="measure one side in this process")
-    side.add_argument("side", choices=("ours", "trl"))
-    side.add_argument("--model", type=Path, required=True)
+    side = side_parser(commands)
     side.add_argument("--sample-batch", type=int, default=8)
     side.add_argument("--batches", type=int, default=2)
     side.add_argument("--train-batch", type=int, default=8, help="pairs trained at a time")
     side.add_argument("--passes", type=int, default=1, help="over the samples of an epoch")
-    side.add_argument("--shared-noise", action="store_true", help="the same noise on both sides")
     both = commands.add_parser("compare")
     add_turns(both)
     add_models(both)

@@ -51,6 +51,7 @@ from beside_trl import (
     ratio,
     run_side,
     share_adapter,
+    side_parser,
     take_turns,
 )
 from torch import Tensor
@@ -287,14 +288,11 @@ def _depth_rows(model: Path, options: argparse.Namespace) -> list[str]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("side", help="measure one side in this process")
-    one.add_argument("side", choices=("ours", "trl"))
-    one.add_argument("--model", type=Path, required=True)
+    one = side_parser(commands)
     one.add_argument("--k", type=int, default=1, help="trained steps")
     one.add_argument("--m", type=int, default=0, help="of DRTune; 0 is DRaFT")
     one.add_argument("--again", action="store_true", help="gradient_checkpointing: steps")
     one.add_argument("--full", action="store_true", help="train all weights")
-    one.add_argument("--shared-noise", action="store_true", help="the same noise on both sides")
     both = [one]
     for name in ("compare", "depth"):
         one = commands.add_parser(name)

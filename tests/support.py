@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from lightning import Trainer
 from lightning.pytorch.utilities import disable_possible_user_warnings
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -95,6 +96,35 @@ def scalars(name: str = "run") -> dict[str, list[float]]:
 def assert_equal(first: Any, second: Any) -> None:
     """Compare trees of tensors and numbers bit by bit."""
     torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+def write_picture_domain(
+    path: Path, model: Path, source: Path | str, reward: str = "Symmetry", **settings: Any
+) -> Path:
+    """Write the domain config of a diffusion model, with prompts from a file.
+
+    Args:
+        path: Where to.
+        model: Folder of the model.
+        source: File of the prompts.
+        reward: Name of a text-to-image reward.
+        **settings: Of the data, and `guidance_scale`.
+    """
+    text_to_image = "domains.text_to_image"
+    guidance = settings.pop("guidance_scale", 2.0)
+    config = {
+        "pipeline": {
+            "class_path": f"{text_to_image}.pipeline.TextToImagePipeline",
+            "init_args": {"pretrained": str(model), "guidance_scale": guidance},
+        },
+        "reward": {"class_path": f"{text_to_image}.rewards.{reward}"},
+        "data": {
+            "class_path": f"{text_to_image}.data.PromptData",
+            "init_args": {"source": str(source), **settings},
+        },
+    }
+    path.write_text(yaml.safe_dump(config))
+    return path
 
 
 def altered(folder: Path, out: Path, name: str, change: Callable[[dict], None] | None) -> Path:

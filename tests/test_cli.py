@@ -26,6 +26,7 @@ from tests.support import (
     script,
     weights,
     working_directory,
+    write_picture_domain,
 )
 
 GAUSSIAN = ("configs/domains/gaussian_mixture.yaml", "configs/algorithms/graft.yaml")
@@ -75,26 +76,10 @@ def pictures(
 
     def write(reward: str = "Symmetry", **model: Any) -> Path:
         pretrained = tiny_stable_diffusion(size=(24, 40), **model)
-        text_to_image = "domains.text_to_image"
-        config = {
-            "pipeline": {
-                "class_path": f"{text_to_image}.pipeline.TextToImagePipeline",
-                "init_args": {"pretrained": str(pretrained), "guidance_scale": 2.0},
-            },
-            "reward": {"class_path": f"{text_to_image}.rewards.{reward}"},
-            "data": {
-                "class_path": f"{text_to_image}.data.PromptData",
-                "init_args": {
-                    "source": str(folder / "prompts.txt"),
-                    "batch_size": 4,
-                    "num_test_prompts": 1,
-                    "num_val_prompts": 1,
-                },
-            },
-        }
         path = folder / f"{reward}_{len(list(folder.iterdir()))}.yaml"
-        path.write_text(yaml.safe_dump(config))
-        return path
+        splits = {"num_test_prompts": 1, "num_val_prompts": 1}
+        source = folder / "prompts.txt"
+        return write_picture_domain(path, pretrained, source, reward, batch_size=4, **splits)
 
     return write
 

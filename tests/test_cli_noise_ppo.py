@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from lit_rlft.cli import main
 from lit_rlft.noise_generator import NoiseGenerator
@@ -20,6 +19,7 @@ from tests.support import (
     report,
     scalars,
     script,
+    write_picture_domain,
 )
 
 ALGORITHM = "configs/algorithms/noise_ppo.yaml"
@@ -61,22 +61,10 @@ def command(stage: str, name: str = "run", settings: dict[str, Any] | None = Non
 def pictures(tiny_stable_diffusion: Callable[..., Path]) -> Path:
     """Return the domain config of a tiny diffusion model."""
     Path("prompts.txt").write_text("\n".join(f"a {c} ring" for c in ("red", "blue", "green")))
-    text_to_image = "domains.text_to_image"
-    source = {"source": "prompts.txt", "batch_size": 1, "num_test_prompts": 1}
-    config = {
-        "pipeline": {
-            "class_path": f"{text_to_image}.pipeline.TextToImagePipeline",
-            "init_args": {"pretrained": str(tiny_stable_diffusion()), "guidance_scale": 2.0},
-        },
-        "reward": {"class_path": f"{text_to_image}.rewards.Symmetry"},
-        "data": {
-            "class_path": f"{text_to_image}.data.PromptData",
-            "init_args": {**source, "num_val_prompts": 1},
-        },
-    }
-    path = Path("pictures.yaml")
-    path.write_text(yaml.safe_dump(config))
-    return path
+    splits = {"batch_size": 1, "num_test_prompts": 1, "num_val_prompts": 1}
+    return write_picture_domain(
+        Path("pictures.yaml"), tiny_stable_diffusion(), "prompts.txt", **splits
+    )
 
 
 def test_all_commands(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from diffusers import DDIMScheduler
 from safetensors.torch import load_file
 from torch import Tensor
@@ -30,7 +29,7 @@ from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.schedule import DiscreteVP
 from lit_rlft.core.state import tensor_of
 from lit_rlft.data import Rows, collate
-from tests.support import arguments, trainer_of, working_directory
+from tests.support import arguments, trainer_of, working_directory, write_picture_domain
 
 STEPS, M = 4, 4
 SIZE = (32, 32)  # attention over a single place would leave some layers without gradient
@@ -50,19 +49,14 @@ def elsewhere(tmp_path: Path) -> Iterator[None]:
 def fit(folder: Path, name: str, **settings: Any) -> dict[str, Tensor]:
     """Train for two rounds through the command line; return the exported LoRA."""
     Path("prompts.txt").write_text("\n".join([*PROMPTS, "a green ring", "a star"]))
-    text_to_image = "domains.text_to_image"
-    domain = {
-        "pipeline": {
-            "class_path": f"{text_to_image}.pipeline.TextToImagePipeline",
-            "init_args": {"pretrained": str(folder), "guidance_scale": 3.0},
-        },
-        "reward": {"class_path": f"{text_to_image}.rewards.Colourfulness"},
-        "data": {
-            "class_path": f"{text_to_image}.data.PromptData",
-            "init_args": {"source": "prompts.txt", "batch_size": 1},
-        },
-    }
-    Path("domain.yaml").write_text(yaml.safe_dump(domain))
+    domain = write_picture_domain(
+        Path("domain.yaml"),
+        folder,
+        "prompts.txt",
+        "Colourfulness",
+        guidance_scale=3.0,
+        batch_size=1,
+    )
     flags = {
         "name": name,
         "model.init_args.sampler.num_steps": STEPS,
@@ -74,7 +68,7 @@ def fit(folder: Path, name: str, **settings: Any) -> dict[str, Tensor]:
         "trainer.enable_model_summary": False,
         **{key.replace("__", "."): value for key, value in settings.items()},
     }
-    main(arguments("fit", ("domain.yaml", "configs/algorithms/ddpo.yaml"), flags))
+    main(arguments("fit", (domain, "configs/algorithms/ddpo.yaml"), flags))
     return load_file(f"runs/{name}/tuned/pytorch_lora_weights.safetensors")
 
 

@@ -365,6 +365,17 @@ def test_experience_is_the_initial_noise_and_two_numbers() -> None:
 # Learning
 
 
+def annealed(num_rounds: int) -> dict[str, Any]:
+    """Return settings of two large updates a round, whose rate falls to zero."""
+    return {
+        "minibatch_size": 512,
+        "sampling_batch_size": 1024,
+        "num_epochs": 2,
+        "optimizer": lambda p: torch.optim.Adam(p, lr=0.003),
+        "lr_scheduler": lambda o: LambdaLR(o, lambda i: max(0.0, 1 - i / (2 * num_rounds))),
+    }
+
+
 def test_the_optimum_under_the_kl_is_found(tmp_path: Path) -> None:
     """E[a x_1] - beta KL is largest at mu = a / beta, sigma = 1."""
     beta = 0.8
@@ -374,11 +385,7 @@ def test_the_optimum_under_the_kl_is_found(tmp_path: Path) -> None:
         advantage=Raw(),
         advantage_clip=None,
         beta=beta,
-        minibatch_size=512,
-        sampling_batch_size=1024,
-        num_epochs=2,
-        optimizer=lambda p: torch.optim.Adam(p, lr=0.003),
-        lr_scheduler=lambda o: LambdaLR(o, lambda i: max(0.0, 1 - i / (2 * num_rounds))),
+        **annealed(num_rounds),
     )
     fit(tuner, tmp_path, num_conditions=8, num_rounds=num_rounds)
     a, _ = affine(tuner)
@@ -393,11 +400,7 @@ def test_group_advantages_find_the_optimum_of_the_standardised_reward(tmp_path: 
     tuner = tuner_of(
         num_candidates=num_candidates,
         beta=beta,
-        minibatch_size=512,
-        sampling_batch_size=1024,
-        num_epochs=2,
-        optimizer=lambda p: torch.optim.Adam(p, lr=0.003),
-        lr_scheduler=lambda o: LambdaLR(o, lambda i: max(0.0, 1 - i / (2 * num_rounds))),
+        **annealed(num_rounds),
     )
     fit(tuner, tmp_path, num_conditions=32, num_rounds=num_rounds)
     m = num_candidates
