@@ -1,0 +1,1 @@
+"""Layouts: labelled boxes on a page or screen, from a page grammar to PubLayNet and RICO."""

@@ -1,0 +1,253 @@
+"""Where layouts come from: the page grammar, PubLayNet, RICO, and files of one's own."""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_info
+
+from domains.layout import grammar
+from domains.layout.classes import class_list
+from domains.layout.formats import read_arrays, read_coco, read_json, read_rico
+from domains.layout.pages import BadPage, Packed, Page, pack
+from lit_rlft.core.checks import UsageError
+
+__all__ = ["Grammar", "JSONLayouts", "PubLayNet", "RicoArrays", "RicoJSON", "Source"]
+
+_VERSION = 1  # of the cached arrays
+
+
+class Source(ABC):
+    """A collection of layouts.
+
+    Attributes:
+        classes: Names of the labels.
+        max_elements: Most elements that a layout has; those with more are left out.
+    """
+
+    def __init__(self, classes: str | Sequence[str], max_elements: int) -> None:
+        if max_elements < 1:
+            raise UsageError(f"max_elements must be at least 1, got {max_elements}")
+        self.classes = class_list(classes)
+        self.max_elements = max_elements
+
+    @abstractmethod
+    def load(self) -> Packed:
+        """Return the layouts.
+
+        Raises:
+            UsageError: There are none, or one is bad where none may be.
+        """
+
+
+class Grammar(Source):
+    """Pages of the page grammar; page i is a function of `seed` and i.
+
+    Args:
+        num_pages: Number of pages.
+        max_elements: Elements of a page at most.
+        seed: Seed of the pages.
+        jitter: Standard deviation of the noise on each edge, in fractions of the page.
+    """
+
+    def __init__(
+        self,
+        num_pages: int = 8192,
+        max_elements: int = 12,
+        seed: int = 0,
+        jitter: float = 0.0008,
+    ) -> None:
+        super().__init__(grammar.CLASSES, max_elements)
+        if num_pages < 1:
+            raise UsageError(f"num_pages must be at least 1, got {num_pages}")
+        self.num_pages, self.seed, self.jitter = num_pages, seed, jitter
+
+    def load(self) -> Packed:
+        packed, _ = pack(
+            (self._page(i) for i in range(self.num_pages)),
+            self.classes,
+            self.max_elements,
+            source="the page grammar",
+            strict=True,
+        )
+        return packed
+
+    def _page(self, number: int) -> Page:
+        rng = random.Random(f"{self.seed},{number}")
+        elements = grammar.draw_page(rng, max_elements=self.max_elements, jitter=self.jitter)
+        return Page(f"page {number}", 1.0, 1.0, elements)
+
+
+class _File(Source):
+    """Layouts of a file, kept as memory-mapped arrays once they were read.
+
+    Args:
+        path: The file or folder.
+        classes: A known list or the names of the labels.
+        max_elements: Layouts with more elements are left out.
+        strict: Stop at the first layout that cannot be used instead of leaving it out.
+        cache_dir: Folder of the arrays; None takes `lit-rlft` in the user's cache folder.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        classes: str | Sequence[str],
+        max_elements: int,
+        *,
+        strict: bool = False,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__(classes, max_elements)
+        self.path, self.strict = Path(path), strict
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        self.cache_dir = Path(cache_dir) if cache_dir else home / "lit-rlft" / "layout"
+
+    @abstractmethod
+    def _entries(self) -> Iterable[Page | BadPage]:
+        """Iterate over what is in the file."""
+
+    def load(self) -> Packed:
+        folder = self.cache_dir / self._key()
+        if not folder.is_dir():
+            self._fill(folder)
+        rank_zero_info((folder / "report.txt").read_text())
+        names = ("boxes", "labels", "canvases")
+        return Packed(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in names))
+
+    def _fill(self, folder: Path) -> None:
+        """Read the file into a cache folder, which appears whole or not at all."""
+        packed, report = pack(
+            self._entries(),
+            self.classes,
+            self.max_elements,
+            source=str(self.path),
+            strict=self.strict,
+        )
+        self.cache_dir.mkdir(parents=True, exist_ok=True)
+        partial = Path(mkdtemp(dir=self.cache_dir, prefix=".partial-"))
+        for name, values in vars(packed).items():
+            np.save(partial / f"{name}.npy", values)
+        (partial / "report.txt").write_text(str(report))
+        try:
+            partial.rename(folder)
+        except OSError:  # another process was faster
+            shutil.rmtree(partial)
+
+    def _key(self) -> str:
+        """Name the arrays by all that they depend on: the file's age and size too."""
+        if not self.path.exists():
+            raise UsageError(f"there is no {self.path}; give the file or folder of the data set")
+        files = sorted(self.path.glob("*.json")) if self.path.is_dir() else [self.path]
+        stats = [(file.stat().st_mtime_ns, file.stat().st_size) for file in files]
+        settings = [type(self).__name__, str(self.path.resolve()), self.classes, self.max_elements]
+        text = json.dumps([_VERSION, *settings, self.strict, stats])
+        return f"{self.path.stem}-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
+
+
+class PubLayNet(_File):
+    """A COCO file: PubLayNet's train.json or val.json, or another with its own classes.
+
+    Args:
+        path: The file.
+        max_elements: Pages with more elements are left out; the literature takes 9, 20 or 25.
+        classes: A known list or the names of the categories that are used.
+        **file: `strict` and `cache_dir` of a file.
+
+    References:
+        PubLayNet: largest dataset ever for document layout analysis (Zhong et al., 2019),
+        https://arxiv.org/abs/1908.07836
+    """
+
+    def __init__(
+        self,
+        path: str,
+        max_elements: int = 20,
+        classes: str | Sequence[str] = "publaynet",
+        **file: Any,
+    ) -> None:
+        super().__init__(path, classes, max_elements, **file)
+
+    def _entries(self) -> Iterable[Page | BadPage]:
+        return read_coco(self.path)
+
+
+class RicoJSON(_File):
+    """RICO's semantic annotations as distributed: a folder of view hierarchies.
+
+    Args:
+        path: The folder.
+        max_elements: Screens with more elements are left out.
+        classes: A known list or the names of the component labels that are used.
+        **file: `strict` and `cache_dir` of a file.
+
+    References:
+        Learning Design Semantics for Mobile Apps (Liu et al., 2018),
+        https://doi.org/10.1145/3242587.3242650
+    """
+
+    def __init__(
+        self,
+        path: str,
+        max_elements: int = 20,
+        classes: str | Sequence[str] = "rico",
+        **file: Any,
+    ) -> None:
+        super().__init__(path, classes, max_elements, **file)
+
+    def _entries(self) -> Iterable[Page | BadPage]:
+        return read_rico(self.path)
+
+
+class RicoArrays(_File):
+    """RICO as an .npz file of arrays (`domains.layout.formats.read_arrays` says which).
+
+    Args:
+        path: The file.
+        max_elements: Screens with more elements are left out.
+        classes: A known list or the names of the labels 1, 2, ...
+        **file: `strict` and `cache_dir` of a file.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        max_elements: int = 20,
+        classes: str | Sequence[str] = "rico",
+        **file: Any,
+    ) -> None:
+        super().__init__(path, classes, max_elements, **file)
+
+    def _entries(self) -> Iterable[Page | BadPage]:
+        return read_arrays(self.path, self.classes)
+
+
+class JSONLayouts(_File):
+    """This project's own format: a .jsonl file, or a folder that `predict` wrote.
+
+    Args:
+        path: The file or folder.
+        classes: A known list or the names of the labels.
+        max_elements: Layouts with more elements are left out.
+        **file: `strict` and `cache_dir` of a file.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        classes: str | Sequence[str] = "publaynet",
+        max_elements: int = 12,
+        **file: Any,
+    ) -> None:
+        super().__init__(path, classes, max_elements, **file)
+
+    def _entries(self) -> Iterable[Page | BadPage]:
+        return read_json(self.path)
