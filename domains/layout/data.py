@@ -27,8 +27,8 @@ class LayoutData(SplitData):
     """Layouts and what is given of each: nothing, its classes, sizes too, or whole elements.
 
     Rows are `{"index", "boxes": [N, 4], "labels": [N], "known_boxes": bool [N, 4], "known_labels":
-    bool [N], "task", "classes"}`. Elements lie in an order that the condition tells: first those
-    that are given whole, then by class; equal ones in reading order.
+    bool [N], "task", "classes"}`. Elements lie in an order that follows from what is given: whole
+    elements first, by class where the classes are known; otherwise in reading order.
 
     Args:
         source: The layouts; pages of the page grammar unless given.
@@ -119,7 +119,9 @@ class LayoutData(SplitData):
         fixed = np.zeros(len(labels), bool)
         if task == "completion":
             fixed = _some(int((labels != EMPTY).sum()), len(labels), rng)
-        numbers = np.where(labels == EMPTY, len(self.source.classes), labels)
+        # Where the classes are given, an order of reading would give away more than they do.
+        by_class = task in ("category", "category_size")
+        numbers = np.where(labels == EMPTY, len(self.source.classes), labels if by_class else 0)
         order = np.lexsort((numbers, ~fixed))  # stable: equal ones stay in reading order
         ordered = torch.from_numpy(labels[order].astype(np.int64))
         known_boxes, known_labels = given(task, ordered, torch.from_numpy(fixed[order]))

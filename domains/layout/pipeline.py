@@ -1,0 +1,291 @@
+"""The layout pipeline: a flow over slots whose conditions are obeyed exactly.
+
+What a condition gives is put into the network's input and taken out of its hands: for given
+numbers the prediction is the one that points at them from wherever x_t is, and a given class has
+all of the probability. Every sampler, whoever runs which of its steps, therefore arrives at the
+given values up to rounding, and `decode` returns them to the last bit. Such entries have no loss
+(at s = 0), no gradient and no divergence from the reference.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.nn import functional
+
+from domains.layout.layouts import EMPTY, Layouts
+from domains.layout.network import Architecture, LayoutTransformer, load_weights, save_weights
+from domains.layout.render import draw, save_layout
+from lit_rlft.core.checks import UsageError
+from lit_rlft.core.pipeline import Batch, Condition, Pipeline
+from lit_rlft.core.process import GaussianProcess, MaskedProcess, Process, ProductProcess
+from lit_rlft.core.schedule import RectifiedFlow
+from lit_rlft.core.state import State, expand_as, fields_of
+
+__all__ = ["EMBEDDED", "LayoutPipeline"]
+
+EMBEDDED = Path(__file__).parent / "assets"
+"""Folder of the models that ship with the package, reachable by their bare names."""
+
+_SHARPNESS = 4.0  # of presence: what is 1 for a full slot's scores is 0.9997 here
+_SMALLEST_T = 1e-6
+
+
+class LayoutPipeline(Pipeline):
+    """A transformer flow that generates layouts, given nothing, classes, sizes or elements.
+
+    Box values in [0, 1] are states in [-1, 1]; a class is 1 among the scores of its slot and -1
+    elsewhere. Empty slots have a class of their own, and boxes 0, the mean of the noise.
+
+    Args:
+        pretrained: A folder that `save` wrote or the name of an embedded model ("grammar",
+            "grammar_mixed"); None draws new weights of `architecture`, to pretrain them.
+        architecture: Sizes of the new network; of a pretrained one its own.
+        category_weight: Weight of the classes' loss beside the boxes', for mixed states.
+        save_dtype: Precision in which the tuned model is written.
+
+    Raises:
+        UsageError: `pretrained` is no such folder, or it is given along with an architecture.
+    """
+
+    lora_targets = ("qkv", "proj", "fc1", "fc2")
+    denoiser: LayoutTransformer
+
+    def __init__(
+        self,
+        pretrained: str | None = "grammar",
+        *,
+        architecture: Architecture | None = None,
+        category_weight: float = 1.0,
+        save_dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+    ) -> None:
+        super().__init__()
+        if pretrained is not None and architecture is not None:
+            raise UsageError(
+                "pipeline.init_args: pretrained and architecture exclude each other; set "
+                "pretrained to null to train a network of your own"
+            )
+        self.pretrained = pretrained
+        if pretrained is None:
+            self.denoiser = LayoutTransformer(architecture or Architecture())
+        else:
+            self.denoiser = _load(pretrained)
+        self.architecture = self.denoiser.architecture
+        self.classes = self.architecture.class_names
+        self.save_dtype = getattr(torch, save_dtype)
+        self.process: Process = GaussianProcess(RectifiedFlow(), "velocity")
+        if self.architecture.state == "mixed":
+            self.process = ProductProcess(
+                {"box": self.process, "category": MaskedProcess(len(self.classes) + 1)},
+                {"category": category_weight},
+            )
+
+    @property
+    def name(self) -> str:
+        return "layout" if self.pretrained is None else Path(self.pretrained).name
+
+    @property
+    def device(self) -> torch.device:
+        return self.denoiser.slots.device
+
+    @property
+    def _empty(self) -> int:
+        """The class that stands for an empty slot."""
+        return len(self.classes)
+
+    def encode(self, batch: Batch) -> Condition:
+        """Encode what is given of each layout, each unique condition once.
+
+        Raises:
+            UsageError: The data have other classes than the model, or another number of slots.
+        """
+        self._check(batch)
+        known_boxes, known_labels = batch["known_boxes"], batch["known_labels"]
+        boxes = batch["boxes"].where(known_boxes, 0)
+        labels = batch["labels"].where(known_labels, EMPTY)
+        parts = (boxes, labels, known_boxes, known_labels)
+        numbers = torch.cat([part.double().flatten(1) for part in parts], dim=1)
+        _, rows = torch.unique(numbers, dim=0, return_inverse=True)
+        # The first layout of each condition, in the batch's order.
+        firsts = torch.full((int(rows.max()) + 1,), len(rows))
+        firsts.scatter_reduce_(0, rows, torch.arange(len(rows)), "amin")
+        names = ("boxes", "labels", "known_boxes", "known_labels")
+        tables = {
+            name: part[firsts].to(self.device) for name, part in zip(names, parts, strict=True)
+        }
+        tasks = [batch["task"][i] for i in firsts.tolist()]
+        entries = [
+            self._entry(task, *(part[i] for part in parts))
+            for task, i in zip(tasks, firsts.tolist(), strict=True)
+        ]
+        return Condition(entries=entries, tables=tables, rows=rows)
+
+    def example(self) -> Condition:
+        num_slots = self.architecture.num_slots
+        nothing = torch.zeros(1, num_slots, dtype=torch.bool)
+        return self.encode(
+            {
+                "boxes": torch.zeros(1, num_slots, 4),
+                "labels": torch.full((1, num_slots), EMPTY),
+                "known_boxes": nothing.unsqueeze(-1).expand(-1, -1, 4),
+                "known_labels": nothing,
+                "task": ["unconditional"],
+                "classes": [self.classes],
+            }
+        )
+
+    def features(self, condition: Condition) -> Tensor:
+        """Return shares of slots by given class, means of given box values, [B, 1 + C + 1 + 8]."""
+        known_boxes = condition.table("known_boxes").float()
+        shares = self._one_hot(condition).mean(dim=1)
+        boxes = (condition.table("boxes") * known_boxes).mean(dim=1)
+        return torch.cat(
+            [torch.ones_like(shares[:, :1]), shares, boxes, known_boxes.mean(dim=1)], dim=1
+        )
+
+    def blank(self, condition: Condition) -> State:
+        shape, like = (len(condition), self.architecture.num_slots), self.denoiser.slots
+        if self.architecture.state == "continuous":
+            return like.new_empty(*shape, 4 + len(self.classes) + 1)
+        category = torch.empty(shape, dtype=torch.int64, device=like.device)
+        return {"box": like.new_empty(*shape, 4), "category": category}
+
+    def predict(self, x_t: State, t: Tensor, condition: Condition) -> State:
+        known = condition.table("known_boxes"), condition.table("known_labels")
+        flags = torch.stack([known[0][..., :2].all(-1), known[0][..., 2:].all(-1), known[1]], -1)
+        values = _to_state(condition.table("boxes"))
+        if isinstance(x_t, Tensor):
+            scores = 2 * self._one_hot(condition) - 1
+            values = torch.cat([values, scores], dim=-1).to(x_t.dtype)
+            wide = known[1].unsqueeze(-1).expand_as(scores)
+            fixed = torch.cat([known[0], wide], dim=-1)
+            v = self.denoiser(values.where(fixed, x_t), t, flags)
+            return _towards(values, x_t, t).where(fixed, v)
+        x = fields_of(x_t)
+        values, labels = values.to(x["box"].dtype), self._labels(condition)
+        filled = {
+            "box": values.where(known[0], x["box"]),
+            "category": labels.where(known[1], x["category"]),
+        }
+        prediction = fields_of(self.denoiser(filled, t, flags))
+        certain = self._one_hot(condition).to(prediction["category"].dtype).log()
+        return {
+            "box": _towards(values, x["box"], t).where(known[0], prediction["box"]),
+            "category": certain.where(known[1].unsqueeze(-1), prediction["category"]),
+        }
+
+    def decode(self, x_0: State, condition: Condition) -> Layouts:
+        """Return layouts; what the condition gives is returned exactly."""
+        if isinstance(x_0, Tensor):
+            box, scores = x_0[..., :4], x_0[..., 4:]
+            labels = scores.argmax(dim=-1)
+            margin = scores[..., : self._empty].amax(dim=-1) - scores[..., self._empty]
+            presence = torch.sigmoid(_SHARPNESS * margin.float())
+        else:
+            box, labels = x_0["box"], x_0["category"]
+            presence = (labels < self._empty).float()
+        known = condition.table("known_labels")
+        labels = condition.table("labels").where(known, labels.where(labels < self._empty, EMPTY))
+        presence = (labels != EMPTY).to(presence).where(known, presence)
+        given, boxes = condition.table("boxes"), (box.float() + 1) / 2
+        boxes = torch.cat([boxes[..., :2], boxes[..., 2:].clamp(min=0)], dim=-1)
+        boxes = given.where(condition.table("known_boxes"), boxes)
+        return Layouts(boxes, labels, presence, self.classes)
+
+    def states(self, batch: Batch) -> State:
+        """Return x_0 of `batch["boxes"]` [B, N, 4] and `batch["labels"]` [B, N]."""
+        self._check(batch)
+        labels = batch["labels"].to(self.device)
+        full = (labels != EMPTY).unsqueeze(-1)
+        boxes = _to_state(batch["boxes"].to(self.denoiser.slots)).where(full, 0)
+        category = labels.where(labels != EMPTY, self._empty)
+        if self.architecture.state == "mixed":
+            return {"box": boxes, "category": category}
+        scores = 2 * functional.one_hot(category, self._empty + 1) - 1
+        return torch.cat([boxes, scores.to(boxes)], dim=-1)
+
+    def render(self, samples: Any, condition: Condition) -> Tensor:
+        return draw(samples, self.architecture.canvas)
+
+    def describe(self, entry: Mapping[str, Any]) -> str:
+        """Return the task, and the number of given elements."""
+        count = len(entry["given"])
+        return f"{entry['task']}, {count} given" if count else entry["task"]
+
+    def index_samples(self, samples: Any, rows: Tensor) -> Layouts:
+        return samples.index(rows.to(samples.labels.device))
+
+    def save(self, folder: Path) -> list[Path]:
+        """Write architecture and weights, a LoRA merged, as `pretrained` reads them."""
+        return save_weights(self.denoiser, folder, self.save_dtype)
+
+    def save_samples(
+        self, samples: Any, condition: Condition, folder: Path, names: Sequence[str]
+    ) -> list[Path]:
+        """Write each layout as JSON, which `JSONLayouts` reads, as SVG and as PNG."""
+        return [
+            save_layout(samples.index(slice(i, i + 1)), self.architecture.canvas, folder / name)
+            for i, name in enumerate(names)
+        ]
+
+    def _check(self, batch: Batch) -> None:
+        num_slots, own = batch["labels"].shape[1], tuple(batch["classes"][0])
+        if num_slots != self.architecture.num_slots:
+            raise UsageError(
+                f"the data have {num_slots} slots, the model {self.name!r} has "
+                f"{self.architecture.num_slots}; set max_elements of data.init_args.source to that"
+            )
+        if own != self.classes:
+            raise UsageError(
+                f"the data have the classes {list(own)}, the model {self.name!r} has "
+                f"{list(self.classes)}; use data of the model's classes, or train another model"
+            )
+
+    def _entry(
+        self, task: str, boxes: Tensor, labels: Tensor, known_boxes: Tensor, known: Tensor
+    ) -> dict[str, Any]:
+        """Return a condition as a record: per given element its class and box, None if free."""
+        given = []
+        for i in (known & (labels != EMPTY)).nonzero().flatten().tolist():
+            values = zip(boxes[i].tolist(), known_boxes[i].tolist(), strict=True)
+            box = [round(value, 4) if fixed else None for value, fixed in values]
+            given.append({"label": self.classes[labels[i]], "centre_and_size": box})
+        return {"task": task, "given": given}
+
+    def _labels(self, condition: Condition) -> Tensor:
+        """Return the given classes as the network counts them, [B, N]; anything where free."""
+        labels = condition.table("labels")
+        return labels.where(labels != EMPTY, self._empty)
+
+    def _one_hot(self, condition: Condition) -> Tensor:
+        """Return the given classes, [B, N, C + 1]; zeros where free."""
+        one_hot = functional.one_hot(self._labels(condition), self._empty + 1).float()
+        return one_hot * condition.table("known_labels").unsqueeze(-1)
+
+
+def _to_state(boxes: Tensor) -> Tensor:
+    return 2 * boxes - 1
+
+
+def _towards(values: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """Return the velocity eps - x_0 of a flow at x_t whose x_0 is `values`."""
+    return (x_t - values) / expand_as(t.clamp(min=_SMALLEST_T), x_t)
+
+
+def _load(pretrained: str) -> LayoutTransformer:
+    folder = Path(pretrained)
+    if not folder.exists():
+        folder = EMBEDDED / pretrained
+    try:
+        return load_weights(folder)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, UsageError):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise UsageError(
+            f"pipeline.init_args.pretrained: {pretrained!r} could not be loaded as a layout model; "
+            f"give 'grammar', 'grammar_mixed' or a folder that save wrote ({reason})"
+        ) from error

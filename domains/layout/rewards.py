@@ -1,0 +1,335 @@
+"""Rewards of layouts, higher is better; those with `smooth` are differentiable when it is set.
+
+Alignment and overlap alone are easily gamed: identical boxes on top of each other are aligned,
+boxes of no size do not overlap, and one box alone does neither. Overlap, coverage, size and count
+beside alignment close these ways; alignment and overlap also punish layouts of fewer than two
+elements.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from domains.layout import measures
+from domains.layout.layouts import Layouts, check_layouts
+from lit_rlft.core.checks import UsageError
+from lit_rlft.core.pipeline import Condition
+from lit_rlft.core.reward import Reward
+
+__all__ = [
+    "Alignment",
+    "ClassCounts",
+    "Count",
+    "Coverage",
+    "GapRegularity",
+    "GrammarRules",
+    "InsidePage",
+    "MinimumSize",
+    "Overlap",
+    "Relations",
+]
+
+_TOO_FEW = -1.0  # reward of fewer than two elements, less than that of any bad page
+
+
+class _Smooth(Reward):
+    """A reward with a differentiable twin.
+
+    Args:
+        smooth: Use the twin.
+    """
+
+    def __init__(self, smooth: bool = False) -> None:
+        super().__init__()
+        self.smooth = self.differentiable = smooth
+
+
+class Alignment(_Smooth):
+    """Minus the alignment A, in (-inf, 0]; -1 for fewer than two elements.
+
+    Args:
+        smooth: Use the differentiable twin.
+    """
+
+    def forward(self, samples: Any, condition: Condition) -> Tensor:
+        """Return -A of each layout, [B]."""
+        layouts = check_layouts(samples, condition)
+        return _unless_few(-measures.alignment(layouts, smooth=self.smooth), layouts)
+
+
+class Overlap(_Smooth):
+    """Minus the overlap O, in (-inf, 0]; -1 for fewer than two elements.
+
+    Args:
+        smooth: Use the differentiable twin.
+        ignored: Names of classes that are left out, such as RICO's "Background Image".
+    """
+
+    def __init__(self, smooth: bool = False, ignored: Sequence[str] = ()) -> None:
+        super().__init__(smooth)
+        self.ignored = tuple(ignored)
+
+    def forward(self, samples: Any, condition: Condition) -> Tensor:
+        """Return -O of each layout, [B]."""
+        layouts = check_layouts(samples, condition)
+        labels = [_number(name, layouts.classes, "ignored") for name in self.ignored]
+        ignored = torch.tensor(labels, device=layouts.labels.device) if labels else None
+        value = measures.overlap(layouts, smooth=self.smooth, ignored=ignored)
+        return _unless_few(-value, layouts)
+
+
+class Coverage(_Smooth):
+    r"""How close the covered share a of the page is to a target, in (0, 1].
+
+    .. math:: r = \exp(-((a - a^*) / w)^2)
+
+    Args:
+        smooth: Use the differentiable twin.
+        target: a*, the share where the reward is 1; the page grammar's mean unless given.
+        width: w, how far from it the reward falls to 1 / e.
+    """
+
+    def __init__(self, smooth: bool = False, target: float = 0.56, width: float = 0.15) -> None:
+        super().__init__(smooth)
+        self.target, self.width = target, _positive("width", width)
+
+    def forward(self, samples: Any, condition: Condition) -> Tensor:
+        """Return the reward of each layout, [B]."""
+        share = measures.coverage(check_layouts(samples, condition), smooth=self.smooth)
+        return torch.exp(-(((share - self.target) / self.width) ** 2))
+
+
+class InsidePage(_Smooth):
+    """Mean share of an element's area that lies on the page, in [0, 1]; 0 without elements.
+
+    Args:
+        smooth: Use the differentiable twin.
+    """
+
+    def forward(self, samples: Any, condition: Condition) -> Tensor:
+        """Return the reward of each layout, [B]."""
+        return measures.inside_page(check_layouts(samples, condition), smooth=self.smooth)
+
+
+class MinimumSize(_Smooth):
+    """Share of elements that are large enough to be one, in [0, 1]; 0 without elements.
+
+    Args:
+        smooth: Use the differentiable twin.
+        min_width: Smallest width, in page widths.
+        min_height: Smallest height, in page heights.
+    """
+
+    def __init__(
+        self, smooth: bool = False, min_width: float = 0.02, min_height: float = 0.006
+    ) -> None:
+        super().__init__(smooth)
+        self.min_width = _positive("min_width", min_width)
+        self.min_height = _positive("min_height", min_height)
+
+    def forward(self, samples: Any, condition: Condition) -> Tensor:
+        """Return the reward of each layout, [B]."""
+        layouts = check_layouts(samples, condition)
+        return measures.share_of_size(layouts, self.min_width, self.min_height, smooth=self.smooth)
+
+
+class Count(_Smooth):
+    r"""How close the number of elements N is to a target, in (0, 1].
+
+    .. math:: r = \exp(-((N - N^*) / w)^2)
+
+    Args:
+        smooth: Count elements by their presence.
+        target: N*.
+        width: w.
+    """
+
+    def __init__(self, smooth: bool = False, target: float = 8.0, width: float = 3.0) -> None:
+        super().__init__(smooth)
+        self.target, self.width = target, _positive("width", width)
+
+    def forward(self, samples: Any, condition: Condition) -> Tensor:
+        """Return the reward of each layout, [B]."""
+        count = measures.num_elements(check_layouts(samples, condition), smooth=self.smooth)
+        return torch.exp(-(((count - self.target) / self.width) ** 2))
+
+
+class GapRegularity(Reward):
+    r"""How equal the vertical gaps within columns are, in (0, 1]; 1 for fewer than two gaps.
+
+    .. math:: r = \exp(-\mathrm{std}(\text{gaps}) / w)
+
+    Args:
+        width: w, in page heights.
+    """
+
+    differentiable = True
+
+    def __init__(self, width: float = 0.02) -> None:
+        super().__init__()
+        self.width = _positive("width", width)
+
+    def forward(self, samples: Any, condition: Condition) -> Tensor:
+        """Return the reward of each layout, [B]."""
+        deviation = measures.gap_deviation(check_layouts(samples, condition))
+        return torch.exp(-deviation / self.width)
+
+
+class Relations(Reward):
+    """Share of relations between classes that hold, in [0, 1]; 1 where none applies.
+
+    A relation is demanded of every two elements of its classes.
+
+    Args:
+        relations: Triples such as ["figure", "above", "text"]: "above", "below", "left of",
+            "right of" compare centres along an axis, and "larger than", "smaller than" areas.
+
+    References:
+        Constrained Graphic Layout Generation via Latent Optimization (Kikuchi et al., 2021),
+        https://arxiv.org/abs/2108.00871
+    """
+
+    def __init__(self, relations: Sequence[tuple[str, str, str]]) -> None:
+        super().__init__()
+        self.relations = [tuple(relation) for relation in relations]
+        unknown = sorted({name for _, name, _ in self.relations} - set(_RELATIONS))
+        if unknown or not self.relations:
+            raise UsageError(
+                f"reward.init_args.relations needs triples [class, relation, class] with one of "
+                f"{list(_RELATIONS)}, got {unknown or 'none'}"
+            )
+
+    def forward(self, samples: Any, condition: Condition) -> Tensor:
+        """Return the share of each layout, [B]."""
+        layouts = check_layouts(samples, condition)
+        held = torch.zeros(len(layouts), device=layouts.boxes.device)
+        asked = torch.zeros_like(held)
+        for first, name, second in self.relations:
+            a, b = (
+                layouts.labels == _number(c, layouts.classes, "relations") for c in (first, second)
+            )
+            pairs = a.unsqueeze(2) & b.unsqueeze(1)
+            pairs &= ~torch.eye(pairs.shape[1], dtype=torch.bool, device=pairs.device)
+            held += (pairs & _RELATIONS[name](layouts.boxes)).sum(dim=(1, 2))
+            asked += pairs.sum(dim=(1, 2))
+        return (held / asked.clamp(min=1)).where(asked > 0, 1)
+
+
+class ClassCounts(Reward):
+    r"""How close the numbers of elements per class are to a target, in (0, 1].
+
+    .. math:: r = \exp(-\tfrac12 \|c - c^*\|_1)
+
+    Args:
+        counts: Wanted number by class; classes that are not named are free.
+    """
+
+    def __init__(self, counts: dict[str, int]) -> None:
+        super().__init__()
+        if not counts or min(counts.values()) < 0:
+            raise UsageError(
+                f"reward.init_args.counts needs numbers of 0 or more by class, got {counts}"
+            )
+        self.counts: Mapping[str, int] = dict(counts)
+
+    def forward(self, samples: Any, condition: Condition) -> Tensor:
+        """Return the reward of each layout, [B]."""
+        layouts = check_layouts(samples, condition)
+        numbers = [_number(name, layouts.classes, "counts") for name in self.counts]
+        found = torch.stack([(layouts.labels == number).sum(dim=1) for number in numbers], dim=1)
+        wanted = torch.tensor([*self.counts.values()], device=found.device)
+        return torch.exp(-(found - wanted).abs().sum(dim=1) / 2)
+
+
+class GrammarRules(Reward):
+    """Share of headings, figures and tables that stand where a page's grammar puts them, in [0, 1].
+
+    A title has text or a list below it, flush left; a figure or table has text next to it, above
+    or below, as wide as most of it: its caption. 1 where a page has none of these.
+
+    Args:
+        distance: Largest gap to the neighbour, in page heights.
+        flush: Largest difference of left edges, in page widths.
+        common: Smallest share of the narrower width that float and caption have in common.
+    """
+
+    def __init__(self, distance: float = 0.03, flush: float = 0.02, common: float = 0.8) -> None:
+        super().__init__()
+        self.distance, self.flush, self.common = distance, flush, common
+
+    def forward(self, samples: Any, condition: Condition) -> Tensor:
+        """Return the share of each layout, [B].
+
+        Raises:
+            UsageError: The classes are not PubLayNet's.
+        """
+        layouts = check_layouts(samples, condition)
+        numbers = [
+            _number(name, layouts.classes, "rewards")
+            for name in ("text", "title", "list", "table", "figure")
+        ]
+        text, title, listed, table, figure = (layouts.labels == number for number in numbers)
+        left, top, right, bottom = layouts.edges.unbind(dim=-1)
+        gap = (top.unsqueeze(1) - bottom.unsqueeze(2)).abs() <= self.distance  # j below i
+        flush = (left.unsqueeze(1) - left.unsqueeze(2)).abs() <= self.flush
+        follows = (gap & flush & (text | listed).unsqueeze(1)).any(dim=2)
+        narrower = torch.minimum((right - left).unsqueeze(1), (right - left).unsqueeze(2))
+        common = torch.minimum(right.unsqueeze(1), right.unsqueeze(2)) - torch.maximum(
+            left.unsqueeze(1), left.unsqueeze(2)
+        )
+        near = (gap | gap.transpose(1, 2)) & (common >= self.common * narrower)
+        captioned = (near & text.unsqueeze(1)).any(dim=2)
+        floats = table | figure
+        held = (title & follows).sum(dim=1) + (floats & captioned).sum(dim=1)
+        asked = (title | floats).sum(dim=1)
+        return (held / asked.clamp(min=1)).where(asked > 0, 1)
+
+
+def _unless_few(rewards: Tensor, layouts: Layouts) -> Tensor:
+    return rewards.where(layouts.num_elements >= 2, _TOO_FEW)
+
+
+def _positive(name: str, value: float) -> float:
+    if value <= 0:
+        raise UsageError(f"reward.init_args.{name} must be positive, got {value}")
+    return value
+
+
+def _number(name: str, classes: Sequence[str], key: str) -> int:
+    if name not in classes:
+        raise UsageError(
+            f"reward.init_args.{key} names the class {name!r}, but the layouts have {list(classes)}"
+        )
+    return classes.index(name)
+
+
+def _along(axis: int, sign: float) -> Callable[[Tensor], Tensor]:
+    """Return a comparison of centres: whether i lies before j, [B, N, N]."""
+
+    def compare(boxes: Tensor) -> Tensor:
+        centres = sign * boxes[..., axis]
+        return centres.unsqueeze(2) < centres.unsqueeze(1)
+
+    return compare
+
+
+def _sized(sign: float) -> Callable[[Tensor], Tensor]:
+    """Return a comparison of areas: whether i is the smaller (+1) or larger (-1), [B, N, N]."""
+
+    def compare(boxes: Tensor) -> Tensor:
+        areas = sign * boxes[..., 2] * boxes[..., 3]
+        return areas.unsqueeze(2) < areas.unsqueeze(1)
+
+    return compare
+
+
+_RELATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "above": _along(1, 1.0),
+    "below": _along(1, -1.0),
+    "left of": _along(0, 1.0),
+    "right of": _along(0, -1.0),
+    "smaller than": _sized(1.0),
+    "larger than": _sized(-1.0),
+}
