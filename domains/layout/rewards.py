@@ -1,4 +1,4 @@
-"""Rewards of layouts, higher is better; those with `smooth` are differentiable when it is set.
+"""Rewards of layouts, higher is better.
 
 Alignment and overlap alone are easily gamed: identical boxes on top of each other are aligned,
 boxes of no size do not overlap, and one box alone does neither. Overlap, coverage, size and count
@@ -6,6 +6,7 @@ beside alignment close these ways; alignment and overlap also punish layouts of 
 elements.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -34,125 +35,111 @@ __all__ = [
 _TOO_FEW = -1.0  # reward of fewer than two elements, less than that of any bad page
 
 
-class _Smooth(Reward):
-    """A reward with a differentiable twin.
+class _Twinned(Reward):
+    """A reward whose value is exact and whose gradient is that of its smooth twin.
 
-    Args:
-        smooth: Use the twin.
+    Algorithms without gradients and reports see the exact value, whatever else uses the reward.
     """
 
-    def __init__(self, smooth: bool = False) -> None:
-        super().__init__()
-        self.smooth = self.differentiable = smooth
-
-
-class Alignment(_Smooth):
-    """Minus the alignment A, in (-inf, 0]; -1 for fewer than two elements.
-
-    Args:
-        smooth: Use the differentiable twin.
-    """
+    differentiable = True
 
     def forward(self, samples: Any, condition: Condition) -> Tensor:
-        """Return -A of each layout, [B]."""
+        """Return the reward of each layout, [B]."""
         layouts = check_layouts(samples, condition)
-        return _unless_few(-measures.alignment(layouts, smooth=self.smooth), layouts)
+        exact = self.value(layouts.detach())
+        if not (torch.is_grad_enabled() and layouts.boxes.requires_grad):
+            return exact
+        twin = self.value(layouts, smooth=True)
+        return exact + (twin - twin.detach())
+
+    @abstractmethod
+    def value(self, layouts: Layouts, *, smooth: bool = False) -> Tensor:
+        """Return the exact reward, or its twin, [B]."""
 
 
-class Overlap(_Smooth):
+class Alignment(_Twinned):
+    """Minus the alignment A, in (-inf, 0]; -1 for fewer than two elements."""
+
+    def value(self, layouts: Layouts, *, smooth: bool = False) -> Tensor:
+        return _unless_few(-measures.alignment(layouts, smooth=smooth), layouts)
+
+
+class Overlap(_Twinned):
     """Minus the overlap O, in (-inf, 0]; -1 for fewer than two elements.
 
     Args:
-        smooth: Use the differentiable twin.
         ignored: Names of classes that are left out, such as RICO's "Background Image".
     """
 
-    def __init__(self, smooth: bool = False, ignored: Sequence[str] = ()) -> None:
-        super().__init__(smooth)
+    def __init__(self, ignored: Sequence[str] = ()) -> None:
+        super().__init__()
         self.ignored = tuple(ignored)
 
-    def forward(self, samples: Any, condition: Condition) -> Tensor:
-        """Return -O of each layout, [B]."""
-        layouts = check_layouts(samples, condition)
+    def value(self, layouts: Layouts, *, smooth: bool = False) -> Tensor:
         labels = [_number(name, layouts.classes, "ignored") for name in self.ignored]
         ignored = torch.tensor(labels, device=layouts.labels.device) if labels else None
-        value = measures.overlap(layouts, smooth=self.smooth, ignored=ignored)
-        return _unless_few(-value, layouts)
+        return _unless_few(-measures.overlap(layouts, smooth=smooth, ignored=ignored), layouts)
 
 
-class Coverage(_Smooth):
+class Coverage(_Twinned):
     r"""How close the covered share a of the page is to a target, in (0, 1].
 
     .. math:: r = \exp(-((a - a^*) / w)^2)
 
     Args:
-        smooth: Use the differentiable twin.
         target: a*, the share where the reward is 1; the page grammar's mean unless given.
         width: w, how far from it the reward falls to 1 / e.
     """
 
-    def __init__(self, smooth: bool = False, target: float = 0.56, width: float = 0.15) -> None:
-        super().__init__(smooth)
+    def __init__(self, target: float = 0.56, width: float = 0.15) -> None:
+        super().__init__()
         self.target, self.width = target, _positive("width", width)
 
-    def forward(self, samples: Any, condition: Condition) -> Tensor:
-        """Return the reward of each layout, [B]."""
-        share = measures.coverage(check_layouts(samples, condition), smooth=self.smooth)
+    def value(self, layouts: Layouts, *, smooth: bool = False) -> Tensor:
+        share = measures.coverage(layouts, smooth=smooth)
         return torch.exp(-(((share - self.target) / self.width) ** 2))
 
 
-class InsidePage(_Smooth):
-    """Mean share of an element's area that lies on the page, in [0, 1]; 0 without elements.
+class InsidePage(_Twinned):
+    """Mean share of an element's area that lies on the page, in [0, 1]; 0 without elements."""
 
-    Args:
-        smooth: Use the differentiable twin.
-    """
-
-    def forward(self, samples: Any, condition: Condition) -> Tensor:
-        """Return the reward of each layout, [B]."""
-        return measures.inside_page(check_layouts(samples, condition), smooth=self.smooth)
+    def value(self, layouts: Layouts, *, smooth: bool = False) -> Tensor:
+        return measures.inside_page(layouts, smooth=smooth)
 
 
-class MinimumSize(_Smooth):
+class MinimumSize(_Twinned):
     """Share of elements that are large enough to be one, in [0, 1]; 0 without elements.
 
     Args:
-        smooth: Use the differentiable twin.
         min_width: Smallest width, in page widths.
         min_height: Smallest height, in page heights.
     """
 
-    def __init__(
-        self, smooth: bool = False, min_width: float = 0.02, min_height: float = 0.006
-    ) -> None:
-        super().__init__(smooth)
+    def __init__(self, min_width: float = 0.02, min_height: float = 0.006) -> None:
+        super().__init__()
         self.min_width = _positive("min_width", min_width)
         self.min_height = _positive("min_height", min_height)
 
-    def forward(self, samples: Any, condition: Condition) -> Tensor:
-        """Return the reward of each layout, [B]."""
-        layouts = check_layouts(samples, condition)
-        return measures.share_of_size(layouts, self.min_width, self.min_height, smooth=self.smooth)
+    def value(self, layouts: Layouts, *, smooth: bool = False) -> Tensor:
+        return measures.share_of_size(layouts, self.min_width, self.min_height, smooth=smooth)
 
 
-class Count(_Smooth):
+class Count(_Twinned):
     r"""How close the number of elements N is to a target, in (0, 1].
 
     .. math:: r = \exp(-((N - N^*) / w)^2)
 
     Args:
-        smooth: Count elements by their presence.
         target: N*.
         width: w.
     """
 
-    def __init__(self, smooth: bool = False, target: float = 8.0, width: float = 3.0) -> None:
-        super().__init__(smooth)
+    def __init__(self, target: float = 8.0, width: float = 3.0) -> None:
+        super().__init__()
         self.target, self.width = target, _positive("width", width)
 
-    def forward(self, samples: Any, condition: Condition) -> Tensor:
-        """Return the reward of each layout, [B]."""
-        count = measures.num_elements(check_layouts(samples, condition), smooth=self.smooth)
+    def value(self, layouts: Layouts, *, smooth: bool = False) -> Tensor:
+        count = measures.num_elements(layouts, smooth=smooth)
         return torch.exp(-(((count - self.target) / self.width) ** 2))
 
 

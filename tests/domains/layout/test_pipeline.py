@@ -182,7 +182,7 @@ def test_every_algorithms_samples_obey_their_conditions(
     pipeline = tiny_pipeline(state)
     model = cls(
         pipeline,
-        Alignment(smooth=algorithm == "drtune"),
+        Alignment(),
         **{"lora": LoRA(rank=2), "num_eval_samples": 2, **settings},
         optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
     )

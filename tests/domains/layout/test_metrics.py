@@ -1,0 +1,192 @@
+"""Metrics of pairs and of sets: by hand, against slow loops, and quick enough."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from domains.layout.encoder import jittered
+from domains.layout.layouts import EMPTY, Layouts
+from domains.layout.metrics import (
+    Diversity,
+    LayoutMeasures,
+    SetDistances,
+    box_wasserstein,
+    class_total_variation,
+    docsim,
+    frechet_distance,
+    kernel_distance,
+    max_iou,
+    source_layouts,
+)
+from domains.layout.sources import Grammar, RicoArrays
+from lit_rlft.core.pipeline import Condition
+from tests.domains.layout import slow
+from tests.domains.layout.test_formats import real
+from tests.domains.layout.test_measures import NAMES, layout, noisy_pages
+
+
+def conditions(rows: list[int]) -> Condition:
+    return Condition(entries=[{}] * (max(rows) + 1), tables={}, rows=torch.tensor(rows))
+
+
+def joined(*layouts: Layouts) -> Layouts:
+    boxes, labels = (torch.cat([getattr(x, n) for x in layouts]) for n in ("boxes", "labels"))
+    return Layouts.of(boxes, labels, NAMES)
+
+
+def few_elements(num: int, seed: int) -> Layouts:
+    """Pages of at most five elements of two classes, few enough to try all assignments."""
+    pages = noisy_pages(num, seed).index(slice(None))
+    labels = pages.labels[:, :5].where(pages.labels[:, :5] == EMPTY, pages.labels[:, :5] % 2)
+    return Layouts.of(pages.boxes[:, :5], labels, NAMES)
+
+
+def test_max_iou_by_hand() -> None:
+    a = layout((0, 0, 0, 0.5, 0.5), (1, 0.5, 0.5, 1, 1))
+    # The same text, the title shifted by half of its width: IoU 1 and 1/3.
+    b = layout((1, 0.75, 0.5, 1.25, 1), (0, 0, 0, 0.5, 0.5))
+    assert max_iou(a, b) == pytest.approx((1 + 1 / 3) / 2)
+    # Layouts of other classes have no partner; a second copy finds the better one taken.
+    other = layout((0, 0, 0, 0.5, 0.5))
+    assert max_iou(joined(a, other), b) == pytest.approx((1 + 1 / 3) / 2)
+    assert max_iou(joined(a, a), joined(a, b)) == pytest.approx((1 + (1 + 1 / 3) / 2) / 2)
+    assert max_iou(a, other) == 0 and max_iou(a, a) == pytest.approx(1)
+
+
+def test_max_iou_matches_slow_loops() -> None:
+    a, b = few_elements(24, 0), few_elements(20, 1)
+    wanted = slow.max_iou(slow.lists(a), slow.lists(b))
+    assert 0.05 < wanted < 0.9
+    assert max_iou(a, b) == pytest.approx(wanted, abs=1e-9)
+
+
+def test_max_iou_of_a_thousand_layouts_takes_seconds() -> None:
+    pages = source_layouts(Grammar(1000, seed=3))
+    generator = torch.Generator().manual_seed(0)
+    shaken = jittered(pages, torch.full((1000,), 0.01), generator)
+    start = time.process_time()
+    value = max_iou(shaken, pages)
+    assert 0.5 < value < 1 and time.process_time() - start < 20
+
+
+def test_docsim_by_hand_and_against_slow_loops() -> None:
+    a = layout((0, 0, 0, 0.4, 0.9), (1, 0.5, 0, 0.9, 0.1))
+    # The same text; a title of the same place, half as wide: areas 0.04 and 0.02.
+    b = layout((0, 0, 0, 0.4, 0.9), (1, 0.6, 0, 0.8, 0.1))
+    expected = (0.6 + 0.02**0.5 * 2 ** (-2 * 0.2)) / 2
+    assert docsim(a, b) == pytest.approx([expected])
+    assert docsim(a, layout((2, 0, 0, 0.4, 0.9))) == pytest.approx([0])
+    first, second = few_elements(30, 2), few_elements(30, 3)
+    wanted = [slow.docsim(x, y) for x, y in zip(slow.lists(first), slow.lists(second), strict=True)]
+    np.testing.assert_allclose(docsim(first, second), wanted, atol=1e-9)
+
+
+def test_diversity_is_0_for_copies_and_rises_with_difference() -> None:
+    pages = source_layouts(Grammar(12, seed=5))
+    copies = pages.index(torch.zeros(12, dtype=torch.int64))
+    rows = conditions([0] * 12)
+    same = Diversity().evaluate(copies, rows)["diversity"]
+    assert same.abs().max() < 1e-9
+    generator = torch.Generator().manual_seed(0)
+    near = jittered(copies, torch.full((12,), 0.02), generator)
+    values = [Diversity(11).evaluate(x, rows)["diversity"].mean().item() for x in (near, pages)]
+    assert 0.01 < values[0] < values[1] < 1
+    # All pairs, by the definition.
+    elements = slow.lists(pages)
+    wanted = []
+    for i, x in enumerate(elements):
+        alike = []
+        for j, y in enumerate(elements):
+            if j != i:
+                larger, smaller = max(len(x), len(y)), min(len(x), len(y))
+                own = self_similarity(x) * self_similarity(y)
+                alike.append(float(pair(pages, i, j)) * smaller / larger / own**0.5)
+        wanted.append(1 - sum(alike) / len(alike))
+    found = Diversity(11).evaluate(pages, rows)["diversity"]
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+
+
+def self_similarity(elements: list[slow.SlowElement]) -> float:
+    return sum(slow.area(e) ** 0.5 for e in elements) / len(elements)
+
+
+def pair(pages: Layouts, i: int, j: int) -> float:
+    return docsim(pages.index(slice(i, i + 1)), pages.index(slice(j, j + 1)))[0]
+
+
+def test_diversity_is_within_conditions() -> None:
+    pages = source_layouts(Grammar(4, seed=5))
+    doubled = pages.index(torch.tensor([0, 1, 0, 1, 2]))
+    values = Diversity().evaluate(doubled, conditions([0, 1, 0, 1, 2]))["diversity"]
+    assert values[:4].abs().max() < 1e-9 and values[4].isnan()
+
+
+def test_set_distances_by_hand() -> None:
+    a = joined(layout((0, 0, 0, 1, 1), (0, 0, 0, 1, 1)), layout((1, 0, 0, 1, 1)))
+    b = joined(layout((0, 0, 0, 0.5, 1)), layout((2, 0, 0, 0.5, 1)))
+    # Shares (2/3, 1/3, 0) and (1/2, 0, 1/2).
+    assert class_total_variation(a, b) == pytest.approx(0.5)
+    # Widths 1 and 0.5, centres 0.5 and 0.25, the rest equal.
+    assert box_wasserstein(a, b) == pytest.approx((0.5 + 0.25) / 4)
+    assert class_total_variation(a, a) == 0 and box_wasserstein(a, a) == 0
+    assert box_wasserstein(a, joined(layout())) == 1
+
+
+def test_frechet_distance_in_closed_form() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5000, 3, generator=generator).double()
+    x = (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(x.T.cov())).T  # exactly white
+    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
+    scales, shift = torch.tensor([1.0, 2.0, 3.0]).double(), torch.tensor([0.5, 0.0, -1.0]).double()
+    expected = float(shift.square().sum() + (scales - 1).square().sum())
+    assert frechet_distance(x, x * scales + shift) == pytest.approx(expected, rel=1e-9)
+    turn = torch.linalg.qr(torch.randn(3, 3, generator=generator).double())[0]
+    y = (x * scales) @ turn
+    assert frechet_distance(y, x) == pytest.approx(float((scales - 1).square().sum()), rel=1e-6)
+    assert np.isnan(frechet_distance(x[:1], x))
+
+
+def test_kernel_distance_is_unbiased_and_matches_loops() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(6, 4, generator=generator), torch.randn(5, 4, generator=generator) + 1
+
+    def k(a: torch.Tensor, b: torch.Tensor) -> float:
+        return float((a.double() @ b.double() / 4 + 1) ** 3)
+
+    within_x = sum(k(x[i], x[j]) for i in range(6) for j in range(6) if i != j) / 30
+    within_y = sum(k(y[i], y[j]) for i in range(5) for j in range(5) if i != j) / 20
+    across = sum(k(a, b) for a in x for b in y) / 30
+    assert kernel_distance(x, y) == pytest.approx(within_x + within_y - 2 * across, rel=1e-9)
+    draws = [
+        kernel_distance(*torch.randn(2, 50, 4, generator=generator).unbind()) for _ in range(200)
+    ]
+    assert abs(np.mean(draws)) < 4 * np.std(draws) / 200**0.5
+
+
+def test_set_distances_grow_with_jitter_and_stand_once_per_batch() -> None:
+    pages, metric = source_layouts(Grammar(300, seed=11)), SetDistances(max_layouts=300)
+    generator, values = torch.Generator().manual_seed(0), []
+    for std in (0.0, 0.02, 0.1):
+        shaken = jittered(pages, torch.full((300,), std), generator)
+        found = metric.evaluate(shaken, conditions([0] * 300))
+        assert all(v[0].isfinite() and v[1:].isnan().all() for v in found.values())
+        values.append({name: v[0].item() for name, v in found.items()})
+    for name in ("fid", "kid"):
+        assert values[0][name] < values[1][name] < values[2][name]
+    assert values[0]["class_tv"] < 0.05 and values[0]["box_wasserstein"] < 0.02
+    again = metric.evaluate(pages, conditions([0] * 300))
+    assert again["fid"][0] < values[1]["fid"]
+
+
+def test_layout_measures_of_real_screens(tmp_path: Path) -> None:
+    path = real("rico25_max20_val.npz")
+    screens = source_layouts(RicoArrays(str(path), cache_dir=str(tmp_path)))
+    rows = conditions([0] * len(screens))
+    right, compat = (LayoutMeasures(c).evaluate(screens, rows) for c in (False, True))
+    assert all(v.isfinite().all() for v in [*right.values(), *compat.values()])
+    # Zero boxes as partners only ever bring lines nearer.
+    assert (compat["alignment_100"] <= right["alignment_100"] + 1e-4).all()
+    assert compat["alignment_100"].mean() < right["alignment_100"].mean()

@@ -1,0 +1,210 @@
+"""Rewards of layouts: values by hand, ranges, twins, the ways in which they could be gamed."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from domains.layout import rewards
+from domains.layout.critic import Critic
+from domains.layout.encoder import jittered
+from domains.layout.layouts import Layouts
+from domains.layout.metrics import source_layouts
+from domains.layout.sources import Grammar
+from lit_rlft.core.checks import UsageError
+from lit_rlft.core.pipeline import Condition
+from lit_rlft.core.reward import Reward, WeightedSum
+from tests.domains.layout.test_measures import NAMES, layout, noisy_pages
+
+SMOOTH = [
+    rewards.Alignment,
+    rewards.Overlap,
+    rewards.Coverage,
+    rewards.InsidePage,
+    rewards.MinimumSize,
+    rewards.Count,
+]
+RELATIONS = [("title", "above", "text"), ("figure", "larger than", "title")]
+OTHERS = [
+    rewards.GapRegularity(),
+    rewards.GrammarRules(),
+    rewards.Relations(RELATIONS),
+    rewards.ClassCounts({"text": 4, "figure": 1}),
+    Critic(),
+    Critic(output="probability"),
+]
+
+
+def condition(num: int) -> Condition:
+    return Condition(entries=[{}], tables={}, rows=torch.zeros(num, dtype=torch.int64))
+
+
+def value(reward: Reward, layouts: Layouts) -> float:
+    return float(reward(layouts, condition(len(layouts)))[0])
+
+
+@pytest.mark.parametrize("reward", [*(cls() for cls in SMOOTH), *OTHERS])
+def test_rewards_are_finite_numbers_per_layout(reward: Reward) -> None:
+    pages = noisy_pages(30)
+    empty = layout(slots=12)
+    both = Layouts.of(
+        torch.cat([pages.boxes, empty.boxes]).float(),
+        torch.cat([pages.labels, empty.labels]),
+        NAMES,
+    )
+    values = reward(both, condition(31))
+    assert values.shape == (31,) and values.isfinite().all()
+    # Better on real pages than on badly shaken ones, or at least not worse.
+    real = source_layouts(Grammar(200, seed=2))
+    shaken = jittered(real, torch.full((200,), 0.08), torch.Generator().manual_seed(0))
+    means = [reward(x, condition(200)).mean() for x in (real, shaken)]
+    if not isinstance(reward, rewards.Count | rewards.ClassCounts):
+        assert means[0] >= means[1] - 1e-6
+
+
+@pytest.mark.parametrize("cls", SMOOTH)
+def test_values_are_exact_and_gradients_those_of_the_smooth_twin(cls: Any) -> None:
+    pages, reward = noisy_pages(30), cls()
+    presence = (pages.presence + 0.1 * torch.rand(pages.presence.shape)).clamp(max=1)
+    boxes, presence = pages.boxes.clone().requires_grad_(), presence.requires_grad_()
+    layouts = Layouts(boxes, pages.labels, presence, NAMES)
+    values = reward(layouts, condition(30))
+    assert torch.equal(values.detach(), reward(pages, condition(30)))
+    twin = reward.value(layouts, smooth=True)
+    assert not torch.allclose(twin, values)
+    for x in (boxes, presence):
+        ours, theirs = (
+            torch.autograd.grad(v.sum(), x, retain_graph=True, allow_unused=True)[0]
+            for v in (values, twin)
+        )
+        assert (ours is None and theirs is None) or torch.equal(ours, theirs)
+    with torch.no_grad():
+        assert torch.equal(reward(layouts, condition(30)), values)
+
+
+def test_layouts_of_fewer_than_two_elements_are_worse_than_any_page() -> None:
+    worst = jittered(
+        source_layouts(Grammar(100)), torch.full((100,), 0.1), torch.Generator().manual_seed(0)
+    )
+    few = [layout(), layout((0, 0.1, 0.1, 0.9, 0.9))]
+    alignment = rewards.Alignment()
+    assert max(value(alignment, x) for x in few) < alignment(worst, condition(100)).min()
+    assert [value(rewards.Overlap(), x) for x in few] == [-1, -1]
+
+
+def test_known_ways_of_gaming_do_not_pay() -> None:
+    parts: dict[str, Reward] = {
+        "overlap": rewards.Overlap(),
+        "alignment": rewards.Alignment(),
+        "coverage": rewards.Coverage(),
+        "inside_page": rewards.InsidePage(),
+    }
+    reward = WeightedSum(parts, {"alignment": 10.0, "coverage": 0.5})
+    pages = source_layouts(Grammar(100, seed=4))
+    honest = float(reward(pages, condition(100)).mean())
+    text = (0, 0.1, 0.1, 0.9, 0.66)
+    hacks = {
+        "stacked": layout(text, text, text),
+        "tiny": layout(*[(0, 0.1, 0.1 * i, 0.102, 0.1 * i + 0.002) for i in range(1, 5)]),
+        "vanished": layout((0, 0.1, 0.1, 0.1, 0.1), (0, 0.1, 0.2, 0.1, 0.2)),
+        "outside": layout((0, 1.1, 0.1, 1.9, 0.4), (0, 1.1, 0.5, 1.9, 0.9)),
+        "one": layout(text),
+        "none": layout(),
+    }
+    for name, hack in hacks.items():
+        assert value(reward, hack) < honest - 0.1, name
+
+
+def test_coverage_count_and_gaps_by_hand() -> None:
+    half = layout((0, 0, 0, 1, 0.5))
+    assert value(rewards.Coverage(target=0.5), half) == pytest.approx(1)
+    assert value(rewards.Coverage(target=0.65, width=0.15), half) == pytest.approx(math.exp(-1))
+    assert value(rewards.Count(target=4, width=3), half) == pytest.approx(math.exp(-1))
+    stack = layout((0, 0, 0, 1, 0.1), (0, 0, 0.12, 1, 0.2), (0, 0, 0.26, 1, 0.3))
+    assert value(rewards.GapRegularity(0.02), stack) == pytest.approx(math.exp(-1), rel=1e-3)
+    assert value(rewards.GapRegularity(), half) == 1
+
+
+def test_relations_by_hand() -> None:
+    page = layout((1, 0.1, 0.1, 0.3, 0.15), (0, 0.1, 0.2, 0.9, 0.4), (0, 0.1, 0.02, 0.9, 0.05))
+    assert value(rewards.Relations([("title", "above", "text")]), page) == 0.5
+    assert value(rewards.Relations([("text", "below", "title")]), page) == 0.5
+    assert value(rewards.Relations([("title", "left of", "text")]), page) == 1
+    assert value(rewards.Relations([("text", "right of", "title")]), page) == 1
+    assert value(rewards.Relations([("title", "smaller than", "text")]), page) == 1
+    assert value(rewards.Relations([("title", "larger than", "text")]), page) == 0
+    assert value(rewards.Relations([("figure", "above", "text")]), page) == 1
+    # Two of "above" (one holds), two of "smaller than" (both hold).
+    both = rewards.Relations([("title", "above", "text"), ("title", "smaller than", "text")])
+    assert value(both, page) == 0.75
+    # Of two texts one lies above the other, and not the other way round; none above itself.
+    assert value(rewards.Relations([("text", "above", "text")]), page) == 0.5
+
+
+def test_class_counts_by_hand() -> None:
+    page = layout((1, 0.1, 0.1, 0.3, 0.15), (0, 0.1, 0.2, 0.9, 0.4))
+    assert value(rewards.ClassCounts({"text": 1, "title": 1}), page) == 1
+    wanted = rewards.ClassCounts({"text": 3, "figure": 1})
+    assert value(wanted, page) == pytest.approx(math.exp(-1.5))
+
+
+def test_grammar_rules_by_hand() -> None:
+    title, text = (1, 0.1, 0.1, 0.3, 0.12), (0, 0.1, 0.13, 0.9, 0.3)
+    figure, caption = (4, 0.1, 0.4, 0.9, 0.6), (0, 0.1, 0.61, 0.9, 0.63)
+    rule = rewards.GrammarRules()
+    assert value(rule, layout(title, text, figure, caption)) == 1
+    assert value(rule, layout(title, (0, 0.2, 0.13, 0.9, 0.3), figure, caption)) == 0.5
+    assert value(rule, layout(title, (0, 0.1, 0.2, 0.9, 0.3), figure)) == 0
+    above = (0, 0.1, 0.37, 0.9, 0.39)
+    assert value(rule, layout(above, (3, 0.1, 0.4, 0.9, 0.6))) == 1
+    assert value(rule, layout((0, 0.1, 0.37, 0.3, 0.39), (3, 0.25, 0.4, 0.9, 0.6))) == 0
+    assert value(rule, layout(text, caption)) == 1
+    real = rule(source_layouts(Grammar(300, seed=9)), condition(300)).mean()
+    assert real > 0.8
+
+
+def test_the_critic_knows_real_pages_and_has_a_gradient() -> None:
+    real = source_layouts(Grammar(300, seed=12))
+    shaken = jittered(real, torch.full((300,), 0.01), torch.Generator().manual_seed(0))
+    critic = Critic(output="logit")
+    right = [(critic(real, condition(300)) > 0), (critic(shaken, condition(300)) < 0)]
+    assert torch.cat(right).float().mean() > 0.9
+    boxes = shaken.boxes.clone().requires_grad_()
+    moved = Layouts(boxes, shaken.labels, shaken.presence, shaken.classes)
+    (grad,) = torch.autograd.grad(Critic()(moved, condition(300)).sum(), boxes)
+    assert grad.isfinite().all() and grad.abs().sum() > 0
+    assert not any(p.requires_grad for p in critic.parameters())
+    assert not critic.train().training
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: rewards.Coverage(width=0), "width must be positive"),
+        (lambda: rewards.MinimumSize(min_width=-1), "min_width must be positive"),
+        (lambda: rewards.Relations([("text", "near", "title")]), r"got \['near'\]"),
+        (lambda: rewards.Relations([]), "needs triples"),
+        (lambda: rewards.ClassCounts({"text": -1}), "0 or more by class"),
+        (lambda: Critic(output="score"), "output is 'score'"),  # type: ignore[arg-type]
+        (lambda: Critic("missing"), "could not be loaded as a layout encoder"),
+    ],
+)
+def test_settings_that_cannot_work(make: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        make()
+
+
+def test_samples_and_classes_that_do_not_fit() -> None:
+    page = layout((1, 0.1, 0.1, 0.3, 0.15))
+    with pytest.raises(UsageError, match="takes layouts, got Tensor"):
+        rewards.Alignment()(page.boxes, condition(1))
+    with pytest.raises(UsageError, match="1 layouts were given for 2 conditions"):
+        rewards.Alignment()(page, condition(2))
+    with pytest.raises(UsageError, match="names the class 'chart'"):
+        rewards.ClassCounts({"chart": 1})(page, condition(1))
+    with pytest.raises(UsageError, match="names the class 'Image'"):
+        rewards.Overlap(ignored=["Image"])(page, condition(1))
+    screen = Layouts.of(page.boxes, page.labels, ("a", "b"))
+    with pytest.raises(UsageError, match="encoder was trained for the classes"):
+        Critic()(screen, condition(1))
