@@ -1,5 +1,6 @@
 """Every config is parsed in every combination, and run at a tiny size where that is quick."""
 
+import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,12 @@ DOMAINS, ALGORITHMS, TRAINERS, EXPERIMENTS = (
     sorted((CONFIGS / folder).glob("*.yaml"))
     for folder in ("domains", "algorithms", "trainer", "experiments")
 )
-# Domains whose models are built at once, without files.
-CLOSED_FORM = {"gaussian_mixture"}
+# Domains whose models are so small that every algorithm is run on them.
+SMALL = {"gaussian_mixture", "layout"}
+MIXED = {"layout_mixed"}
 WEIGHTS = [ASSETS / "shapes/unet/diffusion_pytorch_model.safetensors", ASSETS / "shapes_clip"]
+# What needs a continuous state.
+CONTINUOUS = {"RewardGradient", "NoisePPO"}
 needs_weights = pytest.mark.skipif(
     not all(path.exists() for path in WEIGHTS), reason="the embedded models are not trained yet"
 )
@@ -43,6 +47,7 @@ TINY_SPLITS = {
     "MixtureData": ("num_train=4", "num_val=2", "num_test=2"),
     "ShapesPrompts": ("num_train_prompts=4", "num_val_prompts=2", "num_test_prompts=2"),
     "ShapesPictures": ("num_pictures=4", "num_val_prompts=2", "num_test_prompts=2"),
+    "LayoutData": ("num_train=4", "num_val=2", "num_test=2"),
 }
 
 
@@ -66,7 +71,10 @@ def run(configs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.chdir(tmp_path)
     loaded = [load(path) for path in configs]
     data = next(config["data"] for config in loaded if "data" in config)
-    splits = TINY_SPLITS[data["class_path"].rpartition(".")[2]]
+    splits = [*TINY_SPLITS[data["class_path"].rpartition(".")[2]]]
+    source = data["init_args"].get("source", {})
+    if isinstance(source, dict) and "num_pages" in source.get("init_args", {}):
+        splits.append("source.init_args.num_pages=64")
     flags = [f"--config={path}" for path in configs]
     method = next((c["model"]["init_args"].get("method") for c in loaded if "model" in c), None)
     settings = TINY_METHODS.get(method["class_path"].rpartition(".")[2], ()) if method else ()
@@ -111,19 +119,32 @@ def test_trainers_are_understood(trainer: Path, capsys: pytest.CaptureFixture[st
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=name)
 def test_experiments_are_complete(experiment: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert parsed([experiment], capsys)["trainer"]["accelerator"] == "cpu"
+    assert parsed([experiment], capsys)["trainer"]["accelerator"] in ("cpu", "auto")
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS, ids=name)
-@pytest.mark.parametrize("domain", [d for d in DOMAINS if d.stem in CLOSED_FORM], ids=name)
-def test_closed_form_domains_run(
+@pytest.mark.parametrize("domain", [d for d in DOMAINS if d.stem in SMALL], ids=name)
+def test_small_domains_run(
     domain: Path, algorithm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run([domain, algorithm, CONFIGS / "trainer/cpu.yaml"], tmp_path, monkeypatch)
 
 
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=name)
+@pytest.mark.parametrize("domain", [d for d in DOMAINS if d.stem in MIXED], ids=name)
+def test_mixed_domains_run_or_are_refused_by_name(
+    domain: Path, algorithm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs = [domain, algorithm, CONFIGS / "trainer/cpu.yaml"]
+    if load(algorithm)["model"]["class_path"].rpartition(".")[2] not in CONTINUOUS:
+        run(configs, tmp_path, monkeypatch)
+        return
+    with pytest.raises(SystemExit, match=r"ProductProcess.*use configs/algorithms/"):
+        run(configs, tmp_path, monkeypatch)
+
+
 @needs_weights
-@pytest.mark.parametrize("domain", [d for d in DOMAINS if d.stem not in CLOSED_FORM], ids=name)
+@pytest.mark.parametrize("domain", [d for d in DOMAINS if d.stem not in SMALL | MIXED], ids=name)
 def test_embedded_domains_run(
     domain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,4 +157,22 @@ def test_experiments_run(experiment: Path, tmp_path: Path, monkeypatch: pytest.M
     # The second stage of pretraining starts from what the first one wrote.
     (tmp_path / "runs/shapes_pretrain").mkdir(parents=True)
     (tmp_path / "runs/shapes_pretrain/tuned").symlink_to(WEIGHTS[0].parents[1])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in ("train.json", "val.json"):
+        write_publaynet(tmp_path / name)
     run([experiment], tmp_path, monkeypatch)
+
+
+def write_publaynet(path: Path) -> None:
+    """Write a file of twenty pages in PubLayNet's format."""
+    names = ("text", "title", "list", "table", "figure")
+    content = {
+        "images": [{"id": i, "width": 600, "height": 800} for i in range(20)],
+        "annotations": [
+            {"image_id": i, "category_id": 1 + j, "bbox": [50, 50 + 100 * j, 400 + i, 80]}
+            for i in range(20)
+            for j in range(3)
+        ],
+        "categories": [{"id": 1 + i, "name": name} for i, name in enumerate(names)],
+    }
+    path.write_text(json.dumps(content))
