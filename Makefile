@@ -2,13 +2,19 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint format clean
+.PHONY: demo demo-layout test lint format clean
 
 demo: .venv/installed
 	rm -rf runs/demo
 	$(BIN)/lit-rlft fit --config configs/experiments/shapes_p_graft.yaml --name demo
 	$(BIN)/lit-rlft test --config configs/experiments/shapes_p_graft.yaml --name demo \
 		--ckpt_path runs/demo/checkpoints/last.ckpt
+
+demo-layout: .venv/installed
+	rm -rf runs/demo_layout
+	$(BIN)/lit-rlft fit --config configs/experiments/layout_p_graft.yaml --name demo_layout
+	$(BIN)/lit-rlft test --config configs/experiments/layout_p_graft.yaml --name demo_layout \
+		--ckpt_path runs/demo_layout/checkpoints/last.ckpt
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest
