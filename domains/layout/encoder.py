@@ -160,13 +160,20 @@ class LayoutEncoder(nn.Module):
         return network.float()
 
 
-def load_encoder(pretrained: str) -> LayoutEncoder:
-    """Return a frozen encoder: a folder that `save` wrote, or "encoder" or "critic", embedded.
+def load_encoder(pretrained: str, classes: str | Sequence[str] = "publaynet") -> LayoutEncoder:
+    """Return a frozen encoder.
+
+    Args:
+        pretrained: A folder that `save` wrote, "encoder" or "critic", which are embedded, or the
+            file of a published network (`load_published`).
+        classes: Of a published network, whose file does not name them.
 
     Raises:
-        UsageError: `pretrained` is no such folder.
+        UsageError: `pretrained` is none of these.
     """
     folder = Path(pretrained)
+    if folder.is_file():
+        return load_published(pretrained, classes)
     if not folder.exists():
         folder = EMBEDDED / pretrained
     try:
@@ -176,7 +183,8 @@ def load_encoder(pretrained: str) -> LayoutEncoder:
         reason = str(error).partition("\n")[0]
         raise UsageError(
             f"pretrained: {pretrained!r} could not be loaded as a layout encoder; give 'encoder', "
-            f"'critic' or a folder that LayoutEncoder.save wrote ({reason})"
+            "'critic', a folder that LayoutEncoder.save wrote or a published network's file "
+            f"({reason})"
         ) from error
     return network.requires_grad_(False).eval()
 

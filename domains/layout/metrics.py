@@ -71,7 +71,8 @@ class SetDistances(Metric):
 
     Args:
         source: The layouts compared with; pages of the page grammar unless given.
-        pretrained: The encoder: a folder or "encoder", the embedded one.
+        pretrained: The encoder: "encoder", the embedded one, a folder, or the file of a published
+            network for the source's classes.
         max_layouts: Compare with the first so many layouts.
     """
 
@@ -83,7 +84,7 @@ class SetDistances(Metric):
     ) -> None:
         super().__init__()
         self.source = source or Grammar(num_pages=max_layouts, seed=1)
-        self.encoder = load_encoder(pretrained)
+        self.encoder = load_encoder(pretrained, self.source.classes)
         self.max_layouts = max_layouts
         self._known: tuple[Layouts, Tensor] | None = None
 

@@ -13,7 +13,7 @@ from domains.layout import measures
 from domains.layout.data import LayoutData
 from domains.layout.encoder import LayoutEncoder, jittered, load_encoder, load_published
 from domains.layout.layouts import Layouts
-from domains.layout.metrics import class_total_variation, source_layouts
+from domains.layout.metrics import SetDistances, class_total_variation, source_layouts
 from domains.layout.pipeline import EMBEDDED, LayoutPipeline
 from domains.layout.sources import Grammar
 from domains.layout.train_encoder import accuracy, losses, question, train
@@ -137,6 +137,9 @@ def test_published_networks_load_by_their_own_names(tmp_path: Path) -> None:
     hidden = torch.nn.functional.pad(~page.valid, (1, 0))
     wanted = core(tokens, src_key_padding_mask=hidden)[0]
     torch.testing.assert_close(network(page), wanted, atol=1e-5, rtol=1e-5)
+    distances = SetDistances(Grammar(num_pages=32), pretrained=str(tmp_path / "fid.pth.tar"))
+    assert distances.encoder.state_dict().keys() == network.state_dict().keys()
+    torch.testing.assert_close(distances.encoder(page), wanted, atol=1e-5, rtol=1e-5)
     with pytest.raises(UsageError, match=r"published layout network for 25 classes"):
         load_published(str(tmp_path / "fid.pth.tar"), "rico")
     with pytest.raises(UsageError, match="could not be loaded"):
