@@ -34,7 +34,7 @@ class _CLI(LightningCLI):
         parser.add_argument("--name", type=str | None, default=None, help="folder of this run")
         parser.add_argument("--root", type=str, default="runs", help="folder of all runs")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults({"checkpoint.save_last": True, "checkpoint.save_on_exception": True})
+        parser.set_defaults({"checkpoint.save_last": True})
         parser.add_lightning_class_args(RunFiles, "run_files")
         parser.add_lightning_class_args(SamplePanel, "sample_panel")
         parser.add_lightning_class_args(SelfCheck, "self_check")
@@ -57,7 +57,12 @@ class _CLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         given = self.config_init[str(self.subcommand)].trainer
-        return super().instantiate_trainer(**trainer_settings(given, self.folder), **kwargs)
+        trainer = super().instantiate_trainer(**trainer_settings(given, self.folder), **kwargs)
+        # Of several processes the others would not come to the barrier of a save.
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and trainer.world_size == 1:
+                callback.save_on_exception = True
+        return trainer
 
 
 def main(args: Sequence[str] | None = None) -> None:
