@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lit_rlft.algorithms.base import RewardFineTuner
+from lit_rlft.callbacks.last_checkpoint import LastCheckpoint
 from lit_rlft.callbacks.run_files import RunFiles, SaveConfig
 from lit_rlft.callbacks.sample_panel import SamplePanel
 from lit_rlft.callbacks.self_check import SelfCheck
@@ -33,7 +34,7 @@ class _CLI(LightningCLI):
             parser.link_arguments(group, f"model.init_args.{group}", apply_on="instantiate")
         parser.add_argument("--name", type=str | None, default=None, help="folder of this run")
         parser.add_argument("--root", type=str, default="runs", help="folder of all runs")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
         parser.set_defaults({"checkpoint.save_last": True})
         parser.add_lightning_class_args(RunFiles, "run_files")
         parser.add_lightning_class_args(SamplePanel, "sample_panel")

@@ -361,6 +361,17 @@ def test_epochs_are_prolonged_bit_by_bit() -> None:
     assert_equal(weights("run"), weights("whole"))
 
 
+def test_rounds_after_the_last_validation_are_kept_and_prolonged_bit_by_bit() -> None:
+    often = {"data.init_args.num_train": 32, "trainer.val_check_interval": 3}
+    gaussian("fit", "whole", {**often, "trainer.max_epochs": 2})
+    gaussian("fit", "run", {**often, "trainer.max_epochs": 1})
+    assert checkpoint("run")["lit_rlft"]["num_rounds"] == 4
+    last = "runs/run/checkpoints/last.ckpt"
+    gaussian("fit", "run", {**often, "trainer.max_epochs": 2, "ckpt_path": last})
+    assert checkpoint("run")["lit_rlft"]["num_rounds"] == 8
+    assert_equal(weights("run"), weights("whole"))
+
+
 def test_two_processes_train_and_test_like_one() -> None:
     # One minibatch a round: 8 accepted samples on one process, 4 on each of two.
     alone = {"model.init_args.minibatch_size": 8, "trainer.max_epochs": 2}
