@@ -263,10 +263,22 @@ def measure(script: str, python: str, options: argparse.Namespace, arguments: Se
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def run_side(
-    options: argparse.Namespace, sides: Mapping[str, Callable[[argparse.Namespace], Turn]]
+def run_command(
+    parser: argparse.ArgumentParser,
+    sides: Mapping[str, Callable[[argparse.Namespace], Turn]],
+    commands: Mapping[str, Callable[[argparse.Namespace], None]],
 ) -> None:
-    """Measure one side in this process; the last line printed is its report."""
+    """Run what the command line asks for.
+
+    Args:
+        parser: Of the command line.
+        sides: What `side` measures in this process; the last line printed is its report.
+        commands: The other sub-commands.
+    """
+    options = parser.parse_args()
+    if options.command != "side":
+        commands[options.command](options)
+        return
     warnings.filterwarnings("ignore")
     print(json.dumps(sides[options.side](options)))
 

@@ -59,7 +59,7 @@ from beside_trl import (
     measure,
     model_folder,
     ratio,
-    run_side,
+    run_command,
     share_adapter,
     side_parser,
     take_turns,
@@ -303,6 +303,7 @@ def check_agreement(size: str, model: Path, options: argparse.Namespace) -> None
         measure(__file__, python, options, [side, *given, "--shared-noise"])
         for side, python in (("ours", sys.executable), ("trl", options.trl_python))
     )
+    allowed = TOLERANCE
     for key in ("reward", "advantage", "loss", "norm"):
         both = [[value for epoch in turn[key] for value in epoch] for turn in (other, mine)]
         # Losses and norms come once per update, the others once per sample of an epoch.
@@ -315,8 +316,11 @@ def check_agreement(size: str, model: Path, options: argparse.Namespace) -> None
             f"{size}, {key}: largest difference {max(gaps[:early]):.1e} up to the first update and "
             f"{max(gaps):.1e} after it, of {scale:.4g}; TRL, ours: {shown}"
         )
-        if max(gaps[:early]) > TOLERANCE:
+        if max(gaps[:early]) > allowed:
             raise SystemExit(f"the two sides do not take the same update: {key}")
+        if key == "reward":  # a byte of a JPEG file moves advantages by its share of the std
+            std = statistics.stdev(both[0][:early])
+            allowed += 2 * max(gaps[:early]) * scale / std
     print(f"{size}, |ratio - 1|: TRL {other['deviation']:.1e}, ours {mine['deviation']:.1e}")
 
 
@@ -385,11 +389,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Run a sub-command."""
-    options = _parser().parse_args()
-    if options.command == "side":
-        run_side(options, {"trl": trl_side, "ours": our_side})
-    else:
-        compare(options)
+    run_command(_parser(), {"trl": trl_side, "ours": our_side}, {"compare": compare})
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ from beside_trl import (
     measure,
     model_folder,
     ratio,
-    run_side,
+    run_command,
     share_adapter,
     side_parser,
     take_turns,
@@ -311,11 +311,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Run a sub-command."""
-    options = _parser().parse_args()
-    if options.command == "side":
-        run_side(options, {"trl": trl_side, "ours": our_side})
-    else:
-        {"compare": compare, "depth": depth}[options.command](options)
+    commands = {"compare": compare, "depth": depth}
+    run_command(_parser(), {"trl": trl_side, "ours": our_side}, commands)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,12 @@ class Observer(Callback):
     """A callback that `RewardFineTuner` also tells what it collects, computes and is about to do.
 
     Raising an error in any of these methods stops the run before the weights change again.
+
+    Attributes:
+        enabled: Whether it is told anything.
     """
+
+    enabled: bool = True
 
     def on_experience(self, tuner: RewardFineTuner, experience: Experience) -> None:
         """See what a round collected, before it is trained on."""

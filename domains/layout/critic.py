@@ -1,20 +1,19 @@
 """A learned reward: how real a layout looks to a network that knows real and shaken pages."""
 
-from typing import Any, Literal, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from domains.layout.encoder import load_encoder
 from domains.layout.layouts import check_layouts
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.judge import Judge, Output
 from lit_rlft.core.pipeline import Condition
-from lit_rlft.core.reward import Reward
 
 __all__ = ["Critic"]
 
 
-class Critic(Reward):
+class Critic(Judge):
     """What a layout encoder's critic says: the logit of "real", or its log-probability.
 
     Differentiable with respect to boxes; which slots hold what is taken as it is. The network is
@@ -28,33 +27,13 @@ class Critic(Reward):
         UsageError: `pretrained` is no such folder, or `output` is unknown.
     """
 
-    differentiable = True
-
-    def __init__(
-        self,
-        pretrained: str = "critic",
-        output: Literal["logit", "log_probability", "probability"] = "log_probability",
-    ) -> None:
-        super().__init__()
-        if output not in ("logit", "log_probability", "probability"):
-            raise UsageError(
-                f"reward.init_args.output is {output!r}; use 'logit', 'log_probability' or "
-                "'probability'"
-            )
-        self.output = output
+    def __init__(self, pretrained: str = "critic", output: Output = "log_probability") -> None:
+        super().__init__(output)
         self.encoder = load_encoder(pretrained)
-
-    def train(self, mode: bool = True) -> Self:
-        """Stay in evaluation mode."""
-        return super().train(False)
 
     def forward(self, samples: Any, condition: Condition) -> Tensor:
         """Return the critic's judgement of each layout, [B]."""
         layouts = check_layouts(samples, condition)
         with torch.autocast(layouts.boxes.device.type, enabled=False):
             logits = self.encoder.logits(self.encoder(layouts))
-        if self.output == "logit":
-            return logits
-        if self.output == "probability":
-            return logits.sigmoid()
-        return torch.nn.functional.logsigmoid(logits)
+        return self.verdict(logits)

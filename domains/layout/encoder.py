@@ -21,13 +21,12 @@ from pathlib import Path
 from typing import Literal, Self
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from domains.layout.classes import class_list
 from domains.layout.layouts import EMPTY, Layouts
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, loading
 
 __all__ = ["EncoderArchitecture", "LayoutEncoder", "load_encoder", "load_published"]
 
@@ -176,16 +175,12 @@ def load_encoder(pretrained: str, classes: str | Sequence[str] = "publaynet") ->
         return load_published(pretrained, classes)
     if not folder.exists():
         folder = EMBEDDED / pretrained
-    try:
-        with torch.random.fork_rng():
-            network = LayoutEncoder.load(folder)
-    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UsageError(
-            f"pretrained: {pretrained!r} could not be loaded as a layout encoder; give 'encoder', "
-            "'critic', a folder that LayoutEncoder.save wrote or a published network's file "
-            f"({reason})"
-        ) from error
+    failed = (
+        f"pretrained: {pretrained!r} could not be loaded as a layout encoder; give 'encoder', "
+        "'critic', a folder that LayoutEncoder.save wrote or a published network's file"
+    )
+    with loading(failed), torch.random.fork_rng():
+        network = LayoutEncoder.load(folder)
     return network.requires_grad_(False).eval()
 
 
@@ -202,7 +197,11 @@ def load_published(path: str, classes: str | Sequence[str]) -> LayoutEncoder:
     Raises:
         UsageError: The file is missing, or is no such network for so many classes.
     """
-    try:
+    failed = (
+        f"{path} could not be loaded as a published layout network for "
+        f"{len(class_list(classes))} classes"
+    )
+    with loading(failed):
         state = torch.load(path, map_location="cpu", weights_only=True)
         state = {
             _our_name(name.removeprefix("module.")): value
@@ -219,14 +218,6 @@ def load_published(path: str, classes: str | Sequence[str]) -> LayoutEncoder:
         )
         network = LayoutEncoder(architecture)
         network.load_state_dict(state)
-    except (OSError, KeyError, AttributeError, RuntimeError, ValueError) as error:
-        if isinstance(error, UsageError):
-            raise
-        reason = str(error).partition("\n")[0]
-        raise UsageError(
-            f"{path} could not be loaded as a published layout network for "
-            f"{len(class_list(classes))} classes ({reason})"
-        ) from error
     return network.requires_grad_(False).eval()
 
 

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional
 
 from domains.layout.layouts import EMPTY, Layouts
 from domains.layout.network import Architecture, LayoutTransformer, load_weights, save_weights
 from domains.layout.render import draw, save_layout
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, loading
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline
 from lit_rlft.core.process import GaussianProcess, MaskedProcess, Process, ProductProcess
 from lit_rlft.core.schedule import RectifiedFlow
@@ -279,13 +278,9 @@ def _load(pretrained: str) -> LayoutTransformer:
     folder = Path(pretrained)
     if not folder.exists():
         folder = EMBEDDED / pretrained
-    try:
+    failed = (
+        f"pipeline.init_args.pretrained: {pretrained!r} could not be loaded as a layout model; "
+        "give 'grammar', 'grammar_mixed' or a folder that save wrote"
+    )
+    with loading(failed):
         return load_weights(folder)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, UsageError):
-            raise
-        reason = str(error).partition("\n")[0]
-        raise UsageError(
-            f"pipeline.init_args.pretrained: {pretrained!r} could not be loaded as a layout model; "
-            f"give 'grammar', 'grammar_mixed' or a folder that save wrote ({reason})"
-        ) from error

@@ -91,22 +91,24 @@ class _File(Source):
 
     Args:
         path: The file or folder.
-        classes: A known list or the names of the labels.
-        max_elements: Layouts with more elements are left out.
+        max_elements: Layouts with more elements are left out; the literature takes 9, 20 or 25.
+        classes: A known list or the names of the labels that are used; None takes `usual_classes`.
         strict: Stop at the first layout that cannot be used instead of leaving it out.
         cache_dir: Folder of the arrays; None takes `lit-rlft` in the user's cache folder.
     """
 
+    usual_classes: str = ""
+
     def __init__(
         self,
         path: str,
-        classes: str | Sequence[str],
-        max_elements: int,
+        max_elements: int = 20,
+        classes: str | Sequence[str] | None = None,
         *,
         strict: bool = False,
         cache_dir: str | None = None,
     ) -> None:
-        super().__init__(classes, max_elements)
+        super().__init__(classes or self.usual_classes, max_elements)
         self.path, self.strict = Path(path), strict
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         self.cache_dir = Path(cache_dir) if cache_dir else home / "lit-rlft" / "layout"
@@ -156,25 +158,12 @@ class _File(Source):
 class PubLayNet(_File):
     """A COCO file: PubLayNet's train.json or val.json, or another with its own classes.
 
-    Args:
-        path: The file.
-        max_elements: Pages with more elements are left out; the literature takes 9, 20 or 25.
-        classes: A known list or the names of the categories that are used.
-        **file: `strict` and `cache_dir` of a file.
-
     References:
         PubLayNet: largest dataset ever for document layout analysis (Zhong et al., 2019),
         https://arxiv.org/abs/1908.07836
     """
 
-    def __init__(
-        self,
-        path: str,
-        max_elements: int = 20,
-        classes: str | Sequence[str] = "publaynet",
-        **file: Any,
-    ) -> None:
-        super().__init__(path, classes, max_elements, **file)
+    usual_classes = "publaynet"
 
     def _entries(self) -> Iterable[Page | BadPage]:
         return read_coco(self.path)
@@ -183,25 +172,12 @@ class PubLayNet(_File):
 class RicoJSON(_File):
     """RICO's semantic annotations as distributed: a folder of view hierarchies.
 
-    Args:
-        path: The folder.
-        max_elements: Screens with more elements are left out.
-        classes: A known list or the names of the component labels that are used.
-        **file: `strict` and `cache_dir` of a file.
-
     References:
         Learning Design Semantics for Mobile Apps (Liu et al., 2018),
         https://doi.org/10.1145/3242587.3242650
     """
 
-    def __init__(
-        self,
-        path: str,
-        max_elements: int = 20,
-        classes: str | Sequence[str] = "rico",
-        **file: Any,
-    ) -> None:
-        super().__init__(path, classes, max_elements, **file)
+    usual_classes = "rico"
 
     def _entries(self) -> Iterable[Page | BadPage]:
         return read_rico(self.path)
@@ -210,21 +186,10 @@ class RicoJSON(_File):
 class RicoArrays(_File):
     """RICO as an .npz file of arrays (`domains.layout.formats.read_arrays` says which).
 
-    Args:
-        path: The file.
-        max_elements: Screens with more elements are left out.
-        classes: A known list or the names of the labels 1, 2, ...
-        **file: `strict` and `cache_dir` of a file.
+    Label 0 is an empty slot; the classes are those of the labels 1, 2, ...
     """
 
-    def __init__(
-        self,
-        path: str,
-        max_elements: int = 20,
-        classes: str | Sequence[str] = "rico",
-        **file: Any,
-    ) -> None:
-        super().__init__(path, classes, max_elements, **file)
+    usual_classes = "rico"
 
     def _entries(self) -> Iterable[Page | BadPage]:
         return read_arrays(self.path, self.classes)
@@ -247,7 +212,7 @@ class JSONLayouts(_File):
         max_elements: int = 12,
         **file: Any,
     ) -> None:
-        super().__init__(path, classes, max_elements, **file)
+        super().__init__(path, max_elements, classes, **file)
 
     def _entries(self) -> Iterable[Page | BadPage]:
         return read_json(self.path)

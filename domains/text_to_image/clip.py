@@ -7,11 +7,10 @@ from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, CLIPModel, CLIPTokenizer, ImageProcessingMixin
 
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, loading
 
 __all__ = ["CLIPEncoder", "Preprocessing"]
 
@@ -116,14 +115,12 @@ class CLIPEncoder(nn.Module):
         if not source.exists() and (_EMBEDDED / pretrained).is_dir():
             source = _EMBEDDED / pretrained
         name = str(source) if source.exists() else pretrained
-        try:
+        failed = (
+            f"pretrained: {pretrained!r} could not be loaded as a CLIP folder or hub id, for "
+            "example openai/clip-vit-base-patch32"
+        )
+        with loading(failed):
             self.clip, self.tokenizer, config = _load(name)
-        except (OSError, ValueError, SafetensorError) as error:
-            reason = str(error).partition("\n")[0]
-            raise UsageError(
-                f"pretrained: {pretrained!r} could not be loaded as a CLIP folder or hub id, for "
-                f"example openai/clip-vit-base-patch32 ({reason})"
-            ) from error
         self.preprocess = Preprocessing.from_config(config)
         self._check_size()
         self.requires_grad_(False).eval()

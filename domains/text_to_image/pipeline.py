@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from domains.text_to_image.render import save_png
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, loading
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline
 from lit_rlft.core.process import GaussianProcess, PredictionType
 from lit_rlft.core.schedule import DiscreteVP
@@ -259,19 +259,17 @@ def _load(pretrained: str, *, from_scratch: bool) -> StableDiffusionPipeline:
         )
     source = str(folder) if folder.exists() else pretrained
     fresh: dict[str, Any] = {}
-    try:
+    failed = (
+        f"pipeline.init_args.pretrained: {pretrained!r} could not be loaded as a "
+        "StableDiffusionPipeline folder or hub id"
+    )
+    with loading(failed):
         if from_scratch:
             unet = UNet2DConditionModel.load_config(source, subfolder="unet")
             fresh["unet"] = UNet2DConditionModel.from_config(unet)
             text = CLIPTextConfig.from_pretrained(source, subfolder="text_encoder")
             fresh["text_encoder"] = CLIPTextModel(text)
         loaded = StableDiffusionPipeline.from_pretrained(source, safety_checker=None, **fresh)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UsageError(
-            f"pipeline.init_args.pretrained: {pretrained!r} could not be loaded as a "
-            f"StableDiffusionPipeline folder or hub id ({reason})"
-        ) from error
     for part in (loaded.unet, loaded.vae, loaded.text_encoder):
         part.float()
     return loaded

@@ -2,27 +2,25 @@
 
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor
 
 from domains.text_to_image.rewards import check_pictures, prompts_of
 from domains.text_to_image.shapes.classifier import Classifier, encode
 from domains.text_to_image.shapes.world import SIZE, parse
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, loading
+from lit_rlft.core.judge import Judge, Output
 from lit_rlft.core.pipeline import Condition
-from lit_rlft.core.reward import Reward
 
 __all__ = ["ShapesClassifier"]
 
 _EMBEDDED = Path(__file__).parent / "assets"
-Output = Literal["log_probability", "probability", "logit"]
 
 
-class ShapesClassifier(Reward):
+class ShapesClassifier(Judge):
     """How sure a small network is that a picture shows what the prompt says, and nothing else.
 
     VQAScore in miniature: P("yes" | picture, "does this show {prompt}?"), from a network that was
@@ -49,24 +47,12 @@ class ShapesClassifier(Reward):
         https://arxiv.org/abs/2404.01291
     """
 
-    differentiable = True
-
     def __init__(
         self, pretrained: str = "shapes_classifier", output: Output = "log_probability"
     ) -> None:
-        super().__init__()
-        if output not in ("log_probability", "probability", "logit"):
-            raise UsageError(
-                f"reward.init_args.output is {output!r}; use 'log_probability', 'probability' or "
-                "'logit'"
-            )
-        self.output = output
+        super().__init__(output)
         self.classifier = _load(pretrained)
         self.requires_grad_(False).eval()
-
-    def train(self, mode: bool = True) -> Self:
-        """Stay in evaluation mode."""
-        return super().train(False)
 
     def forward(self, samples: Any, condition: Condition) -> Tensor:
         """Return the log-probability (or what `output` says) of "yes" of each picture, [B].
@@ -74,7 +60,7 @@ class ShapesClassifier(Reward):
         Raises:
             UsageError: A prompt is outside the grammar, or the pictures are not square.
         """
-        return self._reward(self._logits(samples, condition))
+        return self.verdict(self._logits(samples, condition))
 
     def evaluate(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
         """Return the reward, and the probability of "yes" whatever `output` is.
@@ -84,12 +70,7 @@ class ShapesClassifier(Reward):
         """
         logits = self._logits(samples, condition)
         probability = logits.sigmoid()
-        return {self.name: self._reward(logits), f"{self.name}/probability": probability}
-
-    def _reward(self, logits: Tensor) -> Tensor:
-        if self.output == "logit":
-            return logits
-        return F.logsigmoid(logits) if self.output == "log_probability" else logits.sigmoid()
+        return {self.name: self.verdict(logits), f"{self.name}/probability": probability}
 
     def _logits(self, samples: Any, condition: Condition) -> Tensor:
         pictures = check_pictures(samples, condition)
@@ -125,11 +106,9 @@ def _load(pretrained: str) -> Classifier:
     folder = Path(pretrained)
     if not folder.exists():
         folder = _EMBEDDED / pretrained
-    try:
+    failed = (
+        f"pretrained: {pretrained!r} could not be loaded as a classifier of the shapes world; "
+        "give 'shapes_classifier' or a folder that Classifier.save wrote"
+    )
+    with loading(failed):
         return Classifier.load(folder)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UsageError(
-            f"pretrained: {pretrained!r} could not be loaded as a classifier of the shapes world; "
-            f"give 'shapes_classifier' or a folder that Classifier.save wrote ({reason})"
-        ) from error

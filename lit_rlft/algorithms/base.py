@@ -1,9 +1,7 @@
 """The loop that every algorithm shares: collect experience, train on it, evaluate."""
 
-import math
 import time
 from abc import ABC, abstractmethod
-from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,9 +29,9 @@ from lit_rlft.core.state import State, batch_size, cat, index, split
 from lit_rlft.cost import Cost, count_calls, flops_per_call, peak_memory_bytes
 from lit_rlft.evaluation import Arm, Evaluation
 from lit_rlft.observer import Observer
-from lit_rlft.optimization import Updates, is_maximum
-from lit_rlft.processes import gather
-from lit_rlft.runs import run_folder, summary_writer
+from lit_rlft.optimization import Updates
+from lit_rlft.round_log import log_round
+from lit_rlft.runs import run_folder
 
 __all__ = ["Draw", "Experience", "Prior", "Relay", "RewardFineTuner"]
 
@@ -179,7 +177,7 @@ class RewardFineTuner(LightningModule, ABC):
     def observers(self) -> list[Observer]:
         """The trainer's callbacks that watch rounds from inside."""
         callbacks = getattr(self.trainer, "callbacks", [])
-        return [callback for callback in callbacks if isinstance(callback, Observer)]
+        return [one for one in callbacks if isinstance(one, Observer) and one.enabled]
 
     @property
     def on_policy(self) -> bool:
@@ -292,7 +290,7 @@ class RewardFineTuner(LightningModule, ABC):
         ]
         self.num_rounds += 1
         self.cost.seconds = self._seconds_before + time.monotonic() - self._started
-        self._log_round(experience, outcomes)
+        log_round(self, experience, outcomes)
 
     def draw_states(
         self,
@@ -384,17 +382,21 @@ class RewardFineTuner(LightningModule, ABC):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Evaluate the tuned model, and once the reference, on the same noise."""
+        condition = self.pipeline.encode(batch).repeat(self.num_eval_samples)
         known = self.evaluation.reference.has(batch_idx)
-        self._evaluate(batch, batch_idx, ["tuned"] if known else ["tuned", "reference"])
+        self._evaluate(batch, batch_idx, condition, ["tuned"] if known else ["tuned", "reference"])
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Evaluate the tuned model, the reference and baselines on the same conditions."""
-        self._evaluate(batch, batch_idx, ["tuned", "reference"])
+        condition = self.pipeline.encode(batch).repeat(self.num_eval_samples)
+        self._evaluate(batch, batch_idx, condition, ["tuned", "reference"])
         if self.best_of:
-            self._evaluate_baselines(batch, batch_idx)
+            seeds = self._eval_seeds(batch)
+            for arm, x_0 in best_of(self, condition, seeds, self.best_of).items():
+                self._measure(arm, batch_idx, x_0, condition)
         if not self._flops:
             spent = self._meter.denoiser_calls
-            self._flops = flops_per_call(self.pipeline, self.pipeline.encode(batch))
+            self._flops = flops_per_call(self.pipeline, condition)
             self._meter.denoiser_calls = spent
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Draw:
@@ -445,8 +447,11 @@ class RewardFineTuner(LightningModule, ABC):
             for path in self.export(run_folder(self.trainer) / "tuned"):
                 rank_zero_info(f"tuned model: {path}")
 
+    def _eval_seeds(self, batch: Batch) -> list[int]:
+        return self.sample_seeds(batch, self.num_eval_samples, _EVALUATE)
+
     def _draw(self, batch: Batch, condition: Condition, arm: Arm) -> tuple[State, list[int]]:
-        seeds = self.sample_seeds(batch, self.num_eval_samples, _EVALUATE)
+        seeds = self._eval_seeds(batch)
         tuned = arm == "tuned"
         (x_0,) = self.draw_states(
             condition,
@@ -458,20 +463,15 @@ class RewardFineTuner(LightningModule, ABC):
         )
         return x_0, seeds
 
-    def _evaluate(self, batch: Batch, batch_idx: int, arms: Sequence[Arm]) -> None:
-        condition = self.pipeline.encode(batch).repeat(self.num_eval_samples)
+    def _evaluate(
+        self, batch: Batch, batch_idx: int, condition: Condition, arms: Sequence[Arm]
+    ) -> None:
         for arm in arms:
             x_0, seeds = self._draw(batch, condition, arm)
             kl = torch.zeros(len(condition))
             if arm == "tuned":
                 kl = self._divergence(x_0, condition, seeds)
             self._measure(arm, batch_idx, x_0, condition, kl=kl)
-
-    def _evaluate_baselines(self, batch: Batch, batch_idx: int) -> None:
-        condition = self.pipeline.encode(batch).repeat(self.num_eval_samples)
-        seeds = self.sample_seeds(batch, self.num_eval_samples, _EVALUATE)
-        for arm, x_0 in best_of(self, condition, seeds, self.best_of).items():
-            self._measure(arm, batch_idx, x_0, condition)
 
     def _measure(
         self, arm: Arm, batch_idx: int, x_0: State, condition: Condition, **known: Tensor
@@ -511,47 +511,6 @@ class RewardFineTuner(LightningModule, ABC):
         self._meter.reward_calls += len(condition)
         values = self.reward(samples, condition)
         return check_rewards(self.reward, values, len(condition), may_fail=may_fail)
-
-    def _log_round(self, experience: Experience, outcomes: list[dict[str, float]]) -> None:
-        means = self._means(experience.metrics, outcomes)
-        for name, value in means.items():
-            self.log(f"train/{name}", value, prog_bar=name in ("reward", "loss"))
-        self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
-        reward_calls = self.cost.reward_calls * self.trainer.world_size
-        self.log("cost/samples", float(self.num_samples))
-        self.log("cost/reward_calls", float(reward_calls))
-        self.log("cost/denoiser_calls", float(self.cost.denoiser_calls * self.trainer.world_size))
-        writer = summary_writer(self)
-        if writer is None:
-            return
-        for name, values in experience.histograms.items():
-            if values.numel():
-                writer.add_histogram(f"train/{name}", values.cpu(), self.num_updates)
-        if "reward" in means:
-            writer.add_scalar("train/reward_by_samples", means["reward"], self.num_samples)
-            writer.add_scalar("train/reward_by_reward_calls", means["reward"], reward_calls)
-
-    def _means(
-        self, metrics: Mapping[str, float], outcomes: list[dict[str, float]]
-    ) -> dict[str, float]:
-        """Average over processes; one without samples has no losses, which counts as zeros."""
-        world_size = self.trainer.world_size
-        parts = gather((dict(metrics), outcomes), world_size)
-        means: dict[str, float] = {}
-        for name in metrics:
-            known = [own[name] for own, _ in parts if not math.isnan(own[name])]
-            if known:
-                means[name] = sum(known) / len(known)
-        values: dict[str, list[float]] = defaultdict(list)
-        for outcomes_of_update in zip(*(own for _, own in parts), strict=True):
-            # A name belongs to the updates that have it: not every one trains every step.
-            for name in sorted({name for outcome in outcomes_of_update for name in outcome}):
-                known = [outcome.get(name, 0.0) for outcome in outcomes_of_update]
-                values[name].append(max(known) if is_maximum(name) else sum(known) / world_size)
-        return means | {
-            name: max(every) if is_maximum(name) else sum(every) / len(every)
-            for name, every in values.items()
-        }
 
     def _check_settings(self) -> None:
         for name in ("num_epochs", "minibatch_size", "sampling_batch_size", "num_eval_samples"):

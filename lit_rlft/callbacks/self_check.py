@@ -1,8 +1,8 @@
 """Says what is wrong while it can still be mended: ratios, rewards, losses, gradients."""
 
+import math
 from collections.abc import Mapping
 
-import torch
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -40,8 +40,6 @@ class SelfCheck(Observer):
 
     def on_experience(self, tuner: RewardFineTuner, experience: Experience) -> None:
         """Check the rewards of a round."""
-        if not self.enabled:
-            return
         metrics = experience.metrics
         if failed := metrics.get("failed_rewards", 0):
             self._warn(
@@ -66,8 +64,6 @@ class SelfCheck(Observer):
         values: Mapping[str, Tensor],
     ) -> None:
         """Check ratios, and that losses are finite and have a gradient."""
-        if not self.enabled:
-            return
         if not losses.requires_grad:
             raise UsageError(
                 f"the loss of {tuner.algorithm} has no gradient: nothing it depends on is "
@@ -76,30 +72,19 @@ class SelfCheck(Observer):
             )
         if not losses.isfinite().all():
             wrong = int((~losses.isfinite()).sum())
-            raise UsageError(
-                f"{wrong} of {len(losses)} losses of update {tuner.num_updates} are not finite; "
-                "the weights are those before it. Lower the learning rate, or compute in "
-                "trainer.precision 32-true"
-            )
+            raise _not_finite(tuner, f"{wrong} of {len(losses)} losses")
         if "first_ratio_deviation_max" in values:
             self._check_ratios(tuner, part, values["first_ratio_deviation_max"])
         self._check_constant(tuner, values.get("reward"))
 
     def on_gradients(self, tuner: RewardFineTuner, norm: float) -> None:
         """Check that gradients are finite and that there are any."""
-        precision = tuner.trainer.precision_plugin
-        if not self.enabled:
-            return
         named = [(n, p) for n, p in tuner.trainable().named_parameters() if p.requires_grad]
-        finite = torch.isfinite(torch.tensor(norm))
+        precision = tuner.trainer.precision_plugin
         scaled = isinstance(precision, MixedPrecision) and precision.scaler is not None
-        if not finite and not scaled:  # a scaler skips such updates and goes on
+        if not math.isfinite(norm) and not scaled:  # a scaler skips such updates and goes on
             wrong = [n for n, p in named if p.grad is not None and not p.grad.isfinite().all()]
-            raise UsageError(
-                f"gradients of update {tuner.num_updates} are not finite (first in {wrong[0]}); "
-                "the weights are those before it. Lower the learning rate, or compute in "
-                "trainer.precision 32-true"
-            )
+            raise _not_finite(tuner, "gradients", f" (first in {wrong[0]})")
         if unreached := [n for n, p in named if p.grad is None]:
             self._warn(
                 "unreached",
@@ -146,6 +131,13 @@ class SelfCheck(Observer):
         if kind not in self._said:
             self._said.add(kind)
             rank_zero_warn(text)
+
+
+def _not_finite(tuner: RewardFineTuner, what: str, where: str = "") -> UsageError:
+    return UsageError(
+        f"{what} of update {tuner.num_updates} are not finite{where}; the weights are those "
+        "before it. Lower the learning rate, or compute in trainer.precision 32-true"
+    )
 
 
 def _dtype(tuner: RewardFineTuner) -> str:

@@ -1,0 +1,48 @@
+"""Rewards that a frozen network decides: how sure it is of "yes"."""
+
+from typing import Literal, Self, get_args
+
+from torch import Tensor
+from torch.nn import functional
+
+from lit_rlft.core.checks import UsageError
+from lit_rlft.core.reward import Reward
+
+__all__ = ["Judge", "Output"]
+
+Output = Literal["log_probability", "probability", "logit"]
+
+
+class Judge(Reward):
+    """A differentiable reward from a network's logit of "yes"; always in evaluation mode.
+
+    Args:
+        output: "log_probability" is in (-inf, 0], "probability" in [0, 1], and "logit", their
+            log-odds, has no bounds.
+
+    Raises:
+        UsageError: `output` is unknown.
+    """
+
+    differentiable = True
+
+    def __init__(self, output: Output = "log_probability") -> None:
+        super().__init__()
+        if output not in get_args(Output):
+            raise UsageError(
+                f"reward.init_args.output is {output!r}; use 'log_probability', 'probability' or "
+                "'logit'"
+            )
+        self.output = output
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in evaluation mode."""
+        return super().train(False)
+
+    def verdict(self, logits: Tensor) -> Tensor:
+        """Return what `output` says of logits [B], [B]."""
+        if self.output == "logit":
+            return logits
+        if self.output == "probability":
+            return logits.sigmoid()
+        return functional.logsigmoid(logits)
