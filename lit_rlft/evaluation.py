@@ -21,7 +21,7 @@ class Measured:
 
     Attributes:
         values: Per metric and batch, values [B].
-        pictures: Per batch, rendered samples [B, 3, H, W].
+        pictures: Per batch, its first rendered samples [b, 3, H, W], where any are to be shown.
         labels: Per batch, what each sample was conditioned on.
     """
 
@@ -31,7 +31,12 @@ class Measured:
 
     def has(self, batch: int) -> bool:
         """Return whether a batch was measured already."""
-        return batch in self.pictures
+        return batch in self.labels
+
+    @property
+    def num_pictures(self) -> int:
+        """Number of samples that were rendered."""
+        return sum(map(len, self.pictures.values()))
 
     def columns(self) -> dict[str, Tensor]:
         """Return all values of each metric, [n], in the order of the batches."""
@@ -59,14 +64,15 @@ class Evaluation:
         arm: Arm,
         batch: int,
         values: Mapping[str, Tensor],
-        pictures: Tensor,
+        pictures: Tensor | None,
         labels: list[str],
     ) -> None:
-        """Add the measurements of one batch; pictures are kept as bytes."""
+        """Add the measurements of one batch; pictures, of as many as are shown, become bytes."""
         measured = self.arms.setdefault(arm, Measured())
         for name, value in values.items():
             measured.values[name][batch] = value.detach().double().cpu()
-        measured.pictures[batch] = (pictures.detach().clamp(0, 1) * 255).round().byte().cpu()
+        if pictures is not None:
+            measured.pictures[batch] = (pictures.detach().clamp(0, 1) * 255).round().byte().cpu()
         measured.labels[batch] = labels
 
     def summary(self, world_size: int) -> dict[str, dict[str, dict[str, float]]]:

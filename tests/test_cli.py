@@ -15,6 +15,7 @@ from lightning import LightningModule
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from domains.gaussian_mixture.pipeline import GaussianMixturePipeline
 from lit_rlft.callbacks.run_files import RunFiles
 from lit_rlft.cli import main
 from tests.support import (
@@ -359,6 +360,21 @@ def test_epochs_are_prolonged_bit_by_bit() -> None:
     last = "runs/run/checkpoints/last.ckpt"
     gaussian("fit", "run", {"trainer.max_epochs": 2, "ckpt_path": last})
     assert_equal(weights("run"), weights("whole"))
+
+
+def test_only_the_samples_that_are_shown_are_rendered(monkeypatch: pytest.MonkeyPatch) -> None:
+    render, rendered = GaussianMixturePipeline.render, []
+
+    def counted(self: GaussianMixturePipeline, samples: Any, condition: Any) -> torch.Tensor:
+        rendered.append(len(samples))
+        return render(self, samples, condition)
+
+    monkeypatch.setattr(GaussianMixturePipeline, "render", counted)
+    # Batches of 4 samples: tuned and reference, two batches each.
+    shown = {"sample_panel.num_samples": 5, "run_files.num_conditions": 2}
+    gaussian("validate", "run", {**shown, "data.init_args.eval_batch_size": 2})
+    assert rendered == [4, 4, 1, 1]
+    assert len(list(Path("runs/run/panels").iterdir())) == 1
 
 
 def test_rounds_after_the_last_validation_are_kept_and_prolonged_bit_by_bit() -> None:

@@ -161,6 +161,8 @@ class RewardFineTuner(LightningModule, ABC):
         self.reference: Reference | None = None
         self.pretrained = ""
         self.evaluation = Evaluation()
+        self.num_pictures = 0
+        """Samples of an evaluation that are rendered; who shows them raises it."""
         self.updates = Updates(self)
         self.num_rounds = self.num_samples = self.num_updates = 0
         self._collected_at = 0
@@ -481,9 +483,21 @@ class RewardFineTuner(LightningModule, ABC):
         values = self.reward.evaluate(samples, condition)
         check_rewards(self.reward, values[self.reward.name], len(condition))
         values |= self.metrics.evaluate(samples, condition) | known
-        pictures = self.pipeline.render(samples, condition)
+        pictures = self._pictures(arm, samples, condition)
         labels = [self.pipeline.describe(entry) for entry in condition.each()]
         self.evaluation.add(arm, batch_idx, values, pictures, labels)
+
+    def _pictures(self, arm: Arm, samples: Any, condition: Condition) -> Tensor | None:
+        """Render what is still to be shown of a model: some domains take longer than to sample."""
+        if arm not in ("tuned", "reference") or not self.trainer.is_global_zero:
+            return None
+        missing = self.num_pictures - self.evaluation.arms[arm].num_pictures
+        rows = torch.arange(max(0, min(missing, len(condition))))
+        if not len(rows):
+            return None
+        return self.pipeline.render(
+            self.pipeline.index_samples(samples, rows), condition.index(rows)
+        )
 
     def _divergence(self, x_0: State, condition: Condition, seeds: Sequence[int]) -> Tensor:
         """Estimate the KL of the tuned model's paths from the reference's, [B]."""

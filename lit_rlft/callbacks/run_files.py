@@ -48,6 +48,12 @@ class RunFiles(Callback):
     def __init__(self, num_conditions: int = 12) -> None:
         self.num_conditions = num_conditions
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Ask for the pictures."""
+        assert isinstance(pl_module, RewardFineTuner)
+        num_samples = self.num_conditions * pl_module.num_eval_samples
+        pl_module.num_pictures = max(pl_module.num_pictures, num_samples)
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say where everything is."""
         folder = run_folder(trainer)

@@ -23,6 +23,11 @@ class SamplePanel(Callback):
     def __init__(self, num_samples: int = 24, num_columns: int = 12) -> None:
         self.num_samples, self.num_columns = num_samples, num_columns
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Ask for the pictures."""
+        assert isinstance(pl_module, RewardFineTuner)
+        pl_module.num_pictures = max(pl_module.num_pictures, self.num_samples)
+
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the panel of what was just drawn."""
         assert isinstance(pl_module, RewardFineTuner)
