@@ -1,0 +1,1 @@
+"""Molecules: atoms in space, from an enumerated set of small ones to QM9."""
