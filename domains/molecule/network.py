@@ -75,7 +75,7 @@ class Architecture:
         tanh: EDM's bound on moves of positions.
         attention: EDM's gate on messages.
         norm_constant: EDM's length added to distances.
-        normalization_factor: EDM's divisor of sums over atoms; 0 takes means.
+        normalization_factor: EDM's divisor of sums over atoms.
         sin_embedding: EDM's sines of distances instead of squares.
     """
 
@@ -306,9 +306,7 @@ class _Inputs(nn.Module):
             nn.Linear(2 * _NUM_FREQUENCIES, a.width), nn.SiLU(), nn.Linear(a.width, a.width)
         )
 
-    def forward(
-        self, features: Tensor, t: Tensor, full: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, features: Tensor, t: Tensor, full: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return features [B, n, W] and the time's embedding [B, W]."""
         dtype = self.count.weight.dtype
         # Integer types in empty slots are out of the table's range; what they embed is not used.
@@ -341,9 +339,7 @@ def save_weights(network: Denoiser, folder: Path, dtype: torch.dtype) -> list[Pa
     return [folder / CONFIG, folder / WEIGHTS]
 
 
-def load_weights(
-    folder: Path, networks: dict[str, Callable[[Architecture], Denoiser]]
-) -> Denoiser:
+def load_weights(folder: Path, networks: dict[str, Callable[[Architecture], Denoiser]]) -> Denoiser:
     """Return the network that `save_weights` wrote, in single precision."""
     settings: dict[str, Any] = json.loads((folder / CONFIG).read_text())
     architecture = Architecture(**settings)

@@ -21,7 +21,7 @@ References:
     https://arxiv.org/abs/2203.17003
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +30,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional
 
+from domains.molecule.edm import ARGS, EDM, load_edm
 from domains.molecule.elements import ATOMIC_NUMBERS
 from domains.molecule.molecules import EMPTY, Molecules
 from domains.molecule.network import (
@@ -52,7 +53,7 @@ __all__ = ["EMBEDDED", "MoleculePipeline"]
 EMBEDDED = Path(__file__).parent / "assets"
 """Folder of the models that ship with the package, reachable by their bare names."""
 
-_NETWORKS = {"egnn": EGNN, "transformer": Transformer}
+_NETWORKS: dict[str, type[Denoiser]] = {"egnn": EGNN, "transformer": Transformer, "edm": EDM}
 _SHARPNESS = 12.0  # of types: 1 - 3e-5 for exactly one-hot scores
 _TYPE_STD = 0.4  # of a one-hot vector's numbers
 _MAX_PAIRS = 2**20  # pairs of atoms that the denoiser sees at a time; bounds its memory
@@ -63,8 +64,9 @@ class MoleculePipeline(Pipeline):
     """A flow or diffusion model that generates molecules of given numbers of atoms.
 
     Args:
-        pretrained: A folder that `save` wrote or the name of an embedded model; None draws new
-            weights of `architecture`, to pretrain them.
+        pretrained: A folder that `save` wrote, one of EDM's published models (args.pickle beside
+            generative_model_ema.npy), or the name of an embedded model; None draws new weights of
+            `architecture`, to pretrain them.
         architecture: Sizes of the new network; of a pretrained one its own.
         type_weight: Weight of the types' loss beside the positions', for mixed states.
         save_dtype: Precision in which the tuned model is written.
@@ -75,6 +77,7 @@ class MoleculePipeline(Pipeline):
 
     lora_targets = (
         *("source", "target", "radial", "message", "heads", "node_in", "node_out"),  # EGNN
+        "gate",  # EDM has it beside those of the EGNN
         *("qkv", "proj", "fc1", "fc2"),  # transformer
     )
     denoiser: Denoiser
@@ -173,9 +176,7 @@ class MoleculePipeline(Pipeline):
                 positions, types, soft, self.elements, self.architecture.implicit_hydrogens
             )
         types = x_0["type"].clamp(max=len(self.elements) - 1).where(full, EMPTY)
-        return Molecules.of(
-            positions, types, self.elements, self.architecture.implicit_hydrogens
-        )
+        return Molecules.of(positions, types, self.elements, self.architecture.implicit_hydrogens)
 
     def states(self, batch: Batch) -> State:
         """Return x_0 of `batch["positions"]` [B, n, 3] in Angstrom and `batch["types"]` [B, n].
@@ -236,6 +237,10 @@ class MoleculePipeline(Pipeline):
         if full is not None:
             full = torch.arange(size, device=full.device) < full.unsqueeze(1)
         x = (x_t if isinstance(x_t, Tensor) else x_t["position"])[:, :size]
+        pad = (0, 0, 0, a.max_atoms - size)
+        if a.network == "edm":
+            outputs = self.denoiser(x[..., :3], x[..., 3:], t, full)
+            return functional.pad(torch.cat(outputs, dim=-1).to(x.dtype), pad)
         scale = _Preconditioning(self._field, t)
         position_std, type_std = a.position_std / a.position_scale, _TYPE_STD * a.type_scale
         inner = scale.input(x[..., :3], position_std) * a.position_std
@@ -243,7 +248,6 @@ class MoleculePipeline(Pipeline):
         if scores is None:
             scores = scale.input(x[..., 3:], type_std)
         moves, scores = self.denoiser(inner, scores, t, full)
-        pad = (0, 0, 0, a.max_atoms - size)
         position = functional.pad(scale.output(x[..., :3], moves, position_std), pad)
         if not isinstance(x_t, Tensor):
             return {"position": position, "type": functional.pad(scores, pad)}
@@ -352,6 +356,8 @@ def _load(pretrained: str) -> Denoiser:
     folder = Path(pretrained)
     if not folder.exists():
         folder = EMBEDDED / pretrained
+    if (folder / ARGS).is_file():
+        return load_edm(folder)
     try:
         return load_weights(folder, _NETWORKS)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
