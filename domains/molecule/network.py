@@ -70,6 +70,7 @@ class Architecture:
             (EDM: 1 / 4).
         charge_scale: Height of the atomic number per unit in a channel of its own, as EDM has it
             (1 / 10); 0 has none.
+        type_power: How late the types of mixed states are decided (`MaskedProcess`).
         square_share: Share of the training times that are squares of uniform numbers.
         num_sublayers: EDM's "inv_sublayers", updates of features per layer.
         tanh: EDM's bound on moves of positions.
@@ -92,6 +93,7 @@ class Architecture:
     position_std: float = 1.4
     type_scale: float = 0.5
     charge_scale: float = 0.0
+    type_power: float = 3.0
     square_share: float = 0.5
     num_sublayers: int = 1
     tanh: bool = True
@@ -104,7 +106,7 @@ class Architecture:
         for name in ("max_atoms", "width", "depth", "num_heads", "num_sublayers"):
             if getattr(self, name) < 1:
                 raise UsageError(f"architecture.{name} must be at least 1")
-        for name in ("position_scale", "position_std", "type_scale"):
+        for name in ("position_scale", "position_std", "type_scale", "type_power"):
             if getattr(self, name) <= 0:
                 raise UsageError(f"architecture.{name} must be above 0")
         choices: dict[str, tuple[str, ...]] = {

@@ -108,7 +108,7 @@ class MoleculePipeline(Pipeline):
         self._field = _process(a)
         self.process: Process = self._field
         if a.state == "mixed":
-            types = MaskedProcess(len(self.elements), padded=True)
+            types = MaskedProcess(len(self.elements), padded=True, power=a.type_power)
             fields = {"position": self._field, "type": types}
             self.process = ProductProcess(fields, {"type": type_weight})
 

@@ -254,3 +254,30 @@ def test_padded_classes_are_those_of_the_shorter_state() -> None:
 def test_fields_may_have_names_that_modules_use_themselves() -> None:
     process = ProductProcess({"type": MaskedProcess(3), "half": PROCESSES["flow"]})
     assert process.names == ["half", "type"] and process.field("type") is not None
+
+
+@pytest.mark.parametrize("power", [1.0, 3.0])
+def test_classes_may_be_decided_late(power: float) -> None:
+    """Shares of masks against (1 - t)^power, one reverse step by Bayes' rule, the loss's weight."""
+    process = MaskedProcess(3, power=power)
+    shown = torch.tensor([(1 - u) ** power for u in (0.4, 0.7)])
+    x_0, num = torch.zeros(1, 40_000, dtype=torch.int64), 40_000
+    zero, s, t = torch.zeros(1), torch.tensor([0.4]), torch.tensor([0.7])
+    torch.manual_seed(0)
+    x_s = process.noised(x_0, zero, s)
+    for x, share in ((x_s, shown[0]), (process.noised(x_s, s, t), shown[1])):
+        error = 4 * (share * (1 - share) / num) ** 0.5
+        assert abs((x == 0).float().mean() - share) < error
+    hidden = torch.tensor([[process.mask]])
+    law = process.transition(torch.randn(1, 1, 3), hidden, t, s, 1.0)
+    # Still hidden at s, given that it is at t.
+    torch.testing.assert_close(law.log_prob(hidden)[0].exp(), (1 - shown[0]) / (1 - shown[1]))
+    logits = torch.randn(1, 1, 3)
+    loss = process.loss(logits, torch.tensor([[1]]), hidden, zero, t)
+    step = 1e-4
+    slope = ((1 - 0.7 - step) ** power - (1 - 0.7 + step) ** power) / (2 * step)
+    weight = -slope / (1 - (1 - 0.7) ** power)
+    wanted = -weight * logits.log_softmax(dim=-1)[0, 0, 1]
+    torch.testing.assert_close(loss[0], wanted, rtol=1e-4, atol=0)
+    with pytest.raises(UsageError, match="power"):
+        MaskedProcess(3, power=0.0)

@@ -1,7 +1,7 @@
 """Masked (absorbing-state) diffusion over integer states.
 
 Each position is masked independently: at time t it still shows its value with probability
-alpha_t = 1 - t. The reverse step unmasks a position with probability
+alpha_t = (1 - t)^power. The reverse step unmasks a position with probability
 (alpha_s - alpha_t) / (1 - alpha_t) and draws its class from the denoiser; what is shown stays.
 
 References:
@@ -30,16 +30,19 @@ class MaskedProcess(Process):
         num_classes: Number of real classes, V.
         padded: Whether states may have empty positions, with the value `num_classes + 1`: they
             stay as they are and count in no loss and no mean.
+        power: Above 1, classes are decided late: next to another field, once that is known well.
     """
 
     differentiable = False
     invertible = False
 
-    def __init__(self, num_classes: int, padded: bool = False) -> None:
+    def __init__(self, num_classes: int, padded: bool = False, power: float = 1.0) -> None:
         super().__init__()
         if num_classes < 1:
             raise UsageError(f"num_classes must be at least 1, got {num_classes}")
-        self.num_classes, self.padded = num_classes, padded
+        if power <= 0:
+            raise UsageError(f"power must be above 0, got {power}")
+        self.num_classes, self.padded, self.power = num_classes, padded, power
 
     @property
     def mask(self) -> int:
@@ -64,7 +67,9 @@ class MaskedProcess(Process):
     ) -> Categorical:
         """Return the law of x_s given x_t; the masked process has one sampler, `eta` is unused."""
         x, logits = tensor_of(x_t), tensor_of(prediction).float()
-        unmask = expand_as((t - s) / t.clamp(min=torch.finfo(t.dtype).tiny), x).float()
+        before, after = self._hidden(t), self._hidden(s)
+        share = (before - after) / before.clamp(min=torch.finfo(t.dtype).tiny)
+        unmask = expand_as(share, x).float()
         unmask = unmask.expand(x.shape).unsqueeze(-1)
         parts = [unmask.log() + logits.log_softmax(-1), (1 - unmask).log()]
         if self.padded:
@@ -81,16 +86,17 @@ class MaskedProcess(Process):
 
     def noised(self, x_s: State, s: Tensor, t: Tensor, rows: Generators = None) -> Tensor:
         x = tensor_of(x_s)
-        keep = (1 - t) / (1 - s)
+        keep = (1 - self._hidden(t)) / (1 - self._hidden(s))
         uniform = rand_like(torch.empty(x.shape, device=x.device), rows)
         hidden = torch.where(uniform < expand_as(keep, uniform), x, self.mask)
         return torch.where(x == self.empty, x, hidden) if self.padded else hidden
 
     def loss(self, prediction: State, x_s: State, x_t: State, s: Tensor, t: Tensor) -> Tensor:
-        """Return cross-entropy on the positions hidden at t and shown at s, over 1 - alpha_t, [B].
+        """Return cross-entropy on positions hidden at t and shown at s, times -alpha'/(1 - alpha).
 
         At s = 0 this is the negative evidence bound of masked diffusion per position. For s > 0
-        only the share (t - s) / t of the hidden positions is known, which bounds the weight.
+        only some of the hidden positions, next to none as t -> s, are known, which bounds the
+        weight. [B].
         """
         source, x = tensor_of(x_s), tensor_of(x_t)
         known = (x == self.mask) & (source != self.mask)
@@ -100,13 +106,18 @@ class MaskedProcess(Process):
         nll = nll.unsqueeze(-1).flatten(start_dim=1)
         num = self._num_positions(source)
         mean = nll.mean(dim=1) if num is None else nll.sum(dim=1) / num.clamp(min=1)
-        return mean / t.to(nll.dtype)
+        rate = self.power * (1 - t) ** (self.power - 1) / self._hidden(t)
+        return mean * rate.to(nll.dtype)
 
     def draw_times(self, uniform: Tensor, low: float = 0.0) -> Tensor:
         return 1 - (1 - low) * uniform.double()
 
     def times(self, num_steps: int) -> Tensor:
         return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+
+    def _hidden(self, t: Tensor) -> Tensor:
+        """Return the probability of a mask at t, 1 - alpha_t."""
+        return t if self.power == 1 else 1 - (1 - t) ** self.power
 
     def _one_hot(self, x: Tensor) -> Tensor:
         return torch.nn.functional.one_hot(x, self.num_classes + 1 + self.padded)
