@@ -127,7 +127,7 @@ class MoleculePipeline(Pipeline):
             UsageError: The data have other elements than the model, or too many atoms for it.
         """
         self._check(batch)
-        sizes, rows = torch.unique(batch["num_atoms"].cpu(), return_inverse=True)
+        sizes, rows = torch.unique(_num_atoms(batch).cpu(), return_inverse=True)
         entries = [{"num_atoms": size} for size in sizes.tolist()]
         return Condition(entries, {"num_atoms": sizes.to(self.device)}, rows)
 
@@ -281,7 +281,7 @@ class MoleculePipeline(Pipeline):
         return functional.pad(values, widths, value=fill)
 
     def _check(self, batch: Batch) -> None:
-        most, limit = int(batch["num_atoms"].max()), self.architecture.max_atoms
+        most, limit = int(_num_atoms(batch).max()), self.architecture.max_atoms
         if most > limit:
             raise UsageError(
                 f"the data have molecules of {most} atoms, the model {self.name!r} has "
@@ -324,6 +324,12 @@ def _process(a: Architecture) -> GaussianProcess:
     if a.noise == "flow":
         return GaussianProcess(RectifiedFlow(square_share=a.square_share), "velocity", subspace)
     return GaussianProcess(PolynomialVP(), "epsilon", subspace)
+
+
+def _num_atoms(batch: Batch) -> Tensor:
+    if "num_atoms" in batch:
+        return batch["num_atoms"]
+    return (batch["types"] != EMPTY).sum(dim=1)
 
 
 def _around_centre(positions: Tensor, full: Tensor) -> Tensor:

@@ -106,8 +106,8 @@ class MaskedProcess(Process):
         nll = nll.unsqueeze(-1).flatten(start_dim=1)
         num = self._num_positions(source)
         mean = nll.mean(dim=1) if num is None else nll.sum(dim=1) / num.clamp(min=1)
-        rate = self.power * (1 - t) ** (self.power - 1) / self._hidden(t)
-        return mean * rate.to(nll.dtype)
+        slope = self.power * (1 - t) ** (self.power - 1)
+        return mean * slope.to(nll.dtype) / self._hidden(t).to(nll.dtype)
 
     def draw_times(self, uniform: Tensor, low: float = 0.0) -> Tensor:
         return 1 - (1 - low) * uniform.double()
