@@ -25,6 +25,7 @@ References:
 
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -141,7 +142,7 @@ class Architecture:
         return len(self.symbols) + (self.charge_scale > 0)
 
 
-class Denoiser(nn.Module):
+class Denoiser(nn.Module, ABC):
     """A network from noisy atoms to predictions of the same shapes.
 
     Args:
@@ -157,6 +158,7 @@ class Denoiser(nn.Module):
         """A tensor of the network's device and precision."""
         return next(self.parameters())
 
+    @abstractmethod
     def forward(
         self, positions: Tensor, features: Tensor, t: Tensor, full: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -168,7 +170,6 @@ class Denoiser(nn.Module):
             t: [B] in [0, 1].
             full: bool [B, n], which slots hold an atom; None is all.
         """
-        raise NotImplementedError
 
 
 class EGNN(Denoiser):

@@ -21,7 +21,7 @@ References:
     https://arxiv.org/abs/2203.17003
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +30,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional
 
+from domains.molecule.chemistry import keys
 from domains.molecule.edm import ARGS, EDM, load_edm
 from domains.molecule.elements import ATOMIC_NUMBERS
 from domains.molecule.molecules import EMPTY, Molecules
@@ -56,7 +57,8 @@ EMBEDDED = Path(__file__).parent / "assets"
 _NETWORKS: dict[str, type[Denoiser]] = {"egnn": EGNN, "transformer": Transformer, "edm": EDM}
 _SHARPNESS = 12.0  # of types: 1 - 3e-5 for exactly one-hot scores
 _TYPE_STD = 0.4  # of a one-hot vector's numbers
-_MAX_PAIRS = 2**20  # pairs of atoms that the denoiser sees at a time; bounds its memory
+_MAX_NUMBERS = {"cpu": 2**23}  # of one tensor on pairs of atoms; bounds the denoiser's memory
+_MAX_NUMBERS_ELSEWHERE = 2**26
 _OFF_CENTRE = 1e-6  # Angstrom
 
 
@@ -215,6 +217,10 @@ class MoleculePipeline(Pipeline):
     def index_samples(self, samples: Any, rows: Tensor) -> Molecules:
         return samples.index(rows.to(samples.types.device))
 
+    def keys(self, samples: Any, condition: Condition) -> list[Hashable]:
+        """Return canonical SMILES; molecules that are not valid are one class."""
+        return keys(samples)
+
     def save(self, folder: Path) -> list[Path]:
         """Write architecture and weights, a LoRA merged, as `pretrained` reads them."""
         return save_weights(self.denoiser, folder, self.save_dtype)
@@ -261,9 +267,10 @@ class MoleculePipeline(Pipeline):
         sizes = known[condition.rows.cpu()]
         present = sizes.unique().tolist()
         exact = len(present) == 1 or self.device.type == "cpu"
+        most = _MAX_NUMBERS.get(self.device.type, _MAX_NUMBERS_ELSEWHERE) // self.architecture.width
         for size in present if exact else present[-1:]:
             rows = (sizes == size).nonzero()[:, 0] if exact else torch.arange(len(sizes))
-            for part in rows.split(max(1, _MAX_PAIRS // size**2)):
+            for part in rows.split(max(1, most // size**2)):
                 yield part.to(self.device), size, exact
 
     def _full(self, condition: Condition) -> Tensor:
