@@ -25,7 +25,7 @@ from lit_rlft.core.sampling import Sampler
 
 PRESETS: dict[str, Source] = {
     "small": Enumerated(max_heavy=6),
-    "heavy": Enumerated(max_heavy=9, num_attempts=60_000, elements=HEAVY),
+    "heavy": Enumerated(max_heavy=9, num_attempts=30_000, elements=HEAVY),
 }
 Batches = list[Mapping[str, Any]]
 

@@ -21,7 +21,7 @@ References:
     https://arxiv.org/abs/2203.17003
 """
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,6 +42,7 @@ from domains.molecule.network import (
     load_weights,
     save_weights,
 )
+from domains.molecule.render import draw, save_molecule
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline
 from lit_rlft.core.process import GaussianProcess, MaskedProcess, Process, ProductProcess
@@ -210,8 +211,6 @@ class MoleculePipeline(Pipeline):
         return f"{entry['num_atoms']} {kind}"
 
     def render(self, samples: Any, condition: Condition) -> Tensor:
-        from domains.molecule.render import draw
-
         return draw(samples)
 
     def index_samples(self, samples: Any, rows: Tensor) -> Molecules:
@@ -224,6 +223,15 @@ class MoleculePipeline(Pipeline):
     def save(self, folder: Path) -> list[Path]:
         """Write architecture and weights, a LoRA merged, as `pretrained` reads them."""
         return save_weights(self.denoiser, folder, self.save_dtype)
+
+    def save_samples(
+        self, samples: Any, condition: Condition, folder: Path, names: Sequence[str]
+    ) -> list[Path]:
+        """Write each molecule as SDF, SMILES and PNG."""
+        return [
+            save_molecule(samples.index(slice(i, i + 1)), folder / name)
+            for i, name in enumerate(names)
+        ]
 
     @property
     def _empty(self) -> int:
