@@ -16,23 +16,23 @@ _MAX_CLOSURES, _MAX_PROMOTIONS = 3, 4
 _ATTEMPTS_PER_CHUNK = 4096
 
 REJECTED: dict[str, str] = {
-    "bonds of two oxygen or fluorine atoms, or of nitrogen with these": ("[O,F]~[O,F]"),
-    "nitrogen and fluorine": "[#7]~F",
-    "three nitrogen atoms in a chain": "[#7;!a]~[#7]~[#7;!a]",
+    "bonds among oxygen and fluorine": "[#8,#9]~[#8,#9]",
+    "bonds of nitrogen and fluorine": "[#7]~[#9]",
+    "three nitrogen or oxygen atoms in a row": "[#7,#8;!a]~[#7,#8;!a]~[#7,#8;!a]",
     "cumulated double bonds": "*=*=*",
     "triple bonds in rings": "*#@*",
     "double bonds in rings of three": "[r3]=@[r3]",
     "rings of three that share a bond": "[r3;R2]~[r3;R2]",
-    "bridges of double bonds": "[R3]=*",
+    "cages": "[R3]",
     "two hydroxyls, amines or fluorides on a saturated carbon": (
         "[CX4]([OX2H,NX3;!$(N=*),F])[OX2H,NX3H2,F]"
     ),
     "enols": "[CX3;!a]=[CX3;!a][OX2H]",
     "enamines with hydrogens": "[CX3;!a]=[CX3;!a][NX3H2]",
-    "alkynols and ynamines": "C#C[O,N,F]",
+    "hetero atoms at triple bonds of carbon": "C#C[O,N,F]",
     "carbonic acids": "[OX2H]C(=O)[O,N,F]",
     "acyl fluorides": "C(=O)F",
-    "hydroxyls at nitrogen": "[NX3][OX2H]",
+    "hydroxyls at amines": "[NX3][OX2H]",
 }
 """SMARTS of what is not kept: groups that fall apart, and rings that cannot be."""
 

@@ -9,6 +9,7 @@ which a reward is gamed: report what the molecules are made of, and whether they
 import importlib.util
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -382,7 +383,10 @@ class SoftValence(Reward):
         molecules = check_molecules(samples, condition)
         finite = molecules.positions.isfinite().all(dim=2) | ~molecules.valid
         whole = finite.all(dim=1) & molecules.valid.any(dim=1)
-        return self._value(molecules).where(whole, self.invalid)
+        # Not finite times 0 is not 0, in gradients neither.
+        used = whole.unsqueeze(1) & molecules.valid
+        positions = molecules.positions.masked_fill(~used.unsqueeze(-1), 0.0)
+        return self._value(replace(molecules, positions=positions)).where(whole, self.invalid)
 
     def _value(self, molecules: Molecules) -> Tensor:
         weights = molecules.probabilities

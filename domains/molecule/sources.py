@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
-from domains.molecule import enumeration
+from domains.molecule import bonds, enumeration
 from domains.molecule.elements import EXPLICIT, check_elements
 from domains.molecule.formats import (
     Entry,
@@ -26,8 +28,9 @@ from domains.molecule.formats import (
     read_xyz,
 )
 from domains.molecule.geometry import embed
+from domains.molecule.molecules import EMPTY
 from domains.molecule.processes import in_processes
-from domains.molecule.structures import BadStructure, Packed, Structure, pack
+from domains.molecule.structures import BadStructure, Packed, Structure, molecules_of, pack
 from lit_rlft.core.checks import UsageError
 
 __all__ = ["QM9", "Enumerated", "MoleculeFile", "SmilesFile", "Source", "Splits", "edm_split"]
@@ -35,7 +38,11 @@ __all__ = ["QM9", "Enumerated", "MoleculeFile", "SmilesFile", "Source", "Splits"
 Splits = dict[str, NDArray[np.int64]]
 """Rows of "train", "val" and "test"."""
 
+ASSET = Path(__file__).parent / "assets" / "enumerated.safetensors"
+"""The enumerated molecules of the default settings."""
+
 _VERSION = 1  # of the cached arrays
+_STEP = 2e-4  # Angstrom
 _EDM_SIZES = (100_000, 17_748, 13_083)  # train, validation, test of 130,831
 _SUFFIXES = (".sdf", ".xyz", ".npz")
 
@@ -188,6 +195,31 @@ class Enumerated(Source):
     def settings(self) -> list[Any]:
         return [self.max_heavy, self.num_attempts, self.seed]
 
+    def load(self) -> Packed:
+        """Return the molecules: those that ship with the package where the settings are theirs."""
+        if not ASSET.is_file():
+            return super().load()
+        with safe_open(ASSET, "np") as file:
+            if (file.metadata() or {}).get("key") != self._key():
+                return super().load()
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return _unpacked(arrays, self.max_atoms)
+
+    def write_asset(self) -> Path:
+        """Write the molecules to the file that ships with the package, rounded to 0.0002 Angstrom.
+
+        Those that are no longer stable then are left out.
+        """
+        made = super().load()
+        arrays = _rounded(made)
+        kept = bonds.molecule_stability(
+            molecules_of(_unpacked(arrays, self.max_atoms), self.elements)
+        )
+        ASSET.parent.mkdir(exist_ok=True)
+        arrays = _rounded(made.index(kept.numpy()))
+        save_file(arrays, ASSET, metadata={"key": self._key()})
+        return ASSET
+
 
 class _File(Source):
     """Molecules of a file or folder; see `Source` for the settings."""
@@ -322,6 +354,27 @@ class SmilesFile(_File):
 
     def settings(self) -> list[Any]:
         return [*super().settings(), self.column, self.charged]
+
+
+def _rounded(packed: Packed) -> dict[str, NDArray[Any]]:
+    """Return atoms one after the other: positions in steps, types, and the molecules' sizes."""
+    full = packed.types != EMPTY
+    steps = np.rint(packed.positions[full] / _STEP).astype(np.int16)
+    sizes = packed.num_atoms.astype(np.uint8)
+    types = packed.types[full].astype(np.uint8)
+    return {"positions": steps, "types": types, "sizes": sizes, "numbers": packed.numbers}
+
+
+def _unpacked(arrays: Mapping[str, NDArray[Any]], max_atoms: int) -> Packed:
+    """Return what `_rounded` made arrays of."""
+    full = np.arange(max_atoms) < arrays["sizes"][:, None]
+    positions = np.zeros((*full.shape, 3), np.float32)
+    positions[full] = arrays["positions"] * np.float32(_STEP)
+    centres = positions.sum(axis=1, keepdims=True) / arrays["sizes"][:, None, None]
+    positions -= centres.astype(np.float32) * full[..., None]
+    types = np.full(full.shape, EMPTY, np.int8)
+    types[full] = arrays["types"]
+    return Packed(positions, types, arrays["numbers"])
 
 
 def edm_split(numbers: NDArray[np.int32]) -> Splits:
