@@ -4,19 +4,7 @@ A continuous state [B, N, 3 + C] holds positions around their centre and one-hot
 mixed one positions beside masked integer types. Slots beyond a molecule's atoms are 0 (types of a
 mixed state: K + 1) and the process leaves them alone.
 
-The denoiser's outputs F for continuous fields are turned into predictions of unit-size errors: with
-:math:`x_t = \alpha x_0 + \sigma\epsilon`, data of standard deviation :math:`\sigma_d` and a
-prediction type :math:`a x_0 + b \epsilon`,
-
-.. math::
-    \frac{a \alpha \sigma_d^2 + b \sigma}{\alpha^2 \sigma_d^2 + \sigma^2}\, x_t
-    + \frac{|a \sigma - b \alpha|\, \sigma_d}{\sqrt{\alpha^2 \sigma_d^2 + \sigma^2}}\, F
-
-is the best linear guess plus F in units of that guess's error.
-
 References:
-    Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022),
-    Section 5: the same for one prediction type, https://arxiv.org/abs/2206.00364
     Equivariant Diffusion for Molecule Generation in 3D (Hoogeboom et al., 2022; EDM),
     https://arxiv.org/abs/2203.17003
 """
@@ -42,12 +30,13 @@ from domains.molecule.network import (
     load_weights,
     save_weights,
 )
+from domains.molecule.preconditioning import Preconditioning
 from domains.molecule.render import draw, save_molecule
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline
 from lit_rlft.core.process import GaussianProcess, MaskedProcess, Process, ProductProcess
 from lit_rlft.core.schedule import PolynomialVP, RectifiedFlow
-from lit_rlft.core.state import State, cat, expand_as, index
+from lit_rlft.core.state import State, cat, index
 from lit_rlft.core.subspace import PointClouds
 
 __all__ = ["EMBEDDED", "MoleculePipeline"]
@@ -255,7 +244,7 @@ class MoleculePipeline(Pipeline):
         if a.network == "edm":
             outputs = self.denoiser(x[..., :3], x[..., 3:], t, full)
             return functional.pad(torch.cat(outputs, dim=-1).to(x.dtype), pad)
-        scale = _Preconditioning(self._field, t)
+        scale = Preconditioning(self._field, t)
         position_std, type_std = a.position_std / a.position_scale, _TYPE_STD * a.type_scale
         inner = scale.input(x[..., :3], position_std) * a.position_std
         scores = None if isinstance(x_t, Tensor) else x_t["type"][:, :size]
@@ -309,29 +298,6 @@ class MoleculePipeline(Pipeline):
                 f"the data have the elements {list(own)}, the model {self.name!r} has "
                 f"{list(self.elements)}; use data of the model's elements, or train another model"
             )
-
-
-class _Preconditioning:
-    """Scales of the denoiser's inputs and outputs at some levels, as in the module's formula."""
-
-    def __init__(self, process: GaussianProcess, t: Tensor) -> None:
-        self.alpha, self.sigma = process.schedule.levels(t)
-        one, zero = torch.ones_like(self.alpha), torch.zeros_like(self.alpha)
-        self.a, self.b = process.prediction(one, zero, t), process.prediction(zero, one, t)
-
-    def input(self, x: Tensor, std: float) -> Tensor:
-        """Return x_t in units of its standard deviation."""
-        return x * expand_as(self._variance(std).rsqrt(), x)
-
-    def output(self, x: Tensor, outputs: Tensor, std: float) -> Tensor:
-        """Return the prediction that a denoiser's outputs stand for."""
-        variance = self._variance(std)
-        guess = (self.a * self.alpha * std**2 + self.b * self.sigma) / variance
-        error = (self.a * self.sigma - self.b * self.alpha).abs() * std * variance.rsqrt()
-        return expand_as(guess, x) * x + expand_as(error, x) * outputs.to(x.dtype)
-
-    def _variance(self, std: float) -> Tensor:
-        return self.alpha**2 * std**2 + self.sigma**2
 
 
 def _process(a: Architecture) -> GaussianProcess:
