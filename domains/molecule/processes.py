@@ -3,6 +3,7 @@
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache
 from typing import TypeVar
 
 from lit_rlft.core.checks import UsageError
@@ -34,7 +35,11 @@ def in_processes(
         yield from map(function, items)
         return
     size = max(1, len(items) // (_CHUNKS_EACH * num_workers))
+    yield from _pool(num_workers).map(function, items, chunksize=size)
+
+
+@lru_cache(maxsize=1)
+def _pool(num_workers: int) -> ProcessPoolExecutor:
+    """Return processes, kept for the next call: a reward comes back every round."""
     # Forked children of a process with threads, as torch's is, may hang.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(num_workers, len(items)), mp_context=context) as pool:
-        yield from pool.map(function, items, chunksize=size)
+    return ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn"))

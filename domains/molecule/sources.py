@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -140,11 +141,14 @@ class Source(ABC):
 
     def _key(self) -> str:
         """Name the arrays by all that they depend on."""
+        stem = re.sub(r"\W+", "-", Path(self.label).stem)
+        return f"{stem}-{self.digest()}"
+
+    def digest(self) -> str:
+        """Return a hash of all that the molecules depend on."""
         own = [type(self).__name__, self.elements, self.max_atoms, self.strict, self.only_stable]
         text = json.dumps([_VERSION, *own, *self.settings()])
-        return (
-            f"{Path(self.label).stem}-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
-        )
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 class Enumerated(Source):
@@ -200,7 +204,7 @@ class Enumerated(Source):
         if not ASSET.is_file():
             return super().load()
         with safe_open(ASSET, "np") as file:
-            if (file.metadata() or {}).get("key") != self._key():
+            if (file.metadata() or {}).get("settings") != self.digest():
                 return super().load()
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return _unpacked(arrays, self.max_atoms)
@@ -217,7 +221,8 @@ class Enumerated(Source):
         )
         ASSET.parent.mkdir(exist_ok=True)
         arrays = _rounded(made.index(kept.numpy()))
-        save_file(arrays, ASSET, metadata={"key": self._key()})
+        save_file(arrays, ASSET, metadata={"settings": self.digest()})
+        ASSET.chmod(0o644)
         return ASSET
 
 

@@ -138,13 +138,14 @@ def pack(
     """
     report, types_of = Report(source), {symbol: i for i, symbol in enumerate(elements)}
     # Flat arrays: Python objects per molecule would take several times their memory.
-    positions, types, numbers = array("f"), array("b"), array("i")
+    positions, types, numbers, names = array("f"), array("b"), array("i"), []
     for entry in entries:
         bad = entry if isinstance(entry, BadStructure) else _fault(entry, types_of, max_atoms)
         if bad is None:
             assert isinstance(entry, Structure)
             _append(entry, types_of, max_atoms, positions, types)
             numbers.append(entry.number)
+            names.append(entry.name)
         elif strict:
             raise UsageError(
                 f"{source}: {bad}; mend the file, or set strict to false to leave such entries out"
@@ -157,7 +158,15 @@ def pack(
         np.frombuffer(numbers, np.int32),
     )
     if only_stable and len(packed):
-        packed = _stable_ones(packed, tuple(elements), report)
+        stable, fault = _stability(packed, tuple(elements))
+        for row in np.flatnonzero(~stable).tolist():
+            bad = BadStructure(names[row], fault)
+            if strict:
+                raise UsageError(
+                    f"{source}: {bad}; set strict or only_stable to false, or mend the file"
+                )
+            report.faults.append(bad)
+        packed = packed.index(stable)
     report.num_kept = len(packed)
     if not report.num_kept:
         raise UsageError(f"{report}; nothing is left to use")
@@ -210,14 +219,11 @@ def _append(
     types.extend([EMPTY] * num_empty)
 
 
-def _stable_ones(packed: Packed, elements: tuple[str, ...], report: Report) -> Packed:
+def _stability(packed: Packed, elements: tuple[str, ...]) -> tuple[NDArray[np.bool_], str]:
+    """Return which molecules are stable by the bond tables, [n], and what is wrong with others."""
     explicit = "H" in elements
     test = bonds.molecule_stability if explicit else bonds.fitting_valences
     starts = range(0, len(packed), _CHUNK)
     parts = [test(molecules_of(packed, elements, slice(i, i + _CHUNK))) for i in starts]
-    stable = torch.cat(parts).numpy()
-    kind = "bonds that are not its valences" if explicit else "bonds beyond a valence"
-    report.faults += [
-        BadStructure(f"entry {number}", kind) for number in packed.numbers[~stable].tolist()
-    ]
-    return packed.index(stable)
+    fault = "bonds that are not its valences" if explicit else "bonds beyond a valence"
+    return torch.cat(parts).numpy(), fault

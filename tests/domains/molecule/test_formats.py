@@ -181,7 +181,7 @@ def test_smiles_are_embedded_and_the_rest_is_listed(tmp_path: Path, workers: int
         (6, r"more atoms than 12 \(20 atoms\)"),
     ):
         assert re.search(rf"line {number} has {fault}", listing), listing
-    assert "entry 7 has bonds that are not its valences" in listing
+    assert "line 7 has bonds that are not its valences" in listing
 
 
 def test_heavy_atoms_only(tmp_path: Path) -> None:
