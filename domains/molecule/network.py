@@ -26,7 +26,7 @@ References:
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -342,7 +342,9 @@ def save_weights(network: Denoiser, folder: Path, dtype: torch.dtype) -> list[Pa
     return [folder / CONFIG, folder / WEIGHTS]
 
 
-def load_weights(folder: Path, networks: dict[str, Callable[[Architecture], Denoiser]]) -> Denoiser:
+def load_weights(
+    folder: Path, networks: Mapping[str, Callable[[Architecture], Denoiser]]
+) -> Denoiser:
     """Return the network that `save_weights` wrote, in single precision."""
     settings: dict[str, Any] = json.loads((folder / CONFIG).read_text())
     architecture = Architecture(**settings)
@@ -359,13 +361,13 @@ def _merged(network: nn.Module, name: str, weights: dict[str, Tensor]) -> Tensor
     layer_name, _, kind = name.rpartition(".")
     layer = network.get_submodule(layer_name)
     weight = next(iter(layer.parameters()))
-    eye = torch.eye(_inputs(layer), dtype=weight.dtype, device=weight.device)
+    eye = torch.eye(_num_inputs(layer), dtype=weight.dtype, device=weight.device)
     with torch.no_grad():
         offset = layer(torch.zeros_like(eye[:1]))[0]
         return offset if kind == "bias" else (layer(eye) - offset).T
 
 
-def _inputs(layer: nn.Module) -> int:
+def _num_inputs(layer: nn.Module) -> int:
     (inner,) = (m for n, m in layer.named_modules() if n.endswith("base_layer"))
     assert isinstance(inner, nn.Linear)
     return inner.in_features
