@@ -386,3 +386,25 @@ def test_a_lora_is_merged_when_saved(state: str, tmp_path: Path) -> None:
     ):
         torch.testing.assert_close(same, tuned, atol=1e-4, rtol=1e-4)
         assert not torch.allclose(same, base, atol=1e-3)
+
+
+def test_samples_are_keyed_drawn_and_written(tmp_path: Path) -> None:
+    pipeline = tiny()
+    methane = torch.tensor([[0.0, 0, 0], [1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]])
+    turned = 0.63 * methane @ torch.linalg.qr(torch.randn(3, 3))[0]
+    batch = {
+        "num_atoms": torch.tensor([5, 5, 3]),
+        "types": torch.tensor([[1, 0, 0, 0, 0], [1, 0, 0, 0, 0], [3, 0, 0, EMPTY, EMPTY]]),
+        "positions": torch.stack([0.63 * methane, turned, 0.56 * methane]),
+    }
+    condition = pipeline.encode(batch)
+    molecules = pipeline.decode(pipeline.states(batch), condition)
+    assert pipeline.keys(molecules, condition) == ["C", "C", "O"]
+    pictures = pipeline.render(molecules, condition)
+    assert pictures.shape[:2] == (3, 3) and 0 <= pictures.min() and pictures.max() <= 1
+    assert torch.equal(pictures[0], pictures[1]) and not torch.equal(pictures[0], pictures[2])
+    paths = pipeline.save_samples(molecules, condition, tmp_path, ["a", "b", "c"])
+    assert [path.name for path in paths] == ["a.sdf", "b.sdf", "c.sdf"]
+    assert (tmp_path / "c.smi").read_text().split()[0] == "O"
+    two = pipeline.index_samples(molecules, torch.tensor([2, 0]))
+    assert two.num_atoms.tolist() == [3, 5]
