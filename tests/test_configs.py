@@ -19,7 +19,7 @@ DOMAINS, ALGORITHMS, TRAINERS, EXPERIMENTS = (
     for folder in ("domains", "algorithms", "trainer", "experiments")
 )
 # Domains whose models are so small that every algorithm is run on them.
-SMALL = {"gaussian_mixture", "layout"}
+SMALL = {"gaussian_mixture", "layout", "molecule_soft"}
 MIXED = {"layout_mixed"}
 WEIGHTS = [ASSETS / "shapes/unet/diffusion_pytorch_model.safetensors", ASSETS / "shapes_clip"]
 # What needs a continuous state.
@@ -48,6 +48,13 @@ TINY_SPLITS = {
     "ShapesPrompts": ("num_train_prompts=4", "num_val_prompts=2", "num_test_prompts=2"),
     "ShapesPictures": ("num_pictures=4", "num_val_prompts=2", "num_test_prompts=2"),
     "LayoutData": ("num_train=4", "num_val=2", "num_test=2"),
+    "MoleculeData": ("num_train=4", "num_val=2", "num_test=2"),
+    "AtomCounts": ("num_train=4", "num_val=2", "num_test=2"),
+}
+# What makes data that are generated quick to generate.
+TINY_SOURCES = {
+    "Grammar": ("num_pages=64",),
+    "Enumerated": ("max_heavy=3", "num_attempts=500"),
 }
 
 
@@ -73,8 +80,9 @@ def run(configs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     data = next(config["data"] for config in loaded if "data" in config)
     splits = [*TINY_SPLITS[data["class_path"].rpartition(".")[2]]]
     source = data["init_args"].get("source", {})
-    if isinstance(source, dict) and "num_pages" in source.get("init_args", {}):
-        splits.append("source.init_args.num_pages=64")
+    if isinstance(source, dict):
+        kind = source.get("class_path", "").rpartition(".")[2]
+        splits += [f"source.init_args.{setting}" for setting in TINY_SOURCES.get(kind, ())]
     flags = [f"--config={path}" for path in configs]
     method = next((c["model"]["init_args"].get("method") for c in loaded if "model" in c), None)
     settings = TINY_METHODS.get(method["class_path"].rpartition(".")[2], ()) if method else ()
@@ -160,6 +168,7 @@ def test_experiments_run(experiment: Path, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name in ("train.json", "val.json"):
         write_publaynet(tmp_path / name)
+    write_qm9(tmp_path)
     run([experiment], tmp_path, monkeypatch)
 
 
@@ -176,3 +185,17 @@ def write_publaynet(path: Path) -> None:
         "categories": [{"id": 1 + i, "name": name} for i, name in enumerate(names)],
     }
     path.write_text(json.dumps(content))
+
+
+def write_qm9(folder: Path) -> None:
+    """Write thirty molecules as QM9's archive unpacks them, under the name of the archive."""
+    unpacked = folder / "dsgdb9nsd.xyz.tar.bz2"
+    unpacked.mkdir()
+    for i in range(30):
+        length = 0.62 + 0.001 * i
+        signs = [(1, 1, 1), (1, -1, -1), (-1, 1, -1), (-1, -1, 1)]
+        places = [("C", 0.0, 0.0, 0.0), *(("H", *(length * s for s in sign)) for sign in signs)]
+        atoms = "".join(f"{s}\t{x}\t{y}\t{z}\t0.0\n" for s, x, y, z in places)
+        (unpacked / f"dsgdb9nsd_{i + 1:06d}.xyz").write_text(f"5\ngdb {i + 1}\n{atoms}0\nC\tC\n")
+    header = "\n".join(["-"] * 9)
+    (folder / "uncharacterized.txt").write_text(f"{header}\n  999  C  C\n")

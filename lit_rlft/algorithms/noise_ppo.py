@@ -14,7 +14,6 @@ References:
     FIND (2024; policy optimisation of the initial noise), https://arxiv.org/abs/2407.19453
 """
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -133,7 +132,7 @@ class NoisePPO(RewardFineTuner):
                 f"has {tuple(z.loc.shape[1:])} and {tuple(base.loc.shape[1:])}; use "
                 "configs/algorithms/p_graft.yaml"
             )
-        return Gaussian(base.loc + base.std * z.loc.to(base.loc), base.std * z.std.to(base.loc))
+        return base.like(base.loc + base.std * z.loc.to(base.loc), base.std * z.std.to(base.loc))
 
     def reference_prior(self, condition: Condition) -> Gaussian:
         prior = super().reference_prior(condition)
@@ -152,13 +151,15 @@ class NoisePPO(RewardFineTuner):
         self.num_samples += len(candidates) * self.trainer.world_size
         rewards, _ = self.score(x_0, candidates, may_fail=True)
         advantages, metrics = compare(self, rewards, condition, seeds[:: self.num_candidates])
-        old = _precise(self.prior(candidates)).log_prob(x_1, self.log_prob_reduction)
+        prior = _precise(self.prior(candidates))
+        old = prior.log_prob(x_1, self.log_prob_reduction)
+        squares = tensor_of(x_1).double().square().flatten(start_dim=1).sum(dim=1)
         return Experience(
             states={"x_1": x_1, "log_prob": old, "advantage": advantages.to(old)},
             condition=candidates,
             seeds=seeds,
             # ||x_1||^2 / d: the denoiser was trained where it is 1, give or take 3 %.
-            metrics={**metrics, "noise_power": float(tensor_of(x_1).double().square().mean())},
+            metrics={**metrics, "noise_power": float((squares / prior.num_dimensions).mean())},
             histograms={"reward": rewards[rewards.isfinite()], "advantage": advantages},
         )
 
@@ -173,7 +174,7 @@ class NoisePPO(RewardFineTuner):
         kl = prior.kl(reference, self.log_prob_reduction)
         losses = importance_sampling(new, old, advantages, self.clip_range) + self.beta * kl
         values = ratio_values(new, old, self.clip_range, on_policy=self.on_policy)
-        nats = {"kl": prior.kl(reference).detach(), "entropy": _entropy(prior)}
+        nats = {"kl": prior.kl(reference).detach(), "entropy": prior.entropy("mean").detach()}
         return losses, values | nats
 
     def export(self, folder: Path) -> list[Path]:
@@ -188,10 +189,4 @@ class NoisePPO(RewardFineTuner):
 
 def _precise(law: Gaussian) -> Gaussian:
     # A sum over 16,384 dimensions is about -23,000, of which single precision knows 0.002.
-    return Gaussian(law.loc.double(), law.std.double())
-
-
-def _entropy(law: Gaussian) -> Tensor:
-    """Return the entropy per dimension in nats, [B]; 1.419 for unit variance."""
-    log_std = law.std.detach().log().expand_as(law.loc).flatten(start_dim=1).mean(dim=1)
-    return 0.5 * (1 + math.log(2 * math.pi)) + log_std
+    return law.like(law.loc.double(), law.std.double())

@@ -62,6 +62,21 @@ class Gaussian(Distribution):
     def mean(self) -> Tensor:
         return self.loc
 
+    @property
+    def num_dimensions(self) -> Tensor:
+        """How many numbers of each sample are free, float64 [B]."""
+        size, *shape = self.loc.shape
+        return torch.full((size,), math.prod(shape), dtype=torch.float64, device=self.loc.device)
+
+    def like(self, loc: Tensor, std: Tensor) -> "Gaussian":
+        """Return the law over the same space with another mean and other stds."""
+        return Gaussian(loc, std)
+
+    def entropy(self, reduction: Reduction = "sum") -> Tensor:
+        """Return the entropy in nats, [B]; 1.419 per dimension of unit variance."""
+        values = self._positive_std.log() + 0.5 * (1 + math.log(2 * math.pi))
+        return _reduce(values.where(self.std > 0, 0).expand_as(self.loc), reduction)
+
     def rsample(self, rows: Generators = None) -> Tensor:
         return self.loc + self.std * randn_like(self.loc, rows)
 
@@ -89,10 +104,11 @@ class Categorical(Distribution):
 
     Args:
         logits: [B, ..., V] unnormalised log-probabilities; -inf marks the impossible.
+        num_dimensions: [B], over how many variables a mean is taken; all of them if None.
     """
 
-    def __init__(self, logits: Tensor) -> None:
-        self.log_probs = logits.log_softmax(dim=-1)
+    def __init__(self, logits: Tensor, num_dimensions: Tensor | None = None) -> None:
+        self.log_probs, self.num_dimensions = logits.log_softmax(dim=-1), num_dimensions
 
     @property
     def mean(self) -> Tensor:
@@ -105,7 +121,7 @@ class Categorical(Distribution):
 
     def log_prob(self, state: State, reduction: Reduction = "sum") -> Tensor:
         picked = self.log_probs.gather(-1, tensor_of(state).long().unsqueeze(-1)).squeeze(-1)
-        return _reduce(picked, reduction)
+        return self._reduced(picked, reduction)
 
     def kl(self, other: Distribution, reduction: Reduction = "sum") -> Tensor:
         if not isinstance(other, Categorical):
@@ -113,7 +129,12 @@ class Categorical(Distribution):
         # Masked before they meet: where both are -inf, the gradient of the difference is NaN.
         impossible = self.log_probs.isneginf()
         log_ratio = (self.log_probs - other.log_probs).masked_fill(impossible, 0)
-        return _reduce((self.log_probs.exp() * log_ratio).sum(dim=-1), reduction)
+        return self._reduced((self.log_probs.exp() * log_ratio).sum(dim=-1), reduction)
+
+    def _reduced(self, values: Tensor, reduction: Reduction) -> Tensor:
+        if reduction == "sum" or self.num_dimensions is None:
+            return _reduce(values, reduction)
+        return _reduce(values, "sum") / self.num_dimensions.clamp(min=1)
 
 
 class Product(Distribution):

@@ -15,7 +15,14 @@ from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.process import GaussianProcess
 from lit_rlft.core.randomness import generators
 from lit_rlft.core.sampling import Sampler, walk
-from lit_rlft.core.schedule import CosineVP, DiscreteVP, RectifiedFlow, Schedule, vp_betas
+from lit_rlft.core.schedule import (
+    CosineVP,
+    DiscreteVP,
+    PolynomialVP,
+    RectifiedFlow,
+    Schedule,
+    vp_betas,
+)
 
 SCHEDULES: dict[str, Schedule] = {
     "discrete": DiscreteVP(vp_betas()),
@@ -23,13 +30,14 @@ SCHEDULES: dict[str, Schedule] = {
     "clipped_cosine": CosineVP(min_alpha=2e-3),
     "flow": RectifiedFlow(),
     "shifted_flow": RectifiedFlow(shift=3.0),
+    "polynomial": PolynomialVP(),
 }
 TYPES = ("epsilon", "sample", "v", "velocity")
 DIFFUSERS_TYPES = {"epsilon": "epsilon", "sample": "sample", "v": "v_prediction"}
 PAIRS = [
     (name, kind)
     for name, kind in itertools.product(SCHEDULES, TYPES)
-    if kind != "epsilon" or name in ("discrete", "clipped_cosine")
+    if kind != "epsilon" or name in ("discrete", "clipped_cosine", "polynomial")
 ]
 CONDITION = Condition([{}], {}, torch.zeros(2500, dtype=torch.int64))
 

@@ -8,7 +8,14 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from scipy import stats
 
 from lit_rlft.core.checks import UsageError
-from lit_rlft.core.schedule import CosineVP, DiscreteVP, RectifiedFlow, Schedule, vp_betas
+from lit_rlft.core.schedule import (
+    CosineVP,
+    DiscreteVP,
+    PolynomialVP,
+    RectifiedFlow,
+    Schedule,
+    vp_betas,
+)
 
 SCHEDULES: list[Schedule] = [
     DiscreteVP(vp_betas()),
@@ -16,6 +23,7 @@ SCHEDULES: list[Schedule] = [
     CosineVP(min_alpha=0.01),
     RectifiedFlow(),
     RectifiedFlow(shift=3.0),
+    PolynomialVP(),
 ]
 
 
@@ -177,3 +185,44 @@ def test_settings_that_cannot_work_are_refused() -> None:
     ):
         with pytest.raises(UsageError):
             build()
+
+
+@pytest.mark.parametrize("power", [2.0, 3.0])
+def test_the_polynomial_schedule_is_edms_table(power: float) -> None:
+    # The published recipe: levels 0..T, ratios of neighbours of at least 0.001, then the precision.
+    total, precision = 1000, 1e-5
+    squares = [(1 - (i / total) ** power) ** 2 for i in range(total + 1)]
+    table, before, product = [], 1.0, 1.0
+    for square in squares:
+        product *= min(max(square / before, 0.001), 1.0)
+        before = square
+        table.append((1 - 2 * precision) * product + precision)
+    schedule = PolynomialVP(power, precision)
+    levels = torch.arange(1, total + 1, dtype=torch.float64) / total
+    alpha, sigma = schedule.levels(levels)
+    wanted = torch.tensor(table[1:], dtype=torch.float64)
+    torch.testing.assert_close(alpha**2, wanted, rtol=0, atol=1e-8)
+    torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(alpha), rtol=0, atol=1e-12)
+    clean = torch.zeros(1)
+    assert schedule.alpha(clean) == 1 and schedule.sigma(clean) == 0
+    for settings in ({"power": 0.0}, {"precision": 0.5}):
+        with pytest.raises(UsageError, match="power must be above 0 and precision"):
+            PolynomialVP(**settings)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
+@pytest.mark.parametrize("low", [0.0, 0.3])
+def test_a_share_of_the_times_are_squares(share: float, low: float) -> None:
+    """The share of times below u is that of the mixture, (1 - share) u + share sqrt(u)."""
+    uniform = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
+    times = RectifiedFlow(square_share=share).draw_times(uniform, low)
+    assert times.min() > low and times.max() <= 1
+
+    def mixture(u: float) -> float:
+        return (1 - share) * u + share * u**0.5
+
+    for u in (0.31, 0.5, 0.9):
+        wanted = (mixture(u) - mixture(low)) / (1 - mixture(low))
+        assert (times <= u).double().mean().item() == pytest.approx(wanted, abs=1e-4)
+    with pytest.raises(UsageError, match="square_share"):
+        RectifiedFlow(square_share=1.5)

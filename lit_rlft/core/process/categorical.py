@@ -1,7 +1,7 @@
 """Masked (absorbing-state) diffusion over integer states.
 
 Each position is masked independently: at time t it still shows its value with probability
-alpha_t = 1 - t. The reverse step unmasks a position with probability
+alpha_t = (1 - t)^power. The reverse step unmasks a position with probability
 (alpha_s - alpha_t) / (1 - alpha_t) and draws its class from the denoiser; what is shown stays.
 
 References:
@@ -28,39 +28,56 @@ class MaskedProcess(Process):
 
     Args:
         num_classes: Number of real classes, V.
+        padded: Whether states may have empty positions, with the value `num_classes + 1`: they
+            stay as they are and count in no loss and no mean.
+        power: Above 1, classes are decided late: next to another field, once that is known well.
     """
 
     differentiable = False
     invertible = False
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, padded: bool = False, power: float = 1.0) -> None:
         super().__init__()
         if num_classes < 1:
             raise UsageError(f"num_classes must be at least 1, got {num_classes}")
-        self.num_classes = num_classes
+        if power <= 0:
+            raise UsageError(f"power must be above 0, got {power}")
+        self.num_classes, self.padded, self.power = num_classes, padded, power
 
     @property
     def mask(self) -> int:
         """The integer that stands for a hidden position."""
         return self.num_classes
 
+    @property
+    def empty(self) -> int:
+        """The integer of a position that holds nothing, where states are padded."""
+        return self.num_classes + 1
+
     def prior(self, blank: State) -> Categorical:
-        """Return the point mass on the all-masked state."""
-        shape = (*tensor_of(blank).shape, self.num_classes + 1)
-        logits = torch.full(shape, -torch.inf, device=tensor_of(blank).device)
-        logits[..., self.mask] = 0
-        return Categorical(logits)
+        """Return the point mass on the all-masked state; where padded, `blank` says what is."""
+        x = tensor_of(blank)
+        start = torch.full_like(x, self.mask)
+        if self.padded:
+            start = start.where(x != self.empty, self.empty)
+        return Categorical(self._one_hot(start).log(), self._num_positions(x))
 
     def transition(
         self, prediction: State, x_t: State, t: Tensor, s: Tensor, eta: float
     ) -> Categorical:
         """Return the law of x_s given x_t; the masked process has one sampler, `eta` is unused."""
         x, logits = tensor_of(x_t), tensor_of(prediction).float()
-        unmask = expand_as((t - s) / t.clamp(min=torch.finfo(t.dtype).tiny), x).float()
+        before, after = self._hidden(t), self._hidden(s)
+        share = (before - after) / before.clamp(min=torch.finfo(t.dtype).tiny)
+        unmask = expand_as(share, x).float()
         unmask = unmask.expand(x.shape).unsqueeze(-1)
-        hidden = torch.cat([unmask.log() + logits.log_softmax(-1), (1 - unmask).log()], dim=-1)
-        shown = torch.nn.functional.one_hot(x, self.num_classes + 1).log()
-        return Categorical(torch.where((x == self.mask).unsqueeze(-1), hidden, shown))
+        parts = [unmask.log() + logits.log_softmax(-1), (1 - unmask).log()]
+        if self.padded:
+            parts.append(torch.full_like(unmask, -torch.inf))
+        shown = self._one_hot(x).log()
+        hidden = torch.cat(parts, dim=-1)
+        law = torch.where((x == self.mask).unsqueeze(-1), hidden, shown)
+        return Categorical(law, self._num_positions(x))
 
     def denoised(self, prediction: State, x_t: State, t: Tensor) -> Tensor:
         """Return x_t with each hidden position set to its most likely class."""
@@ -69,25 +86,44 @@ class MaskedProcess(Process):
 
     def noised(self, x_s: State, s: Tensor, t: Tensor, rows: Generators = None) -> Tensor:
         x = tensor_of(x_s)
-        keep = (1 - t) / (1 - s)
+        keep = (1 - self._hidden(t)) / (1 - self._hidden(s))
         uniform = rand_like(torch.empty(x.shape, device=x.device), rows)
-        return torch.where(uniform < expand_as(keep, uniform), x, self.mask)
+        hidden = torch.where(uniform < expand_as(keep, uniform), x, self.mask)
+        return torch.where(x == self.empty, x, hidden) if self.padded else hidden
 
     def loss(self, prediction: State, x_s: State, x_t: State, s: Tensor, t: Tensor) -> Tensor:
-        """Return cross-entropy on the positions hidden at t and shown at s, over 1 - alpha_t, [B].
+        """Return cross-entropy on positions hidden at t and shown at s, times -alpha'/(1 - alpha).
 
         At s = 0 this is the negative evidence bound of masked diffusion per position. For s > 0
-        only the share (t - s) / t of the hidden positions is known, which bounds the weight.
+        only some of the hidden positions, next to none as t -> s, are known, which bounds the
+        weight. [B].
         """
         source, x = tensor_of(x_s), tensor_of(x_t)
         known = (x == self.mask) & (source != self.mask)
         labels = source.where(known, 0)
         log_probs = tensor_of(prediction).float().log_softmax(dim=-1)
         nll = -log_probs.gather(-1, labels.unsqueeze(-1)).squeeze(-1).where(known, 0)
-        return nll.unsqueeze(-1).flatten(start_dim=1).mean(dim=1) / t.to(nll.dtype)
+        nll = nll.unsqueeze(-1).flatten(start_dim=1)
+        num = self._num_positions(source)
+        mean = nll.mean(dim=1) if num is None else nll.sum(dim=1) / num.clamp(min=1)
+        slope = self.power * (1 - t) ** (self.power - 1)
+        return mean * slope.to(nll.dtype) / self._hidden(t).to(nll.dtype)
 
     def draw_times(self, uniform: Tensor, low: float = 0.0) -> Tensor:
         return 1 - (1 - low) * uniform.double()
 
     def times(self, num_steps: int) -> Tensor:
         return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+
+    def _hidden(self, t: Tensor) -> Tensor:
+        """Return the probability of a mask at t, 1 - alpha_t."""
+        return t if self.power == 1 else 1 - (1 - t) ** self.power
+
+    def _one_hot(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.one_hot(x, self.num_classes + 1 + self.padded)
+
+    def _num_positions(self, x: Tensor) -> Tensor | None:
+        """Return how many positions are not empty, [B], or None where none can be."""
+        if not self.padded:
+            return None
+        return (x != self.empty).unsqueeze(-1).flatten(start_dim=1).sum(dim=1)

@@ -28,6 +28,7 @@ from lit_rlft.core.process.base import Process
 from lit_rlft.core.randomness import Generators, randn_like
 from lit_rlft.core.schedule import Schedule
 from lit_rlft.core.state import State, expand_as, tensor_of
+from lit_rlft.core.subspace import Subspace
 
 __all__ = ["GaussianProcess", "PredictionType"]
 
@@ -52,12 +53,19 @@ class GaussianProcess(Process):
     Args:
         schedule: The noise schedule.
         prediction_type: What the denoiser predicts.
+        subspace: Where states live; None is all of the tensor. Noise, predictions and losses are
+            projected onto it, and log-probabilities are densities in it.
     """
 
     differentiable = True
     invertible = True
 
-    def __init__(self, schedule: Schedule, prediction_type: PredictionType = "epsilon") -> None:
+    def __init__(
+        self,
+        schedule: Schedule,
+        prediction_type: PredictionType = "epsilon",
+        subspace: Subspace | None = None,
+    ) -> None:
         super().__init__()
         if prediction_type not in get_args(PredictionType):
             raise UsageError(
@@ -71,10 +79,11 @@ class GaussianProcess(Process):
             )
         self.schedule = schedule
         self.prediction_type: PredictionType = prediction_type
+        self.subspace = subspace
 
     def prior(self, blank: State) -> Gaussian:
         loc = torch.zeros_like(tensor_of(blank))
-        return Gaussian(loc, torch.ones((), dtype=loc.dtype, device=loc.device))
+        return self._law(loc, torch.ones((), dtype=loc.dtype, device=loc.device), tensor_of(blank))
 
     def transition(
         self, prediction: State, x_t: State, t: Tensor, s: Tensor, eta: float
@@ -90,37 +99,44 @@ class GaussianProcess(Process):
         of_x = (alpha_s * b - direction * a) / determinant
         of_p = (direction * alpha_t - alpha_s * sigma_t) / determinant
         mean = expand_as(of_x, x) * x + expand_as(of_p, x) * tensor_of(prediction).to(x.dtype)
-        return Gaussian(mean, expand_as(std, x))
+        return self._law(mean, expand_as(std, x), x)
 
     def denoised(self, prediction: State, x_t: State, t: Tensor) -> Tensor:
         x = tensor_of(x_t)
         p = tensor_of(prediction).to(x.dtype)
         if self.prediction_type == "sample":
-            return p
+            return self._projected(p, x)
         alpha, sigma = self.schedule.levels(t)
         a, b = self._weights(alpha, sigma)
         determinant = b * alpha - a * sigma
-        return expand_as(b / determinant, x) * x - expand_as(sigma / determinant, x) * p
+        x_0 = expand_as(b / determinant, x) * x - expand_as(sigma / determinant, x) * p
+        return self._projected(x_0, x)
 
     def noised(self, x_s: State, s: Tensor, t: Tensor, rows: Generators = None) -> Tensor:
         x = tensor_of(x_s)
         (alpha_t, alpha_s), (sigma_t, sigma_s) = self.schedule.levels(torch.stack([t, s]))
         ratio = alpha_t / alpha_s
         std = _forward_variance(alpha_s, sigma_s, alpha_t, sigma_t).sqrt()
-        return expand_as(ratio, x) * x + expand_as(std, x) * randn_like(x, rows)
+        noise = self._projected(randn_like(x, rows), x)
+        return expand_as(ratio, x) * x + expand_as(std, x) * noise
 
     def loss(self, prediction: State, x_s: State, x_t: State, s: Tensor, t: Tensor) -> Tensor:
-        r"""Return the weighted squared error to the target, mean over dimensions, [B].
+        r"""Return the weighted squared error to the target, mean over (free) dimensions, [B].
 
         With :math:`r = \alpha_t/\alpha_s` and :math:`v = \sigma_t^2 - r^2 \sigma_s^2` the target is
         :math:`\epsilon^* = \sigma_t (x_t - r x_s)/v`, converted to the prediction type, and the
         weight is :math:`v/\sigma_t^2`: the target's variance grows without bound as t -> s.
         """
-        target = self.target(tensor_of(x_s), tensor_of(x_t), s, t)
-        error = (tensor_of(prediction).to(target.dtype) - target).square()
+        source = tensor_of(x_s)
+        target = self.target(source, tensor_of(x_t), s, t)
+        error = tensor_of(prediction).to(target.dtype) - target
+        squares = self._projected(error, source).square().unsqueeze(-1).flatten(start_dim=1)
         (alpha_t, alpha_s), (sigma_t, sigma_s) = self.schedule.levels(torch.stack([t, s]))
         weight = _forward_variance(alpha_s, sigma_s, alpha_t, sigma_t) / sigma_t**2
-        return weight.to(target.dtype) * error.unsqueeze(-1).flatten(start_dim=1).mean(dim=1)
+        if self.subspace is None:
+            return weight.to(target.dtype) * squares.mean(dim=1)
+        size = self.subspace.num_dimensions(source).clamp(min=1)
+        return (weight / size).to(target.dtype) * squares.sum(dim=1)
 
     def target(self, x_s: Tensor, x_t: Tensor, s: Tensor, t: Tensor) -> Tensor:
         """Return the regression target of `loss` in the process's prediction type, [B, ...]."""
@@ -144,6 +160,14 @@ class GaussianProcess(Process):
 
     def times(self, num_steps: int) -> Tensor:
         return self.schedule.times(num_steps)
+
+    def _law(self, loc: Tensor, std: Tensor, like: Tensor) -> Gaussian:
+        if self.subspace is None:
+            return Gaussian(loc, std)
+        return self.subspace.gaussian(loc, std, like)
+
+    def _projected(self, x: Tensor, like: Tensor) -> Tensor:
+        return x if self.subspace is None else self.subspace.project(x, like)
 
     def _weights(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """Return a and b of the prediction type at a level."""

@@ -30,7 +30,8 @@ class ProductProcess(Process):
         if not fields:
             raise UsageError("fields must name at least one process")
         self.names = sorted(fields)
-        self.fields = nn.ModuleDict({name: fields[name] for name in self.names})
+        # Not a ModuleDict: it refuses names that modules use themselves, such as "type".
+        self.processes = nn.ModuleList(fields[name] for name in self.names)
         unknown = set(weights or {}) - set(fields)
         if unknown:
             raise UsageError(f"weights name {sorted(unknown)}, the fields are {self.names}")
@@ -40,7 +41,7 @@ class ProductProcess(Process):
 
     def field(self, name: str) -> Process:
         """Return the process of one field."""
-        process = self.fields[name]
+        process = self.processes[self.names.index(name)]
         assert isinstance(process, Process)
         return process
 

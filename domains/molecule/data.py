@@ -1,0 +1,240 @@
+"""DataModules: molecules to pretrain on, and numbers of atoms to generate molecules of."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from domains.molecule.batches import Batches, FixedBatches, SizeBatches
+from domains.molecule.sources import Enumerated, Source, Splits
+from domains.molecule.structures import Packed
+from lit_rlft.core.checks import UsageError
+from lit_rlft.data import Record, Rows, Split, SplitData, collate
+
+__all__ = ["QM9_COUNTS", "AtomCounts", "MoleculeData", "histogram"]
+
+_SPLITS: tuple[Split, ...] = ("train", "val", "test")
+
+QM9_COUNTS: dict[int, int] = {
+    **{3: 1, 4: 4, 5: 5, 6: 9, 7: 16, 8: 49, 9: 124, 10: 362, 11: 807, 12: 1689, 13: 3060},
+    **{14: 5136, 15: 7796, 16: 10644, 17: 13025, 18: 13364, 19: 13832, 20: 9482, 21: 9970},
+    **{22: 3393, 23: 4848, 24: 539, 25: 1506, 26: 48, 27: 266, 29: 25},
+}
+"""Molecules of QM9's training split by number of atoms, as published with EDM."""
+
+
+class MoleculeData(SplitData):
+    """Molecules, in batches of one size.
+
+    Rows are `{"index", "num_atoms": int64 [], "positions": [N, 3] in Angstrom around their mean,
+    "types": int64 [N], "elements"}`, N the most atoms of the source, empty slots last.
+
+    Args:
+        source: The molecules; the enumerated ones unless given.
+        val_source: Molecules of the validation split; None holds out some of `source`.
+        test_source: Molecules of the test split; None holds out some of `source`.
+        val_fraction: Share of `source` held out for validation, where it has no standard splits.
+        test_fraction: Share of `source` held out for the test, where it has no standard splits.
+        num_train: Train on the first so many molecules; None takes all.
+        num_val: Validate on the first so many molecules; None takes all.
+        num_test: Test on the first so many molecules; None takes all.
+        bucketed: Whether the molecules of a training batch have equally many atoms.
+        **loading: Arguments of the loaders: batch_size, eval_batch_size, seed, num_workers.
+
+    Raises:
+        UsageError: In `setup`: sources differ in elements or most atoms, or have too few molecules
+            for the splits.
+    """
+
+    def __init__(
+        self,
+        source: Source | None = None,
+        *,
+        val_source: Source | None = None,
+        test_source: Source | None = None,
+        val_fraction: float = 0.05,
+        test_fraction: float = 0.05,
+        num_train: int | None = None,
+        num_val: int | None = None,
+        num_test: int | None = None,
+        bucketed: bool = True,
+        **loading: Any,
+    ) -> None:
+        super().__init__(**loading)
+        self.source = source or Enumerated()
+        self.sources = {"val": val_source, "test": test_source}
+        self.fractions = {"val": val_fraction, "test": test_fraction}
+        self.limits = {"train": num_train, "val": num_val, "test": num_test}
+        self.bucketed = bucketed
+        self._splits: dict[str, tuple[Packed, NDArray[np.int64]]] = {}
+
+    def setup(self, stage: str) -> None:
+        """Load the molecules and split them."""
+        if self._splits:
+            return
+        packed = self.source.load()
+        chosen = self.source.splits(packed) or self._drawn(len(packed))
+        splits = {name: (packed, rows) for name, rows in chosen.items()}
+        for split, source in self.sources.items():
+            if source is not None:
+                self._check_like(source, split)
+                own = source.load()
+                splits[split] = (own, np.arange(len(own)))
+        if any(not len(rows) for _, rows in splits.values()):
+            raise UsageError(
+                f"data.init_args.source has {len(packed)} molecules, too few for three splits; "
+                "give val_source and test_source or more molecules"
+            )
+        limits = self.limits
+        self._splits = {name: (own, rows[: limits[name]]) for name, (own, rows) in splits.items()}
+
+    def rows(self, split: Split) -> Dataset[dict[str, Any]]:
+        packed, chosen = self._splits[split]
+
+        def row(i: int) -> Record:
+            types = torch.from_numpy(packed.types[chosen[i]].astype(np.int64))
+            return {
+                "num_atoms": (types >= 0).sum(),
+                "positions": torch.from_numpy(np.array(packed.positions[chosen[i]])),
+                "types": types,
+                "elements": self.source.elements,
+            }
+
+        return Rows(len(chosen), row)
+
+    def sizes(self, split: Split) -> NDArray[np.int64]:
+        """Return the number of atoms of each row."""
+        packed, chosen = self._splits[split]
+        return packed.num_atoms[chosen]
+
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Return shuffled batches of one size each, all of `batch_size` rows.
+
+        Raises:
+            UsageError: `batch_size` is not divisible by the number of processes.
+        """
+        if not self.bucketed:
+            return super().train_dataloader()
+        ranks, rank = self._place()
+        self.check_batch_size(ranks)
+        order = SizeBatches(
+            self.sizes("train"), self.batch_size, ranks, rank, seed=self.seed, seen=self._seen
+        )
+        return self._batched("train", order)
+
+    def _evaluation(self, split: str) -> DataLoader[dict[str, Any]]:
+        assert split in ("val", "test")
+        own: Split = "val" if split == "val" else "test"
+        ranks, rank = self._place()
+        order = FixedBatches(self.sizes(own), self.eval_batch_size, ranks, rank)
+        return self._batched(own, order)
+
+    def _batched(self, split: Split, order: DistributedSampler[Any]) -> DataLoader[Any]:
+        return DataLoader(
+            Batches(self.rows(split)),
+            batch_size=None,
+            sampler=order,
+            collate_fn=collate,
+            num_workers=self.num_workers,
+        )
+
+    def _drawn(self, total: int) -> Splits:
+        """Draw the splits that have no source of their own."""
+        rest, splits = np.random.default_rng(self.seed).permutation(total), {}
+        for split, source in self.sources.items():
+            if source is None:
+                size = max(1, round(self.fractions[split] * total))
+                splits[split], rest = rest[:size], rest[size:]
+        return {"train": rest, **splits}
+
+    def _check_like(self, source: Source, split: str) -> None:
+        if (source.elements, source.max_atoms) != (self.source.elements, self.source.max_atoms):
+            raise UsageError(
+                f"data.init_args.{split}_source has at most {source.max_atoms} atoms of "
+                f"{list(source.elements)}, but source has {self.source.max_atoms} of "
+                f"{list(self.source.elements)}; give both the same"
+            )
+
+
+class AtomCounts(SplitData):
+    """Numbers of atoms, drawn from a histogram: the conditions that molecules are generated under.
+
+    Rows are `{"index", "num_atoms": int64 []}`; row i is a function of `seed`, the split and i.
+
+    Args:
+        counts: Number of molecules, or share, by number of atoms; None counts those of `source`.
+        source: Molecules to count; the enumerated ones unless given.
+        num_train: Conditions of a training pass.
+        num_val: Conditions of the validation.
+        num_test: Conditions of the test.
+        max_atoms: Leave out larger numbers, beyond what the model has slots for.
+        **loading: Arguments of the loaders: batch_size, eval_batch_size, seed, num_workers.
+
+    Raises:
+        UsageError: The histogram is empty or has a negative share or number of atoms.
+    """
+
+    def __init__(
+        self,
+        counts: dict[int, float] | None = None,
+        *,
+        source: Source | None = None,
+        num_train: int = 4096,
+        num_val: int = 64,
+        num_test: int = 256,
+        max_atoms: int | None = None,
+        **loading: Any,
+    ) -> None:
+        super().__init__(**loading)
+        if counts is not None and source is not None:
+            raise UsageError(
+                "data.init_args: counts and source exclude each other; leave one of them out"
+            )
+        self.counts, self.source, self.max_atoms = counts, source, max_atoms
+        self.limits = {"train": num_train, "val": num_val, "test": num_test}
+        self._histogram: tuple[NDArray[np.int64], NDArray[np.float64]] | None = None
+
+    def setup(self, stage: str) -> None:
+        """Count atoms where no histogram is given."""
+        if self._histogram is not None:
+            return
+        counts: Mapping[int, float] | None = self.counts
+        if counts is None:
+            source = self.source or Enumerated()
+            counts = histogram(source.load())
+        self._histogram = _cumulative(counts, self.max_atoms)
+
+    def rows(self, split: Split) -> Dataset[dict[str, Any]]:
+        assert self._histogram is not None
+        sizes, shares = self._histogram
+        stream = (self.seed, _SPLITS.index(split))
+
+        def row(i: int) -> Record:
+            drawn = np.random.default_rng([*stream, i]).random()
+            place = int(np.searchsorted(shares, drawn, side="right"))
+            return {"num_atoms": torch.tensor(int(sizes[place]))}
+
+        return Rows(self.limits[split], row)
+
+
+def histogram(packed: Packed) -> dict[int, int]:
+    """Return how many molecules have how many atoms."""
+    sizes, counts = np.unique(packed.num_atoms, return_counts=True)
+    return dict(zip(sizes.tolist(), counts.tolist(), strict=True))
+
+
+def _cumulative(
+    counts: Mapping[int, float], max_atoms: int | None
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Return numbers of atoms and their cumulative shares but for the last."""
+    kept = {n: share for n, share in sorted(counts.items()) if max_atoms is None or n <= max_atoms}
+    shares = np.array([*kept.values()], np.float64)
+    if not kept or min(kept) < 1 or (shares < 0).any() or not 0 < shares.sum() < np.inf:
+        raise UsageError(
+            "data.init_args.counts needs shares of 0 or more, not all 0, by numbers of atoms of at "
+            f"least 1{'' if max_atoms is None else f' and at most {max_atoms}'}, got {dict(counts)}"
+        )
+    return np.array([*kept]), np.cumsum(shares / shares.sum())[:-1]

@@ -1,0 +1,271 @@
+"""Measurements of molecules: of each, within a batch, and against a set of real ones.
+
+RDKit's work on a batch is shared with the rewards. The quality of real molecules under the same
+tables belongs beside every number: 98 to 99 of 100 B3LYP geometries are stable, fewer of a force
+field's.
+
+References:
+    Equivariant Diffusion for Molecule Generation in 3D (Hoogeboom et al., 2022; stability,
+    validity, uniqueness), https://arxiv.org/abs/2203.17003
+    MiDi (Vignac et al., 2023; distances of bond lengths and angles), arXiv 2302.09048
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.stats import wasserstein_distance
+from torch import Tensor
+
+from domains.molecule.chemistry import Chemistry, chemistry_of
+from domains.molecule.molecules import Molecules, check_molecules
+from domains.molecule.sources import Enumerated, Source
+from domains.molecule.structures import Packed, molecules_of
+from lit_rlft.core.pipeline import Condition
+from lit_rlft.core.reward import Metric
+
+__all__ = [
+    "Drugs",
+    "MoleculeMeasures",
+    "Novelty",
+    "SetDistances",
+    "angles",
+    "bond_lengths",
+    "known_smiles",
+    "mean_wasserstein",
+    "size_total_variation",
+    "type_total_variation",
+]
+
+_CHUNK = 256  # molecules of which angles are found at a time
+_DESCRIPTORS = ("qed", "sa", "logp")
+
+
+class MoleculeMeasures(Metric):
+    """Stability, validity, connectedness and uniqueness.
+
+    "atom_stability" is each molecule's number of stable atoms over the batch's mean number of
+    atoms, so that its mean is the share of stable atoms; it and "molecule_stability" are NaN where
+    hydrogens are implicit. "validity" is whether RDKit sanitises the graph, "connected" whether it
+    is in one part, of valid ones only. "uniqueness", of valid ones, is 1 for the first of the
+    batch's molecules with the same canonical SMILES (of the largest part) and 0 for repeats: its
+    mean depends on the batch's size. "num_heavy" counts atoms other than hydrogen.
+    """
+
+    def evaluate(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
+        """Return the measures, float64 [B] each."""
+        chemistry = chemistry_of(check_molecules(samples, condition))
+        molecules = chemistry.molecules
+        unknown = torch.full((len(molecules),), torch.nan, dtype=torch.float64)
+        atoms = chemistry.atom_stability.sum(dim=1) / molecules.num_atoms.double().mean()
+        whole = chemistry.molecule_stability.double()
+        connected = np.where(chemistry.valid, chemistry.connected, np.nan)
+        heavy = molecules.valid
+        if not molecules.implicit_hydrogens:
+            heavy = heavy & (molecules.types != molecules.elements.index("H"))
+        return {
+            "atom_stability": unknown if molecules.implicit_hydrogens else atoms,
+            "molecule_stability": unknown if molecules.implicit_hydrogens else whole,
+            "validity": torch.from_numpy(chemistry.valid).double(),
+            "connected": torch.from_numpy(connected),
+            "uniqueness": torch.from_numpy(_firsts(chemistry)),
+            "num_heavy": heavy.sum(dim=1).double(),
+        }
+
+
+class Drugs(Metric):
+    """QED, SA score and logP of valid and connected molecules, and perhaps their strain.
+
+    Args:
+        strain: Also measure "strain": MMFF94 energy before minus after minimisation, kcal/mol.
+        num_workers: Processes to share that work among; 0 works in this one.
+    """
+
+    def __init__(self, strain: bool = True, num_workers: int = 0) -> None:
+        super().__init__()
+        self.strain, self.num_workers = strain, num_workers
+
+    def evaluate(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
+        """Return {"qed", "sa", "logp", "strain"}, float64 [B] each; NaN for other molecules."""
+        chemistry = chemistry_of(check_molecules(samples, condition))
+        values = {name: chemistry.values(name) for name in _DESCRIPTORS}
+        if self.strain:
+            values["strain"] = chemistry.strain(self.num_workers)
+        return {name: torch.from_numpy(value.copy()) for name, value in values.items()}
+
+
+class Novelty(Metric):
+    """Which of a batch's different valid molecules are not among known ones.
+
+    Both sides' SMILES come from positions by way of the bond tables.
+
+    Args:
+        source: The known molecules, those that were trained on; the enumerated ones unless given.
+    """
+
+    def __init__(self, source: Source | None = None) -> None:
+        super().__init__()
+        self.source = source or Enumerated()
+        self._known: frozenset[str] | None = None
+
+    def evaluate(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
+        """Return {"novelty": [B]}, NaN for molecules that are invalid or repeat another."""
+        chemistry = chemistry_of(check_molecules(samples, condition))
+        if self._known is None:
+            self._known = known_smiles(self.source.load(), self.source.elements)
+        new = [smiles not in self._known for smiles in chemistry.smiles]
+        return {"novelty": torch.from_numpy(np.where(_firsts(chemistry) == 1, new, np.nan))}
+
+
+class SetDistances(Metric):
+    """Distances of a batch of samples from a set of molecules, over the batch as a whole.
+
+    "type_tv" and "size_tv": half the sum of differences of the shares of elements and of numbers
+    of atoms. "bond_length_w1" in Angstrom and "angle_w1" in degrees: Wasserstein-1 distances of
+    bonds of each kind (elements and order) and of angles around each element, averaged with the
+    set's frequencies over what both have. "qed_w1", "sa_w1", "logp_w1": the same of descriptors of
+    valid and connected molecules. Each at the batch's first sample and NaN at the others, so that
+    a mean over samples is one over batches.
+
+    Args:
+        source: The molecules compared with; the enumerated ones unless given.
+        max_molecules: Compare with so many of them, drawn at random once.
+    """
+
+    def __init__(self, source: Source | None = None, max_molecules: int = 2048) -> None:
+        super().__init__()
+        self.source, self.max_molecules = source or Enumerated(), max_molecules
+        self._real: Chemistry | None = None
+
+    def evaluate(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
+        """Return the distances, float64 [B] each."""
+        own, real = chemistry_of(check_molecules(samples, condition)), self._reference()
+        values = {
+            "type_tv": type_total_variation(own.molecules, real.molecules),
+            "size_tv": size_total_variation(own.molecules, real.molecules),
+            "bond_length_w1": mean_wasserstein(bond_lengths(own), bond_lengths(real)),
+            "angle_w1": mean_wasserstein(angles(own), angles(real)),
+        }
+        for name in _DESCRIPTORS:
+            pair = [_finite(chemistry.values(name)) for chemistry in (own, real)]
+            values[f"{name}_w1"] = mean_wasserstein({0: pair[0]}, {0: pair[1]})
+        column = torch.full((len(own),), torch.nan, dtype=torch.float64)
+        return {name: _first(column, value) for name, value in values.items()}
+
+    def _reference(self) -> Chemistry:
+        """Return the molecules compared with; loaded when first needed."""
+        if self._real is None:
+            packed = self.source.load()
+            rows = np.random.default_rng(0).permutation(len(packed))[: self.max_molecules]
+            self._real = Chemistry(molecules_of(packed, self.source.elements, np.sort(rows)))
+        return self._real
+
+
+def known_smiles(packed: Packed, elements: tuple[str, ...]) -> frozenset[str]:
+    """Return canonical SMILES of packed molecules, made from positions as those of samples are."""
+    chunks = [slice(i, i + 4096) for i in range(0, len(packed), 4096)]
+    found = (Chemistry(molecules_of(packed, elements, rows)).smiles for rows in chunks)
+    return frozenset(smiles for part in found for smiles in part if smiles is not None)
+
+
+def type_total_variation(a: Molecules, b: Molecules) -> float:
+    """Return half the sum of differences of the shares of elements, in [0, 1]."""
+    shares = [_type_shares(molecules) for molecules in (a, b)]
+    return 0.5 * sum(
+        abs(shares[0].get(symbol, 0.0) - shares[1].get(symbol, 0.0))
+        for symbol in {*shares[0], *shares[1]}
+    )
+
+
+def size_total_variation(a: Molecules, b: Molecules) -> float:
+    """Return half the sum of differences of the shares of numbers of atoms, in [0, 1]."""
+    length = 1 + max(int(molecules.num_atoms.max()) for molecules in (a, b))
+    counts = [torch.bincount(x.num_atoms, minlength=length).double() for x in (a, b)]
+    return 0.5 * float((counts[0] / len(a) - counts[1] / len(b)).abs().sum())
+
+
+def bond_lengths(chemistry: Chemistry) -> dict[Any, NDArray[np.float64]]:
+    """Return the lengths in Angstrom of all bonds, by (element, element, order), sorted."""
+    molecules, orders = chemistry.molecules, chemistry.orders
+    rows, i, j = orders.triu(diagonal=1).nonzero(as_tuple=True)
+    positions = molecules.positions.double()
+    lengths = (positions[rows, i] - positions[rows, j]).norm(dim=1)
+    types = torch.stack([molecules.types[rows, i], molecules.types[rows, j]], dim=1)
+    first, second = types.sort(dim=1).values.unbind(dim=1)
+    order, count = orders[rows, i, j].long(), len(molecules.elements)
+    groups = _grouped(((first * count + second) * 4 + order).numpy(), lengths.numpy())
+    names = molecules.elements
+    return {
+        (*sorted((names[key // 4 // count], names[key // 4 % count])), key % 4): group
+        for key, group in groups.items()
+    }
+
+
+def angles(chemistry: Chemistry) -> dict[Any, NDArray[np.float64]]:
+    """Return the angles in degrees between every two bonds of an atom, by the atom's element."""
+    molecules = chemistry.molecules
+    kinds: list[Tensor] = []
+    found: list[Tensor] = []
+    for start in range(0, len(molecules), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        bonded = chemistry.orders[part] > 0
+        earlier = torch.ones(bonded.shape[1:], dtype=torch.bool).triu(diagonal=1)
+        pairs = bonded.unsqueeze(3) & bonded.unsqueeze(2) & earlier
+        rows, centre, i, j = pairs.nonzero(as_tuple=True)
+        positions = molecules.positions[part].double()
+        arms = [positions[rows, end] - positions[rows, centre] for end in (i, j)]
+        cosine = torch.cosine_similarity(arms[0], arms[1], dim=1).clamp(-1, 1)
+        kinds.append(molecules.types[part][rows, centre])
+        found.append(torch.rad2deg(cosine.acos()))
+    groups = _grouped(torch.cat(kinds).numpy(), torch.cat(found).numpy())
+    return {molecules.elements[key]: group for key, group in groups.items()}
+
+
+def mean_wasserstein(
+    a: Mapping[Any, NDArray[np.float64]], b: Mapping[Any, NDArray[np.float64]]
+) -> float:
+    """Return the mean Wasserstein-1 distance of the groups that both have, as frequent as in b.
+
+    NaN where there are none.
+    """
+    common = [key for key in b if len(b[key]) and len(a.get(key, ()))]
+    if not common:
+        return float("nan")
+    distances = [wasserstein_distance(a[key], b[key]) for key in common]
+    return float(np.average(distances, weights=[len(b[key]) for key in common]))
+
+
+def _firsts(chemistry: Chemistry) -> NDArray[np.float64]:
+    """Return 1 for the first molecule with its SMILES, 0 for repeats, NaN for invalid ones, [B]."""
+    seen: set[str] = set()
+    values = np.full(len(chemistry), np.nan)
+    for i, smiles in enumerate(chemistry.smiles):
+        if smiles is not None:
+            values[i] = smiles not in seen
+            seen.add(smiles)
+    return values
+
+
+def _type_shares(molecules: Molecules) -> dict[str, float]:
+    types = molecules.types[molecules.valid]
+    counts = torch.bincount(types, minlength=len(molecules.elements)).double()
+    shares = (counts / counts.sum().clamp(min=1)).tolist()
+    return dict(zip(molecules.elements, shares, strict=True))
+
+
+def _grouped(
+    kinds: NDArray[np.int64], values: NDArray[np.float64]
+) -> dict[int, NDArray[np.float64]]:
+    return {int(kind): values[kinds == kind] for kind in np.unique(kinds)}
+
+
+def _finite(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    return values[np.isfinite(values)]
+
+
+def _first(column: Tensor, value: float) -> Tensor:
+    column = column.clone()
+    column[:1] = value
+    return column

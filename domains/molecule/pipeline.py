@@ -1,0 +1,357 @@
+r"""The molecule pipeline: noise on positions and types, under the number of atoms as a condition.
+
+A continuous state [B, N, 3 + C] holds positions around their centre and one-hot types, scaled; a
+mixed one positions beside masked integer types. Slots beyond a molecule's atoms are 0 (types of a
+mixed state: K + 1) and the process leaves them alone.
+
+References:
+    Equivariant Diffusion for Molecule Generation in 3D (Hoogeboom et al., 2022; EDM),
+    https://arxiv.org/abs/2203.17003
+"""
+
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.nn import functional
+
+from domains.molecule.chemistry import keys
+from domains.molecule.edm import ARGS, EDM, load_edm
+from domains.molecule.elements import ATOMIC_NUMBERS
+from domains.molecule.molecules import EMPTY, Molecules
+from domains.molecule.network import (
+    EGNN,
+    Architecture,
+    Denoiser,
+    Transformer,
+    load_weights,
+    save_weights,
+)
+from domains.molecule.preconditioning import Preconditioning
+from domains.molecule.render import draw, save_molecule
+from lit_rlft.core.checks import UsageError
+from lit_rlft.core.pipeline import Batch, Condition, Pipeline
+from lit_rlft.core.process import GaussianProcess, MaskedProcess, Process, ProductProcess
+from lit_rlft.core.schedule import PolynomialVP, RectifiedFlow
+from lit_rlft.core.state import State, cat, index
+from lit_rlft.core.subspace import PointClouds
+
+__all__ = ["EMBEDDED", "MoleculePipeline"]
+
+EMBEDDED = Path(__file__).parent / "assets"
+"""Folder of the models that ship with the package, reachable by their bare names."""
+
+_NETWORKS: dict[str, type[Denoiser]] = {"egnn": EGNN, "transformer": Transformer, "edm": EDM}
+_SHARPNESS = 12.0  # of types: 1 - 3e-5 for exactly one-hot scores
+_TYPE_STD = 0.4  # of a one-hot vector's numbers
+_MAX_NUMBERS = {"cpu": 2**23}  # of one tensor on pairs of atoms; bounds the denoiser's memory
+_MAX_NUMBERS_ELSEWHERE = 2**26
+_OFF_CENTRE = 1e-6  # Angstrom
+
+
+class MoleculePipeline(Pipeline):
+    """A flow or diffusion model that generates molecules of given numbers of atoms.
+
+    Args:
+        pretrained: A folder that `save` wrote, one of EDM's published models (args.pickle beside
+            generative_model_ema.npy), or the name of an embedded model; None draws new weights of
+            `architecture`, to pretrain them.
+        architecture: Sizes of the new network; of a pretrained one its own.
+        type_weight: Weight of the types' loss beside the positions', for mixed states.
+        save_dtype: Precision in which the tuned model is written.
+
+    Raises:
+        UsageError: `pretrained` is no such folder, or it is given along with an architecture.
+    """
+
+    lora_targets = (
+        *("source", "target", "radial", "message", "heads", "node_in", "node_out"),  # EGNN
+        "gate",  # EDM has it beside those of the EGNN
+        *("qkv", "proj", "fc1", "fc2"),  # transformer
+    )
+    denoiser: Denoiser
+
+    def __init__(
+        self,
+        pretrained: str | None = "small",
+        *,
+        architecture: Architecture | None = None,
+        type_weight: float = 1.0,
+        save_dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+    ) -> None:
+        super().__init__()
+        if pretrained is not None and architecture is not None:
+            raise UsageError(
+                "pipeline.init_args: pretrained and architecture exclude each other; set "
+                "pretrained to null to train a network of your own"
+            )
+        self.pretrained = pretrained
+        if pretrained is None:
+            architecture = architecture or Architecture()
+            self.denoiser = _NETWORKS[architecture.network](architecture)
+        else:
+            self.denoiser = _load(pretrained)
+        self.architecture = a = self.denoiser.architecture
+        self.elements = a.symbols
+        self.save_dtype = getattr(torch, save_dtype)
+        self._field = _process(a)
+        self.process: Process = self._field
+        if a.state == "mixed":
+            types = MaskedProcess(len(self.elements), padded=True, power=a.type_power)
+            fields = {"position": self._field, "type": types}
+            self.process = ProductProcess(fields, {"type": type_weight})
+
+    @property
+    def name(self) -> str:
+        return "molecule" if self.pretrained is None else Path(self.pretrained).name
+
+    @property
+    def device(self) -> torch.device:
+        return self.denoiser.like.device
+
+    def encode(self, batch: Batch) -> Condition:
+        """Encode numbers of atoms, each once.
+
+        Raises:
+            UsageError: The data have other elements than the model, or too many atoms for it.
+        """
+        self._check(batch)
+        sizes, rows = torch.unique(_num_atoms(batch).cpu(), return_inverse=True)
+        entries = [{"num_atoms": size} for size in sizes.tolist()]
+        return Condition(entries, {"num_atoms": sizes.to(self.device)}, rows)
+
+    def example(self) -> Condition:
+        return self.encode({"num_atoms": torch.tensor([self.architecture.max_atoms])})
+
+    def features(self, condition: Condition) -> Tensor:
+        """Return the number of atoms, one-hot, [B, N + 1]."""
+        size = self.architecture.max_atoms + 1
+        return functional.one_hot(condition.table("num_atoms"), size).float()
+
+    def blank(self, condition: Condition) -> State:
+        """Return states with 1 in atoms' slots (mixed: types 0) and the empty slots' values."""
+        full, like = self._full(condition), self.denoiser.like
+        channels = 3 if self.architecture.state == "mixed" else 3 + self.architecture.num_channels
+        numbers = full.unsqueeze(-1).expand(-1, -1, channels).to(like.dtype)
+        if self.architecture.state == "continuous":
+            return numbers.contiguous()
+        return {"position": numbers.contiguous(), "type": self._empty * (~full).long()}
+
+    def predict(self, x_t: State, t: Tensor, condition: Condition) -> State:
+        """Return predictions, computed for molecules of one size at a time.
+
+        On a CPU no time is spent on empty slots; elsewhere the largest molecule decides.
+        """
+        groups = list(self._groups(condition))
+        sizes = condition.table("num_atoms")
+        parts = [
+            self._predict(index(x_t, rows), t[rows], size, full=None if exact else sizes[rows])
+            for rows, size, exact in groups
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        order = torch.cat([rows for rows, *_ in groups]).argsort()
+        return index(cat(parts), order)
+
+    def decode(self, x_0: State, condition: Condition) -> Molecules:
+        """Return molecules; the probabilities of continuous states carry their gradient."""
+        full = self._full(condition).to(self._positions(x_0).device)
+        positions = self._positions(x_0).float() * self.architecture.position_scale
+        if isinstance(x_0, Tensor):
+            scores = x_0[..., 3 : 3 + len(self.elements)].float() / self.architecture.type_scale
+            types = scores.argmax(dim=-1).where(full, EMPTY)
+            soft = (_SHARPNESS * scores).softmax(dim=-1) * full.unsqueeze(-1)
+            return Molecules(
+                positions, types, soft, self.elements, self.architecture.implicit_hydrogens
+            )
+        types = x_0["type"].clamp(max=len(self.elements) - 1).where(full, EMPTY)
+        return Molecules.of(positions, types, self.elements, self.architecture.implicit_hydrogens)
+
+    def states(self, batch: Batch) -> State:
+        """Return x_0 of `batch["positions"]` [B, n, 3] in Angstrom and `batch["types"]` [B, n].
+
+        Data of the transformer are rotated at random, by torch's global generator.
+        """
+        self._check(batch)
+        types = self._padded(batch["types"], EMPTY).to(self.device)
+        full = types != EMPTY
+        positions = self._padded(batch["positions"], 0.0).to(self.denoiser.like)
+        positions = _around_centre(positions / self.architecture.position_scale, full)
+        if self.architecture.network == "transformer":
+            positions = positions @ _rotations(len(positions)).to(positions)
+        if self.architecture.state == "mixed":
+            return {"position": positions, "type": types.where(full, self._empty)}
+        scores = self.architecture.type_scale * functional.one_hot(
+            types.clamp(min=0), len(self.elements)
+        ).to(positions)
+        parts = [positions, scores * full.unsqueeze(-1)]
+        if self.architecture.charge_scale:
+            numbers = positions.new_tensor([ATOMIC_NUMBERS[symbol] for symbol in self.elements])
+            charges = self.architecture.charge_scale * numbers[types.clamp(min=0)] * full
+            parts.append(charges.unsqueeze(-1))
+        return torch.cat(parts, dim=-1)
+
+    def describe(self, entry: Mapping[str, Any]) -> str:
+        """Return the number of atoms."""
+        kind = "heavy atoms" if self.architecture.implicit_hydrogens else "atoms"
+        return f"{entry['num_atoms']} {kind}"
+
+    def render(self, samples: Any, condition: Condition) -> Tensor:
+        return draw(samples)
+
+    def index_samples(self, samples: Any, rows: Tensor) -> Molecules:
+        return samples.index(rows.to(samples.types.device))
+
+    def keys(self, samples: Any, condition: Condition) -> list[Hashable]:
+        """Return canonical SMILES; molecules that are not valid are one class."""
+        return keys(samples)
+
+    def save(self, folder: Path) -> list[Path]:
+        """Write architecture and weights, a LoRA merged, as `pretrained` reads them."""
+        return save_weights(self.denoiser, folder, self.save_dtype)
+
+    def save_samples(
+        self, samples: Any, condition: Condition, folder: Path, names: Sequence[str]
+    ) -> list[Path]:
+        """Write each molecule as SDF, SMILES and PNG."""
+        return [
+            save_molecule(samples.index(slice(i, i + 1)), folder / name)
+            for i, name in enumerate(names)
+        ]
+
+    @property
+    def _empty(self) -> int:
+        """The type of an empty slot of a mixed state."""
+        return len(self.elements) + 1
+
+    def _predict(self, x_t: State, t: Tensor, size: int, full: Tensor | None) -> State:
+        """Return predictions of molecules in the first `size` slots.
+
+        Args:
+            x_t: Their states.
+            t: Their times.
+            size: The most atoms of one.
+            full: [B] numbers of atoms; None where all have `size`.
+        """
+        a = self.architecture
+        if full is not None:
+            full = torch.arange(size, device=full.device) < full.unsqueeze(1)
+        x = (x_t if isinstance(x_t, Tensor) else x_t["position"])[:, :size]
+        pad = (0, 0, 0, a.max_atoms - size)
+        if a.network == "edm":
+            outputs = self.denoiser(x[..., :3], x[..., 3:], t, full)
+            return functional.pad(torch.cat(outputs, dim=-1).to(x.dtype), pad)
+        scale = Preconditioning(self._field, t)
+        position_std, type_std = a.position_std / a.position_scale, _TYPE_STD * a.type_scale
+        inner = scale.input(x[..., :3], position_std) * a.position_std
+        scores = None if isinstance(x_t, Tensor) else x_t["type"][:, :size]
+        if scores is None:
+            scores = scale.input(x[..., 3:], type_std)
+        moves, scores = self.denoiser(inner, scores, t, full)
+        position = functional.pad(scale.output(x[..., :3], moves, position_std), pad)
+        if not isinstance(x_t, Tensor):
+            return {"position": position, "type": functional.pad(scores, pad)}
+        types = functional.pad(scale.output(x[..., 3:], scores, type_std), pad)
+        return torch.cat([position, types], dim=-1)
+
+    def _groups(self, condition: Condition) -> Iterator[tuple[Tensor, int, bool]]:
+        """Iterate over (rows, largest number of atoms, whether all have that many)."""
+        # Known on the CPU: which slots are empty must not wait for the device.
+        known = torch.tensor([entry["num_atoms"] for entry in condition.entries])
+        sizes = known[condition.rows.cpu()]
+        present = sizes.unique().tolist()
+        exact = len(present) == 1 or self.device.type == "cpu"
+        most = _MAX_NUMBERS.get(self.device.type, _MAX_NUMBERS_ELSEWHERE) // self.architecture.width
+        for size in present if exact else present[-1:]:
+            rows = (sizes == size).nonzero()[:, 0] if exact else torch.arange(len(sizes))
+            for part in rows.split(max(1, most // size**2)):
+                yield part.to(self.device), size, exact
+
+    def _full(self, condition: Condition) -> Tensor:
+        """Return which slots hold an atom, bool [B, N]."""
+        slots = torch.arange(self.architecture.max_atoms, device=self.device)
+        return slots < condition.table("num_atoms").unsqueeze(1)
+
+    def _positions(self, state: State) -> Tensor:
+        return state[..., :3] if isinstance(state, Tensor) else state["position"]
+
+    def _padded(self, values: Tensor, fill: float) -> Tensor:
+        """Return data with N slots; slots beyond are empty and may be cut off."""
+        missing = self.architecture.max_atoms - values.shape[1]
+        widths = (0, missing) if values.dim() == 2 else (0, 0, 0, missing)
+        return functional.pad(values, widths, value=fill)
+
+    def _check(self, batch: Batch) -> None:
+        most, limit = int(_num_atoms(batch).max()), self.architecture.max_atoms
+        if most > limit:
+            raise UsageError(
+                f"the data have molecules of {most} atoms, the model {self.name!r} has "
+                f"{limit} slots; leave them out (max_atoms of data.init_args.source), or train a "
+                "model with more"
+            )
+        own = tuple(batch["elements"][0]) if "elements" in batch else self.elements
+        if own != self.elements:
+            raise UsageError(
+                f"the data have the elements {list(own)}, the model {self.name!r} has "
+                f"{list(self.elements)}; use data of the model's elements, or train another model"
+            )
+
+
+def _process(a: Architecture) -> GaussianProcess:
+    subspace = PointClouds(num_coordinates=3)
+    if a.noise == "flow":
+        return GaussianProcess(RectifiedFlow(square_share=a.square_share), "velocity", subspace)
+    return GaussianProcess(PolynomialVP(), "epsilon", subspace)
+
+
+def _num_atoms(batch: Batch) -> Tensor:
+    if "num_atoms" in batch:
+        return batch["num_atoms"]
+    return (batch["types"] != EMPTY).sum(dim=1)
+
+
+def _around_centre(positions: Tensor, full: Tensor) -> Tensor:
+    """Return positions whose mean over atoms is 0, and 0 in empty slots.
+
+    An atom exactly in the centre would pass for an empty slot of a mixed state: it is moved by a
+    millionth of an Angstrom.
+    """
+    weights = full.unsqueeze(-1).to(positions)
+    num = weights.sum(dim=1, keepdim=True).clamp(min=1)
+    centred = (positions - (positions * weights).sum(dim=1, keepdim=True) / num) * weights
+    hidden = full & ~(centred != 0).any(dim=-1) & (num[:, 0] > 1)
+    moves = _OFF_CENTRE * hidden.unsqueeze(-1).to(positions)
+    return (centred + moves - moves.sum(dim=1, keepdim=True) / num) * weights
+
+
+def _rotations(num: int) -> Tensor:
+    """Draw rotations, uniform, [num, 3, 3]."""
+    q = functional.normalize(torch.randn(num, 4, dtype=torch.float64), dim=1)
+    w, x, y, z = q.unbind(dim=1)
+    rows = [
+        *(1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)),
+        *(2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)),
+        *(2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)),
+    ]
+    return torch.stack(rows, dim=1).view(num, 3, 3)
+
+
+def _load(pretrained: str) -> Denoiser:
+    folder = Path(pretrained)
+    if not folder.exists():
+        folder = EMBEDDED / pretrained
+    if (folder / ARGS).is_file():
+        return load_edm(folder)
+    try:
+        return load_weights(folder, _NETWORKS)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, UsageError):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise UsageError(
+            f"pipeline.init_args.pretrained: {pretrained!r} could not be loaded as a molecule "
+            f"model; give the name of an embedded model or a folder that save wrote ({reason})"
+        ) from error

@@ -1,0 +1,91 @@
+"""Molecules as pictures and files: 2-D depictions, SDF and SMILES."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from rdkit import Chem
+from rdkit.Chem import rdDepictor
+from rdkit.Chem.Draw import rdMolDraw2D
+from torch import Tensor
+
+from domains.molecule.chemistry import Chemistry, chemistry_of
+from domains.molecule.molecules import Molecules
+
+__all__ = ["draw", "save_molecule", "to_image"]
+
+_PANEL = 160  # pixels of a side in panels
+_PICTURE = 400  # pixels of a side in files
+_REFUSED = (1.0, 0.93, 0.93)  # background of molecules that are not valid
+
+
+def draw(molecules: Molecules, size: int = _PANEL) -> Tensor:
+    """Return 2-D depictions, [B, 3, size, size] in [0, 1]; on light red where not valid."""
+    chemistry = chemistry_of(molecules)
+    pictures = [np.asarray(to_image(chemistry, row, size)) for row in range(len(chemistry))]
+    if not pictures:
+        return torch.empty(0, 3, size, size)
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
+
+
+def to_image(chemistry: Chemistry, row: int, size: int = _PICTURE) -> Image.Image:
+    """Return the depiction of one molecule of a batch, with what is wrong with it below.
+
+    Args:
+        chemistry: The view of the batch.
+        row: The molecule's place in it.
+        size: Pixels of a side.
+    """
+    mol = chemistry.mols[row]
+    shown = Chem.Mol(mol) if mol is not None else _unchecked(chemistry, row)
+    rdDepictor.Compute2DCoords(shown)
+    canvas = rdMolDraw2D.MolDraw2DCairo(size, size)
+    options = canvas.drawOptions()
+    options.prepareMolsBeforeDrawing = mol is not None
+    if mol is None:
+        options.setBackgroundColour(_REFUSED)
+    canvas.DrawMolecule(shown, legend=_legend(chemistry, row))
+    canvas.FinishDrawing()
+    return Image.open(io.BytesIO(canvas.GetDrawingText())).convert("RGB")
+
+
+def save_molecule(molecules: Molecules, path: Path) -> Path:
+    """Write the one molecule as `<path>.sdf`, `.smi` and `.png`; return the first.
+
+    The .sdf holds all atoms in their order with the positions and the bonds of the tables; .smi
+    has the canonical SMILES of the largest part, or a comment where RDKit refuses the molecule.
+    """
+    chemistry = chemistry_of(molecules)
+    assert len(chemistry) == 1
+    mol = chemistry.graphs.full(0)
+    smiles = chemistry.smiles[0]
+    mol.UpdatePropertyCache(strict=False)
+    mol.SetProp("_Name", path.name)
+    block = Chem.MolToMolBlock(mol, kekulize=False)
+    written = path.with_name(f"{path.name}.sdf")
+    written.write_text(f"{block}$$$$\n", encoding="utf-8")
+    line = f"{smiles} {path.name}\n" if smiles else f"# {path.name} is not valid\n"
+    path.with_name(f"{path.name}.smi").write_text(line, encoding="utf-8")
+    to_image(chemistry, 0).save(path.with_name(f"{path.name}.png"))
+    return written
+
+
+def _unchecked(chemistry: Chemistry, row: int) -> Chem.Mol:
+    """Return a molecule that RDKit refuses, such that it can be drawn."""
+    mol = chemistry.graphs.full(row)
+    mol.RemoveAllConformers()
+    mol.UpdatePropertyCache(strict=False)
+    Chem.FastFindRings(mol)
+    return mol
+
+
+def _legend(chemistry: Chemistry, row: int) -> str:
+    if chemistry.mols[row] is None:
+        return "not valid"
+    if chemistry.num_fragments[row] > 1:
+        return f"{chemistry.num_fragments[row]} parts"
+    if not (chemistry.molecules.implicit_hydrogens or chemistry.molecule_stability[row]):
+        return "not stable"
+    return ""

@@ -1,0 +1,414 @@
+"""Rewards of molecules, higher is better; a molecule that is not valid gets a stated number.
+
+A molecule's graph follows from its atoms' distances (`domains.molecule.bonds`). "Valid and
+connected" below: RDKit sanitises the graph, and it is in one part. Policies that choose sizes
+drift to small molecules, so sizes are conditions; hydrocarbons and fragments are the next ways in
+which a reward is gamed: report what the molecules are made of, and whether they are connected.
+"""
+
+import importlib.util
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rdkit import Chem
+from torch import Tensor
+
+from domains.molecule import bonds
+from domains.molecule.chemistry import Chemistry, chemistry_of
+from domains.molecule.elements import VALENCES, valences
+from domains.molecule.formats import read_smiles
+from domains.molecule.graphs import to_smiles
+from domains.molecule.molecules import Molecules, check_molecules
+from lit_rlft.core.checks import UsageError
+from lit_rlft.core.pipeline import Condition
+from lit_rlft.core.reward import Reward
+
+__all__ = [
+    "QED",
+    "TPSA",
+    "XTB",
+    "AtomCount",
+    "LogP",
+    "Novelty",
+    "RingCount",
+    "SoftValence",
+    "Stability",
+    "Strain",
+    "Substructures",
+    "SyntheticAccessibility",
+    "ValidConnected",
+]
+
+
+class _Chemical(Reward):
+    """A function of RDKit's view of a batch, in [0, 1] for valid and connected molecules.
+
+    Args:
+        invalid: Reward of molecules that are not, or of which the quantity cannot be computed.
+    """
+
+    def __init__(self, invalid: float = 0.0) -> None:
+        super().__init__()
+        if not np.isfinite(invalid):
+            raise UsageError(f"reward.init_args.invalid must be finite, got {invalid}")
+        self.invalid = invalid
+
+    def forward(self, samples: Any, condition: Condition) -> Tensor:
+        """Return the reward of each molecule, float32 [B]."""
+        molecules = check_molecules(samples, condition)
+        values = self.values(chemistry_of(molecules))
+        filled = np.where(np.isnan(values), self.invalid, values).astype(np.float32)
+        return torch.from_numpy(filled).to(molecules.types.device)
+
+    @abstractmethod
+    def values(self, chemistry: Chemistry) -> NDArray[np.float64]:
+        """Return the reward of each molecule, [B]; NaN where it is `invalid`."""
+
+
+class Stability(_Chemical):
+    """Whether every atom has exactly the bonds of its valence, 0 or 1; or how many atoms have.
+
+    Args:
+        graded: Return (share of stable atoms) ** power instead.
+        power: The larger, the more the last unstable atoms count.
+        connected: Count a molecule in several parts as not stable.
+
+    Raises:
+        UsageError: When called on molecules with implicit hydrogens, whose valences are always
+            filled.
+    """
+
+    def __init__(self, graded: bool = False, power: float = 1.0, connected: bool = False) -> None:
+        super().__init__()
+        self.graded, self.power = graded, _positive("power", power)
+        self.connected = connected
+
+    def values(self, chemistry: Chemistry) -> NDArray[np.float64]:
+        if chemistry.molecules.implicit_hydrogens:
+            raise UsageError(
+                "reward: Stability needs explicit hydrogens, which this model does not generate; "
+                "use domains.molecule.rewards.ValidConnected"
+            )
+        values = chemistry.molecule_stability.double()
+        if self.graded:
+            num_atoms = chemistry.molecules.num_atoms.clamp(min=1)
+            values = (chemistry.atom_stability.sum(dim=1).double() / num_atoms) ** self.power
+        if self.connected:
+            values = values * torch.from_numpy(chemistry.connected)
+        return values.numpy()
+
+
+class ValidConnected(_Chemical):
+    """1 for valid and connected molecules, 0 for others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def values(self, chemistry: Chemistry) -> NDArray[np.float64]:
+        return chemistry.connected.astype(np.float64)
+
+
+class QED(_Chemical):
+    """Likeness to drugs, QED / scale, at most 1.
+
+    Args:
+        scale: QED of the reward 1: molecules of nine heavy atoms hardly reach more than 0.55.
+        invalid: Reward of molecules that are not valid and connected.
+    """
+
+    def __init__(self, scale: float = 1.0, invalid: float = 0.0) -> None:
+        super().__init__(invalid)
+        self.scale = _positive("scale", scale)
+
+    def values(self, chemistry: Chemistry) -> NDArray[np.float64]:
+        return np.minimum(chemistry.values("qed") / self.scale, 1.0)
+
+
+class SyntheticAccessibility(_Chemical):
+    """How easily a molecule can be made, (10 - SA) / 9 in [0, 1].
+
+    Args:
+        invalid: Reward of molecules that are not valid and connected.
+    """
+
+    def values(self, chemistry: Chemistry) -> NDArray[np.float64]:
+        return (10 - chemistry.values("sa")) / 9
+
+
+class _Target(_Chemical):
+    r"""How close a quantity x is to a target, in (0, 1].
+
+    .. math:: r = \exp(-(x - x^*)^2 / (2 w^2))
+
+    Args:
+        target: :math:`x^*`.
+        width: w.
+        invalid: Reward of molecules that are not valid and connected.
+    """
+
+    def __init__(self, target: float, width: float, invalid: float = 0.0) -> None:
+        super().__init__(invalid)
+        self.target, self.width = target, _positive("width", width)
+
+    def values(self, chemistry: Chemistry) -> NDArray[np.float64]:
+        return np.exp(-((self.quantity(chemistry) - self.target) ** 2) / (2 * self.width**2))
+
+    @abstractmethod
+    def quantity(self, chemistry: Chemistry) -> NDArray[np.float64]:
+        """Return x of each molecule, [B]; NaN where it is not valid and connected."""
+
+
+class LogP(_Target):
+    """How close Crippen's logP is to a target, as `exp(-(x - target)^2 / (2 width^2))`.
+
+    Args:
+        target: Wanted logP.
+        width: Distance from it at which the reward is 0.61.
+        invalid: Reward of molecules that are not valid and connected.
+    """
+
+    def __init__(self, target: float, width: float = 0.5, invalid: float = 0.0) -> None:
+        super().__init__(target, width, invalid)
+
+    def quantity(self, chemistry: Chemistry) -> NDArray[np.float64]:
+        return chemistry.values("logp")
+
+
+class TPSA(_Target):
+    """How close the polar surface is to a target, as `exp(-(x - target)^2 / (2 width^2))`.
+
+    Args:
+        target: Wanted area in square Angstrom.
+        width: Distance from it at which the reward is 0.61.
+        invalid: Reward of molecules that are not valid and connected.
+    """
+
+    def __init__(self, target: float, width: float = 10.0, invalid: float = 0.0) -> None:
+        super().__init__(target, width, invalid)
+
+    def quantity(self, chemistry: Chemistry) -> NDArray[np.float64]:
+        return chemistry.values("tpsa")
+
+
+class RingCount(_Target):
+    """How close the number of rings is to a target, as `exp(-(x - target)^2 / (2 width^2))`.
+
+    Args:
+        target: Wanted number.
+        width: Distance from it at which the reward is 0.61.
+        invalid: Reward of molecules that are not valid and connected.
+    """
+
+    def __init__(self, target: float, width: float = 0.5, invalid: float = 0.0) -> None:
+        super().__init__(target, width, invalid)
+
+    def quantity(self, chemistry: Chemistry) -> NDArray[np.float64]:
+        return chemistry.values("num_rings")
+
+
+class AtomCount(_Target):
+    """How close the number of atoms of an element is to a target.
+
+    Args:
+        symbol: The element.
+        target: Wanted number.
+        width: Distance from it at which the reward is 0.61.
+        invalid: Reward of molecules that are not valid and connected.
+    """
+
+    def __init__(
+        self, symbol: str, target: float, width: float = 0.5, invalid: float = 0.0
+    ) -> None:
+        super().__init__(target, width, invalid)
+        if symbol not in VALENCES:
+            raise UsageError(
+                f"reward.init_args.symbol must be one of {list(VALENCES)}, got {symbol!r}"
+            )
+        self.symbol = symbol
+
+    def quantity(self, chemistry: Chemistry) -> NDArray[np.float64]:
+        molecules = chemistry.molecules
+        if self.symbol not in molecules.elements:
+            raise UsageError(
+                f"reward.init_args.symbol is {self.symbol!r}, but the model's elements are "
+                f"{list(molecules.elements)}"
+            )
+        number = molecules.elements.index(self.symbol)
+        counts = (molecules.types == number).sum(dim=1).double().numpy()
+        return np.where(chemistry.connected, counts, np.nan)
+
+
+class Substructures(_Chemical):
+    """Share of SMARTS patterns that are there, or not there, as wanted, in [0, 1].
+
+    Args:
+        present: Patterns that a molecule shall have.
+        absent: Patterns that it shall not have.
+        all_or_nothing: Give 1 only where every wish is met, 0 otherwise.
+        invalid: Reward of molecules that are not valid and connected.
+    """
+
+    def __init__(
+        self,
+        present: Sequence[str] = (),
+        absent: Sequence[str] = (),
+        all_or_nothing: bool = False,
+        invalid: float = 0.0,
+    ) -> None:
+        super().__init__(invalid)
+        if not (present or absent):
+            raise UsageError("reward.init_args: Substructures needs patterns in present or absent")
+        self.wishes = [(_pattern(smarts), True) for smarts in present]
+        self.wishes += [(_pattern(smarts), False) for smarts in absent]
+        self.all_or_nothing = all_or_nothing
+        self._key = f"substructures {[*present]} {[*absent]}"
+
+    def values(self, chemistry: Chemistry) -> NDArray[np.float64]:
+        shares = chemistry.computed(self._key, self._share)
+        return np.where(np.isnan(shares), np.nan, shares == 1) if self.all_or_nothing else shares
+
+    def _share(self, mol: Chem.Mol) -> float:
+        met = [mol.HasSubstructMatch(pattern) == wanted for pattern, wanted in self.wishes]
+        return sum(met) / len(met)
+
+
+class Strain(_Chemical):
+    r"""How relaxed a geometry is, :math:`\exp(-\Delta E / s)` in (0, 1].
+
+    :math:`\Delta E` is the MMFF94 energy before minus after minimisation; DFT geometries of small
+    molecules have about 1 kcal/mol.
+
+    Args:
+        scale: s in kcal/mol.
+        num_workers: Processes to share the work among; 0 works in this one.
+        invalid: Reward of molecules that are not valid and connected or unknown to MMFF94.
+    """
+
+    def __init__(self, scale: float = 10.0, num_workers: int = 0, invalid: float = 0.0) -> None:
+        super().__init__(invalid)
+        self.scale, self.num_workers = _positive("scale", scale), num_workers
+
+    def values(self, chemistry: Chemistry) -> NDArray[np.float64]:
+        return np.exp(-np.maximum(chemistry.strain(self.num_workers), 0) / self.scale)
+
+
+class Novelty(_Chemical):
+    """1 for valid and connected molecules whose graph is not in a file of SMILES, 0 for others.
+
+    Args:
+        path: A .csv file with a header, or one with a SMILES a line.
+        column: Name of the SMILES' column in a .csv file.
+
+    Raises:
+        UsageError: The file is missing or holds no readable SMILES.
+    """
+
+    def __init__(self, path: str, column: str = "smiles") -> None:
+        super().__init__()
+        parsed = (Chem.MolFromSmiles(text) for _, _, text in read_smiles(Path(path), column))
+        self.known = frozenset(to_smiles(mol) for mol in parsed if mol is not None)
+        if not self.known:
+            raise UsageError(f"reward.init_args.path: {path} holds no SMILES that RDKit can read")
+
+    def values(self, chemistry: Chemistry) -> NDArray[np.float64]:
+        new = [smiles not in self.known for smiles in chemistry.smiles]
+        return (np.array(new, bool) & chemistry.connected).astype(np.float64)
+
+
+class XTB(_Target):
+    """How close a GFN2-xTB quantity at the generated geometry is to a target.
+
+    `exp(-(x - target)^2 / (2 width^2))`; about a hundred molecules a second.
+
+    Args:
+        quantity: "dipole" in Debye or "gap", HOMO-LUMO, in eV.
+        target: Wanted value.
+        width: Distance from it at which the reward is 0.61.
+        num_workers: Processes to share the work among; 0 works in this one.
+        invalid: Reward of molecules that are not valid and connected or do not converge.
+
+    Raises:
+        UsageError: tblite is not installed.
+    """
+
+    def __init__(
+        self,
+        quantity: Literal["dipole", "gap"] = "dipole",
+        target: float = 3.0,
+        width: float = 0.5,
+        num_workers: int = 0,
+        invalid: float = 0.0,
+    ) -> None:
+        super().__init__(target, width, invalid)
+        if importlib.util.find_spec("tblite") is None:
+            raise UsageError("reward: XTB needs tblite; install it with pip install lit-rlft[xtb]")
+        if quantity not in _ELECTRONIC:
+            raise UsageError(
+                f"reward.init_args.quantity must be one of {list(_ELECTRONIC)}, got {quantity!r}"
+            )
+        self.column, self.num_workers = _ELECTRONIC.index(quantity), num_workers
+
+    def quantity(self, chemistry: Chemistry) -> NDArray[np.float64]:
+        return chemistry.electronic(self.num_workers)[:, self.column]
+
+
+class SoftValence(Reward):
+    r"""Minus the mean squared error of soft valences, in (-inf, 0], with gradient.
+
+    .. math:: r = -\frac1n \sum_i \Big(\sum_j o_{ij} - \sum_a p_i(a) V_a\Big)^2
+
+    with the soft bond orders of `domains.molecule.bonds.soft_bond_orders`. With implicit hydrogens
+    only what exceeds a valence counts. Molecules without atoms or with positions that are not
+    finite get `invalid`.
+
+    Args:
+        temperature: Width of the steps between bond orders, in Angstrom.
+        invalid: Their reward.
+    """
+
+    differentiable = True
+
+    def __init__(self, temperature: float = 0.03, invalid: float = -16.0) -> None:
+        super().__init__()
+        self.temperature, self.invalid = _positive("temperature", temperature), invalid
+
+    def forward(self, samples: Any, condition: Condition) -> Tensor:
+        """Return the reward of each molecule, [B]."""
+        molecules = check_molecules(samples, condition)
+        finite = molecules.positions.isfinite().all(dim=2) | ~molecules.valid
+        whole = finite.all(dim=1) & molecules.valid.any(dim=1)
+        # Not finite times 0 is not 0, in gradients neither.
+        used = whole.unsqueeze(1) & molecules.valid
+        positions = molecules.positions.masked_fill(~used.unsqueeze(-1), 0.0)
+        return self._value(replace(molecules, positions=positions)).where(whole, self.invalid)
+
+    def _value(self, molecules: Molecules) -> Tensor:
+        weights = molecules.probabilities
+        wanted = weights @ torch.tensor(valences(molecules.elements)).to(weights)
+        errors = bonds.soft_bond_orders(molecules, self.temperature).sum(dim=2) - wanted
+        if molecules.implicit_hydrogens:
+            errors = errors.clamp(min=0)
+        squares = errors.square().masked_fill(~molecules.valid, 0.0)
+        return -squares.sum(dim=1) / molecules.num_atoms.clamp(min=1)
+
+
+_ELECTRONIC = ("dipole", "gap")
+
+
+def _pattern(smarts: str) -> Chem.Mol:
+    pattern = Chem.MolFromSmarts(smarts)
+    if pattern is None:
+        raise UsageError(f"reward.init_args: {smarts!r} is no SMARTS pattern")
+    return pattern
+
+
+def _positive(name: str, value: float) -> float:
+    if not value > 0:
+        raise UsageError(f"reward.init_args.{name} must be positive, got {value}")
+    return value

@@ -1,0 +1,424 @@
+"""Where molecules come from: the enumerated set, QM9, and files of one's own."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_info
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from domains.molecule import bonds, enumeration
+from domains.molecule.elements import EXPLICIT, check_elements
+from domains.molecule.formats import (
+    Entry,
+    read_arrays,
+    read_qm9,
+    read_sdf,
+    read_smiles,
+    read_uncharacterized,
+    read_xyz,
+)
+from domains.molecule.geometry import embed
+from domains.molecule.molecules import EMPTY
+from domains.molecule.processes import in_processes
+from domains.molecule.structures import BadStructure, Packed, Structure, molecules_of, pack
+from lit_rlft.core.checks import UsageError
+
+__all__ = ["QM9", "Enumerated", "MoleculeFile", "SmilesFile", "Source", "Splits", "edm_split"]
+
+Splits = dict[str, NDArray[np.int64]]
+"""Rows of "train", "val" and "test"."""
+
+ASSET = Path(__file__).parent / "assets" / "enumerated.safetensors"
+"""The enumerated molecules of the default settings."""
+
+_VERSION = 1  # of the cached arrays
+_STEP = 2e-4  # Angstrom
+_EDM_SIZES = (100_000, 17_748, 13_083)  # train, validation, test of 130,831
+_SUFFIXES = (".sdf", ".xyz", ".npz")
+
+
+class Source(ABC):
+    """A collection of molecules, kept as memory-mapped arrays once they were made.
+
+    Attributes:
+        elements: Symbols of the types.
+        max_atoms: Most atoms that a molecule has; those with more are left out.
+    """
+
+    def __init__(
+        self,
+        elements: Sequence[str],
+        max_atoms: int,
+        *,
+        strict: bool = False,
+        only_stable: bool = False,
+        cache_dir: str | None = None,
+    ) -> None:
+        """Keep the settings.
+
+        Args:
+            elements: Symbols of the types; without "H" only heavy atoms are kept.
+            max_atoms: Molecules with more atoms are left out.
+            strict: Stop at the first molecule that cannot be used instead of leaving it out.
+            only_stable: Leave out molecules that are not stable by the bond tables.
+            cache_dir: Folder of the arrays; None takes `lit-rlft` in the user's cache folder.
+        """
+        if max_atoms < 1:
+            raise UsageError(f"max_atoms must be at least 1, got {max_atoms}")
+        self.elements, self.max_atoms = check_elements(elements), max_atoms
+        self.strict, self.only_stable = strict, only_stable
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        self.cache_dir = Path(cache_dir) if cache_dir else home / "lit-rlft" / "molecule"
+
+    @property
+    def implicit_hydrogens(self) -> bool:
+        """Whether only heavy atoms are kept."""
+        return "H" not in self.elements
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """What the molecules are called in messages."""
+
+    @abstractmethod
+    def entries(self) -> Iterable[Entry]:
+        """Iterate over the molecules, or what is wrong with them."""
+
+    @abstractmethod
+    def settings(self) -> list[Any]:
+        """Return all that the molecules depend on besides elements, max_atoms and filters."""
+
+    def splits(self, packed: Packed) -> Splits | None:
+        """Return the rows of the standard splits, or None where there are none."""
+        return None
+
+    def load(self) -> Packed:
+        """Return the molecules.
+
+        Raises:
+            UsageError: There are none, or one is bad where none may be.
+        """
+        folder = self.cache_dir / self._key()
+        if not folder.is_dir():
+            self._fill(folder)
+        rank_zero_info((folder / "report.txt").read_text(encoding="utf-8"))
+        names = ("positions", "types", "numbers")
+        return Packed(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in names))
+
+    def _fill(self, folder: Path) -> None:
+        """Make the arrays in a cache folder, which appears whole or not at all."""
+        packed, report = pack(
+            self.entries(),
+            self.elements,
+            self.max_atoms,
+            source=self.label,
+            strict=self.strict,
+            only_stable=self.only_stable,
+        )
+        self.cache_dir.mkdir(parents=True, exist_ok=True)
+        partial = Path(mkdtemp(dir=self.cache_dir, prefix=".partial-"))
+        for name, values in vars(packed).items():
+            np.save(partial / f"{name}.npy", values)
+        listing = report.listing()
+        more = f"; every one is listed in {folder / 'left_out.txt'}" if listing else ""
+        (partial / "left_out.txt").write_text(listing, encoding="utf-8")
+        (partial / "report.txt").write_text(f"{report}{more}", encoding="utf-8")
+        try:
+            partial.rename(folder)
+        except OSError:  # another process was faster
+            shutil.rmtree(partial)
+
+    def _key(self) -> str:
+        """Name the arrays by all that they depend on."""
+        stem = re.sub(r"\W+", "-", Path(self.label).stem)
+        return f"{stem}-{self.digest()}"
+
+    def digest(self) -> str:
+        """Return a hash of all that the molecules depend on."""
+        own = [type(self).__name__, self.elements, self.max_atoms, self.strict, self.only_stable]
+        text = json.dumps([_VERSION, *own, *self.settings()])
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+class Enumerated(Source):
+    """Small molecules grown at random under valence, embedded, stable by the bond tables.
+
+    Molecules are drawn until a number of attempts is used up, and each is kept once: with few
+    heavy atoms nearly all that the rules allow. They depend on the settings alone.
+
+    Args:
+        max_heavy: Most heavy atoms.
+        num_attempts: Molecules grown, before those that occurred and are rejected are left out.
+        seed: Seed of the growth.
+        elements: Symbols of the types; without "H" only heavy atoms are kept.
+        num_workers: Processes that grow and embed; 0 works in this one.
+        **source: `strict` and `cache_dir` of a source.
+    """
+
+    def __init__(
+        self,
+        max_heavy: int = 6,
+        num_attempts: int = 300_000,
+        seed: int = 0,
+        elements: Sequence[str] = EXPLICIT,
+        num_workers: int = 0,
+        **source: Any,
+    ) -> None:
+        if max_heavy < 1 or num_attempts < 1:
+            raise UsageError(
+                f"max_heavy and num_attempts must be at least 1, got {max_heavy}, {num_attempts}"
+            )
+        # A chain of n carbon atoms has 2 n + 2 hydrogens.
+        max_atoms = 3 * max_heavy + 2 if "H" in elements else max_heavy
+        super().__init__(elements, max_atoms, only_stable=True, **source)
+        self.max_heavy, self.num_attempts, self.seed = max_heavy, num_attempts, seed
+        self.num_workers = num_workers
+
+    @property
+    def label(self) -> str:
+        return f"enumerated molecules of at most {self.max_heavy} heavy atoms"
+
+    def entries(self) -> Iterable[Entry]:
+        smiles = enumeration.enumerate_smiles(
+            self.max_heavy, self.num_attempts, self.seed, self.num_workers
+        )
+        lines = [(f"molecule {i}", i, text) for i, text in enumerate(smiles)]
+        return _embedded(lines, self.elements, self.max_atoms, False, self.num_workers)
+
+    def settings(self) -> list[Any]:
+        return [self.max_heavy, self.num_attempts, self.seed]
+
+    def load(self) -> Packed:
+        """Return the molecules: those that ship with the package where the settings are theirs."""
+        if not ASSET.is_file():
+            return super().load()
+        with safe_open(ASSET, "np") as file:
+            if (file.metadata() or {}).get("settings") != self.digest():
+                return super().load()
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return _unpacked(arrays, self.max_atoms)
+
+    def write_asset(self) -> Path:
+        """Write the molecules to the file that ships with the package, rounded to 0.0002 Angstrom.
+
+        Those that are no longer stable then are left out.
+        """
+        made = super().load()
+        arrays = _rounded(made)
+        kept = bonds.molecule_stability(
+            molecules_of(_unpacked(arrays, self.max_atoms), self.elements)
+        )
+        ASSET.parent.mkdir(exist_ok=True)
+        arrays = _rounded(made.index(kept.numpy()))
+        save_file(arrays, ASSET, metadata={"settings": self.digest()})
+        ASSET.chmod(0o644)
+        return ASSET
+
+
+class _File(Source):
+    """Molecules of a file or folder; see `Source` for the settings."""
+
+    def __init__(self, path: str, elements: Sequence[str], max_atoms: int, **source: Any) -> None:
+        super().__init__(elements, max_atoms, **source)
+        self.path = Path(path)
+
+    @property
+    def label(self) -> str:
+        return str(self.path)
+
+    def settings(self) -> list[Any]:
+        if not self.path.exists():
+            raise UsageError(f"there is no {self.path}; give the file or folder of the data set")
+        files = sorted(self.path.glob("*.xyz")) if self.path.is_dir() else [self.path]
+        return [str(self.path.resolve()), _stamp(files)]
+
+
+class QM9(_File):
+    """QM9: the raw archive dsgdb9nsd.xyz.tar.bz2, the folder it unpacks to, or gdb9.sdf.
+
+    Args:
+        path: The archive, folder or .sdf file; a table `<path>.csv` beside the latter is compared
+            with its titles.
+        uncharacterized: QM9's list of 3,054 molecules that failed its consistency check, which
+            the literature leaves out; None keeps them.
+        elements: Symbols of the types; without "H" only heavy atoms are kept.
+        max_atoms: Molecules with more atoms are left out.
+        **source: `strict`, `only_stable` and `cache_dir` of a source.
+
+    References:
+        Quantum chemistry structures and properties of 134 kilo molecules (Ramakrishnan et al.,
+        2014), https://doi.org/10.1038/sdata.2014.22
+    """
+
+    def __init__(
+        self,
+        path: str,
+        uncharacterized: str | None = None,
+        elements: Sequence[str] = EXPLICIT,
+        max_atoms: int = 29,
+        **source: Any,
+    ) -> None:
+        super().__init__(path, elements, max_atoms, **source)
+        self.uncharacterized = Path(uncharacterized) if uncharacterized else None
+
+    def entries(self) -> Iterable[Entry]:
+        left_out = frozenset[int]()
+        if self.uncharacterized is not None:
+            left_out = read_uncharacterized(self.uncharacterized)
+        if self.path.suffix.lower() != ".sdf":
+            return read_qm9(self.path, left_out)
+        table = self.path.with_name(f"{self.path.name}.csv")
+        entries = read_sdf(self.path, table if table.is_file() else None)
+        return (
+            entry
+            for entry in entries
+            if isinstance(entry, BadStructure) or entry.number not in left_out
+        )
+
+    def splits(self, packed: Packed) -> Splits:
+        return edm_split(packed.numbers)
+
+    def settings(self) -> list[Any]:
+        table = self.path.with_name(f"{self.path.name}.csv")
+        files = [file for file in (self.uncharacterized, table) if file and file.is_file()]
+        return [*super().settings(), str(self.uncharacterized), _stamp(files)]
+
+
+class MoleculeFile(_File):
+    """A .sdf or .xyz file, or an .npz file of arrays (`read_arrays` says which).
+
+    Args:
+        path: The file.
+        elements: Symbols of the types; without "H" only heavy atoms are kept.
+        max_atoms: Molecules with more atoms are left out.
+        **source: `strict`, `only_stable` and `cache_dir` of a source.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        elements: Sequence[str] = EXPLICIT,
+        max_atoms: int = 29,
+        **source: Any,
+    ) -> None:
+        super().__init__(path, elements, max_atoms, **source)
+        if self.path.suffix.lower() not in _SUFFIXES:
+            raise UsageError(
+                f"{path} ends in none of {list(_SUFFIXES)}; use SmilesFile for SMILES and QM9 for "
+                "its archive"
+            )
+
+    def entries(self) -> Iterable[Entry]:
+        readers = {".sdf": read_sdf, ".xyz": read_xyz, ".npz": read_arrays}
+        return readers[self.path.suffix.lower()](self.path)
+
+
+class SmilesFile(_File):
+    """SMILES, one a line or in a column of a .csv file, embedded by ETKDGv3 and MMFF94.
+
+    Args:
+        path: The file.
+        column: Name of the SMILES' column in a .csv file.
+        elements: Symbols of the types; without "H" only heavy atoms are kept.
+        max_atoms: Molecules with more atoms are left out.
+        only_stable: Leave out molecules that are not stable by the bond tables, which are made for
+            other geometries than a force field's: about one in eleven of QM9.
+        charged: Keep molecules with formal charges, which the bond tables do not know.
+        num_workers: Processes that embed; 0 works in this one.
+        **source: `strict` and `cache_dir` of a source.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        column: str = "smiles",
+        elements: Sequence[str] = EXPLICIT,
+        max_atoms: int = 29,
+        only_stable: bool = True,
+        charged: bool = False,
+        num_workers: int = 0,
+        **source: Any,
+    ) -> None:
+        super().__init__(path, elements, max_atoms, only_stable=only_stable, **source)
+        self.column, self.charged, self.num_workers = column, charged, num_workers
+
+    def entries(self) -> Iterable[Entry]:
+        lines = list(read_smiles(self.path, self.column))
+        return _embedded(lines, self.elements, self.max_atoms, self.charged, self.num_workers)
+
+    def settings(self) -> list[Any]:
+        return [*super().settings(), self.column, self.charged]
+
+
+def _rounded(packed: Packed) -> dict[str, NDArray[Any]]:
+    """Return atoms one after the other: positions in steps, types, and the molecules' sizes."""
+    full = packed.types != EMPTY
+    steps = np.rint(packed.positions[full] / _STEP).astype(np.int16)
+    sizes = packed.num_atoms.astype(np.uint8)
+    types = packed.types[full].astype(np.uint8)
+    return {"positions": steps, "types": types, "sizes": sizes, "numbers": packed.numbers}
+
+
+def _unpacked(arrays: Mapping[str, NDArray[Any]], max_atoms: int) -> Packed:
+    """Return what `_rounded` made arrays of."""
+    full = np.arange(max_atoms) < arrays["sizes"][:, None]
+    positions = np.zeros((*full.shape, 3), np.float32)
+    positions[full] = arrays["positions"] * np.float32(_STEP)
+    centres = positions.sum(axis=1, keepdims=True) / arrays["sizes"][:, None, None]
+    positions -= centres.astype(np.float32) * full[..., None]
+    types = np.full(full.shape, EMPTY, np.int8)
+    types[full] = arrays["types"]
+    return Packed(positions, types, arrays["numbers"])
+
+
+def edm_split(numbers: NDArray[np.int32]) -> Splits:
+    """Return the rows of EDM's split of QM9: a permutation of the molecules in QM9's order.
+
+    Without the uncharacterized molecules there are 130,831, of which 100,000 train, 17,748
+    validate and 13,083 test; fewer are split in the same proportion.
+
+    Args:
+        numbers: [n] number of each molecule in QM9.
+    """
+    total = len(numbers)
+    num_test = int(0.1 * total)
+    share = _EDM_SIZES[0] / sum(_EDM_SIZES)
+    num_train = min(_EDM_SIZES[0], round(share * total))
+    permutation = np.random.RandomState(0).permutation(total)
+    ordered = np.argsort(numbers, kind="stable")[permutation]
+    train, val, test = np.split(ordered, [num_train, total - num_test])
+    return {"train": train, "val": val, "test": test}
+
+
+def _embedded(
+    lines: Sequence[tuple[str, int, str]],
+    elements: Sequence[str],
+    max_atoms: int,
+    charged: bool,
+    num_workers: int,
+) -> Iterable[Entry]:
+    """Iterate over the structures of SMILES with names and numbers."""
+    allowed = frozenset(elements)
+    jobs = [(smiles, allowed, max_atoms, charged) for _, _, smiles in lines]
+    results = in_processes(embed, jobs, num_workers)
+    for (name, number, _), result in zip(lines, results, strict=True):
+        if result.positions is None:
+            yield BadStructure(name, result.fault, result.detail)
+        else:
+            yield Structure(name, number, result.symbols, result.positions)
+
+
+def _stamp(files: Sequence[Path]) -> list[tuple[int, int]]:
+    """Return age and size of files, by which a change is noticed."""
+    return [(file.stat().st_mtime_ns, file.stat().st_size) for file in files]

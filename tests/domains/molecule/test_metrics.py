@@ -1,0 +1,153 @@
+"""Metrics of molecules, by hand and against scipy."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rdkit import Chem
+from rdkit.Chem import QED
+from scipy.stats import wasserstein_distance
+
+from domains.molecule import metrics
+from domains.molecule.chemistry import Chemistry
+from domains.molecule.elements import EXPLICIT
+from domains.molecule.molecules import EMPTY, Molecules
+from domains.molecule.sources import SmilesFile
+from tests.domains.molecule.known import conditions, from_atoms, from_smiles, geometry
+from tests.domains.molecule.test_chemistry import overfull
+
+
+def evaluate(metric: metrics.Metric, molecules: Molecules) -> dict[str, list[float]]:
+    values = metric.evaluate(molecules, conditions(len(molecules)))
+    assert all(value.shape == (len(molecules),) for value in values.values())
+    return {name: value.tolist() for name, value in values.items()}
+
+
+def mixture() -> Molecules:
+    """Return ethanol twice, an over-full carbon, two parts, and a radical."""
+    (a, first), (b, second) = geometry("CC"), geometry("O")
+    parts = (a + b, np.concatenate([first, second + 20]))
+    symbols, places = geometry("C")
+    radical = (symbols[:4], places[:4])
+    return from_atoms([geometry("CCO"), geometry("CCO"), overfull(), parts, radical])
+
+
+def test_measures_by_hand() -> None:
+    found = evaluate(metrics.MoleculeMeasures(), mixture())
+    assert found["molecule_stability"] == [1, 1, 0, 1, 0]
+    # Of 9 + 9 + 6 + 11 + 4 atoms all are stable but the two carbons with the wrong valence.
+    assert np.mean(found["atom_stability"]) == pytest.approx((9 + 9 + 5 + 11 + 3) / 39)
+    assert found["validity"] == [1, 1, 0, 1, 1]
+    np.testing.assert_equal(found["connected"], [1, 1, math.nan, 0, 1])
+    np.testing.assert_equal(found["uniqueness"], [1, 0, math.nan, 1, 1])
+    assert found["num_heavy"] == [3, 3, 1, 3, 1]
+
+
+def test_measures_with_implicit_hydrogens() -> None:
+    found = evaluate(metrics.MoleculeMeasures(), from_smiles("CCO", "CC", heavy=True))
+    assert np.isnan(found["molecule_stability"]).all() and np.isnan(found["atom_stability"]).all()
+    assert found["validity"] == [1, 1] and found["num_heavy"] == [3, 2]
+
+
+def test_descriptors_of_valid_molecules() -> None:
+    found = evaluate(metrics.Drugs(), mixture())
+    expected = QED.qed(Chem.MolFromSmiles("CCO"))
+    assert found["qed"][:2] == pytest.approx([expected] * 2)
+    for name in ("qed", "sa", "logp", "strain"):
+        np.testing.assert_equal(np.isnan(found[name])[:4], [False, False, True, True])
+    assert found["strain"][0] < 0.2
+    assert "strain" not in evaluate(metrics.Drugs(strain=False), mixture())
+    # What is handed out may be changed.
+    metrics.Drugs().evaluate(mixture(), conditions(5))["qed"].zero_()
+    assert evaluate(metrics.Drugs(), mixture())["qed"][0] == pytest.approx(expected)
+
+
+def known(path: Path, *smiles: str) -> SmilesFile:
+    file = path / "known.smi"
+    file.write_text("\n".join(smiles))
+    return SmilesFile(str(file), cache_dir=str(path / "cache"))
+
+
+def test_novelty_of_different_valid_molecules(tmp_path: Path) -> None:
+    found = evaluate(metrics.Novelty(known(tmp_path, "OCC", "N")), mixture())
+    np.testing.assert_equal(found["novelty"], [0, math.nan, math.nan, 1, 1])
+
+
+def test_total_variations_by_hand() -> None:
+    a, b = from_smiles("C", "C"), from_smiles("O", "C")
+    # Shares of H, C, O: 8/10, 2/10, 0 and 6/8, 1/8, 1/8; of sizes 5 and 3: 1, 0 and 1/2, 1/2.
+    expected = 0.5 * (abs(0.8 - 0.75) + abs(0.2 - 0.125) + 0.125)
+    assert metrics.type_total_variation(a, b) == pytest.approx(expected)
+    assert metrics.size_total_variation(a, b) == pytest.approx(0.5)
+    assert metrics.type_total_variation(a, a) == metrics.size_total_variation(b, b) == 0
+    nothing = Molecules.of(torch.zeros(1, 2, 3), torch.full((1, 2), EMPTY), EXPLICIT)
+    assert metrics.type_total_variation(nothing, a) == pytest.approx(0.5)
+
+
+def test_bond_lengths_and_angles_by_hand() -> None:
+    water = (("O", "H", "H"), [(0, 0, 0), (0.96, 0, 0), (0, 0.95, 0)])
+    acid = (("H", "C", "N"), [(-1.07, 0, 0), (0, 0, 0), (1.15, 0, 0)])
+    view = Chemistry(from_atoms([water, acid]))
+    lengths = metrics.bond_lengths(view)
+    assert lengths.keys() == {("H", "O", 1), ("C", "H", 1), ("C", "N", 3)}
+    np.testing.assert_allclose(np.sort(lengths["H", "O", 1]), [0.95, 0.96], atol=1e-6)
+    np.testing.assert_allclose(lengths["C", "N", 3], [1.15], atol=1e-6)
+    found = metrics.angles(view)
+    assert found.keys() == {"O", "C"}
+    np.testing.assert_allclose(found["O"], [90], atol=1e-4)
+    np.testing.assert_allclose(found["C"], [180], atol=1e-4)
+
+
+def test_angles_against_a_slow_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "_CHUNK", 2)
+    view = Chemistry(from_smiles("CCO", "CC(C)=O", "C1CC1N"))
+    expected: dict[str, list[float]] = {}
+    molecules = view.molecules
+    for b in range(len(molecules)):
+        for centre, kind in enumerate(molecules.types[b].tolist()):
+            ends = view.orders[b, centre].nonzero().flatten().tolist()
+            for place, i in enumerate(ends):
+                for j in ends[place + 1 :]:
+                    arms = molecules.positions[b, [i, j]] - molecules.positions[b, centre]
+                    cosine = float(arms[0] @ arms[1] / arms.norm(dim=1).prod())
+                    angle = math.degrees(math.acos(cosine))
+                    expected.setdefault(EXPLICIT[kind], []).append(angle)
+    found = metrics.angles(view)
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_allclose(np.sort(found[name]), np.sort(values), atol=1e-2)
+
+
+def test_mean_distance_is_weighted_by_the_real_set() -> None:
+    a = {"x": np.array([1.0, 2.0]), "y": np.array([0.0]), "z": np.array([9.0])}
+    b = {"x": np.array([1.5]), "y": np.array([3.0, 3.0, 3.0]), "w": np.array([1.0] * 5)}
+    expected = (wasserstein_distance([1, 2], [1.5]) + 3 * 3.0) / 4
+    assert metrics.mean_wasserstein(a, b) == pytest.approx(expected)
+    assert math.isnan(metrics.mean_wasserstein({}, b))
+
+
+def test_set_distances(tmp_path: Path) -> None:
+    smiles = ("CCO", "CC(C)=O", "C1CC1N", "CC")
+    metric = metrics.SetDistances(known(tmp_path, *smiles))
+    same = evaluate(metric, from_smiles(*smiles))
+    assert all(values[0] == pytest.approx(0, abs=1e-6) for values in same.values()), same
+    assert all(np.isnan(values[1:]).all() for values in same.values())
+    stretched = from_smiles(*smiles)
+    stretched.positions.mul_(1.01)
+    other = evaluate(metric, stretched)
+    assert other["type_tv"][0] == other["size_tv"][0] == 0
+    assert 0.005 < other["bond_length_w1"][0] < 0.02 and other["angle_w1"][0] < 0.1
+    lone = from_atoms([(("C", "C"), [(0, 0, 0), (9, 0, 0)])])
+    alone = evaluate(metric, lone)
+    assert math.isnan(alone["bond_length_w1"][0]) and math.isnan(alone["qed_w1"][0])
+    assert alone["size_tv"][0] == 1
+
+
+def test_heavy_atoms_are_compared_with_heavy_atoms(tmp_path: Path) -> None:
+    file = tmp_path / "known.smi"
+    file.write_text("CCO\nCC\n")
+    source = SmilesFile(str(file), elements=("C", "N", "O", "F"), cache_dir=str(tmp_path / "c"))
+    found = evaluate(metrics.SetDistances(source), from_smiles("CCO", "CC", heavy=True))
+    assert found["type_tv"][0] == 0 and found["bond_length_w1"][0] == pytest.approx(0, abs=1e-6)

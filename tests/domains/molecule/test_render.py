@@ -1,0 +1,64 @@
+"""Pictures of molecules, and the files that predict writes."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from rdkit import Chem
+
+from domains.molecule.chemistry import Chemistry
+from domains.molecule.elements import EXPLICIT
+from domains.molecule.formats import read_sdf
+from domains.molecule.molecules import EMPTY, Molecules
+from domains.molecule.render import draw, save_molecule
+from domains.molecule.structures import Structure
+from tests.domains.molecule.known import from_atoms, from_smiles, geometry
+from tests.domains.molecule.test_chemistry import overfull
+
+
+def test_pictures_of_good_and_bad_molecules() -> None:
+    nothing = Molecules.of(torch.zeros(1, 2, 3), torch.full((1, 2), EMPTY), EXPLICIT)
+    (a, first), (b, second) = geometry("CC"), geometry("O")
+    parts = (a + b, np.concatenate([first, second + 20]))
+    pictures = draw(from_atoms([geometry("CCO"), overfull(), parts]), 120)
+    assert pictures.shape == (3, 3, 120, 120) and 0 <= pictures.min() < pictures.max() <= 1
+    # White paper for valid ones, light red for others; ink on all of them.
+    corners = pictures[:, :, 0, 0]
+    assert corners[0].min() == corners[2].min() == 1 and corners[1, 1] < 0.98
+    assert (pictures.amin(dim=(1, 2, 3)) < 0.6).all()
+    assert draw(nothing).shape == (1, 3, 160, 160)
+    assert draw(nothing.index(slice(0, 0))).shape == (0, 3, 160, 160)
+    assert draw(from_smiles("CCO", heavy=True)).shape[0] == 1
+
+
+def test_the_same_molecule_looks_the_same_wherever_it_is() -> None:
+    symbols, places = geometry("CCO")
+    pictures = draw(from_atoms([(symbols, places), (symbols, places + 4), geometry("CCN")]))
+    assert torch.equal(pictures[0], pictures[1]) and not torch.equal(pictures[0], pictures[2])
+
+
+def test_saved_molecules_can_be_read(tmp_path: Path) -> None:
+    molecules = from_smiles("CC(N)=O")
+    written = save_molecule(molecules, tmp_path / "a.0")
+    assert written == tmp_path / "a.0.sdf"
+    (entry,) = read_sdf(written)
+    assert isinstance(entry, Structure)
+    np.testing.assert_allclose(entry.positions, molecules.positions[0], atol=1e-4)
+    assert tuple(entry.symbols) == geometry("CC(N)=O")[0]
+    (mol,) = Chem.SDMolSupplier(str(written))
+    assert Chem.MolToSmiles(mol) == "CC(N)=O" and mol.GetProp("_Name") == "a.0"
+    assert (tmp_path / "a.0.smi").read_text() == "CC(N)=O a.0\n"
+    assert Image.open(tmp_path / "a.0.png").size == (400, 400)
+
+
+def test_molecules_that_are_not_valid_are_saved_too(tmp_path: Path) -> None:
+    molecules = from_atoms([overfull()])
+    assert Chemistry(molecules).smiles == [None]
+    written = save_molecule(molecules, tmp_path / "b")
+    (entry,) = read_sdf(written)
+    assert isinstance(entry, Structure) and len(entry.symbols) == 6
+    assert (tmp_path / "b.smi").read_text() == "# b is not valid\n"
+    heavy = save_molecule(from_smiles("CCO", heavy=True), tmp_path / "c")
+    (mol,) = Chem.SDMolSupplier(str(heavy))
+    assert Chem.MolToSmiles(mol) == "CCO"

@@ -1,0 +1,245 @@
+"""Rewards of molecules: by hand on known ones, stated numbers for those that are not valid."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rdkit import Chem
+from rdkit.Chem import QED as RDKitQED
+from rdkit.Chem import Crippen, rdMolDescriptors
+from scipy.stats import spearmanr
+
+from domains.molecule import bonds, rewards
+from domains.molecule.elements import EXPLICIT
+from domains.molecule.molecules import EMPTY, Molecules
+from lit_rlft.core.checks import UsageError
+from lit_rlft.core.reward import Reward, WeightedSum, check_rewards
+from lit_rlft.core.selection import Threshold, Unique
+from tests.domains.molecule.known import conditions, from_atoms, from_smiles, geometry, pair
+from tests.domains.molecule.test_chemistry import overfull
+
+
+def reward_of(reward: Reward, molecules: Molecules) -> list[float]:
+    values = reward(molecules, conditions(len(molecules)))
+    return check_rewards(reward, values, len(molecules)).tolist()
+
+
+def broken() -> Molecules:
+    """Return ethane, an over-full carbon, two parts, and atoms at no place."""
+    (a, first), (b, second) = geometry("CC"), geometry("O")
+    parts = (a + b, np.concatenate([first, second + 20]))
+    lost = (("C", "H"), np.full((2, 3), np.nan))
+    return from_atoms([geometry("CC"), overfull(), parts, lost])
+
+
+ALL: list[Reward] = [
+    rewards.Stability(),
+    rewards.Stability(graded=True, power=4),
+    rewards.ValidConnected(),
+    rewards.QED(),
+    rewards.LogP(1.0),
+    rewards.SyntheticAccessibility(),
+    rewards.TPSA(20.0),
+    rewards.RingCount(1),
+    rewards.AtomCount("O", 1),
+    rewards.Substructures(["[OX2H]"], ["F"]),
+    rewards.Strain(),
+    rewards.SoftValence(),
+]
+
+
+@pytest.mark.parametrize("reward", ALL, ids=lambda reward: type(reward).__name__)
+def test_no_reward_is_nan(reward: Reward) -> None:
+    values = reward_of(reward, broken())
+    assert np.isfinite(values).all()
+    nothing = Molecules.of(torch.zeros(1, 3, 3), torch.full((1, 3), EMPTY), EXPLICIT)
+    assert np.isfinite(reward_of(reward, nothing)).all()
+    assert reward_of(reward, broken().index(slice(0, 0))) == []
+
+
+def test_stability() -> None:
+    symbols, places = geometry("C")
+    molecules = from_atoms([(symbols, places), (symbols[:4], places[:4]), overfull()])
+    assert reward_of(rewards.Stability(), molecules) == [1, 0, 0]
+    graded = reward_of(rewards.Stability(graded=True), molecules)
+    assert graded == pytest.approx([1, 3 / 4, 5 / 6])
+    fourth = reward_of(rewards.Stability(graded=True, power=4), molecules)
+    assert fourth == pytest.approx([1, (3 / 4) ** 4, (5 / 6) ** 4])
+    assert reward_of(rewards.Stability(), broken()) == [1, 0, 1, 0]
+    assert reward_of(rewards.Stability(connected=True), broken()) == [1, 0, 0, 0]
+    with pytest.raises(UsageError, match=r"use domains.molecule.rewards.ValidConnected"):
+        reward_of(rewards.Stability(), from_smiles("C", heavy=True))
+
+
+def test_valid_and_connected() -> None:
+    # The last one's two atoms at no place are two parts.
+    assert reward_of(rewards.ValidConnected(), broken()) == [1, 0, 0, 0]
+    assert reward_of(rewards.ValidConnected(), from_smiles("CCO", heavy=True)) == [1]
+
+
+@pytest.mark.parametrize("heavy", [False, True])
+def test_rewards_of_descriptors(heavy: bool) -> None:
+    smiles = ("CCO", "C1CC1N", "CC(=O)NC")
+    molecules = from_smiles(*smiles, heavy=heavy)
+    mols = [Chem.MolFromSmiles(text) for text in smiles]
+    qed = [RDKitQED.qed(mol) for mol in mols]
+    assert reward_of(rewards.QED(), molecules) == pytest.approx(qed, abs=1e-6)
+    assert reward_of(rewards.QED(scale=0.01), molecules) == [1, 1, 1]
+    logp = [np.exp(-((Crippen.MolLogP(mol) - 0.4) ** 2) / 0.5) for mol in mols]
+    assert reward_of(rewards.LogP(0.4), molecules) == pytest.approx(logp, abs=1e-6)
+    tpsa = [np.exp(-((rdMolDescriptors.CalcTPSA(mol) - 20) ** 2) / 200) for mol in mols]
+    assert reward_of(rewards.TPSA(20), molecules) == pytest.approx(tpsa, abs=1e-6)
+    rings = [np.exp(-2), 1, np.exp(-2)]
+    assert reward_of(rewards.RingCount(1), molecules) == pytest.approx(rings, abs=1e-6)
+    nitrogen = [np.exp(-0.5), 1, 1]
+    found = reward_of(rewards.AtomCount("N", 1, width=1), molecules)
+    assert found == pytest.approx(nitrogen, abs=1e-6)
+
+
+def test_synthetic_accessibility_prefers_simple_molecules() -> None:
+    simple, odd = reward_of(rewards.SyntheticAccessibility(), from_smiles("CCO", "C1OC12CN2"))
+    assert 1 >= simple > odd >= 0
+
+
+def test_substructures() -> None:
+    molecules = from_smiles("CCO", "CCF", "CC")
+    wishes: dict[str, Any] = {"present": ["[OX2H]", "C"], "absent": ["F"]}
+    shares = reward_of(rewards.Substructures(**wishes), molecules)
+    assert shares == pytest.approx([1, 1 / 3, 2 / 3])
+    whole = reward_of(rewards.Substructures(**wishes, all_or_nothing=True), molecules)
+    assert whole == [1, 0, 0]
+    # Two of the kind on one batch do not share what they found.
+    assert reward_of(rewards.Substructures(["F"]), molecules) == [0, 1, 0]
+
+
+def test_strain_and_novelty(tmp_path: Path) -> None:
+    symbols, places = geometry("CCO")
+    generator = np.random.default_rng(0)
+    shaken = places + 0.04 * generator.normal(size=places.shape)
+    calm, shaken_value = reward_of(
+        rewards.Strain(), from_atoms([(symbols, places), (symbols, shaken)])
+    )
+    assert calm > 0.97 > 0.9 > shaken_value > 0
+    path = tmp_path / "known.smi"
+    path.write_text("OCC ethanol\nnot-a-molecule\n")
+    novelty = rewards.Novelty(str(path))
+    assert reward_of(novelty, from_smiles("CCO", "COC")) == [0, 1]
+    assert reward_of(novelty, broken()) == [1, 0, 0, 0]
+    path.write_text("not-a-molecule\n")
+    with pytest.raises(UsageError, match="holds no SMILES"):
+        rewards.Novelty(str(path))
+
+
+def test_invalid_molecules_get_the_number_that_is_stated() -> None:
+    assert reward_of(rewards.QED(invalid=-0.5), broken())[1:] == [-0.5] * 3
+    with pytest.raises(UsageError, match="invalid must be finite"):
+        rewards.QED(invalid=float("nan"))
+
+
+def test_weighted_sums_share_the_view() -> None:
+    total = WeightedSum({"a": rewards.QED(), "b": rewards.ValidConnected()}, {"b": 2.0})
+    (value,) = reward_of(total, from_smiles("CCO"))
+    assert value == pytest.approx(2 + RDKitQED.qed(Chem.MolFromSmiles("CCO")), abs=1e-6)
+
+
+def test_xtb(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tblite", None)
+    monkeypatch.setattr(rewards.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"pip install lit-rlft\[xtb\]"):
+        rewards.XTB()
+
+
+def test_xtb_of_known_molecules() -> None:
+    pytest.importorskip("tblite")
+    molecules = from_atoms([geometry("O"), geometry("C"), overfull()])
+    dipole = reward_of(rewards.XTB("dipole", target=2.0, width=1.0), molecules)
+    assert dipole[0] > 0.9 and dipole[1] < 0.2 and dipole[2] == 0
+    with pytest.raises(UsageError, match="quantity must be one of"):
+        rewards.XTB("energy")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: rewards.QED(scale=0), "scale must be positive"),
+        (lambda: rewards.LogP(1, width=-1), "width must be positive"),
+        (lambda: rewards.AtomCount("S", 1), "symbol must be one of"),
+        (lambda: rewards.Substructures(), "needs patterns"),
+        (lambda: rewards.Substructures(["[C"]), "is no SMARTS pattern"),
+        (lambda: rewards.SoftValence(temperature=0), "temperature must be positive"),
+    ],
+)
+def test_settings_that_cannot_work(make: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        make()
+
+
+def test_atoms_that_the_model_does_not_make() -> None:
+    with pytest.raises(UsageError, match="symbol is 'H'"):
+        reward_of(rewards.AtomCount("H", 4), from_smiles("C", heavy=True))
+
+
+def test_soft_valence_by_hand() -> None:
+    molecules = pair("C", "H", 1.19)  # at the limit: half a bond
+    (value,) = reward_of(rewards.SoftValence(), molecules)
+    assert value == pytest.approx(-((0.5 - 4) ** 2 + (0.5 - 1) ** 2) / 2, abs=1e-5)
+    heavy = from_atoms([(("C", "O"), [(0, 0, 0), (1.25, 0, 0)])], heavy=True)
+    (value,) = reward_of(rewards.SoftValence(), heavy)
+    assert value == 0  # nothing exceeds a valence
+
+
+def test_soft_valence_agrees_with_stability() -> None:
+    base = from_smiles("CCO", "CC(C)=O", "C1CC1N", "C#CCO", "CC(N)=O")
+    generator = torch.Generator().manual_seed(1)
+    scales = torch.linspace(0, 0.3, 12).view(-1, 1, 1, 1)
+    noise = torch.randn(12, *base.positions.shape, generator=generator)
+    moved = (base.positions + scales * noise).flatten(0, 1)
+    molecules = Molecules.of(moved, base.types.repeat(12, 1), EXPLICIT)
+    soft = reward_of(rewards.SoftValence(), molecules)
+    graded = reward_of(rewards.Stability(graded=True), molecules)
+    assert spearmanr(soft, graded).statistic > 0.85
+
+
+def test_soft_valence_mends_a_molecule() -> None:
+    """Its gradient leads from a disturbed ethanol back to a stable one."""
+    base = from_smiles("CCO")
+    generator = torch.Generator().manual_seed(3)
+    noise = 0.08 * torch.randn(base.positions.shape, generator=generator)
+    positions = (base.positions + noise).requires_grad_()
+    reward = rewards.SoftValence(temperature=0.06)
+    assert not bonds.molecule_stability(Molecules.of(positions, base.types, EXPLICIT)).any()
+    optimizer = torch.optim.Adam([positions], lr=0.01)
+    for _ in range(150):
+        molecules = Molecules.of(positions, base.types, EXPLICIT)
+        loss = -reward(molecules, conditions(1)).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert bonds.molecule_stability(Molecules.of(positions, base.types, EXPLICIT)).all()
+
+
+def test_soft_valence_has_a_finite_gradient_everywhere() -> None:
+    base = broken()
+    positions, weights = base.positions.clone(), base.probabilities.clone()
+    positions[~base.valid] = torch.nan  # anything may be in empty slots
+    positions.requires_grad_()
+    weights.requires_grad_()
+    molecules = Molecules(positions, base.types, weights, EXPLICIT)
+    reward = rewards.SoftValence()(molecules, conditions(len(base)))
+    assert reward[3] == -16
+    reward.sum().backward()
+    assert positions.grad is not None and positions.grad.isfinite().all()
+    assert weights.grad is not None and weights.grad.isfinite().all()
+    assert weights.grad[:3].abs().sum() > 0 and positions.grad[:3].abs().sum() > 0
+
+
+def test_duplicates_are_left_out_by_their_keys() -> None:
+    from domains.molecule.chemistry import keys
+
+    molecules = from_smiles("CCO", "OCC", "COC", "C")
+    found = keys(molecules)
+    accepted = Unique(Threshold(1.0))(torch.ones(1, 4), [found])
+    assert accepted.sum() == 3 and accepted[0, 2] and accepted[0, 3]
