@@ -19,7 +19,7 @@ DOMAINS, ALGORITHMS, TRAINERS, EXPERIMENTS = (
     for folder in ("domains", "algorithms", "trainer", "experiments")
 )
 # Domains whose models are so small that every algorithm is run on them.
-SMALL = {"gaussian_mixture", "layout"}
+SMALL = {"gaussian_mixture", "layout", "digits"}
 MIXED = {"layout_mixed"}
 WEIGHTS = [ASSETS / "shapes/unet/diffusion_pytorch_model.safetensors", ASSETS / "shapes_clip"]
 # What needs a continuous state.
@@ -48,6 +48,7 @@ TINY_SPLITS = {
     "ShapesPrompts": ("num_train_prompts=4", "num_val_prompts=2", "num_test_prompts=2"),
     "ShapesPictures": ("num_pictures=4", "num_val_prompts=2", "num_test_prompts=2"),
     "LayoutData": ("num_train=4", "num_val=2", "num_test=2"),
+    "ImageData": ("num_train=4", "num_val=2", "num_test=2"),
 }
 
 
@@ -73,8 +74,8 @@ def run(configs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     data = next(config["data"] for config in loaded if "data" in config)
     splits = [*TINY_SPLITS[data["class_path"].rpartition(".")[2]]]
     source = data["init_args"].get("source", {})
-    if isinstance(source, dict) and "num_pages" in source.get("init_args", {}):
-        splits.append("source.init_args.num_pages=64")
+    sizes = {"num_pages", "num_images"} & set(source.get("init_args", {}))
+    splits += [f"source.init_args.{size}=64" for size in sizes]
     flags = [f"--config={path}" for path in configs]
     method = next((c["model"]["init_args"].get("method") for c in loaded if "model" in c), None)
     settings = TINY_METHODS.get(method["class_path"].rpartition(".")[2], ()) if method else ()

@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from domains.image.render import save_png
@@ -30,6 +29,8 @@ _PREDICTION_TYPES: dict[str, PredictionType] = {
 _FLOW_LEVELS = 1000
 """A flow's network is given t times this, as diffusers' FlowMatchEulerDiscreteScheduler does."""
 _CHANNELS = (1, 3)
+_ADAPTED = ".base_layer"
+"""How peft names the layer within an adapted one."""
 Schedule = Literal["saved", "rectified_flow", "ddpm"]
 
 
@@ -260,8 +261,9 @@ def _process(scheduler: Any) -> GaussianProcess:
 def _merged(denoiser: UNet2DModel) -> UNet2DModel:
     """Return a copy of a network with its LoRA, if it has one, added to the weights."""
     plain = copy.deepcopy(denoiser)
-    adapted = [(n, m) for n, m in plain.named_modules() if isinstance(m, BaseTunerLayer)]
-    for name, layer in adapted:
+    inner = [name for name, _ in plain.named_modules() if name.endswith(_ADAPTED)]
+    for name in [name.removesuffix(_ADAPTED) for name in inner]:
+        layer: Any = plain.get_submodule(name)  # one of peft's
         layer.merge()
         parent, _, own = name.rpartition(".")
         setattr(plain.get_submodule(parent), own, layer.get_base_layer())
