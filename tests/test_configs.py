@@ -74,7 +74,8 @@ def run(configs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     data = next(config["data"] for config in loaded if "data" in config)
     splits = [*TINY_SPLITS[data["class_path"].rpartition(".")[2]]]
     source = data["init_args"].get("source", {})
-    sizes = {"num_pages", "num_images"} & set(source.get("init_args", {}))
+    own = source.get("init_args", {}) if isinstance(source, dict) else {}
+    sizes = sorted({"num_pages", "num_images"} & set(own))
     splits += [f"source.init_args.{size}=64" for size in sizes]
     flags = [f"--config={path}" for path in configs]
     method = next((c["model"]["init_args"].get("method") for c in loaded if "model" in c), None)

@@ -174,7 +174,9 @@ def bootstrap_error(
     """Return the bootstrap standard error of a statistic of two sets.
 
     The deviation of the statistic over sets drawn with replacement. Their mean is no estimate:
-    repeated vectors raise FID, KID and MMD.
+    repeated vectors raise FID, KID and MMD. Beside the deviation over 60 independent sets (300
+    normal vectors in 6 dimensions, two laws) it was right within 15 % for FID and precision, and
+    up to two thirds too large for recall, whose radii shrink where vectors are repeated.
 
     Args:
         statistic: Of real and generated vectors.

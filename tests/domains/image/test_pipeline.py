@@ -1,6 +1,5 @@
 """The pipeline: what diffusers saved, sampled as diffusers samples it."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,16 +71,13 @@ def test_ddpms_keep_their_schedule(prediction_type: str, tiny_unet: UNet, tmp_pa
         timestep_spacing="trailing",
     )
     DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(tmp_path / "ddpm")
-    # As the pipeline's own class, DDPM, has it: another scheduler of the same betas.
-    saved = json.loads((tmp_path / "ddpm/model_index.json").read_text())
-    assert saved["scheduler"][1] == "DDIMScheduler"
     pipeline = ImagePipeline(str(tmp_path / "ddpm"))
     x = x_1 = noise()
-    scheduler.set_timesteps(7)
+    scheduler.set_timesteps(10)
     with torch.no_grad():
         for t in scheduler.timesteps:
             x = scheduler.step(unet(x, t).sample, t, x, eta=0.0, return_dict=False)[0]
-    torch.testing.assert_close(sampled(pipeline, x_1, 7), x, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sampled(pipeline, x_1, 10), x, rtol=1e-4, atol=1e-4)
 
 
 def test_networks_alone_need_a_schedule(tiny_unet: UNet, tmp_path: Path) -> None:
@@ -92,7 +88,7 @@ def test_networks_alone_need_a_schedule(tiny_unet: UNet, tmp_path: Path) -> None
     flow, ddpm = (ImagePipeline(path, schedule=s) for s in ("rectified_flow", "ddpm"))  # type: ignore[arg-type]
     assert flow.process.prediction_type == "velocity"
     assert ddpm.process.prediction_type == "epsilon"
-    # The mean squared noise prediction of a DDPM at its last level, by diffusers' own table.
+    # By diffusers' own table.
     t = torch.ones(2, dtype=torch.float64)
     alpha = ddpm.process.schedule.alpha(t)[0].item()
     expected = DDPMScheduler().alphas_cumprod[-1].sqrt().item()
