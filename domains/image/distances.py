@@ -21,6 +21,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 __all__ = [
     "Given",
+    "Statistic",
     "bootstrap_error",
     "frechet_distance",
     "kernel_distance",
@@ -31,6 +32,7 @@ __all__ = [
 
 _CHUNK = 4096  # rows of a distance matrix at a time
 Statistic = Callable[[Tensor, Tensor], float]
+"""Of features of real and of generated images."""
 
 
 class Given(nn.Module):

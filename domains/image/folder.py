@@ -95,8 +95,9 @@ class Reading:
         resample = Image.Resampling[self.resample.upper()]
         if self.fit == "stretch":
             return image.resize(size, resample)
-        method = ImageOps.fit if self.fit == "crop" else ImageOps.pad
-        return method(image, size, resample)
+        if self.fit == "crop":
+            return ImageOps.fit(image, size, resample)
+        return ImageOps.pad(image, size, resample)
 
 
 class UnreadableError(Exception):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from domains.image.distances import (
+    Statistic,
     bootstrap_error,
     frechet_distance,
     kernel_distance,
@@ -136,7 +137,7 @@ def compare_sets(
         )
     real, generated = metric.real_features(), features_of(metric.network, pictures)
     neighbours = partial(precision_recall, num_neighbours=metric.num_neighbours)
-    statistics = {
+    statistics: dict[str, Statistic] = {
         "fid": frechet_distance,
         "kid": lambda a, b: kernel_distance(a, b, seed=seed)[0],
         "precision": lambda a, b: neighbours(a, b)[0],
