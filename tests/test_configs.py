@@ -19,7 +19,7 @@ DOMAINS, ALGORITHMS, TRAINERS, EXPERIMENTS = (
     for folder in ("domains", "algorithms", "trainer", "experiments")
 )
 # Domains whose models are so small that every algorithm is run on them.
-SMALL = {"gaussian_mixture", "layout", "molecule_soft"}
+SMALL = {"gaussian_mixture", "layout", "molecule_soft", "digits"}
 MIXED = {"layout_mixed"}
 WEIGHTS = [ASSETS / "shapes/unet/diffusion_pytorch_model.safetensors", ASSETS / "shapes_clip"]
 # What needs a continuous state.
@@ -50,6 +50,7 @@ TINY_SPLITS = {
     "LayoutData": ("num_train=4", "num_val=2", "num_test=2"),
     "MoleculeData": ("num_train=4", "num_val=2", "num_test=2"),
     "AtomCounts": ("num_train=4", "num_val=2", "num_test=2"),
+    "ImageData": ("num_train=4", "num_val=2", "num_test=2"),
 }
 # What makes data that are generated quick to generate.
 TINY_SOURCES = {

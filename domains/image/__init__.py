@@ -1,0 +1,1 @@
+"""Unconditional images: a U-Net in pixel space, any folder of pictures, set distances."""

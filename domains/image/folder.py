@@ -1,0 +1,293 @@
+"""Folders of pictures: decoding, and the memory-mapped array that later passes read."""
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+from tqdm.auto import tqdm
+
+from lit_rlft.core.checks import UsageError
+
+__all__ = ["SUFFIXES", "Cache", "Fit", "Reading", "Report", "Resample"]
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+Fit = Literal["crop", "pad", "stretch"]
+Resample = Literal["nearest", "box", "bilinear", "bicubic", "lanczos"]
+
+_VERSION = 1  # of the cached arrays
+_CHUNK = 256  # files in flight, which bounds the memory of decoding
+_EXAMPLES = 3
+# What Pillow's decoders raise for broken files.
+_BROKEN = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a picture file becomes an array.
+
+    Attributes:
+        height: In pixels.
+        width: In pixels.
+        fit: How other proportions are treated.
+        resample: PIL's filter.
+        channels: 1 or 3.
+    """
+
+    height: int
+    width: int
+    fit: Fit = "crop"
+    resample: Resample = "lanczos"
+    channels: int = 3
+
+    def __post_init__(self) -> None:
+        if self.height < 1 or self.width < 1:
+            raise UsageError(f"size must be at least 1, got {self.height} x {self.width}")
+        for key, value, known in (
+            ("fit", self.fit, get_args(Fit)),
+            ("resample", self.resample, get_args(Resample)),
+            ("channels", self.channels, (1, 3)),
+        ):
+            if value not in known:
+                raise UsageError(f"{key} is {value!r}; use one of {list(known)}")
+
+    def read(self, path: Path) -> tuple[NDArray[np.uint8], bool]:
+        """Return the pixels [C, H, W] of a file and whether it had to be enlarged.
+
+        Raises:
+            UnreadableError: The file is no picture that can be decoded.
+        """
+        try:
+            with Image.open(path) as file:
+                image = ImageOps.exif_transpose(file)
+                image = _plain(image, "RGB" if self.channels == 3 else "L")
+                small = image.width < self.width or image.height < self.height
+                fitted = self._fitted(image)
+        except _BROKEN as error:
+            raise UnreadableError(path, _reason(error)) from error
+        pixels = np.asarray(fitted, np.uint8)
+        return (pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels[None]), small
+
+    def _fitted(self, image: Image.Image) -> Image.Image:
+        size = (self.width, self.height)
+        if image.size == size:
+            return image
+        resample = Image.Resampling[self.resample.upper()]
+        if self.fit == "stretch":
+            return image.resize(size, resample)
+        if self.fit == "crop":
+            return ImageOps.fit(image, size, resample)
+        return ImageOps.pad(image, size, resample)
+
+
+class UnreadableError(Exception):
+    """A file that could not be decoded.
+
+    Args:
+        path: The file.
+        reason: Why, one of few.
+    """
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path} could not be read: {reason}")
+        self.path, self.reason = path, reason
+
+
+@dataclass
+class Report:
+    """What became of the files of a folder.
+
+    Attributes:
+        folder: The folder.
+        num_kept: Pictures that are used.
+        num_enlarged: Those of them that were smaller than asked for.
+        reasons: Files that were left out, by reason.
+        examples: The first of them, by reason.
+    """
+
+    folder: str
+    num_kept: int = 0
+    num_enlarged: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def leave_out(self, error: UnreadableError) -> None:
+        """Count a file that is left out."""
+        self.reasons[error.reason] += 1
+        examples = self.examples.setdefault(error.reason, [])
+        if len(examples) < _EXAMPLES:
+            examples.append(error.path.name)
+
+    def __str__(self) -> str:
+        parts = [f"{self.folder}: {self.num_kept} pictures"]
+        if self.num_enlarged:
+            parts.append(f"{self.num_enlarged} enlarged")
+        for reason, count in self.reasons.most_common():
+            names = ", ".join(self.examples[reason])
+            more = ", ..." if count > len(self.examples[reason]) else ""
+            parts.append(f"{count} left out: {reason} ({names}{more})")
+        return "; ".join(parts)
+
+
+class Cache:
+    """The array of a folder's pictures, made when first needed.
+
+    Args:
+        folder: Where the pictures are.
+        reading: How each is read.
+        strict: Stop at the first file that cannot be read instead of leaving it out.
+        num_threads: Files decoded at a time.
+        cache_dir: Where arrays are kept; None takes `lit-rlft` in the user's cache folder.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        reading: Reading,
+        strict: bool = False,
+        num_threads: int = 4,
+        cache_dir: str | None = None,
+    ) -> None:
+        if num_threads < 1:
+            raise UsageError(f"num_threads must be at least 1, got {num_threads}")
+        self.folder, self.reading, self.strict = folder, reading, strict
+        self.num_threads = num_threads
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        self.cache_dir = Path(cache_dir) if cache_dir else home / "lit-rlft" / "image"
+
+    def load(self) -> tuple[NDArray[np.uint8], str]:
+        """Return the pictures, uint8 [n, C, H, W] memory-mapped, and the report.
+
+        Raises:
+            UsageError: There is no such folder, no picture in it, or a broken one and `strict`;
+                or the cache cannot be written.
+        """
+        paths = self.paths()
+        made = self.cache_dir / self._key(paths)
+        if not made.is_dir():
+            self._fill(made, paths)
+        shape = json.loads((made / "shape.json").read_text())
+        pixels = np.memmap(made / "pixels.bin", np.uint8, "r", shape=tuple(shape))
+        return pixels, (made / "report.txt").read_text()
+
+    def paths(self) -> list[Path]:
+        """Return the picture files below the folder, sorted.
+
+        Raises:
+            UsageError: There is no such folder, or none in it.
+        """
+        if not self.folder.is_dir():
+            raise UsageError(f"there is no folder {self.folder}; give the folder of the pictures")
+        found = (p for p in self.folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+        paths = sorted(p for p in found if p.is_file() and not p.name.startswith("."))
+        if not paths:
+            raise UsageError(
+                f"{self.folder} has no picture files ({', '.join(SUFFIXES)}) in it or below; give "
+                "the folder of the pictures"
+            )
+        return paths
+
+    def _key(self, paths: Sequence[Path]) -> str:
+        """Name the array by all that it depends on: every file's name, age and size too."""
+        digest = hashlib.blake2b(digest_size=8)
+        settings = [_VERSION, str(self.folder.resolve()), asdict(self.reading), self.strict]
+        digest.update(json.dumps(settings).encode())
+        for path in paths:
+            stat = path.stat()
+            name = os.fsencode(path.relative_to(self.folder))
+            digest.update(b"%d,%d,%s\0" % (stat.st_mtime_ns, stat.st_size, name))
+        return f"{self.folder.resolve().name}-{digest.hexdigest()}"
+
+    def _fill(self, made: Path, paths: Sequence[Path]) -> None:
+        """Decode the pictures into a cache folder, which appears whole or not at all."""
+        report = Report(str(self.folder))
+        partial: Path | None = None
+        try:
+            self.cache_dir.mkdir(parents=True, exist_ok=True)
+            partial = Path(mkdtemp(dir=self.cache_dir, prefix=".partial-"))
+            with (partial / "pixels.bin").open("wb") as file:
+                for pixels in self._decoded(paths, report):
+                    file.write(pixels.tobytes())
+            if not report.num_kept:
+                raise UsageError(f"{report}; nothing is left to use")
+            size = (self.reading.channels, self.reading.height, self.reading.width)
+            (partial / "shape.json").write_text(json.dumps([report.num_kept, *size]))
+            (partial / "report.txt").write_text(str(report))
+            partial.rename(made)
+        except OSError as error:
+            if not made.is_dir():  # else another process was faster
+                raise UsageError(
+                    f"the pictures of {self.folder} could not be kept in {self.cache_dir} "
+                    f"({error.strerror}); set cache_dir to a folder with room"
+                ) from error
+        finally:
+            if partial is not None:
+                shutil.rmtree(partial, ignore_errors=True)
+
+    def _decoded(self, paths: Sequence[Path], report: Report) -> Iterator[NDArray[np.uint8]]:
+        def read(path: Path) -> tuple[NDArray[np.uint8], bool] | UnreadableError:
+            try:
+                return self.reading.read(path)
+            except UnreadableError as error:
+                return error
+
+        bar = tqdm(total=len(paths), desc=f"Reading {self.folder.name}", leave=False, delay=2)
+        with ThreadPoolExecutor(self.num_threads) as pool, bar:
+            for start in range(0, len(paths), _CHUNK):
+                for outcome in pool.map(read, paths[start : start + _CHUNK]):
+                    bar.update()
+                    if isinstance(outcome, UnreadableError):
+                        if self.strict:
+                            raise UsageError(
+                                f"{outcome}; mend or remove the file, or set strict to false to "
+                                "leave such files out"
+                            ) from outcome
+                        report.leave_out(outcome)
+                        continue
+                    pixels, small = outcome
+                    report.num_kept += 1
+                    report.num_enlarged += small
+                    yield pixels
+
+
+def _plain(image: Image.Image, mode: str) -> Image.Image:
+    """Return an image as 8-bit RGB or grey, transparent pixels on white."""
+    if image.mode.startswith("I"):  # 16 bits, which Pillow's own conversion would clip
+        grey = np.asarray(image, np.float64) / 257
+        image = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert(mode)
+
+
+def _reason(error: BaseException) -> str:
+    """Return one of few reasons, so that files can be counted by it."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not a picture"
+    if isinstance(error, Image.DecompressionBombError):
+        return "too many pixels"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    return "damaged or cut short"

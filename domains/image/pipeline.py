@@ -1,0 +1,270 @@
+"""Unconditional image models in pixel space: any `UNet2DModel` that diffusers saved."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from torch import Tensor
+
+from domains.image.render import save_png
+from lit_rlft.core.checks import UsageError
+from lit_rlft.core.pipeline import Batch, Condition, Pipeline
+from lit_rlft.core.process import GaussianProcess, PredictionType
+from lit_rlft.core.schedule import DiscreteVP, RectifiedFlow
+from lit_rlft.core.state import State, tensor_of
+
+__all__ = ["EMBEDDED", "ImagePipeline"]
+
+EMBEDDED = Path(__file__).parent / "assets"
+"""Folder of the models that ship with the package, reachable by their bare names."""
+
+_PREDICTION_TYPES: dict[str, PredictionType] = {
+    "epsilon": "epsilon",
+    "v_prediction": "v",
+    "sample": "sample",
+}
+_FLOW_LEVELS = 1000
+"""A flow's network is given t times this, as diffusers' FlowMatchEulerDiscreteScheduler does."""
+_CHANNELS = (1, 3)
+_ADAPTED = ".base_layer"
+"""How peft names the layer within an adapted one."""
+Schedule = Literal["saved", "rectified_flow", "ddpm"]
+
+
+class ImagePipeline(Pipeline):
+    """A U-Net on pixels, as a rectified flow or a DDPM.
+
+    States are images [B, C, H, W] with pixels in about [-1, 1], C = 1 or 3; samples are pictures
+    [B, 3, H, W] in [0, 1], grey ones with three equal channels. There is one condition, none.
+
+    A DDPM keeps the schedule and the prediction type that it was saved with. What its scheduler
+    does beyond a step, `clip_sample` and `thresholding`, is left out: it has no transition density.
+
+    Args:
+        pretrained: A folder or hub id of a `DDPMPipeline` (or another of diffusers' pipelines of a
+            `UNet2DModel` and a scheduler), the folder of a `UNet2DModel` alone, or the name of an
+            embedded model ("digits", "shapes"); None takes `architecture`.
+        architecture: Arguments of a `UNet2DModel` with new weights, to pretrain it: `sample_size`,
+            `in_channels`, `block_out_channels` and so on.
+        schedule: "saved" takes the saved scheduler's; "rectified_flow" and "ddpm" (diffusers'
+            default betas, noise predicted) are for networks that were saved without one. New
+            networks are rectified flows unless "ddpm" is given.
+        shift: The time shift of a new rectified flow; a saved scheduler has its own.
+        save_dtype: Precision in which a model is written.
+
+    Raises:
+        UsageError: `pretrained` is nothing that diffusers saved or of another kind, or
+            `architecture` is none of a `UNet2DModel`.
+    """
+
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2")
+    denoiser: UNet2DModel
+    process: GaussianProcess
+
+    def __init__(
+        self,
+        pretrained: str | None = "digits",
+        *,
+        architecture: dict[str, Any] | None = None,
+        schedule: Schedule = "saved",
+        shift: float = 1.0,
+        save_dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+    ) -> None:
+        super().__init__()
+        if (pretrained is None) == (architecture is None):
+            raise UsageError(
+                "pipeline.init_args: give either pretrained or architecture; set pretrained to "
+                "null to train a network of your own"
+            )
+        self.pretrained = pretrained
+        if architecture is not None:
+            self.denoiser = _new(architecture)
+            self.scheduler = _scheduler(
+                "rectified_flow" if schedule == "saved" else schedule, shift
+            )
+        else:
+            assert pretrained is not None
+            self.denoiser, self.scheduler = _load(pretrained, schedule)
+        _check(self.denoiser)
+        self.process = _process(self.scheduler)
+        self.save_dtype = getattr(torch, save_dtype)
+
+    @property
+    def name(self) -> str:
+        return "image" if self.pretrained is None else Path(self.pretrained).name
+
+    @property
+    def device(self) -> torch.device:
+        return self.denoiser.device
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the model's images."""
+        size = self.denoiser.config["sample_size"]
+        return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+    def encode(self, batch: Batch) -> Condition:
+        """Return the one condition there is, "image", for every row."""
+        rows = torch.zeros(len(batch["index"]), dtype=torch.int64)
+        return Condition(entries=[{"name": "image"}], tables={}, rows=rows)
+
+    def blank(self, condition: Condition) -> Tensor:
+        shape = (len(condition), self.denoiser.config["in_channels"], *self.image_size)
+        return torch.empty(shape, dtype=self.denoiser.dtype, device=self.device)
+
+    def predict(self, x_t: State, t: Tensor, condition: Condition) -> Tensor:
+        schedule = self.process.schedule
+        if isinstance(schedule, DiscreteVP):
+            timestep = schedule.timestep(t)
+        else:
+            timestep = (t.double() * _FLOW_LEVELS).float()
+        return self.denoiser(tensor_of(x_t), timestep, return_dict=False)[0]
+
+    def decode(self, x_0: State, condition: Condition) -> Tensor:
+        """Return pictures [B, 3, H, W] in [0, 1]."""
+        pictures = (tensor_of(x_0).float() / 2 + 0.5).clamp(0, 1)
+        return pictures.expand(-1, 3, -1, -1)
+
+    def states(self, batch: Batch) -> Tensor:
+        """Return `batch["image"]`, uint8 [B, C, H, W], in [-1, 1].
+
+        Raises:
+            UsageError: The data have other channels or another size than the model.
+        """
+        images = batch["image"]
+        own = (self.denoiser.config["in_channels"], *self.image_size)
+        if tuple(images.shape[1:]) != own:
+            raise UsageError(
+                f"the data have images {list(images.shape[1:])}, the model {self.name!r} has "
+                f"{list(own)} (channels, height, width); set size and channels of "
+                "data.init_args.source to the model's"
+            )
+        return images.to(self.device, self.denoiser.dtype) / 127.5 - 1
+
+    def render(self, samples: Any, condition: Condition) -> Tensor:
+        return samples
+
+    def describe(self, entry: Mapping[str, Any]) -> str:
+        """Return nothing: all samples have the same condition."""
+        return ""
+
+    def save_samples(
+        self, samples: Any, condition: Condition, folder: Path, names: Sequence[str]
+    ) -> list[Path]:
+        """Write each sample as PNG."""
+        paths = [folder / f"{name}.png" for name in names]
+        for picture, path in zip(samples, paths, strict=True):
+            save_png(picture, path)
+        return paths
+
+    def save(self, folder: Path) -> list[Path]:
+        """Write a `DDPMPipeline` folder, a LoRA merged into the weights."""
+        plain = _merged(self.denoiser).to(self.save_dtype)
+        DDPMPipeline(unet=plain, scheduler=self.scheduler).save_pretrained(folder)
+        return [folder]
+
+
+def _new(architecture: dict[str, Any]) -> UNet2DModel:
+    try:
+        return UNet2DModel(**architecture)
+    except (TypeError, ValueError, KeyError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UsageError(
+            f"pipeline.init_args.architecture is none of a UNet2DModel ({reason}); give its "
+            "arguments, such as sample_size, in_channels, out_channels and block_out_channels"
+        ) from error
+
+
+def _scheduler(schedule: str, shift: float = 1.0) -> Any:
+    if schedule == "ddpm":
+        return DDPMScheduler()
+    return FlowMatchEulerDiscreteScheduler(num_train_timesteps=_FLOW_LEVELS, shift=shift)
+
+
+def _load(pretrained: str, schedule: Schedule) -> tuple[UNet2DModel, Any]:
+    folder = Path(pretrained)
+    if not folder.exists() and (EMBEDDED / pretrained).is_dir():
+        folder = EMBEDDED / pretrained
+    key, source = "pipeline.init_args.pretrained", str(folder) if folder.exists() else pretrained
+    try:
+        if (folder / "config.json").is_file():  # a network alone
+            denoiser, scheduler = UNet2DModel.from_pretrained(source), None
+        else:
+            loaded = DDPMPipeline.from_pretrained(source)
+            denoiser, scheduler = loaded.unet, loaded.scheduler
+    except (OSError, ValueError, TypeError, AttributeError, RuntimeError, KeyError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UsageError(
+            f"{key}: {pretrained!r} could not be loaded as a DDPMPipeline or a UNet2DModel; give "
+            f"'digits', 'shapes', a folder that save_pretrained wrote or a hub id ({reason})"
+        ) from error
+    if not isinstance(denoiser, UNet2DModel):
+        raise UsageError(
+            f"{key}: {pretrained!r} has a {type(denoiser).__name__}, not a UNet2DModel; models "
+            "with conditions belong to other domains"
+        )
+    if schedule != "saved":
+        scheduler = _scheduler(schedule)
+    elif scheduler is None:
+        raise UsageError(
+            f"{key}: {pretrained!r} is a network without a scheduler; set "
+            "pipeline.init_args.schedule to 'rectified_flow' or 'ddpm', whichever it was trained as"
+        )
+    return denoiser.float(), scheduler
+
+
+def _check(denoiser: UNet2DModel) -> None:
+    config = denoiser.config
+    if config["in_channels"] not in _CHANNELS or config["out_channels"] != config["in_channels"]:
+        raise UsageError(
+            f"pipeline.init_args: a U-Net from {config['in_channels']} to "
+            f"{config['out_channels']} channels is no model of images alone; give one with 1 or 3 "
+            "of both"
+        )
+    if config["sample_size"] is None:
+        raise UsageError("pipeline.init_args: the U-Net has no sample_size; give it one")
+    if denoiser.class_embedding is not None:
+        raise UsageError(
+            "pipeline.init_args: the U-Net is conditioned on classes; give an unconditional one"
+        )
+
+
+def _process(scheduler: Any) -> GaussianProcess:
+    config = scheduler.config
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        if config.get("use_dynamic_shifting"):
+            raise UsageError(
+                "a FlowMatchEulerDiscreteScheduler with use_dynamic_shifting is not supported; set "
+                "it to false and shift to a number in scheduler_config.json"
+            )
+        return GaussianProcess(RectifiedFlow(config["shift"]), "velocity")
+    prediction_type = config.get("prediction_type", "epsilon")
+    betas = getattr(scheduler, "betas", None)
+    if prediction_type not in _PREDICTION_TYPES or betas is None:
+        raise UsageError(
+            f"{type(scheduler).__name__} with prediction_type {prediction_type!r} is neither a "
+            "rectified flow nor a discrete VP schedule; image supports "
+            f"FlowMatchEulerDiscreteScheduler and, with betas, {sorted(_PREDICTION_TYPES)}"
+        )
+    schedule = DiscreteVP(
+        betas,
+        spacing=config.get("timestep_spacing", "leading"),
+        steps_offset=config.get("steps_offset", 0),
+        ends_at_zero=config.get("set_alpha_to_one", True),
+    )
+    return GaussianProcess(schedule, _PREDICTION_TYPES[prediction_type])
+
+
+def _merged(denoiser: UNet2DModel) -> UNet2DModel:
+    """Return a copy of a network with its LoRA, if it has one, added to the weights."""
+    plain = copy.deepcopy(denoiser)
+    inner = [name for name, _ in plain.named_modules() if name.endswith(_ADAPTED)]
+    for name in [name.removesuffix(_ADAPTED) for name in inner]:
+        layer: Any = plain.get_submodule(name)  # one of peft's
+        layer.merge()
+        parent, _, own = name.rpartition(".")
+        setattr(plain.get_submodule(parent), own, layer.get_base_layer())
+    return plain

@@ -1,0 +1,128 @@
+"""Rewards of images, [B, 3, H, W] in [0, 1], higher is better."""
+
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor
+
+from domains.image.features import FeatureNetwork, load_features, luminance
+from lit_rlft.core.checks import UsageError
+from lit_rlft.core.pipeline import Condition
+from lit_rlft.core.reward import Reward
+
+__all__ = ["Brightness", "ClassProbability", "check_pictures"]
+
+_TOLERANCE = 1e-3  # beyond [0, 1], for rounding
+Output = Literal["log_probability", "probability"]
+
+
+class Brightness(Reward):
+    """The mean luminance of an image, in [0, 1], or how close it is to a target.
+
+    Args:
+        target: None rewards brightness itself; a number a in [0, 1] gives -|brightness - a|.
+    """
+
+    differentiable = True
+
+    def __init__(self, target: float | None = None) -> None:
+        super().__init__()
+        if target is not None and not 0 <= target <= 1:
+            raise UsageError(f"reward.init_args.target must be in [0, 1], got {target}")
+        self.target = target
+
+    def forward(self, samples: Any, condition: Condition) -> Tensor:
+        """Return the brightness, or minus its distance from the target, [B]."""
+        brightness = luminance(check_pictures(samples, condition).float()).mean(dim=(1, 2, 3))
+        return brightness if self.target is None else -(brightness - self.target).abs()
+
+
+class ClassProbability(Reward):
+    """How sure a small classifier is that an image shows a class: a digit, a shape, a colour.
+
+    The classifier is trained from another seed than the feature network that FID is computed with:
+    what judges samples must not be what they are trained for. It is frozen, always in evaluation
+    mode, and computes in single precision whatever autocast says.
+
+    Args:
+        label: The class by name, such as "3" or "red".
+        pretrained: "digits_classifier", "shapes_classifier" or a folder that
+            `FeatureNetwork.save` wrote.
+        output: "log_probability" is in (-inf, 0], "probability" in [0, 1].
+
+    Raises:
+        UsageError: `pretrained` is no such folder or knows no such class, or `output` is unknown.
+    """
+
+    differentiable = True
+
+    def __init__(
+        self,
+        label: str = "3",
+        pretrained: str = "digits_classifier",
+        output: Output = "log_probability",
+    ) -> None:
+        super().__init__()
+        if output not in ("log_probability", "probability"):
+            raise UsageError(
+                f"reward.init_args.output is {output!r}; use 'log_probability' or 'probability'"
+            )
+        network = load_features(pretrained)
+        if not isinstance(network, FeatureNetwork):
+            raise UsageError(
+                f"reward.init_args.pretrained: {pretrained!r} is no classifier; give "
+                "'digits_classifier', 'shapes_classifier' or a folder that train_features wrote"
+            )
+        classes = list(network.architecture.classes)
+        if str(label) not in classes:
+            raise UsageError(
+                f"reward.init_args.label is {label!r}; {pretrained!r} knows {', '.join(classes)}"
+            )
+        self.label, self.output = classes.index(str(label)), output
+        self.classifier = network
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in evaluation mode."""
+        return super().train(False)
+
+    def forward(self, samples: Any, condition: Condition) -> Tensor:
+        """Return the log-probability (or what `output` says) of the class, [B]."""
+        known = self._log_probabilities(check_pictures(samples, condition))[:, self.label]
+        return known.exp() if self.output == "probability" else known
+
+    def evaluate(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
+        """Return the reward, and the share of images that the classifier takes for the class."""
+        pictures = check_pictures(samples, condition)
+        known = self._log_probabilities(pictures)
+        own = known[:, self.label]
+        if self.classifier.architecture.exclusive:
+            shown = known.argmax(dim=1) == self.label
+        else:
+            shown = own.exp() > 0.5
+        reward = own.exp() if self.output == "probability" else own
+        return {self.name: reward, f"{self.name}/share": shown.to(reward)}
+
+    def _log_probabilities(self, pictures: Tensor) -> Tensor:
+        weight = self.classifier.out.weight
+        with torch.autocast(weight.device.type, enabled=False):
+            features = self.classifier(pictures.to(weight.device, weight.dtype))
+            return self.classifier.log_probabilities(features).float().to(pictures.device)
+
+
+def check_pictures(samples: Any, condition: Condition) -> Tensor:
+    """Return samples that are pictures, [B, 3, H, W] in [0, 1].
+
+    Raises:
+        UsageError: They are something else.
+    """
+    if not isinstance(samples, Tensor) or samples.dim() != 4 or samples.shape[1] != 3:
+        what = tuple(samples.shape) if isinstance(samples, Tensor) else type(samples).__name__
+        raise UsageError(f"rewards of images take pictures [B, 3, H, W], got {what}")
+    if len(samples) != len(condition):
+        raise UsageError(f"{len(samples)} pictures were given for {len(condition)} conditions")
+    low, high = samples.detach().aminmax()
+    if not (low >= -_TOLERANCE and high <= 1 + _TOLERANCE):
+        raise UsageError(
+            f"rewards of images take values in [0, 1], got [{low.item():.3g}, {high.item():.3g}]"
+        )
+    return samples

@@ -1,0 +1,114 @@
+"""Metrics of sets of images: names that say the features, whole batches, bootstrap errors."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
+
+from domains.image.distances import precision_recall
+from domains.image.features import FeatureArchitecture, FeatureNetwork, load_features
+from domains.image.metrics import Diversity, SetDistances, compare_sets
+from domains.image.sources import Digits, Generated
+from lit_rlft.core.checks import UsageError
+from lit_rlft.core.pipeline import Condition
+from tests.domains.image.test_sources import paint
+
+
+def condition_of(num: int) -> Condition:
+    return Condition([{"name": "image"}], {}, torch.zeros(num, dtype=torch.int64))
+
+
+def digits(num: int, first: int = 0) -> torch.Tensor:
+    pixels = torch.from_numpy(Digits().load().pixels[first : first + num])
+    return pixels.expand(-1, 3, -1, -1) / 255
+
+
+def test_distances_are_torchmetrics_with_the_network_as_its_module() -> None:
+    metric = SetDistances(max_images=None)
+    samples = digits(100).flip(-1)
+    values = metric.evaluate(samples, condition_of(100))
+    network = load_features("digits_features")
+    fid = FrechetInceptionDistance(network)
+    kid = KernelInceptionDistance(network, subsets=1, subset_size=100)
+    real = digits(1797)
+    for part in (fid, kid):
+        part.update(real, real=True)
+        part.update(samples, real=False)
+    name = "digits_features"
+    assert set(values) == {f"{m}_{name}" for m in ("fid", "kid", "precision", "recall")}
+    assert values[f"fid_{name}"][0] == pytest.approx(float(fid.compute()), rel=1e-4)
+    with torch.no_grad():
+        features = [network(pictures) for pictures in (real, samples)]
+    precision, recall = precision_recall(*features)
+    assert values[f"precision_{name}"][0] == pytest.approx(precision)
+    assert values[f"recall_{name}"][0] == pytest.approx(recall)
+    for value in values.values():
+        assert value.shape == (100,) and value[1:].isnan().all() and value[0].isfinite()
+
+
+def test_real_images_are_closer_than_other_ones() -> None:
+    metric = SetDistances()
+    real = metric.evaluate(digits(128, 500), condition_of(128))
+    noise = metric.evaluate(torch.rand(128, 3, 8, 8), condition_of(128))
+    name = "digits_features"
+    assert real[f"fid_{name}"][0] < 0.5 * noise[f"fid_{name}"][0]
+    assert real[f"kid_{name}"][0] < 0.5 * noise[f"kid_{name}"][0]
+    assert real[f"precision_{name}"][0] > 0.9 > 0.5 > noise[f"precision_{name}"][0]
+
+
+def test_other_features_have_other_names(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    FeatureNetwork(FeatureArchitecture(4, 3, ["a", "b"])).save(tmp_path / "mine")
+    metric = SetDistances(Generated(paint, 20, 4), features=str(tmp_path / "mine"))
+    values = metric.evaluate(torch.rand(10, 3, 4, 4), condition_of(10))
+    assert len(values) == 4 and all("_mine-" in name for name in values)
+
+
+def test_the_real_images_are_drawn_from_all() -> None:
+    metric = SetDistances(max_images=100)
+    few = metric.real_features()
+    every = SetDistances(max_images=None).real_features()
+    assert few.shape == (100, 64) and every.shape == (1797, 64)
+    distances = torch.cdist(few, every).min(dim=1)
+    assert distances.values.max() < 1e-2
+    assert distances.indices.max() > 1500 and distances.indices.min() < 300
+
+
+def test_batches_of_one_measure_nothing() -> None:
+    values = SetDistances().evaluate(digits(1), condition_of(1))
+    assert all(math.isnan(value[0]) for value in values.values())
+    assert Diversity().evaluate(digits(1), condition_of(1))["diversity"].isnan().all()
+
+
+def test_diversity_by_hand() -> None:
+    pictures = torch.zeros(3, 3, 2, 2)
+    pictures[1] = 1
+    values = Diversity().evaluate(pictures, condition_of(3))["diversity"]
+    torch.testing.assert_close(values, torch.tensor([0.5, 1.0, 0.5]))
+
+
+def test_tables_have_errors_that_fall_with_the_number_of_images() -> None:
+    metric = SetDistances()
+    # More variety than one digit, but another law than the real images.
+    pictures = torch.cat([digits(400, 300), digits(400, 300).flip(-1)])
+    few = compare_sets(metric, pictures[::8], num_draws=30)
+    many = compare_sets(metric, pictures, num_draws=30)
+    assert set(few) == {f"{m}_digits_features" for m in ("fid", "kid", "precision", "recall")}
+    name = "fid_digits_features"
+    assert 0 < many[name].sem < few[name].sem
+    # Eight times the images: about a third of the error.
+    assert many[name].sem < 0.6 * few[name].sem
+    first = metric.evaluate(pictures, condition_of(800))
+    assert many[name].value == pytest.approx(float(first[name][0]), rel=1e-6)
+    silent = compare_sets(metric, pictures[:50], num_draws=0)
+    assert all(math.isnan(estimate.sem) for estimate in silent.values())
+    with pytest.raises(UsageError, match="3 images are too few to compare"):
+        compare_sets(metric, pictures[:3])
+
+
+def test_bad_features_are_refused() -> None:
+    with pytest.raises(UsageError, match="features: 'none' could not be loaded"):
+        SetDistances(features="none")
