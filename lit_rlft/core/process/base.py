@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 
+from lit_rlft.core.checks import UsageError
 from lit_rlft.core.distribution import Distribution
 from lit_rlft.core.randomness import Generators
 from lit_rlft.core.state import State
@@ -34,6 +35,26 @@ class Process(nn.Module, ABC):
         self, prediction: State, x_t: State, t: Tensor, s: Tensor, eta: float
     ) -> Distribution:
         """Return the law of x_s given x_t under the denoiser; eta 0 is deterministic."""
+
+    def inverted(self, prediction: State, x_t: State, x_s: State, t: Tensor, s: Tensor) -> State:
+        """Return a better guess of the state that the deterministic transition takes to x_s.
+
+        One iteration of backward Euler: its fixed points are the states that lead to x_s.
+
+        Args:
+            prediction: The denoiser's at the guess x_t.
+            x_t: The guess.
+            x_s: Where the transition has to lead.
+            t: Times of x_t, [B].
+            s: Times of x_s, [B].
+
+        Raises:
+            UsageError: The process is not invertible.
+        """
+        raise UsageError(
+            f"a {type(self).__name__} cannot be inverted: its steps draw from a law, so what is "
+            "sampled does not tell its noise; use a pipeline with a continuous state"
+        )
 
     @abstractmethod
     def denoised(self, prediction: State, x_t: State, t: Tensor) -> State:
