@@ -82,6 +82,12 @@ class Sampler:
         Raises:
             UsageError: The sampler draws noise, or the process is not invertible.
         """
+        if not process.invertible:
+            raise UsageError(
+                f"the sampler of a {type(process).__name__} cannot be inverted: its steps draw "
+                "from laws, and samples do not tell their noise; use a pipeline with a continuous "
+                "state"
+            )
         if self.eta:
             raise UsageError("sampler.eta must be 0: a sampler that draws noise has no inverse")
         x, times = x_0, process.times(self.num_steps).to(leaves(x_0)[0].device)

@@ -4,7 +4,6 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 
-from lit_rlft.core.checks import UsageError
 from lit_rlft.core.distribution import Distribution
 from lit_rlft.core.randomness import Generators
 from lit_rlft.core.state import State
@@ -49,12 +48,9 @@ class Process(nn.Module, ABC):
             s: Times of x_s, [B].
 
         Raises:
-            UsageError: The process is not invertible.
+            NotImplementedError: The process is not invertible.
         """
-        raise UsageError(
-            f"a {type(self).__name__} cannot be inverted: its steps draw from a law, so what is "
-            "sampled does not tell its noise; use a pipeline with a continuous state"
-        )
+        raise NotImplementedError(f"a {type(self).__name__} is not invertible")
 
     @abstractmethod
     def denoised(self, prediction: State, x_t: State, t: Tensor) -> State:

@@ -57,12 +57,6 @@ class ProductProcess(Process):
         )
 
     def inverted(self, prediction: State, x_t: State, x_s: State, t: Tensor, s: Tensor) -> State:
-        if not self.invertible:
-            odd = [name for name in self.names if not self.field(name).invertible]
-            raise UsageError(
-                f"a ProductProcess with a {type(self.field(odd[0])).__name__} for {odd[0]!r} "
-                "cannot be inverted; use a pipeline with a continuous state"
-            )
         p, x, target = fields_of(prediction), fields_of(x_t), fields_of(x_s)
         return {
             name: tensor_of(self.field(name).inverted(p[name], x[name], target[name], t, s))
