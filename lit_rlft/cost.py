@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from lit_rlft.core.pipeline import Condition, Pipeline
 
@@ -91,8 +91,13 @@ def count_flops(network: nn.Module, cost: Callable[[], Cost]) -> None:
 def flop_counter() -> FlopCounterMode:
     """Return torch's counter, which also knows attention on a CPU here."""
     attention = getattr(torch.ops.aten, _CPU_ATTENTION, None)
-    formulas = {} if attention is None else {attention: sdpa_flop}
+    formulas = {} if attention is None else {attention: _attention}
     return FlopCounterMode(display=False, custom_mapping=formulas)
+
+
+def _attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    """Return the operations of attention among shapes [B, heads, tokens, width]."""
+    return sdpa_flop_count(query, key, value)
 
 
 def flops_per_call(pipeline: Pipeline, condition: Condition) -> int:

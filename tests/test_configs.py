@@ -23,7 +23,7 @@ SMALL = {"gaussian_mixture", "layout"}
 MIXED = {"layout_mixed"}
 WEIGHTS = [ASSETS / "shapes/unet/diffusion_pytorch_model.safetensors", ASSETS / "shapes_clip"]
 # What needs a continuous state.
-CONTINUOUS = {"RewardGradient", "NoisePPO"}
+CONTINUOUS = {"RewardGradient", "NoisePPO", "InverseNoiseCorrection"}
 needs_weights = pytest.mark.skipif(
     not all(path.exists() for path in WEIGHTS), reason="the embedded models are not trained yet"
 )

@@ -43,7 +43,9 @@ class CostMeter(Observer):
         """Book what was spent since."""
         start, before = self._begun.pop(name)
         stage = tuner.trainer.state.stage
-        page = self.books.setdefault(stage.value if stage else "", {})
+        if stage is None or tuner.trainer.sanity_checking:
+            return
+        page = self.books.setdefault(stage.value, {})
         spent = page.setdefault(name, defaultdict(float))
         spent["seconds"] += _now() - start
         spent["samples"] += num_samples
