@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lit_rlft.algorithms.base import RewardFineTuner
+from lit_rlft.callbacks.cost_meter import CostMeter
 from lit_rlft.callbacks.last_checkpoint import LastCheckpoint
 from lit_rlft.callbacks.run_files import RunFiles, SaveConfig
 from lit_rlft.callbacks.sample_panel import SamplePanel
@@ -39,6 +40,7 @@ class _CLI(LightningCLI):
         parser.add_lightning_class_args(RunFiles, "run_files")
         parser.add_lightning_class_args(SamplePanel, "sample_panel")
         parser.add_lightning_class_args(SelfCheck, "self_check")
+        parser.add_lightning_class_args(CostMeter, "cost_meter")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         # The base class warns wherever arguments are given, which here they always are.

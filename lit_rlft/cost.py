@@ -2,17 +2,28 @@
 
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from lit_rlft.core.pipeline import Condition, Pipeline
 
-__all__ = ["Cost", "count_calls", "flops_per_call", "peak_memory_bytes"]
+__all__ = [
+    "Cost",
+    "count_calls",
+    "count_flops",
+    "flop_counter",
+    "flops_per_call",
+    "peak_memory_bytes",
+]
+
+_CPU_ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
+"""What attention is on a CPU, which torch's own table of formulas leaves out."""
 
 
 @dataclass
@@ -23,11 +34,14 @@ class Cost:
         denoiser_calls: Rows the denoiser was evaluated on; guidance counts both its halves.
         reward_calls: Samples that were scored.
         seconds: Wall time.
+        flops: Floating-point operations of the networks' forward passes, a multiplication and an
+            addition being two; a backward pass takes about twice as many as its forward pass.
     """
 
     denoiser_calls: int = 0
     reward_calls: int = 0
     seconds: float = 0.0
+    flops: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Return the counters by name."""
@@ -45,14 +59,67 @@ def count_calls(denoiser: nn.Module, cost: Callable[[], Cost]) -> None:
     denoiser.register_forward_pre_hook(count)
 
 
+def count_flops(network: nn.Module, cost: Callable[[], Cost]) -> None:
+    """Count a network's operations into whatever `cost` returns at that time.
+
+    They are measured in the first call with inputs of some shapes, and with an adapter switched on
+    or off, and known from then on.
+    """
+    adapters = [layer for layer in network.modules() if isinstance(layer, BaseTunerLayer)]
+    known: dict[tuple[Any, ...], int] = {}
+    running: list[tuple[tuple[Any, ...], FlopCounterMode]] = []
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        switched_off = bool(adapters) and adapters[0].disable_adapters
+        key = (switched_off, *_shapes((args, kwargs)))
+        if key in known:
+            cost().flops += known[key]
+        else:
+            running.append((key, flop_counter().__enter__()))
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if running:
+            key, counter = running.pop()
+            counter.__exit__(None, None, None)
+            known[key] = int(counter.get_total_flops())
+            cost().flops += known[key]
+
+    network.register_forward_pre_hook(before, with_kwargs=True)
+    network.register_forward_hook(after, always_call=True)
+
+
+def flop_counter() -> FlopCounterMode:
+    """Return torch's counter, which also knows attention on a CPU here."""
+    attention = getattr(torch.ops.aten, _CPU_ATTENTION, None)
+    formulas = {} if attention is None else {attention: _attention}
+    return FlopCounterMode(display=False, custom_mapping=formulas)
+
+
+def _attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    """Return the operations of attention among shapes [B, heads, tokens, width]."""
+    return sdpa_flop_count(query, key, value)
+
+
 def flops_per_call(pipeline: Pipeline, condition: Condition) -> int:
     """Return the floating-point operations of the denoiser on one row, at the model's own size."""
     one = condition.index(slice(0, 1))
     x = pipeline.process.prior(pipeline.blank(one)).sample()
     t = torch.ones(1, dtype=torch.float64, device=pipeline.device)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with flop_counter() as counter, torch.no_grad():
         pipeline.predict(x, t, one)
     return int(counter.get_total_flops())
+
+
+def _shapes(value: Any) -> Iterator[tuple[int, ...]]:
+    """Iterate over the shapes of the tensors in a tree of arguments."""
+    if isinstance(value, Tensor):
+        yield tuple(value.shape)
+    elif isinstance(value, dict):
+        for name in sorted(value):
+            yield from _shapes(value[name])
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from _shapes(part)
 
 
 def peak_memory_bytes() -> int:

@@ -25,6 +25,18 @@ class Observer(Callback):
 
     enabled: bool = True
 
+    def on_phase_start(self, tuner: RewardFineTuner, name: str) -> None:
+        """See a part of the work begin: "collect", "update", "sample_tuned", "measure", ..."""
+
+    def on_phase_end(self, tuner: RewardFineTuner, name: str, num_samples: int) -> None:
+        """See it end, also by an error.
+
+        Args:
+            tuner: Whose work it is.
+            name: What it was.
+            num_samples: Samples that were drawn in it, where that is what it is for.
+        """
+
     def on_experience(self, tuner: RewardFineTuner, experience: Experience) -> None:
         """See what a round collected, before it is trained on."""
 

@@ -23,7 +23,7 @@ SMALL = {"gaussian_mixture", "layout", "molecule_soft", "digits"}
 MIXED = {"layout_mixed"}
 WEIGHTS = [ASSETS / "shapes/unet/diffusion_pytorch_model.safetensors", ASSETS / "shapes_clip"]
 # What needs a continuous state.
-CONTINUOUS = {"RewardGradient", "NoisePPO"}
+CONTINUOUS = {"RewardGradient", "NoisePPO", "InverseNoiseCorrection"}
 needs_weights = pytest.mark.skipif(
     not all(path.exists() for path in WEIGHTS), reason="the embedded models are not trained yet"
 )
@@ -56,6 +56,7 @@ TINY_SPLITS = {
 TINY_SOURCES = {
     "Grammar": ("num_pages=64",),
     "Enumerated": ("max_heavy=3", "num_attempts=500"),
+    "Generated": ("num_images=64",),
 }
 
 

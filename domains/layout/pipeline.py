@@ -22,7 +22,7 @@ from lit_rlft.core.checks import UsageError, loading
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline
 from lit_rlft.core.process import GaussianProcess, MaskedProcess, Process, ProductProcess
 from lit_rlft.core.schedule import RectifiedFlow
-from lit_rlft.core.state import State, expand_as, fields_of
+from lit_rlft.core.state import State, expand_as, fields_of, tensor_of
 
 __all__ = ["EMBEDDED", "LayoutPipeline"]
 
@@ -159,8 +159,7 @@ class LayoutPipeline(Pipeline):
         if isinstance(x_t, Tensor):
             scores = 2 * self._one_hot(condition) - 1
             values = torch.cat([values, scores], dim=-1).to(x_t.dtype)
-            wide = known[1].unsqueeze(-1).expand_as(scores)
-            fixed = torch.cat([known[0], wide], dim=-1)
+            fixed = tensor_of(self.given(condition))
             v = self.denoiser(values.where(fixed, x_t), t, flags)
             return _towards(values, x_t, t).where(fixed, v)
         x = fields_of(x_t)
@@ -175,6 +174,13 @@ class LayoutPipeline(Pipeline):
             "box": _towards(values, x["box"], t).where(known[0], prediction["box"]),
             "category": certain.where(known[1].unsqueeze(-1), prediction["category"]),
         }
+
+    def given(self, condition: Condition) -> State:
+        boxes, labels = condition.table("known_boxes"), condition.table("known_labels")
+        if self.architecture.state == "mixed":
+            return {"box": boxes, "category": labels}
+        scores = labels.unsqueeze(-1).expand(-1, -1, len(self.classes) + 1)
+        return torch.cat([boxes, scores], dim=-1)
 
     def decode(self, x_0: State, condition: Condition) -> Layouts:
         """Return layouts; what the condition gives is returned exactly."""

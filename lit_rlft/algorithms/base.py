@@ -3,6 +3,7 @@
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -26,7 +27,7 @@ from lit_rlft.core.randomness import Generators, generators, seed_from
 from lit_rlft.core.reward import Metric, Metrics, Reward, check_rewards
 from lit_rlft.core.sampling import Denoiser, Sampler, walk
 from lit_rlft.core.state import State, batch_size, cat, index, split
-from lit_rlft.cost import Cost, count_calls, flops_per_call, peak_memory_bytes
+from lit_rlft.cost import Cost, count_calls, count_flops, flops_per_call, peak_memory_bytes
 from lit_rlft.evaluation import Arm, Evaluation
 from lit_rlft.observer import Observer
 from lit_rlft.optimization import Updates
@@ -182,6 +183,11 @@ class RewardFineTuner(LightningModule, ABC):
         return [one for one in callbacks if isinstance(one, Observer) and one.enabled]
 
     @property
+    def meter(self) -> Cost:
+        """The counters that count at present: training's, or those of an evaluation."""
+        return self._meter
+
+    @property
     def on_policy(self) -> bool:
         """Whether no update has been made since the round's experience was collected."""
         return self.num_updates == self._collected_at
@@ -210,6 +216,17 @@ class RewardFineTuner(LightningModule, ABC):
     def trainable(self) -> nn.Module:
         """Return what is trained, checkpointed and exported."""
         return self.pipeline.denoiser
+
+    def networks(self) -> list[nn.Module]:
+        """Return the networks whose operations count as cost: denoisers, and what else samples."""
+        assert self.reference is not None
+        denoisers = [self.pipeline.denoiser, self.reference.frozen]
+        inside = {id(module) for module in self.pipeline.modules()}
+        beside = self.trainable()
+        return [
+            *(denoiser for denoiser in denoisers if denoiser is not None),
+            *([] if id(beside) in inside else [beside]),
+        ]
 
     def policy(self, x_t: State, t: Tensor, condition: Condition) -> State:
         """Return the prediction of the model being tuned."""
@@ -255,6 +272,8 @@ class RewardFineTuner(LightningModule, ABC):
         for denoiser in (self.pipeline.denoiser, self.reference.frozen):
             if denoiser is not None:
                 count_calls(denoiser, lambda: self._meter)
+        for network in self.networks():
+            count_flops(network, lambda: self._meter)
 
     def train(self, mode: bool = True) -> Self:
         """Set the training mode of what is trained; everything else stays in evaluation mode."""
@@ -281,15 +300,16 @@ class RewardFineTuner(LightningModule, ABC):
         """Run one round: collect, in evaluation mode, then update."""
         self.eval()
         self._collected_at = self.num_updates
-        with torch.no_grad():
+        with self.phase("collect"), torch.no_grad():
             experience = self.collect(batch, self.pipeline.encode(batch))
         for observer in self.observers:
             observer.on_experience(self, experience)
         self.train()
-        outcomes = [
-            self.updates.take(update)
-            for update in self.track(self.updates.plan(experience), "Training")
-        ]
+        with self.phase("update"):
+            outcomes = [
+                self.updates.take(update)
+                for update in self.track(self.updates.plan(experience), "Training")
+            ]
         self.num_rounds += 1
         self.cost.seconds = self._seconds_before + time.monotonic() - self._started
         log_round(self, experience, outcomes)
@@ -367,6 +387,17 @@ class RewardFineTuner(LightningModule, ABC):
         rows = batch["index"].tolist()
         return [seed_from(self.seed, *stream, row, i) for row in rows for i in range(num)]
 
+    @contextmanager
+    def phase(self, name: str, num_samples: int = 0) -> Iterator[None]:
+        """Tell the observers what the time within the block is spent on."""
+        for observer in self.observers:
+            observer.on_phase_start(self, name)
+        try:
+            yield
+        finally:
+            for observer in self.observers:
+                observer.on_phase_end(self, name, num_samples)
+
     def track(self, items: Iterable[T], label: str) -> Iterable[T]:
         """Show a progress bar over `items` on the main process, if the trainer shows any."""
         shown = self.trainer.progress_bar_callback is not None and self.trainer.is_global_zero
@@ -397,9 +428,9 @@ class RewardFineTuner(LightningModule, ABC):
             for arm, x_0 in best_of(self, condition, seeds, self.best_of).items():
                 self._measure(arm, batch_idx, x_0, condition)
         if not self._flops:
-            spent = self._meter.denoiser_calls
+            meter, self._meter = self._meter, Cost()  # looking costs nothing
             self._flops = flops_per_call(self.pipeline, condition)
-            self._meter.denoiser_calls = spent
+            self._meter = meter
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Draw:
         """Draw samples from the tuned model and score them."""
@@ -422,11 +453,12 @@ class RewardFineTuner(LightningModule, ABC):
         return {
             "denoiser_calls": self.cost.denoiser_calls * world,
             "reward_calls": self.cost.reward_calls * world,
-            "flops": self.cost.denoiser_calls * world * self._flops,
+            "flops": self.cost.flops * world,
             "seconds": self.cost.seconds,
             "peak_memory_bytes": peak_memory_bytes(),
             "test_denoiser_calls": test.denoiser_calls * world,
             "test_reward_calls": test.reward_calls * world,
+            "test_flops": test.flops * world,
             "test_seconds": time.monotonic() - self._started,
             "flops_per_denoiser_call": self._flops,
         }
@@ -469,11 +501,13 @@ class RewardFineTuner(LightningModule, ABC):
         self, batch: Batch, batch_idx: int, condition: Condition, arms: Sequence[Arm]
     ) -> None:
         for arm in arms:
-            x_0, seeds = self._draw(batch, condition, arm)
+            with self.phase(f"sample_{arm}", len(condition)):
+                x_0, seeds = self._draw(batch, condition, arm)
             kl = torch.zeros(len(condition))
             if arm == "tuned":
                 kl = self._divergence(x_0, condition, seeds)
-            self._measure(arm, batch_idx, x_0, condition, kl=kl)
+            with self.phase("measure"):
+                self._measure(arm, batch_idx, x_0, condition, kl=kl)
 
     def _measure(
         self, arm: Arm, batch_idx: int, x_0: State, condition: Condition, **known: Tensor

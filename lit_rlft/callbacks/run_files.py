@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
 from lit_rlft.algorithms.base import Draw, RewardFineTuner
+from lit_rlft.callbacks.cost_meter import CostMeter
 from lit_rlft.processes import gather
 from lit_rlft.report import comparison
 from lit_rlft.runs import run_folder, summary_writer
@@ -70,13 +71,17 @@ class RunFiles(Callback):
         if not trainer.is_global_zero:
             return
         folder = run_folder(trainer)
+        cost = pl_module.cost_report()
+        for observer in pl_module.observers:
+            if isinstance(observer, CostMeter):
+                cost |= observer.report()
         report = {
             "algorithm": pl_module.algorithm,
             "domain": pl_module.pipeline.name,
             "num_samples": num_samples,
             "seed": pl_module.seed,
             **{arm: _without_nan(metrics) for arm, metrics in summary.items()},
-            "cost": pl_module.cost_report(),
+            "cost": cost,
         }
         path = _write_text(folder / "metrics.json", json.dumps(report, indent=2) + "\n")
         picture = self._picture(pl_module, summary, num_samples)

@@ -138,6 +138,13 @@ class Pipeline(nn.Module, ABC):
         table = torch.cat(tables, dim=1)
         return table[condition.rows.to(table.device)]
 
+    def given(self, condition: Condition) -> State | None:
+        """Return which entries of a state the condition fixes, bool [B, ...]; None where none are.
+
+        Whatever such an entry is at the start of the sampler, at its end it is what was given.
+        """
+        return None
+
     def states(self, batch: Batch) -> State:
         """Return x_0 for the data in a batch.
 

@@ -23,7 +23,7 @@ from torch.nn.functional import interpolate
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.distribution import Gaussian
 
-__all__ = ["FullResolution", "LowRank", "LowResolution", "Maps", "NoisePolicy"]
+__all__ = ["FullResolution", "LowRank", "LowResolution", "Maps", "NoisePolicy", "bounded"]
 
 
 class Maps(ABC):
@@ -123,7 +123,7 @@ class NoisePolicy(nn.Module):
         # Rounded as in mixed precision, mu would depend on how samples are batched.
         with torch.autocast(weight.device.type, enabled=False):
             # Multiplied by 0, not left out: all parameters keep a gradient.
-            features = _bounded(features.to(weight)) * self.conditional
+            features = bounded(features.to(weight)) * self.conditional
             hidden = self.trunk(features)
             mu, log_sigma = self.head(hidden).unbind(dim=1)
         return Gaussian(mu, log_sigma.exp())
@@ -151,7 +151,7 @@ class _Combine(nn.Module):
         return torch.einsum("bkr,kr...->bk...", weights, self.basis)
 
 
-def _bounded(features: Tensor) -> Tensor:
+def bounded(features: Tensor) -> Tensor:
     """Scale features [B, F] to a size below 1; unlike a layer norm it keeps a single number."""
     return features / (1 + features.square().mean(dim=1, keepdim=True).sqrt())
 

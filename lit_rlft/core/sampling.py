@@ -3,18 +3,36 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lit_rlft.core.checks import UsageError
+from lit_rlft.core.fixed_point import FixedPoint
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.process import Process
 from lit_rlft.core.randomness import Generators
-from lit_rlft.core.state import State, batch_size, leaves
+from lit_rlft.core.state import State, batch_size, index, leaves
 
-__all__ = ["Denoiser", "Sampler", "walk"]
+__all__ = ["Denoiser", "Inverted", "Sampler", "walk"]
 
 Denoiser = Callable[[State, Tensor, Condition], State]
 """(x_t, t [B], condition) -> prediction."""
+
+
+@dataclass(frozen=True)
+class Inverted:
+    """Initial noise that the deterministic sampler takes to given data, and how well it does.
+
+    Attributes:
+        x_1: [B, ...].
+        residuals: [B], the largest over the steps of what backward Euler's equation was missed by,
+            in units of the state; infinite where numbers overflowed.
+        iterations: [B] int64, evaluations of the denoiser over all steps.
+    """
+
+    x_1: State
+    residuals: Tensor
+    iterations: Tensor
 
 
 @dataclass(frozen=True)
@@ -48,6 +66,40 @@ class Sampler:
         *_, (_, x_0) = walk(denoiser, process, x_1, condition, times, self.eta, rows)
         return x_0
 
+    def invert(
+        self,
+        denoiser: Denoiser,
+        process: Process,
+        x_0: State,
+        condition: Condition,
+        solver: FixedPoint | None = None,
+    ) -> Inverted:
+        """Return the x_1 that `sample` takes to `x_0` with as many steps.
+
+        Each step is undone by backward Euler, with the denoiser at the time t that the step from t
+        to s called it with; call this without gradients.
+
+        Raises:
+            UsageError: The sampler draws noise, or the process is not invertible.
+        """
+        if not process.invertible:
+            raise UsageError(
+                f"the sampler of a {type(process).__name__} cannot be inverted: its steps draw "
+                "from laws, and samples do not tell their noise; use a pipeline with a continuous "
+                "state"
+            )
+        if self.eta:
+            raise UsageError("sampler.eta must be 0: a sampler that draws noise has no inverse")
+        x, times = x_0, process.times(self.num_steps).to(leaves(x_0)[0].device)
+        residuals = torch.zeros(batch_size(x_0), device=times.device)
+        iterations = torch.zeros_like(residuals, dtype=torch.int64)
+        for i in reversed(range(self.num_steps)):
+            back = _backward_euler(denoiser, process, x, condition, times[i], times[i + 1])
+            solution = (solver or FixedPoint()).solve(back, x)
+            x, iterations = solution.state, iterations + solution.iterations
+            residuals = residuals.maximum(solution.residuals.to(residuals))
+        return Inverted(x, residuals, iterations)
+
 
 def walk(
     denoiser: Denoiser,
@@ -77,3 +129,16 @@ def walk(
         transition = process.transition(denoiser(x, t, condition), x, t, s, eta)
         x = transition.mean if eta == 0 and process.differentiable else transition.rsample(rows)
         yield i + 1, x
+
+
+def _backward_euler(
+    denoiser: Denoiser, process: Process, x_s: State, condition: Condition, t: Tensor, s: Tensor
+) -> Callable[[State, Tensor], State]:
+    """Return the map of which the x_t that lead to `x_s` are fixed points."""
+
+    def back(x_t: State, rows: Tensor) -> State:
+        level, below = t.expand(len(rows)), s.expand(len(rows))
+        prediction = denoiser(x_t, level, condition.index(rows.to(condition.rows.device)))
+        return process.inverted(prediction, x_t, index(x_s, rows), level, below)
+
+    return back

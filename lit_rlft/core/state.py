@@ -16,6 +16,7 @@ __all__ = [
     "detach",
     "expand_as",
     "fields_of",
+    "flatten",
     "index",
     "leaves",
     "repeat",
@@ -23,6 +24,7 @@ __all__ = [
     "tensor_of",
     "to",
     "tree_map",
+    "unflatten",
 ]
 
 State = Tensor | dict[str, Tensor]
@@ -57,6 +59,18 @@ def index(state: State, rows: Tensor | slice) -> State:
 def cat(states: Sequence[State]) -> State:
     """Concatenate states along the batch."""
     return tree_map(lambda *parts: torch.cat(parts), *states)
+
+
+def flatten(state: State) -> Tensor:
+    """Return every sample as a vector, [B, d], fields in sorted order."""
+    return torch.cat([leaf.reshape(leaf.shape[0], -1) for leaf in leaves(state)], dim=1)
+
+
+def unflatten(vectors: Tensor, like: State) -> State:
+    """Undo `flatten` for samples of the shapes and types of `like`, whatever their number."""
+    sizes = [leaf[0].numel() for leaf in leaves(like)]
+    parts = iter(vectors.split(sizes, dim=1))
+    return tree_map(lambda leaf: next(parts).reshape(-1, *leaf.shape[1:]).to(leaf.dtype), like)
 
 
 def detach(state: State) -> State:

@@ -35,6 +35,23 @@ class Process(nn.Module, ABC):
     ) -> Distribution:
         """Return the law of x_s given x_t under the denoiser; eta 0 is deterministic."""
 
+    def inverted(self, prediction: State, x_t: State, x_s: State, t: Tensor, s: Tensor) -> State:
+        """Return a better guess of the state that the deterministic transition takes to x_s.
+
+        One iteration of backward Euler: its fixed points are the states that lead to x_s.
+
+        Args:
+            prediction: The denoiser's at the guess x_t.
+            x_t: The guess.
+            x_s: Where the transition has to lead.
+            t: Times of x_t, [B].
+            s: Times of x_s, [B].
+
+        Raises:
+            NotImplementedError: The process is not invertible.
+        """
+        raise NotImplementedError(f"a {type(self).__name__} is not invertible")
+
     @abstractmethod
     def denoised(self, prediction: State, x_t: State, t: Tensor) -> State:
         """Return the estimate of x_0 that a prediction implies."""

@@ -101,6 +101,24 @@ class GaussianProcess(Process):
         mean = expand_as(of_x, x) * x + expand_as(of_p, x) * tensor_of(prediction).to(x.dtype)
         return self._law(mean, expand_as(std, x), x)
 
+    def inverted(self, prediction: State, x_t: State, x_s: State, t: Tensor, s: Tensor) -> Tensor:
+        r"""Return x_t plus the error of its transition over the slope of a known one.
+
+        With F the transition, :math:`x_t + (x_s - F(x_t)) / \gamma`. For velocities
+        :math:`\gamma = (\alpha_s + \sigma_s) / (\alpha_t + \sigma_t)`: on the rectified flow it is
+        1 and this is :math:`x_s + (t - s)\, v(x_t)`. For the others
+        :math:`\gamma = (\alpha_s \alpha_t + \sigma_s \sigma_t) / (\alpha_t^2 + \sigma_t^2)`, the
+        slope of F for data of unit variance.
+        """
+        x = tensor_of(x_t)
+        (alpha_t, alpha_s), (sigma_t, sigma_s) = self.schedule.levels(torch.stack([t, s]))
+        if self.prediction_type == "velocity":
+            slope = (alpha_s + sigma_s) / (alpha_t + sigma_t)
+        else:
+            slope = (alpha_s * alpha_t + sigma_s * sigma_t) / (alpha_t**2 + sigma_t**2)
+        error = tensor_of(x_s) - self.transition(prediction, x, t, s, 0.0).mean
+        return x + error / expand_as(slope, x)
+
     def denoised(self, prediction: State, x_t: State, t: Tensor) -> Tensor:
         x = tensor_of(x_t)
         p = tensor_of(prediction).to(x.dtype)

@@ -57,6 +57,13 @@ class ProductProcess(Process):
             {name: self.field(name).transition(p[name], x[name], t, s, eta) for name in self.names}
         )
 
+    def inverted(self, prediction: State, x_t: State, x_s: State, t: Tensor, s: Tensor) -> State:
+        p, x, target = fields_of(prediction), fields_of(x_t), fields_of(x_s)
+        return {
+            name: tensor_of(self.field(name).inverted(p[name], x[name], target[name], t, s))
+            for name in self.names
+        }
+
     def denoised(self, prediction: State, x_t: State, t: Tensor) -> State:
         p, x = fields_of(prediction), fields_of(x_t)
         return {

@@ -1,0 +1,116 @@
+"""What each part of a run costs: seconds, calls and operations, and those of one sample."""
+
+import time
+from collections import defaultdict
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+
+from lit_rlft.algorithms.base import RewardFineTuner
+from lit_rlft.cost import Cost
+from lit_rlft.observer import Observer
+
+__all__ = ["CostMeter"]
+
+_COUNTS = ("denoiser_calls", "reward_calls", "flops")
+_TEST, _SAMPLE = "test", "sample_"
+
+Spent = dict[str, float]
+
+
+class CostMeter(Observer):
+    """Keeps the books by stage ("train", "validate", "test") and phase ("collect", "update", ...).
+
+    Counts and seconds are those of this process; operations are of forward passes. The books are
+    part of the checkpoint, so that a test reports what training spent. Each round's seconds and
+    the operations so far go to TensorBoard, under `time/` and `cost/flops`.
+    """
+
+    def __init__(self) -> None:
+        self.books: dict[str, dict[str, Spent]] = {}
+        self._begun: dict[str, tuple[float, Cost]] = {}
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the test's books afresh."""
+        self.books.pop(_TEST, None)
+
+    def on_phase_start(self, tuner: RewardFineTuner, name: str) -> None:
+        """Note the time and the counters."""
+        self._begun[name] = (_now(), Cost(**tuner.meter.as_dict()))
+
+    def on_phase_end(self, tuner: RewardFineTuner, name: str, num_samples: int) -> None:
+        """Book what was spent since."""
+        start, before = self._begun.pop(name)
+        stage = tuner.trainer.state.stage
+        if stage is None or tuner.trainer.sanity_checking:
+            return
+        page = self.books.setdefault(stage.value, {})
+        spent = page.setdefault(name, defaultdict(float))
+        spent["seconds"] += _now() - start
+        spent["samples"] += num_samples
+        for count in _COUNTS:
+            spent[count] += getattr(tuner.meter, count) - getattr(before, count)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Remember what training had spent before this round."""
+        self._before = {name: spent["seconds"] for name, spent in self._training.items()}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log the round."""
+        assert isinstance(pl_module, RewardFineTuner)
+        for name, spent in self._training.items():
+            seconds = spent["seconds"] - self._before.get(name, 0.0)
+            if seconds > 0:
+                pl_module.log(f"time/{name}", seconds)
+        pl_module.log("cost/flops", float(pl_module.cost.flops * trainer.world_size))
+
+    def report(self) -> dict[str, Any]:
+        """Return the books, and per sample of each arm in the test its calls, operations, time."""
+        arms = {
+            name.removeprefix(_SAMPLE): spent
+            for name, spent in self.books.get(_TEST, {}).items()
+            if name.startswith(_SAMPLE) and spent["samples"]
+        }
+        books = {
+            stage: {name: _plain(spent) for name, spent in page.items()}
+            for stage, page in self.books.items()
+        }
+        return {"phases": books} | {
+            f"{count}_per_sample": {
+                arm: spent[count] / spent["samples"] for arm, spent in arms.items()
+            }
+            for count in ("denoiser_calls", "flops", "seconds")
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            stage: {name: dict(spent) for name, spent in page.items()}
+            for stage, page in self.books.items()
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.books = {
+            stage: {name: defaultdict(float, spent) for name, spent in page.items()}
+            for stage, page in state_dict.items()
+        }
+
+    @property
+    def _training(self) -> dict[str, Spent]:
+        return self.books.get("train", {})
+
+
+def _plain(spent: Spent) -> dict[str, float]:
+    """Return seconds and whole counts."""
+    return {name: value if name == "seconds" else int(value) for name, value in spent.items()}
+
+
+def _now() -> float:
+    # Kernels run on after their calls have returned.
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.monotonic()

@@ -1,0 +1,134 @@
+"""A flow as the prior of another one: what it makes of normal noise is where the other starts."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lit_rlft.core.checks import UsageError
+from lit_rlft.core.distribution import Distribution, Reduction
+from lit_rlft.core.pipeline import Condition
+from lit_rlft.core.prior import bounded
+from lit_rlft.core.process import GaussianProcess, Process, ProductProcess
+from lit_rlft.core.randomness import Generators
+from lit_rlft.core.sampling import Sampler
+from lit_rlft.core.schedule import RectifiedFlow
+from lit_rlft.core.state import State, batch_size, flatten, leaves, unflatten
+
+__all__ = ["Flow", "FlowMLP", "FlowPrior"]
+
+_NUM_FREQUENCIES = 8
+
+
+class Flow(Protocol):
+    """What generates states from noise; every `Pipeline` does.
+
+    Attributes:
+        denoiser: The network.
+        process: The noising process that it is trained for.
+    """
+
+    denoiser: nn.Module
+    process: Process
+
+    def predict(self, x_t: State, t: Tensor, condition: Condition) -> State:
+        """Return the prediction that the denoising loss is about."""
+
+
+class FlowMLP(nn.Module):
+    """A rectified flow on continuous states of one size: an MLP over all of a sample's numbers.
+
+    Its velocity is zero at the start, where it hands on the noise that it gets.
+
+    Args:
+        blank: A state of any number of samples, for their shape, dtype and device.
+        features: From conditions to a fixed-size encoding [B, F].
+        num_features: F.
+        width: Units of the hidden layers.
+        depth: Number of hidden layers.
+    """
+
+    def __init__(
+        self,
+        blank: State,
+        features: Callable[[Condition], Tensor],
+        num_features: int,
+        *,
+        width: int = 256,
+        depth: int = 3,
+    ) -> None:
+        super().__init__()
+        one = GaussianProcess(RectifiedFlow(), "velocity")
+        fields = None if isinstance(blank, Tensor) else dict.fromkeys(blank, one)
+        self.process: Process = one if fields is None else ProductProcess(fields)
+        self.denoiser: nn.Module = _MLP(flatten(blank).shape[1], num_features, width, depth)
+        self.denoiser.to(leaves(blank)[0])
+        self.features = features
+
+    def predict(self, x_t: State, t: Tensor, condition: Condition) -> State:
+        """Return the velocity, of the structure of x_t."""
+        return unflatten(self.denoiser(flatten(x_t), t, self.features(condition)), x_t)
+
+
+class FlowPrior(Distribution):
+    """The law of what a flow makes of noise, without a density in closed form.
+
+    Args:
+        flow: The flow.
+        start: The law of the noise it starts from.
+        condition: One row per sample.
+        sampler: How the flow is discretised.
+    """
+
+    def __init__(
+        self, flow: Flow, start: Distribution, condition: Condition, sampler: Sampler
+    ) -> None:
+        self.flow, self.start, self.condition, self.sampler = flow, start, condition, sampler
+
+    @property
+    def mean(self) -> State:
+        """What the flow makes of the mean of the noise."""
+        return self._walk(self.start.mean, None)
+
+    def rsample(self, rows: Generators = None) -> State:
+        return self._walk(self.start.rsample(rows), rows)
+
+    def log_prob(self, state: State, reduction: Reduction = "sum") -> Tensor:
+        """Raise TypeError: it would take the divergence of the flow all along its way."""
+        raise TypeError("the density of a FlowPrior has no closed form")
+
+    def kl(self, other: Distribution, reduction: Reduction = "sum") -> Tensor:
+        """Return NaN [B], which metrics take for a value that does not apply."""
+        return torch.full((len(self.condition),), torch.nan)
+
+    def _walk(self, noise: State, rows: Generators) -> State:
+        if batch_size(noise) != len(self.condition):
+            raise ValueError(f"{batch_size(noise)} samples for {len(self.condition)} conditions")
+        args = (self.flow.predict, self.flow.process, noise, self.condition, rows)
+        return self.sampler.sample(*args)
+
+
+class _MLP(nn.Module):
+    """Residual layers on (x_t, t, features); the output layer is zero at the start."""
+
+    def __init__(self, dims: int, num_features: int, width: int, depth: int) -> None:
+        super().__init__()
+        if width < 1 or depth < 1:
+            raise UsageError("model.init_args.width and depth must be at least 1")
+        self.first = nn.Linear(dims + num_features + 2 * _NUM_FREQUENCIES, width)
+        self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(depth - 1))
+        self.last = nn.Linear(width, dims)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, x_t: Tensor, t: Tensor, features: Tensor) -> Tensor:
+        """Return the velocity [B, d] at x_t [B, d], t [B], with features [B, F]."""
+        orders = torch.arange(1, _NUM_FREQUENCIES + 1, device=t.device)
+        angles = torch.pi * orders * t.unsqueeze(1)
+        clock = torch.cat([angles.cos(), angles.sin()], dim=1)
+        known = bounded(features.to(x_t))
+        hidden = nn.functional.silu(self.first(torch.cat([x_t, clock.to(x_t), known], dim=1)))
+        for layer in self.hidden:
+            hidden = hidden + nn.functional.silu(layer(hidden))
+        return self.last(hidden)

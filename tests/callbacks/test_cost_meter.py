@@ -1,0 +1,191 @@
+"""Operations by hand, books by phase, and what a sample costs."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from domains.gaussian_mixture.data import MixtureData
+from domains.gaussian_mixture.pipeline import GaussianMixturePipeline
+from domains.gaussian_mixture.rewards import Coordinate
+from lit_rlft.adapters import LoRA
+from lit_rlft.algorithms.base import RewardFineTuner
+from lit_rlft.algorithms.graft import GRAFT
+from lit_rlft.algorithms.inverse_noise_correction import InverseNoiseCorrection
+from lit_rlft.callbacks.cost_meter import CostMeter
+from lit_rlft.core.sampling import Sampler
+from lit_rlft.cost import Cost, count_calls, count_flops, flop_counter
+from tests.support import trainer_of
+
+# The mixture's residual network: 2 + 4 inputs, 64, 64, 2; its mixture: responsibilities of five
+# components times their means [5, 2], twice. (Products of a matrix and a vector do not count.)
+MIXTURE = 2 * (6 * 64 + 64 * 64 + 64 * 2) + 2 * (5 * 2 * 2)
+
+
+def counted(network: nn.Module, *inputs: Any) -> int:
+    cost = Cost()
+    count_flops(network, lambda: cost)
+    network(*inputs)
+    return cost.flops
+
+
+def test_a_linear_layer_costs_two_per_weight_and_row() -> None:
+    layer = nn.Linear(5, 7)
+    assert counted(layer, torch.randn(3, 5)) == 3 * 2 * 5 * 7
+    assert counted(nn.Linear(5, 7, bias=False), torch.randn(2, 3, 5)) == 2 * 3 * 2 * 5 * 7
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_convolution_costs_two_per_weight_and_output_pixel(stride: int) -> None:
+    layer = nn.Conv2d(3, 8, 3, stride=stride, padding=1)
+    pixels = (6 // stride) * (10 // stride)
+    assert counted(layer, torch.randn(2, 3, 6, 10)) == 2 * pixels * 2 * 3 * 8 * 9
+
+
+class Attention(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(x, x, x)
+
+
+def test_attention_costs_its_two_products() -> None:
+    """Also on a CPU, where torch's own counter leaves them out."""
+    batch, heads, tokens, width = 2, 4, 12, 16
+    x = torch.randn(batch, heads, tokens, width)
+    assert counted(Attention(), x) == batch * heads * 2 * (2 * tokens * tokens * width)
+
+
+def test_operations_are_measured_once_per_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+
+    def recorded() -> Any:
+        measured.append(None)
+        return flop_counter()
+
+    monkeypatch.setattr("lit_rlft.cost.flop_counter", recorded)
+    cost, network = Cost(), nn.Linear(4, 4)
+    count_flops(network, lambda: cost)
+    for rows in (2, 3, 2, 2, 3):
+        network(torch.randn(rows, 4))
+    assert cost.flops == (2 + 3 + 2 + 2 + 3) * 2 * 4 * 4
+    assert len(measured) == 2
+
+
+def test_an_adapter_counts_where_it_is_switched_on() -> None:
+    network = nn.Sequential(nn.Linear(6, 10))
+    network = inject_adapter_in_model(LoraConfig(r=2, target_modules=["0"]), network)
+    layer = next(m for m in network.modules() if isinstance(m, BaseTunerLayer))
+    cost = Cost()
+    count_flops(network, lambda: cost)
+    plain, update = 2 * 6 * 10, 2 * 2 * (6 + 10)
+    for disabled, expected in [(False, plain + update), (True, plain), (False, plain + update)]:
+        layer._disable_adapters = disabled
+        before = cost.flops
+        network(torch.randn(3, 6))
+        assert cost.flops - before == 3 * expected
+
+
+def test_gradients_pass_and_a_failed_call_counts_nothing_later() -> None:
+    class Fails(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.failing = nn.Linear(3, 3), True
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.layer(x)
+            if self.failing:
+                raise ValueError
+            return x
+
+    network, cost = Fails(), Cost()
+    count_flops(network, lambda: cost)
+    x = torch.randn(2, 3)
+    with pytest.raises(ValueError):
+        network(x)
+    network.failing = False
+    spent = cost.flops
+    expected = torch.autograd.grad(network.layer(x).sum(), network.layer.weight)[0]
+    loss = network(x).sum()
+    assert torch.equal(torch.autograd.grad(loss, network.layer.weight)[0], expected)
+    assert cost.flops - spent == 2 * 2 * 3 * 3
+    torch.ones(4, 4) @ torch.ones(4, 4)
+    assert cost.flops - spent == 2 * 2 * 3 * 3
+
+
+def test_calls_and_operations_go_to_the_counters_of_the_moment() -> None:
+    first, second, network = Cost(), Cost(), nn.Linear(2, 2)
+    now = first
+    count_calls(network, lambda: now)
+    count_flops(network, lambda: now)
+    network(torch.randn(3, 2))
+    now = second
+    network(torch.randn(5, 2))
+    assert (first.denoiser_calls, second.denoiser_calls) == (3, 5)
+    assert (first.flops, second.flops) == (3 * 8, 5 * 8)
+
+
+def run(tuner: RewardFineTuner, folder: Path) -> CostMeter:
+    """Train one round of four rows and test eight samples; return the books."""
+    meter = CostMeter()
+    quiet = {"limit_val_batches": 1, "num_sanity_val_steps": 0}
+    trainer = trainer_of(default_root_dir=folder, callbacks=[meter], **quiet)
+    data = MixtureData(num_train=4, num_val=2, num_test=4, batch_size=4)
+    trainer.fit(tuner, data)
+    trainer.test(tuner, data, verbose=False)
+    return meter
+
+
+def test_books_of_graft_are_those_by_hand(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"num_candidates": 3, "num_eval_samples": 2, "lora": LoRA(2, 2)}
+    started = time.monotonic()
+    meter = run(
+        GRAFT(GaussianMixturePipeline(), Coordinate(), sampler=Sampler(5), **settings), tmp_path
+    )
+    whole = time.monotonic() - started
+    report = meter.report()
+    update = 2 * 2 * (6 + 64 + 64 + 64 + 64 + 2)  # LoRA of rank 2 on the three layers
+    books = report["phases"]
+    collect, learn = books["train"]["collect"], books["train"]["update"]
+    assert collect["denoiser_calls"] == 4 * 3 * 5 and collect["reward_calls"] == 12
+    assert collect["flops"] == 4 * 3 * 5 * MIXTURE
+    assert learn["denoiser_calls"] == 4 and learn["flops"] == 4 * (MIXTURE + update)
+    assert set(books["validate"]) == {"sample_tuned", "sample_reference", "measure"}
+    assert books["test"]["sample_tuned"]["samples"] == 8
+    assert report["denoiser_calls_per_sample"] == {"tuned": 5, "reference": 5}
+    assert report["flops_per_sample"] == {"tuned": 5 * (MIXTURE + update), "reference": 5 * MIXTURE}
+    seconds = [spent["seconds"] for page in books.values() for spent in page.values()]
+    assert all(second > 0 for second in seconds) and sum(seconds) < whole
+
+
+def test_a_corrector_costs_beside_its_base(tmp_path: Path) -> None:
+    pipeline = GaussianMixturePipeline(schedule="rectified_flow", prediction_type="velocity")
+    settings: dict[str, Any] = {"width": 16, "depth": 2, "corrector_steps": 3}
+    tuner = InverseNoiseCorrection(pipeline, Coordinate(), sampler=Sampler(5), **settings)
+    report = run(tuner, tmp_path).report()
+    corrector = 2 * ((2 + 1 + 16) * 16 + 16 * 16 + 16 * 2)
+    assert report["flops_per_sample"] == {
+        "reference": 5 * MIXTURE,
+        "tuned": 5 * MIXTURE + 3 * corrector,
+    }
+    assert report["denoiser_calls_per_sample"] == {"tuned": 5, "reference": 5}
+    invert, learn = (report["phases"]["train"][name] for name in ("invert", "update"))
+    assert invert["flops"] == invert["denoiser_calls"] * MIXTURE > 0
+    assert learn["flops"] == 4 * corrector and learn["denoiser_calls"] == 0
+
+
+def test_books_go_on_after_a_checkpoint(tmp_path: Path) -> None:
+    meter = run(
+        GRAFT(GaussianMixturePipeline(), Coordinate(), sampler=Sampler(2), num_candidates=2),
+        tmp_path,
+    )
+    restored = CostMeter()
+    restored.load_state_dict(meter.state_dict())
+    assert restored.report() == meter.report()
+    tuner: Any = GRAFT(GaussianMixturePipeline(), Coordinate())
+    restored.on_test_start(tuner, tuner)
+    assert set(restored.report()["phases"]) == {"train", "validate"}
+    assert restored.report()["flops_per_sample"] == {}

@@ -1,0 +1,120 @@
+import pytest
+import torch
+from torch import Tensor
+
+from domains.gaussian_mixture.pipeline import GaussianMixturePipeline
+from domains.layout.network import Architecture
+from domains.layout.pipeline import LayoutPipeline
+from lit_rlft.core.checks import UsageError
+from lit_rlft.core.corrector import FlowMLP, FlowPrior
+from lit_rlft.core.pipeline import Condition
+from lit_rlft.core.randomness import generators
+from lit_rlft.core.sampling import Sampler
+from lit_rlft.core.state import State
+
+SIDES = Condition([{"side": 1}, {"side": -1}], {}, torch.tensor([0, 1, 0]))
+
+
+def features(condition: Condition) -> Tensor:
+    return torch.tensor([[1.0, 0.0], [0.0, 1.0]])[condition.rows]
+
+
+def moved(flow: FlowMLP) -> FlowMLP:
+    """Draw the output layer, which starts at zero."""
+    torch.manual_seed(0)
+    torch.nn.init.normal_(flow.denoiser.last.weight)  # type: ignore[union-attr, arg-type]
+    return flow
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "blank",
+    [torch.empty(1, 4, 5), {"a": torch.empty(1, 2), "b": torch.empty(1, 3, 2)}],
+    ids=["tensor", "fields"],
+)
+def test_an_untrained_flow_hands_on_its_noise(blank: State) -> None:
+    flow = FlowMLP(blank, features, 2, width=8)
+    wide = (
+        blank.expand(3, -1, -1)
+        if isinstance(blank, Tensor)
+        else {name: leaf.expand(3, *leaf.shape[1:]) for name, leaf in blank.items()}
+    )
+    start = flow.process.prior(wide)
+    seeds = [4, 5, 6]
+    drawn = FlowPrior(flow, start, SIDES, Sampler(3)).sample(generators(seeds))
+    noise = start.sample(generators(seeds))
+    torch.testing.assert_close(drawn, noise, rtol=0, atol=0)
+    other = FlowPrior(moved(flow), start, SIDES, Sampler(3)).sample(generators(seeds))
+    assert not any(
+        torch.equal(a, b)
+        for a, b in zip(
+            *([x] if isinstance(x, Tensor) else x.values() for x in (other, noise)), strict=True
+        )
+    )
+
+
+@torch.no_grad()
+def test_samples_are_eulers() -> None:
+    """From t = 1 to 0 in steps of 1/4, velocities by hand from the network's layers."""
+    flow = moved(FlowMLP(torch.empty(1, 2), features, 2, width=8, depth=2))
+    net = flow.denoiser
+    law = FlowPrior(flow, flow.process.prior(torch.empty(3, 2)), SIDES, Sampler(4))
+    x = torch.stack([torch.randn(2, generator=row) for row in generators([7, 8, 9])])
+    drawn = law.sample(generators([7, 8, 9]))
+    # Features of rms sqrt(1/2) are divided by 1 + that.
+    known = features(SIDES) / (1 + 0.5**0.5)
+    for t in (1.0, 0.75, 0.5, 0.25):
+        angles = torch.pi * t * torch.arange(1, 9)
+        clock = torch.cat([angles.cos(), angles.sin()]).expand(3, -1)
+        hidden = torch.nn.functional.silu(net.first(torch.cat([x, clock, known], dim=1)))  # type: ignore[operator]
+        hidden = hidden + torch.nn.functional.silu(net.hidden[0](hidden))  # type: ignore[index]
+        x = x - 0.25 * net.last(hidden)  # type: ignore[operator]
+    torch.testing.assert_close(drawn, x)
+
+
+@torch.no_grad()
+def test_conditions_and_seeds_decide_what_is_drawn() -> None:
+    flow = moved(FlowMLP(torch.empty(1, 2), features, 2, width=8))
+    start = flow.process.prior(torch.empty(3, 2))
+    drawn = FlowPrior(flow, start, SIDES, Sampler(2)).sample(generators([1, 1, 1]))
+    assert isinstance(drawn, Tensor)
+    assert torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[0], drawn[1])
+
+
+@torch.no_grad()
+def test_any_pipeline_is_a_flow() -> None:
+    pipeline = GaussianMixturePipeline(schedule="rectified_flow", prediction_type="velocity")
+    condition = pipeline.encode({"index": torch.arange(5)})
+    start = pipeline.process.prior(pipeline.blank(condition))
+    law = FlowPrior(pipeline, start, condition, Sampler(6))
+    x_1 = start.sample(generators(range(5)))
+    x_0 = Sampler(6).sample(pipeline, pipeline.process, x_1, condition)
+    torch.testing.assert_close(law.sample(generators(range(5))), x_0, rtol=0, atol=0)
+
+
+def test_divergence_does_not_apply_and_density_is_refused() -> None:
+    flow = FlowMLP(torch.empty(1, 2), features, 2)
+    start = flow.process.prior(torch.zeros(3, 2))
+    law = FlowPrior(flow, start, SIDES, Sampler(2))
+    assert law.kl(start).isnan().tolist() == [True] * 3
+    assert torch.equal(law.mean, torch.zeros(3, 2))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="no closed form"):
+        law.log_prob(torch.zeros(3, 2))
+    with pytest.raises(ValueError, match="2 samples for 3"):
+        FlowPrior(flow, flow.process.prior(torch.zeros(2, 2)), SIDES, Sampler(2)).sample()
+    with pytest.raises(UsageError, match="width and depth"):
+        FlowMLP(torch.empty(1, 2), features, 2, depth=0)
+
+
+def test_layouts_know_what_is_given() -> None:
+    """Boxes of the first slot, and no classes: the mask of a state [B, N, 4 + C + 1]."""
+    small = Architecture(num_slots=2, width=8, depth=1, num_heads=1)
+    pipeline = LayoutPipeline(None, architecture=small)
+    condition = pipeline.example()
+    given = pipeline.given(condition)
+    assert isinstance(given, Tensor) and given.shape == (1, 2, 4 + 5 + 1) and not given.any()
+    condition.tables["known_boxes"].data = torch.tensor([[[True] * 4, [False] * 4]])
+    given = pipeline.given(condition)
+    assert isinstance(given, Tensor) and given.sum() == 4 and given[0, 0, :4].all()
+    mixture = GaussianMixturePipeline()
+    assert mixture.given(mixture.encode({"index": torch.arange(2)})) is None
