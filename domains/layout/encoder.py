@@ -13,25 +13,23 @@ References:
     https://arxiv.org/abs/2108.00871
 """
 
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from domains.layout.classes import class_list
 from domains.layout.layouts import EMPTY, Layouts
 from lit_rlft.core.checks import UsageError, loading
+from lit_rlft.weights import load_weights, read_settings, save_network
 
 __all__ = ["EncoderArchitecture", "LayoutEncoder", "load_encoder", "load_published"]
 
 EMBEDDED = Path(__file__).parent / "assets"
-_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _PUBLISHED = {
     "emb_label": "label_in",
     "fc_bbox": "box_in",
@@ -146,17 +144,12 @@ class LayoutEncoder(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write architecture and fp16 weights."""
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {n: v.detach().cpu().half().contiguous() for n, v in self.state_dict().items()}
-        save_file(weights, folder / _WEIGHTS)
-        (folder / _CONFIG).write_text(json.dumps(asdict(self.architecture), indent=2) + "\n")
+        save_network(self, folder, torch.float16)
 
     @classmethod
     def load(cls, folder: Path) -> Self:
         """Read what `save` wrote, in single precision."""
-        network = cls(EncoderArchitecture(**json.loads((folder / _CONFIG).read_text())))
-        network.load_state_dict(load_file(folder / _WEIGHTS))
-        return network.float()
+        return load_weights(cls(EncoderArchitecture(**read_settings(folder))), folder)
 
 
 def load_encoder(pretrained: str, classes: str | Sequence[str] = "publaynet") -> LayoutEncoder:

@@ -16,25 +16,23 @@ References:
     LayoutFlow (Guerreiro et al., 2024), https://arxiv.org/abs/2403.18187
 """
 
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from domains.layout.classes import class_list
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.state import State
+from lit_rlft.weights import load_weights, read_settings
 
-__all__ = ["Architecture", "LayoutTransformer", "load_weights", "save_weights"]
+__all__ = ["Architecture", "LayoutTransformer", "load_network"]
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
 NUM_FLAGS = 3  # place given, size given, class given
 _NUM_FREQUENCIES = 32
 
@@ -163,49 +161,13 @@ class _Block(nn.Module):
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
 
-def save_weights(network: LayoutTransformer, folder: Path, dtype: torch.dtype) -> list[Path]:
-    """Write architecture and weights into a folder; a LoRA is merged into the weights."""
-    with torch.device("meta"):
-        plain = LayoutTransformer(network.architecture)
-    weights = network.state_dict()
-    merged = {name: _merged(network, name, weights) for name in plain.state_dict()}
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: value.to("cpu", dtype).contiguous() for name, value in merged.items()},
-        folder / WEIGHTS,
-    )
-    text = json.dumps(asdict(network.architecture), indent=2)
-    (folder / CONFIG).write_text(text + "\n")
-    return [folder / CONFIG, folder / WEIGHTS]
-
-
-def load_weights(folder: Path) -> LayoutTransformer:
-    """Return the network that `save_weights` wrote, in single precision."""
-    settings = json.loads((folder / CONFIG).read_text())
+def load_network(folder: Path) -> LayoutTransformer:
+    """Return the network that `save_network` wrote, in single precision."""
+    settings = read_settings(folder)
     settings["canvas"] = tuple(settings["canvas"])
     with torch.device("meta"):
         network = LayoutTransformer(Architecture(**settings))
-    network.load_state_dict(load_file(folder / WEIGHTS), assign=True)
-    return network.float()
-
-
-def _merged(network: nn.Module, name: str, weights: dict[str, Tensor]) -> Tensor:
-    if name in weights:
-        return weights[name].detach()
-    # An adapted layer: whatever it is made of, it is linear, so its values tell its weight.
-    layer_name, _, kind = name.rpartition(".")
-    layer = network.get_submodule(layer_name)
-    weight = next(iter(layer.parameters()))
-    eye = torch.eye(_inputs(layer), dtype=weight.dtype, device=weight.device)
-    with torch.no_grad():
-        offset = layer(torch.zeros_like(eye[:1]))[0]
-        return offset if kind == "bias" else (layer(eye) - offset).T
-
-
-def _inputs(layer: nn.Module) -> int:
-    (inner,) = (m for n, m in layer.named_modules() if n.endswith("base_layer"))
-    assert isinstance(inner, nn.Linear)
-    return inner.in_features
+    return load_weights(network, folder)
 
 
 def _parts(state: State) -> tuple[Tensor, Tensor]:

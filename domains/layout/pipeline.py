@@ -16,13 +16,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from domains.layout.layouts import EMPTY, Layouts
-from domains.layout.network import Architecture, LayoutTransformer, load_weights, save_weights
+from domains.layout.network import Architecture, LayoutTransformer, load_network
 from domains.layout.render import draw, save_layout
 from lit_rlft.core.checks import UsageError, loading
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline
 from lit_rlft.core.process import GaussianProcess, MaskedProcess, Process, ProductProcess
 from lit_rlft.core.schedule import RectifiedFlow
 from lit_rlft.core.state import State, expand_as, fields_of, tensor_of
+from lit_rlft.weights import save_network
 
 __all__ = ["EMBEDDED", "LayoutPipeline"]
 
@@ -225,7 +226,7 @@ class LayoutPipeline(Pipeline):
 
     def save(self, folder: Path) -> list[Path]:
         """Write architecture and weights, a LoRA merged, as `pretrained` reads them."""
-        return save_weights(self.denoiser, folder, self.save_dtype)
+        return save_network(self.denoiser, folder, self.save_dtype)
 
     def save_samples(
         self, samples: Any, condition: Condition, folder: Path, names: Sequence[str]
@@ -289,4 +290,4 @@ def _load(pretrained: str) -> LayoutTransformer:
         "give 'grammar', 'grammar_mixed' or a folder that save wrote"
     )
     with loading(failed):
-        return load_weights(folder)
+        return load_network(folder)

@@ -2,13 +2,10 @@
 
 import hashlib
 import json
-import os
 import random
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
@@ -18,6 +15,7 @@ from domains.layout import grammar
 from domains.layout.classes import class_list
 from domains.layout.formats import read_arrays, read_coco, read_json, read_rico
 from domains.layout.pages import BadPage, Packed, Page, pack
+from lit_rlft.array_cache import cached_folder, user_cache
 from lit_rlft.core.checks import UsageError
 
 __all__ = ["Grammar", "JSONLayouts", "PubLayNet", "RicoArrays", "RicoJSON", "Source"]
@@ -110,23 +108,20 @@ class _File(Source):
     ) -> None:
         super().__init__(classes or self.usual_classes, max_elements)
         self.path, self.strict = Path(path), strict
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        self.cache_dir = Path(cache_dir) if cache_dir else home / "lit-rlft" / "layout"
+        self.cache_dir = user_cache("layout", cache_dir)
 
     @abstractmethod
     def _entries(self) -> Iterable[Page | BadPage]:
         """Iterate over what is in the file."""
 
     def load(self) -> Packed:
-        folder = self.cache_dir / self._key()
-        if not folder.is_dir():
-            self._fill(folder)
+        folder = cached_folder(self.cache_dir / self._key(), self._fill)
         rank_zero_info((folder / "report.txt").read_text())
         names = ("boxes", "labels", "canvases")
         return Packed(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in names))
 
     def _fill(self, folder: Path) -> None:
-        """Read the file into a cache folder, which appears whole or not at all."""
+        """Read the file into a folder of arrays."""
         packed, report = pack(
             self._entries(),
             self.classes,
@@ -134,15 +129,9 @@ class _File(Source):
             source=str(self.path),
             strict=self.strict,
         )
-        self.cache_dir.mkdir(parents=True, exist_ok=True)
-        partial = Path(mkdtemp(dir=self.cache_dir, prefix=".partial-"))
         for name, values in vars(packed).items():
-            np.save(partial / f"{name}.npy", values)
-        (partial / "report.txt").write_text(str(report))
-        try:
-            partial.rename(folder)
-        except OSError:  # another process was faster
-            shutil.rmtree(partial)
+            np.save(folder / f"{name}.npy", values)
+        (folder / "report.txt").write_text(str(report))
 
     def _key(self) -> str:
         """Name the arrays by all that they depend on: the file's age and size too."""

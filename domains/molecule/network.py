@@ -23,25 +23,23 @@ References:
     https://arxiv.org/abs/2212.09748
 """
 
-import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from domains.molecule.elements import EXPLICIT, HEAVY, check_elements
 from lit_rlft.core.checks import UsageError
+from lit_rlft.weights import load_weights, read_settings
 
-__all__ = ["EGNN", "Architecture", "Denoiser", "Transformer", "load_weights", "save_weights"]
+__all__ = ["EGNN", "Architecture", "Denoiser", "Transformer", "load_network"]
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _NUM_FREQUENCIES = 32
 _NUM_RADIAL = 16
 _RADIAL_LENGTH = 2.0  # Angstrom
@@ -326,51 +324,14 @@ class _Inputs(nn.Module):
         return self.types.num_embeddings - 1
 
 
-def save_weights(network: Denoiser, folder: Path, dtype: torch.dtype) -> list[Path]:
-    """Write architecture and weights into a folder; a LoRA is merged into the weights."""
-    with torch.device("meta"):
-        plain = type(network)(network.architecture)
-    weights = network.state_dict()
-    merged = {name: _merged(network, name, weights) for name in plain.state_dict()}
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: value.to("cpu", dtype).contiguous() for name, value in merged.items()},
-        folder / WEIGHTS,
-    )
-    text = json.dumps(asdict(network.architecture), indent=2)
-    (folder / CONFIG).write_text(text + "\n")
-    return [folder / CONFIG, folder / WEIGHTS]
-
-
-def load_weights(
+def load_network(
     folder: Path, networks: Mapping[str, Callable[[Architecture], Denoiser]]
 ) -> Denoiser:
-    """Return the network that `save_weights` wrote, in single precision."""
-    settings: dict[str, Any] = json.loads((folder / CONFIG).read_text())
-    architecture = Architecture(**settings)
+    """Return the network that `save_network` wrote, in single precision."""
+    architecture = Architecture(**read_settings(folder))
     with torch.device("meta"):
         network = networks[architecture.network](architecture)
-    network.load_state_dict(load_file(folder / WEIGHTS), assign=True)
-    return network.float()
-
-
-def _merged(network: nn.Module, name: str, weights: dict[str, Tensor]) -> Tensor:
-    if name in weights:
-        return weights[name].detach()
-    # An adapted layer: whatever it is made of, it is linear, so its values tell its weight.
-    layer_name, _, kind = name.rpartition(".")
-    layer = network.get_submodule(layer_name)
-    weight = next(iter(layer.parameters()))
-    eye = torch.eye(_num_inputs(layer), dtype=weight.dtype, device=weight.device)
-    with torch.no_grad():
-        offset = layer(torch.zeros_like(eye[:1]))[0]
-        return offset if kind == "bias" else (layer(eye) - offset).T
-
-
-def _num_inputs(layer: nn.Module) -> int:
-    (inner,) = (m for n, m in layer.named_modules() if n.endswith("base_layer"))
-    assert isinstance(inner, nn.Linear)
-    return inner.in_features
+    return load_weights(network, folder)
 
 
 def _pairs(like: Tensor, full: Tensor | None) -> Tensor:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional
 
@@ -27,17 +26,17 @@ from domains.molecule.network import (
     Architecture,
     Denoiser,
     Transformer,
-    load_weights,
-    save_weights,
+    load_network,
 )
 from domains.molecule.preconditioning import Preconditioning
 from domains.molecule.render import draw, save_molecule
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, loading
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline
 from lit_rlft.core.process import GaussianProcess, MaskedProcess, Process, ProductProcess
 from lit_rlft.core.schedule import PolynomialVP, RectifiedFlow
 from lit_rlft.core.state import State, cat, index
 from lit_rlft.core.subspace import PointClouds
+from lit_rlft.weights import save_network
 
 __all__ = ["EMBEDDED", "MoleculePipeline"]
 
@@ -211,7 +210,7 @@ class MoleculePipeline(Pipeline):
 
     def save(self, folder: Path) -> list[Path]:
         """Write architecture and weights, a LoRA merged, as `pretrained` reads them."""
-        return save_weights(self.denoiser, folder, self.save_dtype)
+        return save_network(self.denoiser, folder, self.save_dtype)
 
     def save_samples(
         self, samples: Any, condition: Condition, folder: Path, names: Sequence[str]
@@ -345,13 +344,9 @@ def _load(pretrained: str) -> Denoiser:
         folder = EMBEDDED / pretrained
     if (folder / ARGS).is_file():
         return load_edm(folder)
-    try:
-        return load_weights(folder, _NETWORKS)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, UsageError):
-            raise
-        reason = str(error).partition("\n")[0]
-        raise UsageError(
-            f"pipeline.init_args.pretrained: {pretrained!r} could not be loaded as a molecule "
-            f"model; give the name of an embedded model or a folder that save wrote ({reason})"
-        ) from error
+    failed = (
+        f"pipeline.init_args.pretrained: {pretrained!r} could not be loaded as a molecule model; "
+        "give the name of an embedded model or a folder that save wrote"
+    )
+    with loading(failed):
+        return load_network(folder, _NETWORKS)

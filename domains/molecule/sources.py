@@ -2,13 +2,10 @@
 
 import hashlib
 import json
-import os
 import re
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
@@ -32,6 +29,7 @@ from domains.molecule.geometry import embed
 from domains.molecule.molecules import EMPTY
 from domains.molecule.processes import in_processes
 from domains.molecule.structures import BadStructure, Packed, Structure, molecules_of, pack
+from lit_rlft.array_cache import cached_folder, user_cache
 from lit_rlft.core.checks import UsageError
 
 __all__ = ["QM9", "Enumerated", "MoleculeFile", "SmilesFile", "Source", "Splits", "edm_split"]
@@ -78,8 +76,7 @@ class Source(ABC):
             raise UsageError(f"max_atoms must be at least 1, got {max_atoms}")
         self.elements, self.max_atoms = check_elements(elements), max_atoms
         self.strict, self.only_stable = strict, only_stable
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        self.cache_dir = Path(cache_dir) if cache_dir else home / "lit-rlft" / "molecule"
+        self.cache_dir = user_cache("molecule", cache_dir)
 
     @property
     def implicit_hydrogens(self) -> bool:
@@ -109,15 +106,13 @@ class Source(ABC):
         Raises:
             UsageError: There are none, or one is bad where none may be.
         """
-        folder = self.cache_dir / self._key()
-        if not folder.is_dir():
-            self._fill(folder)
+        folder = cached_folder(self.cache_dir / self._key(), self._fill)
         rank_zero_info((folder / "report.txt").read_text(encoding="utf-8"))
         names = ("positions", "types", "numbers")
         return Packed(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in names))
 
     def _fill(self, folder: Path) -> None:
-        """Make the arrays in a cache folder, which appears whole or not at all."""
+        """Make the arrays in a folder."""
         packed, report = pack(
             self.entries(),
             self.elements,
@@ -126,18 +121,13 @@ class Source(ABC):
             strict=self.strict,
             only_stable=self.only_stable,
         )
-        self.cache_dir.mkdir(parents=True, exist_ok=True)
-        partial = Path(mkdtemp(dir=self.cache_dir, prefix=".partial-"))
         for name, values in vars(packed).items():
-            np.save(partial / f"{name}.npy", values)
+            np.save(folder / f"{name}.npy", values)
         listing = report.listing()
-        more = f"; every one is listed in {folder / 'left_out.txt'}" if listing else ""
-        (partial / "left_out.txt").write_text(listing, encoding="utf-8")
-        (partial / "report.txt").write_text(f"{report}{more}", encoding="utf-8")
-        try:
-            partial.rename(folder)
-        except OSError:  # another process was faster
-            shutil.rmtree(partial)
+        listed = self.cache_dir / self._key() / "left_out.txt"
+        more = f"; every one is listed in {listed}" if listing else ""
+        (folder / "left_out.txt").write_text(listing, encoding="utf-8")
+        (folder / "report.txt").write_text(f"{report}{more}", encoding="utf-8")
 
     def _key(self) -> str:
         """Name the arrays by all that they depend on."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from domains.layout.data import LayoutData
 from domains.layout.formats import read_json
 from domains.layout.layouts import EMPTY, Layouts
-from domains.layout.network import Architecture, LayoutTransformer, load_weights
+from domains.layout.network import Architecture, LayoutTransformer, load_network
 from domains.layout.pages import Page
 from domains.layout.pipeline import LayoutPipeline
 from domains.layout.rewards import Alignment
@@ -331,4 +331,4 @@ def test_samples_are_written_in_the_input_format(
         found = sorted(map(tuple, packed.boxes[i].round(4).tolist()))
         wanted = sorted(map(tuple, (batch["boxes"][i].numpy().round(4)).tolist()))
         torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), atol=2e-4, rtol=0)
-    assert load_weights(pipeline.save(tmp_path / "w")[0].parent).architecture.canvas == (612, 792)
+    assert load_network(pipeline.save(tmp_path / "w")[0].parent).architecture.canvas == (612, 792)

@@ -13,11 +13,11 @@ from domains.molecule.network import (
     Architecture,
     Denoiser,
     Transformer,
-    load_weights,
-    save_weights,
+    load_network,
 )
 from domains.molecule.pipeline import MoleculePipeline
 from lit_rlft.core.checks import UsageError
+from lit_rlft.weights import save_network
 
 NETWORKS: dict[str, type[Denoiser]] = {"egnn": EGNN, "edm": EDM, "transformer": Transformer}
 CASES = [("egnn", "continuous"), ("egnn", "mixed"), ("edm", "continuous")]
@@ -123,8 +123,8 @@ def test_the_default_has_the_documented_size() -> None:
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_weights_are_loaded_as_they_were_saved(kind: str, tmp_path: Path) -> None:
     network = network_of(kind, num_sublayers=2, charge_scale=0.1).float()
-    save_weights(network, tmp_path, torch.float32)
-    loaded = load_weights(tmp_path, NETWORKS)
+    save_network(network, tmp_path, torch.float32)
+    loaded = load_network(tmp_path, NETWORKS)
     assert loaded.architecture == network.architecture and type(loaded) is type(network)
     for name, value in network.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value)

@@ -1,0 +1,71 @@
+"""A network in a folder: its architecture as JSON beside its weights as safetensors."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+__all__ = ["CONFIG", "WEIGHTS", "load_weights", "read_settings", "save_network"]
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+N = TypeVar("N", bound=nn.Module)
+
+
+def save_network(network: nn.Module, folder: Path, dtype: torch.dtype) -> list[Path]:
+    """Write a network into a folder; a LoRA is merged into the weights.
+
+    Args:
+        network: Has its settings, a dataclass, as `architecture`, and is made of them alone.
+        folder: Is made where missing.
+        dtype: Of the file's numbers.
+
+    Returns:
+        The files.
+    """
+    architecture: Any = network.architecture
+    with torch.device("meta"):
+        plain = type(network)(architecture)
+    weights = network.state_dict()
+    merged = {name: _merged(network, name, weights) for name in plain.state_dict()}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {name: value.to("cpu", dtype).contiguous() for name, value in merged.items()},
+        folder / WEIGHTS,
+    )
+    (folder / CONFIG).write_text(json.dumps(asdict(architecture), indent=2) + "\n")
+    return [folder / CONFIG, folder / WEIGHTS]
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Return the settings of the network in a folder."""
+    return json.loads((folder / CONFIG).read_text())
+
+
+def load_weights(network: N, folder: Path) -> N:
+    """Give a network, which may be on the meta device, a folder's weights in single precision."""
+    network.load_state_dict(load_file(folder / WEIGHTS), assign=True)
+    return network.float()
+
+
+def _merged(network: nn.Module, name: str, weights: dict[str, Tensor]) -> Tensor:
+    if name in weights:
+        return weights[name].detach()
+    # An adapted layer: whatever it is made of, it is linear, so its values tell its weight.
+    layer_name, _, kind = name.rpartition(".")
+    layer = network.get_submodule(layer_name)
+    weight = next(iter(layer.parameters()))
+    eye = torch.eye(_num_inputs(layer), dtype=weight.dtype, device=weight.device)
+    with torch.no_grad():
+        offset = layer(torch.zeros_like(eye[:1]))[0]
+        return offset if kind == "bias" else (layer(eye) - offset).T
+
+
+def _num_inputs(layer: nn.Module) -> int:
+    (inner,) = (m for n, m in layer.named_modules() if n.endswith("base_layer"))
+    assert isinstance(inner, nn.Linear)
+    return inner.in_features
