@@ -1,25 +1,22 @@
 """A small network that says what images show, and whose features sets are compared by."""
 
 import hashlib
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from domains.image.inception import InceptionV3
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import loading
+from lit_rlft.weights import WEIGHTS, load_weights, read_settings, save_network
 
 __all__ = ["EMBEDDED", "FeatureArchitecture", "FeatureNetwork", "features_of", "load_features"]
 
 EMBEDDED = Path(__file__).parent / "assets"
-_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -102,18 +99,12 @@ class FeatureNetwork(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write architecture and fp16 weights."""
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {n: v.detach().cpu().half().contiguous() for n, v in self.state_dict().items()}
-        save_file(weights, folder / _WEIGHTS)
-        (folder / _CONFIG).write_text(json.dumps(asdict(self.architecture), indent=2) + "\n")
+        save_network(self, folder, torch.float16)
 
     @classmethod
     def load(cls, folder: Path, name: str) -> Self:
         """Read what `save` wrote, in single precision."""
-        settings = json.loads((folder / _CONFIG).read_text())
-        network = cls(FeatureArchitecture(**settings), name)
-        network.load_state_dict(load_file(folder / _WEIGHTS))
-        return network.float()
+        return load_weights(cls(FeatureArchitecture(**read_settings(folder)), name), folder)
 
 
 def luminance(pictures: Tensor) -> Tensor:
@@ -137,22 +128,19 @@ def load_features(pretrained: str) -> "FeatureNetwork | InceptionV3":
         UsageError: `pretrained` is none of these.
     """
     path = Path(pretrained)
-    try:
-        with torch.random.fork_rng():
-            if path.is_file():
-                network: FeatureNetwork | InceptionV3 = InceptionV3.load(path)
-            elif path.exists():
-                digest = hashlib.sha256((path / _WEIGHTS).read_bytes()).hexdigest()
-                network = FeatureNetwork.load(path, f"{path.resolve().name}-{digest[:6]}")
-            else:
-                network = FeatureNetwork.load(EMBEDDED / pretrained, pretrained)
-    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UsageError(
-            f"features: {pretrained!r} could not be loaded as a feature network; give "
-            "'digits_features', 'shapes_features', a folder that train_features wrote or the file "
-            f"of InceptionV3's weights in torch-fidelity's format ({reason})"
-        ) from error
+    failed = (
+        f"features: {pretrained!r} could not be loaded as a feature network; give "
+        "'digits_features', 'shapes_features', a folder that train_features wrote or the file of "
+        "InceptionV3's weights in torch-fidelity's format"
+    )
+    with loading(failed), torch.random.fork_rng():
+        if path.is_file():
+            network: FeatureNetwork | InceptionV3 = InceptionV3.load(path)
+        elif path.exists():
+            digest = hashlib.sha256((path / WEIGHTS).read_bytes()).hexdigest()
+            network = FeatureNetwork.load(path, f"{path.resolve().name}-{digest[:6]}")
+        else:
+            network = FeatureNetwork.load(EMBEDDED / pretrained, pretrained)
     return network.requires_grad_(False).eval()
 
 

@@ -3,15 +3,14 @@
 import hashlib
 import json
 import os
-import shutil
 import struct
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Literal, get_args
 
 import numpy as np
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
 
+from lit_rlft.array_cache import cached_folder, user_cache
 from lit_rlft.core.checks import UsageError
 
 __all__ = ["SUFFIXES", "Cache", "Fit", "Reading", "Report", "Resample"]
@@ -172,8 +172,7 @@ class Cache:
             raise UsageError(f"num_threads must be at least 1, got {num_threads}")
         self.folder, self.reading, self.strict = folder, reading, strict
         self.num_threads = num_threads
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        self.cache_dir = Path(cache_dir) if cache_dir else home / "lit-rlft" / "image"
+        self.cache_dir = user_cache("image", cache_dir)
 
     def load(self) -> tuple[NDArray[np.uint8], str]:
         """Return the pictures, uint8 [n, C, H, W] memory-mapped, and the report.
@@ -183,9 +182,7 @@ class Cache:
                 or the cache cannot be written.
         """
         paths = self.paths()
-        made = self.cache_dir / self._key(paths)
-        if not made.is_dir():
-            self._fill(made, paths)
+        made = cached_folder(self.cache_dir / self._key(paths), partial(self._fill, paths))
         shape = json.loads((made / "shape.json").read_text())
         pixels = np.memmap(made / "pixels.bin", np.uint8, "r", shape=tuple(shape))
         return pixels, (made / "report.txt").read_text()
@@ -218,31 +215,17 @@ class Cache:
             digest.update(b"%d,%d,%s\0" % (stat.st_mtime_ns, stat.st_size, name))
         return f"{self.folder.resolve().name}-{digest.hexdigest()}"
 
-    def _fill(self, made: Path, paths: Sequence[Path]) -> None:
-        """Decode the pictures into a cache folder, which appears whole or not at all."""
+    def _fill(self, paths: Sequence[Path], folder: Path) -> None:
+        """Decode the pictures into a folder."""
         report = Report(str(self.folder))
-        partial: Path | None = None
-        try:
-            self.cache_dir.mkdir(parents=True, exist_ok=True)
-            partial = Path(mkdtemp(dir=self.cache_dir, prefix=".partial-"))
-            with (partial / "pixels.bin").open("wb") as file:
-                for pixels in self._decoded(paths, report):
-                    file.write(pixels.tobytes())
-            if not report.num_kept:
-                raise UsageError(f"{report}; nothing is left to use")
-            size = (self.reading.channels, self.reading.height, self.reading.width)
-            (partial / "shape.json").write_text(json.dumps([report.num_kept, *size]))
-            (partial / "report.txt").write_text(str(report))
-            partial.rename(made)
-        except OSError as error:
-            if not made.is_dir():  # else another process was faster
-                raise UsageError(
-                    f"the pictures of {self.folder} could not be kept in {self.cache_dir} "
-                    f"({error.strerror}); set cache_dir to a folder with room"
-                ) from error
-        finally:
-            if partial is not None:
-                shutil.rmtree(partial, ignore_errors=True)
+        with (folder / "pixels.bin").open("wb") as file:
+            for pixels in self._decoded(paths, report):
+                file.write(pixels.tobytes())
+        if not report.num_kept:
+            raise UsageError(f"{report}; nothing is left to use")
+        size = (self.reading.channels, self.reading.height, self.reading.width)
+        (folder / "shape.json").write_text(json.dumps([report.num_kept, *size]))
+        (folder / "report.txt").write_text(str(report))
 
     def _decoded(self, paths: Sequence[Path], report: Report) -> Iterator[NDArray[np.uint8]]:
         def read(path: Path) -> tuple[NDArray[np.uint8], bool] | UnreadableError:
