@@ -390,13 +390,13 @@ def test_pictures_are_corrected_under_their_prompts(
         for i, prompt in enumerate(prompts)
     ]
     loader = DataLoader(rows, batch_size=4, collate_fn=collate)  # type: ignore[arg-type]
-    tuner = tuner_of(pipeline, Symmetry(), sampler=Sampler(6))
+    tuner = tuner_of(pipeline, Symmetry(), sampler=Sampler(6), solver=FixedPoint(1e-6))
     fit(tuner, loader, tmp_path)
     batch = collate(rows)
     condition, x_1 = pipeline.encode(batch), store_of(tmp_path, 4).read(torch.arange(4))
     with torch.no_grad():
         x_0 = tuner.sampler.sample(tuner.reference_policy, pipeline.process, x_1, condition)
-        torch.testing.assert_close(x_0, pipeline.states(batch), rtol=0, atol=1e-3)
+        torch.testing.assert_close(x_0, pipeline.states(batch), rtol=0, atol=5e-3)
     # Prompts reach the corrector.
     torch.nn.init.normal_(tuner.corrector.denoiser.last.weight)
     with torch.no_grad():
