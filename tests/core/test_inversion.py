@@ -1,6 +1,7 @@
 """Inversion of the sampler: known pairs (z, T z), orders of convergence, other solvers."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,9 +9,11 @@ import torch
 from scipy.optimize import fsolve
 from torch import Tensor
 
+import domains.text_to_image.pipeline
 from domains.gaussian_mixture.mixture import MEANS, STDS, WEIGHTS, Mixture
 from domains.gaussian_mixture.pipeline import GaussianMixtureDenoiser, GaussianMixturePipeline
 from domains.layout.pipeline import LayoutPipeline
+from domains.text_to_image.pipeline import TextToImagePipeline
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.fixed_point import FixedPoint
 from lit_rlft.core.pipeline import Condition, Pipeline
@@ -154,7 +157,7 @@ def test_known_noise_is_found_under_every_process(process: GaussianProcess, num_
 
 @torch.no_grad()
 def error_of_known_pairs(
-    pipeline: Pipeline, condition: Condition, num_steps: int
+    pipeline: Pipeline, condition: Condition, num_steps: int, solver: FixedPoint | None = None
 ) -> tuple[float, int]:
     """Largest |z - T^-1(T z)| in single precision, and the iterations of the slowest sample."""
     pipeline.eval()
@@ -162,7 +165,7 @@ def error_of_known_pairs(
     rows = generators(range(len(condition)))
     z = process.prior(pipeline.blank(condition)).sample(rows)
     x_0 = sampler.sample(pipeline, process, z, condition)
-    inverted = sampler.invert(pipeline, process, x_0, condition)
+    inverted = sampler.invert(pipeline, process, x_0, condition, solver)
     assert flatten(inverted.x_1).dtype == torch.float32
     assert (inverted.residuals <= 1e-5).all()
     return float((flatten(inverted.x_1) - flatten(z)).abs().max()), int(inverted.iterations.max())
@@ -176,6 +179,20 @@ def test_known_noise_of_the_mixture_is_found(schedule: str, num_steps: int) -> N
     condition = pipeline.encode({"index": torch.arange(64)})
     error, iterations = error_of_known_pairs(pipeline, condition, num_steps)
     assert error < 1e-4 and iterations < 100
+
+
+SHAPES = Path(domains.text_to_image.pipeline.__file__).parent / "assets/shapes/unet"
+
+
+@pytest.mark.skipif(
+    not (SHAPES / "diffusion_pytorch_model.safetensors").exists(),
+    reason="the embedded model is not trained yet",
+)
+def test_known_noise_of_the_shapes_model_is_found() -> None:
+    pipeline = TextToImagePipeline("shapes", guidance_scale=1.0)
+    condition = pipeline.encode({"prompt": ["a red ring"]})
+    error, _ = error_of_known_pairs(pipeline, condition, 20, FixedPoint(1e-6))
+    assert error < 1e-4
 
 
 @torch.no_grad()
