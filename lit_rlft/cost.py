@@ -75,12 +75,12 @@ def count_flops(network: nn.Module, cost: Callable[[], Cost]) -> None:
         if key in known:
             cost().flops += known[key]
         else:
-            running.append((key, flop_counter().__enter__()))
+            running.append((key, flop_counter().__enter__()))  # type: ignore[no-untyped-call]
 
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if running:
             key, counter = running.pop()
-            counter.__exit__(None, None, None)
+            counter.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             known[key] = int(counter.get_total_flops())
             cost().flops += known[key]
 
@@ -97,7 +97,7 @@ def flop_counter() -> FlopCounterMode:
 
 def _attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
     """Return the operations of attention among shapes [B, heads, tokens, width]."""
-    return sdpa_flop_count(query, key, value)
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
 
 
 def flops_per_call(pipeline: Pipeline, condition: Condition) -> int:

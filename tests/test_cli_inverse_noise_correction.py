@@ -108,7 +108,7 @@ def test_two_processes_learn_what_one_learns() -> None:
     for key, value in one["state_dict"].items():
         torch.testing.assert_close(two["state_dict"][key], value, rtol=1e-4, atol=1e-6)
     assert noise_files("two") == noise_files("one")
-    assert two["lit_rlft"]["num_samples"] == one["lit_rlft"]["num_samples"] == 32
+    assert two["lit_rlft"]["num_samples"] == one["lit_rlft"]["num_samples"] == 16
     test = {"name": "two", "ckpt_path": "runs/two/checkpoints/last.ckpt"}
     script(*words("test", TINY, test, TWO_PROCESSES))
     assert report("runs/two")["num_samples"] == 8

@@ -146,6 +146,7 @@ class InverseNoiseCorrection(RewardFineTuner):
         super().on_train_start()
         self.eval()
         loader = self.trainer.train_dataloader
+        assert loader is not None
         with self.phase("invert"), torch.no_grad():
             self._noise = self._inverted(loader.dataset, loader.collate_fn)
         self._tell(self._noise)

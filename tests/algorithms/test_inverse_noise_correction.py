@@ -43,17 +43,25 @@ from tests.support import trainer_of
 STEPS = 8
 
 
+MIXTURE: dict[str, Any] = {
+    "weights": [0.5, 0.3, 0.2],
+    "means": [[-1.0, 0.0], [0.8, 0.9], [0.6, -1.0]],
+    "stds": [0.4, 0.4, 0.4],
+}
+
+
 class Biased(GaussianMixturePipeline):
-    """The exact flow plus a field that turns, shifts and bends it."""
+    """The exact flow plus a field that turns and shifts, most of all where there is most noise."""
 
     def __init__(self) -> None:
-        super().__init__(schedule="rectified_flow", prediction_type="velocity", residual_width=0)
+        flow: dict[str, Any] = {"schedule": "rectified_flow", "prediction_type": "velocity"}
+        super().__init__(**MIXTURE, **flow, residual_width=0)
 
     def predict(self, x_t: State, t: Tensor, condition: Condition) -> Tensor:
         x = tensor_of(x_t)
         turned = torch.stack([-x[:, 1], x[:, 0]], dim=1)
-        bent = torch.sin(1.5 * x.flip(1)) + torch.tensor([0.4, -0.2])
-        return super().predict(x, t, condition) + 0.7 * turned + 0.5 * bent
+        bias = 0.8 * turned + torch.tensor([1.5, -1.0])
+        return super().predict(x, t, condition) + t.square().unsqueeze(1).to(x) * bias
 
 
 def tuner_of(pipeline: Pipeline, reward: Reward | None = None, **settings: Any) -> Any:
@@ -68,7 +76,7 @@ def fit(tuner: Any, data: Any, folder: Path, num_epochs: int = 1, **trainer: Any
 
 
 def points(num: int = 20, **settings: Any) -> MixtureData:
-    return MixtureData(num_train=num, batch_size=4, **settings)
+    return MixtureData(**MIXTURE, num_train=num, batch_size=4, **settings)
 
 
 def store_of(folder: Path, num: int = 20, shard_size: int = 8) -> InvertedNoise:
@@ -108,17 +116,18 @@ def draw(tuner: Any, num: int, *, corrected: bool) -> Tensor:
 def test_the_corrector_recovers_the_datas_law_that_a_biased_model_misses(tmp_path: Path) -> None:
     tuner = tuner_of(
         Biased(),
-        width=96,
+        sampler=Sampler(12),
+        width=64,
+        corrector_steps=32,
         shard_size=4096,
         sampling_batch_size=4096,
-        minibatch_size=512,
-        num_epochs=8,
-        optimizer=lambda p: torch.optim.Adam(p, lr=2e-3),
-        lr_scheduler=lambda o: OneCycleLR(o, 4e-3, total_steps=1024),
-        corrector_steps=16,
+        minibatch_size=256,
+        num_epochs=4,
+        optimizer=lambda p: torch.optim.Adam(p, lr=1e-3),
+        lr_scheduler=lambda o: OneCycleLR(o, 4e-3, total_steps=640),
     )
-    data = MixtureData(num_train=4096, batch_size=2048)
-    fit(tuner, data, tmp_path, num_epochs=16)
+    data = MixtureData(**MIXTURE, num_train=4096, batch_size=4096)
+    fit(tuner, data, tmp_path, num_epochs=10)
     real = data.mixture.sample(1000, torch.Generator().manual_seed(99)).float()
     again = data.mixture.sample(1000, torch.Generator().manual_seed(98)).float()
     same, level = discrepancy(real, again)
@@ -381,13 +390,13 @@ def test_pictures_are_corrected_under_their_prompts(
         for i, prompt in enumerate(prompts)
     ]
     loader = DataLoader(rows, batch_size=4, collate_fn=collate)  # type: ignore[arg-type]
-    tuner = tuner_of(pipeline, Symmetry(), sampler=Sampler(6))
+    tuner = tuner_of(pipeline, Symmetry(), sampler=Sampler(6), solver=FixedPoint(1e-6))
     fit(tuner, loader, tmp_path)
     batch = collate(rows)
     condition, x_1 = pipeline.encode(batch), store_of(tmp_path, 4).read(torch.arange(4))
     with torch.no_grad():
         x_0 = tuner.sampler.sample(tuner.reference_policy, pipeline.process, x_1, condition)
-        torch.testing.assert_close(x_0, pipeline.states(batch), rtol=0, atol=1e-3)
+        torch.testing.assert_close(x_0, pipeline.states(batch), rtol=0, atol=5e-3)
     # Prompts reach the corrector.
     torch.nn.init.normal_(tuner.corrector.denoiser.last.weight)
     with torch.no_grad():
