@@ -132,12 +132,10 @@ class MoleculeData(SplitData):
         )
         return self._batched("train", order)
 
-    def _evaluation(self, split: str) -> DataLoader[dict[str, Any]]:
-        assert split in ("val", "test")
-        own: Split = "val" if split == "val" else "test"
+    def _evaluation(self, split: Split) -> DataLoader[dict[str, Any]]:
         ranks, rank = self._place()
-        order = FixedBatches(self.sizes(own), self.eval_batch_size, ranks, rank)
-        return self._batched(own, order)
+        order = FixedBatches(self.sizes(split), self.eval_batch_size, ranks, rank)
+        return self._batched(split, order)
 
     def _batched(self, split: Split, order: DistributedSampler[Any]) -> DataLoader[Any]:
         return DataLoader(
@@ -150,7 +148,8 @@ class MoleculeData(SplitData):
 
     def _drawn(self, total: int) -> Splits:
         """Draw the splits that have no source of their own."""
-        rest, splits = np.random.default_rng(self.seed).permutation(total), {}
+        rest = np.random.default_rng(self.seed).permutation(total)
+        splits: Splits = {}
         for split, source in self.sources.items():
             if source is None:
                 size = max(1, round(self.fractions[split] * total))
