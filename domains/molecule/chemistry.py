@@ -109,7 +109,9 @@ class Chemistry:
             name: Under which the numbers are kept.
             function: Takes a sanitised molecule.
         """
-        return self._filled(name, lambda rows: [(function(self.mols[row]),) for row in rows])[:, 0]
+        return self._filled(
+            name, lambda rows: [(function(self.fragments[row][0]),) for row in rows]
+        )[:, 0]
 
     def strain(self, num_workers: int = 0) -> NDArray[np.float64]:
         """Return the MMFF94 energy before minus after minimisation in kcal/mol, [B].

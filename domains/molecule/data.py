@@ -1,7 +1,7 @@
 """DataModules: molecules to pretrain on, and numbers of atoms to generate molecules of."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from domains.molecule.structures import Packed
 from lit_rlft.core.checks import UsageError
 from lit_rlft.data import Record, Rows, Split, SplitData, collate
 
-__all__ = ["QM9_COUNTS", "AtomCounts", "MoleculeData", "histogram"]
+__all__ = ["QM9_COUNTS", "QM9_HEAVY_COUNTS", "AtomCounts", "MoleculeData", "histogram"]
 
 _SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
@@ -24,6 +24,13 @@ QM9_COUNTS: dict[int, int] = {
     **{22: 3393, 23: 4848, 24: 539, 25: 1506, 26: 48, 27: 266, 29: 25},
 }
 """Molecules of QM9's training split by number of atoms, as published with EDM."""
+
+QM9_HEAVY_COUNTS: dict[int, int] = dict(
+    enumerate((2, 5, 7, 25, 91, 475, 2404, 13625, 83366), start=1)
+)
+"""The same by number of heavy atoms."""
+
+_PUBLISHED: dict[str, dict[int, int]] = {"qm9": QM9_COUNTS, "qm9_heavy": QM9_HEAVY_COUNTS}
 
 
 class MoleculeData(SplitData):
@@ -125,12 +132,10 @@ class MoleculeData(SplitData):
         )
         return self._batched("train", order)
 
-    def _evaluation(self, split: str) -> DataLoader[dict[str, Any]]:
-        assert split in ("val", "test")
-        own: Split = "val" if split == "val" else "test"
+    def _evaluation(self, split: Split) -> DataLoader[dict[str, Any]]:
         ranks, rank = self._place()
-        order = FixedBatches(self.sizes(own), self.eval_batch_size, ranks, rank)
-        return self._batched(own, order)
+        order = FixedBatches(self.sizes(split), self.eval_batch_size, ranks, rank)
+        return self._batched(split, order)
 
     def _batched(self, split: Split, order: DistributedSampler[Any]) -> DataLoader[Any]:
         return DataLoader(
@@ -143,7 +148,8 @@ class MoleculeData(SplitData):
 
     def _drawn(self, total: int) -> Splits:
         """Draw the splits that have no source of their own."""
-        rest, splits = np.random.default_rng(self.seed).permutation(total), {}
+        rest = np.random.default_rng(self.seed).permutation(total)
+        splits: Splits = {}
         for split, source in self.sources.items():
             if source is None:
                 size = max(1, round(self.fractions[split] * total))
@@ -165,7 +171,8 @@ class AtomCounts(SplitData):
     Rows are `{"index", "num_atoms": int64 []}`; row i is a function of `seed`, the split and i.
 
     Args:
-        counts: Number of molecules, or share, by number of atoms; None counts those of `source`.
+        counts: Number of molecules, or share, by number of atoms; "qm9" and "qm9_heavy" are QM9's
+            training split with and without hydrogens; None counts those of `source`.
         source: Molecules to count; the enumerated ones unless given.
         num_train: Conditions of a training pass.
         num_val: Conditions of the validation.
@@ -174,12 +181,13 @@ class AtomCounts(SplitData):
         **loading: Arguments of the loaders: batch_size, eval_batch_size, seed, num_workers.
 
     Raises:
-        UsageError: The histogram is empty or has a negative share or number of atoms.
+        UsageError: The histogram is empty or has a negative share or number of atoms, its name is
+            unknown, or a source is given beside it.
     """
 
     def __init__(
         self,
-        counts: dict[int, float] | None = None,
+        counts: dict[int, float] | Literal["qm9", "qm9_heavy"] | None = None,
         *,
         source: Source | None = None,
         num_train: int = 4096,
@@ -193,6 +201,11 @@ class AtomCounts(SplitData):
             raise UsageError(
                 "data.init_args: counts and source exclude each other; leave one of them out"
             )
+        if isinstance(counts, str) and counts not in _PUBLISHED:
+            raise UsageError(
+                f"data.init_args.counts: {counts!r} is unknown; use one of {sorted(_PUBLISHED)} or "
+                "numbers of molecules by numbers of atoms"
+            )
         self.counts, self.source, self.max_atoms = counts, source, max_atoms
         self.limits = {"train": num_train, "val": num_val, "test": num_test}
         self._histogram: tuple[NDArray[np.int64], NDArray[np.float64]] | None = None
@@ -201,10 +214,11 @@ class AtomCounts(SplitData):
         """Count atoms where no histogram is given."""
         if self._histogram is not None:
             return
-        counts: Mapping[int, float] | None = self.counts
-        if counts is None:
+        if self.counts is None:
             source = self.source or Enumerated()
-            counts = histogram(source.load())
+            counts: Mapping[int, float] = histogram(source.load())
+        else:
+            counts = _PUBLISHED[self.counts] if isinstance(self.counts, str) else self.counts
         self._histogram = _cumulative(counts, self.max_atoms)
 
     def rows(self, split: Split) -> Dataset[dict[str, Any]]:

@@ -248,7 +248,7 @@ def _renamed(published: Mapping[str, Tensor], a: Architecture) -> dict[str, Tens
 
     def take_pairs(theirs: str, ours: str) -> None:
         whole = published[f"{egnn}.{theirs}.0.weight"]
-        parts = whole.split([a.width, a.width, whole.shape[1] - 2 * a.width], dim=1)
+        parts = (whole[:, : a.width], whole[:, a.width : 2 * a.width], whole[:, 2 * a.width :])
         for name, part in zip(("source", "target", "radial"), parts, strict=True):
             weights[f"{ours}.{name}.weight"] = part.contiguous()
         take(f"{theirs}.0", f"{ours}.source", "bias")

@@ -6,6 +6,7 @@ import re
 import tarfile
 import zipfile
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 from typing import TextIO
 
@@ -30,6 +31,7 @@ Entry = Structure | BadStructure
 _TABLE = Chem.GetPeriodicTable()
 _QM9_NAME = re.compile(r"dsgdb9nsd_(\d+)\.xyz$")
 _UNCHARACTERIZED_HEADER = 9  # lines
+_NOT_A_NUMBER = re.compile(r"\b(nan|inf)\b", re.IGNORECASE)
 
 
 def read_qm9(path: Path, left_out: frozenset[int] = frozenset()) -> Iterator[Entry]:
@@ -232,12 +234,12 @@ def _blocks(file: TextIO) -> Iterator[tuple[int, list[str], bool]]:
 
 
 def _sdf_entry(block: list[str], name: str, number: int) -> Entry:
+    atoms = takewhile(lambda line: not line.startswith("M  END"), block[4:])
+    if any(_NOT_A_NUMBER.search(line) for line in atoms):
+        return BadStructure(name, "a position that is not finite")
     mol = Chem.MolFromMolBlock("\n".join(block), sanitize=False, removeHs=False)
     if mol is None or not mol.GetNumAtoms():
         return BadStructure(name, "an unreadable structure", block[0].strip())
-    # Text that is not a number, or NaN, is read as 0 by RDKit: look at the text itself.
-    if any("nan" in line.lower() for line in block[4 : 4 + mol.GetNumAtoms()]):
-        return BadStructure(name, "a position that is not finite")
     if any(atom.GetNumRadicalElectrons() for atom in mol.GetAtoms()):
         return BadStructure(name, "a radical")
     positions = mol.GetConformer().GetPositions()

@@ -261,7 +261,7 @@ class MoleculePipeline(Pipeline):
         # Known on the CPU: which slots are empty must not wait for the device.
         known = torch.tensor([entry["num_atoms"] for entry in condition.entries])
         sizes = known[condition.rows.cpu()]
-        present = sizes.unique().tolist()
+        present = sorted(set(sizes.tolist()))
         exact = len(present) == 1 or self.device.type == "cpu"
         most = _MAX_NUMBERS.get(self.device.type, _MAX_NUMBERS_ELSEWHERE) // self.architecture.width
         for size in present if exact else present[-1:]:

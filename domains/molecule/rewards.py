@@ -66,6 +66,12 @@ class _Chemical(Reward):
         filled = np.where(np.isnan(values), self.invalid, values).astype(np.float32)
         return torch.from_numpy(filled).to(molecules.types.device)
 
+    def evaluate(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
+        """Return the reward, and "<name>/invalid": 1 unless valid and connected, [B] each."""
+        rewards = self(samples, condition)
+        invalid = torch.from_numpy(~chemistry_of(samples).connected).to(rewards)
+        return {self.name: rewards, f"{self.name}/invalid": invalid}
+
     @abstractmethod
     def values(self, chemistry: Chemistry) -> NDArray[np.float64]:
         """Return the reward of each molecule, [B]; NaN where it is `invalid`."""

@@ -138,7 +138,8 @@ def pack(
     """
     report, types_of = Report(source), {symbol: i for i, symbol in enumerate(elements)}
     # Flat arrays: Python objects per molecule would take several times their memory.
-    positions, types, numbers, names = array("f"), array("b"), array("i"), []
+    positions, types, numbers = array("f"), array("b"), array("i")
+    names: list[str] = []
     for entry in entries:
         bad = entry if isinstance(entry, BadStructure) else _fault(entry, types_of, max_atoms)
         if bad is None:

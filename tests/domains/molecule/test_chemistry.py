@@ -20,7 +20,7 @@ from domains.molecule.processes import in_processes
 from lit_rlft.core.checks import UsageError
 from tests.domains.molecule.known import from_atoms, from_smiles, geometry
 
-STABLE = ("C", "C#N", "C=O", "O=CO", "CCO", "CC(N)=O", "C1CC1", "CC#CC", "FC(F)F", "N", "O", "F")
+STABLE = ("C", "C#N", "C=O", "O=CO", "CCO", "CC(N)=O", "C1CC1", "CC#CC", "FC(F)F", "N", "O", "CF")
 HYDROGEN = (("H", "H"), [(0, 0, 0), (0.74, 0, 0)])
 
 
@@ -135,11 +135,11 @@ def test_strain_of_a_minimum_and_of_a_stretched_bond() -> None:
     symbols, places = geometry("CCO")
     stretched = places.copy()
     stretched[symbols.index("O")] += (
-        0.15 * (places[2] - places[1]) / np.linalg.norm(places[2] - places[1])
+        0.08 * (places[2] - places[1]) / np.linalg.norm(places[2] - places[1])
     )
     view = Chemistry(from_atoms([(symbols, places), (symbols, stretched), overfull()]))
     values = view.strain()
-    assert 0 <= values[0] < 0.2 and values[1] > 3 and math.isnan(values[2])
+    assert 0 <= values[0] < 0.2 and values[1] > 1 and math.isnan(values[2])
 
 
 def test_strain_with_implicit_hydrogens_places_them_first() -> None:

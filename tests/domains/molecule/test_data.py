@@ -9,7 +9,7 @@ import torch
 from lightning import LightningModule, Trainer
 
 from domains.molecule.batches import FixedBatches, SizeBatches, training_batches
-from domains.molecule.data import QM9_COUNTS, AtomCounts, MoleculeData, histogram
+from domains.molecule.data import QM9_COUNTS, QM9_HEAVY_COUNTS, AtomCounts, MoleculeData, histogram
 from domains.molecule.elements import EXPLICIT
 from domains.molecule.molecules import EMPTY
 from domains.molecule.sources import MoleculeFile
@@ -204,4 +204,12 @@ def test_histograms_that_cannot_be(counts: dict[int, float]) -> None:
 
 
 def test_published_histogram() -> None:
-    assert sum(QM9_COUNTS.values()) == 100_000 and max(QM9_COUNTS) == 29
+    assert sum(QM9_COUNTS.values()) == sum(QM9_HEAVY_COUNTS.values()) == 100_000
+    assert max(QM9_COUNTS) == 29 and max(QM9_HEAVY_COUNTS) == 9
+    drawn = [int(row["num_atoms"]) for row in rows(AtomCounts("qm9", num_train=2000), "train")]
+    mean = sum(n * count for n, count in QM9_COUNTS.items()) / 100_000
+    assert np.mean(drawn) == pytest.approx(mean, abs=0.3) and len(set(drawn)) > 12
+    heavy = [int(row["num_atoms"]) for row in rows(AtomCounts("qm9_heavy"), "train")]
+    assert np.mean(np.array(heavy) == 9) == pytest.approx(0.834, abs=0.03)
+    with pytest.raises(UsageError, match=r"'qm10' is unknown; use one of \['qm9', 'qm9_heavy'\]"):
+        AtomCounts("qm10")  # type: ignore[arg-type]

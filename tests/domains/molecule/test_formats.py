@@ -259,7 +259,7 @@ def lost_xyz(path: Path) -> str:
 @pytest.mark.parametrize(
     ("suffix", "make", "message"),
     [
-        (".sdf", cut_sdf, r"entry 2 at line 17 has no end \(the file is cut off\)"),
+        (".sdf", cut_sdf, r"entry 2 at line 16 has no end \(the file is cut off\)"),
         (".sdf", flat_sdf, r"entry 1 at line 1 has no conformer \(its positions are those"),
         (".sdf", zero_sdf, r"entry 1 at line 1 has no conformer"),
         (".sdf", nan_sdf, r"entry 1 at line 1 has a position that is not finite"),

@@ -120,7 +120,7 @@ def test_an_atom_in_the_centre_is_no_empty_slot(state: str) -> None:
     zero = torch.zeros(1)
     law = pipeline.process.noised(x_0, zero, zero + 0.5)
     assert (positions_of(law)[0, :3] != 0).any(dim=-1).all()
-    assert positions_of(x_0).sum(dim=1).abs().max() < 1e-9
+    assert positions_of(x_0).sum(dim=1).abs().max() < 1e-6
 
 
 def test_probabilities_carry_gradients_and_agree_with_types() -> None:
@@ -179,6 +179,7 @@ def test_every_state_of_a_walk_lies_in_the_subspace(state: str, noise: str, eta:
 def test_log_probabilities_of_samples_do_not_depend_on_rotations(state: str) -> None:
     pipeline = tiny(state).double()
     condition = pipeline.encode(batch_of())
+    torch.manual_seed(3)
     matrix = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))[0]
 
     def turned(x: State) -> State:
@@ -203,8 +204,10 @@ def test_log_probabilities_of_samples_do_not_depend_on_rotations(state: str) -> 
                 log_prob(turned(x_t), turned(x_s), t, s), straight, rtol=1e-9, atol=1e-9
             )
             assert known is not None
-    # Another state is not as probable: the test could fail.
-    assert not torch.allclose(log_prob(steps[2][0], steps[0][0], times[2].expand(5), s), straight)
+        # Another state is not as probable: the test could fail.
+        t, s = times[2].expand(5), times[3].expand(5)
+        (x_t, _), (x_s, _), (other, _) = steps[2], steps[3], steps[0]
+        assert not torch.isclose(log_prob(x_t, other, t, s), log_prob(x_t, x_s, t, s)).all()
 
 
 class Spread(Reward):

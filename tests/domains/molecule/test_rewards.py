@@ -139,6 +139,12 @@ def test_invalid_molecules_get_the_number_that_is_stated() -> None:
         rewards.QED(invalid=float("nan"))
 
 
+def test_invalid_molecules_are_counted() -> None:
+    found = rewards.QED().evaluate(broken(), conditions(4))
+    assert found.keys() == {"QED", "QED/invalid"} and found["QED"][0] > 0
+    assert found["QED/invalid"].tolist() == [0, 1, 1, 1]
+
+
 def test_weighted_sums_share_the_view() -> None:
     total = WeightedSum({"a": rewards.QED(), "b": rewards.ValidConnected()}, {"b": 2.0})
     (value,) = reward_of(total, from_smiles("CCO"))
@@ -211,8 +217,8 @@ def test_soft_valence_mends_a_molecule() -> None:
     positions = (base.positions + noise).requires_grad_()
     reward = rewards.SoftValence(temperature=0.06)
     assert not bonds.molecule_stability(Molecules.of(positions, base.types, EXPLICIT)).any()
-    optimizer = torch.optim.Adam([positions], lr=0.01)
-    for _ in range(150):
+    optimizer = torch.optim.Adam([positions], lr=0.02)
+    for _ in range(80):
         molecules = Molecules.of(positions, base.types, EXPLICIT)
         loss = -reward(molecules, conditions(1)).sum()
         optimizer.zero_grad()
