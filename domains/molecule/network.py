@@ -43,6 +43,7 @@ __all__ = ["EGNN", "Architecture", "Denoiser", "Transformer", "load_network"]
 _NUM_FREQUENCIES = 32
 _NUM_RADIAL = 16
 _RADIAL_LENGTH = 2.0  # Angstrom
+_FAINTEST = -30.0  # logarithm of the height of a bump
 _TINY = 1e-8
 
 
@@ -353,7 +354,8 @@ def _radial(distances: Tensor) -> Tensor:
     """Return bumps of exp(-d / length), evenly spaced there and so denser at short range."""
     centres = torch.linspace(0, 1, _NUM_RADIAL, dtype=distances.dtype, device=distances.device)
     near = (-distances / _RADIAL_LENGTH).exp().unsqueeze(-1)
-    return (-0.5 * ((near - centres) * _NUM_RADIAL).square()).exp()
+    # Bounded: products with denormal numbers would take as long as all others together.
+    return (-0.5 * ((near - centres) * _NUM_RADIAL).square()).clamp(min=_FAINTEST).exp()
 
 
 def _centred(moves: Tensor, full: Tensor | None) -> Tensor:

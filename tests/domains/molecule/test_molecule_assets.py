@@ -21,7 +21,10 @@ def test_the_readme_names_every_model_and_all_are_small() -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_models_sample_molecules_near_their_documented_quality(name: str) -> None:
-    """64 molecules of a common size, bonds by the tables; four standard errors below the README."""
+    """The share of stable atoms (heavy: of fitting molecules) in the README's last column, - 10 %.
+
+    Of 64 molecules of a common size, by the bond tables: four standard errors are less.
+    """
     pipeline = MoleculePipeline(name)
     heavy = pipeline.architecture.implicit_hydrogens
     condition = pipeline.encode({"num_atoms": torch.full((64,), 8 if heavy else 12)})
@@ -35,6 +38,6 @@ def test_models_sample_molecules_near_their_documented_quality(name: str) -> Non
     else:
         share = bonds.atom_stability(molecules).double().sum() / molecules.num_atoms.sum()
     text = (EMBEDDED / "README.md").read_text()
-    documented = re.search(rf"^\| `{name}`, 20 steps, eta 0 \| ([\d.]+) %", text, re.MULTILINE)
+    documented = re.search(rf"^\| `{name}` \| .* \| ([\d.]+) % \|$", text, re.MULTILINE)
     assert documented is not None
     assert float(share) > float(documented[1]) / 100 - 0.1
