@@ -254,7 +254,9 @@ def test_top_k_is_invariant_to_monotone_rescaling(
 
 
 @pytest.mark.parametrize(
-    "rule", [TopK(2), RandomK(2), Classical(), Preference(), Unique(TopK(2))], ids=repr
+    "rule",
+    [TopK(2), RandomK(2), Classical(), Preference(), Unique(TopK(2))],
+    ids=lambda rule: type(rule).__name__,
 )
 def test_a_group_is_decided_alike_in_every_batch(rule: Selection) -> None:
     r = rewards(5, 4).round()
