@@ -16,8 +16,9 @@ demo-layout: .venv/installed
 	$(BIN)/lit-rlft test --config configs/experiments/layout_p_graft.yaml --name demo_layout \
 		--ckpt_path runs/demo_layout/checkpoints/last.ckpt
 
+# Some tests start further processes: one thread each, or they wait for each other.
 test: .venv/installed-dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
