@@ -67,10 +67,24 @@ def parsed(configs: list[Path], capsys: pytest.CaptureFixture[str]) -> dict[str,
     return yaml.safe_load(capsys.readouterr().out)
 
 
+def skip_untrained(configs: list[dict[str, Any]]) -> None:
+    """Skip where a config names an embedded image model that is not trained yet."""
+    assets, text = CONFIGS.parent / "domains/image/assets", str(configs)
+    if "domains.image" not in text:
+        return
+    models = {c["pipeline"]["init_args"].get("pretrained") for c in configs if "pipeline" in c}
+    others = ("digits_features", "digits_classifier", "shapes_features", "shapes_classifier")
+    named = {name for name in models if name} | {name for name in others if name in text}
+    missing = sorted(name for name in named if not (assets / name).is_dir())
+    if missing:
+        pytest.skip(f"{', '.join(missing)} of domains/image/assets is not trained yet")
+
+
 def run(configs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Train one tiny round of a config, then test the result."""
     monkeypatch.chdir(tmp_path)
     loaded = [load(path) for path in configs]
+    skip_untrained(loaded)
     data = next(config["data"] for config in loaded if "data" in config)
     splits = [*TINY_SPLITS[data["class_path"].rpartition(".")[2]]]
     source = data["init_args"].get("source", {})
