@@ -14,7 +14,6 @@ from lit_rlft.cli import main
 
 CONFIGS = Path(lit_rlft.__file__).parents[1] / "configs"
 ASSETS = CONFIGS.parent / "domains/text_to_image/assets"
-MOLECULES = CONFIGS.parent / "domains/molecule/assets"
 DOMAINS, ALGORITHMS, TRAINERS, EXPERIMENTS = (
     sorted((CONFIGS / folder).glob("*.yaml"))
     for folder in ("domains", "algorithms", "trainer", "experiments")
@@ -76,14 +75,24 @@ def parsed(configs: list[Path], capsys: pytest.CaptureFixture[str]) -> dict[str,
     return yaml.safe_load(capsys.readouterr().out)
 
 
+def skip_untrained(configs: list[dict[str, Any]]) -> None:
+    """Skip where a config names an embedded image or molecule model that is not trained yet."""
+    pipeline = next(config["pipeline"] for config in configs if "pipeline" in config)
+    domain = pipeline["class_path"].split(".")[1]
+    if domain not in ("image", "molecule"):
+        return
+    models = (pipeline["init_args"].get("pretrained"), "shapes_features", "shapes_classifier")
+    assets = CONFIGS.parent / "domains" / domain / "assets"
+    for model in models:
+        if model and f"'{model}'" in str(configs) and not (assets / model).is_dir():
+            pytest.skip(f"{model} of domains/{domain}/assets is not trained yet")
+
+
 def run(configs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Train one tiny round of a config, then test the result."""
     monkeypatch.chdir(tmp_path)
     loaded = [load(path) for path in configs]
-    pipeline = next(config["pipeline"] for config in loaded if "pipeline" in config)
-    model = pipeline["init_args"].get("pretrained")
-    if "molecule" in pipeline["class_path"] and model and not (MOLECULES / model).is_dir():
-        pytest.skip(f"the embedded molecule model {model} is not trained yet")
+    skip_untrained(loaded)
     data = next(config["data"] for config in loaded if "data" in config)
     splits = [*TINY_SPLITS[data["class_path"].rpartition(".")[2]]]
     source = data["init_args"].get("source", {})

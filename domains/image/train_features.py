@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--data", default="digits", help="'digits' or an .npz with labels")
     parser.add_argument("--name", required=True, help="folder of --out to write to")
     parser.add_argument("--out", type=Path, default=EMBEDDED, help="folder of all assets")
-    parser.add_argument("--steps", type=int, default=1000, help="optimiser updates")
+    parser.add_argument("--steps", type=int, default=1500, help="optimiser updates")
     parser.add_argument("--widths", type=int, nargs="+", default=[32, 48, 64])
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

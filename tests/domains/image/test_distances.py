@@ -14,6 +14,7 @@ from domains.image.distances import (
     kernel_distance,
     median_distance,
     mmd,
+    polynomial_mmd,
     precision_recall,
 )
 
@@ -54,6 +55,8 @@ def test_kernel_distance_of_whole_sets_is_the_slow_one() -> None:
     a, b = normal(15, 4, 0), normal(15, 4, 1, 0.5)
     mean, deviation = kernel_distance(a, b)
     assert mean == pytest.approx(slow_kid(a, b), rel=1e-9) and deviation == 0
+    assert polynomial_mmd(a, b[:9]) == pytest.approx(slow_kid(a, b[:9]), rel=1e-9)
+    assert math.isnan(polynomial_mmd(a[:1], b))
     assert all(math.isnan(value) for value in kernel_distance(a[:1], b))
 
 
