@@ -4,6 +4,6 @@ RDKit's own messages are switched off in every process that imports the domain: 
 a molecule is told by this project's reports and metrics.
 """
 
-from rdkit import RDLogger
+from rdkit import rdBase
 
-RDLogger.DisableLog("rdApp.*")
+rdBase.DisableLog("rdApp.*")

@@ -132,7 +132,7 @@ def soft_bond_orders(molecules: Molecules, temperature: float = 0.03) -> Tensor:
     """
     positions, weights = molecules.positions, molecules.probabilities
     limits = bond_limits(molecules.elements)[:-1, :-1]
-    lengths = limits[limits > 0].unique()
+    lengths = limits[limits > 0].unique()  # type: ignore[no-untyped-call]
     # [K, E, E]: the bonds that share a limit are softened together.
     shares = (limits.unsqueeze(0) == lengths.view(-1, 1, 1, 1)).sum(dim=-1).to(weights)
     lengths = lengths.to(positions)

@@ -12,7 +12,7 @@ References:
 from collections.abc import Callable
 
 from rdkit import Chem
-from rdkit.Chem import QED, Crippen, rdMolDescriptors
+from rdkit.Chem import QED, rdMolDescriptors
 from rdkit.Contrib.SA_Score import sascorer
 
 __all__ = ["DESCRIPTORS", "synthetic_accessibility"]
@@ -23,13 +23,17 @@ def synthetic_accessibility(mol: Chem.Mol) -> float:
     return float(sascorer.calculateScore(mol))
 
 
+def _logp(mol: Chem.Mol) -> float:
+    return float(rdMolDescriptors.CalcCrippenDescriptors(mol)[0])
+
+
 def _num_rings(mol: Chem.Mol) -> float:
     return float(mol.GetRingInfo().NumRings())
 
 
 DESCRIPTORS: dict[str, Callable[[Chem.Mol], float]] = {
     "qed": QED.qed,
-    "logp": Crippen.MolLogP,
+    "logp": _logp,
     "sa": synthetic_accessibility,
     "tpsa": rdMolDescriptors.CalcTPSA,
     "num_rings": _num_rings,

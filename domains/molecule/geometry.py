@@ -64,7 +64,8 @@ def embed(job: tuple[str, frozenset[str], int, bool]) -> Embedded:
     if fault:
         return Embedded(fault=fault, detail=detail or smiles)
     settings = rdDistGeom.ETKDGv3()
-    settings.randomSeed, settings.maxIterations = _SEED, _MAX_TRIES
+    settings.randomSeed = _SEED  # type: ignore[assignment]  # wrong in RDKit's stubs
+    settings.maxIterations = _MAX_TRIES  # type: ignore[assignment]
     if rdDistGeom.EmbedMolecule(whole, settings) != 0:
         return Embedded(fault="no conformer (ETKDG found none)", detail=smiles)
     field = _field(whole)

@@ -43,7 +43,7 @@ def to_image(chemistry: Chemistry, row: int, size: int = _PICTURE) -> Image.Imag
     rdDepictor.Compute2DCoords(shown)
     canvas = rdMolDraw2D.MolDraw2DCairo(size, size)
     options = canvas.drawOptions()
-    options.prepareMolsBeforeDrawing = mol is not None
+    options.prepareMolsBeforeDrawing = mol is not None  # type: ignore[assignment]
     if mol is None:
         options.setBackgroundColour(_REFUSED)
     canvas.DrawMolecule(shown, legend=_legend(chemistry, row))

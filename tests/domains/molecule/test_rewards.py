@@ -217,8 +217,8 @@ def test_soft_valence_mends_a_molecule() -> None:
     positions = (base.positions + noise).requires_grad_()
     reward = rewards.SoftValence(temperature=0.06)
     assert not bonds.molecule_stability(Molecules.of(positions, base.types, EXPLICIT)).any()
-    optimizer = torch.optim.Adam([positions], lr=0.02)
-    for _ in range(80):
+    optimizer = torch.optim.Adam([positions], lr=0.03)
+    for _ in range(40):
         molecules = Molecules.of(positions, base.types, EXPLICIT)
         loss = -reward(molecules, conditions(1)).sum()
         optimizer.zero_grad()
