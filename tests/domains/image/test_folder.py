@@ -10,9 +10,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from domains.image import folder as module
 from domains.image.folder import Reading
 from domains.image.sources import ImageFolder
+from lit_rlft import array_cache
 from lit_rlft.core.checks import UsageError
 
 
@@ -181,13 +181,13 @@ def test_two_processes_at_once_leave_one_array(
     expected = np.array(load(pictures))
     (made,) = (tmp_path / "cache").iterdir()
     shutil.move(made, tmp_path / "made")
-    original = module.mkdtemp
+    original = array_cache.mkdtemp
 
     def overtaken(**settings: Any) -> str:
         partial = original(**settings)
         shutil.copytree(tmp_path / "made", made)  # the other process is done first
         return partial
 
-    monkeypatch.setattr(module, "mkdtemp", overtaken)
+    monkeypatch.setattr(array_cache, "mkdtemp", overtaken)
     np.testing.assert_array_equal(load(pictures), expected)
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [made.name]
