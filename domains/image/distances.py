@@ -240,12 +240,12 @@ def _radii(points: Tensor, num_neighbours: int) -> Tensor:
     # The nearest point of all is the point itself, at distance 0.
     parts = [
         _distances(part, points).kthvalue(num_neighbours + 1, dim=1).values
-        for part in points.split(_CHUNK)
+        for part in points.split(_CHUNK)  # type: ignore[no-untyped-call]
     ]
     return torch.cat(parts)
 
 
 def _share_within(points: Tensor, centres: Tensor, radii: Tensor) -> float:
     """Return the share of points that lie in any of the balls."""
-    inside = [(_distances(part, centres) <= radii).any(dim=1) for part in points.split(_CHUNK)]
+    inside = [(_distances(part, centres) <= radii).any(dim=1) for part in points.split(_CHUNK)]  # type: ignore[no-untyped-call]
     return float(torch.cat(inside).double().mean())

@@ -156,7 +156,7 @@ def features_of(
         batch_size: Pictures at a time.
     """
     device, parts = next(network.parameters()).device, []
-    for part in pictures.split(batch_size):
+    for part in pictures.split(batch_size):  # type: ignore[no-untyped-call]
         part = part.to(device)
         part = part.float() / 255 if part.dtype == torch.uint8 else part.float()
         with torch.autocast(device.type, enabled=False):

@@ -65,7 +65,7 @@ def loss_of(network: FeatureNetwork, pictures: Tensor, labels: Tensor) -> Tensor
 def accuracy(network: FeatureNetwork, pixels: Tensor, labels: Tensor) -> float:
     """Return the share of right answers, over images and, of several, over classes."""
     right = []
-    for part, known in zip(pixels.split(512), labels.split(512), strict=True):
+    for part, known in zip(pixels.split(512), labels.split(512), strict=True):  # type: ignore[no-untyped-call]
         logits = network.logits(network(part.float() / 255))
         exclusive = network.architecture.exclusive
         right.append(logits.argmax(1) == known if exclusive else (logits > 0) == (known > 0.5))
