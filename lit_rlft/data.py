@@ -4,14 +4,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from lightning import LightningDataModule
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lit_rlft.core.checks import UsageError
 
-__all__ = ["Record", "Rows", "Split", "SplitData", "collate"]
+__all__ = ["Record", "Rows", "Split", "SplitData", "collate", "hold_out"]
 
 Split = Literal["train", "val", "test"]
 Record = Mapping[str, Any]
@@ -167,6 +169,22 @@ class SplitData(LightningDataModule, ABC):
         if self.trainer is None:
             return 1, 0
         return self.trainer.world_size, self.trainer.global_rank
+
+
+def hold_out(total: int, shares: Mapping[str, float], seed: int) -> dict[str, NDArray[np.int64]]:
+    """Share rows out at random: `shares` of them by name, at least one each, "train" the rest.
+
+    Args:
+        total: Number of rows.
+        shares: Of all rows, in the order in which they are taken.
+        seed: Of the order of the rows.
+    """
+    rest = np.random.default_rng(seed).permutation(total)
+    splits = {}
+    for split, share in shares.items():
+        size = max(1, round(share * total))
+        splits[split], rest = rest[:size], rest[size:]
+    return {"train": rest, **splits}
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:

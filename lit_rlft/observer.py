@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning import Callback
 from torch import Tensor
@@ -24,6 +24,10 @@ class Observer(Callback):
     """
 
     enabled: bool = True
+
+    def report(self) -> dict[str, Any]:
+        """Return what belongs under "cost" in metrics.json, by name."""
+        return {}
 
     def on_phase_start(self, tuner: RewardFineTuner, name: str) -> None:
         """See a part of the work begin: "collect", "update", "sample_tuned", "measure", ..."""

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 from domains.image.sources import Digits, Images, Source
 from lit_rlft.core.checks import UsageError
-from lit_rlft.data import Record, Rows, Split, SplitData
+from lit_rlft.data import Record, Rows, Split, SplitData, hold_out
 
 __all__ = ["ImageData"]
 
@@ -69,22 +69,21 @@ class ImageData(SplitData):
         if self._splits:
             return
         images = self.source.load()
-        rest = np.random.default_rng(self.seed).permutation(len(images))
-        splits = {}
+        missing = [split for split, source in self.sources.items() if source is None]
+        shares = {split: self.fractions[split] for split in missing}
+        drawn = hold_out(len(images), shares, self.seed)
+        splits = {split: (images, rows) for split, rows in drawn.items()}
         for split, source in self.sources.items():
             if source is not None:
                 own = source.load()
                 _check_like(own, images, split)
                 splits[split] = (own, np.arange(len(own)))
-                continue
-            size = max(1, round(self.fractions[split] * len(images)))
-            splits[split], rest = (images, rest[:size]), rest[size:]
-        if not len(rest):
+        if not len(drawn["train"]):
             raise UsageError(
                 f"data.init_args.source has {len(images)} images, too few for three splits; give "
                 "val_source and test_source or more images"
             )
-        self._splits = {"train": (images, rest), **splits}
+        self._splits = splits
 
     def rows(self, split: Split) -> Dataset[dict[str, Any]]:
         images, chosen = self._splits[split]

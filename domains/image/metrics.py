@@ -21,7 +21,7 @@ from domains.image.rewards import check_pictures
 from domains.image.sources import Digits, Source
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
-from lit_rlft.core.reward import Metric
+from lit_rlft.core.reward import Metric, of_batch
 
 _NUM_SUBSETS = 10
 
@@ -85,8 +85,7 @@ class SetDistances(Metric):
             "precision": precision,
             "recall": recall,
         }
-        column = torch.full((len(generated),), torch.nan, dtype=torch.float64)
-        return {f"{key}_{self.name}": _first(column, value) for key, value in values.items()}
+        return of_batch({f"{key}_{self.name}": v for key, v in values.items()}, len(generated))
 
     def real_features(self) -> Tensor:
         """Return the features of the real images, computed when first needed, [n, D]."""
@@ -153,9 +152,3 @@ def compare_sets(
         )
         for name, statistic in statistics.items()
     }
-
-
-def _first(column: Tensor, value: float) -> Tensor:
-    column = column.clone()
-    column[:1] = value
-    return column

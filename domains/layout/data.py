@@ -13,7 +13,7 @@ from domains.layout.layouts import EMPTY
 from domains.layout.pages import Packed
 from domains.layout.sources import Grammar, Source
 from lit_rlft.core.checks import UsageError
-from lit_rlft.data import Record, Rows, Split, SplitData
+from lit_rlft.data import Record, Rows, Split, SplitData, hold_out
 
 __all__ = ["LayoutData", "Task", "given"]
 
@@ -79,22 +79,21 @@ class LayoutData(SplitData):
         if self._splits:
             return
         packed = self.source.load()
-        rest = np.random.default_rng(self.seed).permutation(len(packed))
-        splits = {}
+        missing = [split for split, source in self.sources.items() if source is None]
+        shares = {split: self.fractions[split] for split in missing}
+        drawn = hold_out(len(packed), shares, self.seed)
+        splits = {split: (packed, rows) for split, rows in drawn.items()}
         for split, source in self.sources.items():
             if source is not None:
                 self._check_like(source, split)
                 own = source.load()
                 splits[split] = (own, np.arange(len(own)))
-                continue
-            size = max(1, round(self.fractions[split] * len(packed)))
-            splits[split], rest = (packed, rest[:size]), rest[size:]
-        if not len(rest):
+        if not len(drawn["train"]):
             raise UsageError(
                 f"data.init_args.source has {len(packed)} layouts, too few for three splits; give "
                 "val_source and test_source or more layouts"
             )
-        self._splits = {"train": (packed, rest), **splits}
+        self._splits = splits
 
     def rows(self, split: Split) -> Dataset[dict[str, Any]]:
         packed, chosen = self._splits[split]

@@ -24,7 +24,7 @@ from domains.layout.encoder import LayoutEncoder, load_encoder
 from domains.layout.layouts import Layouts, check_layouts
 from domains.layout.sources import Grammar, Source
 from lit_rlft.core.pipeline import Condition
-from lit_rlft.core.reward import Metric
+from lit_rlft.core.reward import Metric, of_batch
 
 __all__ = [
     "Diversity",
@@ -100,8 +100,7 @@ class SetDistances(Metric):
             "fid": frechet_distance(own, features),
             "kid": kernel_distance(own, features),
         }
-        column = torch.full((len(layouts),), torch.nan, dtype=torch.float64)
-        return {name: _first(column, value) for name, value in values.items()}
+        return of_batch(values, len(layouts))
 
     def _reference(self) -> tuple[Layouts, Tensor]:
         """Return the layouts compared with and their features; loaded when first needed."""
@@ -267,12 +266,6 @@ def _features(encoder: LayoutEncoder, layouts: Layouts, size: int = 512) -> Tens
     starts = range(0, len(layouts), size)
     parts = [encoder(layouts.index(slice(i, i + size)).to(device)).cpu() for i in starts]
     return torch.cat(parts).float()
-
-
-def _first(column: Tensor, value: float) -> Tensor:
-    column = column.clone()
-    column[:1] = value
-    return column
 
 
 def _by_labels(layouts: Layouts) -> dict[tuple[int, ...], list[int]]:

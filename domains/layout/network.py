@@ -16,7 +16,6 @@ References:
     LayoutFlow (Guerreiro et al., 2024), https://arxiv.org/abs/2403.18187
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +28,12 @@ from torch.nn import functional
 from domains.layout.classes import class_list
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.state import State
+from lit_rlft.layers import NUM_FREQUENCIES, frequencies, normed, zero
 from lit_rlft.weights import load_weights, read_settings
 
 __all__ = ["Architecture", "LayoutTransformer", "load_network"]
 
 NUM_FLAGS = 3  # place given, size given, class given
-_NUM_FREQUENCIES = 32
 
 
 @dataclass(frozen=True)
@@ -102,13 +101,13 @@ class LayoutTransformer(nn.Module):
         self.flags_in = nn.Linear(NUM_FLAGS, a.width, bias=False)
         self.slots = nn.Parameter(0.02 * torch.randn(a.num_slots, a.width))
         self.time_in = nn.Sequential(
-            nn.Linear(2 * _NUM_FREQUENCIES, a.width), nn.SiLU(), nn.Linear(a.width, a.width)
+            nn.Linear(2 * NUM_FREQUENCIES, a.width), nn.SiLU(), nn.Linear(a.width, a.width)
         )
         self.blocks = nn.ModuleList(
             _Block(a.width, a.num_heads, round(a.mlp_ratio * a.width)) for _ in range(a.depth)
         )
-        self.modulate = _zero(nn.Linear(a.width, 2 * a.width))
-        self.out = _zero(nn.Linear(a.width, 4 + num_classes))
+        self.modulate = zero(nn.Linear(a.width, 2 * a.width))
+        self.out = zero(nn.Linear(a.width, 4 + num_classes))
 
     def forward(self, x_t: State, t: Tensor, flags: Tensor) -> State:
         """Return the prediction, of the structure of a state but for logits [B, N, C + 1].
@@ -122,11 +121,11 @@ class LayoutTransformer(nn.Module):
         dtype = self.slots.dtype
         hidden = self.box_in(box.to(dtype)) + self.flags_in(flags.to(dtype)) + self.slots
         hidden = hidden + self.class_in(category.to(dtype) if category.dim() == 3 else category)
-        time = functional.silu(self.time_in(_frequencies(t).to(dtype)))
+        time = functional.silu(self.time_in(frequencies(t).to(dtype)))
         for block in self.blocks:
             hidden = block(hidden, time)
         scale, shift = self.modulate(time).unsqueeze(1).chunk(2, dim=-1)
-        prediction = self.out(_normed(hidden) * (1 + scale) + shift)
+        prediction = self.out(normed(hidden) * (1 + scale) + shift)
         if isinstance(x_t, Tensor):
             return prediction
         return {"box": prediction[..., :4], "category": prediction[..., 4:]}
@@ -142,15 +141,15 @@ class _Block(nn.Module):
         self.proj = nn.Linear(width, width)
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
-        self.modulate = _zero(nn.Linear(width, 6 * width))
+        self.modulate = zero(nn.Linear(width, 6 * width))
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """Return [B, N, D] for tokens [B, N, D] and the time's embedding [B, D]."""
         scale1, shift1, gate1, scale2, shift2, gate2 = (
             self.modulate(time).unsqueeze(1).chunk(6, dim=-1)
         )
-        x = x + gate1 * self._attend(_normed(x) * (1 + scale1) + shift1)
-        hidden = functional.gelu(self.fc1(_normed(x) * (1 + scale2) + shift2))
+        x = x + gate1 * self._attend(normed(x) * (1 + scale1) + shift1)
+        hidden = functional.gelu(self.fc1(normed(x) * (1 + scale2) + shift2))
         return x + gate2 * self.fc2(hidden)
 
     def _attend(self, x: Tensor) -> Tensor:
@@ -174,20 +173,3 @@ def _parts(state: State) -> tuple[Tensor, Tensor]:
     if isinstance(state, Tensor):
         return state[..., :4], state[..., 4:]
     return state["box"], state["category"]
-
-
-def _normed(x: Tensor) -> Tensor:
-    return functional.layer_norm(x, x.shape[-1:])
-
-
-def _frequencies(t: Tensor) -> Tensor:
-    """Return cosines and sines of t at periods from 4 down to about 1/100, [B, 64]."""
-    octaves = torch.linspace(0, math.log(400), _NUM_FREQUENCIES, device=t.device)
-    angles = t.float().unsqueeze(1) * (octaves.exp() * (math.pi / 2))
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
-
-
-def _zero(layer: nn.Linear) -> nn.Linear:
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer

@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from domains.molecule.batches import Batches, FixedBatches, SizeBatches
-from domains.molecule.sources import Enumerated, Source, Splits
+from domains.molecule.sources import Enumerated, Source
 from domains.molecule.structures import Packed
 from lit_rlft.core.checks import UsageError
-from lit_rlft.data import Record, Rows, Split, SplitData, collate
+from lit_rlft.data import Record, Rows, Split, SplitData, collate, hold_out
 
 __all__ = ["QM9_COUNTS", "QM9_HEAVY_COUNTS", "AtomCounts", "MoleculeData", "histogram"]
 
@@ -83,7 +83,9 @@ class MoleculeData(SplitData):
         if self._splits:
             return
         packed = self.source.load()
-        chosen = self.source.splits(packed) or self._drawn(len(packed))
+        missing = [split for split, source in self.sources.items() if source is None]
+        shares = {split: self.fractions[split] for split in missing}
+        chosen = self.source.splits(packed) or hold_out(len(packed), shares, self.seed)
         splits = {name: (packed, rows) for name, rows in chosen.items()}
         for split, source in self.sources.items():
             if source is not None:
@@ -145,16 +147,6 @@ class MoleculeData(SplitData):
             collate_fn=collate,
             num_workers=self.num_workers,
         )
-
-    def _drawn(self, total: int) -> Splits:
-        """Draw the splits that have no source of their own."""
-        rest = np.random.default_rng(self.seed).permutation(total)
-        splits: Splits = {}
-        for split, source in self.sources.items():
-            if source is None:
-                size = max(1, round(self.fractions[split] * total))
-                splits[split], rest = rest[:size], rest[size:]
-        return {"train": rest, **splits}
 
     def _check_like(self, source: Source, split: str) -> None:
         if (source.elements, source.max_atoms) != (self.source.elements, self.source.max_atoms):

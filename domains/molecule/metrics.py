@@ -24,7 +24,7 @@ from domains.molecule.molecules import Molecules, check_molecules
 from domains.molecule.sources import Enumerated, Source
 from domains.molecule.structures import Packed, molecules_of
 from lit_rlft.core.pipeline import Condition
-from lit_rlft.core.reward import Metric
+from lit_rlft.core.reward import Metric, of_batch
 
 __all__ = [
     "Drugs",
@@ -151,8 +151,7 @@ class SetDistances(Metric):
         for name in _DESCRIPTORS:
             pair = [_finite(chemistry.values(name)) for chemistry in (own, real)]
             values[f"{name}_w1"] = mean_wasserstein({0: pair[0]}, {0: pair[1]})
-        column = torch.full((len(own),), torch.nan, dtype=torch.float64)
-        return {name: _first(column, value) for name, value in values.items()}
+        return of_batch(values, len(own))
 
     def _reference(self) -> Chemistry:
         """Return the molecules compared with; loaded when first needed."""
@@ -263,9 +262,3 @@ def _grouped(
 
 def _finite(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return values[np.isfinite(values)]
-
-
-def _first(column: Tensor, value: float) -> Tensor:
-    column = column.clone()
-    column[:1] = value
-    return column

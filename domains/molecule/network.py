@@ -23,7 +23,6 @@ References:
     https://arxiv.org/abs/2212.09748
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,11 +35,11 @@ from torch.nn import functional
 
 from domains.molecule.elements import EXPLICIT, HEAVY, check_elements
 from lit_rlft.core.checks import UsageError
+from lit_rlft.layers import NUM_FREQUENCIES, frequencies, normed, zero
 from lit_rlft.weights import load_weights, read_settings
 
 __all__ = ["EGNN", "Architecture", "Denoiser", "Transformer", "load_network"]
 
-_NUM_FREQUENCIES = 32
 _NUM_RADIAL = 16
 _RADIAL_LENGTH = 2.0  # Angstrom
 _FAINTEST = -30.0  # logarithm of the height of a bump
@@ -179,7 +178,7 @@ class EGNN(Denoiser):
         a = architecture
         self.inputs = _Inputs(a)
         self.layers = nn.ModuleList(_Layer(a.width) for _ in range(a.depth))
-        self.out = _zero(nn.Linear(a.width, a.num_channels))
+        self.out = zero(nn.Linear(a.width, a.num_channels))
 
     def forward(
         self, positions: Tensor, features: Tensor, t: Tensor, full: Tensor | None = None
@@ -191,7 +190,7 @@ class EGNN(Denoiser):
         moved = start
         for layer in self.layers:
             hidden, moved = layer(hidden, moved, first, pairs, time)
-        return _centred(moved - start, full), self.out(_normed(hidden))
+        return _centred(moved - start, full), self.out(normed(hidden))
 
 
 class _Layer(nn.Module):
@@ -199,7 +198,7 @@ class _Layer(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.modulate = _zero(nn.Linear(width, 2 * width))
+        self.modulate = zero(nn.Linear(width, 2 * width))
         # The linear map of the concatenation, in parts: n instead of n^2 products for two of them.
         self.source = nn.Linear(width, width)
         self.target = nn.Linear(width, width, bias=False)
@@ -207,7 +206,7 @@ class _Layer(nn.Module):
         self.message = nn.Linear(width, width)
         self.heads = nn.Linear(width, 2)  # of the gate and of the move
         self.node_in = nn.Linear(2 * width, width)
-        self.node_out = _zero(nn.Linear(width, width))
+        self.node_out = zero(nn.Linear(width, width))
         with torch.no_grad():
             self.heads.weight[1] = 0.0
             self.heads.bias[1] = 0.0
@@ -225,7 +224,7 @@ class _Layer(nn.Module):
             time: [B, W].
         """
         scale, shift = self.modulate(time).unsqueeze(1).chunk(2, dim=-1)
-        h = _normed(hidden) * (1 + scale) + shift
+        h = normed(hidden) * (1 + scale) + shift
         distances = _distances(positions)
         radial = self.radial(torch.cat([_radial(distances), first], dim=-1))
         edges = self.source(h).unsqueeze(2) + self.target(h).unsqueeze(1) + radial
@@ -251,8 +250,8 @@ class Transformer(Denoiser):
         self.inputs = _Inputs(a)
         self.position_in = nn.Linear(3, a.width, bias=False)
         self.blocks = nn.ModuleList(_Block(a.width, a.num_heads) for _ in range(a.depth))
-        self.modulate = _zero(nn.Linear(a.width, 2 * a.width))
-        self.out = _zero(nn.Linear(a.width, 3 + a.num_channels))
+        self.modulate = zero(nn.Linear(a.width, 2 * a.width))
+        self.out = zero(nn.Linear(a.width, 3 + a.num_channels))
 
     def forward(
         self, positions: Tensor, features: Tensor, t: Tensor, full: Tensor | None = None
@@ -263,7 +262,7 @@ class Transformer(Denoiser):
         for block in self.blocks:
             hidden = block(hidden, time, seen)
         scale, shift = self.modulate(time).unsqueeze(1).chunk(2, dim=-1)
-        prediction = self.out(_normed(hidden) * (1 + scale) + shift)
+        prediction = self.out(normed(hidden) * (1 + scale) + shift)
         return _centred(prediction[..., :3], full), prediction[..., 3:]
 
 
@@ -277,20 +276,20 @@ class _Block(nn.Module):
         self.proj = nn.Linear(width, width)
         self.fc1 = nn.Linear(width, 4 * width)
         self.fc2 = nn.Linear(4 * width, width)
-        self.modulate = _zero(nn.Linear(width, 6 * width))
+        self.modulate = zero(nn.Linear(width, 6 * width))
 
     def forward(self, x: Tensor, time: Tensor, seen: Tensor | None) -> Tensor:
         """Return [B, n, W] for atoms [B, n, W], the time's embedding [B, W] and who is seen."""
         scale1, shift1, gate1, scale2, shift2, gate2 = (
             self.modulate(time).unsqueeze(1).chunk(6, dim=-1)
         )
-        normed = _normed(x) * (1 + scale1) + shift1
+        modulated = normed(x) * (1 + scale1) + shift1
         queries, keys, values = (
-            self.qkv(normed).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+            self.qkv(modulated).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         )
         mixed = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=seen)
         x = x + gate1 * self.proj(mixed.transpose(1, 2).flatten(2))
-        hidden = functional.gelu(self.fc1(_normed(x) * (1 + scale2) + shift2))
+        hidden = functional.gelu(self.fc1(normed(x) * (1 + scale2) + shift2))
         return x + gate2 * self.fc2(hidden)
 
 
@@ -305,7 +304,7 @@ class _Inputs(nn.Module):
             self.types = nn.Embedding(len(a.symbols) + 1, a.width)
         self.count = nn.Linear(1, a.width)
         self.time = nn.Sequential(
-            nn.Linear(2 * _NUM_FREQUENCIES, a.width), nn.SiLU(), nn.Linear(a.width, a.width)
+            nn.Linear(2 * NUM_FREQUENCIES, a.width), nn.SiLU(), nn.Linear(a.width, a.width)
         )
 
     def forward(self, features: Tensor, t: Tensor, full: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -316,7 +315,7 @@ class _Inputs(nn.Module):
         size = features.shape[1]
         num = t.new_full((len(t), 1), size) if full is None else full.sum(dim=1, keepdim=True)
         count = self.count(num.to(dtype).log())
-        time = self.time(_frequencies(t).to(dtype))
+        time = self.time(frequencies(t).to(dtype))
         return self.types(known) + (count + time).unsqueeze(1), functional.silu(time)
 
     @property
@@ -363,20 +362,3 @@ def _centred(moves: Tensor, full: Tensor | None) -> Tensor:
         return moves - moves.mean(dim=1, keepdim=True)
     weights = full.unsqueeze(-1).to(moves.dtype)
     return moves - (moves * weights).sum(dim=1, keepdim=True) / weights.sum(dim=1, keepdim=True)
-
-
-def _normed(x: Tensor) -> Tensor:
-    return functional.layer_norm(x, x.shape[-1:])
-
-
-def _frequencies(t: Tensor) -> Tensor:
-    """Return cosines and sines of t at periods from 4 down to about 1/100, [B, 64]."""
-    octaves = torch.linspace(0, math.log(400), _NUM_FREQUENCIES, device=t.device)
-    angles = t.float().unsqueeze(1) * (octaves.exp() * (math.pi / 2))
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
-
-
-def _zero(layer: nn.Linear) -> nn.Linear:
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer

@@ -30,7 +30,7 @@ from lit_rlft.core.fixed_point import FixedPoint
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline
 from lit_rlft.core.randomness import Generators, generators, rand_like, seed_from
 from lit_rlft.core.sampling import Sampler
-from lit_rlft.core.state import State, batch_size, cat, flatten, leaves, tree_map
+from lit_rlft.core.state import State, cat, flatten, leaves, tree_map
 from lit_rlft.inverted_noise import InvertedNoise
 from lit_rlft.processes import gather
 from lit_rlft.runs import run_folder, summary_writer
@@ -331,5 +331,4 @@ class _Data:
 
 
 def _shapes(state: State) -> list[tuple[int, ...]]:
-    assert batch_size(state) >= 0
     return [tuple(leaf.shape[1:]) for leaf in leaves(state)]

@@ -13,7 +13,6 @@ from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
 from lit_rlft.algorithms.base import Draw, RewardFineTuner
-from lit_rlft.callbacks.cost_meter import CostMeter
 from lit_rlft.processes import gather
 from lit_rlft.report import comparison
 from lit_rlft.runs import run_folder, summary_writer
@@ -73,8 +72,7 @@ class RunFiles(Callback):
         folder = run_folder(trainer)
         cost = pl_module.cost_report()
         for observer in pl_module.observers:
-            if isinstance(observer, CostMeter):
-                cost |= observer.report()
+            cost |= observer.report()
         report = {
             "algorithm": pl_module.algorithm,
             "domain": pl_module.pipeline.name,

@@ -10,7 +10,23 @@ from torch import Tensor, nn
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
 
-__all__ = ["Metric", "Metrics", "Reward", "WeightedSum", "check_rewards"]
+__all__ = ["Metric", "Metrics", "Reward", "WeightedSum", "check_rewards", "of_batch"]
+
+
+def of_batch(values: Mapping[str, float], size: int) -> dict[str, Tensor]:
+    """Return what was measured of a batch as a whole as values [B], float64.
+
+    Each is at the first sample and NaN at the others, so that a mean over samples is one over
+    batches.
+
+    Args:
+        values: By name.
+        size: B.
+    """
+    columns = {name: torch.full((size,), torch.nan, dtype=torch.float64) for name in values}
+    for name, value in values.items():
+        columns[name][:1] = value
+    return columns
 
 
 class Metric(nn.Module, ABC):
