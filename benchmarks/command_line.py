@@ -1,15 +1,50 @@
 """Runs of the command line that benchmarks share: train, test, read metrics.json; resume."""
 
+import argparse
 import json
 import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 Report = dict[str, Any]
+Job = TypeVar("Job", bound=tuple[Any, ...])
+
+
+def command_line(
+    documentation: str, root: str, arms: Iterable[str] = (), seeds: Sequence[int] = (0, 1, 2)
+) -> argparse.ArgumentParser:
+    """Return a parser of what all such benchmarks take: root, seeds, workers, and arms if any.
+
+    Args:
+        documentation: Of the script, whose first line says what it measures.
+        root: Default folder of the runs.
+        arms: Names to choose from.
+        seeds: Default seeds.
+    """
+    parser = argparse.ArgumentParser(description=documentation.splitlines()[0])
+    parser.add_argument("--root", type=Path, default=Path(root))
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds))
+    parser.add_argument("--workers", type=int, default=2, help="runs side by side, a thread each")
+    if names := list(arms):
+        parser.add_argument("--arms", nargs="+", choices=names, default=names)
+    return parser
+
+
+def run_all(jobs: Sequence[Job], run: Callable[[Job], Report], workers: int) -> dict[Job, Report]:
+    """Run every job, `workers` at a time; return their reports."""
+    with ThreadPoolExecutor(workers) as pool:
+        return dict(zip(jobs, pool.map(run, jobs), strict=True))
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a Markdown table."""
+    for cells in (columns, ["---"] * len(columns), *rows):
+        print(f"| {' | '.join(cells)} |")
 
 
 def fit_and_test(root: Path, name: str, options: Sequence[str]) -> Report:

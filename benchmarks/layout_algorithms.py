@@ -13,11 +13,10 @@ the seeds' means. The mixed state runs with the algorithms that can.
 Finished runs are kept, so an interrupted benchmark goes on where it stopped.
 """
 
-import argparse
-from concurrent.futures import ThreadPoolExecutor
+import statistics
 from pathlib import Path
 
-from command_line import Report, change, fit_and_test
+from command_line import Report, change, command_line, fit_and_test, print_table, run_all
 
 GROUP = 512
 LORA = ["--model.lora.rank", "16", "--model.lora.alpha", "16"]
@@ -65,26 +64,22 @@ def run(root: Path, arm: str, seed: int, reward_calls: int, extra: list[str]) ->
     return fit_and_test(root, f"{arm} {seed}", options)
 
 
+def row(arm: str, reports: list[Report]) -> list[str]:
+    """Return one line of the table."""
+    cost = [f"{statistics.mean(r['cost'][name] for r in reports):.0f}" for name in COST]
+    return [arm, *(change(reports, metric) for metric in METRICS), *cost]
+
+
 def main() -> None:
     """Run all arms and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--root", type=Path, default=Path("runs/layout_algorithms"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser = command_line(__doc__, "runs/layout_algorithms", ARMS)
     parser.add_argument("--reward-calls", type=int, default=20 * GROUP)
-    parser.add_argument("--workers", type=int, default=1, help="runs side by side, a thread each")
     options, extra = parser.parse_known_args()
     jobs = [(arm, seed) for seed in options.seeds for arm in options.arms]
-    with ThreadPoolExecutor(options.workers) as pool:
-        outcomes = pool.map(lambda job: run(options.root, *job, options.reward_calls, extra), jobs)
-        results = dict(zip(jobs, outcomes, strict=True))
-    print("| arm | " + " | ".join(METRICS) + " | reward calls | seconds |")
-    print("|---" * (len(METRICS) + 3) + "|")
-    for arm in options.arms:
-        reports = [results[arm, seed] for seed in options.seeds]
-        cells = [change(reports, metric) for metric in METRICS]
-        cost = [f"{sum(r['cost'][k] for r in reports) / len(reports):.0f}" for k in COST]
-        print(f"| {arm} | {' | '.join([*cells, *cost])} |")
+    calls = options.reward_calls
+    results = run_all(jobs, lambda job: run(options.root, *job, calls, extra), options.workers)
+    rows = [row(arm, [results[arm, seed] for seed in options.seeds]) for arm in options.arms]
+    print_table(["arm", *METRICS, *(name.replace("_", " ") for name in COST)], rows)
 
 
 if __name__ == "__main__":

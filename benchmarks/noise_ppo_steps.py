@@ -11,13 +11,11 @@ error is that of the paired differences over samples, else that of the seeds' me
 Finished runs are kept, so an interrupted benchmark goes on where it stopped.
 """
 
-import argparse
 import statistics
-from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 
-from command_line import Report, fit_and_test
+from command_line import Report, command_line, fit_and_test, print_table, run_all
 
 METRIC = "ShapesEval"
 POLICIES = {"prompt-conditioned": "false", "prompt-independent": "true"}
@@ -66,20 +64,13 @@ def plot(gains: dict[tuple[str, int], tuple[float, float]], path: Path) -> None:
 
 def main() -> None:
     """Run everything, print the table, draw the plot."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--root", type=Path, default=Path("runs/noise_ppo_steps"))
+    parser = command_line(__doc__, "runs/noise_ppo_steps", seeds=[0])
     parser.add_argument("--steps", type=int, nargs="+", default=[2, 4, 8, 16, 32])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--workers", type=int, default=2, help="runs side by side, a thread each")
     parser.add_argument("--plot", type=Path, default=None, help="needs matplotlib")
     options, extra = parser.parse_known_args()
     jobs = list(product(POLICIES, options.steps, options.seeds))
-    with ThreadPoolExecutor(options.workers) as pool:
-        outcomes = pool.map(lambda job: run(options.root, *job, extra), jobs)
-        results = dict(zip(jobs, outcomes, strict=True))
-    print(f"| steps | base {METRIC} | " + " | ".join(POLICIES) + " | kl (nats) |")
-    print("|---|---|---|---|---|")
-    gains = {}
+    results = run_all(jobs, lambda job: run(options.root, *job, extra), options.workers)
+    gains, rows = {}, []
     for n in options.steps:
         cells = []
         for policy in POLICIES:
@@ -89,7 +80,8 @@ def main() -> None:
         runs = [results["prompt-conditioned", n, seed] for seed in options.seeds]
         base = statistics.mean(r["reference"][METRIC]["mean"] for r in runs)
         kl = statistics.mean(r["tuned"]["kl"]["mean"] for r in runs)
-        print(f"| {n} | {base:.3f} | {' | '.join(cells)} | {kl:.3g} |")
+        rows.append([str(n), f"{base:.3f}", *cells, f"{kl:.3g}"])
+    print_table(["steps", f"base {METRIC}", *POLICIES, "kl (nats)"], rows)
     if options.plot is not None:
         plot(gains, options.plot)
 

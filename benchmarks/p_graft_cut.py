@@ -12,12 +12,10 @@ paired difference, its standard error is that of the seeds' means.
 Finished runs are kept, so an interrupted benchmark goes on where it stopped.
 """
 
-import argparse
 import statistics
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from command_line import Report, change, fit_and_test
+from command_line import Report, change, command_line, fit_and_test, print_table, run_all
 
 CONFIG = "configs/experiments/shapes_p_graft.yaml"
 ARMS = {
@@ -40,30 +38,22 @@ def run(root: Path, arm: str, seed: int, extra: list[str]) -> Report:
     return fit_and_test(root, f"{arm} {seed}", options)
 
 
-def row(arm: str, results: list[Report]) -> str:
+def row(arm: str, results: list[Report]) -> list[str]:
     """Return one line of the table."""
     relative = statistics.mean(
         100 * r["gain"][METRICS[0]]["mean"] / r["reference"][METRICS[0]]["mean"] for r in results
     )
-    cells = [change(results, metric) for metric in METRICS]
-    return f"| {arm} | {' | '.join(cells)} | {relative:+.1f} % |"
+    return [arm, *(change(results, metric) for metric in METRICS), f"{relative:+.1f} %"]
 
 
 def main() -> None:
     """Run all arms and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--root", type=Path, default=Path("runs/p_graft_cut"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--workers", type=int, default=2, help="runs side by side, a thread each")
+    parser = command_line(__doc__, "runs/p_graft_cut", ARMS)
     options, extra = parser.parse_known_args()
-    jobs = [(arm, seed) for seed in options.seeds for arm in ARMS]
-    with ThreadPoolExecutor(options.workers) as pool:
-        outcomes = pool.map(lambda job: run(options.root, *job, extra), jobs)
-        results = dict(zip(jobs, outcomes, strict=True))
-    print("| arm | " + " | ".join(METRICS) + " | relative gain in reward |")
-    print("|---" * (len(METRICS) + 2) + "|")
-    for arm in ARMS:
-        print(row(arm, [results[arm, seed] for seed in options.seeds]))
+    jobs = [(arm, seed) for seed in options.seeds for arm in options.arms]
+    results = run_all(jobs, lambda job: run(options.root, *job, extra), options.workers)
+    rows = [row(arm, [results[arm, seed] for seed in options.seeds]) for arm in options.arms]
+    print_table(["arm", *METRICS, "relative gain in reward"], rows)
 
 
 if __name__ == "__main__":

@@ -15,13 +15,11 @@ nats, per sample.
 Finished runs are kept, so an interrupted benchmark goes on where it stopped.
 """
 
-import argparse
 import statistics
-from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 
-from command_line import Report, change, fit_and_test
+from command_line import Report, change, command_line, fit_and_test, print_table, run_all
 
 CONFIG = "configs/experiments/shapes_drtune.yaml"
 REWARDS = {
@@ -55,35 +53,29 @@ def num_copies(method: str) -> int:
     return int(METHODS[method].get("num_copies", 1))
 
 
-def row(reward: str, method: str, results: list[Report]) -> str:
+def row(reward: str, method: str, results: list[Report]) -> list[str]:
     """Return one line of the table."""
     own = REWARDS[reward]
     cells = [change(results, metric) for metric in (own, "ShapesEval", "diversity")]
     kl = statistics.mean(r["tuned"]["kl"]["mean"] for r in results)
     updates = statistics.mean(r["cost"]["reward_calls"] / num_copies(method) / 16 for r in results)
-    return f"| {reward} | {method} | {' | '.join(cells)} | {kl:.3g} | {updates:.0f} |"
+    return [reward, method, *cells, f"{kl:.3g}", f"{updates:.0f}"]
 
 
 def main() -> None:
     """Run everything and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--root", type=Path, default=Path("runs/reward_gradient"))
+    parser = command_line(__doc__, "runs/reward_gradient")
     parser.add_argument("--rewards", nargs="+", choices=REWARDS, default=list(REWARDS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--denoiser-calls", type=int, default=8000)
-    parser.add_argument("--workers", type=int, default=2, help="runs side by side, a thread each")
     options, extra = parser.parse_known_args()
     extra += ["--trainer.callbacks.denoiser_calls", str(options.denoiser_calls)]
     arms = list(product(options.rewards, options.methods))
     jobs = [(*arm, seed) for seed in options.seeds for arm in arms]
-    with ThreadPoolExecutor(options.workers) as pool:
-        outcomes = pool.map(lambda job: run(options.root, *job, extra), jobs)
-        results = dict(zip(jobs, outcomes, strict=True))
-    print("| reward | method | reward | ShapesEval | diversity | kl | updates |")
-    print("|---|---|---|---|---|---|---|")
-    for arm in arms:
-        print(row(*arm, [results[(*arm, seed)] for seed in options.seeds]))
+    results = run_all(jobs, lambda job: run(options.root, *job, extra), options.workers)
+    rows = [row(*arm, [results[(*arm, seed)] for seed in options.seeds]) for arm in arms]
+    columns = ["reward", "method", "reward", "ShapesEval", "diversity", "kl", "updates"]
+    print_table(columns, rows)
 
 
 if __name__ == "__main__":
