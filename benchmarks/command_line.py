@@ -47,26 +47,35 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         print(f"| {' | '.join(cells)} |")
 
 
+def folder_of(root: Path, name: str) -> Path:
+    """Return the folder of a run; characters that are no letters or digits become "_"."""
+    return root / "".join(c if c.isalnum() else "_" for c in name)
+
+
+def lit_rlft(stage: str, folder: Path, options: Sequence[str]) -> None:
+    """Run one command on one thread, without progress bars, in a run's folder."""
+    command = [str(Path(sys.executable).parent / "lit-rlft"), stage, *options]
+    command += ["--root", str(folder.parent), "--name", folder.name]
+    command += ["--trainer.enable_progress_bar", "false"]
+    subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
+
+
 def fit_and_test(root: Path, name: str, options: Sequence[str]) -> Report:
     """Train and test on one thread and return metrics.json; a finished run is not repeated.
 
     Args:
         root: Folder of all runs.
-        name: Folder of this run; characters that are no letters or digits become "_".
-        options: Configs and settings for the command line.
+        name: Of this run.
+        options: Configs and settings for the command line; there is no validation unless they say
+            so.
     """
-    name = "".join(c if c.isalnum() else "_" for c in name)
-    folder = root / name
+    folder = folder_of(root, name)
     if not (folder / "metrics.json").exists():
-        options = [*options, "--root", str(root), "--name", name]
-        options += ["--trainer.enable_progress_bar", "false", "--trainer.limit_val_batches", "0"]
-        command = [str(Path(sys.executable).parent / "lit-rlft")]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        options = ["--trainer.limit_val_batches", "0", *options]
         checkpoint = folder / "checkpoints" / "last.ckpt"
         if not checkpoint.exists():
-            subprocess.run([*command, "fit", *options], env=environment, check=True)
-        test = [*command, "test", *options, "--ckpt_path", str(checkpoint)]
-        subprocess.run(test, env=environment, check=True)
+            lit_rlft("fit", folder, options)
+        lit_rlft("test", folder, [*options, "--ckpt_path", str(checkpoint)])
     return json.loads((folder / "metrics.json").read_text())
 
 

@@ -20,15 +20,12 @@ a TensorBoard log into the root. Finished runs are kept, so an interrupted bench
 
 import argparse
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+from command_line import lit_rlft
 from torch.utils.tensorboard import SummaryWriter
 
 matplotlib.use("Agg")
@@ -57,20 +54,13 @@ class Point:
         return f"{own}{self.base_steps}"
 
 
-def command(stage: str, options: Sequence[str]) -> None:
-    """Run one command on one thread."""
-    script = str(Path(sys.executable).parent / "lit-rlft")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([script, stage, *options], env=environment, check=True)
-
-
 def trained(root: Path, base_steps: int, options: list[str]) -> Path:
     """Train the corrector of a number of base steps, unless it is there; return its checkpoint."""
-    checkpoint = root / f"base_{base_steps}" / "checkpoints" / "last.ckpt"
+    folder = root / f"base_{base_steps}"
+    checkpoint = folder / "checkpoints" / "last.ckpt"
     if not checkpoint.exists():
-        own = ["--root", str(root), "--name", f"base_{base_steps}"]
-        own += ["--model.sampler.num_steps", str(base_steps)]
-        command("fit", [*options, *own, "--trainer.limit_val_batches", "0"])
+        own = ["--model.sampler.num_steps", str(base_steps), "--trainer.limit_val_batches", "0"]
+        lit_rlft("fit", folder, [*options, *own])
     return checkpoint
 
 
@@ -78,13 +68,13 @@ def tested(
     root: Path, checkpoint: Path, base_steps: int, corrector_steps: int, options: list[str]
 ) -> dict[str, Any]:
     """Test a corrector with some numbers of steps, unless that is done; return metrics.json."""
-    name = f"{checkpoint.parents[1].name}_test_{corrector_steps}_{base_steps}"
-    path = root / name / "metrics.json"
+    folder = root / f"{checkpoint.parents[1].name}_test_{corrector_steps}_{base_steps}"
+    path = folder / "metrics.json"
     if not path.exists():
-        own = ["--root", str(root), "--name", name, "--ckpt_path", str(checkpoint)]
+        own = ["--ckpt_path", str(checkpoint), "--model.force_num_steps", "true"]
         own += ["--model.sampler.num_steps", str(base_steps)]
         own += ["--model.corrector_steps", str(corrector_steps)]
-        command("test", [*options, *own, "--model.force_num_steps", "true"])
+        lit_rlft("test", folder, [*options, *own])
     return json.loads(path.read_text())
 
 
@@ -163,7 +153,7 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=Path("runs/sampling_cost"))
     arguments, extra = parser.parse_known_args()
     configs = [flag for path in [*arguments.config, ALGORITHM] for flag in ("--config", path)]
-    options = [*configs, "--trainer.enable_progress_bar", "false", *extra]
+    options = [*configs, *extra]
     points = measure(arguments, options)
     print(f"| | steps | FLOPs per sample | seconds per sample | {arguments.metric} |")
     print("|---|---|---|---|---|")

@@ -1,0 +1,89 @@
+"""Stability, validity, uniqueness and novelty of the molecule domain under each algorithm.
+
+Method: `configs/domains/molecule.yaml` (for DRTune `molecule_soft.yaml`, whose reward has a
+gradient) and one algorithm's config, trained and tested once per arm and seed through the command
+line. Every arm may score as many molecules (`--reward-calls`), in rounds of 512 candidates, with a
+LoRA of rank 16 (Noise PPO: its policy); what is set besides is in `ARMS`. The reward is binary:
+every atom has its valence. De-duplication keeps one of the accepted candidates of a condition that
+have the same SMILES. The test draws 1,024 molecules, in one batch, because uniqueness depends on
+how many are looked at; tuned and reference molecules share noise. The gain is the mean over seeds
+of the paired difference, its standard error that of the seeds' means.
+
+    python benchmarks/molecule_algorithms.py --root runs/molecule_algorithms --workers 2
+
+Finished runs are kept, so an interrupted benchmark goes on where it stopped.
+"""
+
+import statistics
+from pathlib import Path
+
+from command_line import Report, change, command_line, fit_and_test, print_table, run_all
+
+ROUND = 512  # reward calls
+LORA = ["--model.lora.rank", "16", "--model.lora.alpha", "16"]
+LORA += ["--model.optimizer.init_args.lr", "1e-3"]
+ACCEPT = ["--model.selection", "lit_rlft.core.selection.Threshold"]
+UNIQUE = ["--model.selection", "lit_rlft.core.selection.Unique"]
+UNIQUE += ["--model.selection.init_args.inner", "lit_rlft.core.selection.Threshold"]
+GRAFT = [*LORA, "--model.num_candidates", "32", "--model.num_epochs", "4"]
+GRAFT += ["--model.minibatch_size", "128", "--model.sampler.eta", "0.5"]
+RANDOM = ["--model.selection.init_args.k", "8"]
+DDPO = [*LORA, "--model.num_candidates", "4", "--model.minibatch_size", "256"]
+DDPO += ["--model.microbatch_size", "1024", "--model.clip_range", "1e-2"]
+DRTUNE = [*LORA, "--model.minibatch_size", "64"]
+# Arm: domain, algorithm, conditions of a round (candidates times these are ROUND), settings.
+ARMS: dict[str, tuple[str, str, int, list[str]]] = {
+    "P-GRAFT (f = 0.25), unique": ("molecule", "p_graft", 16, [*GRAFT, *UNIQUE]),
+    "P-GRAFT (f = 0.25)": ("molecule", "p_graft", 16, [*GRAFT, *ACCEPT]),
+    "GRAFT, unique": ("molecule", "graft", 16, [*GRAFT, *UNIQUE]),
+    "RandomK (f = 0.25)": ("molecule", "random_k", 16, [*GRAFT, *RANDOM]),
+    "DDPO": ("molecule", "ddpo", 128, DDPO),
+    "DRTune (soft valences)": ("molecule_soft", "drtune", 512, DRTUNE),
+    "Noise PPO": ("molecule", "noise_ppo", 64, []),
+}
+COST = ("reward_calls", "seconds")
+METRICS = (
+    "molecule_stability",
+    "atom_stability",
+    "validity",
+    "connected",
+    "uniqueness",
+    "novelty",
+    "type_tv",
+)
+
+
+def run(root: Path, arm: str, seed: int, reward_calls: int, extra: list[str]) -> Report:
+    """Train and test one arm with one seed; return its metrics.json."""
+    domain, algorithm, num_conditions, settings = ARMS[arm]
+    num_rounds = reward_calls // ROUND
+    options = ["--config", f"configs/domains/{domain}.yaml"]
+    options += ["--config", f"configs/algorithms/{algorithm}.yaml", *settings]
+    options += ["--data.batch_size", str(num_conditions), "--trainer.max_epochs", "1"]
+    options += ["--data.num_train", str(num_conditions * num_rounds)]
+    options += ["--model.sampling_batch_size", "512"]
+    options += ["--data.num_test", "256", "--data.eval_batch_size", "256"]
+    options += ["--model.seed", str(seed), "--data.seed", str(seed), *extra]
+    return fit_and_test(root, f"{arm} {seed}", options)
+
+
+def row(arm: str, reports: list[Report]) -> list[str]:
+    """Return one line of the table."""
+    cost = [f"{statistics.mean(r['cost'][name] for r in reports):.0f}" for name in COST]
+    return [arm, *(change(reports, metric) for metric in METRICS), *cost]
+
+
+def main() -> None:
+    """Run all arms and print the table."""
+    parser = command_line(__doc__, "runs/molecule_algorithms", ARMS)
+    parser.add_argument("--reward-calls", type=int, default=10 * ROUND)
+    options, extra = parser.parse_known_args()
+    jobs = [(arm, seed) for seed in options.seeds for arm in options.arms]
+    calls = options.reward_calls
+    results = run_all(jobs, lambda job: run(options.root, *job, calls, extra), options.workers)
+    rows = [row(arm, [results[arm, seed] for seed in options.seeds]) for arm in options.arms]
+    print_table(["arm", *METRICS, *(name.replace("_", " ") for name in COST)], rows)
+
+
+if __name__ == "__main__":
+    main()
