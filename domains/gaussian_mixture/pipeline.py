@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from domains.gaussian_mixture.mixture import MEANS, STDS, WEIGHTS, Mixture
 from domains.gaussian_mixture.render import Plane
 from lit_rlft.core.checks import UsageError
-from lit_rlft.core.pipeline import Batch, Condition, Pipeline
+from lit_rlft.core.pipeline import Batch, Condition, Pipeline, column
 from lit_rlft.core.process import GaussianProcess, PredictionType
 from lit_rlft.core.schedule import CosineVP, DiscreteVP, RectifiedFlow, Schedule, vp_betas
 from lit_rlft.core.state import State, expand_as, tensor_of
@@ -178,7 +178,7 @@ class GaussianMixturePipeline(Pipeline):
 
     def states(self, batch: Batch) -> Tensor:
         """Return `batch["x_0"]`, [B, d], on the pipeline's device and in its dtype."""
-        return batch["x_0"].to(self.denoiser.means)
+        return column(batch, "x_0").to(self.denoiser.means)
 
     def keys(self, samples: Any, condition: Condition) -> list[Hashable]:
         """Return the number of the pretrained mixture's nearest mode."""

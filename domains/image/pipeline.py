@@ -11,7 +11,7 @@ from torch import Tensor
 
 from domains.image.render import save_png
 from lit_rlft.core.checks import UsageError
-from lit_rlft.core.pipeline import Batch, Condition, Pipeline
+from lit_rlft.core.pipeline import Batch, Condition, Pipeline, column
 from lit_rlft.core.process import GaussianProcess, PredictionType
 from lit_rlft.core.schedule import DiscreteVP, RectifiedFlow
 from lit_rlft.core.state import State, tensor_of
@@ -134,7 +134,7 @@ class ImagePipeline(Pipeline):
         Raises:
             UsageError: The data have other channels or another size than the model.
         """
-        images = batch["image"]
+        images = column(batch, "image")
         own = (self.denoiser.config["in_channels"], *self.image_size)
         if tuple(images.shape[1:]) != own:
             raise UsageError(

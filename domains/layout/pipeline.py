@@ -19,7 +19,7 @@ from domains.layout.layouts import EMPTY, Layouts
 from domains.layout.network import Architecture, LayoutTransformer, load_network
 from domains.layout.render import draw, save_layout
 from lit_rlft.core.checks import UsageError, loading
-from lit_rlft.core.pipeline import Batch, Condition, Pipeline
+from lit_rlft.core.pipeline import Batch, Condition, Pipeline, column
 from lit_rlft.core.process import GaussianProcess, MaskedProcess, Process, ProductProcess
 from lit_rlft.core.schedule import RectifiedFlow
 from lit_rlft.core.state import State, expand_as, fields_of, tensor_of
@@ -206,7 +206,7 @@ class LayoutPipeline(Pipeline):
         self._check(batch)
         labels = batch["labels"].to(self.device)
         full = (labels != EMPTY).unsqueeze(-1)
-        boxes = _to_state(batch["boxes"].to(self.denoiser.slots)).where(full, 0)
+        boxes = _to_state(column(batch, "boxes").to(self.denoiser.slots)).where(full, 0)
         category = labels.where(labels != EMPTY, self._empty)
         if self.architecture.state == "mixed":
             return {"box": boxes, "category": category}

@@ -31,7 +31,7 @@ from domains.molecule.network import (
 from domains.molecule.preconditioning import Preconditioning
 from domains.molecule.render import draw, save_molecule
 from lit_rlft.core.checks import UsageError, loading
-from lit_rlft.core.pipeline import Batch, Condition, Pipeline
+from lit_rlft.core.pipeline import Batch, Condition, Pipeline, column
 from lit_rlft.core.process import GaussianProcess, MaskedProcess, Process, ProductProcess
 from lit_rlft.core.schedule import PolynomialVP, RectifiedFlow
 from lit_rlft.core.state import State, cat, index
@@ -175,7 +175,7 @@ class MoleculePipeline(Pipeline):
         Data of the transformer are rotated at random, by torch's global generator.
         """
         self._check(batch)
-        types = self._padded(batch["types"], EMPTY).to(self.device)
+        types = self._padded(column(batch, "types"), EMPTY).to(self.device)
         full = types != EMPTY
         positions = self._padded(batch["positions"], 0.0).to(self.denoiser.like)
         positions = _around_centre(positions / self.architecture.position_scale, full)

@@ -20,7 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from domains.text_to_image.render import save_png
 from lit_rlft.core.checks import UsageError, loading
-from lit_rlft.core.pipeline import Batch, Condition, Pipeline
+from lit_rlft.core.pipeline import Batch, Condition, Pipeline, column
 from lit_rlft.core.process import GaussianProcess, PredictionType
 from lit_rlft.core.schedule import DiscreteVP
 from lit_rlft.core.state import State, tensor_of
@@ -172,7 +172,7 @@ class TextToImagePipeline(Pipeline):
 
     def states(self, batch: Batch) -> Tensor:
         """Return the latents of `batch["image"]`, uint8 [B, 3, H, W]: the VAE's mode, scaled."""
-        pictures = batch["image"].to(self.device, self.vae.dtype) / 127.5 - 1
+        pictures = column(batch, "image").to(self.device, self.vae.dtype) / 127.5 - 1
         with torch.no_grad():
             parts = pictures.split(self.decode_batch_size)
             modes = torch.cat([self.vae.encode(part).latent_dist.mode() for part in parts])

@@ -13,10 +13,25 @@ from lit_rlft.core.checks import UsageError
 from lit_rlft.core.process import Process
 from lit_rlft.core.state import State
 
-__all__ = ["Batch", "Condition", "Pipeline", "pooled"]
+__all__ = ["Batch", "Condition", "Pipeline", "column", "pooled"]
 
 Batch = Mapping[str, Any]
 """What a DataModule yields: columns of equal length; `index` [B] numbers the data set's rows."""
+
+
+def column(batch: Batch, name: str) -> Any:
+    """Return a column of data samples.
+
+    Raises:
+        UsageError: The batch has conditions alone.
+    """
+    if name not in batch:
+        raise UsageError(
+            f"the data have no {name!r}, only {sorted(batch)}: conditions to generate under, not "
+            "samples to learn from; give --data a DataModule of samples, as the domain's "
+            "configs/experiments/*_pretrain.yaml has it"
+        )
+    return batch[name]
 
 
 @dataclass(frozen=True)
@@ -150,6 +165,7 @@ class Pipeline(nn.Module, ABC):
 
         Raises:
             NotImplementedError: The domain's pipeline does not encode data.
+            UsageError: The batch has conditions alone (`column`).
         """
         raise NotImplementedError(
             f"{type(self).__name__} does not encode data samples; Pretrain cannot train it"

@@ -373,6 +373,11 @@ def test_data_of_other_elements_or_too_many_atoms_are_refused() -> None:
         pipeline.states({**batch, "elements": [("C", "N")] * 5})
 
 
+def test_pretraining_on_numbers_of_atoms_alone_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"have no 'types', only \['num_atoms'\].*pretrain.yaml"):
+        tiny().states({"num_atoms": SIZES})
+
+
 @pytest.mark.parametrize("state", STATES)
 def test_a_lora_is_merged_when_saved(state: str, tmp_path: Path) -> None:
     pipeline, plain = tiny(state), tiny(state)
