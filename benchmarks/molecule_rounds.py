@@ -2,9 +2,9 @@
 
 Method: `configs/experiments/molecule_p_graft.yaml` in its iterative form (each round draws from the
 model tuned so far), with one of two acceptance rules: every stable candidate, or of those with the
-same SMILES one. 512 candidates a round. The validation after every few rounds, and the test of the
-untuned model, which is round 0, draw 1,024 molecules each, in one batch, because uniqueness depends
-on how many are looked at. With several seeds the lines are means, the bars the seeds' errors.
+same SMILES one. 512 candidates a round. The validation after every few rounds draws 1,024 molecules
+in one batch, because uniqueness depends on how many are looked at; round 0 is the untuned model,
+from the same noise. With several seeds the lines are means, the bars the seeds' errors.
 
     python benchmarks/molecule_rounds.py --plot docs/molecule_rounds.png
 
@@ -27,21 +27,19 @@ METRICS = ("molecule_stability", "uniqueness")
 
 
 def run(root: Path, rule: str, seed: int, rounds: int, every: int, extra: list[str]) -> Report:
-    """Train and test once; return each metric before the first round and after every few."""
+    """Train once; return each metric before the first round and after every few."""
     options = ["--config", CONFIG, *RULES[rule], "--model.iterative", "true"]
     options += ["--trainer.limit_train_batches", str(rounds), "--data.num_val", "256"]
     options += ["--trainer.val_check_interval", str(every), "--trainer.limit_val_batches", "1"]
     options += ["--model.seed", str(seed), "--data.seed", str(seed), *extra]
     name = f"{rule} {seed}"
-    report = fit_and_test(root, name, options)
+    fit_and_test(root, name, options)
     events = EventAccumulator(str(folder_of(root, name))).Reload()
-    return {
-        metric: [
-            report["reference"][metric]["mean"],
-            *(event.value for event in events.Scalars(f"val/{metric}")),
-        ]
-        for metric in METRICS
-    }
+    curves = {}
+    for metric in METRICS:
+        tuned = [event.value for event in events.Scalars(f"val/{metric}")]
+        curves[metric] = [events.Scalars(f"val_reference/{metric}")[0].value, *tuned]
+    return curves
 
 
 def mean(curves: list[list[float]]) -> list[tuple[float, float]]:
