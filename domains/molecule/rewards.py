@@ -154,12 +154,15 @@ class _Target(_Chemical):
 
     Args:
         target: :math:`x^*`.
-        width: w.
+        width: w, the distance from it at which the reward is 0.61; None takes the class's own.
         invalid: Reward of molecules that are not valid and connected.
     """
 
-    def __init__(self, target: float, width: float, invalid: float = 0.0) -> None:
+    default_width = 0.5
+
+    def __init__(self, target: float, width: float | None = None, invalid: float = 0.0) -> None:
         super().__init__(invalid)
+        width = self.default_width if width is None else width
         self.target, self.width = target, _positive("width", width)
 
     def values(self, chemistry: Chemistry) -> NDArray[np.float64]:
@@ -171,48 +174,23 @@ class _Target(_Chemical):
 
 
 class LogP(_Target):
-    """How close Crippen's logP is to a target, as `exp(-(x - target)^2 / (2 width^2))`.
-
-    Args:
-        target: Wanted logP.
-        width: Distance from it at which the reward is 0.61.
-        invalid: Reward of molecules that are not valid and connected.
-    """
-
-    def __init__(self, target: float, width: float = 0.5, invalid: float = 0.0) -> None:
-        super().__init__(target, width, invalid)
+    """How close Crippen's logP is to a target; of width 0.5 unless given."""
 
     def quantity(self, chemistry: Chemistry) -> NDArray[np.float64]:
         return chemistry.values("logp")
 
 
 class TPSA(_Target):
-    """How close the polar surface is to a target, as `exp(-(x - target)^2 / (2 width^2))`.
+    """How close the polar surface in square Angstrom is to a target; of width 10 unless given."""
 
-    Args:
-        target: Wanted area in square Angstrom.
-        width: Distance from it at which the reward is 0.61.
-        invalid: Reward of molecules that are not valid and connected.
-    """
-
-    def __init__(self, target: float, width: float = 10.0, invalid: float = 0.0) -> None:
-        super().__init__(target, width, invalid)
+    default_width = 10.0
 
     def quantity(self, chemistry: Chemistry) -> NDArray[np.float64]:
         return chemistry.values("tpsa")
 
 
 class RingCount(_Target):
-    """How close the number of rings is to a target, as `exp(-(x - target)^2 / (2 width^2))`.
-
-    Args:
-        target: Wanted number.
-        width: Distance from it at which the reward is 0.61.
-        invalid: Reward of molecules that are not valid and connected.
-    """
-
-    def __init__(self, target: float, width: float = 0.5, invalid: float = 0.0) -> None:
-        super().__init__(target, width, invalid)
+    """How close the number of rings is to a target; of width 0.5 unless given."""
 
     def quantity(self, chemistry: Chemistry) -> NDArray[np.float64]:
         return chemistry.values("num_rings")
@@ -224,14 +202,11 @@ class AtomCount(_Target):
     Args:
         symbol: The element.
         target: Wanted number.
-        width: Distance from it at which the reward is 0.61.
-        invalid: Reward of molecules that are not valid and connected.
+        **rest: width (0.5 unless given) and invalid, as of `LogP`.
     """
 
-    def __init__(
-        self, symbol: str, target: float, width: float = 0.5, invalid: float = 0.0
-    ) -> None:
-        super().__init__(target, width, invalid)
+    def __init__(self, symbol: str, target: float, **rest: Any) -> None:
+        super().__init__(target, **rest)
         if symbol not in VALENCES:
             raise UsageError(
                 f"reward.init_args.symbol must be one of {list(VALENCES)}, got {symbol!r}"
@@ -335,7 +310,7 @@ class XTB(_Target):
     Args:
         quantity: "dipole" in Debye or "gap", HOMO-LUMO, in eV.
         target: Wanted value.
-        width: Distance from it at which the reward is 0.61.
+        width: Distance from it at which the reward is 0.61; None takes 0.5.
         num_workers: Processes to share the work among; 0 works in this one.
         invalid: Reward of molecules that are not valid and connected or do not converge.
 
@@ -347,7 +322,7 @@ class XTB(_Target):
         self,
         quantity: Literal["dipole", "gap"] = "dipole",
         target: float = 3.0,
-        width: float = 0.5,
+        width: float | None = None,
         num_workers: int = 0,
         invalid: float = 0.0,
     ) -> None:
