@@ -1,4 +1,4 @@
-"""Fixtures of all tests: one thread, no network, and a tiny Stable Diffusion folder."""
+"""Fixtures of all tests: one thread, no network, one seed, and a tiny Stable Diffusion folder."""
 
 import os
 from collections.abc import Callable
@@ -13,6 +13,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)
 
 TOKENIZER = Path(__file__).parents[1] / "domains/text_to_image/assets/shapes/tokenizer"
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Make no test depend on what ran before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
