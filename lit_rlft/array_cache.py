@@ -2,13 +2,21 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import mkdtemp
+from typing import Any
+
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_info
+from numpy.typing import NDArray
 
 from lit_rlft.core.checks import UsageError
+from lit_rlft.entries import Report
 
-__all__ = ["cached_folder", "user_cache"]
+__all__ = ["cached_folder", "open_arrays", "save_arrays", "user_cache"]
+
+_REPORT, _LISTING = "report.txt", "left_out.txt"
 
 
 def user_cache(name: str, given: str | None = None) -> Path:
@@ -45,3 +53,28 @@ def cached_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def save_arrays(
+    folder: Path, final: Path, arrays: Mapping[str, NDArray[Any]], report: Report
+) -> None:
+    """Write arrays and what was left out of them.
+
+    Args:
+        folder: Where to write.
+        final: What the folder will be called, for the report.
+        arrays: By name.
+        report: On the entries that they were made of.
+    """
+    for name, values in arrays.items():
+        np.save(folder / f"{name}.npy", values)
+    listing = report.listing()
+    more = f"; every one is listed in {final / _LISTING}" if listing else ""
+    (folder / _LISTING).write_text(listing, encoding="utf-8")
+    (folder / _REPORT).write_text(f"{report}{more}", encoding="utf-8")
+
+
+def open_arrays(folder: Path, names: Sequence[str]) -> list[NDArray[Any]]:
+    """Say what was left out, and return the arrays that `save_arrays` wrote, memory-mapped."""
+    rank_zero_info((folder / _REPORT).read_text(encoding="utf-8"))
+    return [np.load(folder / f"{name}.npy", mmap_mode="r") for name in names]

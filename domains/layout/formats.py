@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from domains.layout.pages import BadPage, Element, Page
+from domains.layout.pages import Element, Page
 from domains.layout.streaming import JSONStream
 from lit_rlft.core.checks import UsageError
+from lit_rlft.entries import BadEntry
 
 __all__ = ["read_arrays", "read_coco", "read_json", "read_rico"]
 
-Entry = Page | BadPage
+Entry = Page | BadEntry
 
 
 def read_coco(path: Path) -> Iterator[Entry]:
@@ -39,7 +40,7 @@ def read_coco(path: Path) -> Iterator[Entry]:
         elements = [Element(coco.names.get(c, f"category {c}"), *box) for c, box in found]
         yield Page(f"image {number}", *coco.images[number], elements)
     for number in np.setdiff1d(owners, known).tolist():
-        yield BadPage(f"image {number}", "annotations but no entry among the images")
+        yield BadEntry(f"image {number}", "annotations but no entry among the images")
 
 
 def read_rico(folder: Path) -> Iterator[Entry]:
@@ -62,10 +63,10 @@ def read_rico(folder: Path) -> Iterator[Entry]:
             left, top, right, bottom = root["bounds"]
             nodes = list(_labelled(root))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            yield BadPage(path.name, "no readable view hierarchy", _reason(error))
+            yield BadEntry(path.name, "no readable view hierarchy", _reason(error))
             continue
         if right - left > bottom - top:
-            yield BadPage(path.name, "a landscape canvas", f"{right - left} x {bottom - top}")
+            yield BadEntry(path.name, "a landscape canvas", f"{right - left} x {bottom - top}")
             continue
         elements = [
             Element(label, x - left, y - top, x_end - x, y_end - y)
@@ -214,7 +215,7 @@ def _page(name: str, text: str) -> Entry:
             elements.append(Element(str(element["label"]), *numbers))
         return Page(name, float(width), float(height), elements)
     except (ValueError, KeyError, TypeError) as error:
-        return BadPage(name, "no readable layout", _reason(error))
+        return BadEntry(name, "no readable layout", _reason(error))
 
 
 def _class_of(number: int, classes: Sequence[str]) -> str:

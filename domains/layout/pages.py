@@ -3,20 +3,18 @@
 import math
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from domains.layout.layouts import EMPTY
-from lit_rlft.core.checks import UsageError
+from lit_rlft.entries import BadEntry, Report
 
 __all__ = [
-    "BadPage",
     "Element",
     "Packed",
     "Page",
-    "Report",
     "elements_of",
     "pack",
     "reading_order",
@@ -48,55 +46,6 @@ class Page:
 
 
 @dataclass(frozen=True)
-class BadPage:
-    """An entry that cannot be used.
-
-    Attributes:
-        name: The entry's name in its file.
-        kind: What is wrong, in words that entries with the same fault share.
-        detail: Where exactly.
-    """
-
-    name: str
-    kind: str
-    detail: str = ""
-
-    def __str__(self) -> str:
-        """Return the fault in one phrase."""
-        return f"{self.name} has {self.kind}" + (f" ({self.detail})" if self.detail else "")
-
-
-@dataclass
-class Report:
-    """How many entries of a file were used, and why others were not.
-
-    Attributes:
-        source: The file.
-        num_kept: Entries used.
-        faults: Per kind of fault, the number of entries and the first of them.
-    """
-
-    source: str
-    num_kept: int = 0
-    faults: dict[str, tuple[int, BadPage]] = field(default_factory=dict)
-
-    def add(self, bad: BadPage) -> None:
-        """Count an entry that is left out."""
-        count, first = self.faults.get(bad.kind, (0, bad))
-        self.faults[bad.kind] = (count + 1, first)
-
-    def __str__(self) -> str:
-        """Return the report in one line."""
-        num_bad = sum(count for count, _ in self.faults.values())
-        text = f"{self.source}: {self.num_kept} of {self.num_kept + num_bad} layouts used"
-        faults = [
-            f"{count} left out with {kind} (first: {bad.name}{bad.detail and f', {bad.detail}'})"
-            for kind, (count, bad) in self.faults.items()
-        ]
-        return "; ".join([text, *faults])
-
-
-@dataclass(frozen=True)
 class Packed:
     """n layouts of at most N elements, each in reading order, empty slots last.
 
@@ -116,7 +65,7 @@ class Packed:
 
 
 def pack(
-    entries: Iterable[Page | BadPage],
+    entries: Iterable[Page | BadEntry],
     classes: Sequence[str],
     max_elements: int,
     *,
@@ -135,24 +84,20 @@ def pack(
     Raises:
         UsageError: An entry is bad and `strict`, or no entry is good.
     """
-    report, numbers = Report(source), {name: i for i, name in enumerate(classes)}
+    report = Report(source, "layouts", strict)
+    numbers = {name: i for i, name in enumerate(classes)}
     # Flat arrays: a Python object per page would take several times their memory.
     boxes, labels, canvases = array("f"), array("b"), array("f")
     for entry in entries:
-        bad = entry if isinstance(entry, BadPage) else _fault(entry, numbers, max_elements)
+        bad = entry if isinstance(entry, BadEntry) else _fault(entry, numbers, max_elements)
         if bad is None:
             assert isinstance(entry, Page)
             _append(entry, numbers, max_elements, boxes, labels)
             canvases.extend((entry.width, entry.height))
             report.num_kept += 1
-        elif strict:
-            raise UsageError(
-                f"{source}: {bad}; mend the file, or set strict to false to leave such layouts out"
-            )
         else:
-            report.add(bad)
-    if not report.num_kept:
-        raise UsageError(f"{report}; nothing is left to use")
+            report.leave_out(bad)
+    report.check()
     packed = Packed(
         np.frombuffer(boxes, np.float32).reshape(-1, max_elements, 4),
         np.frombuffer(labels, np.int8).reshape(-1, max_elements),
@@ -180,26 +125,26 @@ def reading_order(edges: NDArray[np.float64]) -> list[int]:
     return [i for _, i in sorted((key, i) for i, key in enumerate(keys))]
 
 
-def _fault(page: Page, numbers: dict[str, int], max_elements: int) -> BadPage | None:
+def _fault(page: Page, numbers: dict[str, int], max_elements: int) -> BadEntry | None:
     """Return what is wrong with a page, or None."""
     if not (_positive(page.width) and _positive(page.height)):
-        return BadPage(page.name, "a canvas without a size", f"{page.width} x {page.height}")
+        return BadEntry(page.name, "a canvas without a size", f"{page.width} x {page.height}")
     if not page.elements:
-        return BadPage(page.name, "no elements")
+        return BadEntry(page.name, "no elements")
     for i, element in enumerate(page.elements):
         box = (element.left, element.top, element.width, element.height)
         detail = f"element {i}: {element.label} at {[*box]}"
         if element.label not in numbers:
-            return BadPage(page.name, "a class that is not in the list", detail)
+            return BadEntry(page.name, "a class that is not in the list", detail)
         if not all(map(math.isfinite, box)):
-            return BadPage(page.name, "a box that is not finite", detail)
+            return BadEntry(page.name, "a box that is not finite", detail)
         if element.width <= 0 or element.height <= 0:
-            return BadPage(page.name, "an empty box", detail)
+            return BadEntry(page.name, "an empty box", detail)
         if not _inside(element, page):
-            return BadPage(page.name, "a box outside the canvas", detail)
+            return BadEntry(page.name, "a box outside the canvas", detail)
     if len(page.elements) > max_elements:
         kind = f"more elements than the {max_elements} slots"
-        return BadPage(page.name, kind, f"{len(page.elements)} elements")
+        return BadEntry(page.name, kind, f"{len(page.elements)} elements")
     return None
 
 

@@ -8,15 +8,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from lightning.pytorch.utilities import rank_zero_info
-
 from domains.layout import grammar
 from domains.layout.classes import class_list
 from domains.layout.formats import read_arrays, read_coco, read_json, read_rico
-from domains.layout.pages import BadPage, Packed, Page, pack
-from lit_rlft.array_cache import cached_folder, user_cache
+from domains.layout.pages import Packed, Page, pack
+from lit_rlft.array_cache import cached_folder, open_arrays, save_arrays, user_cache
 from lit_rlft.core.checks import UsageError
+from lit_rlft.entries import BadEntry
 
 __all__ = ["Grammar", "JSONLayouts", "PubLayNet", "RicoArrays", "RicoJSON", "Source"]
 
@@ -111,14 +109,12 @@ class _File(Source):
         self.cache_dir = user_cache("layout", cache_dir)
 
     @abstractmethod
-    def _entries(self) -> Iterable[Page | BadPage]:
+    def _entries(self) -> Iterable[Page | BadEntry]:
         """Iterate over what is in the file."""
 
     def load(self) -> Packed:
         folder = cached_folder(self.cache_dir / self._key(), self._fill)
-        rank_zero_info((folder / "report.txt").read_text())
-        names = ("boxes", "labels", "canvases")
-        return Packed(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in names))
+        return Packed(*open_arrays(folder, ("boxes", "labels", "canvases")))
 
     def _fill(self, folder: Path) -> None:
         """Read the file into a folder of arrays."""
@@ -129,9 +125,7 @@ class _File(Source):
             source=str(self.path),
             strict=self.strict,
         )
-        for name, values in vars(packed).items():
-            np.save(folder / f"{name}.npy", values)
-        (folder / "report.txt").write_text(str(report))
+        save_arrays(folder, self.cache_dir / self._key(), vars(packed), report)
 
     def _key(self) -> str:
         """Name the arrays by all that they depend on: the file's age and size too."""
@@ -154,7 +148,7 @@ class PubLayNet(_File):
 
     usual_classes = "publaynet"
 
-    def _entries(self) -> Iterable[Page | BadPage]:
+    def _entries(self) -> Iterable[Page | BadEntry]:
         return read_coco(self.path)
 
 
@@ -168,7 +162,7 @@ class RicoJSON(_File):
 
     usual_classes = "rico"
 
-    def _entries(self) -> Iterable[Page | BadPage]:
+    def _entries(self) -> Iterable[Page | BadEntry]:
         return read_rico(self.path)
 
 
@@ -180,7 +174,7 @@ class RicoArrays(_File):
 
     usual_classes = "rico"
 
-    def _entries(self) -> Iterable[Page | BadPage]:
+    def _entries(self) -> Iterable[Page | BadEntry]:
         return read_arrays(self.path, self.classes)
 
 
@@ -203,5 +197,5 @@ class JSONLayouts(_File):
     ) -> None:
         super().__init__(path, max_elements, classes, **file)
 
-    def _entries(self) -> Iterable[Page | BadPage]:
+    def _entries(self) -> Iterable[Page | BadEntry]:
         return read_json(self.path)

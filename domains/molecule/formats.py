@@ -14,8 +14,9 @@ import numpy as np
 from rdkit import Chem
 
 from domains.molecule.elements import SYMBOLS
-from domains.molecule.structures import BadStructure, Structure
+from domains.molecule.structures import Structure
 from lit_rlft.core.checks import UsageError
+from lit_rlft.entries import BadEntry
 
 __all__ = [
     "read_arrays",
@@ -26,7 +27,7 @@ __all__ = [
     "read_xyz",
 ]
 
-Entry = Structure | BadStructure
+Entry = Structure | BadEntry
 
 _TABLE = Chem.GetPeriodicTable()
 _QM9_NAME = re.compile(r"dsgdb9nsd_(\d+)\.xyz$")
@@ -89,7 +90,7 @@ def read_xyz(path: Path) -> Iterator[Entry]:
         try:
             size = int(lines[place].split()[0])
         except ValueError:
-            yield BadStructure(name, "no number of atoms", lines[place].strip()[:40])
+            yield BadEntry(name, "no number of atoms", lines[place].strip()[:40])
             return  # where the next frame begins is not known
         frame = lines[place : place + size + 2]
         place += size + 2
@@ -112,13 +113,13 @@ def read_sdf(path: Path, titles: Path | None = None) -> Iterator[Entry]:
         for number, (line, block, ended) in enumerate(_blocks(file), 1):
             name = f"entry {number} at line {line}"
             if not ended:
-                yield BadStructure(name, "no end", "the file is cut off")
+                yield BadEntry(name, "no end", "the file is cut off")
                 return
             title = block[0].strip()
             if known is not None and (number > len(known) or title != known[number - 1]):
                 other = known[number - 1] if number <= len(known) else "nothing"
                 detail = f"{title!r}, but the table has {other!r}"
-                yield BadStructure(name, "a title other than the table's", detail)
+                yield BadEntry(name, "a title other than the table's", detail)
                 continue
             yield _sdf_entry(block, name, _number_of(title, number))
 
@@ -200,12 +201,12 @@ def _xyz_entry(lines: list[str], name: str, number: int) -> Entry:
     try:
         size = int(lines[0].split()[0])
     except (IndexError, ValueError):
-        return BadStructure(name, "no number of atoms")
+        return BadEntry(name, "no number of atoms")
     if size < 1:
-        return BadStructure(name, "no number of atoms", str(size))
+        return BadEntry(name, "no number of atoms", str(size))
     atoms = lines[2 : 2 + size]
     if len(atoms) < size:
-        return BadStructure(name, "fewer atoms than it says", f"{len(atoms)} of {size}")
+        return BadEntry(name, "fewer atoms than it says", f"{len(atoms)} of {size}")
     symbols, positions = [], np.empty((size, 3))
     for i, line in enumerate(atoms):
         words = line.split()
@@ -213,7 +214,7 @@ def _xyz_entry(lines: list[str], name: str, number: int) -> Entry:
             symbols.append(_symbol(words[0]))
             positions[i] = [_float(word) for word in words[1:4]]
         except (IndexError, ValueError):
-            return BadStructure(name, "an unreadable atom", f"atom {i + 1}: {line.strip()[:60]!r}")
+            return BadEntry(name, "an unreadable atom", f"atom {i + 1}: {line.strip()[:60]!r}")
     return Structure(name, number, symbols, positions)
 
 
@@ -236,15 +237,15 @@ def _blocks(file: TextIO) -> Iterator[tuple[int, list[str], bool]]:
 def _sdf_entry(block: list[str], name: str, number: int) -> Entry:
     atoms = takewhile(lambda line: not line.startswith("M  END"), block[4:])
     if any(_NOT_A_NUMBER.search(line) for line in atoms):
-        return BadStructure(name, "a position that is not finite")
+        return BadEntry(name, "a position that is not finite")
     mol = Chem.MolFromMolBlock("\n".join(block), sanitize=False, removeHs=False)
     if mol is None or not mol.GetNumAtoms():
-        return BadStructure(name, "an unreadable structure", block[0].strip())
+        return BadEntry(name, "an unreadable structure", block[0].strip())
     if any(atom.GetNumRadicalElectrons() for atom in mol.GetAtoms()):
-        return BadStructure(name, "a radical")
+        return BadEntry(name, "a radical")
     positions = mol.GetConformer().GetPositions()
     if block[1][20:22].upper() == "2D" and not positions[:, 2].any():
-        return BadStructure(name, "no conformer", "its positions are those of a drawing")
+        return BadEntry(name, "no conformer", "its positions are those of a drawing")
     symbols = [atom.GetSymbol() for atom in mol.GetAtoms()]
     return Structure(name, number, symbols, positions)
 

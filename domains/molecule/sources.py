@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import save_file
@@ -28,9 +27,10 @@ from domains.molecule.formats import (
 from domains.molecule.geometry import embed
 from domains.molecule.molecules import EMPTY
 from domains.molecule.processes import in_processes
-from domains.molecule.structures import BadStructure, Packed, Structure, molecules_of, pack
-from lit_rlft.array_cache import cached_folder, user_cache
+from domains.molecule.structures import Packed, Structure, molecules_of, pack
+from lit_rlft.array_cache import cached_folder, open_arrays, save_arrays, user_cache
 from lit_rlft.core.checks import UsageError
+from lit_rlft.entries import BadEntry
 
 __all__ = ["QM9", "Enumerated", "MoleculeFile", "SmilesFile", "Source", "Splits", "edm_split"]
 
@@ -107,9 +107,7 @@ class Source(ABC):
             UsageError: There are none, or one is bad where none may be.
         """
         folder = cached_folder(self.cache_dir / self._key(), self._fill)
-        rank_zero_info((folder / "report.txt").read_text(encoding="utf-8"))
-        names = ("positions", "types", "numbers")
-        return Packed(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in names))
+        return Packed(*open_arrays(folder, ("positions", "types", "numbers")))
 
     def _fill(self, folder: Path) -> None:
         """Make the arrays in a folder."""
@@ -121,13 +119,7 @@ class Source(ABC):
             strict=self.strict,
             only_stable=self.only_stable,
         )
-        for name, values in vars(packed).items():
-            np.save(folder / f"{name}.npy", values)
-        listing = report.listing()
-        listed = self.cache_dir / self._key() / "left_out.txt"
-        more = f"; every one is listed in {listed}" if listing else ""
-        (folder / "left_out.txt").write_text(listing, encoding="utf-8")
-        (folder / "report.txt").write_text(f"{report}{more}", encoding="utf-8")
+        save_arrays(folder, self.cache_dir / self._key(), vars(packed), report)
 
     def _key(self) -> str:
         """Name the arrays by all that they depend on."""
@@ -273,7 +265,7 @@ class QM9(_File):
         return (
             entry
             for entry in entries
-            if isinstance(entry, BadStructure) or entry.number not in left_out
+            if isinstance(entry, BadEntry) or entry.number not in left_out
         )
 
     def splits(self, packed: Packed) -> Splits:
@@ -404,7 +396,7 @@ def _embedded(
     results = in_processes(embed, jobs, num_workers)
     for (name, number, _), result in zip(lines, results, strict=True):
         if result.positions is None:
-            yield BadStructure(name, result.fault, result.detail)
+            yield BadEntry(name, result.fault, result.detail)
         else:
             yield Structure(name, number, result.symbols, result.positions)
 

@@ -1,9 +1,8 @@
 """Structures as files have them: checked, counted and packed into arrays."""
 
 from array import array
-from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,11 +10,10 @@ from numpy.typing import NDArray
 
 from domains.molecule import bonds
 from domains.molecule.molecules import EMPTY, Molecules
-from lit_rlft.core.checks import UsageError
+from lit_rlft.entries import BadEntry, Report
 
-__all__ = ["BadStructure", "Packed", "Report", "Structure", "molecules_of", "pack"]
+__all__ = ["Packed", "Structure", "molecules_of", "pack"]
 
-_MAX_LISTED = 5  # names per kind of fault in the one-line report
 _CHUNK = 4096  # molecules
 
 
@@ -34,55 +32,6 @@ class Structure:
     number: int
     symbols: Sequence[str]
     positions: NDArray[np.floating]
-
-
-@dataclass(frozen=True)
-class BadStructure:
-    """An entry that cannot be used.
-
-    Attributes:
-        name: Where it is.
-        kind: What is wrong, in words that entries with the same fault share.
-        detail: More of it.
-    """
-
-    name: str
-    kind: str
-    detail: str = ""
-
-    def __str__(self) -> str:
-        """Return the fault in one phrase."""
-        return f"{self.name} has {self.kind}" + (f" ({self.detail})" if self.detail else "")
-
-
-@dataclass
-class Report:
-    """How many entries of a file were used, and why others were not.
-
-    Attributes:
-        source: The file.
-        num_kept: Entries used.
-        faults: Entries left out, in the file's order.
-    """
-
-    source: str
-    num_kept: int = 0
-    faults: list[BadStructure] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        """Return the report in one line, with the first few entries of every kind of fault."""
-        kinds = Counter(bad.kind for bad in self.faults)
-        total = self.num_kept + len(self.faults)
-        parts = [f"{self.source}: {self.num_kept} of {total} molecules used"]
-        for kind, count in kinds.items():
-            names = [bad.name for bad in self.faults if bad.kind == kind][:_MAX_LISTED]
-            more = ", ..." if count > _MAX_LISTED else ""
-            parts.append(f"{count} left out with {kind} ({', '.join(names)}{more})")
-        return "; ".join(parts)
-
-    def listing(self) -> str:
-        """Return every entry that was left out, a sentence a line."""
-        return "".join(f"{self.source}: {bad}.\n" for bad in self.faults)
 
 
 @dataclass(frozen=True)
@@ -114,7 +63,7 @@ class Packed:
 
 
 def pack(
-    entries: Iterable[Structure | BadStructure],
+    entries: Iterable[Structure | BadEntry],
     elements: Sequence[str],
     max_atoms: int,
     *,
@@ -136,23 +85,20 @@ def pack(
     Raises:
         UsageError: An entry is bad and `strict`, or no entry is good.
     """
-    report, types_of = Report(source), {symbol: i for i, symbol in enumerate(elements)}
+    report = Report(source, "molecules", strict)
+    types_of = {symbol: i for i, symbol in enumerate(elements)}
     # Flat arrays: Python objects per molecule would take several times their memory.
     positions, types, numbers = array("f"), array("b"), array("i")
     names: list[str] = []
     for entry in entries:
-        bad = entry if isinstance(entry, BadStructure) else _fault(entry, types_of, max_atoms)
+        bad = entry if isinstance(entry, BadEntry) else _fault(entry, types_of, max_atoms)
         if bad is None:
             assert isinstance(entry, Structure)
             _append(entry, types_of, max_atoms, positions, types)
             numbers.append(entry.number)
             names.append(entry.name)
-        elif strict:
-            raise UsageError(
-                f"{source}: {bad}; mend the file, or set strict to false to leave such entries out"
-            )
         else:
-            report.faults.append(bad)
+            report.leave_out(bad)
     packed = Packed(
         np.frombuffer(positions, np.float32).reshape(-1, max_atoms, 3),
         np.frombuffer(types, np.int8).reshape(-1, max_atoms),
@@ -161,16 +107,10 @@ def pack(
     if only_stable and len(packed):
         stable, fault = _stability(packed, tuple(elements))
         for row in np.flatnonzero(~stable).tolist():
-            bad = BadStructure(names[row], fault)
-            if strict:
-                raise UsageError(
-                    f"{source}: {bad}; set strict or only_stable to false, or mend the file"
-                )
-            report.faults.append(bad)
+            report.leave_out(BadEntry(names[row], fault))
         packed = packed.index(stable)
     report.num_kept = len(packed)
-    if not report.num_kept:
-        raise UsageError(f"{report}; nothing is left to use")
+    report.check()
     return packed, report
 
 
@@ -183,23 +123,23 @@ def molecules_of(
     return Molecules.of(positions, types, elements, "H" not in elements)
 
 
-def _fault(entry: Structure, types_of: dict[str, int], max_atoms: int) -> BadStructure | None:
+def _fault(entry: Structure, types_of: dict[str, int], max_atoms: int) -> BadEntry | None:
     """Return what is wrong with a structure, or None."""
     unknown = sorted(set(entry.symbols) - set(types_of) - {"H"})
     if unknown:
         kind = f"elements other than {', '.join(types_of)}"
-        return BadStructure(entry.name, kind, ", ".join(unknown))
+        return BadEntry(entry.name, kind, ", ".join(unknown))
     count = sum(symbol in types_of for symbol in entry.symbols)
     if not count:
-        return BadStructure(entry.name, "no atoms")
+        return BadEntry(entry.name, "no atoms")
     if count > max_atoms:
-        return BadStructure(entry.name, f"more atoms than {max_atoms}", f"{count} atoms")
+        return BadEntry(entry.name, f"more atoms than {max_atoms}", f"{count} atoms")
     if not np.isfinite(entry.positions).all():
         atom = int((~np.isfinite(entry.positions).all(axis=1)).argmax())
         detail = f"atom {atom + 1}: {entry.symbols[atom]} at {entry.positions[atom].tolist()}"
-        return BadStructure(entry.name, "a position that is not finite", detail)
+        return BadEntry(entry.name, "a position that is not finite", detail)
     if len(entry.symbols) > 1 and np.ptp(entry.positions, axis=0).max() < 1e-3:
-        return BadStructure(entry.name, "no conformer", "all atoms are in one place")
+        return BadEntry(entry.name, "no conformer", "all atoms are in one place")
     return None
 
 

@@ -24,8 +24,9 @@ from domains.molecule.formats import (
 )
 from domains.molecule.molecules import EMPTY
 from domains.molecule.sources import QM9, MoleculeFile, SmilesFile, Source, edm_split
-from domains.molecule.structures import BadStructure, Report, Structure, molecules_of, pack
+from domains.molecule.structures import Structure, molecules_of, pack
 from lit_rlft.core.checks import UsageError
+from lit_rlft.entries import BadEntry, Report
 from tests.domains.molecule.known import geometry, real
 
 SMILES = ("C", "N", "O", "C#C", "C#N")
@@ -122,7 +123,7 @@ def test_sdf_with_its_table(tmp_path: Path) -> None:
         same(entry, smiles)
     table.write_text("mol_id,gap\ngdb_1,1\ngdb_2,1\ngdb_4,1\ngdb_3,1\ngdb_5,1\n")
     found = list(read_sdf(path, table))
-    assert [type(entry) for entry in found].count(BadStructure) == 2
+    assert [type(entry) for entry in found].count(BadEntry) == 2
     assert "'gdb_3', but the table has 'gdb_4'" in str(found[2])
     listing = tmp_path / "uncharacterized.txt"
     listing.write_text("\n" * 9 + "1 C\n")
@@ -337,7 +338,8 @@ def test_nothing_left_is_an_error(tmp_path: Path) -> None:
 
 
 def test_reports_name_the_first_few() -> None:
-    report = Report("a file", 3, [BadStructure(f"line {i}", "a fault") for i in range(1, 8)])
+    faults = [BadEntry(f"line {i}", "a fault") for i in range(1, 8)]
+    report = Report("a file", "molecules", num_kept=3, faults=faults)
     text = "7 left out with a fault (line 1, line 2, line 3, line 4, line 5, ...)"
     assert str(report) == f"a file: 3 of 10 molecules used; {text}"
     assert report.listing().count("\n") == 7
