@@ -60,23 +60,49 @@ def lit_rlft(stage: str, folder: Path, options: Sequence[str]) -> None:
     subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
 
 
+def fit(folder: Path, options: Sequence[str]) -> Path:
+    """Train once and return the checkpoint; a finished run is kept, an interrupted one goes on.
+
+    Args:
+        folder: Of the run.
+        options: Configs and settings for the command line.
+
+    Raises:
+        SystemExit: The folder holds a run with other options.
+    """
+    checkpoint, note = folder / "checkpoints" / "last.ckpt", folder / "benchmark.json"
+    state = {"options": list(options), "finished": False}
+    if note.exists():
+        held = json.loads(note.read_text())
+        if held["options"] != state["options"]:
+            raise SystemExit(f"{folder} holds a run with other options; delete it or set --root")
+        state = held
+    if not state["finished"]:
+        folder.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps(state))
+        resume = ["--ckpt_path", str(checkpoint)] if checkpoint.exists() else []
+        lit_rlft("fit", folder, [*options, *resume])
+        note.write_text(json.dumps({**state, "finished": True}))
+    return checkpoint
+
+
 def fit_and_test(root: Path, name: str, options: Sequence[str]) -> Report:
-    """Train and test on one thread and return metrics.json; a finished run is not repeated.
+    """Train and test on one thread and return metrics.json; what is finished is not repeated.
 
     Args:
         root: Folder of all runs.
         name: Of this run.
         options: Configs and settings for the command line; there is no validation unless they say
             so.
+
+    Raises:
+        SystemExit: The folder holds a run with other options.
     """
-    folder = folder_of(root, name)
-    if not (folder / "metrics.json").exists():
-        options = ["--trainer.limit_val_batches", "0", *options]
-        checkpoint = folder / "checkpoints" / "last.ckpt"
-        if not checkpoint.exists():
-            lit_rlft("fit", folder, options)
+    folder, options = folder_of(root, name), ["--trainer.limit_val_batches", "0", *options]
+    checkpoint, metrics = fit(folder, options), folder / "metrics.json"
+    if not metrics.exists():
         lit_rlft("test", folder, [*options, "--ckpt_path", str(checkpoint)])
-    return json.loads((folder / "metrics.json").read_text())
+    return json.loads(metrics.read_text())
 
 
 def change(results: Sequence[Report], metric: str) -> str:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from command_line import lit_rlft
+from command_line import fit, lit_rlft
 from torch.utils.tensorboard import SummaryWriter
 
 matplotlib.use("Agg")
@@ -56,12 +56,8 @@ class Point:
 
 def trained(root: Path, base_steps: int, options: list[str]) -> Path:
     """Train the corrector of a number of base steps, unless it is there; return its checkpoint."""
-    folder = root / f"base_{base_steps}"
-    checkpoint = folder / "checkpoints" / "last.ckpt"
-    if not checkpoint.exists():
-        own = ["--model.sampler.num_steps", str(base_steps), "--trainer.limit_val_batches", "0"]
-        lit_rlft("fit", folder, [*options, *own])
-    return checkpoint
+    own = ["--model.sampler.num_steps", str(base_steps), "--trainer.limit_val_batches", "0"]
+    return fit(root / f"base_{base_steps}", [*options, *own])
 
 
 def tested(
