@@ -79,22 +79,20 @@ def read_xyz(path: Path) -> Iterator[Entry]:
     Raises:
         UsageError: The file is missing.
     """
-    lines = _existing(path).read_text(encoding="utf-8").splitlines()
+    lines = _existing(path).read_text(encoding="utf-8", errors="replace").splitlines()
     place = number = 0
     while place < len(lines):
         if not lines[place].strip():
             place += 1
             continue
         number += 1
-        name = f"frame {number} at line {place + 1}"
-        try:
-            size = int(lines[place].split()[0])
-        except ValueError:
-            yield BadEntry(name, "no number of atoms", lines[place].strip()[:40])
-            return  # where the next frame begins is not known
-        frame = lines[place : place + size + 2]
-        place += size + 2
-        yield _xyz_entry(frame, name, number)
+        frame = lines[place : place + _count(lines[place]) + 2]
+        entry = _xyz_entry(frame, f"frame {number} at line {place + 1}", number)
+        yield entry
+        if isinstance(entry, BadEntry):
+            place = _next_frame(lines, place + 1)
+        else:
+            place += len(entry.symbols) + 2
 
 
 def read_sdf(path: Path, titles: Path | None = None) -> Iterator[Entry]:
@@ -113,8 +111,8 @@ def read_sdf(path: Path, titles: Path | None = None) -> Iterator[Entry]:
         for number, (line, block, ended) in enumerate(_blocks(file), 1):
             name = f"entry {number} at line {line}"
             if not ended:
-                yield BadEntry(name, "no end", "the file is cut off")
-                return
+                yield BadEntry(name, "no end", "no line M  END: it is cut off")
+                continue
             title = block[0].strip()
             if known is not None and (number > len(known) or title != known[number - 1]):
                 other = known[number - 1] if number <= len(known) else "nothing"
@@ -134,7 +132,7 @@ def read_smiles(path: Path, column: str = "smiles") -> Iterator[tuple[str, int, 
     Raises:
         UsageError: The file is missing or has no such column.
     """
-    with _existing(path).open(encoding="utf-8", newline="") as file:
+    with _existing(path).open(encoding="utf-8-sig", errors="replace", newline="") as file:
         if path.suffix.lower() != ".csv":
             for number, line in enumerate(file, 1):
                 if line.strip():
@@ -152,16 +150,16 @@ def read_smiles(path: Path, column: str = "smiles") -> Iterator[tuple[str, int, 
 def read_arrays(path: Path) -> Iterator[Entry]:
     """Iterate over the molecules of an .npz file.
 
-    It holds `positions` [n, N, 3] in Angstrom, `atomic_numbers` [n, N] with 0 for padding, and
-    perhaps `n_atoms` [n].
+    It holds `positions` [n, N, 3] in Angstrom, `atomic_numbers` [n, N] with 0 or less for padding,
+    and perhaps `n_atoms` [n].
 
     Raises:
         UsageError: The file is missing or lacks an array, or their shapes do not fit.
     """
     try:
         with np.load(_existing(path), allow_pickle=False) as file:
-            positions, numbers = file["positions"], file["atomic_numbers"]
-            sizes = file["n_atoms"] if "n_atoms" in file.files else (numbers != 0).sum(axis=1)
+            positions, numbers = file["positions"], file["atomic_numbers"].astype(np.int64)
+            sizes = file["n_atoms"] if "n_atoms" in file.files else (numbers > 0).sum(axis=1)
     except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
         reason = str(error).partition("\n")[0]
         raise UsageError(
@@ -173,13 +171,13 @@ def read_arrays(path: Path) -> Iterator[Entry]:
             "be [n, N, 3] and [n, N]"
         )
     for row, (size, place, number) in enumerate(zip(sizes, positions, numbers, strict=True)):
-        symbols = [_symbol(value) for value in number[:size].tolist()]
+        symbols = [_element(value) for value in number[:size].tolist()]
         yield Structure(f"row {row}", row, symbols, place[:size])
 
 
 def _folder_texts(folder: Path) -> Iterator[tuple[str, str]]:
     for path in sorted(folder.glob("*.xyz")):
-        yield path.name, path.read_text(encoding="utf-8")
+        yield path.name, path.read_text(encoding="utf-8", errors="replace")
 
 
 def _tar_texts(path: Path) -> Iterator[tuple[str, str]]:
@@ -189,7 +187,7 @@ def _tar_texts(path: Path) -> Iterator[tuple[str, str]]:
             for member in archive:
                 file = archive.extractfile(member) if member.name.endswith(".xyz") else None
                 if file is not None:
-                    yield member.name, file.read().decode("utf-8")
+                    yield member.name, file.read().decode("utf-8", errors="replace")
     except (tarfile.TarError, EOFError, OSError) as error:
         raise UsageError(
             f"{path} is no whole tar archive ({error}); give QM9's dsgdb9nsd.xyz.tar.bz2"
@@ -198,24 +196,44 @@ def _tar_texts(path: Path) -> Iterator[tuple[str, str]]:
 
 def _xyz_entry(lines: list[str], name: str, number: int) -> Entry:
     """Return the structure of a frame; lines after its atoms, as QM9 has them, are ignored."""
-    try:
-        size = int(lines[0].split()[0])
-    except (IndexError, ValueError):
-        return BadEntry(name, "no number of atoms")
+    size = _count(lines[0]) if lines else 0
     if size < 1:
-        return BadEntry(name, "no number of atoms", str(size))
+        return BadEntry(name, "no number of atoms", lines[0].strip()[:40] if lines else "")
     atoms = lines[2 : 2 + size]
     if len(atoms) < size:
         return BadEntry(name, "fewer atoms than it says", f"{len(atoms)} of {size}")
     symbols, positions = [], np.empty((size, 3))
     for i, line in enumerate(atoms):
-        words = line.split()
         try:
-            symbols.append(_symbol(words[0]))
-            positions[i] = [_float(word) for word in words[1:4]]
-        except (IndexError, ValueError):
+            symbol, positions[i] = _xyz_atom(line)
+        except ValueError:
             return BadEntry(name, "an unreadable atom", f"atom {i + 1}: {line.strip()[:60]!r}")
+        symbols.append(symbol)
     return Structure(name, number, symbols, positions)
+
+
+def _xyz_atom(line: str) -> tuple[str, list[float]]:
+    """Return symbol and position; raises ValueError where there are none."""
+    name, x, y, z = line.split()[:4]
+    return _symbol(name), [_float(word) for word in (x, y, z)]
+
+
+def _count(line: str) -> int:
+    """Return the number that a line begins with; 0 where there is none."""
+    first = line.split()[:1]
+    return int(first[0]) if first and first[0].isascii() and first[0].isdigit() else 0
+
+
+def _next_frame(lines: list[str], start: int) -> int:
+    """Return where the next frame begins after one that cannot be read: a count, then an atom."""
+    for place in range(start, len(lines) - 2):
+        if len(lines[place].split()) == 1 and _count(lines[place]):
+            try:
+                _xyz_atom(lines[place + 2])
+            except ValueError:
+                continue
+            return place
+    return len(lines)
 
 
 def _blocks(file: TextIO) -> Iterator[tuple[int, list[str], bool]]:
@@ -247,7 +265,9 @@ def _sdf_entry(block: list[str], name: str, number: int) -> Entry:
     if block[1][20:22].upper() == "2D" and not positions[:, 2].any():
         return BadEntry(name, "no conformer", "its positions are those of a drawing")
     symbols = [atom.GetSymbol() for atom in mol.GetAtoms()]
-    return Structure(name, number, symbols, positions)
+    mol.UpdatePropertyCache(strict=False)
+    missing = sum(atom.GetTotalNumHs() for atom in mol.GetAtoms())
+    return Structure(name, number, symbols, positions, missing)
 
 
 def _first_column(path: Path) -> list[str]:
@@ -263,18 +283,19 @@ def _number_of(title: str, number: int) -> int:
     return int(match[1]) if match else number
 
 
-def _symbol(name: str | int) -> str:
-    """Return an element's symbol, given that or its atomic number."""
-    text = str(name)
-    if text.isdigit():
-        number = int(text)
-        known = SYMBOLS.get(number)
-        return known or (
-            _TABLE.GetElementSymbol(number) if 0 < number < 119 else f"element {number}"
-        )
-    if not text.isalpha():
-        raise ValueError(text)
-    return text.capitalize()
+def _symbol(name: str) -> str:
+    """Return an element's symbol, given that or its atomic number; else raise ValueError."""
+    if name.isdigit():
+        return _element(int(name))
+    if not name.isalpha():
+        raise ValueError(name)
+    return name.capitalize()
+
+
+def _element(number: int) -> str:
+    """Return the symbol of an atomic number, or that there is none."""
+    known = SYMBOLS.get(number)
+    return known or (_TABLE.GetElementSymbol(number) if 0 < number < 119 else f"element {number}")
 
 
 def _float(word: str) -> float:

@@ -4,14 +4,14 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from domains.molecule import bonds, enumeration
 from domains.molecule.elements import EXPLICIT, check_elements
@@ -42,6 +42,7 @@ ASSET = Path(__file__).parent / "assets" / "enumerated.safetensors"
 
 _VERSION = 1  # of the cached arrays
 _STEP = 2e-4  # Angstrom
+_NUM_QM9 = 133_885
 _EDM_SIZES = (100_000, 17_748, 13_083)  # train, validation, test of 130,831
 _SUFFIXES = (".sdf", ".xyz", ".npz")
 
@@ -183,19 +184,22 @@ class Enumerated(Source):
 
     def load(self) -> Packed:
         """Return the molecules: those that ship with the package where the settings are theirs."""
-        if not ASSET.is_file():
+        if not ASSET.is_file() or not self._is_shipped():
             return super().load()
-        with safe_open(ASSET, "np") as file:
-            if (file.metadata() or {}).get("settings") != self.digest():
-                return super().load()
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return _unpacked(arrays, self.max_atoms)
+        return _unpacked(load_file(ASSET), self.max_atoms)
 
     def write_asset(self) -> Path:
         """Write the molecules to the file that ships with the package, rounded to 0.0002 Angstrom.
 
         Those that are no longer stable then are left out.
+
+        Raises:
+            UsageError: The file is there and holds the molecules of other settings.
         """
+        if ASSET.is_file() and not self._is_shipped():
+            raise UsageError(
+                f"{ASSET} holds the molecules of other settings than these; delete it first"
+            )
         made = super().load()
         arrays = _rounded(made)
         kept = bonds.molecule_stability(
@@ -206,6 +210,11 @@ class Enumerated(Source):
         save_file(arrays, ASSET, metadata={"settings": self.digest()})
         ASSET.chmod(0o644)
         return ASSET
+
+    def _is_shipped(self) -> bool:
+        """Whether the file that ships holds the molecules of these settings."""
+        with safe_open(ASSET, "np") as file:
+            return (file.metadata() or {}).get("settings") == self.digest()
 
 
 class _File(Source):
@@ -255,9 +264,7 @@ class QM9(_File):
         self.uncharacterized = Path(uncharacterized) if uncharacterized else None
 
     def entries(self) -> Iterable[Entry]:
-        left_out = frozenset[int]()
-        if self.uncharacterized is not None:
-            left_out = read_uncharacterized(self.uncharacterized)
+        left_out = self._left_out
         if self.path.suffix.lower() != ".sdf":
             return read_qm9(self.path, left_out)
         table = self.path.with_name(f"{self.path.name}.csv")
@@ -268,8 +275,17 @@ class QM9(_File):
             if isinstance(entry, BadEntry) or entry.number not in left_out
         )
 
+    @property
+    def _left_out(self) -> frozenset[int]:
+        """Numbers of the uncharacterized molecules, where their list is given."""
+        return (
+            frozenset()
+            if self.uncharacterized is None
+            else read_uncharacterized(self.uncharacterized)
+        )
+
     def splits(self, packed: Packed) -> Splits:
-        return edm_split(packed.numbers)
+        return edm_split(packed.numbers, self._left_out)
 
     def settings(self) -> list[Any]:
         table = self.path.with_name(f"{self.path.name}.csv")
@@ -364,22 +380,34 @@ def _unpacked(arrays: Mapping[str, NDArray[Any]], max_atoms: int) -> Packed:
     return Packed(positions, types, arrays["numbers"])
 
 
-def edm_split(numbers: NDArray[np.int32]) -> Splits:
+def edm_split(numbers: NDArray[np.int32], left_out: Collection[int] = ()) -> Splits:
     """Return the rows of EDM's split of QM9: a permutation of the molecules in QM9's order.
 
-    Without the uncharacterized molecules there are 130,831, of which 100,000 train, 17,748
-    validate and 13,083 test; fewer are split in the same proportion.
+    Of the 130,831 molecules that are left without the uncharacterized ones 100,000 train, 17,748
+    validate and 13,083 test. A molecule's split depends on its number alone, not on which others
+    are there: filters move none from one split to another. Without the list of the uncharacterized
+    all 133,885 are split in the same proportion, which is another permutation.
 
     Args:
-        numbers: [n] number of each molecule in QM9.
+        numbers: [n] number of each molecule in QM9, from 1.
+        left_out: Numbers of the uncharacterized molecules.
+
+    Raises:
+        UsageError: A number is none of QM9's.
     """
-    total = len(numbers)
-    num_test = int(0.1 * total)
-    share = _EDM_SIZES[0] / sum(_EDM_SIZES)
-    num_train = min(_EDM_SIZES[0], round(share * total))
-    permutation = np.random.RandomState(0).permutation(total)
-    ordered = np.argsort(numbers, kind="stable")[permutation]
-    train, val, test = np.split(ordered, [num_train, total - num_test])
+    if len(numbers) and not 1 <= numbers.min() <= numbers.max() <= _NUM_QM9:
+        raise UsageError(
+            f"data.init_args.source: QM9 numbers its molecules from 1 to {_NUM_QM9}, but the file "
+            f"has {numbers.min()} to {numbers.max()}; read it as a MoleculeFile"
+        )
+    known = np.setdiff1d(np.arange(1, _NUM_QM9 + 1), np.fromiter(left_out, np.int64))
+    total, num_test = len(known), int(0.1 * len(known))
+    num_train = min(_EDM_SIZES[0], round(_EDM_SIZES[0] / sum(_EDM_SIZES) * total))
+    permuted = known[np.random.RandomState(0).permutation(total)]
+    row_of = np.full(_NUM_QM9 + 1, -1)
+    row_of[numbers] = np.arange(len(numbers))
+    rows = (row_of[part] for part in np.split(permuted, [num_train, total - num_test]))
+    train, val, test = (part[part >= 0] for part in rows)
     return {"train": train, "val": val, "test": test}
 
 

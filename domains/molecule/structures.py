@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from domains.molecule import bonds
+from domains.molecule.elements import ATOMIC_NUMBERS
 from domains.molecule.molecules import EMPTY, Molecules
 from lit_rlft.entries import BadEntry, Report
 
@@ -26,12 +27,14 @@ class Structure:
         number: Its number in the file.
         symbols: [n] elements, hydrogens among them.
         positions: [n, 3] in Angstrom.
+        num_missing: Hydrogens that the file's bonds call for and that are not among the atoms.
     """
 
     name: str
     number: int
     symbols: Sequence[str]
     positions: NDArray[np.floating]
+    num_missing: int = 0
 
 
 @dataclass(frozen=True)
@@ -134,12 +137,16 @@ def _fault(entry: Structure, types_of: dict[str, int], max_atoms: int) -> BadEnt
         return BadEntry(entry.name, "no atoms")
     if count > max_atoms:
         return BadEntry(entry.name, f"more atoms than {max_atoms}", f"{count} atoms")
+    if "H" in types_of and entry.num_missing:
+        return BadEntry(entry.name, "missing hydrogens", f"{entry.num_missing} of them")
     if not np.isfinite(entry.positions).all():
         atom = int((~np.isfinite(entry.positions).all(axis=1)).argmax())
         detail = f"atom {atom + 1}: {entry.symbols[atom]} at {entry.positions[atom].tolist()}"
         return BadEntry(entry.name, "a position that is not finite", detail)
     if len(entry.symbols) > 1 and np.ptp(entry.positions, axis=0).max() < 1e-3:
         return BadEntry(entry.name, "no conformer", "all atoms are in one place")
+    if "H" in types_of and sum(ATOMIC_NUMBERS[symbol] for symbol in entry.symbols) % 2:
+        return BadEntry(entry.name, "an odd number of electrons", "a radical or an ion")
     return None
 
 

@@ -22,7 +22,7 @@ def source(path: Path, num: int = 60, max_atoms: int = 6, seed: int = 0) -> Mole
     sizes = np.concatenate([rng.integers(2, 6, num - 2), [6, 6]])
     numbers = np.zeros((num, 6), np.uint8)
     for row, size in enumerate(sizes):
-        numbers[row, :size] = rng.choice([1, 6, 7, 8, 9], size)
+        numbers[row, :size] = rng.choice([6, 8], size)
     path.mkdir(exist_ok=True)
     file = path / f"random{seed}.npz"
     np.savez(file, positions=rng.normal(size=(num, 6, 3)), atomic_numbers=numbers)

@@ -116,6 +116,8 @@ def test_the_command_makes_and_counts(
     # Rounding, and the mean that it moves.
     np.testing.assert_allclose(whole.positions[kept], shipped.positions, atol=2.1e-4)
     assert bonds.molecule_stability(molecules_of(shipped, EXPLICIT)).all()
+    with pytest.raises(UsageError, match="holds the molecules of other settings"):
+        make_data.main([*options, "--heavy", "--asset"])
     # Other settings do not take these molecules.
     other = Enumerated(2, 200, cache_dir=str(tmp_path / "c")).load()
     assert isinstance(other.positions, np.memmap)

@@ -156,6 +156,9 @@ def test_smiles_in_lines_and_columns(tmp_path: Path) -> None:
     path = tmp_path / "some.csv"
     path.write_text('name,smiles\n"a, b",CCO\nc,CC\n')
     assert [*read_smiles(path)] == [("line 2", 2, "CCO"), ("line 3", 3, "CC")]
+    path.write_bytes("\ufeffsmiles\nCCO\n".encode())
+    assert [*read_smiles(path)] == [("line 2", 2, "CCO")]
+    path.write_text("name,smiles\n")
     with pytest.raises(UsageError, match=r"no column 'SMILES' but \['name', 'smiles'\]"):
         list(read_smiles(path, "SMILES"))
 
@@ -257,10 +260,41 @@ def lost_xyz(path: Path) -> str:
     return str(path)
 
 
+def short_line_xyz(path: Path) -> str:
+    path.write_text(xyz("C") + "2\n\nO 0 0 0\nH 1.09\n")
+    return str(path)
+
+
+def negative_xyz(path: Path) -> str:
+    path.write_text(xyz("C") + "-2\n\nO 0 0 0\n")
+    return str(path)
+
+
+def odd_xyz(path: Path) -> str:
+    path.write_text(xyz("C") + "4\n\nC 0 0 0\nH 1 0 0\nH -0.5 0.9 0\nH -0.5 -0.9 0\n")
+    return str(path)
+
+
+def bare_sdf(path: Path) -> str:
+    ethanol = Chem.MolFromMolBlock(block("CCO"), removeHs=True)
+    path.write_text(Chem.MolToMolBlock(ethanol) + "$$$$\n" + block("C"))
+    return str(path)
+
+
+def endless_sdf(path: Path) -> str:
+    path.write_text("a\nb\n$$$$\n" + block("C"))
+    return str(path)
+
+
 @pytest.mark.parametrize(
     ("suffix", "make", "message"),
     [
-        (".sdf", cut_sdf, r"entry 2 at line 16 has no end \(the file is cut off\)"),
+        (".xyz", short_line_xyz, r"frame 2 at line 8 has an unreadable atom \(atom 2: 'H 1.09'"),
+        (".xyz", negative_xyz, r"frame 2 at line 8 has no number of atoms \(-2\)"),
+        (".xyz", odd_xyz, r"frame 2 at line 8 has an odd number of electrons"),
+        (".sdf", bare_sdf, r"entry 1 at line 1 has missing hydrogens \(6 of them\)"),
+        (".sdf", endless_sdf, r"entry 1 at line 1 has no end"),
+        (".sdf", cut_sdf, r"entry 2 at line 16 has no end \(no line M  END: it is cut off\)"),
         (".sdf", flat_sdf, r"entry 1 at line 1 has no conformer \(its positions are those"),
         (".sdf", zero_sdf, r"entry 1 at line 1 has no conformer"),
         (".sdf", nan_sdf, r"entry 1 at line 1 has a position that is not finite"),
@@ -281,6 +315,18 @@ def test_faults_are_left_out_or_stop(
         MoleculeFile(path, strict=True, **settings(tmp_path)).load()
     packed = MoleculeFile(path, **settings(tmp_path)).load()
     assert Chemistry(molecules_of(packed, EXPLICIT)).smiles == ["C"]
+
+
+def test_frames_after_a_spoilt_one_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "some.xyz"
+    lines = xyz("CC").splitlines()
+    spoilt = "\n".join(lines[:5] + lines[6:]) + "\n"
+    path.write_text(xyz("C") + spoilt + xyz("N") + xyz("O"))
+    found = list(read_xyz(path))
+    assert [type(entry) for entry in found] == [Structure, BadEntry, Structure, Structure]
+    same(found[2], "N")
+    path.write_bytes(b"1\nHelium, \xb0C\nHe 0 0 0\n")
+    assert [entry.symbols for entry in good(read_xyz(path))] == [["He"]]
 
 
 def test_too_many_atoms_and_unstable_ones(tmp_path: Path) -> None:
@@ -327,6 +373,9 @@ def test_broken_archives_and_arrays(tmp_path: Path) -> None:
     np.savez(path, positions=np.zeros((1, 2, 3)), atomic_numbers=np.array([[6, 200]], np.uint8))
     (entry,) = good(read_arrays(path))
     assert entry.symbols == ["C", "element 200"]
+    np.savez(path, positions=np.zeros((1, 2, 3)), atomic_numbers=np.array([[6.0, -1.0]]))
+    (entry,) = good(read_arrays(path))
+    assert entry.symbols == ["C"]
 
 
 def test_nothing_left_is_an_error(tmp_path: Path) -> None:
@@ -359,8 +408,12 @@ def test_arrays_are_cached_until_the_file_changes(tmp_path: Path) -> None:
     assert len(source.load()) == 2
 
 
+UNCHARACTERIZED = range(1, 133_885, 43)[:3054]
+
+
 def test_edm_split_of_the_real_size() -> None:
-    split = edm_split(np.arange(130_831, dtype=np.int32))
+    numbers = np.setdiff1d(np.arange(1, 133_886, dtype=np.int32), UNCHARACTERIZED)
+    split = edm_split(numbers, UNCHARACTERIZED)
     assert {name: len(rows) for name, rows in split.items()} == {
         "train": 100_000,
         "val": 17_748,
@@ -372,12 +425,15 @@ def test_edm_split_of_the_real_size() -> None:
     assert split["train"][:5].tolist() == np.random.permutation(130_831)[:5].tolist()
 
 
-def test_edm_split_follows_the_numbers_not_the_order() -> None:
-    numbers = np.array([30, 10, 20, 50, 40, 70, 60, 80, 100, 90], np.int32)
-    split, ordered = edm_split(numbers), edm_split(np.sort(numbers))
-    for name, rows in split.items():
-        assert numbers[rows].tolist() == np.sort(numbers)[ordered[name]].tolist()
-    assert [len(rows) for rows in split.values()] == [8, 1, 1]
+def test_edm_split_is_a_matter_of_numbers_not_of_what_else_is_there() -> None:
+    rng = np.random.default_rng(0)
+    numbers = rng.permutation(np.arange(1, 133_886, dtype=np.int32))
+    whole = edm_split(numbers, UNCHARACTERIZED)
+    some = numbers[rng.random(len(numbers)) < 0.9]
+    for name, rows in edm_split(some, UNCHARACTERIZED).items():
+        assert set(some[rows]) == set(numbers[whole[name]]) & set(some)
+    with pytest.raises(UsageError, match=r"from 1 to 133885, but the file has 7 to 133886"):
+        edm_split(np.array([7, 133_886], np.int32))
 
 
 def test_real_molecules_load(tmp_path: Path) -> None:
