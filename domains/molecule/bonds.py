@@ -149,7 +149,6 @@ def soft_bond_orders(molecules: Molecules, temperature: float = 0.03) -> Tensor:
 def _used_and_wanted(molecules: Molecules, orders: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the sum of each atom's orders and its valence, int [B, N]."""
     orders = bond_orders(molecules) if orders is None else orders
-    # Bytes suffice: 28 neighbours with three bonds each are 84.
     used = orders.sum(dim=2, dtype=torch.int16)
     table = torch.tensor([*valences(molecules.elements), 0], dtype=torch.int16)
     return used, table.to(used.device)[molecules.types]

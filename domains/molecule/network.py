@@ -125,7 +125,12 @@ class Architecture:
             )
         if self.network == "edm" and self.state == "mixed":
             raise UsageError("architecture.network edm has continuous states; set state to that")
-        check_elements(self.symbols)
+        if self.implicit_hydrogens == ("H" in check_elements(self.symbols)):
+            raise UsageError(
+                f"architecture.elements is {list(self.symbols)}, but implicit_hydrogens "
+                f"{str(self.implicit_hydrogens).lower()}: hydrogens are either atoms of the model "
+                "or implied; change one of the two"
+            )
 
     @property
     def symbols(self) -> tuple[str, ...]:

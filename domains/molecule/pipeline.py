@@ -111,6 +111,11 @@ class MoleculePipeline(Pipeline):
     def device(self) -> torch.device:
         return self.denoiser.like.device
 
+    @property
+    def implicit_hydrogens(self) -> bool:
+        """Whether atoms are heavy atoms only."""
+        return self.architecture.implicit_hydrogens
+
     def encode(self, batch: Batch) -> Condition:
         """Encode numbers of atoms, each once.
 

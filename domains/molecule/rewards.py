@@ -26,7 +26,7 @@ from domains.molecule.formats import read_smiles
 from domains.molecule.graphs import to_smiles
 from domains.molecule.molecules import Molecules, check_molecules
 from lit_rlft.core.checks import UsageError
-from lit_rlft.core.pipeline import Condition
+from lit_rlft.core.pipeline import Condition, Pipeline
 from lit_rlft.core.reward import Reward
 
 __all__ = [
@@ -61,16 +61,25 @@ class _Chemical(Reward):
 
     def forward(self, samples: Any, condition: Condition) -> Tensor:
         """Return the reward of each molecule, float32 [B]."""
-        molecules = check_molecules(samples, condition)
-        values = self.values(chemistry_of(molecules))
-        filled = np.where(np.isnan(values), self.invalid, values).astype(np.float32)
-        return torch.from_numpy(filled).to(molecules.types.device)
+        return self._scored(samples, condition)[0]
 
     def evaluate(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
-        """Return the reward, and "<name>/invalid": 1 unless valid and connected, [B] each."""
-        rewards = self(samples, condition)
-        invalid = torch.from_numpy(~chemistry_of(samples).connected).to(rewards)
+        """Return the reward and "<name>/invalid", [B] each.
+
+        The latter is 1 unless the molecule is valid and connected and the quantity is known.
+        """
+        rewards, invalid = self._scored(samples, condition)
         return {self.name: rewards, f"{self.name}/invalid": invalid}
+
+    def _scored(self, samples: Any, condition: Condition) -> tuple[Tensor, Tensor]:
+        molecules = check_molecules(samples, condition)
+        chemistry = chemistry_of(molecules)
+        values = self.values(chemistry)
+        unknown = np.isnan(values)
+        rewards = np.where(unknown, self.invalid, values).astype(np.float32)
+        invalid = (unknown | ~chemistry.connected).astype(np.float32)
+        device = molecules.types.device
+        return torch.from_numpy(rewards).to(device), torch.from_numpy(invalid).to(device)
 
     @abstractmethod
     def values(self, chemistry: Chemistry) -> NDArray[np.float64]:
@@ -86,8 +95,7 @@ class Stability(_Chemical):
         connected: Count a molecule in several parts as not stable.
 
     Raises:
-        UsageError: When called on molecules with implicit hydrogens, whose valences are always
-            filled.
+        UsageError: In `check`, or when called: hydrogens are implicit, so valences always filled.
     """
 
     def __init__(self, graded: bool = False, power: float = 1.0, connected: bool = False) -> None:
@@ -95,12 +103,11 @@ class Stability(_Chemical):
         self.graded, self.power = graded, _positive("power", power)
         self.connected = connected
 
+    def check(self, pipeline: Pipeline) -> None:
+        self._check_hydrogens(getattr(pipeline, "implicit_hydrogens", False))
+
     def values(self, chemistry: Chemistry) -> NDArray[np.float64]:
-        if chemistry.molecules.implicit_hydrogens:
-            raise UsageError(
-                "reward: Stability needs explicit hydrogens, which this model does not generate; "
-                "use domains.molecule.rewards.ValidConnected"
-            )
+        self._check_hydrogens(chemistry.molecules.implicit_hydrogens)
         values = chemistry.molecule_stability.double()
         if self.graded:
             num_atoms = chemistry.molecules.num_atoms.clamp(min=1)
@@ -108,6 +115,13 @@ class Stability(_Chemical):
         if self.connected:
             values = values * torch.from_numpy(chemistry.connected)
         return values.numpy()
+
+    def _check_hydrogens(self, implicit: bool) -> None:
+        if implicit:
+            raise UsageError(
+                "reward: Stability needs explicit hydrogens, which this model does not generate; "
+                "use domains.molecule.rewards.ValidConnected"
+            )
 
 
 class ValidConnected(_Chemical):
@@ -213,16 +227,22 @@ class AtomCount(_Target):
             )
         self.symbol = symbol
 
+    def check(self, pipeline: Pipeline) -> None:
+        self._check_symbol(getattr(pipeline, "elements", (self.symbol,)))
+
     def quantity(self, chemistry: Chemistry) -> NDArray[np.float64]:
         molecules = chemistry.molecules
-        if self.symbol not in molecules.elements:
-            raise UsageError(
-                f"reward.init_args.symbol is {self.symbol!r}, but the model's elements are "
-                f"{list(molecules.elements)}"
-            )
+        self._check_symbol(molecules.elements)
         number = molecules.elements.index(self.symbol)
         counts = (molecules.types == number).sum(dim=1).double().numpy()
         return np.where(chemistry.connected, counts, np.nan)
+
+    def _check_symbol(self, elements: Sequence[str]) -> None:
+        if self.symbol not in elements:
+            raise UsageError(
+                f"reward.init_args.symbol is {self.symbol!r}, but the model's elements are "
+                f"{list(elements)}"
+            )
 
 
 class Substructures(_Chemical):
@@ -345,8 +365,9 @@ class SoftValence(Reward):
     .. math:: r = -\frac1n \sum_i \Big(\sum_j o_{ij} - \sum_a p_i(a) V_a\Big)^2
 
     with the soft bond orders of `domains.molecule.bonds.soft_bond_orders`. With implicit hydrogens
-    only what exceeds a valence counts. Molecules without atoms or with positions that are not
-    finite get `invalid`.
+    only what exceeds a valence counts: atoms without any bond are then as good as can be, so add a
+    reward that wants them connected. Molecules without atoms or with numbers that are not finite
+    get `invalid`.
 
     Args:
         temperature: Width of the steps between bond orders, in Angstrom.
@@ -361,13 +382,25 @@ class SoftValence(Reward):
 
     def forward(self, samples: Any, condition: Condition) -> Tensor:
         """Return the reward of each molecule, [B]."""
+        return self._scored(samples, condition)[0]
+
+    def evaluate(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
+        """Return the reward, and "<name>/invalid": 1 where it is `invalid`, [B] each."""
+        rewards, whole = self._scored(samples, condition)
+        return {self.name: rewards, f"{self.name}/invalid": (~whole).to(rewards)}
+
+    def _scored(self, samples: Any, condition: Condition) -> tuple[Tensor, Tensor]:
+        """Return the rewards, and which molecules have atoms and finite numbers, [B] each."""
         molecules = check_molecules(samples, condition)
-        finite = molecules.positions.isfinite().all(dim=2) | ~molecules.valid
+        numbers = torch.cat([molecules.positions, molecules.probabilities], dim=2)
+        finite = numbers.isfinite().all(dim=2) | ~molecules.valid
         whole = finite.all(dim=1) & molecules.valid.any(dim=1)
         # Not finite times 0 is not 0, in gradients neither.
-        used = whole.unsqueeze(1) & molecules.valid
-        positions = molecules.positions.masked_fill(~used.unsqueeze(-1), 0.0)
-        return self._value(replace(molecules, positions=positions)).where(whole, self.invalid)
+        unused = ~(whole.unsqueeze(1) & molecules.valid).unsqueeze(-1)
+        positions = molecules.positions.masked_fill(unused, 0.0)
+        weights = molecules.probabilities.masked_fill(unused, 0.0)
+        masked = replace(molecules, positions=positions, probabilities=weights)
+        return self._value(masked).where(whole, self.invalid), whole
 
     def _value(self, molecules: Molecules) -> Tensor:
         weights = molecules.probabilities

@@ -260,6 +260,9 @@ class RewardFineTuner(LightningModule, ABC):
             return
         self._check_settings()
         self.check()
+        for part in (*self.reward.modules(), *self.metrics.modules()):
+            if isinstance(part, Metric):
+                part.check(self.pipeline)
         self.build()
         self.reward.requires_grad_(False)
         self.metrics.requires_grad_(False)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_rlft.core.checks import UsageError
-from lit_rlft.core.pipeline import Condition
+from lit_rlft.core.pipeline import Condition, Pipeline
 
 __all__ = ["Metric", "Metrics", "Reward", "WeightedSum", "check_rewards", "of_batch"]
 
@@ -31,6 +31,9 @@ def of_batch(values: Mapping[str, float], size: int) -> dict[str, Tensor]:
 
 class Metric(nn.Module, ABC):
     """Something measured on samples when a model is evaluated."""
+
+    def check(self, pipeline: Pipeline) -> None:
+        """Raise UsageError, before anything is sampled, where the pipeline's samples cannot do."""
 
     @abstractmethod
     def evaluate(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
@@ -109,9 +112,14 @@ class WeightedSum(Reward):
         return self._total(self.parts(samples, condition))
 
     def evaluate(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
-        """Return the sum and each part."""
-        parts = self.parts(samples, condition)
-        return {self.name: self._total(parts), **parts}
+        """Return the sum, each part, and what parts add, under "<part>/..."."""
+        values: dict[str, Tensor] = {}
+        for name, reward in self.rewards.items():
+            assert isinstance(reward, Reward)
+            for key, value in reward.evaluate(samples, condition).items():
+                detail = key.removeprefix(reward.name).removeprefix("/")
+                values[f"{name}/{detail}" if detail else name] = value
+        return {self.name: self._total({name: values[name] for name in self.rewards}), **values}
 
     def _total(self, parts: Mapping[str, Tensor]) -> Tensor:
         return torch.stack([self.weights[name] * part for name, part in parts.items()]).sum(dim=0)

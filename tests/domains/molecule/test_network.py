@@ -139,6 +139,8 @@ def test_architectures_that_cannot_be() -> None:
         ({"noise": "linear"}, "flow or polynomial"),
         ({"network": "edm", "state": "mixed"}, "edm has continuous states"),
         ({"elements": ("H", "Xx")}, "elements must be some of"),
+        ({"elements": ("C", "N")}, r"elements is \['C', 'N'\], but implicit_hydrogens false"),
+        ({"elements": ("H", "C"), "implicit_hydrogens": True}, "implicit_hydrogens true"),
     ]:
         with pytest.raises(UsageError, match=message):
             Architecture(**settings)  # type: ignore[arg-type]

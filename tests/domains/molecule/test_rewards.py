@@ -15,6 +15,9 @@ from scipy.stats import spearmanr
 from domains.molecule import bonds, rewards
 from domains.molecule.elements import EXPLICIT
 from domains.molecule.molecules import EMPTY, Molecules
+from domains.molecule.network import Architecture
+from domains.molecule.pipeline import MoleculePipeline
+from lit_rlft.algorithms.graft import GRAFT
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.reward import Reward, WeightedSum, check_rewards
 from lit_rlft.core.selection import Threshold, Unique
@@ -143,6 +146,15 @@ def test_invalid_molecules_are_counted() -> None:
     found = rewards.QED().evaluate(broken(), conditions(4))
     assert found.keys() == {"QED", "QED/invalid"} and found["QED"][0] > 0
     assert found["QED/invalid"].tolist() == [0, 1, 1, 1]
+    lone = pair("H", "F", 0.92)  # valid, but unknown to the force field
+    found = rewards.Strain().evaluate(lone, conditions(1))
+    assert found["Strain"].item() == 0 and found["Strain/invalid"].item() == 1
+    found = rewards.SoftValence().evaluate(broken(), conditions(4))
+    assert found["SoftValence/invalid"].tolist() == [0, 0, 0, 1]
+    total = WeightedSum({"drug": rewards.QED(), "soft": rewards.SoftValence()})
+    found = total.evaluate(broken(), conditions(4))
+    assert found["drug/invalid"].tolist() == [0, 1, 1, 1]
+    assert [*found] == ["WeightedSum", "drug", "drug/invalid", "soft", "soft/invalid"]
 
 
 def test_weighted_sums_share_the_view() -> None:
@@ -183,9 +195,24 @@ def test_settings_that_cannot_work(make: Any, message: str) -> None:
         make()
 
 
-def test_atoms_that_the_model_does_not_make() -> None:
-    with pytest.raises(UsageError, match="symbol is 'H'"):
-        reward_of(rewards.AtomCount("H", 4), from_smiles("C", heavy=True))
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (rewards.AtomCount("H", 4), "symbol is 'H'"),
+        (rewards.Stability(), "needs explicit hydrogens"),
+    ],
+)
+def test_what_the_model_does_not_make_is_refused_before_anything_is_sampled(
+    reward: Reward, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        reward_of(reward, from_smiles("C", heavy=True))
+    architecture = Architecture(implicit_hydrogens=True, width=8, depth=1, max_atoms=3)
+    pipeline = MoleculePipeline(None, architecture=architecture)
+    for total in (reward, WeightedSum({"a": rewards.QED(), "b": reward})):
+        with pytest.raises(UsageError, match=message):
+            GRAFT(pipeline, total, num_candidates=2).setup("fit")
+    GRAFT(pipeline, rewards.QED(), num_candidates=2).setup("fit")
 
 
 def test_soft_valence_by_hand() -> None:
@@ -236,6 +263,9 @@ def test_soft_valence_has_a_finite_gradient_everywhere() -> None:
     molecules = Molecules(positions, base.types, weights, EXPLICIT)
     reward = rewards.SoftValence()(molecules, conditions(len(base)))
     assert reward[3] == -16
+    lost = torch.full_like(base.probabilities, torch.nan)
+    nowhere = Molecules(base.positions, base.types, lost, EXPLICIT)
+    assert rewards.SoftValence()(nowhere, conditions(len(base))).tolist() == [-16] * 4
     reward.sum().backward()
     assert positions.grad is not None and positions.grad.isfinite().all()
     assert weights.grad is not None and weights.grad.isfinite().all()
