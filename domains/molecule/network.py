@@ -71,6 +71,10 @@ class Architecture:
             (1 / 10); 0 has none.
         type_power: How late the types of mixed states are decided (`MaskedProcess`).
         square_share: Share of the training times that are squares of uniform numbers.
+        shift: Time shift of the flow, of training times and of the sampler's grid: below 1 more of
+            both lie near the data, where bond lengths are decided.
+        coupled: Whether a flow is trained on noise that was reordered and rotated to be near the
+            data (`lit_rlft.core.coupling`).
         num_sublayers: EDM's "inv_sublayers", updates of features per layer.
         tanh: EDM's bound on moves of positions.
         attention: EDM's gate on messages.
@@ -94,6 +98,8 @@ class Architecture:
     charge_scale: float = 0.0
     type_power: float = 3.0
     square_share: float = 0.5
+    shift: float = 1.0
+    coupled: bool = False
     num_sublayers: int = 1
     tanh: bool = True
     attention: bool = True
@@ -105,7 +111,7 @@ class Architecture:
         for name in ("max_atoms", "width", "depth", "num_heads", "num_sublayers"):
             if getattr(self, name) < 1:
                 raise UsageError(f"architecture.{name} must be at least 1")
-        for name in ("position_scale", "position_std", "type_scale", "type_power"):
+        for name in ("position_scale", "position_std", "type_scale", "type_power", "shift"):
             if getattr(self, name) <= 0:
                 raise UsageError(f"architecture.{name} must be above 0")
         choices: dict[str, tuple[str, ...]] = {
@@ -123,6 +129,8 @@ class Architecture:
                 f"architecture.width ({self.width}) must be even and a multiple of num_heads "
                 f"({self.num_heads})"
             )
+        if self.coupled and self.noise != "flow":
+            raise UsageError("architecture.coupled is for flows; set noise to flow, or it to false")
         if self.network == "edm" and self.state == "mixed":
             raise UsageError("architecture.network edm has continuous states; set state to that")
         if self.implicit_hydrogens == ("H" in check_elements(self.symbols)):

@@ -305,9 +305,9 @@ class MoleculePipeline(Pipeline):
 
 
 def _process(a: Architecture) -> GaussianProcess:
-    subspace = PointClouds(num_coordinates=3)
+    subspace = PointClouds(num_coordinates=3, coupled=a.coupled)
     if a.noise == "flow":
-        return GaussianProcess(RectifiedFlow(square_share=a.square_share), "velocity", subspace)
+        return GaussianProcess(RectifiedFlow(a.shift, a.square_share), "velocity", subspace)
     return GaussianProcess(PolynomialVP(), "epsilon", subspace)
 
 

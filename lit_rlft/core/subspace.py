@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from lit_rlft.core.checks import UsageError
+from lit_rlft.core.coupling import coupled
 from lit_rlft.core.distribution import Distribution, Gaussian, Reduction
 from lit_rlft.core.randomness import Generators, randn_like
 from lit_rlft.core.state import State, tensor_of
@@ -52,6 +53,10 @@ class Subspace(ABC):
     def num_dimensions(self, like: Tensor) -> Tensor:
         """Return how many numbers of each sample are free, float64 [B]."""
 
+    def couple(self, noise: Tensor, x: Tensor) -> Tensor:
+        """Return the noise that x is mixed with in training, of the same law up to symmetries."""
+        return noise
+
 
 class PointClouds(Subspace):
     """Sets of points [B, N, D]; the first channels are coordinates around the points' centre.
@@ -61,12 +66,15 @@ class PointClouds(Subspace):
 
     Args:
         num_coordinates: Channels whose mean over a sample's points is 0; the others are free.
+        coupled: Whether training brings the points of noise into the order, and rotates them into
+            the place, that is nearest to the data (`lit_rlft.core.coupling`). Only for networks
+            that respect both symmetries.
     """
 
-    def __init__(self, num_coordinates: int = 3) -> None:
+    def __init__(self, num_coordinates: int = 3, *, coupled: bool = False) -> None:
         if num_coordinates < 0:
             raise UsageError(f"num_coordinates must be 0 or more, got {num_coordinates}")
-        self.num_coordinates = num_coordinates
+        self.num_coordinates, self.coupled = num_coordinates, coupled
 
     def project(self, x: Tensor, like: Tensor) -> Tensor:
         return _project(x, _full(like), self.num_coordinates)
@@ -76,6 +84,9 @@ class PointClouds(Subspace):
 
     def num_dimensions(self, like: Tensor) -> Tensor:
         return _num_dimensions(_full(like), like.shape[-1], self.num_coordinates)
+
+    def couple(self, noise: Tensor, x: Tensor) -> Tensor:
+        return coupled(noise, x, _full(x), self.num_coordinates) if self.coupled else noise
 
 
 class PointCloudGaussian(Gaussian):

@@ -136,6 +136,8 @@ class GaussianProcess(Process):
         ratio = alpha_t / alpha_s
         std = _forward_variance(alpha_s, sigma_s, alpha_t, sigma_t).sqrt()
         noise = self._projected(randn_like(x, rows), x)
+        if self.subspace is not None:
+            noise = self.subspace.couple(noise, x)
         return expand_as(ratio, x) * x + expand_as(std, x) * noise
 
     def loss(self, prediction: State, x_s: State, x_t: State, s: Tensor, t: Tensor) -> Tensor:
