@@ -20,10 +20,12 @@ DOMAINS, ALGORITHMS, TRAINERS, EXPERIMENTS = (
 )
 # Domains whose models are so small that every algorithm is run on them.
 SMALL = {"gaussian_mixture", "layout", "molecule_soft", "digits"}
-MIXED = {"layout_mixed"}
+MIXED = {"layout_mixed", "molecule_mixed"}
 WEIGHTS = [ASSETS / "shapes/unet/diffusion_pytorch_model.safetensors", ASSETS / "shapes_clip"]
 # What needs a continuous state.
 CONTINUOUS = {"RewardGradient", "NoisePPO", "InverseNoiseCorrection"}
+# What needs data, and data that are none.
+FROM_DATA, CONDITIONS = {"Pretrain", "InverseNoiseCorrection"}, {"AtomCounts"}
 needs_weights = pytest.mark.skipif(
     not all(path.exists() for path in WEIGHTS), reason="the embedded models are not trained yet"
 )
@@ -94,14 +96,14 @@ def run(configs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     loaded = [load(path) for path in configs]
     skip_untrained(loaded)
     data = next(config["data"] for config in loaded if "data" in config)
-    splits = [*TINY_SPLITS[data["class_path"].rpartition(".")[2]]]
+    splits = [*TINY_SPLITS[class_name(data)]]
     source = data["init_args"].get("source", {})
     if isinstance(source, dict):
         kind = source.get("class_path", "").rpartition(".")[2]
         splits += [f"source.init_args.{setting}" for setting in TINY_SOURCES.get(kind, ())]
     flags = [f"--config={path}" for path in configs]
     method = next((c["model"]["init_args"].get("method") for c in loaded if "model" in c), None)
-    settings = TINY_METHODS.get(method["class_path"].rpartition(".")[2], ()) if method else ()
+    settings = TINY_METHODS.get(class_name(method), ()) if method else ()
     flags += [f"--model.init_args.method.init_args.{setting}" for setting in settings]
     flags += [*TINY, *(f"--data.init_args.{split}" for split in splits), "--name=run"]
     main(["fit", *flags])
@@ -110,6 +112,20 @@ def run(configs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert trained and all(value.isfinite().all() for value in trained.values())
     main(["test", *flags, f"--ckpt_path={last}"])
     assert Path("runs/run/metrics.json").is_file()
+
+
+def refusal(domain: Path, algorithm: Path) -> str | None:
+    """Return what a combination that cannot work is refused with."""
+    kind = class_name(load(algorithm)["model"])
+    if domain.stem in MIXED and kind in CONTINUOUS:
+        return r"ProductProcess.*use configs/algorithms/"
+    if class_name(load(domain)["data"]) in CONDITIONS and kind in FROM_DATA:
+        return r"the data have no 'types'.*pretrain\.yaml"
+    return None
+
+
+def class_name(part: dict[str, Any]) -> str:
+    return part["class_path"].rpartition(".")[2]
 
 
 @pytest.mark.parametrize("path", [*DOMAINS, *ALGORITHMS, *EXPERIMENTS, *TRAINERS], ids=name)
@@ -147,23 +163,15 @@ def test_experiments_are_complete(experiment: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS, ids=name)
-@pytest.mark.parametrize("domain", [d for d in DOMAINS if d.stem in SMALL], ids=name)
-def test_small_domains_run(
+@pytest.mark.parametrize("domain", [d for d in DOMAINS if d.stem in SMALL | MIXED], ids=name)
+def test_small_domains_run_or_are_refused_by_name(
     domain: Path, algorithm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run([domain, algorithm, CONFIGS / "trainer/cpu.yaml"], tmp_path, monkeypatch)
-
-
-@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=name)
-@pytest.mark.parametrize("domain", [d for d in DOMAINS if d.stem in MIXED], ids=name)
-def test_mixed_domains_run_or_are_refused_by_name(
-    domain: Path, algorithm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    configs = [domain, algorithm, CONFIGS / "trainer/cpu.yaml"]
-    if load(algorithm)["model"]["class_path"].rpartition(".")[2] not in CONTINUOUS:
+    configs, message = [domain, algorithm, CONFIGS / "trainer/cpu.yaml"], refusal(domain, algorithm)
+    if message is None:
         run(configs, tmp_path, monkeypatch)
         return
-    with pytest.raises(SystemExit, match=r"ProductProcess.*use configs/algorithms/"):
+    with pytest.raises(SystemExit, match=message):
         run(configs, tmp_path, monkeypatch)
 
 
