@@ -17,11 +17,11 @@ from domains.image.distances import (
     precision_recall,
 )
 from domains.image.features import features_of, load_features
-from domains.image.rewards import check_pictures
 from domains.image.sources import Digits, Source
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Metric, of_batch
+from lit_rlft.pictures import check_pictures
 
 _NUM_SUBSETS = 10
 

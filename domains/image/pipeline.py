@@ -9,12 +9,12 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from torch import Tensor
 
-from domains.image.render import save_png
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline, column
 from lit_rlft.core.process import GaussianProcess, PredictionType
 from lit_rlft.core.schedule import DiscreteVP, RectifiedFlow
 from lit_rlft.core.state import State, tensor_of
+from lit_rlft.pictures import save_pictures
 
 __all__ = ["EMBEDDED", "ImagePipeline"]
 
@@ -155,10 +155,7 @@ class ImagePipeline(Pipeline):
         self, samples: Any, condition: Condition, folder: Path, names: Sequence[str]
     ) -> list[Path]:
         """Write each sample as PNG."""
-        paths = [folder / f"{name}.png" for name in names]
-        for picture, path in zip(samples, paths, strict=True):
-            save_png(picture, path)
-        return paths
+        return save_pictures(samples, folder, names)
 
     def save(self, folder: Path) -> list[Path]:
         """Write a `DDPMPipeline` folder, a LoRA merged into the weights."""

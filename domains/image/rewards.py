@@ -9,10 +9,10 @@ from domains.image.features import FeatureNetwork, load_features, luminance
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Reward
+from lit_rlft.pictures import check_pictures
 
-__all__ = ["Brightness", "ClassProbability", "check_pictures"]
+__all__ = ["Brightness", "ClassProbability"]
 
-_TOLERANCE = 1e-3  # beyond [0, 1], for rounding
 Output = Literal["log_probability", "probability"]
 
 
@@ -107,22 +107,3 @@ class ClassProbability(Reward):
         with torch.autocast(weight.device.type, enabled=False):
             features = self.classifier(pictures.to(weight.device, weight.dtype))
             return self.classifier.log_probabilities(features).float().to(pictures.device)
-
-
-def check_pictures(samples: Any, condition: Condition) -> Tensor:
-    """Return samples that are pictures, [B, 3, H, W] in [0, 1].
-
-    Raises:
-        UsageError: They are something else.
-    """
-    if not isinstance(samples, Tensor) or samples.dim() != 4 or samples.shape[1] != 3:
-        what = tuple(samples.shape) if isinstance(samples, Tensor) else type(samples).__name__
-        raise UsageError(f"rewards of images take pictures [B, 3, H, W], got {what}")
-    if len(samples) != len(condition):
-        raise UsageError(f"{len(samples)} pictures were given for {len(condition)} conditions")
-    low, high = samples.detach().aminmax()
-    if not (low >= -_TOLERANCE and high <= 1 + _TOLERANCE):
-        raise UsageError(
-            f"rewards of images take values in [0, 1], got [{low.item():.3g}, {high.item():.3g}]"
-        )
-    return samples

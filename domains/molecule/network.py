@@ -74,7 +74,7 @@ class Architecture:
         shift: Time shift of the flow, of training times and of the sampler's grid: below 1 more of
             both lie near the data, where bond lengths are decided.
         coupled: Whether a flow is trained on noise that was reordered and rotated to be near the
-            data (`lit_rlft.core.coupling`).
+            data (`domains.molecule.coupling`).
         num_sublayers: EDM's "inv_sublayers", updates of features per layer.
         tanh: EDM's bound on moves of positions.
         attention: EDM's gate on messages.

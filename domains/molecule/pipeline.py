@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from domains.molecule.chemistry import keys
+from domains.molecule.coupling import CoupledPointClouds
 from domains.molecule.edm import ARGS, EDM, load_edm
 from domains.molecule.elements import ATOMIC_NUMBERS
 from domains.molecule.molecules import EMPTY, Molecules
@@ -305,7 +306,7 @@ class MoleculePipeline(Pipeline):
 
 
 def _process(a: Architecture) -> GaussianProcess:
-    subspace = PointClouds(num_coordinates=3, coupled=a.coupled)
+    subspace = (CoupledPointClouds if a.coupled else PointClouds)(num_coordinates=3)
     if a.noise == "flow":
         return GaussianProcess(RectifiedFlow(a.shift, a.square_share), "velocity", subspace)
     return GaussianProcess(PolynomialVP(), "epsilon", subspace)

@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from domains.text_to_image.render import save_png
 from lit_rlft.core.checks import UsageError, loading
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline, column
 from lit_rlft.core.process import GaussianProcess, PredictionType
 from lit_rlft.core.schedule import DiscreteVP
 from lit_rlft.core.state import State, tensor_of
+from lit_rlft.pictures import save_pictures
 
 __all__ = ["EMBEDDED", "TextToImagePipeline"]
 
@@ -188,10 +188,7 @@ class TextToImagePipeline(Pipeline):
     def save_samples(
         self, samples: Any, condition: Condition, folder: Path, names: Sequence[str]
     ) -> list[Path]:
-        paths = [folder / f"{name}.png" for name in names]
-        for picture, path in zip(samples, paths, strict=True):
-            save_png(picture, path)
-        return paths
+        return save_pictures(samples, folder, names)
 
     def save(self, folder: Path) -> list[Path]:
         """Write a LoRA that `StableDiffusionPipeline.load_lora_weights` reads, or all weights."""

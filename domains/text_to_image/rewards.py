@@ -11,12 +11,12 @@ from torch import Tensor
 
 from domains.text_to_image.clip import CLIPEncoder
 from domains.text_to_image.jpeg import check_quality, coded_bytes, quantisation_tables
-from domains.text_to_image.render import to_image
 from domains.text_to_image.shapes.detector import Judgement, judge
 from domains.text_to_image.shapes.world import SIZE, TASKS, Prompt, parse
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Reward
+from lit_rlft.pictures import check_pictures, to_image
 
 __all__ = [
     "Brightness",
@@ -30,8 +30,6 @@ __all__ = [
     "check_pictures",
     "prompts_of",
 ]
-
-_TOLERANCE = 1e-3  # beyond [0, 1], for rounding
 
 
 class ShapesEval(Reward):
@@ -251,37 +249,6 @@ class Symmetry(Reward):
         """Return the symmetry of each picture, [B]."""
         pictures = check_pictures(samples, condition)
         return -(pictures - pictures.flip(-1)).abs().flatten(1).mean(dim=1)
-
-
-def check_pictures(samples: Any, condition: Condition) -> Tensor:
-    """Return samples that are pictures, as they are.
-
-    Raises:
-        UsageError: They are not float32 or float64 [B, 3, H, W] in [0, 1], one per condition.
-    """
-    if not isinstance(samples, Tensor):
-        raise UsageError(
-            f"this reward takes pictures [B, 3, H, W], got {type(samples).__name__}; choose a "
-            "reward of the pipeline's own domain"
-        )
-    if samples.dtype not in (torch.float32, torch.float64):
-        remedy = "samples.float()" if samples.is_floating_point() else "samples.float() / 255"
-        raise UsageError(
-            f"pictures must be float32 in [0, 1], got {samples.dtype}; convert with {remedy}"
-        )
-    if samples.shape[0] != len(condition) or samples.dim() != 4 or samples.shape[1] != 3:
-        raise UsageError(
-            f"pictures must have shape ({len(condition)}, 3, H, W), one per condition, got "
-            f"{tuple(samples.shape)}; decode them to RGB first"
-        )
-    if samples.numel():
-        low, high = torch.stack(samples.detach().aminmax()).tolist()
-        if not (low >= -_TOLERANCE and high <= 1 + _TOLERANCE):  # also false for NaN
-            raise UsageError(
-                f"pictures must be float32 in [0, 1], got values from {low:g} to {high:g}; "
-                "rescale and clamp them when decoding"
-            )
-    return samples
 
 
 def prompts_of(condition: Condition) -> list[str]:

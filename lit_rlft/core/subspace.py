@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from lit_rlft.core.checks import UsageError
-from lit_rlft.core.coupling import coupled
 from lit_rlft.core.distribution import Distribution, Gaussian, Reduction
 from lit_rlft.core.randomness import Generators, randn_like
 from lit_rlft.core.state import State, tensor_of
@@ -66,15 +65,12 @@ class PointClouds(Subspace):
 
     Args:
         num_coordinates: Channels whose mean over a sample's points is 0; the others are free.
-        coupled: Whether training brings the points of noise into the order, and rotates them into
-            the place, that is nearest to the data (`lit_rlft.core.coupling`). Only for networks
-            that respect both symmetries.
     """
 
-    def __init__(self, num_coordinates: int = 3, *, coupled: bool = False) -> None:
+    def __init__(self, num_coordinates: int = 3) -> None:
         if num_coordinates < 0:
             raise UsageError(f"num_coordinates must be 0 or more, got {num_coordinates}")
-        self.num_coordinates, self.coupled = num_coordinates, coupled
+        self.num_coordinates = num_coordinates
 
     def project(self, x: Tensor, like: Tensor) -> Tensor:
         return _project(x, _full(like), self.num_coordinates)
@@ -84,9 +80,6 @@ class PointClouds(Subspace):
 
     def num_dimensions(self, like: Tensor) -> Tensor:
         return _num_dimensions(_full(like), like.shape[-1], self.num_coordinates)
-
-    def couple(self, noise: Tensor, x: Tensor) -> Tensor:
-        return coupled(noise, x, _full(x), self.num_coordinates) if self.coupled else noise
 
 
 class PointCloudGaussian(Gaussian):

@@ -120,9 +120,9 @@ def test_settings_and_samples_that_cannot_work(tmp_path: Path) -> None:
         ClassProbability(output="logit")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="could not be loaded as a feature network"):
         ClassProbability(pretrained=str(tmp_path))
-    with pytest.raises(UsageError, match=r"take pictures \[B, 3, H, W\], got \(2, 1, 8, 8\)"):
+    with pytest.raises(UsageError, match=r"shape \(2, 3, H, W\).*got \(2, 1, 8, 8\)"):
         Brightness()(torch.rand(2, 1, 8, 8), condition_of(2))
-    with pytest.raises(UsageError, match="2 pictures were given for 3"):
+    with pytest.raises(UsageError, match=r"shape \(3, 3, H, W\), one per condition"):
         Brightness()(torch.rand(2, 3, 8, 8), condition_of(3))
-    with pytest.raises(UsageError, match=r"take values in \[0, 1\], got"):
+    with pytest.raises(UsageError, match="got values from 2"):
         Brightness()(2 + torch.rand(2, 3, 8, 8), condition_of(2))

@@ -8,14 +8,14 @@ import torch
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 
-from lit_rlft.core.coupling import coupled
+from domains.molecule.coupling import CoupledPointClouds, coupled
 from lit_rlft.core.process import GaussianProcess
 from lit_rlft.core.schedule import RectifiedFlow
 from lit_rlft.core.subspace import PointClouds
 
 SIZES = (5, 3, 1, 4)
 FULL = (torch.arange(5) < torch.tensor(SIZES).unsqueeze(1)).unsqueeze(-1)
-CLOUDS = PointClouds(3, coupled=True)
+CLOUDS = CoupledPointClouds(3)
 
 
 def clouds(seed: int) -> Tensor:
@@ -65,8 +65,7 @@ def test_coupled_noise_is_what_training_mixes_data_with() -> None:
     rows = [torch.Generator().manual_seed(i) for i in range(4)]
     again = [torch.Generator().manual_seed(i) for i in range(4)]
     flow, plain = (
-        GaussianProcess(RectifiedFlow(), "velocity", PointClouds(3, coupled=c))
-        for c in (True, False)
+        GaussianProcess(RectifiedFlow(), "velocity", space) for space in (CLOUDS, PointClouds(3))
     )
     found, noise = flow.noised(x, 0 * t, t, rows), plain.noised(x, 0 * t, t, again)
     torch.testing.assert_close(found, coupled(noise, x, FULL, 3))

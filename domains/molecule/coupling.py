@@ -18,7 +18,17 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-__all__ = ["coupled"]
+from lit_rlft.core.subspace import PointClouds
+
+__all__ = ["CoupledPointClouds", "coupled"]
+
+
+class CoupledPointClouds(PointClouds):
+    """Sets of points whose training noise is brought near the data."""
+
+    def couple(self, noise: Tensor, x: Tensor) -> Tensor:
+        full = (x != 0).any(dim=-1, keepdim=True)
+        return coupled(noise, x, full, self.num_coordinates)
 
 
 def coupled(noise: Tensor, x: Tensor, full: Tensor, num_coordinates: int) -> Tensor:
