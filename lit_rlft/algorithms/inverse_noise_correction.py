@@ -113,11 +113,11 @@ class InverseNoiseCorrection(RewardFineTuner):
         example = self.pipeline.example()
         blank = self.pipeline.blank(example)
         if not hasattr(self, "corrector"):
-            num_features = self.pipeline.features(example).shape[1]
+            process, num_features = self.pipeline.process, self._features(example).shape[1]
             sizes = {"width": self.width, "depth": self.depth}
             with torch.random.fork_rng():
                 torch.manual_seed(self.seed)
-                self.corrector = FlowMLP(blank, self._features, num_features, **sizes)
+                self.corrector = FlowMLP(process, blank, self._features, num_features, **sizes)
             return
         assert isinstance(self.corrector, Pipeline)
         own = self.corrector.blank(example)

@@ -22,6 +22,7 @@ from lit_rlft.core.randomness import generators
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.schedule import CosineVP, DiscreteVP, RectifiedFlow, vp_betas
 from lit_rlft.core.state import State, flatten, tensor_of
+from lit_rlft.core.subspace import PointClouds
 
 FLOW = GaussianProcess(RectifiedFlow(), "velocity")
 Denoiser = Callable[[Tensor, Tensor, Condition], Tensor]
@@ -209,6 +210,15 @@ def test_what_is_missed_is_what_the_residual_says() -> None:
     missed = (flatten(again) - flatten(x_0)).abs().amax(dim=1)
     assert (missed < 5 * inverted.residuals + 1e-4).all()
     assert float((flatten(inverted.x_1) - flatten(z)).abs().max()) > 0.1
+
+
+def test_guesses_off_the_subspace_come_back_to_it() -> None:
+    """A centre that has moved by rounding is not carried on: no transition would take it away."""
+    process = GaussianProcess(RectifiedFlow(), "velocity", PointClouds(num_coordinates=2))
+    x_s = process.prior(torch.ones(2, 3, 2)).sample()
+    t = torch.ones(2)
+    guess = process.inverted(torch.zeros(2, 3, 2), x_s + 0.1, x_s, t, t - 0.5)
+    torch.testing.assert_close(guess, x_s)
 
 
 def test_a_sample_does_not_depend_on_those_beside_it() -> None:
