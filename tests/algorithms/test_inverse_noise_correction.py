@@ -504,7 +504,9 @@ def test_an_exported_corrector_knows_its_base(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"pretrained holds a corrector for 4 base steps, not 3"):
         test(tuner(3, str(folder)))
     test(tuner(3, str(folder), force_num_steps=True))
-    fit(tuner(3, str(folder)), layouts(), tmp_path / "second")
+    trained = tuner(3, str(folder))
+    fit(trained, layouts(), tmp_path / "second")
+    test(trained)
     assert json.loads((tmp_path / "second/tuned/corrector.json").read_text())["base_steps"] == 3
     card.write_text(json.dumps({**held, "base_probe": [0.0] * 8}))
     with pytest.raises(UsageError, match=r"pretrained holds a corrector for another base"):
