@@ -147,6 +147,10 @@ def test_the_corrector_recovers_the_datas_law_that_a_biased_model_misses(tmp_pat
     corrected, level = discrepancy(draw(tuner, 1000, corrected=True), real)
     assert base > 10 * level
     assert corrected < level
+    # Before another number of base steps it is not the corrector of that map: worse by far.
+    tuner.sampler = Sampler(4)
+    mismatched, level = discrepancy(draw(tuner, 1000, corrected=True), real)
+    assert mismatched > 4 * level
 
 
 def test_inverted_noise_leads_to_the_data(tmp_path: Path) -> None:
