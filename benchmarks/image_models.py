@@ -2,8 +2,10 @@
 
 Method: draws as many images as there are real ones to compare with, from the same initial noise
 for every number of steps, and compares them with the first half of the real images; "real" is the
-second half. All sets have the same size, errors are bootstrap errors (100 draws), and seconds
-are CPU time on one thread for sampling alone.
+second half. The digits' model was trained on most of both halves, so copies of its training data
+would score as well as "real"; the shapes are painted anew, with a seed of their own. All sets have
+the same size, errors are bootstrap errors (100 draws), and seconds are CPU time on one thread for
+sampling alone.
 
     python benchmarks/image_models.py --model digits
     python benchmarks/image_models.py --model shapes --num 1000
@@ -65,6 +67,11 @@ def main() -> None:
     real = (
         Digits() if options.model == "digits" else Generated(paint, 2 * options.num, 32, seed=3)
     ).load()
+    if not 0 < 2 * options.num <= len(real):
+        raise SystemExit(
+            f"--num {options.num} asks for two sets of as many real images, but {options.model} "
+            f"has {len(real)}; give --num {len(real) // 2} or less"
+        )
     order = np.random.default_rng(0).permutation(len(real))[: 2 * options.num]
     first, second = np.split(order, 2)
     metric = SetDistances(Part(real, first), f"{options.model}_features", max_images=None)

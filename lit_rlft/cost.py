@@ -2,9 +2,10 @@
 
 import resource
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -19,6 +20,7 @@ __all__ = [
     "count_flops",
     "flop_counter",
     "flops_per_call",
+    "now",
     "peak_memory_bytes",
 ]
 
@@ -36,56 +38,75 @@ class Cost:
         seconds: Wall time.
         flops: Floating-point operations of the networks' forward passes, a multiplication and an
             addition being two; a backward pass takes about twice as many as its forward pass.
+        prior_calls: Rows that a learned prior's network was evaluated on: a noise policy's, or a
+            corrector's, once per step.
+        counting_seconds: Wall time of what was run for the sake of counting `flops`.
     """
 
     denoiser_calls: int = 0
     reward_calls: int = 0
     seconds: float = 0.0
     flops: int = 0
+    prior_calls: int = 0
+    counting_seconds: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the counters by name."""
-        return asdict(self)
+        """Return the counters by name, but for what counting took."""
+        return {name: value for name, value in asdict(self).items() if name != "counting_seconds"}
 
 
-def count_calls(denoiser: nn.Module, cost: Callable[[], Cost]) -> None:
-    """Count the rows the denoiser is evaluated on into whatever `cost` returns at that time."""
+def count_calls(
+    network: nn.Module,
+    cost: Callable[[], Cost],
+    counter: Literal["denoiser_calls", "prior_calls"] = "denoiser_calls",
+) -> None:
+    """Count the rows a network is evaluated on into whatever `cost` returns at that time."""
 
     def count(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         first = inputs[0]
         rows = first if isinstance(first, Tensor) else next(iter(first.values()))
-        cost().denoiser_calls += rows.shape[0]
+        spent = cost()
+        setattr(spent, counter, getattr(spent, counter) + rows.shape[0])
 
-    denoiser.register_forward_pre_hook(count)
+    network.register_forward_pre_hook(count)
 
 
 def count_flops(network: nn.Module, cost: Callable[[], Cost]) -> None:
     """Count a network's operations into whatever `cost` returns at that time.
 
-    They are measured in the first call with inputs of some shapes, and with an adapter switched on
-    or off, and known from then on.
+    They are measured in a call of their own, without gradients and in evaluation mode, before the
+    first one with inputs of some shapes, and with an adapter switched on or off, and known from
+    then on. What that call takes, and whatever else a first call of a shape takes, is no part of
+    the call that is counted.
     """
     adapters = [layer for layer in network.modules() if isinstance(layer, BaseTunerLayer)]
     known: dict[tuple[Any, ...], int] = {}
-    running: list[tuple[tuple[Any, ...], FlopCounterMode]] = []
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         switched_off = bool(adapters) and adapters[0].disable_adapters
         key = (switched_off, *_shapes((args, kwargs)))
-        if key in known:
-            cost().flops += known[key]
-        else:
-            running.append((key, flop_counter().__enter__()))  # type: ignore[no-untyped-call]
+        if key not in known:
+            started = now()
+            known[key] = _measured(module, args, kwargs)
+            cost().counting_seconds += now() - started
+        cost().flops += known[key]
 
-    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if running:
-            key, counter = running.pop()
-            counter.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-            known[key] = int(counter.get_total_flops())
-            cost().flops += known[key]
+    network.register_forward_pre_hook(count, with_kwargs=True)
 
-    network.register_forward_pre_hook(before, with_kwargs=True)
-    network.register_forward_hook(after, always_call=True)
+
+def _measured(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Return the operations of a call, which draws no noise and leaves no trace."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        with flop_counter() as counter, torch.no_grad():
+            module.forward(*args, **kwargs)  # not the module itself, whose hooks have run
+    finally:
+        for part, training in modes:
+            part.training = training
+        # Older torch keeps the casts of weights made here, without gradients, for the call itself.
+        torch.clear_autocast_cache()
+    return int(counter.get_total_flops())
 
 
 def flop_counter() -> FlopCounterMode:
@@ -120,6 +141,13 @@ def _shapes(value: Any) -> Iterator[tuple[int, ...]]:
     elif isinstance(value, tuple | list):
         for part in value:
             yield from _shapes(part)
+
+
+def now() -> float:
+    """Return a clock's seconds, when all that was begun on a GPU is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # kernels run on after their calls have returned
+    return time.monotonic()
 
 
 def peak_memory_bytes() -> int:

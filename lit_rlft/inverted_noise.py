@@ -1,7 +1,8 @@
 """The inverted noise of a data set on disk: shards that are checked, read in place and mended.
 
-A shard is one `.npy` file per field, float32, and a JSON file with their checksums, which is
-written last: a shard without it, or whose checksums are others, does not count and is made anew.
+A shard is one `.npy` file per field, float32, and a JSON file with notes and checksums, which is
+written last. What the noise belongs to is in `noise.json`. A shard counts where its checksums are
+right and its notes name what `noise.json` names; whatever else there is, is made anew.
 """
 
 import errno
@@ -10,6 +11,7 @@ import io
 import json
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,12 @@ from torch import Tensor
 
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.state import State
+from lit_rlft.probes import alike
 
 __all__ = ["InvertedNoise"]
 
 _TENSOR = "x_1"
 """Name of the file where the state is a tensor."""
-_TOLERANCE = 1e-3
 
 
 class InvertedNoise:
@@ -49,18 +51,21 @@ class InvertedNoise:
     def claim(self, identity: Mapping[str, Any]) -> None:
         """Note what the noise belongs to, or check that it belongs to just that.
 
+        Where the note is damaged it is written anew. Shards that were made for just this identity,
+        to the last digit, count again then; others are made anew.
+
         Args:
-            identity: Values that JSON can hold; floating-point numbers may differ a little.
+            identity: Values that JSON can hold; numbers in lists may differ by rounding.
 
         Raises:
             UsageError: The folder holds noise that belongs to something else, or is not writable.
         """
-        path = self.folder / "noise.json"
         identity = {**identity, "num_rows": self.num_rows, "shard_size": self.shard_size}
-        if not path.is_file():
-            self._write(path, json.dumps(identity, indent=2).encode(), finished=0)
+        held = _read(self._claim_path)
+        if held is None:
+            with self._writing(finished=0):
+                _replace(self._claim_path, json.dumps(identity, indent=2).encode())
             return
-        held = json.loads(path.read_text())
         other = [name for name, value in identity.items() if not _same(held.get(name), value)]
         if other:
             raise UsageError(
@@ -74,16 +79,20 @@ class InvertedNoise:
         return range(first, min(first + self.shard_size, self.num_rows))
 
     def finished(self, shard: int) -> bool:
-        """Return whether a shard is there, to the last bit as it was written."""
-        try:
-            sums = self.notes(shard)["checksums"]
-            return all(sums[name] == _checksum(self.folder / name) for name in sums)
-        except (OSError, ValueError, KeyError):
+        """Return whether a shard is there, to the last bit as it was written, and of this noise."""
+        held = self._held(shard)
+        if held is None or held["claim"] != _file_checksum(self._claim_path):
             return False
+        sums = held["checksums"].items()
+        return all(value == _file_checksum(self.folder / name) for name, value in sums)
 
     def notes(self, shard: int) -> dict[str, Any]:
-        """Return what was noted of a finished shard."""
-        return json.loads(self._notes_path(shard).read_text())
+        """Return what was noted of a finished shard.
+
+        Raises:
+            UsageError: The notes have been damaged since.
+        """
+        return self._finished(shard)["notes"]
 
     def write(self, shard: int, x_1: State, notes: Mapping[str, Any], finished: int) -> None:
         """Write a shard; whoever reads it before the end does not find it.
@@ -98,14 +107,20 @@ class InvertedNoise:
             UsageError: The disk is full; what was finished before stays.
         """
         fields = {_TENSOR: x_1} if isinstance(x_1, Tensor) else x_1
-        sums = {}
-        self._notes_path(shard).unlink(missing_ok=True)
-        for field, values in fields.items():
-            path = self.folder / f"{shard:05d}.{field}.npy"
-            self._write(path, values.detach().float().cpu().numpy(), finished)
-            sums[path.name] = _checksum(path)
-        text = json.dumps({**notes, "checksums": sums})
-        self._write(self._notes_path(shard), text.encode(), finished)
+        # Checksums are those of what is to be written: a file read back may be wrong already.
+        files = {
+            f"{shard:05d}.{field}.npy": _npy(values.detach().float().cpu().numpy())
+            for field, values in fields.items()
+        }
+        sums = {name: _checksum(content) for name, content in files.items()}
+        claim = _file_checksum(self._claim_path)
+        held = {"notes": dict(notes), "claim": claim, "checksums": sums}
+        with self._writing(finished):
+            self._notes_path(shard).unlink(missing_ok=True)
+            for name, content in files.items():
+                _replace(self.folder / name, content)
+            text = json.dumps({**held, "digest": _digest(held)})
+            _replace(self._notes_path(shard), text.encode())
         self._open.pop(shard, None)
 
     def read(self, rows: Tensor) -> State:
@@ -126,23 +141,39 @@ class InvertedNoise:
 
     def _shard(self, shard: int) -> dict[str, NDArray[np.float32]]:
         if shard not in self._open:
-            names = self.notes(shard)["checksums"]
+            names = self._finished(shard)["checksums"]
             self._open[shard] = {
                 name.split(".")[1]: np.load(self.folder / name, mmap_mode="r") for name in names
             }
         return self._open[shard]
 
+    def _finished(self, shard: int) -> dict[str, Any]:
+        held = self._held(shard)
+        if held is None:
+            raise UsageError(f"{self._notes_path(shard)} is damaged; run the same command again")
+        return held
+
+    def _held(self, shard: int) -> dict[str, Any] | None:
+        """Return the content of a shard's notes, None where they are not as they were written."""
+        held = _read(self._notes_path(shard))
+        if held is None or held.pop("digest", None) != _digest(held):
+            return None
+        return held
+
+    @property
+    def _claim_path(self) -> Path:
+        return self.folder / "noise.json"
+
     def _notes_path(self, shard: int) -> Path:
         return self.folder / f"{shard:05d}.json"
 
-    def _write(self, path: Path, content: bytes | NDArray[Any], finished: int) -> None:
-        partial = path.with_name(f"{path.name}.partial")
+    @contextmanager
+    def _writing(self, finished: int) -> Iterator[None]:
+        """Make the folder; say in one sentence why the block cannot write into it."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(content if isinstance(content, bytes) else _npy(content))
-            partial.replace(path)
+            yield
         except OSError as error:
-            partial.unlink(missing_ok=True)
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             problem = "the disk is full" if full else f"the folder cannot be written ({error})"
             raise UsageError(
@@ -152,6 +183,17 @@ class InvertedNoise:
             ) from error
 
 
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file as a whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
 def _npy(values: NDArray[Any]) -> bytes:
     # Not straight into the file: numpy's own error does not say that the disk is full.
     buffer = io.BytesIO()
@@ -159,14 +201,32 @@ def _npy(values: NDArray[Any]) -> bytes:
     return buffer.getvalue()
 
 
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
+def _read(path: Path) -> dict[str, Any] | None:
+    """Return a JSON object; None where the file is missing, cannot be read or is something else."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _digest(content: Any) -> str:
+    return _checksum(json.dumps(content, sort_keys=True).encode())
+
+
+def _checksum(content: bytes) -> str:
+    return hashlib.blake2b(content).hexdigest()[:32]
+
+
+def _file_checksum(path: Path) -> str | None:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
+    except OSError:
+        return None
 
 
 def _same(held: Any, value: Any) -> bool:
-    if isinstance(value, list):
-        return isinstance(held, list) and len(held) == len(value) and all(map(_same, held, value))
-    if isinstance(value, float) and isinstance(held, float):
-        return math.isclose(held, value, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
+    if isinstance(value, list) and isinstance(held, list):
+        return all(isinstance(number, int | float) for number in held) and alike(held, value)
     return bool(held == value)

@@ -1,10 +1,14 @@
 """Values of all processes of a run in one place."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 
-__all__ = ["gather"]
+from lit_rlft.core.checks import UsageError
+
+__all__ = ["gather", "together"]
 
 T = TypeVar("T")
 
@@ -16,3 +20,29 @@ def gather(value: T, world_size: int) -> list[T]:
     values = [value] * world_size
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+@contextmanager
+def together(world_size: int) -> Iterator[None]:
+    """Leave the block when all processes do, so that none waits for one that has failed.
+
+    Raises:
+        UsageError: In the processes whose block went well, where that of another raised an error.
+    """
+    raised = None
+    try:
+        yield
+    except Exception as error:  # whatever it is, the others must hear of it
+        raised = error
+    problem = "" if raised is None else _sentence(raised)
+    problems = list(filter(None, gather(problem, world_size)))
+    if raised is not None:
+        raise raised
+    if problems:
+        raise UsageError(problems[0])
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, UsageError):
+        return str(error)
+    return f"another process failed ({type(error).__name__}: {error})"

@@ -9,9 +9,10 @@ import torch
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.state import index
 from lit_rlft.inverted_noise import InvertedNoise
+from lit_rlft.processes import together
 
 STATES = torch.arange(70, dtype=torch.float32).reshape(10, 7).reshape(10, 7, 1)
-IDENTITY = {"num_steps": 8, "data": [0.5, -1.0], "pretrained": "abc"}
+IDENTITY = {"num_steps": 8, "data": [0.5, -1.0], "data_noise": 0.0, "pretrained": "abc"}
 
 
 def stored(folder: Path) -> InvertedNoise:
@@ -52,7 +53,9 @@ def test_reading_maps_the_file(tmp_path: Path) -> None:
     assert type(store._open[1]["x_1"]).__name__ == "memmap"
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "gone", "no notes", "notes cut"])
+@pytest.mark.parametrize(
+    "damage", ["flip", "cut", "gone", "no notes", "notes cut", "", "null", "[1]", "{}"]
+)
 def test_damage_is_seen_and_mended(tmp_path: Path, damage: str) -> None:
     store = stored(tmp_path)
     values, notes = store.folder / "00001.x_1.npy", store.folder / "00001.json"
@@ -66,12 +69,76 @@ def test_damage_is_seen_and_mended(tmp_path: Path, damage: str) -> None:
         values.unlink()
     elif damage == "no notes":
         notes.unlink()
-    else:
+    elif damage == "notes cut":
         notes.write_text(notes.read_text()[:-5])
+    else:
+        notes.write_text(damage)
     assert [store.finished(shard) for shard in range(3)] == [True, False, True]
     store.write(1, STATES[4:8] + 1, {"num_rows": 4}, 2)
     assert store.finished(1)
     assert torch.equal(store.read(torch.tensor([5])), STATES[[5]] + 1)  # type: ignore[arg-type]
+
+
+def test_notes_are_as_they_were_written_or_do_not_count(tmp_path: Path) -> None:
+    store = stored(tmp_path)
+    notes = store.folder / "00001.json"
+    assert '"num_rows": 4' in notes.read_text()
+    notes.write_text(notes.read_text().replace('"num_rows": 4', '"num_rows": 5'))
+    assert not store.finished(1)
+    with pytest.raises(UsageError, match=r"00001\.json is damaged; run the same command again"):
+        list(store.all_notes())
+
+
+def test_a_file_that_is_not_what_was_to_be_written_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a failing disk: the checksum is that of the bytes before they are written."""
+    write = Path.write_bytes
+
+    def failing(path: Path, content: bytes) -> int:
+        return write(path, content if ".npy" not in path.name else content[:-1] + b"?")
+
+    monkeypatch.setattr(Path, "write_bytes", failing)
+    store = stored(tmp_path)
+    assert [store.finished(shard) for shard in range(3)] == [False] * 3
+
+
+@pytest.mark.parametrize("damage", ["", "null", "[]", '{"num_steps": 8', "gone"])
+def test_a_damaged_claim_is_written_anew_and_shards_are_trusted_by_their_own(
+    tmp_path: Path, damage: str
+) -> None:
+    store = stored(tmp_path)
+    path = store.folder / "noise.json"
+    path.unlink() if damage == "gone" else path.write_text(damage)
+    again = InvertedNoise(store.folder, 10, 4)
+    again.claim(IDENTITY)
+    assert json.loads(path.read_text())["num_steps"] == 8
+    assert all(map(again.finished, range(3)))
+    path.unlink() if damage == "gone" else path.write_text(damage)
+    other = InvertedNoise(store.folder, 10, 4)
+    other.claim({**IDENTITY, "pretrained": "abd"})
+    assert not any(map(other.finished, range(3)))
+    other.write(0, STATES[:4] + 1, {"num_rows": 4}, 0)
+    assert [other.finished(shard) for shard in range(3)] == [True, False, False]
+
+
+def test_what_one_process_raises_stops_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    problems: list[str] = []
+
+    def gathered(value: str, world_size: int) -> list[str]:
+        problems.append(value)
+        return ["", *problems]
+
+    monkeypatch.setattr("lit_rlft.processes.gather", gathered)
+    with together(2):
+        pass
+    with pytest.raises(KeyError, match="atoms"), together(2):
+        raise KeyError("atoms")
+    with (
+        pytest.raises(UsageError, match=r"another process failed \(KeyError: 'atoms'\)"),
+        together(2),
+    ):
+        pass
 
 
 def test_folders_of_something_else_are_refused(tmp_path: Path) -> None:
@@ -79,6 +146,7 @@ def test_folders_of_something_else_are_refused(tmp_path: Path) -> None:
     InvertedNoise(store.folder, 10, 4).claim({**IDENTITY, "data": [0.5 + 1e-5, -1.0]})
     for name, value in [
         ("num_steps", 9),
+        ("data_noise", 1e-3),
         ("data", [0.51, -1.0]),
         ("data", None),
         ("data", [0.5]),

@@ -44,7 +44,8 @@ class SetDistances(Metric):
     depends on the number of images: compare what has the same batch size.
 
     Args:
-        source: The real images; the embedded digits unless given.
+        source: The real images; unless given all embedded digits, those that the embedded model was
+            trained on among them.
         features: The feature network: "digits_features" or "shapes_features", which are embedded,
             a folder that `train_features` wrote, or the file of InceptionV3's weights in
             torch-fidelity's format.

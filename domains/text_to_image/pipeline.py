@@ -66,6 +66,7 @@ class TextToImagePipeline(Pipeline):
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     denoiser: UNet2DConditionModel
     process: GaussianProcess
+    pretrained: str
 
     def __init__(
         self,
@@ -129,7 +130,8 @@ class TextToImagePipeline(Pipeline):
         )
 
     def example(self) -> Condition:
-        return self.encode({"prompt": [self.negative_prompt]})
+        # Not the negative prompt, under which guidance has no effect.
+        return self.encode({"prompt": ["an example"]})
 
     def blank(self, condition: Condition) -> Tensor:
         channels = self.denoiser.config["in_channels"]

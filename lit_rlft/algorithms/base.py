@@ -217,16 +217,17 @@ class RewardFineTuner(LightningModule, ABC):
         """Return what is trained, checkpointed and exported."""
         return self.pipeline.denoiser
 
-    def networks(self) -> list[nn.Module]:
-        """Return the networks whose operations count as cost: denoisers, and what else samples."""
+    def denoisers(self) -> list[nn.Module]:
+        """Return the pipeline's denoiser, and the reference's where that is another one."""
         assert self.reference is not None
-        denoisers = [self.pipeline.denoiser, self.reference.frozen]
+        frozen = self.reference.frozen
+        return [self.pipeline.denoiser, *([] if frozen is None else [frozen])]
+
+    def prior_networks(self) -> list[nn.Module]:
+        """Return what is trained beside the pipeline, to draw where its sampler starts."""
         inside = {id(module) for module in self.pipeline.modules()}
         beside = self.trainable()
-        return [
-            *(denoiser for denoiser in denoisers if denoiser is not None),
-            *([] if id(beside) in inside else [beside]),
-        ]
+        return [] if id(beside) in inside else [beside]
 
     def policy(self, x_t: State, t: Tensor, condition: Condition) -> State:
         """Return the prediction of the model being tuned."""
@@ -272,10 +273,11 @@ class RewardFineTuner(LightningModule, ABC):
                 torch.manual_seed(self.seed)
                 attach_lora(self.pipeline, self.lora)
         self.reference = Reference(self.pipeline, adapted=self.lora is not None)
-        for denoiser in (self.pipeline.denoiser, self.reference.frozen):
-            if denoiser is not None:
-                count_calls(denoiser, lambda: self._meter)
-        for network in self.networks():
+        for denoiser in self.denoisers():
+            count_calls(denoiser, lambda: self._meter)
+        for network in self.prior_networks():
+            count_calls(network, lambda: self._meter, "prior_calls")
+        for network in (*self.denoisers(), *self.prior_networks()):
             count_flops(network, lambda: self._meter)
 
     def train(self, mode: bool = True) -> Self:
@@ -455,11 +457,13 @@ class RewardFineTuner(LightningModule, ABC):
         world, test = self.trainer.world_size, self._meter
         return {
             "denoiser_calls": self.cost.denoiser_calls * world,
+            "prior_calls": self.cost.prior_calls * world,
             "reward_calls": self.cost.reward_calls * world,
             "flops": self.cost.flops * world,
             "seconds": self.cost.seconds,
             "peak_memory_bytes": peak_memory_bytes(),
             "test_denoiser_calls": test.denoiser_calls * world,
+            "test_prior_calls": test.prior_calls * world,
             "test_reward_calls": test.reward_calls * world,
             "test_flops": test.flops * world,
             "test_seconds": time.monotonic() - self._started,

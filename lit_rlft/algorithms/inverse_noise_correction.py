@@ -8,45 +8,46 @@ the model, and
     KL(p_{data} \,\|\, T(q)) = KL(T^{-1}(p_{data}) \,\|\, q),
 
 so all that is left to learn is q: a corrector, trained by the denoising loss on inverted data.
-Sampling runs N(0, I) -> corrector -> T. A corrector belongs to T, and so to a number of steps.
+Sampling runs N(0, I) -> corrector -> T. A corrector belongs to T: to the base's weights, guidance
+and number of steps.
 
 References:
     P-GRAFT (2025; its part on flow models), https://arxiv.org/abs/2510.02692
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from lit_rlft.algorithms.base import Experience, Relay, RewardFineTuner
-from lit_rlft.core.checks import UsageError, require
+from lit_rlft.core.checks import UsageError, loading, require
 from lit_rlft.core.corrector import Flow, FlowMLP, FlowPrior
 from lit_rlft.core.fixed_point import FixedPoint
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline
 from lit_rlft.core.randomness import Generators, generators, rand_like, seed_from
 from lit_rlft.core.sampling import Sampler
-from lit_rlft.core.state import State, cat, flatten, leaves, tree_map
+from lit_rlft.core.state import State, flatten, leaves, tree_map
+from lit_rlft.cost import Cost
+from lit_rlft.inversion import Inversion
 from lit_rlft.inverted_noise import InvertedNoise
-from lit_rlft.processes import gather
-from lit_rlft.runs import run_folder, summary_writer
+from lit_rlft.probes import alike, probe
 
 __all__ = ["InverseNoiseCorrection"]
 
-_DATA_NOISE, _PROBE = 20, 21
-_NUM_PROBES = 4
-"""Rows by which inverted noise on disk is recognised."""
+_PROBE, _NUM_PROBES = 21, 4
+_CARD = "corrector.json"
 
 
 class InverseNoiseCorrection(RewardFineTuner):
     """Inverts the training data through the frozen sampler once, then learns the law of that noise.
 
-    What is learned belongs to the sampler's number of steps; that of the corrector is free. The
-    reward only evaluates.
+    What is learned belongs to the base and its number of steps, which checkpoints and exported
+    correctors name and are held to; the corrector's own number of steps is free. The reward only
+    evaluates.
 
     Args:
         *args: Pipeline and reward.
@@ -60,7 +61,8 @@ class InverseNoiseCorrection(RewardFineTuner):
             manifold, near which no noise leads (1e-3 for pictures); what conditions give is spared.
         shard_size: Rows of data inverted and stored at a time.
         noise_folder: Where inverted noise is stored, seen by all processes; None takes the run's.
-        force_num_steps: Sample with another number of base steps than the corrector's.
+        force_num_steps: Sample with another base than the corrector's, such as one of another
+            number of steps.
         **base: Arguments of `RewardFineTuner`; `lora` must be None.
     """
 
@@ -88,6 +90,8 @@ class InverseNoiseCorrection(RewardFineTuner):
         self.shard_size, self.noise_folder = shard_size, noise_folder
         self.force_num_steps = force_num_steps
         self._noise: InvertedNoise | None = None
+        self._held: dict[str, Any] | None = None
+        self._base_probe: list[float] | None = None
 
     def check(self) -> None:
         process = self.pipeline.process
@@ -113,11 +117,11 @@ class InverseNoiseCorrection(RewardFineTuner):
         example = self.pipeline.example()
         blank = self.pipeline.blank(example)
         if not hasattr(self, "corrector"):
-            num_features = self.pipeline.features(example).shape[1]
+            process, num_features = self.pipeline.process, self._features(example).shape[1]
             sizes = {"width": self.width, "depth": self.depth}
             with torch.random.fork_rng():
                 torch.manual_seed(self.seed)
-                self.corrector = FlowMLP(blank, self._features, num_features, **sizes)
+                self.corrector = FlowMLP(process, blank, self._features, num_features, **sizes)
             return
         assert isinstance(self.corrector, Pipeline)
         own = self.corrector.blank(example)
@@ -141,15 +145,47 @@ class InverseNoiseCorrection(RewardFineTuner):
     def relay(self) -> Relay:
         return self.reference_relay()
 
+    def base_probe(self) -> list[float]:
+        """Return numbers by which the base sampler is known: of its samples from fixed noise."""
+        if self._base_probe is None:
+            condition = self.pipeline.example().repeat(_NUM_PROBES)
+            rows = generators([seed_from(_PROBE, i) for i in range(_NUM_PROBES)])
+            self.pipeline.eval()
+            meter, self._meter = self._meter, Cost()  # looking costs nothing
+            with torch.no_grad():
+                x_1 = self.reference_prior(condition).sample(rows)
+                process = self.pipeline.process
+                x_0 = self.sampler.sample(self.reference_policy, process, x_1, condition)
+            self._meter = meter
+            self._base_probe = probe(x_0)
+        return self._base_probe
+
+    def on_fit_start(self) -> None:
+        """Check that the corrector is one for this base; the model is on its device by now."""
+        self._check_base()
+
     def on_train_start(self) -> None:
         """Invert what of the training data is not inverted yet."""
         super().on_train_start()
         self.eval()
         loader = self.trainer.train_dataloader
         assert loader is not None
+        inversion = Inversion(self, loader.dataset, loader.collate_fn)
         with self.phase("invert"), torch.no_grad():
-            self._noise = self._inverted(loader.dataset, loader.collate_fn)
-        self._tell(self._noise)
+            self._noise = inversion.run()
+        inversion.tell()
+
+    def on_validation_start(self) -> None:
+        """Check that the corrector is one for this base."""
+        self._check_base()
+
+    def on_test_start(self) -> None:
+        """Check that the corrector is one for this base."""
+        self._check_base()
+
+    def on_predict_start(self) -> None:
+        """Check that the corrector is one for this base."""
+        self._check_base()
 
     def collect(self, batch: Batch, condition: Condition) -> Experience:
         """Return the inverted noise of the batch's data as experience."""
@@ -171,163 +207,70 @@ class InverseNoiseCorrection(RewardFineTuner):
         return flow.process.loss(flow.predict(x_t, t, experience.condition), x_1, x_t, s, t), {}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep, beside the rest, the number of steps that the corrector is for."""
+        """Keep, beside the rest, which base the corrector is for."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["lit_rlft"]["base_steps"] = self.sampler.num_steps
+        checkpoint["lit_rlft"] |= self._base()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore; raise UsageError for a corrector of another number of base steps."""
+        """Restore; whether the base is the corrector's is checked on the device, at the start."""
         super().on_load_checkpoint(checkpoint)
-        held, own = checkpoint["lit_rlft"].get("base_steps"), self.sampler.num_steps
-        fits = held == own
-        if not fits and (not self.force_num_steps or self.trainer.state.fn == TrainerFn.FITTING):
-            raise UsageError(
-                f"--ckpt_path holds a corrector for {held} base steps, not {own}; set "
-                f"model.init_args.sampler.num_steps to {held} or train another corrector "
-                "(force_num_steps samples nevertheless)"
-            )
+        self._held = checkpoint["lit_rlft"]
 
     def export(self, folder: Path) -> list[Path]:
-        """Write the corrector in the domain's format; an MLP is in the checkpoint alone."""
-        return self.corrector.save(folder) if isinstance(self.corrector, Pipeline) else []
+        """Write the corrector in the domain's format, and beside it which base it is for.
+
+        An MLP is in the checkpoint alone.
+        """
+        if not isinstance(self.corrector, Pipeline):
+            return []
+        written = self.corrector.save(folder)
+        (folder / _CARD).write_text(json.dumps(self._base(), indent=2) + "\n")
+        return [*written, folder / _CARD]
+
+    def _base(self) -> dict[str, Any]:
+        return {"base_steps": self.sampler.num_steps, "base_probe": self.base_probe()}
 
     def _features(self, condition: Condition) -> Tensor:
         return self.pipeline.features(condition)
 
-    def _inverted(self, rows: Dataset[Any], collate: Any) -> InvertedNoise:
-        """Invert the shards of this process that are missing; wait for the others' shards."""
-        trainer = self.trainer
-        world, rank = trainer.world_size, trainer.global_rank
-        folder = Path(self.noise_folder or run_folder(trainer) / "inverted_noise")
-        store = InvertedNoise(folder, len(rows), self.shard_size)  # type: ignore[arg-type]
-        data = _Data(self, rows, collate)
-        problem = ""
-        try:
-            if rank == 0:
-                store.claim(self._identity(data))
-        except UsageError as error:
-            problem = str(error)
-        self._stop_together(problem)
-        own = range(rank, store.num_shards, world)
-        missing = [shard for shard in own if not store.finished(shard)]
-        try:
-            for i, shard in enumerate(self.track(missing, "Inverting")):
-                x_1, notes = self._invert(data, store.rows(shard))
-                store.write(shard, x_1, notes, len(own) - len(missing) + i)
-        except UsageError as error:
-            problem = str(error)
-        self._stop_together(problem)
-        return store
+    @property
+    def _fitting(self) -> bool:
+        return self.trainer.state.fn == TrainerFn.FITTING
 
-    def _stop_together(self, problem: str) -> None:
-        """Raise the first problem of any process in all of them: none waits for another."""
-        problems = list(filter(None, gather(problem, self.trainer.world_size)))
-        if problems:
-            raise UsageError(problems[0])
+    def _check_base(self) -> None:
+        """Raise UsageError where the corrector in use was trained for another base.
 
-    def _identity(self, data: "_Data") -> dict[str, Any]:
-        """Return what inverted noise depends on, and numbers by which sampler and data are known.
-
-        The numbers are means of samples from fixed noise and of data. Data that are not the same
-        when they are read again are left out.
+        One that was loaded from a folder may be the start of training for this base.
         """
-        x_0, condition = data[range(min(_NUM_PROBES, len(data)))]
-        again, _ = data[range(min(_NUM_PROBES, len(data)))]
-        rows = generators([seed_from(_PROBE, i) for i in range(len(condition))])
-        x_1 = self.reference_prior(condition).sample(rows)
-        drawn = self.sampler.sample(self.reference_policy, self.pipeline.process, x_1, condition)
-        fixed = torch.equal(flatten(x_0), flatten(again))
-        return {
-            "pretrained": self.pretrained,
-            "num_steps": self.sampler.num_steps,
-            "data_noise": self.data_noise,
-            "sampler": flatten(drawn).double().mean(dim=1).tolist(),
-            "data": flatten(x_0).double().mean(dim=1).tolist() if fixed else None,
-        }
-
-    def _invert(self, data: "_Data", rows: range) -> tuple[State, dict[str, Any]]:
-        """Return the inverted noise of some rows of the data, and how well it inverts them."""
-        size, process = self.sampling_batch_size, self.pipeline.process
-        parts = []
-        for first in range(rows.start, rows.stop, size):
-            x_0, condition = data[range(first, min(first + size, rows.stop))]
-            args = (self.reference_policy, process, x_0, condition, self.solver)
-            parts.append(self.sampler.invert(*args))
-        x_1 = cat([part.x_1 for part in parts])
-        residuals = torch.cat([part.residuals for part in parts])
-        finite = flatten(x_1).isfinite().all()
-        if not finite:
+        held, where = self._held, "--ckpt_path"
+        if held is None and not self._fitting and not self.num_updates:
+            held, where = self._card(), "model.init_args.corrector.init_args.pretrained"
+        self._held = None
+        if held is None or (self.force_num_steps and not self._fitting):
+            return
+        steps, own = held.get("base_steps"), self.sampler.num_steps
+        remedy = "or train another corrector (force_num_steps samples nevertheless)"
+        if steps != own:
             raise UsageError(
-                f"the inversion of rows {rows.start} to {rows.stop - 1} of the data overflows; "
-                "raise model.init_args.sampler.num_steps, or look for numbers in the data that "
-                "are not finite"
+                f"{where} holds a corrector for {steps} base steps, not {own}; set "
+                f"model.init_args.sampler.num_steps to {steps} {remedy}"
             )
-        iterations = torch.cat([part.iterations for part in parts]).double()
-        return x_1, {
-            "num_rows": len(rows),
-            "residual": float(residuals.max()),
-            "iterations": float(iterations.mean()) / self.sampler.num_steps,
-            "unconverged": int((residuals > self.solver.tolerance).sum()),
-            "noise_power": float(flatten(x_1).double().square().mean()),
-        }
-
-    def _tell(self, store: InvertedNoise) -> None:
-        """Report how well the data were inverted; warn where the iterations do not contract."""
-        notes, total = list(store.all_notes()), store.num_rows
-        means = {
-            name: sum(note[name] * note["num_rows"] for note in notes) / total
-            for name in ("iterations", "noise_power")
-        }
-        worst = max(note["residual"] for note in notes)
-        failed = sum(note["unconverged"] for note in notes)
-        rank_zero_info(
-            f"inverted noise of {total} rows in {store.folder}: residual at most {worst:.2g}, "
-            f"{means['iterations']:.1f} iterations a step, mean square {means['noise_power']:.3f}"
-        )
-        writer = summary_writer(self)
-        if writer is not None:
-            values = {**means, "residual": worst, "unconverged": failed / total}
-            for name, value in values.items():
-                writer.add_scalar(f"inversion/{name}", value, self.num_updates)
-        if failed:
-            rank_zero_warn(
-                f"the inversion of {failed / total:.1%} of the data does not converge (residual "
-                f"{worst:.2g} after {self.solver.max_iterations} iterations, tolerance "
-                f"{self.solver.tolerance:.2g}): steps are too long for the model there; raise "
-                "model.init_args.sampler.num_steps, or data_noise where data lie on a manifold, "
-                "or solver.tolerance where the model computes in half precision"
-            )
-
-
-class _Data:
-    """The rows of a data set as states, with noise, and their conditions."""
-
-    def __init__(self, tuner: InverseNoiseCorrection, rows: Dataset[Any], collate: Any) -> None:
-        self.tuner, self.rows, self.collate = tuner, rows, collate
-
-    def __len__(self) -> int:
-        return len(self.rows)  # type: ignore[arg-type]
-
-    def __getitem__(self, rows: range) -> tuple[State, Condition]:
-        """Return x_0 and the condition of some rows."""
-        tuner, pipeline = self.tuner, self.tuner.pipeline
-        batch = self.collate([self.rows[row] for row in rows])
-        if batch["index"].tolist() != list(rows):
+        if not alike(held.get("base_probe", []), self.base_probe()):
             raise UsageError(
-                f"{tuner.algorithm} needs data whose column 'index' is the row's number, which "
-                "lit_rlft.data.Rows adds"
+                f"{where} holds a corrector for another base, which makes other samples of the "
+                "same noise; set pipeline.init_args, such as guidance_scale, to what it was "
+                f"trained for {remedy}"
             )
-        condition, x_0 = pipeline.encode(batch), pipeline.states(batch)
-        if not tuner.data_noise:
-            return x_0, condition
-        keys = generators([seed_from(tuner.seed, _DATA_NOISE, row) for row in rows])
-        # From the prior, which knows what of a state is noisy at all.
-        noise = tuner.reference_prior(condition).sample(keys)
-        noisy = tree_map(lambda x, e: x + tuner.data_noise * e, x_0, noise)
-        given = pipeline.given(condition)
-        if given is not None:
-            noisy = tree_map(lambda fixed, x, e: x.where(fixed, e), given, x_0, noisy)
-        return noisy, condition
+
+    def _card(self) -> dict[str, Any] | None:
+        """Return what is written beside the corrector where it was loaded from a run's folder."""
+        source = self.corrector.pretrained if isinstance(self.corrector, Pipeline) else None
+        path = Path(source or "") / _CARD
+        if source is None or not path.is_file():
+            return None
+        with loading(f"{path} cannot be read; delete it to use the corrector unchecked"):
+            held = json.loads(path.read_text())
+            return {name: held[name] for name in ("base_steps", "base_probe")}
 
 
 def _shapes(state: State) -> list[tuple[int, ...]]:

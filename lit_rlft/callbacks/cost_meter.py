@@ -1,19 +1,18 @@
 """What each part of a run costs: seconds, calls and operations, and those of one sample."""
 
-import time
 from collections import defaultdict
+from dataclasses import replace
 from typing import Any
 
-import torch
 from lightning import LightningModule, Trainer
 
 from lit_rlft.algorithms.base import RewardFineTuner
-from lit_rlft.cost import Cost
+from lit_rlft.cost import Cost, now
 from lit_rlft.observer import Observer
 
 __all__ = ["CostMeter"]
 
-_COUNTS = ("denoiser_calls", "reward_calls", "flops")
+_COUNTS = ("denoiser_calls", "prior_calls", "reward_calls", "flops")
 _TEST, _SAMPLE = "test", "sample_"
 
 Spent = dict[str, float]
@@ -22,7 +21,8 @@ Spent = dict[str, float]
 class CostMeter(Observer):
     """Keeps the books by stage ("train", "validate", "test") and phase ("collect", "update", ...).
 
-    Counts and seconds are those of this process; operations are of forward passes. The books are
+    Counts and seconds are those of this process; operations are of forward passes, and what
+    counting them takes is not part of a phase's seconds. The books are
     part of the checkpoint, so that a test reports what training spent. Each round's seconds and
     the operations so far go to TensorBoard, under `time/` and `cost/flops`.
     """
@@ -37,7 +37,7 @@ class CostMeter(Observer):
 
     def on_phase_start(self, tuner: RewardFineTuner, name: str) -> None:
         """Note the time and the counters."""
-        self._begun[name] = (_now(), Cost(**tuner.meter.as_dict()))
+        self._begun[name] = (now(), replace(tuner.meter))
 
     def on_phase_end(self, tuner: RewardFineTuner, name: str, num_samples: int) -> None:
         """Book what was spent since."""
@@ -47,7 +47,9 @@ class CostMeter(Observer):
             return
         page = self.books.setdefault(stage.value, {})
         spent = page.setdefault(name, defaultdict(float))
-        spent["seconds"] += _now() - start
+        # Counted calls happen in whichever arm is sampled first.
+        counting = tuner.meter.counting_seconds - before.counting_seconds
+        spent["seconds"] += now() - start - counting
         spent["samples"] += num_samples
         for count in _COUNTS:
             spent[count] += getattr(tuner.meter, count) - getattr(before, count)
@@ -84,7 +86,7 @@ class CostMeter(Observer):
             f"{count}_per_sample": {
                 arm: spent[count] / spent["samples"] for arm, spent in arms.items()
             }
-            for count in ("denoiser_calls", "flops", "seconds")
+            for count in ("denoiser_calls", "prior_calls", "flops", "seconds")
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -107,10 +109,3 @@ class CostMeter(Observer):
 def _plain(spent: Spent) -> dict[str, float]:
     """Return seconds and whole counts."""
     return {name: value if name == "seconds" else int(value) for name, value in spent.items()}
-
-
-def _now() -> float:
-    # Kernels run on after their calls have returned.
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.monotonic()

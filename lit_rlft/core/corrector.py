@@ -39,9 +39,12 @@ class Flow(Protocol):
 class FlowMLP(nn.Module):
     """A rectified flow on continuous states of one size: an MLP over all of a sample's numbers.
 
-    Its velocity is zero at the start, where it hands on the noise that it gets.
+    Its velocity is zero at the start, where it hands on the noise that it gets. What of a state
+    exists is the base's business (its processes' subspaces): elsewhere is neither noise nor loss,
+    and what the network says about it is dropped.
 
     Args:
+        base: The process of the flow whose noise is made.
         blank: A state of any number of samples, for their shape, dtype and device.
         features: From conditions to a fixed-size encoding [B, F].
         num_features: F.
@@ -51,6 +54,7 @@ class FlowMLP(nn.Module):
 
     def __init__(
         self,
+        base: Process,
         blank: State,
         features: Callable[[Condition], Tensor],
         num_features: int,
@@ -59,9 +63,7 @@ class FlowMLP(nn.Module):
         depth: int = 3,
     ) -> None:
         super().__init__()
-        one = GaussianProcess(RectifiedFlow(), "velocity")
-        fields = None if isinstance(blank, Tensor) else dict.fromkeys(blank, one)
-        self.process: Process = one if fields is None else ProductProcess(fields)
+        self.process = _rectified(base)
         self.denoiser: nn.Module = _MLP(flatten(blank).shape[1], num_features, width, depth)
         self.denoiser.to(leaves(blank)[0])
         self.features = features
@@ -107,6 +109,14 @@ class FlowPrior(Distribution):
             raise ValueError(f"{batch_size(noise)} samples for {len(self.condition)} conditions")
         args = (self.flow.predict, self.flow.process, noise, self.condition, rows)
         return self.sampler.sample(*args)
+
+
+def _rectified(base: Process) -> Process:
+    """Return a rectified flow on the states of another process, in the same subspaces."""
+    if isinstance(base, ProductProcess):
+        return ProductProcess({name: _rectified(base.field(name)) for name in base.names})
+    subspace = base.subspace if isinstance(base, GaussianProcess) else None
+    return GaussianProcess(RectifiedFlow(), "velocity", subspace)
 
 
 class _MLP(nn.Module):

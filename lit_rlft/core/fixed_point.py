@@ -35,8 +35,9 @@ class Solution:
     """Where the iterations of a batch ended.
 
     Attributes:
-        state: [B, ...]; of each sample the iterate with the smallest residual.
-        residuals: Largest entry of the last |g(u) - u|, [B]; the state is g(u).
+        state: [B, ...]; of each sample the iterate u with the smallest residual. Plain iteration,
+            `memory` 0, gives that iterate's g(u): nearer where g contracts, farther where not.
+        residuals: Largest entry of |g(u) - u|, [B]; infinite where g is never finite.
         iterations: Evaluations of g, int64 [B].
     """
 
@@ -86,7 +87,8 @@ class FixedPoint:
             iterations[active] += 1
             now = f.abs().amax(dim=1).nan_to_num(nan=torch.inf)
             better = now < residuals[active]
-            best[active[better]], residuals[active[better]] = g[better], now[better]
+            kept = u if self.memory else g
+            best[active[better]], residuals[active[better]] = kept[better], now[better]
             going = (now > self.tolerance) & now.isfinite()
             if not going.any():
                 break

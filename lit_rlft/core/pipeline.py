@@ -89,11 +89,13 @@ class Pipeline(nn.Module, ABC):
         denoiser: The network that algorithms train.
         encoder: The network that encodes conditions, frozen unless pretraining; None without one.
         process: The noising process it was trained for.
+        pretrained: Where the denoiser's weights are from, a folder or a name; None where it is new.
         lora_targets: Names of the denoiser's layers that get a LoRA unless a config says otherwise.
     """
 
     denoiser: nn.Module
     process: Process
+    pretrained: str | None = None
     lora_targets: tuple[str, ...] = ()
 
     def __init__(self) -> None:

@@ -25,8 +25,9 @@ class Inverted:
 
     Attributes:
         x_1: [B, ...].
-        residuals: [B], the largest over the steps of what backward Euler's equation was missed by,
-            in units of the state; infinite where numbers overflowed.
+        residuals: [B], the largest over the steps of what the state that was gone on from misses
+            backward Euler's equation by, in units of the state; infinite where numbers overflowed.
+            A solver without memory goes on from one evaluation later (`Solution`).
         iterations: [B] int64, evaluations of the denoiser over all steps.
     """
 

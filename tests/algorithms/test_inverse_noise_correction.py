@@ -6,8 +6,11 @@ equal laws comes from permutations of the pooled samples.
 """
 
 import copy
+import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,8 +39,10 @@ from lit_rlft.core.randomness import generators
 from lit_rlft.core.reward import Reward
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.state import State, flatten, tensor_of
-from lit_rlft.data import collate
+from lit_rlft.data import Rows, collate
+from lit_rlft.inversion import Inversion
 from lit_rlft.inverted_noise import InvertedNoise
+from lit_rlft.probes import alike
 from tests.support import trainer_of
 
 STEPS = 8
@@ -77,6 +82,12 @@ def fit(tuner: Any, data: Any, folder: Path, num_epochs: int = 1, **trainer: Any
 
 def points(num: int = 20, **settings: Any) -> MixtureData:
     return MixtureData(**MIXTURE, num_train=num, batch_size=4, **settings)
+
+
+def points_rows() -> Any:
+    data = points()
+    data.setup("fit")
+    return data.rows("train")
 
 
 def store_of(folder: Path, num: int = 20, shard_size: int = 8) -> InvertedNoise:
@@ -136,6 +147,10 @@ def test_the_corrector_recovers_the_datas_law_that_a_biased_model_misses(tmp_pat
     corrected, level = discrepancy(draw(tuner, 1000, corrected=True), real)
     assert base > 10 * level
     assert corrected < level
+    # Before another number of base steps it is not the corrector of that map: worse by far.
+    tuner.sampler = Sampler(4)
+    mismatched, level = discrepancy(draw(tuner, 1000, corrected=True), real)
+    assert mismatched > 4 * level
 
 
 def test_inverted_noise_leads_to_the_data(tmp_path: Path) -> None:
@@ -152,6 +167,38 @@ def test_inverted_noise_leads_to_the_data(tmp_path: Path) -> None:
     assert [note["num_rows"] for note in notes] == [8, 8, 4]
     assert all(note["residual"] <= 1e-5 and not note["unconverged"] for note in notes)
     assert all(1 < note["iterations"] < 50 for note in notes)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_is_missing_is_shared_out_evenly(
+    rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of four shards the first process's two are finished: each makes one of the others."""
+    fit(tuner_of(Biased(), shard_size=5), points(), tmp_path)
+    before, store = stamps(tmp_path), store_of(tmp_path, shard_size=5)
+    for shard in (1, 3):
+        (store.folder / f"0000{shard}.json").unlink()
+
+    def lacking(value: Any, world_size: int) -> list[Any]:
+        return [value] if value == "" or world_size == 1 else [[], [1, 3]]
+
+    monkeypatch.setattr("lit_rlft.inversion.gather", lacking)
+    monkeypatch.setattr("lit_rlft.processes.gather", lacking)
+    tuner = tuner_of(Biased(), shard_size=5)
+    tuner.setup("fit")
+    tuner.trainer = SimpleNamespace(
+        world_size=2,
+        global_rank=rank,
+        default_root_dir=tmp_path,
+        loggers=[],
+        callbacks=[],
+        progress_bar_callback=None,
+    )
+    with torch.no_grad():
+        Inversion(tuner, points_rows(), collate).run()
+    after = stamps(tmp_path)
+    made = {name[:5] for name in after if after[name] != before[name]} - {"noise"}
+    assert made == {f"0000{1 + 2 * rank}"}
 
 
 def test_data_are_blurred_by_noise_of_the_given_size(tmp_path: Path) -> None:
@@ -219,12 +266,14 @@ def stamps(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in (folder / "inverted_noise").iterdir()}
 
 
-def test_an_interrupted_inversion_continues_with_what_is_missing(tmp_path: Path) -> None:
+def test_an_interrupted_inversion_continues_with_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Stop(Exception):
         pass
 
-    tuner, calls = tuner_of(Biased()), 0
-    invert = tuner._invert
+    calls = 0
+    invert = Inversion.invert
 
     def interrupted(*args: Any) -> Any:
         nonlocal calls
@@ -233,9 +282,9 @@ def test_an_interrupted_inversion_continues_with_what_is_missing(tmp_path: Path)
             raise Stop
         return invert(*args)
 
-    tuner._invert = interrupted
-    with pytest.raises(Stop):
-        fit(tuner, points(), tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(Inversion, "invert", interrupted)
+        fit(tuner_of(Biased()), points(), tmp_path)
     store = store_of(tmp_path)
     assert [store.finished(shard) for shard in range(3)] == [True, True, False]
     before, again = stamps(tmp_path), tuner_of(Biased())
@@ -286,7 +335,7 @@ def test_a_full_disk_leaves_a_state_to_go_on_from(tmp_path: Path) -> None:
     ("change", "what"),
     [
         ({"sampler": Sampler(STEPS + 1)}, "num_steps"),
-        ({"data_noise": 0.1}, "data_noise"),
+        ({"data_noise": 1e-3}, "data_noise"),
         ({"shard_size": 7}, "shard_size"),
     ],
 )
@@ -302,13 +351,68 @@ def test_noise_of_other_data_or_another_sampler_is_not_mixed_in(tmp_path: Path) 
     fit(tuner_of(Biased()), points(), tmp_path)
     with pytest.raises(UsageError, match="other data"):
         fit(tuner_of(Biased()), points(seed=1), tmp_path)
-
-    class MoreBiased(Biased):
-        def predict(self, x_t: State, t: Tensor, condition: Condition) -> Tensor:
-            return super().predict(x_t, t, condition) + 0.1
-
     with pytest.raises(UsageError, match="other sampler"):
         fit(tuner_of(MoreBiased()), points(), tmp_path)
+
+
+class Altered(MixtureData):
+    """Points some of which are others, by what `change` does to all of them [n, 2]."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor], num: int = 20) -> None:
+        super().__init__(**MIXTURE, num_train=num, batch_size=4)
+        self.change = change
+
+    def rows(self, split: Any) -> Any:
+        rows = super().rows(split)
+        x_0 = self.change(torch.stack([rows[i]["x_0"] for i in range(len(rows))]))
+        return Rows(len(rows), lambda i: {**rows[i], "x_0": x_0[i]})
+
+
+def later(x_0: Tensor) -> Tensor:
+    return torch.cat([x_0[:-1], x_0[-1:] + 0.1])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [later, lambda x: x.flip(1), lambda x: x[[*range(10), 11, 10, *range(12, 20)]], lambda x: -x],
+    ids=["a later row", "flipped", "two swapped", "negative"],
+)
+def test_changed_data_are_not_taken_for_those_that_were_inverted(
+    tmp_path: Path, change: Callable[[Tensor], Tensor]
+) -> None:
+    fit(tuner_of(Biased()), Altered(lambda x: x), tmp_path)
+    fit(tuner_of(Biased()), Altered(lambda x: x + 1e-4), tmp_path)  # another machine's rounding
+    with pytest.raises(UsageError, match=r"other data.*delete the folder"):
+        fit(tuner_of(Biased()), Altered(change), tmp_path)
+
+
+def test_of_many_rows_those_in_between_are_not_looked_at(tmp_path: Path) -> None:
+    """Of 200 rows 64, from the first to the last; of 200 shards one row each."""
+
+    def between(x_0: Tensor) -> Tensor:
+        return torch.cat([x_0[:1], x_0[1:2] + 1, x_0[2:]])
+
+    few = {"shard_size": 50, "noise_folder": str(tmp_path / "few")}
+    fit(tuner_of(Biased(), **few), Altered(lambda x: x, 200), tmp_path)
+    fit(tuner_of(Biased(), **few), Altered(between, 200), tmp_path)
+    with pytest.raises(UsageError, match="other data"):
+        fit(tuner_of(Biased(), **few), Altered(later, 200), tmp_path)
+    many = {"shard_size": 1, "noise_folder": str(tmp_path / "many")}
+    fit(tuner_of(Biased(), **many), Altered(lambda x: x, 90), tmp_path)
+    with pytest.raises(UsageError, match="other data"):
+        fit(tuner_of(Biased(), **many), Altered(between, 90), tmp_path)
+
+
+def test_data_that_are_random_are_not_compared(tmp_path: Path) -> None:
+    class Random(MixtureData):
+        def rows(self, split: Any) -> Any:
+            rows = super().rows(split)
+            return Rows(len(rows), lambda i: {**rows[i], "x_0": torch.randn(2)})
+
+    for _ in range(2):
+        fit(tuner_of(Biased()), Random(**MIXTURE, num_train=20, batch_size=4), tmp_path)
+    identity = json.loads((tmp_path / "inverted_noise/noise.json").read_text())
+    assert identity["data"] is None and identity["num_steps"] == STEPS
 
 
 def test_noise_can_be_shared_between_runs(tmp_path: Path) -> None:
@@ -348,12 +452,131 @@ def test_a_corrector_of_another_step_count_is_refused_unless_forced(tmp_path: Pa
         )
 
 
+class MoreBiased(Biased):
+    """The same weights, another sampler."""
+
+    def predict(self, x_t: State, t: Tensor, condition: Condition) -> Tensor:
+        return super().predict(x_t, t, condition) + 0.1
+
+
+def test_a_corrector_of_another_base_is_refused_unless_forced(tmp_path: Path) -> None:
+    held = {"ckpt_path": str(tmp_path / "held.ckpt")}
+    fit(tuner_of(Biased()), points(), tmp_path).save_checkpoint(held["ckpt_path"])
+    numbers = torch.load(held["ckpt_path"], weights_only=True)["lit_rlft"]["base_probe"]
+    assert len(numbers) == 8
+
+    def run(stage: str, pipeline: Pipeline, **settings: Any) -> None:
+        data = points(num_test=2, num_val=2)
+        runner = trainer_of(default_root_dir=tmp_path, limit_val_batches=1)
+        getattr(runner, stage)(tuner_of(pipeline, **settings), data, **held)
+
+    for stage in ("validate", "test", "predict"):
+        run(stage, Biased())
+        with pytest.raises(UsageError, match=r"ckpt_path holds a corrector for another base.*forc"):
+            run(stage, MoreBiased())
+        run(stage, MoreBiased(), force_num_steps=True)
+    with pytest.raises(UsageError, match="another base"):
+        run("fit", MoreBiased(), force_num_steps=True)
+    slightly = torch.load(held["ckpt_path"], weights_only=True)
+    slightly["lit_rlft"]["base_probe"] = [number + 1e-3 for number in numbers]
+    torch.save(slightly, held["ckpt_path"])
+    run("test", Biased())
+
+
+def test_an_exported_corrector_knows_its_base(tmp_path: Path) -> None:
+    """It may start the training of a corrector for another base, but not sample for one."""
+
+    def small(pretrained: str | None) -> LayoutPipeline:
+        architecture = None if pretrained else Architecture(width=8, depth=1, num_heads=2)
+        return LayoutPipeline(pretrained, architecture=architecture)
+
+    def tuner(num_steps: int, pretrained: str | None = None, **settings: Any) -> Any:
+        settings = {"sampler": Sampler(num_steps), "corrector_steps": 2, **settings}
+        return tuner_of(
+            LayoutPipeline("grammar"), Overlap(), corrector=small(pretrained), **settings
+        )
+
+    def test(tuner: Any) -> None:
+        trainer_of(default_root_dir=tmp_path).test(tuner, layouts(num_test=2), verbose=False)
+
+    fit(tuner(4), layouts(), tmp_path / "first")
+    folder = tmp_path / "first/tuned"
+    card = folder / "corrector.json"
+    held = json.loads(card.read_text())
+    assert held["base_steps"] == 4 and len(held["base_probe"]) == 8
+    test(tuner(4, str(folder)))
+    with pytest.raises(UsageError, match=r"pretrained holds a corrector for 4 base steps, not 3"):
+        test(tuner(3, str(folder)))
+    test(tuner(3, str(folder), force_num_steps=True))
+    trained = tuner(3, str(folder))
+    fit(trained, layouts(), tmp_path / "second")
+    test(trained)
+    assert json.loads((tmp_path / "second/tuned/corrector.json").read_text())["base_steps"] == 3
+    card.write_text(json.dumps({**held, "base_probe": [0.0] * 8}))
+    with pytest.raises(UsageError, match=r"pretrained holds a corrector for another base"):
+        test(tuner(4, str(folder)))
+    card.write_text("{}")
+    with pytest.raises(UsageError, match=r"corrector\.json cannot be read; delete it"):
+        test(tuner(4, str(folder)))
+
+
+def test_guidance_is_part_of_the_base(tiny_stable_diffusion: Callable[..., Path]) -> None:
+    folder = str(tiny_stable_diffusion())
+
+    def numbers(guidance_scale: float) -> list[float]:
+        pipeline = TextToImagePipeline(folder, guidance_scale=guidance_scale)
+        tuner = tuner_of(pipeline, Symmetry(), sampler=Sampler(4))
+        tuner.setup("test")
+        return tuner.base_probe()
+
+    assert alike(numbers(2.0), numbers(2.0)) and not alike(numbers(2.0), numbers(4.0))
+
+
 def test_iterations_that_do_not_contract_are_warned_of(tmp_path: Path) -> None:
     tuner = tuner_of(Biased(), sampler=Sampler(1), solver=FixedPoint(1e-5, 3, memory=0))
     with pytest.warns(UserWarning, match=r"does not converge.*raise model.*num_steps.*data_noise"):
         fit(tuner, points(), tmp_path)
     notes = list(store_of(tmp_path).all_notes())
     assert sum(note["unconverged"] for note in notes) > 10
+
+
+LOOSE, PLAIN = FixedPoint(1e-2, 3, memory=0), FixedPoint(1e-9, 3, memory=0)
+
+
+def test_noise_that_another_solver_made_too_roughly_is_made_anew(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    def residuals(solver: FixedPoint) -> list[float]:
+        fit(tuner_of(Biased(), solver=solver), points(), tmp_path)
+        notes = list(store_of(tmp_path).all_notes())
+        assert all(note["solver"] == asdict(solver) for note in notes)
+        return [note["residual"] for note in notes]
+
+    def warned() -> bool:
+        seen = [str(w.message) for w in recwarn if "does not converge" in str(w.message)]
+        recwarn.clear()
+        return bool(seen)
+
+    assert min(residuals(PLAIN)) > 1e-5 and warned()
+    before = stamps(tmp_path)
+    assert min(residuals(PLAIN)) > 1e-5 and warned()
+    assert stamps(tmp_path) == before  # as good as this solver makes it
+    assert max(residuals(FixedPoint())) <= 1e-5 and not warned()
+
+
+def test_noise_that_another_solver_made_well_enough_is_used(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """What had not converged for the one has for the other: there is nothing to warn of."""
+    fit(tuner_of(Biased(), sampler=Sampler(30), solver=PLAIN), points(), tmp_path)
+    notes, before = list(store_of(tmp_path).all_notes()), stamps(tmp_path)
+    assert all(note["unconverged"] for note in notes)
+    recwarn.clear()
+    fit(tuner_of(Biased(), sampler=Sampler(30), solver=LOOSE), points(), tmp_path)
+    assert stamps(tmp_path) == before
+    assert list(store_of(tmp_path).all_notes()) == notes
+    assert notes[0]["solver"] == asdict(PLAIN)
+    assert not any("converge" in str(w.message) for w in recwarn)
 
 
 def layouts(**settings: Any) -> LayoutData:

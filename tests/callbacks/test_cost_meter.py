@@ -11,13 +11,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from domains.gaussian_mixture.data import MixtureData
-from domains.gaussian_mixture.pipeline import GaussianMixturePipeline
+from domains.gaussian_mixture.pipeline import GaussianMixtureDenoiser, GaussianMixturePipeline
 from domains.gaussian_mixture.rewards import Coordinate
 from lit_rlft.adapters import LoRA
 from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.algorithms.graft import GRAFT
 from lit_rlft.algorithms.inverse_noise_correction import InverseNoiseCorrection
 from lit_rlft.callbacks.cost_meter import CostMeter
+from lit_rlft.core.corrector import _MLP
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.cost import Cost, count_calls, count_flops, flop_counter
 from tests.support import trainer_of
@@ -116,15 +117,36 @@ def test_gradients_pass_and_a_failed_call_counts_nothing_later() -> None:
     assert cost.flops - spent == 2 * 2 * 3 * 3
 
 
+def test_counting_leaves_training_alone() -> None:
+    """Gradients under autocast, which keeps casts of weights; dropout's noise; modes of layers."""
+    network = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 4))
+    network[2].eval()
+    torch.manual_seed(1)
+    x = torch.randn(3, 4)
+    torch.manual_seed(2)
+    expected = network(x)
+    cost = Cost()
+    count_flops(network, lambda: cost)
+    torch.manual_seed(2)
+    torch.testing.assert_close(network(x), expected, rtol=0, atol=0)
+    assert [part.training for part in network] == [True, True, False]
+    with torch.autocast("cpu", torch.bfloat16):
+        network(torch.randn(2, 4)).sum().backward()
+    assert all(p.grad is not None for p in network.parameters())
+    assert cost.flops == (3 + 2) * 2 * 2 * 4 * 4 and cost.counting_seconds > 0
+
+
 def test_calls_and_operations_go_to_the_counters_of_the_moment() -> None:
     first, second, network = Cost(), Cost(), nn.Linear(2, 2)
     now = first
     count_calls(network, lambda: now)
+    count_calls(network, lambda: now, "prior_calls")
     count_flops(network, lambda: now)
     network(torch.randn(3, 2))
     now = second
     network(torch.randn(5, 2))
     assert (first.denoiser_calls, second.denoiser_calls) == (3, 5)
+    assert (first.prior_calls, second.prior_calls) == (3, 5)
     assert (first.flops, second.flops) == (3 * 8, 5 * 8)
 
 
@@ -172,9 +194,42 @@ def test_a_corrector_costs_beside_its_base(tmp_path: Path) -> None:
         "tuned": 5 * MIXTURE + 3 * corrector,
     }
     assert report["denoiser_calls_per_sample"] == {"tuned": 5, "reference": 5}
+    assert report["prior_calls_per_sample"] == {"tuned": 3, "reference": 0}
     invert, learn = (report["phases"]["train"][name] for name in ("invert", "update"))
     assert invert["flops"] == invert["denoiser_calls"] * MIXTURE > 0
     assert learn["flops"] == 4 * corrector and learn["denoiser_calls"] == 0
+    assert learn["prior_calls"] == 4 and invert["prior_calls"] == 0
+
+
+def test_counting_is_not_part_of_the_seconds_of_either_arm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock on which a row takes the base 1, the corrector 0.25, and counting 1000 a shape."""
+    clock = [0.0]
+
+    def takes(network: type[nn.Module], seconds: float) -> None:
+        forward = network.forward
+
+        def slow(self: Any, x_t: Tensor, *args: Any) -> Tensor:
+            clock[0] += seconds * len(x_t)
+            return forward(self, x_t, *args)
+
+        monkeypatch.setattr(network, "forward", slow)
+
+    def counter() -> Any:
+        clock[0] += 1000
+        return flop_counter()
+
+    takes(GaussianMixtureDenoiser, 1.0)
+    takes(_MLP, 0.25)
+    monkeypatch.setattr("lit_rlft.cost.flop_counter", counter)
+    monkeypatch.setattr("lit_rlft.cost.now", lambda: clock[0])
+    monkeypatch.setattr("lit_rlft.callbacks.cost_meter.now", lambda: clock[0])
+    pipeline = GaussianMixturePipeline(schedule="rectified_flow", prediction_type="velocity")
+    settings: dict[str, Any] = {"corrector_steps": 3, "sampling_batch_size": 5}
+    tuner = InverseNoiseCorrection(pipeline, Coordinate(), sampler=Sampler(6), **settings)
+    report = run(tuner, tmp_path).report()
+    assert report["seconds_per_sample"] == {"tuned": 6 + 3 * 0.25, "reference": 6}
 
 
 def test_books_go_on_after_a_checkpoint(tmp_path: Path) -> None:

@@ -8,10 +8,14 @@ from domains.layout.pipeline import LayoutPipeline
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.corrector import FlowMLP, FlowPrior
 from lit_rlft.core.pipeline import Condition
+from lit_rlft.core.process import GaussianProcess, Process, ProductProcess
 from lit_rlft.core.randomness import generators
-from lit_rlft.core.sampling import Sampler
+from lit_rlft.core.sampling import Sampler, walk
+from lit_rlft.core.schedule import CosineVP, RectifiedFlow
 from lit_rlft.core.state import State
+from lit_rlft.core.subspace import PointClouds
 
+FLOW = GaussianProcess(RectifiedFlow(), "velocity")
 SIDES = Condition([{"side": 1}, {"side": -1}], {}, torch.tensor([0, 1, 0]))
 
 
@@ -33,7 +37,8 @@ def moved(flow: FlowMLP) -> FlowMLP:
     ids=["tensor", "fields"],
 )
 def test_an_untrained_flow_hands_on_its_noise(blank: State) -> None:
-    flow = FlowMLP(blank, features, 2, width=8)
+    base = FLOW if isinstance(blank, Tensor) else ProductProcess(dict.fromkeys(blank, FLOW))
+    flow = FlowMLP(base, blank, features, 2, width=8)
     wide = (
         blank.expand(3, -1, -1)
         if isinstance(blank, Tensor)
@@ -56,7 +61,7 @@ def test_an_untrained_flow_hands_on_its_noise(blank: State) -> None:
 @torch.no_grad()
 def test_samples_are_eulers() -> None:
     """From t = 1 to 0 in steps of 1/4, velocities by hand from the network's layers."""
-    flow = moved(FlowMLP(torch.empty(1, 2), features, 2, width=8, depth=2))
+    flow = moved(FlowMLP(FLOW, torch.empty(1, 2), features, 2, width=8, depth=2))
     net = flow.denoiser
     law = FlowPrior(flow, flow.process.prior(torch.empty(3, 2)), SIDES, Sampler(4))
     x = torch.stack([torch.randn(2, generator=row) for row in generators([7, 8, 9])])
@@ -73,8 +78,38 @@ def test_samples_are_eulers() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("fields", [False, True], ids=["tensor", "fields"])
+def test_a_flow_stays_where_the_bases_states_exist(fields: bool) -> None:
+    """Three points, none, and one in four slots, around their centre: the subspace of the base."""
+    full = torch.arange(4) < torch.tensor([3, 0, 1]).unsqueeze(1)
+    cloud = torch.cat([full.unsqueeze(-1)] * 5, dim=-1).float()
+    base: Process = GaussianProcess(CosineVP(), "v", PointClouds(num_coordinates=2))
+    blank: State = cloud
+    if fields:
+        free = GaussianProcess(CosineVP(), "v")
+        base = ProductProcess({"cloud": base, "free": free})
+        blank = {"cloud": cloud, "free": torch.ones(3, 2)}
+    flow = moved(FlowMLP(base, blank, features, 2, width=8))
+    times, noise = flow.process.times(3), base.prior(blank).sample(generators([1, 2, 3]))
+    states = [x for _, x in walk(flow.predict, flow.process, noise, SIDES, times, 0.0)]
+    zero = torch.zeros(3)
+    states.append(flow.process.noised(noise, zero, zero + 0.5, generators([4, 5, 6])))
+    clouds = [state if isinstance(state, Tensor) else state["cloud"] for state in states]
+    for x in clouds:
+        assert not x[~full].any() and (x[full] != 0).any(dim=-1).all()
+        assert x[..., :2].sum(dim=1).abs().max() < 1e-5
+    assert not torch.allclose(clouds[0], clouds[3])
+    predictions = [flow.predict(states[-1], zero + 0.5, SIDES) for _ in range(2)]
+    outside = predictions[1] if isinstance(predictions[1], Tensor) else predictions[1]["cloud"]
+    outside[~full] += 3.0
+    args = (noise, states[-1], zero, zero + 0.5)
+    losses = [flow.process.loss(prediction, *args) for prediction in predictions]
+    torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=0)
+
+
+@torch.no_grad()
 def test_conditions_and_seeds_decide_what_is_drawn() -> None:
-    flow = moved(FlowMLP(torch.empty(1, 2), features, 2, width=8))
+    flow = moved(FlowMLP(FLOW, torch.empty(1, 2), features, 2, width=8))
     start = flow.process.prior(torch.empty(3, 2))
     drawn = FlowPrior(flow, start, SIDES, Sampler(2)).sample(generators([1, 1, 1]))
     assert isinstance(drawn, Tensor)
@@ -93,7 +128,7 @@ def test_any_pipeline_is_a_flow() -> None:
 
 
 def test_divergence_does_not_apply_and_density_is_refused() -> None:
-    flow = FlowMLP(torch.empty(1, 2), features, 2)
+    flow = FlowMLP(FLOW, torch.empty(1, 2), features, 2)
     start = flow.process.prior(torch.zeros(3, 2))
     law = FlowPrior(flow, start, SIDES, Sampler(2))
     assert law.kl(start).isnan().tolist() == [True] * 3
@@ -103,7 +138,7 @@ def test_divergence_does_not_apply_and_density_is_refused() -> None:
     with pytest.raises(ValueError, match="2 samples for 3"):
         FlowPrior(flow, flow.process.prior(torch.zeros(2, 2)), SIDES, Sampler(2)).sample()
     with pytest.raises(UsageError, match="width and depth"):
-        FlowMLP(torch.empty(1, 2), features, 2, depth=0)
+        FlowMLP(FLOW, torch.empty(1, 2), features, 2, depth=0)
 
 
 def test_layouts_know_what_is_given() -> None:

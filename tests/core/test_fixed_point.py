@@ -72,6 +72,16 @@ def test_the_best_iterate_is_kept() -> None:
     assert torch.equal(tensor_of(solution.state), expanding(start, torch.zeros(1)))
 
 
+@pytest.mark.parametrize("max_iterations", [1, 2, 3, 4, 8])
+def test_with_a_memory_the_residual_is_that_of_the_state(max_iterations: int) -> None:
+    """Also where g expands, and g(u) is farther from a fixed point than u."""
+    start = torch.zeros(2, 3, dtype=torch.float64)
+    solution = FixedPoint(1e-6, max_iterations, memory=3).solve(expanding, start)
+    state = tensor_of(solution.state)
+    missed = (expanding(state, torch.arange(2)) - state).abs().amax(dim=1)
+    torch.testing.assert_close(missed, solution.residuals, rtol=0, atol=1e-14)
+
+
 def test_overflow_of_one_sample_leaves_the_others_alone() -> None:
     def broken(u: State, rows: Tensor) -> Tensor:
         return cosine(u, rows).where(rows.unsqueeze(1) != 1, torch.nan)

@@ -117,7 +117,8 @@ class GaussianProcess(Process):
         else:
             slope = (alpha_s * alpha_t + sigma_s * sigma_t) / (alpha_t**2 + sigma_t**2)
         error = tensor_of(x_s) - self.transition(prediction, x, t, s, 0.0).mean
-        return x + error / expand_as(slope, x)
+        # Projected: what iterations off the subspace add up to, no transition would take away.
+        return self._projected(x + error / expand_as(slope, x), x)
 
     def denoised(self, prediction: State, x_t: State, t: Tensor) -> Tensor:
         x = tensor_of(x_t)

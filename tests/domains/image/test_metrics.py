@@ -1,6 +1,7 @@
 """Metrics of sets of images: names that say the features, whole batches, bootstrap errors."""
 
 import math
+import runpy
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from domains.image.sources import Digits, Generated
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
 from tests.domains.image.test_sources import paint
+from tests.support import ROOT
 
 
 def condition_of(num: int) -> Condition:
@@ -117,3 +119,12 @@ def test_tables_have_errors_that_fall_with_the_number_of_images() -> None:
 def test_bad_features_are_refused() -> None:
     with pytest.raises(UsageError, match="features: 'none' could not be loaded"):
         SetDistances(features="none")
+
+
+@pytest.mark.parametrize("num", [0, 1000])
+def test_the_benchmark_says_how_many_images_there_are(
+    num: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["image_models.py", "--num", str(num)])
+    with pytest.raises(SystemExit, match=r"digits has 1797; give --num 898 or less"):
+        runpy.run_path(str(ROOT / "benchmarks/image_models.py"), run_name="__main__")

@@ -15,20 +15,23 @@ from domains.molecule.molecules import EMPTY, Molecules, check_molecules
 from domains.molecule.network import Architecture
 from domains.molecule.pipeline import MoleculePipeline
 from lit_rlft.adapters import LoRA, attach_lora
-from lit_rlft.algorithms.base import RewardFineTuner
+from lit_rlft.algorithms.base import Experience, RewardFineTuner
 from lit_rlft.algorithms.ddpo import DDPO
 from lit_rlft.algorithms.drtune import RewardGradient
 from lit_rlft.algorithms.graft import GRAFT, PGRAFT
+from lit_rlft.algorithms.inverse_noise_correction import InverseNoiseCorrection
 from lit_rlft.algorithms.noise_ppo import NoisePPO
 from lit_rlft.algorithms.pretrain import Pretrain
 from lit_rlft.core.advantage import GroupAdvantage
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.gradient_plan import DRTune
 from lit_rlft.core.pipeline import Condition
+from lit_rlft.core.randomness import generators
 from lit_rlft.core.reward import Reward
 from lit_rlft.core.sampling import Sampler, walk
 from lit_rlft.core.state import State, leaves
 from lit_rlft.core.trajectory import walk_with_log_probs
+from lit_rlft.data import collate
 from tests.support import trainer_of
 
 STATES = ("continuous", "mixed")
@@ -295,6 +298,44 @@ def test_every_algorithm_trains_and_keeps_the_centre_of_mass(
         if name in before or "lora_B" in name or name.startswith("head")
     ]
     assert any(moved)
+
+
+def test_corrected_noise_has_the_atoms_and_the_centre_of_its_molecule(tmp_path: Path) -> None:
+    """Rows of 3 and 5 atoms: what is inverted, trained on and sampled lies in the subspace."""
+    pipeline, batch = tiny(), batch_of(torch.tensor([3, 5, 5, 3]))
+    for parameter in pipeline.denoiser.parameters():
+        parameter.data *= 0.4  # with larger weights the sampler has no inverse
+    rows = [{name: values[i] for name, values in batch.items()} for i in range(4)]
+    loader = DataLoader(rows, batch_size=4, collate_fn=collate)  # type: ignore[arg-type]
+    tuner = InverseNoiseCorrection(
+        pipeline,
+        Spread(),
+        sampler=Sampler(12),
+        corrector_steps=3,
+        width=16,
+        optimizer=lambda p: torch.optim.Adam(p, lr=0.05),
+    )
+    seen: list[State] = []
+    noised = tuner.loss
+
+    def watched(experience: Experience, rows: Any) -> Any:
+        seen.append(experience.states["x_1"])
+        assert_lies_in_the_subspace(seen[-1], experience.condition, 1e-4)
+        return noised(experience, rows)
+
+    tuner.loss = watched  # type: ignore[method-assign]
+    trainer_of(max_epochs=3, default_root_dir=tmp_path).fit(tuner, loader)
+    assert len(seen) == 3
+    condition = pipeline.encode(batch)
+    seeds = list(range(4))
+    keep = list(range(13))
+    for x in tuner.draw_states(condition, seeds, keep=keep, relay=tuner.relay()):
+        scale = max(1.0, float(positions_of(x).abs().max()))
+        assert_lies_in_the_subspace(x, condition, 1e-5 * scale)
+    corrected, plain = (
+        prior(condition).sample(generators(seeds)) for prior in (tuner.prior, tuner.reference_prior)
+    )
+    assert not torch.allclose(positions_of(corrected), positions_of(plain), atol=1e-3)
 
 
 def test_the_noise_policys_prior_is_a_law_in_the_subspace() -> None:
