@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from typing import Any, Literal
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from lit_rlft.core.pipeline import Condition, Pipeline
+from lit_rlft.core.state import batch_size
 
 __all__ = [
     "Cost",
@@ -63,10 +65,8 @@ def count_calls(
     """Count the rows a network is evaluated on into whatever `cost` returns at that time."""
 
     def count(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        first = inputs[0]
-        rows = first if isinstance(first, Tensor) else next(iter(first.values()))
         spent = cost()
-        setattr(spent, counter, getattr(spent, counter) + rows.shape[0])
+        setattr(spent, counter, getattr(spent, counter) + _num_rows(inputs))
 
     network.register_forward_pre_hook(count)
 
@@ -76,20 +76,22 @@ def count_flops(network: nn.Module, cost: Callable[[], Cost]) -> None:
 
     They are measured in a call of their own, without gradients and in evaluation mode, before the
     first one with inputs of some shapes, and with an adapter switched on or off, and known from
-    then on. What that call takes, and whatever else a first call of a shape takes, is no part of
-    the call that is counted.
+    then on for any number of rows, each of which costs the same. What that call takes, and
+    whatever else a first call of a shape takes, is no part of the call that is counted.
     """
     adapters = [layer for layer in network.modules() if isinstance(layer, BaseTunerLayer)]
-    known: dict[tuple[Any, ...], int] = {}
+    known: dict[tuple[Any, ...], Fraction] = {}
 
     def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         switched_off = bool(adapters) and adapters[0].disable_adapters
-        key = (switched_off, *_shapes((args, kwargs)))
+        if not (rows := _num_rows(args)):
+            return
+        key = (switched_off, *_shapes((args, kwargs), rows))
         if key not in known:
             started = now()
-            known[key] = _measured(module, args, kwargs)
+            known[key] = Fraction(_measured(module, args, kwargs), rows)
             cost().counting_seconds += now() - started
-        cost().flops += known[key]
+        cost().flops += round(known[key] * rows)
 
     network.register_forward_pre_hook(count, with_kwargs=True)
 
@@ -131,16 +133,22 @@ def flops_per_call(pipeline: Pipeline, condition: Condition) -> int:
     return int(counter.get_total_flops())
 
 
-def _shapes(value: Any) -> Iterator[tuple[int, ...]]:
-    """Iterate over the shapes of the tensors in a tree of arguments."""
+def _num_rows(inputs: tuple[Any, ...]) -> int:
+    """Return the number of rows of a network's first argument, a state."""
+    return batch_size(inputs[0])
+
+
+def _shapes(value: Any, rows: int) -> Iterator[tuple[int, ...]]:
+    """Iterate over the shapes of the tensors in a tree of arguments, but for the number of rows."""
     if isinstance(value, Tensor):
-        yield tuple(value.shape)
+        shape = tuple(value.shape)
+        yield (-1, *shape[1:]) if shape[:1] == (rows,) else shape
     elif isinstance(value, dict):
         for name in sorted(value):
-            yield from _shapes(value[name])
+            yield from _shapes(value[name], rows)
     elif isinstance(value, tuple | list):
         for part in value:
-            yield from _shapes(part)
+            yield from _shapes(part, rows)
 
 
 def now() -> float:

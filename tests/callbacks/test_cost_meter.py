@@ -60,7 +60,9 @@ def test_attention_costs_its_two_products() -> None:
     assert counted(Attention(), x) == batch * heads * 2 * (2 * tokens * tokens * width)
 
 
-def test_operations_are_measured_once_per_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_operations_are_measured_once_per_shape_whatever_the_number_of_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     measured = []
 
     def recorded() -> Any:
@@ -70,9 +72,9 @@ def test_operations_are_measured_once_per_shape(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("lit_rlft.cost.flop_counter", recorded)
     cost, network = Cost(), nn.Linear(4, 4)
     count_flops(network, lambda: cost)
-    for rows in (2, 3, 2, 2, 3):
-        network(torch.randn(rows, 4))
-    assert cost.flops == (2 + 3 + 2 + 2 + 3) * 2 * 4 * 4
+    for shape in ((0, 4), (2, 4), (3, 4), (2, 5, 4), (2, 4), (1, 5, 4)):
+        network(torch.randn(shape))
+    assert cost.flops == (2 + 3 + 10 + 2 + 5) * 2 * 4 * 4
     assert len(measured) == 2
 
 
