@@ -1,14 +1,14 @@
 """What the domain's samples are: B layouts with N slots for elements each."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
+from lit_rlft.core.samples import Samples, check_samples
 
 __all__ = ["EMPTY", "Layouts", "check_layouts"]
 
@@ -17,7 +17,7 @@ EMPTY = -1
 
 
 @dataclass(frozen=True)
-class Layouts:
+class Layouts(Samples):
     """B layouts; the page is the unit square, y points down.
 
     Attributes:
@@ -27,6 +27,8 @@ class Layouts:
             model's decision is soft; above or below 1/2 the same as `labels`, not always exactly.
         classes: The names of the labels.
     """
+
+    noun: ClassVar[str] = "layouts"
 
     boxes: Tensor
     labels: Tensor
@@ -58,19 +60,9 @@ class Layouts:
         centre, half = self.boxes[..., :2], self.boxes[..., 2:] / 2
         return torch.cat([centre - half, centre + half], dim=-1)
 
-    def index(self, rows: Tensor | slice) -> "Layouts":
-        """Select layouts."""
-        boxes, labels, presence = self.boxes[rows], self.labels[rows], self.presence[rows]
-        return replace(self, boxes=boxes, labels=labels, presence=presence)
-
     def detach(self) -> "Layouts":
         """Return the same layouts without a graph, every slot full or empty."""
         return Layouts.of(self.boxes.detach(), self.labels, self.classes)
-
-    def to(self, device: torch.device | str) -> "Layouts":
-        """Move the layouts."""
-        boxes, labels, presence = (x.to(device) for x in (self.boxes, self.labels, self.presence))
-        return replace(self, boxes=boxes, labels=labels, presence=presence)
 
 
 def check_layouts(samples: Any, condition: Condition) -> Layouts:
@@ -79,14 +71,4 @@ def check_layouts(samples: Any, condition: Condition) -> Layouts:
     Raises:
         UsageError: They are something else, or not one per condition.
     """
-    if not isinstance(samples, Layouts):
-        raise UsageError(
-            f"this reward takes layouts, got {type(samples).__name__}; choose a reward of the "
-            "pipeline's own domain"
-        )
-    if len(samples) != len(condition):
-        raise UsageError(
-            f"{len(samples)} layouts were given for {len(condition)} conditions; a reward needs "
-            "one per condition"
-        )
-    return samples
+    return check_samples(samples, condition, Layouts)

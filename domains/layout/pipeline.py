@@ -221,9 +221,6 @@ class LayoutPipeline(Pipeline):
         count = len(entry["given"])
         return f"{entry['task']}, {count} given" if count else entry["task"]
 
-    def index_samples(self, samples: Any, rows: Tensor) -> Layouts:
-        return samples.index(rows.to(samples.labels.device))
-
     def save(self, folder: Path) -> list[Path]:
         """Write architecture and weights, a LoRA merged, as `pretrained` reads them."""
         return save_network(self.denoiser, folder, self.save_dtype)

@@ -1,15 +1,14 @@
 """What the domain's samples are: B molecules with N slots for atoms each."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
+from lit_rlft.core.samples import Samples, check_samples
 
 __all__ = ["EMPTY", "Molecules", "check_molecules"]
 
@@ -18,7 +17,7 @@ EMPTY = -1
 
 
 @dataclass(frozen=True, eq=False)
-class Molecules:
+class Molecules(Samples):
     """B molecules.
 
     Attributes:
@@ -29,6 +28,8 @@ class Molecules:
         elements: Symbols of the types, e.g. ("H", "C", "N", "O", "F").
         implicit_hydrogens: Whether atoms are heavy atoms only, hydrogens filled in by valence.
     """
+
+    noun: ClassVar[str] = "molecules"
 
     positions: Tensor
     types: Tensor
@@ -63,21 +64,10 @@ class Molecules:
         """Number of atoms of each molecule, int64 [B]."""
         return self.valid.sum(dim=1)
 
-    def index(self, rows: Tensor | slice) -> "Molecules":
-        """Select molecules."""
-        positions, types, weights = self.positions[rows], self.types[rows], self.probabilities[rows]
-        return replace(self, positions=positions, types=types, probabilities=weights)
-
     def detach(self) -> "Molecules":
         """Return the same molecules without a graph, every atom of one element."""
         positions = self.positions.detach()
         return Molecules.of(positions, self.types, self.elements, self.implicit_hydrogens)
-
-    def to(self, device: torch.device | str) -> "Molecules":
-        """Move the molecules."""
-        tensors = (self.positions, self.types, self.probabilities)
-        positions, types, weights = (x.to(device) for x in tensors)
-        return replace(self, positions=positions, types=types, probabilities=weights)
 
 
 def check_molecules(samples: Any, condition: Condition) -> Molecules:
@@ -86,14 +76,4 @@ def check_molecules(samples: Any, condition: Condition) -> Molecules:
     Raises:
         UsageError: They are something else, or not one per condition.
     """
-    if not isinstance(samples, Molecules):
-        raise UsageError(
-            f"this reward takes molecules, got {type(samples).__name__}; choose a reward of the "
-            "pipeline's own domain"
-        )
-    if len(samples) != len(condition):
-        raise UsageError(
-            f"{len(samples)} molecules were given for {len(condition)} conditions; a reward needs "
-            "one per condition"
-        )
-    return samples
+    return check_samples(samples, condition, Molecules)

@@ -209,9 +209,6 @@ class MoleculePipeline(Pipeline):
     def render(self, samples: Any, condition: Condition) -> Tensor:
         return draw(samples)
 
-    def index_samples(self, samples: Any, rows: Tensor) -> Molecules:
-        return samples.index(rows.to(samples.types.device))
-
     def keys(self, samples: Any, condition: Condition) -> list[Hashable]:
         """Return canonical SMILES; molecules that are not valid are one class."""
         return keys(samples)

@@ -25,6 +25,7 @@ from lit_rlft.core.divergence import path_kl
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline
 from lit_rlft.core.randomness import Generators, generators, seed_from
 from lit_rlft.core.reward import Metric, Metrics, Reward, check_rewards
+from lit_rlft.core.samples import Samples
 from lit_rlft.core.sampling import Denoiser, Sampler, walk
 from lit_rlft.core.state import State, batch_size, cat, index, split
 from lit_rlft.cost import Cost, count_calls, count_flops, flops_per_call, peak_memory_bytes
@@ -94,7 +95,8 @@ class Draw:
 
     def to(self, device: torch.device | str) -> "Draw":
         """Move samples and rewards, as Lightning does with predictions that it keeps."""
-        samples = self.samples.to(device) if isinstance(self.samples, Tensor) else self.samples
+        movable = isinstance(self.samples, Tensor | Samples)
+        samples = self.samples.to(device) if movable else self.samples
         return replace(self, samples=samples, rewards=self.rewards.to(device))
 
 

@@ -178,8 +178,9 @@ class Pipeline(nn.Module, ABC):
         return " ".join(map(str, entry.values()))
 
     def index_samples(self, samples: Any, rows: Tensor) -> Any:
-        """Select decoded samples."""
-        return samples[rows.to(samples.device)]
+        """Select decoded samples, a tensor or `Samples`."""
+        rows = rows.to(samples.device)
+        return samples[rows] if isinstance(samples, Tensor) else samples.index(rows)
 
     def keys(self, samples: Any, condition: Condition) -> list[Hashable] | None:
         """Return each sample's equivalence class for de-duplication, or None where none exists."""
