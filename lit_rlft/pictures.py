@@ -23,10 +23,13 @@ def to_image(picture: Tensor) -> Image.Image:
 
 
 def save_pictures(pictures: Iterable[Tensor], folder: Path, names: Sequence[str]) -> list[Path]:
-    """Write each picture as `<folder>/<name>.png`; return the paths."""
+    """Write each picture as `<folder>/<name>.png`, grey ones in grey; return the paths."""
     paths = [folder / f"{name}.png" for name in names]
     for picture, path in zip(pictures, paths, strict=True):
-        to_image(picture).save(path)
+        image = to_image(picture)
+        first, *others = image.split()
+        grey = all(channel.tobytes() == first.tobytes() for channel in others)
+        (first if grey else image).save(path)
     return paths
 
 
