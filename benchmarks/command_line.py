@@ -105,6 +105,38 @@ def fit_and_test(root: Path, name: str, options: Sequence[str]) -> Report:
     return json.loads(metrics.read_text())
 
 
+def compare_arms(
+    documentation: str,
+    root: str,
+    arms: Iterable[str],
+    metrics: Sequence[str],
+    run: Callable[[Path, str, int, int, list[str]], Report],
+    reward_calls: int,
+) -> None:
+    """Run arms at equal reward calls and print how each changed the metrics, and its cost.
+
+    Args:
+        documentation: Of the script.
+        root: Default folder of the runs.
+        arms: Their names.
+        metrics: Names in metrics.json.
+        run: Takes root, arm, seed, reward calls and further options; returns metrics.json.
+        reward_calls: Default number of them.
+    """
+    parser = command_line(documentation, root, arms)
+    parser.add_argument("--reward-calls", type=int, default=reward_calls)
+    options, extra = parser.parse_known_args()
+    jobs = [(arm, seed) for seed in options.seeds for arm in options.arms]
+    calls, costs = options.reward_calls, ("reward_calls", "seconds")
+    results = run_all(jobs, lambda job: run(options.root, *job, calls, extra), options.workers)
+    rows = []
+    for arm in options.arms:
+        reports = [results[arm, seed] for seed in options.seeds]
+        cost = [f"{statistics.mean(r['cost'][name] for r in reports):.0f}" for name in costs]
+        rows.append([arm, *(change(reports, metric) for metric in metrics), *cost])
+    print_table(["arm", *metrics, *(name.replace("_", " ") for name in costs)], rows)
+
+
 def change(results: Sequence[Report], metric: str) -> str:
     """Return `reference -> tuned (gain +- standard error over runs)` of one metric."""
     reference, tuned = (

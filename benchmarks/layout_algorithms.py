@@ -13,10 +13,9 @@ the seeds' means. The mixed state runs with the algorithms that can.
 Finished runs are kept, so an interrupted benchmark goes on where it stopped.
 """
 
-import statistics
 from pathlib import Path
 
-from command_line import Report, change, command_line, fit_and_test, print_table, run_all
+from command_line import Report, compare_arms, fit_and_test
 
 GROUP = 512
 LORA = ["--model.lora.rank", "16", "--model.lora.alpha", "16"]
@@ -38,7 +37,6 @@ ARMS: dict[str, tuple[str, str, int, list[str]]] = {
     "mixed: RandomK (f = 0.25)": ("layout_mixed", "random_k", 128, GRAFT),
     "mixed: DDPO": ("layout_mixed", "ddpo", 128, DDPO),
 }
-COST = ("reward_calls", "seconds")
 METRICS = (
     "WeightedSum",
     "alignment_100",
@@ -64,23 +62,5 @@ def run(root: Path, arm: str, seed: int, reward_calls: int, extra: list[str]) ->
     return fit_and_test(root, f"{arm} {seed}", options)
 
 
-def row(arm: str, reports: list[Report]) -> list[str]:
-    """Return one line of the table."""
-    cost = [f"{statistics.mean(r['cost'][name] for r in reports):.0f}" for name in COST]
-    return [arm, *(change(reports, metric) for metric in METRICS), *cost]
-
-
-def main() -> None:
-    """Run all arms and print the table."""
-    parser = command_line(__doc__, "runs/layout_algorithms", ARMS)
-    parser.add_argument("--reward-calls", type=int, default=20 * GROUP)
-    options, extra = parser.parse_known_args()
-    jobs = [(arm, seed) for seed in options.seeds for arm in options.arms]
-    calls = options.reward_calls
-    results = run_all(jobs, lambda job: run(options.root, *job, calls, extra), options.workers)
-    rows = [row(arm, [results[arm, seed] for seed in options.seeds]) for arm in options.arms]
-    print_table(["arm", *METRICS, *(name.replace("_", " ") for name in COST)], rows)
-
-
 if __name__ == "__main__":
-    main()
+    compare_arms(__doc__, "runs/layout_algorithms", ARMS, METRICS, run, 20 * GROUP)

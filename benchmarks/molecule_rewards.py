@@ -10,12 +10,12 @@ those that are valid and connected are compared.
 Finished runs are kept, so an interrupted benchmark goes on where it stopped.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
 import torch
 from command_line import command_line, fit_and_test, folder_of, print_table, run_all
+from molecule_models import sample
 from numpy.typing import NDArray
 
 from domains.molecule.chemistry import chemistry_of
@@ -23,7 +23,6 @@ from domains.molecule.data import AtomCounts
 from domains.molecule.molecules import Molecules
 from domains.molecule.pipeline import MoleculePipeline
 from lit_rlft.core.sampling import Sampler
-from lit_rlft.data import collate
 
 TARGET = 2.0
 REWARDS = {
@@ -44,18 +43,14 @@ OPTIONS = [
 ]
 
 
-@torch.no_grad()
 def draw(model: str, num: int) -> Molecules:
     """Return molecules of a model, named or in a folder, from fixed sizes and noise."""
     pipeline = MoleculePipeline(model)
     counts = AtomCounts("qm9_heavy", num_train=num)
     counts.setup("fit")
     rows = counts.rows("train")
-    condition = pipeline.encode(collate([rows[i] for i in range(num)]))
-    torch.manual_seed(0)
-    x_1 = pipeline.process.prior(pipeline.blank(condition)).sample()
-    x_0 = Sampler(20, 0.5).sample(pipeline, pipeline.process, x_1, condition)
-    return pipeline.decode(x_0, condition)
+    sizes = torch.stack([rows[i]["num_atoms"] for i in range(num)])
+    return sample(pipeline, sizes, Sampler(20, 0.5))[0]
 
 
 def values_of(molecules: Molecules) -> dict[str, NDArray[np.float64]]:
@@ -81,7 +76,7 @@ def plot(found: dict[str, dict[str, NDArray[np.float64]]], path: Path) -> None:
 
 def main() -> None:
     """Run both rewards, print the table, draw the plot."""
-    parser: argparse.ArgumentParser = command_line(__doc__, "runs/molecule_rewards", seeds=[0])
+    parser = command_line(__doc__, "runs/molecule_rewards", seeds=[0])
     parser.add_argument("--rounds", type=int, default=10, help="of 512 reward calls")
     parser.add_argument("--num", type=int, default=1024, help="molecules to compare")
     parser.add_argument("--plot", type=Path, default=None, help="needs matplotlib")

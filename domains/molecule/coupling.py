@@ -18,7 +18,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from lit_rlft.core.subspace import PointClouds
+from lit_rlft.core.subspace import PointClouds, occupied
 
 __all__ = ["CoupledPointClouds", "coupled"]
 
@@ -27,8 +27,7 @@ class CoupledPointClouds(PointClouds):
     """Sets of points whose training noise is brought near the data."""
 
     def couple(self, noise: Tensor, x: Tensor) -> Tensor:
-        full = (x != 0).any(dim=-1, keepdim=True)
-        return coupled(noise, x, full, self.num_coordinates)
+        return coupled(noise, x, occupied(x), self.num_coordinates)
 
 
 def coupled(noise: Tensor, x: Tensor, full: Tensor, num_coordinates: int) -> Tensor:

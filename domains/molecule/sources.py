@@ -5,6 +5,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -275,7 +276,7 @@ class QM9(_File):
             if isinstance(entry, BadEntry) or entry.number not in left_out
         )
 
-    @property
+    @cached_property
     def _left_out(self) -> frozenset[int]:
         """Numbers of the uncharacterized molecules, where their list is given."""
         return (

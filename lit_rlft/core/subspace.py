@@ -30,7 +30,7 @@ from lit_rlft.core.distribution import Distribution, Gaussian, Reduction
 from lit_rlft.core.randomness import Generators, randn_like
 from lit_rlft.core.state import State, tensor_of
 
-__all__ = ["PointCloudGaussian", "PointClouds", "Subspace"]
+__all__ = ["PointCloudGaussian", "PointClouds", "Subspace", "occupied"]
 
 
 class Subspace(ABC):
@@ -73,13 +73,13 @@ class PointClouds(Subspace):
         self.num_coordinates = num_coordinates
 
     def project(self, x: Tensor, like: Tensor) -> Tensor:
-        return _project(x, _full(like), self.num_coordinates)
+        return _project(x, occupied(like), self.num_coordinates)
 
     def gaussian(self, loc: Tensor, std: Tensor, like: Tensor) -> "PointCloudGaussian":
-        return PointCloudGaussian(loc, std, _full(like), self.num_coordinates)
+        return PointCloudGaussian(loc, std, occupied(like), self.num_coordinates)
 
     def num_dimensions(self, like: Tensor) -> Tensor:
-        return _num_dimensions(_full(like), like.shape[-1], self.num_coordinates)
+        return _num_dimensions(occupied(like), like.shape[-1], self.num_coordinates)
 
 
 class PointCloudGaussian(Gaussian):
@@ -172,7 +172,8 @@ class PointCloudGaussian(Gaussian):
         return values / self.num_dimensions.clamp(min=1).to(values)
 
 
-def _full(like: Tensor) -> Tensor:
+def occupied(like: Tensor) -> Tensor:
+    """Return which slots of point clouds [B, N, D] hold a point, bool [B, N, 1]."""
     return (like != 0).any(dim=-1, keepdim=True)
 
 

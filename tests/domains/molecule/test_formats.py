@@ -230,81 +230,83 @@ def radical_sdf(path: Path) -> str:
     return str(path)
 
 
-def garbage_sdf(path: Path) -> str:
-    path.write_text("a\nb\nc\nno counts\nM  END\n$$$$\n" + block("C"))
-    return str(path)
-
-
-def sulphur_xyz(path: Path) -> str:
-    path.write_text(xyz("C") + "3\n\nS 0 0 0\nH 1 0 0\nH 0 1 0\n")
-    return str(path)
-
-
-def nan_xyz(path: Path) -> str:
-    path.write_text(xyz("C") + "2\n\nO 0 0 0\nH nan 0 0\n")
-    return str(path)
-
-
-def short_xyz(path: Path) -> str:
-    path.write_text(xyz("C") + "3\n\nO 0 0 0\n")
-    return str(path)
-
-
-def garbled_xyz(path: Path) -> str:
-    path.write_text(xyz("C") + "2\n\nO 0 0 0\nH 1 zero 0\n")
-    return str(path)
-
-
-def lost_xyz(path: Path) -> str:
-    path.write_text(xyz("C") + "what is this\n")
-    return str(path)
-
-
-def short_line_xyz(path: Path) -> str:
-    path.write_text(xyz("C") + "2\n\nO 0 0 0\nH 1.09\n")
-    return str(path)
-
-
-def negative_xyz(path: Path) -> str:
-    path.write_text(xyz("C") + "-2\n\nO 0 0 0\n")
-    return str(path)
-
-
-def odd_xyz(path: Path) -> str:
-    path.write_text(xyz("C") + "4\n\nC 0 0 0\nH 1 0 0\nH -0.5 0.9 0\nH -0.5 -0.9 0\n")
-    return str(path)
-
-
 def bare_sdf(path: Path) -> str:
     ethanol = Chem.MolFromMolBlock(block("CCO"), removeHs=True)
     path.write_text(Chem.MolToMolBlock(ethanol) + "$$$$\n" + block("C"))
     return str(path)
 
 
-def endless_sdf(path: Path) -> str:
-    path.write_text("a\nb\n$$$$\n" + block("C"))
-    return str(path)
+def after_methane(frame: str) -> Callable[[Path], str]:
+    def make(path: Path) -> str:
+        path.write_text(xyz("C") + frame)
+        return str(path)
+
+    return make
+
+
+def before_methane(entry: str) -> Callable[[Path], str]:
+    def make(path: Path) -> str:
+        path.write_text(entry + block("C"))
+        return str(path)
+
+    return make
 
 
 @pytest.mark.parametrize(
     ("suffix", "make", "message"),
     [
-        (".xyz", short_line_xyz, r"frame 2 at line 8 has an unreadable atom \(atom 2: 'H 1.09'"),
-        (".xyz", negative_xyz, r"frame 2 at line 8 has no number of atoms \(-2\)"),
-        (".xyz", odd_xyz, r"frame 2 at line 8 has an odd number of electrons"),
+        (
+            ".xyz",
+            after_methane("2\n\nO 0 0 0\nH 1.09\n"),
+            r"frame 2 at line 8 has an unreadable atom \(atom 2: 'H 1.09'",
+        ),
+        (
+            ".xyz",
+            after_methane("-2\n\nO 0 0 0\n"),
+            r"frame 2 at line 8 has no number of atoms \(-2\)",
+        ),
+        (
+            ".xyz",
+            after_methane("4\n\nC 0 0 0\nH 1 0 0\nH -0.5 0.9 0\nH -0.5 -0.9 0\n"),
+            r"frame 2 at line 8 has an odd number of electrons",
+        ),
         (".sdf", bare_sdf, r"entry 1 at line 1 has missing hydrogens \(6 of them\)"),
-        (".sdf", endless_sdf, r"entry 1 at line 1 has no end"),
+        (".sdf", before_methane("a\nb\n$$$$\n"), r"entry 1 at line 1 has no end"),
         (".sdf", cut_sdf, r"entry 2 at line 16 has no end \(no line M  END: it is cut off\)"),
         (".sdf", flat_sdf, r"entry 1 at line 1 has no conformer \(its positions are those"),
         (".sdf", zero_sdf, r"entry 1 at line 1 has no conformer"),
         (".sdf", nan_sdf, r"entry 1 at line 1 has a position that is not finite"),
         (".sdf", radical_sdf, r"entry 1 at line 1 has a radical"),
-        (".sdf", garbage_sdf, r"entry 1 at line 1 has an unreadable structure"),
-        (".xyz", sulphur_xyz, r"frame 2 at line 8 has elements other than H, C, N, O, F \(S\)"),
-        (".xyz", nan_xyz, r"frame 2 at line 8 has a position that is not finite \(atom 2: H"),
-        (".xyz", short_xyz, r"frame 2 at line 8 has fewer atoms than it says \(1 of 3\)"),
-        (".xyz", garbled_xyz, r"frame 2 at line 8 has an unreadable atom \(atom 2: 'H 1 zero 0'"),
-        (".xyz", lost_xyz, r"frame 2 at line 8 has no number of atoms \(what is this\)"),
+        (
+            ".sdf",
+            before_methane("a\nb\nc\nno counts\nM  END\n$$$$\n"),
+            r"entry 1 at line 1 has an unreadable structure",
+        ),
+        (
+            ".xyz",
+            after_methane("3\n\nS 0 0 0\nH 1 0 0\nH 0 1 0\n"),
+            r"frame 2 at line 8 has elements other than H, C, N, O, F \(S\)",
+        ),
+        (
+            ".xyz",
+            after_methane("2\n\nO 0 0 0\nH nan 0 0\n"),
+            r"frame 2 at line 8 has a position that is not finite \(atom 2: H",
+        ),
+        (
+            ".xyz",
+            after_methane("3\n\nO 0 0 0\n"),
+            r"frame 2 at line 8 has fewer atoms than it says \(1 of 3\)",
+        ),
+        (
+            ".xyz",
+            after_methane("2\n\nO 0 0 0\nH 1 zero 0\n"),
+            r"frame 2 at line 8 has an unreadable atom \(atom 2: 'H 1 zero 0'",
+        ),
+        (
+            ".xyz",
+            after_methane("what is this\n"),
+            r"frame 2 at line 8 has no number of atoms \(what is this\)",
+        ),
     ],
 )
 def test_faults_are_left_out_or_stop(
