@@ -18,10 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from domains.image.metrics import SetDistances, compare_sets
+from domains.image.features import features_of
+from domains.image.metrics import SetDistances
 from domains.image.pipeline import ImagePipeline
 from domains.image.sources import Digits, Generated, Images, Source
 from domains.text_to_image.shapes.pictures import paint
+from lit_rlft.bootstrap import compared
 from lit_rlft.core.randomness import generators
 from lit_rlft.core.sampling import Sampler
 
@@ -86,9 +88,10 @@ def main() -> None:
         rows[name] = pictures, time.process_time() - start
     print(f"{options.model}, {options.num} images a set, features {metric.name}")
     for name, (pictures, seconds) in rows.items():
-        values = compare_sets(metric, pictures, num_draws=options.draws)
+        features = {"features": features_of(metric.network, pictures)}
+        values = compared(metric, {"all": features}, options.draws)["all"]
         text = ", ".join(
-            f"{key.partition('_')[0]} {value.value:.4f} ± {value.sem:.4f}"
+            f"{key.partition('_')[0]} {value['mean']:.4f} ± {value['sem']:.4f}"
             for key, value in values.items()
         )
         print(f"{name}: {text}, {seconds:.1f} s", flush=True)

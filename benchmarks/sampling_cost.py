@@ -1,17 +1,20 @@
 r"""Quality against operations and seconds per sample: a base at several step counts, and corrected.
 
-Method: for every number of base steps one corrector is trained through the command line with
-`configs/algorithms/inverse_noise_correction.yaml`, from the domain's config; `test` then measures
-the base (reference) and, for every number of corrector steps, corrector and base (tuned), on the
-same conditions and the same initial noise. Operations are of the forward passes of denoiser and
-corrector, counted by torch's flop counter; seconds are the wall time of sampling on one thread,
-without decoding and metrics, with whatever else the machine does. With `--mismatched` each
-corrector is also tested with the other numbers of base steps. What the config's metrics are
-measured with (a feature network, the number of samples) is part of the numbers: compare none with
-another config's.
+Method: for every seed and number of base steps one corrector is trained through the command line
+with `configs/algorithms/inverse_noise_correction.yaml`, from the domain's config; `test` then
+measures the base (reference) and, for every number of corrector steps, corrector and base (tuned),
+on the same conditions and the same initial noise. The seed sets the corrector and every sample.
+Operations are of the forward passes of denoiser and corrector, counted by torch's flop counter;
+seconds are the wall time of sampling on one thread, without decoding and metrics, with whatever
+else the machine does. Errors are those of the mean over seeds, or of one test where there is one
+seed. The last columns compare with the cheapest number of base steps that costs at least as much,
+by differences within a seed. With `--mismatched` each corrector is also tested with the other
+numbers of base steps. What the config's metrics are measured with (a feature network, the number
+of samples) is part of the numbers: compare none with another config's.
 
-    python benchmarks/sampling_cost.py --config configs/domains/layout.yaml --metric fid \
-        --base-steps 5 10 20 --corrector-steps 2 4 8 --root runs/sampling_cost
+    python benchmarks/sampling_cost.py --config configs/domains/digits.yaml \
+        --metrics fid_digits_features kid_digits_features --base-steps 2 3 4 6 \
+        --corrector-steps 5 10 --root runs/sampling_cost
 
 Further options go to the command line as they are, for example
 `--model.data_noise 1e-3 --trainer.max_epochs 20`. Writes a table, `quality_against_cost.png` and
@@ -20,12 +23,15 @@ a TensorBoard log into the root. Finished runs are kept, so an interrupted bench
 
 import argparse
 import json
+import statistics
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-from command_line import fit, lit_rlft
+from command_line import Report, command_line, fit, lit_rlft, print_table, run_all
 from torch.utils.tensorboard import SummaryWriter
 
 matplotlib.use("Agg")
@@ -37,15 +43,15 @@ ALGORITHM = "configs/algorithms/inverse_noise_correction.yaml"
 
 @dataclass(frozen=True)
 class Point:
-    """What one setting costs per sample, and how good its samples are."""
+    """What one setting costs per sample, and how good its samples are, with every seed."""
 
     kind: str
     base_steps: int
     corrector_steps: int
     flops: float
     seconds: float
-    quality: float
-    error: float
+    values: dict[str, list[float]]
+    own_errors: dict[str, float]
 
     @property
     def label(self) -> str:
@@ -53,113 +59,169 @@ class Point:
         own = f"{self.corrector_steps} + " if self.corrector_steps else ""
         return f"{own}{self.base_steps}"
 
+    def quality(self, metric: str) -> tuple[float, float]:
+        """Return a metric's mean over seeds and its standard error."""
+        values = self.values[metric]
+        return statistics.mean(values), error(values, self.own_errors[metric])
 
-def trained(root: Path, base_steps: int, options: list[str]) -> Path:
-    """Train the corrector of a number of base steps, unless it is there; return its checkpoint."""
-    own = ["--model.sampler.num_steps", str(base_steps), "--trainer.limit_val_batches", "0"]
-    return fit(root / f"base_{base_steps}", [*options, *own])
+
+def error(values: Sequence[float], single: float = float("nan")) -> float:
+    """Return the standard error of the mean of values, `single` for a single one."""
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else single
 
 
-def tested(
-    root: Path, checkpoint: Path, base_steps: int, corrector_steps: int, options: list[str]
-) -> dict[str, Any]:
-    """Test a corrector with some numbers of steps, unless that is done; return metrics.json."""
-    folder = root / f"{checkpoint.parents[1].name}_test_{corrector_steps}_{base_steps}"
-    path = folder / "metrics.json"
-    if not path.exists():
-        own = ["--ckpt_path", str(checkpoint), "--model.force_num_steps", "true"]
-        own += ["--model.sampler.num_steps", str(base_steps)]
-        own += ["--model.corrector_steps", str(corrector_steps)]
-        lit_rlft("test", folder, [*options, *own])
-    return json.loads(path.read_text())
+def corrected(
+    root: Path, seed: int, base: int, jobs: Iterable[tuple[int, int]], options: list[str]
+) -> Report:
+    """Train the corrector of one seed and number of base steps; return what its tests report.
+
+    Args:
+        root: Folder of all runs.
+        seed: Of the corrector and of the samples.
+        base: Base steps that it is trained for.
+        jobs: Numbers of base and of corrector steps to test it with.
+        options: For the command line.
+
+    Returns:
+        metrics.json by (base steps, corrector steps).
+    """
+    options = [*options, "--model.seed", str(seed), "--trainer.limit_val_batches", "0"]
+    name = f"seed_{seed}_base_{base}"
+    checkpoint = fit(root / name, [*options, "--model.sampler.num_steps", str(base)])
+    reports = {}
+    for steps, own in jobs:
+        folder = root / f"{name}_test_{own}_{steps}"
+        if not (folder / "metrics.json").exists():
+            setting = ["--model.sampler.num_steps", str(steps), "--model.corrector_steps", str(own)]
+            forced = ["--model.force_num_steps", "true", "--ckpt_path", str(checkpoint)]
+            lit_rlft("test", folder, [*options, *setting, *forced])
+        reports[steps, own] = json.loads((folder / "metrics.json").read_text())
+    return reports
 
 
 def point(
-    report: dict[str, Any], arm: str, metric: str, kind: str, steps: tuple[int, int]
+    reports: Sequence[Report], arm: str, metrics: Sequence[str], kind: str, steps: tuple[int, int]
 ) -> Point:
-    """Return one arm of a report."""
-    if metric not in report[arm]:
-        raise SystemExit(f"there is no metric {metric!r}; the config has {sorted(report[arm])}")
-    cost, value = report["cost"], report[arm][metric]
-    nothing = float("nan")
+    """Return one setting of all seeds."""
+    for metric in metrics:
+        if metric not in reports[0][arm]:
+            known = sorted(reports[0][arm])
+            raise SystemExit(f"there is no metric {metric!r}; the config has {known}")
     return Point(
         kind,
         *steps,
-        cost["flops_per_sample"][arm],
-        cost["seconds_per_sample"][arm],
-        value["mean"] if value["mean"] is not None else nothing,
-        value["sem"] if value["sem"] is not None else nothing,
+        statistics.mean(r["cost"]["flops_per_sample"][arm] for r in reports),
+        statistics.mean(r["cost"]["seconds_per_sample"][arm] for r in reports),
+        {name: [number(r[arm][name]["mean"]) for r in reports] for name in metrics},
+        {name: number(reports[0][arm][name]["sem"]) for name in metrics},
     )
+
+
+def number(value: float | None) -> float:
+    """Return a number of metrics.json, NaN where there is none."""
+    return float("nan") if value is None else value
 
 
 def measure(arguments: argparse.Namespace, options: list[str]) -> list[Point]:
     """Train and test everything."""
+    own, bases, seeds = arguments.corrector_steps, arguments.base_steps, arguments.seeds
+    others = {base: [n for n in bases if n != base and arguments.mismatched] for base in bases}
+
+    def run(job: tuple[int, int]) -> Report:
+        seed, base = job
+        tests = [*product([base], own), *product(others[base], [max(own)])]
+        return corrected(arguments.root, seed, base, tests, options)
+
+    found = run_all([*product(seeds, bases)], run, arguments.workers)
+
+    def of(base: int, *steps: int) -> list[Any]:
+        return [found[seed, base][steps] for seed in seeds]
+
     points = []
-    for base in arguments.base_steps:
-        checkpoint = trained(arguments.root, base, options)
-        for i, own in enumerate(arguments.corrector_steps):
-            report = tested(arguments.root, checkpoint, base, own, options)
-            if i == 0:
-                points.append(point(report, "reference", arguments.metric, "base", (base, 0)))
-            points.append(point(report, "tuned", arguments.metric, "corrector + base", (base, own)))
-        for other in arguments.base_steps if arguments.mismatched else ():
-            if other != base:
-                own = max(arguments.corrector_steps)
-                report = tested(arguments.root, checkpoint, other, own, options)
-                kind = f"corrector of {base} steps"
-                points.append(point(report, "tuned", arguments.metric, kind, (other, own)))
+    for base in bases:
+        pairs = [("reference", "base", base, 0, of(base, base, own[0]))]
+        pairs += [("tuned", "corrector + base", base, n, of(base, base, n)) for n in own]
+        for n in others[base]:
+            kind = f"corrector of {base} steps"
+            pairs.append(("tuned", kind, n, max(own), of(base, n, max(own))))
+        for arm, kind, *steps, reports in pairs:
+            points.append(point(reports, arm, arguments.metrics, kind, (steps[0], steps[1])))
     return points
 
 
-def plot(points: list[Point], metric: str) -> Figure:
-    """Draw quality over operations per sample; every point says its steps."""
-    figure, axes = pyplot.subplots(figsize=(7, 5), layout="constrained")
-    for kind in dict.fromkeys(p.kind for p in points):
-        own = sorted((p for p in points if p.kind == kind), key=lambda p: p.flops)
-        line = "-" if kind == "base" else ""
-        flops, quality = [p.flops for p in own], [p.quality for p in own]
-        errors = [0.0 if p.error != p.error else p.error for p in own]
-        axes.errorbar(flops, quality, errors, fmt=f"o{line}", capsize=3, label=kind)
-        for p in own:
-            place = (p.flops, p.quality)
-            axes.annotate(p.label, place, (4, 4), textcoords="offset points", fontsize=8)
-    axes.set(xscale="log", xlabel="FLOPs per sample (forward passes)", ylabel=metric)
-    axes.set_title("labels: corrector steps + base steps; bars: standard errors", fontsize=9)
-    axes.legend()
+def dearer_base(points: Sequence[Point], setting: Point) -> Point | None:
+    """Return the cheapest base that costs at least as many operations as a setting."""
+    bases = [p for p in points if p.kind == "base" and p.flops >= setting.flops]
+    return min(bases, key=lambda p: p.flops, default=None)
+
+
+def row(points: Sequence[Point], setting: Point, metrics: Sequence[str]) -> list[str]:
+    """Return a line of the table."""
+    cells = [setting.kind, setting.label, f"{setting.flops:.4g}", f"{setting.seconds:.2e}"]
+    cells += ["{:.4g} ± {:.2g}".format(*setting.quality(metric)) for metric in metrics]
+    other = None if setting.kind == "base" else dearer_base(points, setting)
+    if other is None:
+        return [*cells, "", *[""] * len(metrics)]
+    cells.append(other.label)
+    for metric in metrics:
+        pairs = zip(setting.values[metric], other.values[metric], strict=True)
+        differences = [a - b for a, b in pairs]
+        cells.append(f"{statistics.mean(differences):+.4g} ± {error(differences):.2g}")
+    return cells
+
+
+def plot(points: Sequence[Point], metrics: Sequence[str]) -> Figure:
+    """Draw each metric over operations per sample; every point says its steps."""
+    figure, panels = pyplot.subplots(
+        1, len(metrics), figsize=(6 * len(metrics), 4.5), layout="constrained", squeeze=False
+    )
+    for axes, metric in zip(panels[0], metrics, strict=True):
+        for kind in dict.fromkeys(p.kind for p in points):
+            own = sorted((p for p in points if p.kind == kind), key=lambda p: p.flops)
+            flops, (means, errors) = (
+                [p.flops for p in own],
+                zip(*(p.quality(metric) for p in own), strict=True),
+            )
+            bars = [0.0 if e != e else e for e in errors]
+            line = "-" if kind == "base" else ""
+            axes.errorbar(flops, means, bars, fmt=f"o{line}", capsize=3, label=kind)
+            for p, mean in zip(own, means, strict=True):
+                axes.annotate(
+                    p.label, (p.flops, mean), (4, 4), textcoords="offset points", fontsize=8
+                )
+        axes.set(xscale="log", xlabel="FLOPs per sample (forward passes)", ylabel=metric)
+        axes.set_title("labels: corrector steps + base steps; bars: standard errors", fontsize=9)
+        axes.legend()
     return figure
 
 
-def log(points: list[Point], figure: Figure, metric: str, folder: Path) -> None:
+def log(points: Sequence[Point], figure: Figure, metrics: Sequence[str], folder: Path) -> None:
     """Write the picture and the points to TensorBoard, with operations on the x-axis."""
     with SummaryWriter(str(folder)) as writer:
         writer.add_figure("quality_against_cost", figure, close=False)
-        for p in points:
-            tag = f"{p.kind.replace(' ', '_').replace('+', 'and')}/{metric}"
-            writer.add_scalar(f"{tag}_by_kiloflops", p.quality, round(p.flops / 1000))
+        for p, metric in product(points, metrics):
+            tag = f"{p.kind.replace(' ', '_').replace('+', 'and')}/{metric}_by_kiloflops"
+            writer.add_scalar(tag, p.quality(metric)[0], round(p.flops / 1000))
 
 
 def main() -> None:
     """Measure, print the table, draw the plot."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__, "runs/sampling_cost")
     parser.add_argument("--config", action="append", required=True, help="the domain's; repeatable")
-    parser.add_argument("--metric", required=True, help="a name in metrics.json")
+    parser.add_argument("--metrics", nargs="+", required=True, help="names in metrics.json")
     parser.add_argument("--base-steps", type=int, nargs="+", default=[5, 10, 20])
     parser.add_argument("--corrector-steps", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--mismatched", action="store_true", help="also with other step counts")
-    parser.add_argument("--root", type=Path, default=Path("runs/sampling_cost"))
     arguments, extra = parser.parse_known_args()
     configs = [flag for path in [*arguments.config, ALGORITHM] for flag in ("--config", path)]
-    options = [*configs, *extra]
-    points = measure(arguments, options)
-    print(f"| | steps | FLOPs per sample | seconds per sample | {arguments.metric} |")
-    print("|---|---|---|---|---|")
-    for p in points:
-        quality = f"{p.quality:.4f} ± {p.error:.4f}"
-        print(f"| {p.kind} | {p.label} | {p.flops:.4g} | {p.seconds:.2e} | {quality} |")
-    figure = plot(points, arguments.metric)
+    points, metrics = measure(arguments, [*configs, *extra]), arguments.metrics
+    differences = [f"{metric} minus it" for metric in metrics]
+    head = ["", "steps", "FLOPs per sample", "seconds per sample", *metrics, "base steps beside"]
+    print_table([*head, *differences], (row(points, p, metrics) for p in points))
+    figure = plot(points, metrics)
     path = arguments.root / "quality_against_cost.png"
     figure.savefig(path, dpi=150)
-    log(points, figure, arguments.metric, arguments.root / "tensorboard")
+    log(points, figure, metrics, arguments.root / "tensorboard")
     print(f"picture: {path}")
 
 

@@ -1,18 +1,22 @@
 """Measurements of the tuned model beside the reference, and their standard errors."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from lit_rlft.bootstrap import Features, Moments, compared
+from lit_rlft.core.reward import SetMetric
 from lit_rlft.processes import gather
 
 Arm = str
 """The "tuned" model, the "reference", or the name of a baseline."""
 
 __all__ = ["Arm", "Evaluation", "Measured", "moments"]
+
+_Batches = dict[int, Tensor]
 
 
 @dataclass
@@ -21,11 +25,15 @@ class Measured:
 
     Attributes:
         values: Per metric and batch, values [B].
+        features: Per metric of whole sets, name and batch, features [B, ...].
         pictures: Per batch, its first rendered samples [b, 3, H, W], where any are to be shown.
         labels: Per batch, what each sample was conditioned on.
     """
 
-    values: dict[str, dict[int, Tensor]] = field(default_factory=lambda: defaultdict(dict))
+    values: dict[str, _Batches] = field(default_factory=lambda: defaultdict(dict))
+    features: dict[int, dict[str, _Batches]] = field(
+        default_factory=lambda: defaultdict(lambda: defaultdict(dict))
+    )
     pictures: dict[int, Tensor] = field(default_factory=dict)
     labels: dict[int, list[str]] = field(default_factory=dict)
 
@@ -40,7 +48,11 @@ class Measured:
 
     def columns(self) -> dict[str, Tensor]:
         """Return all values of each metric, [n], in the order of the batches."""
-        return {n: torch.cat([v[i] for i in sorted(v)]) for n, v in self.values.items()}
+        return _joined(self.values)
+
+    def sets(self) -> dict[int, Features]:
+        """Return all features of each metric of whole sets, likewise."""
+        return {i: _joined(features) for i, features in self.features.items()}
 
 
 class Evaluation:
@@ -66,19 +78,39 @@ class Evaluation:
         values: Mapping[str, Tensor],
         pictures: Tensor | None,
         labels: list[str],
+        features: Sequence[Mapping[str, Tensor]] = (),
     ) -> None:
-        """Add the measurements of one batch; pictures, of as many as are shown, become bytes."""
+        """Add the measurements of one batch; pictures, of as many as are shown, become bytes.
+
+        Args:
+            arm: Of which model.
+            batch: Number of the batch.
+            values: Per metric, [B].
+            pictures: [b, 3, H, W] in [0, 1], or None.
+            labels: What each sample was conditioned on.
+            features: Of each metric of whole sets.
+        """
         measured = self.arms.setdefault(arm, Measured())
         for name, value in values.items():
             measured.values[name][batch] = value.detach().double().cpu()
+        for i, own in enumerate(features):
+            for name, value in own.items():
+                measured.features[i][name][batch] = value.detach().cpu()
         if pictures is not None:
             measured.pictures[batch] = (pictures.detach().clamp(0, 1) * 255).round().byte().cpu()
         measured.labels[batch] = labels
 
-    def summary(self, world_size: int) -> dict[str, dict[str, dict[str, float]]]:
+    def summary(
+        self, world_size: int, sets: Sequence[SetMetric] = (), *, errors: bool = False
+    ) -> dict[Arm, dict[str, Moments]]:
         """Return mean and standard error per arm and metric, over all processes.
 
         "gain" holds the paired differences tuned - reference where both were measured.
+
+        Args:
+            world_size: Number of processes; all of them must call this.
+            sets: The metrics of whole sets, in the order in which `add` was given their features.
+            errors: Whether these have standard errors, which takes a while; NaN otherwise.
         """
         arms = {arm: measured.columns() for arm, measured in self.arms.items()}
         tuned, reference = arms["tuned"], arms["reference"]
@@ -88,7 +120,7 @@ class Evaluation:
             if name in reference and tuned[name].shape == reference[name].shape
         }
         gathered = gather(arms, world_size)
-        return {
+        summary = {
             arm: {
                 name: moments(
                     torch.cat([part[arm][name] for part in gathered if name in part[arm]])
@@ -97,9 +129,28 @@ class Evaluation:
             }
             for arm in arms
         }
+        features = gather({arm: m.sets() for arm, m in self.arms.items()}, world_size)
+        for i, metric in enumerate(sets):
+            own = {
+                arm: _concatenated([part[arm][i] for part in features if i in part[arm]])
+                for arm in self.arms
+            }
+            present = {arm: values for arm, values in own.items() if values}
+            num_draws = metric.num_draws if errors else 0
+            for arm, values in compared(metric, present, num_draws).items():
+                summary[arm] |= values
+        return summary
 
 
-def moments(values: Tensor) -> dict[str, float]:
+def _joined(columns: Mapping[str, _Batches]) -> Features:
+    return {name: torch.cat([v[i] for i in sorted(v)]) for name, v in columns.items()}
+
+
+def _concatenated(parts: Sequence[Features]) -> Features:
+    return {name: torch.cat([part[name] for part in parts]) for name in (parts or [{}])[0]}
+
+
+def moments(values: Tensor) -> Moments:
     """Return the mean and its standard error over the entries that are not NaN."""
     known = values[~values.isnan()]
     if not len(known):

@@ -172,7 +172,8 @@ def test_metrics_json_has_the_promised_fields(gaussian_run: Path) -> None:
     assert metrics["num_samples"] == EVAL_ROWS * EVAL_SAMPLES
     assert metrics["seed"] == 0
     for arm in ("reference", "tuned", "gain"):
-        assert set(metrics[arm]) == {"Coordinate", "kl"}
+        assert set(metrics[arm]) == {"Coordinate", "mmd", "kl"}
+        assert set(metrics[arm]["mmd"]) == {"mean", "sem"}
         assert set(metrics[arm]["Coordinate"]) == {"mean", "sem"}
         assert all(math.isfinite(value) for value in metrics[arm]["Coordinate"].values())
     means = {arm: metrics[arm]["Coordinate"]["mean"] for arm in ("reference", "tuned", "gain")}
@@ -412,6 +413,8 @@ def test_two_processes_train_and_test_like_one() -> None:
         for key in ("mean", "sem"):
             expected = first[arm]["Coordinate"][key]
             assert second[arm]["Coordinate"][key] == pytest.approx(expected, abs=1e-6)
+        # Of all points together, whichever process drew them.
+        assert second[arm]["mmd"]["mean"] == pytest.approx(first[arm]["mmd"]["mean"], abs=1e-6)
     assert len(list(Path("runs").rglob("metrics.json"))) == 2
     assert sorted(path.name for path in Path("runs").iterdir()) == ["one", "two"]
 

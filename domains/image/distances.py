@@ -1,4 +1,4 @@
-"""Distances between two sets of feature vectors, with bootstrap standard errors.
+"""Distances between two sets of feature vectors.
 
 FID and KID are torchmetrics'; the rest is here.
 
@@ -8,11 +8,9 @@ References:
     Demystifying MMD GANs (Binkowski et al., 2018; KID), https://arxiv.org/abs/1801.01401
     Improved Precision and Recall Metric for Assessing Generative Models (Kynkäänniemi et al.,
     2019), https://arxiv.org/abs/1904.06991
-    A Kernel Two-Sample Test (Gretton et al., 2012; MMD), https://jmlr.org/papers/v13/gretton12a
 """
 
 import warnings
-from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,19 +19,13 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 __all__ = [
     "Given",
-    "Statistic",
-    "bootstrap_error",
     "frechet_distance",
     "kernel_distance",
-    "median_distance",
-    "mmd",
-    "polynomial_mmd",
+    "neighbour_distances",
     "precision_recall",
 ]
 
 _CHUNK = 4096  # rows of a distance matrix at a time
-Statistic = Callable[[Tensor, Tensor], float]
-"""Of features of real and of generated images."""
 
 
 class Given(nn.Module):
@@ -105,26 +97,8 @@ def kernel_distance(
     return float(mean), float(deviation)
 
 
-def polynomial_mmd(real: Tensor, generated: Tensor) -> float:
-    """Return the unbiased squared MMD under KID's kernel of features [n, D] and [m, D].
-
-    What `kernel_distance` is on average over its subsets, from every pair at once: for bootstrap
-    errors, where subsets would take long and add noise. NaN for fewer than two samples.
-    """
-    n, m = len(real), len(generated)
-    if min(n, m) < 2:
-        return float("nan")
-    real, generated = real.double(), generated.double()
-
-    def within(x: Tensor) -> Tensor:
-        kernel = _polynomial(x, x)
-        return (kernel.sum() - kernel.diagonal().sum()) / (len(x) * (len(x) - 1))
-
-    return float(within(real) + within(generated) - 2 * _polynomial(real, generated).mean())
-
-
 def precision_recall(
-    real: Tensor, generated: Tensor, num_neighbours: int = 3
+    real: Tensor, generated: Tensor, num_neighbours: int = 3, radii: Tensor | None = None
 ) -> tuple[float, float]:
     """Return improved precision and recall of features [n, D] and [m, D], in [0, 1].
 
@@ -136,107 +110,31 @@ def precision_recall(
         real: Features.
         generated: Features.
         num_neighbours: k; the paper takes 3.
+        radii: `neighbour_distances` of the real features, where they are known.
     """
     if min(len(real), len(generated)) <= num_neighbours:
         return float("nan"), float("nan")
     real, generated = real.double(), generated.double()
-    precision = _share_within(generated, real, _radii(real, num_neighbours))
-    recall = _share_within(real, generated, _radii(generated, num_neighbours))
-    return precision, recall
+    if radii is None:
+        radii = neighbour_distances(real, num_neighbours)
+    own = neighbour_distances(generated, num_neighbours)
+    near_real = torch.zeros(len(generated), dtype=torch.bool, device=real.device)
+    near_generated = []
+    for part, limits in zip(real.split(_CHUNK), radii.split(_CHUNK), strict=True):  # type: ignore[no-untyped-call]
+        distances = _distances(part, generated)
+        near_real |= (distances <= limits.unsqueeze(1)).any(dim=0)
+        near_generated.append((distances <= own).any(dim=1))
+    precision, recall = (x.double().mean() for x in (near_real, torch.cat(near_generated)))
+    return float(precision), float(recall)
 
 
-def mmd(
-    real: Tensor, generated: Tensor, bandwidths: float | Sequence[float] | None = None
-) -> float:
-    r"""Return the unbiased squared MMD of points [n, d] and [m, d], for low dimensions d.
+def neighbour_distances(points: Tensor, num_neighbours: int) -> Tensor:
+    """Return the distance of each point [n, D] to its k-th nearest other one, [n].
 
-    The kernel is :math:`\frac{1}{B} \sum_h \exp(-\|x - y\|^2 / 2 h^2)`; the value may be negative,
-    0 on average for equal laws. NaN for fewer than two points.
-
-    Args:
-        real: Points.
-        generated: Points.
-        bandwidths: h, one or several; None takes the median distance of the real points. Fix them
-            where several sets are compared.
+    NaN where there are no more than k.
     """
-    n, m = len(real), len(generated)
-    if min(n, m) < 2:
-        return float("nan")
-    real, generated = real.double().flatten(1), generated.double().flatten(1)
-    if bandwidths is None:
-        bandwidths = median_distance(real)
-    scales = [bandwidths] if isinstance(bandwidths, (int, float)) else list(bandwidths)
-
-    def total(x: Tensor, y: Tensor) -> Tensor:
-        squares = _squares(x, y)
-        return torch.stack([torch.exp(squares / (-2 * h**2)).sum() for h in scales]).mean()
-
-    # The diagonal holds n ones, which the unbiased estimate leaves out.
-    within = (total(real, real) - n) / (n * (n - 1))
-    within += (total(generated, generated) - m) / (m * (m - 1))
-    return float(within - 2 * total(real, generated) / (n * m))
-
-
-def median_distance(points: Tensor, max_points: int = 2000) -> float:
-    """Return the median distance of every two of the first points [n, d]."""
-    points = points[:max_points].double().flatten(1)
-    return float(torch.pdist(points).median())
-
-
-def bootstrap_error(
-    statistic: Statistic,
-    real: Tensor,
-    generated: Tensor,
-    *,
-    num_draws: int = 100,
-    seed: int = 0,
-    resample_real: bool = False,
-) -> float:
-    """Return the bootstrap standard error of a statistic of two sets.
-
-    The deviation of the statistic over sets drawn with replacement. Their mean is no estimate:
-    repeated vectors raise FID, KID and MMD. Beside the deviation over 60 independent sets (300
-    normal vectors in 6 dimensions, two laws) it was right within 15 % for FID and precision, and
-    up to two thirds too large for recall, whose radii shrink where vectors are repeated.
-
-    Args:
-        statistic: Of real and generated vectors.
-        real: [n, D].
-        generated: [m, D].
-        num_draws: Bootstrap sets.
-        seed: Of the draws.
-        resample_real: Draw the real vectors anew too; otherwise the error is that of comparing
-            models on these real vectors.
-    """
-    if num_draws < 2:
-        return float("nan")
-    generator = torch.Generator().manual_seed(seed)
-
-    def redrawn(x: Tensor) -> Tensor:
-        return x[torch.randint(len(x), (len(x),), generator=generator).to(x.device)]
-
-    values = [
-        statistic(redrawn(real) if resample_real else real, redrawn(generated))
-        for _ in range(num_draws)
-    ]
-    return float(torch.tensor(values, dtype=torch.float64).std())
-
-
-def _polynomial(x: Tensor, y: Tensor) -> Tensor:
-    return (x @ y.T / x.shape[1] + 1) ** 3
-
-
-def _squares(x: Tensor, y: Tensor) -> Tensor:
-    # Not by a matrix product, which makes equal points differ.
-    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square()
-
-
-def _distances(x: Tensor, y: Tensor) -> Tensor:
-    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
-
-
-def _radii(points: Tensor, num_neighbours: int) -> Tensor:
-    """Return each point's distance to its k-th nearest other point, [n]."""
+    if len(points) <= num_neighbours:
+        return points.new_full((len(points),), torch.nan)
     # The nearest point of all is the point itself, at distance 0.
     parts = [
         _distances(part, points).kthvalue(num_neighbours + 1, dim=1).values
@@ -245,7 +143,6 @@ def _radii(points: Tensor, num_neighbours: int) -> Tensor:
     return torch.cat(parts)
 
 
-def _share_within(points: Tensor, centres: Tensor, radii: Tensor) -> float:
-    """Return the share of points that lie in any of the balls."""
-    inside = [(_distances(part, centres) <= radii).any(dim=1) for part in points.split(_CHUNK)]  # type: ignore[no-untyped-call]
-    return float(torch.cat(inside).double().mean())
+def _distances(x: Tensor, y: Tensor) -> Tensor:
+    # Not by a matrix product, which makes equal points differ.
+    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")

@@ -1,7 +1,7 @@
 """Measurements of sets of images that no reward sees; every name says which features it is of."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,39 +9,29 @@ import torch
 from torch import Tensor
 
 from domains.image.distances import (
-    Statistic,
-    bootstrap_error,
     frechet_distance,
     kernel_distance,
-    polynomial_mmd,
+    neighbour_distances,
     precision_recall,
 )
 from domains.image.features import features_of, load_features
 from domains.image.sources import Digits, Source
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.mmd import mmd, polynomial, similarity
 from lit_rlft.core.pipeline import Condition
-from lit_rlft.core.reward import Metric, of_batch
+from lit_rlft.core.reward import Metric, SetMetric
 from lit_rlft.pictures import check_pictures
 
 _NUM_SUBSETS = 10
 
-__all__ = ["Diversity", "Estimate", "SetDistances", "compare_sets"]
+__all__ = ["Diversity", "SetDistances"]
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A number and its bootstrap standard error."""
+class SetDistances(SetMetric):
+    """Distances of all images of an evaluation from a set of real ones.
 
-    value: float
-    sem: float
-
-
-class SetDistances(Metric):
-    """Distances of a batch of images from a set of real ones, over the batch as a whole.
-
-    "fid_<f>", "kid_<f>", "precision_<f>" and "recall_<f>" with the features' name <f>, each at the
-    batch's first image and NaN at the others, so that a mean over images is one over batches. FID
-    depends on the number of images: compare what has the same batch size.
+    "fid_<f>", "kid_<f>", "precision_<f>" and "recall_<f>" with the features' name <f>. FID depends
+    on the number of images: compare what has the same. Standard errors are those of drawing other
+    images from the same model; the real images are taken as they are.
 
     Args:
         source: The real images; unless given all embedded digits, those that the embedded model was
@@ -51,6 +41,8 @@ class SetDistances(Metric):
             torch-fidelity's format.
         max_images: Compare with so many of the real images, drawn at random; None takes all.
         num_neighbours: k of precision and recall.
+        num_draws: Bootstrap draws for the standard errors of a test; 0 leaves them out. With the
+            2,048 features of InceptionV3 each takes seconds.
 
     Raises:
         UsageError: `features` is no feature network.
@@ -62,12 +54,14 @@ class SetDistances(Metric):
         features: str = "digits_features",
         max_images: int | None = 2048,
         num_neighbours: int = 3,
+        num_draws: int = 20,
     ) -> None:
         super().__init__()
         self.source = source or Digits()
         self.network = load_features(features)
         self.max_images, self.num_neighbours = max_images, num_neighbours
-        self._real: Tensor | None = None
+        self.num_draws = num_draws
+        self._real: _Real | None = None
 
     @property
     def name(self) -> str:
@@ -75,27 +69,58 @@ class SetDistances(Metric):
         return self.network.name
 
     @torch.no_grad()
-    def evaluate(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
-        """Return the distances, [B] each."""
-        generated = features_of(self.network, check_pictures(samples, condition))
-        real = self.real_features()
-        precision, recall = precision_recall(real, generated, self.num_neighbours)
-        values = {
-            "fid": frechet_distance(real, generated),
-            "kid": kernel_distance(real, generated, num_subsets=_NUM_SUBSETS)[0],
-            "precision": precision,
-            "recall": recall,
-        }
-        return of_batch({f"{key}_{self.name}": v for key, v in values.items()}, len(generated))
+    def features(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
+        """Return the network's features of each image, {"features": [B, D]}."""
+        return {"features": features_of(self.network, check_pictures(samples, condition))}
+
+    def compare(self, features: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return the four distances; NaN where there are too few images."""
+        real, generated = self.real_features(), features["features"]
+        kid, _ = kernel_distance(real, generated, num_subsets=_NUM_SUBSETS)
+        return self._values(kid, generated)
+
+    def compare_draw(self, features: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return the same, but KID of every pair at once instead of over subsets."""
+        real, generated = self._reference(), features["features"]
+        kid = mmd(real.features, generated, polynomial, real.similarity)
+        return self._values(kid, generated)
 
     def real_features(self) -> Tensor:
         """Return the features of the real images, computed when first needed, [n, D]."""
+        return self._reference().features
+
+    def _values(self, kid: float, generated: Tensor) -> dict[str, float]:
+        real = self._reference()
+        precision, recall = precision_recall(
+            real.features, generated, self.num_neighbours, real.radii
+        )
+        values = {
+            "fid": frechet_distance(real.features, generated),
+            "kid": kid,
+            "precision": precision,
+            "recall": recall,
+        }
+        return {f"{key}_{self.name}": value for key, value in values.items()}
+
+    @torch.no_grad()
+    def _reference(self) -> "_Real":
         if self._real is None:
             pixels = self.source.load().pixels
             order = np.random.default_rng(0).permutation(len(pixels))[: self.max_images]
             images = torch.from_numpy(pixels[np.sort(order)])
-            self._real = features_of(self.network, images)
+            features = features_of(self.network, images).cpu()
+            radii = neighbour_distances(features.double(), self.num_neighbours)
+            self._real = _Real(features, radii, similarity(features, polynomial))
         return self._real
+
+
+@dataclass(frozen=True)
+class _Real:
+    """Features of the real images [n, D], their distances to neighbours [n], mean kernel."""
+
+    features: Tensor
+    radii: Tensor
+    similarity: float
 
 
 class Diversity(Metric):
@@ -111,45 +136,3 @@ class Diversity(Metric):
         # The faster way by a matrix product makes equal images differ.
         distances = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist")
         return {"diversity": distances.sum(dim=1) / (flat.shape[1] ** 0.5 * (len(flat) - 1))}
-
-
-def compare_sets(
-    metric: SetDistances,
-    pictures: Tensor,
-    *,
-    num_draws: int = 100,
-    seed: int = 0,
-) -> dict[str, Estimate]:
-    """Return FID, KID, precision and recall of a whole set of images, with bootstrap errors.
-
-    For tables; the names are `SetDistances`' own. Errors are those of drawing other images from
-    the same model; the real images are taken as they are.
-
-    Args:
-        metric: Real images and features.
-        pictures: [n, 3, H, W], uint8 or floating point in [0, 1].
-        num_draws: Bootstrap sets; 0 leaves the errors out, as NaN.
-        seed: Of the bootstrap.
-
-    Raises:
-        UsageError: There are too few images for precision and recall.
-    """
-    if len(pictures) <= metric.num_neighbours:
-        raise UsageError(
-            f"{len(pictures)} images are too few to compare; draw more than {metric.num_neighbours}"
-        )
-    real, generated = metric.real_features(), features_of(metric.network, pictures)
-    neighbours = partial(precision_recall, num_neighbours=metric.num_neighbours)
-    statistics: dict[str, Statistic] = {
-        "fid": frechet_distance,
-        "kid": polynomial_mmd,  # its mean over all subsets
-        "precision": lambda a, b: neighbours(a, b)[0],
-        "recall": lambda a, b: neighbours(a, b)[1],
-    }
-    return {
-        f"{name}_{metric.name}": Estimate(
-            statistic(real, generated),
-            bootstrap_error(statistic, real, generated, num_draws=num_draws, seed=seed),
-        )
-        for name, statistic in statistics.items()
-    }

@@ -9,6 +9,8 @@ References:
 """
 
 from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,8 +25,9 @@ from domains.layout import measures
 from domains.layout.encoder import LayoutEncoder, load_encoder
 from domains.layout.layouts import Layouts, check_layouts
 from domains.layout.sources import Grammar, Source
+from lit_rlft.core.mmd import mmd, polynomial, similarity
 from lit_rlft.core.pipeline import Condition
-from lit_rlft.core.reward import Metric, of_batch
+from lit_rlft.core.reward import Metric, SetMetric
 
 __all__ = [
     "Diversity",
@@ -34,7 +37,6 @@ __all__ = [
     "class_total_variation",
     "docsim",
     "frechet_distance",
-    "kernel_distance",
     "max_iou",
     "source_layouts",
 ]
@@ -62,18 +64,19 @@ class LayoutMeasures(Metric):
         }
 
 
-class SetDistances(Metric):
-    """Distances of a batch of samples from a set of layouts, over the batch as a whole.
+class SetDistances(SetMetric):
+    """Distances of all samples of an evaluation from a set of layouts.
 
-    "class_tv", "box_wasserstein", "fid" and "kid", each at the batch's first sample and NaN at the
-    others, so that a mean over samples is one over batches. FID depends on the number of samples
-    and on the encoder: compare what has the same of both.
+    "class_tv", "box_wasserstein", "fid" and "kid". FID depends on the number of samples and on the
+    encoder: compare what has the same of both. Standard errors are those of drawing other samples;
+    the layouts compared with are taken as they are.
 
     Args:
         source: The layouts compared with; pages of the page grammar unless given.
         pretrained: The encoder: "encoder", the embedded one, a folder, or the file of a published
             network for the source's classes.
         max_layouts: Compare with the first so many layouts.
+        num_draws: Bootstrap draws for the standard errors of a test; 0 leaves them out.
     """
 
     def __init__(
@@ -81,33 +84,49 @@ class SetDistances(Metric):
         source: Source | None = None,
         pretrained: str = "encoder",
         max_layouts: int = 2048,
+        num_draws: int = 20,
     ) -> None:
         super().__init__()
         self.source = source or Grammar(num_pages=max_layouts, seed=1)
         self.encoder = load_encoder(pretrained, self.source.classes)
-        self.max_layouts = max_layouts
-        self._known: tuple[Layouts, Tensor] | None = None
+        self.max_layouts, self.num_draws = max_layouts, num_draws
+        self._known: _Real | None = None
 
     @torch.no_grad()
-    def evaluate(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
-        """Return the distances, [B] each."""
+    def features(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
+        """Return boxes [B, N, 4], labels [B, N] and the encoder's features [B, D]."""
         layouts = check_layouts(samples, condition).detach().to("cpu")
-        real, features = self._reference()
-        own = _features(self.encoder, layouts)
-        values = {
-            "class_tv": class_total_variation(layouts, real),
-            "box_wasserstein": box_wasserstein(layouts, real),
-            "fid": frechet_distance(own, features),
-            "kid": kernel_distance(own, features),
-        }
-        return of_batch(values, len(layouts))
+        encoded = _features(self.encoder, layouts)
+        return {"boxes": layouts.boxes, "labels": layouts.labels, "features": encoded}
 
-    def _reference(self) -> tuple[Layouts, Tensor]:
-        """Return the layouts compared with and their features; loaded when first needed."""
+    def compare(self, features: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return the four distances."""
+        layouts = Layouts.of(features["boxes"], features["labels"], self.source.classes)
+        real, encoded = self._reference(), features["features"]
+        return {
+            "class_tv": class_total_variation(layouts, real.layouts),
+            "box_wasserstein": box_wasserstein(layouts, real.layouts),
+            "fid": frechet_distance(encoded, real.features),
+            "kid": mmd(real.features, encoded, polynomial, real.similarity),
+        }
+
+    @torch.no_grad()
+    def _reference(self) -> "_Real":
+        """Return what is known of the layouts compared with; loaded when first needed."""
         if self._known is None:
             real = source_layouts(self.source, self.max_layouts)
-            self._known = real, _features(self.encoder, real)
+            encoded = _features(self.encoder, real)
+            self._known = _Real(real, encoded, similarity(encoded, polynomial))
         return self._known
+
+
+@dataclass(frozen=True)
+class _Real:
+    """Layouts that samples are compared with, their features [n, D] and mean kernel."""
+
+    layouts: Layouts
+    features: Tensor
+    similarity: float
 
 
 class Diversity(Metric):
@@ -238,26 +257,6 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
     distance = (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
     return float(distance)
-
-
-def kernel_distance(a: Tensor, b: Tensor) -> float:
-    """Return the unbiased squared MMD under (x.y / D + 1)^3 of features [n, D] and [m, D].
-
-    NaN for fewer than two layouts.
-    """
-    n, m = len(a), len(b)
-    if min(n, m) < 2:
-        return float("nan")
-    a, b = a.double(), b.double()
-
-    def kernel(x: Tensor, y: Tensor) -> Tensor:
-        return (x @ y.T / x.shape[1] + 1) ** 3
-
-    within = [
-        (k.sum() - k.diagonal().sum()) / (len(k) * (len(k) - 1))
-        for k in (kernel(a, a), kernel(b, b))
-    ]
-    return float(within[0] + within[1] - 2 * kernel(a, b).mean())
 
 
 def _features(encoder: LayoutEncoder, layouts: Layouts, size: int = 512) -> Tensor:

@@ -11,6 +11,7 @@ References:
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,12 @@ from scipy.stats import wasserstein_distance
 from torch import Tensor
 
 from domains.molecule.chemistry import Chemistry, chemistry_of
-from domains.molecule.molecules import Molecules, check_molecules
+from domains.molecule.elements import EXPLICIT
+from domains.molecule.molecules import EMPTY, Molecules, check_molecules
 from domains.molecule.sources import Enumerated, Source
 from domains.molecule.structures import Packed, molecules_of
 from lit_rlft.core.pipeline import Condition
-from lit_rlft.core.reward import Metric, of_batch
+from lit_rlft.core.reward import Metric, SetMetric
 
 __all__ = [
     "Drugs",
@@ -119,47 +121,77 @@ class Novelty(Metric):
         return {"novelty": torch.from_numpy(np.where(_firsts(chemistry) == 1, new, np.nan))}
 
 
-class SetDistances(Metric):
-    """Distances of a batch of samples from a set of molecules, over the batch as a whole.
+class SetDistances(SetMetric):
+    """Distances of all samples of an evaluation from a set of molecules.
 
     "type_tv" and "size_tv": half the sum of differences of the shares of elements and of numbers
     of atoms. "bond_length_w1" in Angstrom and "angle_w1" in degrees: Wasserstein-1 distances of
     bonds of each kind (elements and order) and of angles around each element, averaged with the
     set's frequencies over what both have. "qed_w1", "sa_w1", "logp_w1": the same of descriptors of
-    valid and connected molecules. Each at the batch's first sample and NaN at the others, so that
-    a mean over samples is one over batches.
+    valid and connected molecules.
 
     Args:
         source: The molecules compared with; the enumerated ones unless given.
         max_molecules: Compare with so many of them, drawn at random once.
+        num_draws: Bootstrap draws for the standard errors of a test; 0 leaves them out.
     """
 
-    def __init__(self, source: Source | None = None, max_molecules: int = 2048) -> None:
+    def __init__(
+        self, source: Source | None = None, max_molecules: int = 2048, num_draws: int = 20
+    ) -> None:
         super().__init__()
         self.source, self.max_molecules = source or Enumerated(), max_molecules
-        self._real: Chemistry | None = None
+        self.num_draws = num_draws
+        self._real: _Statistics | None = None
 
-    def evaluate(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
-        """Return the distances, float64 [B] each."""
-        own, real = chemistry_of(check_molecules(samples, condition)), self._reference()
-        values = {
+    def features(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
+        """Return positions [B, N, 3], types, numbers in `EXPLICIT`, [B, N], descriptors [B]."""
+        return _features(chemistry_of(check_molecules(samples, condition)))
+
+    def compare(self, features: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return the distances."""
+        own, real = _statistics(features), self._reference()
+        distances = {
+            f"{name}_w1": mean_wasserstein(own.groups[name], groups)
+            for name, groups in real.groups.items()
+        }
+        return {
             "type_tv": type_total_variation(own.molecules, real.molecules),
             "size_tv": size_total_variation(own.molecules, real.molecules),
-            "bond_length_w1": mean_wasserstein(bond_lengths(own), bond_lengths(real)),
-            "angle_w1": mean_wasserstein(angles(own), angles(real)),
+            **distances,
         }
-        for name in _DESCRIPTORS:
-            pair = [_finite(chemistry.values(name)) for chemistry in (own, real)]
-            values[f"{name}_w1"] = mean_wasserstein({0: pair[0]}, {0: pair[1]})
-        return of_batch(values, len(own))
 
-    def _reference(self) -> Chemistry:
-        """Return the molecules compared with; loaded when first needed."""
+    def _reference(self) -> "_Statistics":
+        """Return what is known of the molecules compared with; loaded when first needed."""
         if self._real is None:
             packed = self.source.load()
             rows = np.random.default_rng(0).permutation(len(packed))[: self.max_molecules]
-            self._real = Chemistry(molecules_of(packed, self.source.elements, np.sort(rows)))
+            real = Chemistry(molecules_of(packed, self.source.elements, np.sort(rows)))
+            self._real = _statistics(_features(real))
         return self._real
+
+
+@dataclass(frozen=True)
+class _Statistics:
+    """What molecules are compared by: themselves, and numbers by name and kind."""
+
+    molecules: Molecules
+    groups: dict[str, dict[Any, NDArray[np.float64]]]
+
+
+def _features(chemistry: Chemistry) -> dict[str, Tensor]:
+    molecules = chemistry.molecules
+    numbers = [*map(EXPLICIT.index, molecules.elements), EMPTY]  # `EMPTY` finds the last
+    types = torch.tensor(numbers)[molecules.types]
+    descriptors = {name: torch.from_numpy(chemistry.values(name)) for name in _DESCRIPTORS}
+    return {"positions": molecules.positions, "types": types, **descriptors}
+
+
+def _statistics(features: Mapping[str, Tensor]) -> _Statistics:
+    chemistry = Chemistry(Molecules.of(features["positions"], features["types"], EXPLICIT))
+    groups = {"bond_length": bond_lengths(chemistry), "angle": angles(chemistry)}
+    groups |= {name: {0: _finite(features[name].numpy())} for name in _DESCRIPTORS}
+    return _Statistics(chemistry.molecules, groups)
 
 
 def known_smiles(packed: Packed, elements: tuple[str, ...]) -> frozenset[str]:

@@ -24,7 +24,7 @@ from lit_rlft.core.distribution import Distribution
 from lit_rlft.core.divergence import path_kl
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline
 from lit_rlft.core.randomness import Generators, generators, seed_from
-from lit_rlft.core.reward import Metric, Metrics, Reward, check_rewards
+from lit_rlft.core.reward import Metric, Metrics, Reward, SetMetric, check_rewards
 from lit_rlft.core.samples import Samples
 from lit_rlft.core.sampling import Denoiser, Sampler, walk
 from lit_rlft.core.state import State, batch_size, cat, index, split
@@ -183,6 +183,11 @@ class RewardFineTuner(LightningModule, ABC):
         """The trainer's callbacks that watch rounds from inside."""
         callbacks = getattr(self.trainer, "callbacks", [])
         return [one for one in callbacks if isinstance(one, Observer) and one.enabled]
+
+    @property
+    def set_metrics(self) -> list[SetMetric]:
+        """The metrics of all samples of an evaluation together."""
+        return [part for part in self.metrics.modules() if isinstance(part, SetMetric)]
 
     @property
     def meter(self) -> Cost:
@@ -448,7 +453,8 @@ class RewardFineTuner(LightningModule, ABC):
 
     def on_validation_epoch_end(self) -> None:
         """Log every metric of the tuned model and of the reference."""
-        for arm, summary in self.evaluation.summary(self.trainer.world_size).items():
+        summaries = self.evaluation.summary(self.trainer.world_size, self.set_metrics)
+        for arm, summary in summaries.items():
             prefix = "val" if arm == "tuned" else f"val_{arm}"
             for name, moments in summary.items():
                 self.log(f"{prefix}/{name}", moments["mean"], sync_dist=True)
@@ -528,7 +534,8 @@ class RewardFineTuner(LightningModule, ABC):
         values |= self.metrics.evaluate(samples, condition) | known
         pictures = self._pictures(arm, samples, condition)
         labels = [self.pipeline.describe(entry) for entry in condition.each()]
-        self.evaluation.add(arm, batch_idx, values, pictures, labels)
+        features = [metric.features(samples, condition) for metric in self.set_metrics]
+        self.evaluation.add(arm, batch_idx, values, pictures, labels, features)
 
     def _pictures(self, arm: Arm, samples: Any, condition: Condition) -> Tensor | None:
         """Render what is still to be shown of a model: some domains take longer than to sample."""

@@ -62,7 +62,9 @@ class RunFiles(Callback):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the metrics and the picture."""
         assert isinstance(pl_module, RewardFineTuner)
-        summary = pl_module.evaluation.summary(trainer.world_size)
+        summary = pl_module.evaluation.summary(
+            trainer.world_size, pl_module.set_metrics, errors=True
+        )
         labels = pl_module.evaluation.tuned.labels.values()
         num_samples = sum(gather(sum(map(len, labels)), trainer.world_size))
         for name, values in summary["tuned"].items():

@@ -10,23 +10,7 @@ from torch import Tensor, nn
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition, Pipeline
 
-__all__ = ["Metric", "Metrics", "Reward", "WeightedSum", "check_rewards", "of_batch"]
-
-
-def of_batch(values: Mapping[str, float], size: int) -> dict[str, Tensor]:
-    """Return what was measured of a batch as a whole as values [B], float64.
-
-    Each is at the first sample and NaN at the others, so that a mean over samples is one over
-    batches.
-
-    Args:
-        values: By name.
-        size: B.
-    """
-    columns = {name: torch.full((size,), torch.nan, dtype=torch.float64) for name in values}
-    for name, value in values.items():
-        columns[name][:1] = value
-    return columns
+__all__ = ["Metric", "Metrics", "Reward", "SetMetric", "WeightedSum", "check_rewards"]
 
 
 class Metric(nn.Module, ABC):
@@ -38,6 +22,36 @@ class Metric(nn.Module, ABC):
     @abstractmethod
     def evaluate(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
         """Return named values [B], NaN where a value does not apply to a sample."""
+
+
+class SetMetric(Metric):
+    """Something measured on all samples of an evaluation together, such as FID.
+
+    Attributes:
+        num_draws: Bootstrap draws for the standard errors of a test; 0 leaves them out, as NaN.
+    """
+
+    num_draws: int = 20
+
+    def evaluate(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
+        """Return nothing: there are no values of single samples."""
+        return {}
+
+    @abstractmethod
+    def features(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
+        """Return what `compare` needs to know of each sample, [B, ...] each."""
+
+    @abstractmethod
+    def compare(self, features: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return named numbers of n samples.
+
+        Args:
+            features: [n, ...] each, of all batches and processes, on the CPU.
+        """
+
+    def compare_draw(self, features: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return the same of one bootstrap draw; a faster way to about the same number will do."""
+        return self.compare(features)
 
 
 class Metrics(Metric):

@@ -9,14 +9,11 @@ from scipy.linalg import sqrtm
 from torch import Tensor
 
 from domains.image.distances import (
-    bootstrap_error,
     frechet_distance,
     kernel_distance,
-    median_distance,
-    mmd,
-    polynomial_mmd,
     precision_recall,
 )
+from lit_rlft.core.mmd import mmd, polynomial
 
 
 def normal(num: int, dims: int, seed: int, shift: float = 0.0, scale: float = 1.0) -> Tensor:
@@ -55,8 +52,8 @@ def test_kernel_distance_of_whole_sets_is_the_slow_one() -> None:
     a, b = normal(15, 4, 0), normal(15, 4, 1, 0.5)
     mean, deviation = kernel_distance(a, b)
     assert mean == pytest.approx(slow_kid(a, b), rel=1e-9) and deviation == 0
-    assert polynomial_mmd(a, b[:9]) == pytest.approx(slow_kid(a, b[:9]), rel=1e-9)
-    assert math.isnan(polynomial_mmd(a[:1], b))
+    assert mmd(a, b[:9], polynomial) == pytest.approx(slow_kid(a, b[:9]), rel=1e-9)
+    assert math.isnan(mmd(a[:1], b, polynomial))
     assert all(math.isnan(value) for value in kernel_distance(a[:1], b))
 
 
@@ -100,48 +97,3 @@ def test_precision_and_recall_are_the_slow_ones() -> None:
     expected = slow_share(generated, real, 3), slow_share(real, generated, 3)
     assert precision_recall(real, generated) == pytest.approx(expected)
     assert 0 < expected[0] < 1 and 0 < expected[1] < 1
-
-
-def test_mmd_of_known_gaussians() -> None:
-    # E k(x, y) = (h^2 / (h^2 + 2 s^2))^(d/2) exp(-|mu|^2 / (2 (h^2 + 2 s^2))) for equal s.
-    dims, shift, h = 2, 1.5, 1.5
-    factor = (h**2 / (h**2 + 2)) ** (dims / 2)
-    expected = 2 * factor * (1 - math.exp(-dims * shift**2 / (2 * (h**2 + 2))))
-    pairs = [(normal(400, dims, 2 * i), normal(400, dims, 2 * i + 1, shift)) for i in range(40)]
-    assert np.mean([mmd(a, b, h) for a, b in pairs]) == pytest.approx(expected, rel=0.04)
-    a, b = pairs[0]
-    assert mmd(a, b, [h, h]) == pytest.approx(mmd(a, b, h))
-    both = (mmd(a, b, 0.5) + mmd(a, b, 2.0)) / 2
-    assert mmd(a, b, [0.5, 2.0]) == pytest.approx(both)
-
-
-def test_mmd_is_unbiased() -> None:
-    # The slow estimate, pair by pair; and 0 on average for equal laws, often below.
-    a, b = normal(12, 2, 0), normal(9, 2, 1)
-    k = [[math.exp(-(math.dist(x, y) ** 2) / 2) for y in b.tolist()] for x in a.tolist()]
-    aa = [math.exp(-(math.dist(x, y) ** 2) / 2) for x in a.tolist() for y in a.tolist() if x != y]
-    bb = [math.exp(-(math.dist(x, y) ** 2) / 2) for x in b.tolist() for y in b.tolist() if x != y]
-    expected = np.mean(aa) + np.mean(bb) - 2 * np.mean(k)
-    assert mmd(a, b, 1.0) == pytest.approx(expected)
-    values = [mmd(normal(30, 2, 2 * i), normal(30, 2, 2 * i + 1), 1.0) for i in range(200)]
-    assert abs(np.mean(values)) < 4 * np.std(values) / 200**0.5
-    assert np.mean(np.array(values) < 0) > 0.3
-    assert math.isnan(mmd(a[:1], b))
-
-
-def test_the_median_is_the_default_bandwidth() -> None:
-    points = torch.tensor([[0.0, 0.0], [3.0, 4.0], [6.0, 8.0]])
-    assert median_distance(points) == 5
-    a, b = normal(50, 3, 0), normal(50, 3, 1, 0.5)
-    assert mmd(a, b) == mmd(a, b, median_distance(a))
-
-
-def test_the_bootstrap_error_of_a_mean_is_the_textbooks() -> None:
-    points = normal(400, 1, 0, scale=3.0)
-    error = bootstrap_error(lambda _, b: float(b.mean()), points, points, num_draws=2000)
-    assert error == pytest.approx(float(points.std()) / 400**0.5, rel=0.06)
-    both = bootstrap_error(
-        lambda a, b: float(a.mean() + b.mean()), points, points, num_draws=2000, resample_real=True
-    )
-    assert both == pytest.approx(error * 2**0.5, rel=0.08)
-    assert math.isnan(bootstrap_error(lambda _, b: float(b.mean()), points, points, num_draws=0))

@@ -11,12 +11,15 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from domains.image.distances import precision_recall
 from domains.image.features import FeatureArchitecture, FeatureNetwork, load_features
-from domains.image.metrics import Diversity, SetDistances, compare_sets
+from domains.image.metrics import Diversity, SetDistances
 from domains.image.sources import Digits, Generated
+from lit_rlft.bootstrap import compared
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
 from tests.domains.image.test_sources import paint
 from tests.support import ROOT
+
+_SHARES = ("precision", "recall")
 
 
 def condition_of(num: int) -> Condition:
@@ -28,10 +31,14 @@ def digits(num: int, first: int = 0) -> torch.Tensor:
     return pixels.expand(-1, 3, -1, -1) / 255
 
 
+def distances(metric: SetDistances, pictures: torch.Tensor) -> dict[str, float]:
+    return metric.compare(metric.features(pictures, condition_of(len(pictures))))
+
+
 def test_distances_are_torchmetrics_with_the_network_as_its_module() -> None:
     metric = SetDistances(max_images=None)
     samples = digits(100).flip(-1)
-    values = metric.evaluate(samples, condition_of(100))
+    values = distances(metric, samples)
     network = load_features("digits_features")
     fid = FrechetInceptionDistance(network)
     kid = KernelInceptionDistance(network, subsets=10, subset_size=100)
@@ -41,35 +48,38 @@ def test_distances_are_torchmetrics_with_the_network_as_its_module() -> None:
         part.update(samples, real=False)
     name = "digits_features"
     assert set(values) == {f"{m}_{name}" for m in ("fid", "kid", "precision", "recall")}
-    assert values[f"fid_{name}"][0] == pytest.approx(float(fid.compute()), rel=1e-4)
+    assert values[f"fid_{name}"] == pytest.approx(float(fid.compute()), rel=1e-4)
     with torch.random.fork_rng():
         torch.manual_seed(0)  # of the metric's own subsets
         expected = float(kid.compute()[0])
-    assert values[f"kid_{name}"][0] == pytest.approx(expected, rel=1e-3)
+    assert values[f"kid_{name}"] == pytest.approx(expected, rel=1e-3)
     with torch.no_grad():
         features = [network(pictures) for pictures in (real, samples)]
     precision, recall = precision_recall(*features)
-    assert values[f"precision_{name}"][0] == pytest.approx(precision)
-    assert values[f"recall_{name}"][0] == pytest.approx(recall)
-    for value in values.values():
-        assert value.shape == (100,) and value[1:].isnan().all() and value[0].isfinite()
+    assert values[f"precision_{name}"] == pytest.approx(precision)
+    assert values[f"recall_{name}"] == pytest.approx(recall)
+    # Batches do not matter, and no value is one image's.
+    parts = [metric.features(part, condition_of(50)) for part in samples.split(50)]
+    halves = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    assert metric.compare(halves) == pytest.approx(values, rel=1e-5)
+    assert metric.evaluate(samples, condition_of(100)) == {}
 
 
 def test_real_images_are_closer_than_other_ones() -> None:
     metric = SetDistances()
-    real = metric.evaluate(digits(128, 500), condition_of(128))
-    noise = metric.evaluate(torch.rand(128, 3, 8, 8), condition_of(128))
+    real = distances(metric, digits(128, 500))
+    noise = distances(metric, torch.rand(128, 3, 8, 8))
     name = "digits_features"
-    assert real[f"fid_{name}"][0] < 0.5 * noise[f"fid_{name}"][0]
-    assert real[f"kid_{name}"][0] < 0.5 * noise[f"kid_{name}"][0]
-    assert real[f"precision_{name}"][0] > 0.9 > 0.5 > noise[f"precision_{name}"][0]
+    assert real[f"fid_{name}"] < 0.5 * noise[f"fid_{name}"]
+    assert real[f"kid_{name}"] < 0.5 * noise[f"kid_{name}"]
+    assert real[f"precision_{name}"] > 0.9 > 0.5 > noise[f"precision_{name}"]
 
 
 def test_other_features_have_other_names(tmp_path: Path) -> None:
     torch.manual_seed(0)
     FeatureNetwork(FeatureArchitecture(4, 3, ["a", "b"])).save(tmp_path / "mine")
     metric = SetDistances(Generated(paint, 20, 4), features=str(tmp_path / "mine"))
-    values = metric.evaluate(torch.rand(10, 3, 4, 4), condition_of(10))
+    values = distances(metric, torch.rand(10, 3, 4, 4))
     assert len(values) == 4 and all("_mine-" in name for name in values)
 
 
@@ -84,9 +94,8 @@ def test_the_real_images_are_drawn_from_all() -> None:
     assert distances.indices.max() > 1500 and distances.indices.min() < 300
 
 
-def test_batches_of_one_measure_nothing() -> None:
-    values = SetDistances().evaluate(digits(1), condition_of(1))
-    assert all(math.isnan(value[0]) for value in values.values())
+def test_one_image_measures_nothing() -> None:
+    assert all(math.isnan(value) for value in distances(SetDistances(), digits(1)).values())
     assert Diversity().evaluate(digits(1), condition_of(1))["diversity"].isnan().all()
 
 
@@ -97,23 +106,22 @@ def test_diversity_by_hand() -> None:
     torch.testing.assert_close(values, torch.tensor([0.5, 1.0, 0.5]))
 
 
-def test_tables_have_errors_that_fall_with_the_number_of_images() -> None:
+def test_errors_fall_with_the_number_of_images() -> None:
     metric = SetDistances(max_images=500)
     # More variety than one digit, but another law than the real images.
     pictures = torch.cat([digits(200, 300), digits(200, 300).flip(-1)])
-    few = compare_sets(metric, pictures[::8], num_draws=20)
-    many = compare_sets(metric, pictures, num_draws=20)
-    assert set(few) == {f"{m}_digits_features" for m in ("fid", "kid", "precision", "recall")}
+    features = metric.features(pictures, condition_of(400))
+    arms = {"few": {key: value[::8] for key, value in features.items()}, "many": features}
+    found = compared(metric, arms, num_draws=20)
     name = "fid_digits_features"
-    assert 0 < many[name].sem < few[name].sem
+    assert set(found["few"]) == {f"{m}_digits_features" for m in ("fid", "kid", *_SHARES)}
     # Eight times the images: about a third of the error.
-    assert many[name].sem < 0.6 * few[name].sem
-    first = metric.evaluate(pictures, condition_of(400))
-    assert many[name].value == pytest.approx(float(first[name][0]), rel=1e-6)
-    silent = compare_sets(metric, pictures[:50], num_draws=0)
-    assert all(math.isnan(estimate.sem) for estimate in silent.values())
-    with pytest.raises(UsageError, match="3 images are too few to compare"):
-        compare_sets(metric, pictures[:3])
+    assert 0 < found["many"][name]["sem"] < 0.6 * found["few"][name]["sem"]
+    assert found["many"][name]["mean"] == pytest.approx(distances(metric, pictures)[name])
+    # KID over subsets, and of every pair: on 32 images the subset is all of them.
+    own, drawn = metric.compare(arms["many"]), metric.compare_draw(arms["many"])
+    kid = "kid_digits_features"
+    assert own.pop(kid) == pytest.approx(drawn.pop(kid), rel=0.1) and own == drawn
 
 
 def test_bad_features_are_refused() -> None:

@@ -128,26 +128,29 @@ def test_mean_distance_is_weighted_by_the_real_set() -> None:
     assert math.isnan(metrics.mean_wasserstein({}, b))
 
 
+def distances(metric: metrics.SetDistances, *batches: Molecules) -> dict[str, float]:
+    parts = [metric.features(batch, conditions(len(batch))) for batch in batches]
+    return metric.compare({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+
+
 def test_set_distances(tmp_path: Path) -> None:
     smiles = ("CCO", "CC(C)=O", "C1CC1N", "CC")
     metric = metrics.SetDistances(known(tmp_path, *smiles))
-    same = evaluate(metric, from_smiles(*smiles))
-    assert all(values[0] == pytest.approx(0, abs=1e-6) for values in same.values()), same
-    assert all(np.isnan(values[1:]).all() for values in same.values())
-    stretched = from_smiles(*smiles)
-    stretched.positions.mul_(1.01)
-    other = evaluate(metric, stretched)
-    assert other["type_tv"][0] == other["size_tv"][0] == 0
-    assert 0.005 < other["bond_length_w1"][0] < 0.02 and other["angle_w1"][0] < 0.1
-    lone = from_atoms([(("C", "C"), [(0, 0, 0), (9, 0, 0)])])
-    alone = evaluate(metric, lone)
-    assert math.isnan(alone["bond_length_w1"][0]) and math.isnan(alone["qed_w1"][0])
-    assert alone["size_tv"][0] == 1
+    whole = from_smiles(*smiles)
+    same = distances(metric, whole.index(slice(0, 1)), whole.index(slice(1, 4)))
+    assert same == pytest.approx(dict.fromkeys(same, 0.0), abs=1e-6)
+    whole.positions.mul_(1.01)
+    other = distances(metric, whole)
+    assert other["type_tv"] == other["size_tv"] == 0
+    assert 0.005 < other["bond_length_w1"] < 0.02 and other["angle_w1"] < 0.1
+    alone = distances(metric, from_atoms([(("C", "C"), [(0, 0, 0), (9, 0, 0)])]))
+    assert math.isnan(alone["bond_length_w1"]) and math.isnan(alone["qed_w1"])
+    assert alone["size_tv"] == 1
 
 
 def test_heavy_atoms_are_compared_with_heavy_atoms(tmp_path: Path) -> None:
     file = tmp_path / "known.smi"
     file.write_text("CCO\nCC\n")
     source = SmilesFile(str(file), elements=("C", "N", "O", "F"), cache_dir=str(tmp_path / "c"))
-    found = evaluate(metrics.SetDistances(source), from_smiles("CCO", "CC", heavy=True))
-    assert found["type_tv"][0] == 0 and found["bond_length_w1"][0] == pytest.approx(0, abs=1e-6)
+    found = distances(metrics.SetDistances(source), from_smiles("CCO", "CC", heavy=True))
+    assert found["type_tv"] == 0 and found["bond_length_w1"] == pytest.approx(0, abs=1e-6)

@@ -1,0 +1,61 @@
+"""Bootstrap errors of a mean against the textbook, of a gain against paired differences."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lit_rlft.bootstrap import compared
+from lit_rlft.core.pipeline import Condition
+from lit_rlft.core.reward import Metrics, SetMetric
+from lit_rlft.evaluation import Evaluation
+
+
+class Mean(SetMetric):
+    """Of all points together."""
+
+    def features(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
+        return {"points": samples}
+
+    def compare(self, features: Mapping[str, Tensor]) -> dict[str, float]:
+        return {"average": float(features["points"].mean())}
+
+
+def test_the_error_of_a_mean_is_the_textbooks() -> None:
+    generator = torch.Generator().manual_seed(0)
+    points = 3 * torch.randn(400, generator=generator, dtype=torch.float64)
+    shift = 0.1 * torch.randn(400, generator=generator, dtype=torch.float64) + 1
+    arms = {"tuned": {"points": points + shift}, "reference": {"points": points}}
+    found = compared(Mean(), arms, num_draws=2000)
+    for arm, values in (("reference", points), ("gain", shift)):
+        assert found[arm]["average"]["mean"] == pytest.approx(float(values.mean()))
+        error = float(values.std()) / 400**0.5
+        assert found[arm]["average"]["sem"] == pytest.approx(error, rel=0.06)
+    assert compared(Mean(), arms, num_draws=2000) == found
+    silent = compared(Mean(), {"other": arms["tuned"]}, num_draws=0)
+    assert math.isnan(silent["other"]["average"]["sem"]) and "gain" not in silent
+
+
+def test_an_evaluation_joins_the_batches_and_keeps_pairs() -> None:
+    evaluation, metric = Evaluation(), Mean()
+    assert isinstance(metric, SetMetric) and metric.evaluate(torch.ones(2), None) == {}  # type: ignore[arg-type]
+    points = torch.tensor([[0.0, 10.0], [20.0, 30.0]])
+    for batch in (1, 0):
+        for arm, shift in (("tuned", 2.0), ("reference", 0.0)):
+            features = metric.features(points[batch] + shift, None)  # type: ignore[arg-type]
+            evaluation.add(arm, batch, {"r": torch.ones(2)}, None, ["", ""], [features])
+    summary = evaluation.summary(1, [metric], errors=True)
+    assert summary["tuned"]["average"]["mean"] == 17 and summary["reference"]["r"]["mean"] == 1
+    # Every pair differs by the same: no error at all.
+    assert summary["gain"]["average"] == pytest.approx({"mean": 2.0, "sem": 0.0}, abs=1e-6)
+    assert summary["tuned"]["average"]["sem"] > 1
+    quick = evaluation.summary(1, [metric])
+    assert quick["tuned"]["average"]["mean"] == 17
+    assert math.isnan(quick["tuned"]["average"]["sem"])
+
+
+def test_metrics_of_sets_stand_beside_others() -> None:
+    assert Metrics([Mean()]).evaluate(torch.ones(3), None) == {}  # type: ignore[arg-type]
