@@ -6,13 +6,14 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
 Report = dict[str, Any]
-Job = TypeVar("Job", bound=tuple[Any, ...])
+Job = TypeVar("Job", bound=Hashable)
+Result = TypeVar("Result")
 
 
 def command_line(
@@ -35,8 +36,8 @@ def command_line(
     return parser
 
 
-def run_all(jobs: Sequence[Job], run: Callable[[Job], Report], workers: int) -> dict[Job, Report]:
-    """Run every job, `workers` at a time; return their reports."""
+def run_all(jobs: Sequence[Job], run: Callable[[Job], Result], workers: int) -> dict[Job, Result]:
+    """Run every job, `workers` at a time; return what each returned."""
     with ThreadPoolExecutor(workers) as pool:
         return dict(zip(jobs, pool.map(run, jobs), strict=True))
 

@@ -3,7 +3,8 @@ r"""Quality against operations and seconds per sample: a base at several step co
 Method: for every seed and number of base steps one corrector is trained through the command line
 with `configs/algorithms/inverse_noise_correction.yaml`, from the domain's config; `test` then
 measures the base (reference) and, for every number of corrector steps, corrector and base (tuned),
-on the same conditions and the same initial noise. The seed sets the corrector and every sample.
+on the same conditions and the same initial noise. The seed sets the corrector and every sample;
+the data are inverted once for all seeds.
 Operations are of the forward passes of denoiser and corrector, counted by torch's flop counter;
 seconds are the wall time of sampling on one thread, without decoding and metrics, with whatever
 else the machine does. Errors are those of the mean over seeds, or of one test where there is one
@@ -13,8 +14,8 @@ numbers of base steps. What the config's metrics are measured with (a feature ne
 of samples) is part of the numbers: compare none with another config's.
 
     python benchmarks/sampling_cost.py --config configs/domains/digits.yaml \
-        --metrics fid_digits_features kid_digits_features --base-steps 2 3 4 6 \
-        --corrector-steps 5 10 --root runs/sampling_cost
+        --metrics fid_digits_features kid_digits_features --base-steps 2 3 4 \
+        --base-only 6 8 --corrector-steps 5 10 --root runs/sampling_cost
 
 Further options go to the command line as they are, for example
 `--model.data_noise 1e-3 --trainer.max_epochs 20`. Writes a table, `quality_against_cost.png` and
@@ -28,7 +29,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 from command_line import Report, command_line, fit, lit_rlft, print_table, run_all
@@ -37,6 +37,9 @@ from torch.utils.tensorboard import SummaryWriter
 matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.figure import Figure
+
+Reports = dict[tuple[int, int], Report]
+"""By numbers of base and of corrector steps."""
 
 ALGORITHM = "configs/algorithms/inverse_noise_correction.yaml"
 
@@ -71,25 +74,26 @@ def error(values: Sequence[float], single: float = float("nan")) -> float:
 
 
 def corrected(
-    root: Path, seed: int, base: int, jobs: Iterable[tuple[int, int]], options: list[str]
-) -> Report:
+    root: Path, seed: int, base: int, tests: Iterable[tuple[int, int]], options: list[str]
+) -> Reports:
     """Train the corrector of one seed and number of base steps; return what its tests report.
 
     Args:
         root: Folder of all runs.
         seed: Of the corrector and of the samples.
         base: Base steps that it is trained for.
-        jobs: Numbers of base and of corrector steps to test it with.
+        tests: Numbers of base and of corrector steps to test it with.
         options: For the command line.
 
     Returns:
         metrics.json by (base steps, corrector steps).
     """
     options = [*options, "--model.seed", str(seed), "--trainer.limit_val_batches", "0"]
+    options += ["--model.noise_folder", str(root / f"noise_base_{base}")]
     name = f"seed_{seed}_base_{base}"
     checkpoint = fit(root / name, [*options, "--model.sampler.num_steps", str(base)])
-    reports = {}
-    for steps, own in jobs:
+    reports: Reports = {}
+    for steps, own in dict.fromkeys(tests):
         folder = root / f"{name}_test_{own}_{steps}"
         if not (folder / "metrics.json").exists():
             setting = ["--model.sampler.num_steps", str(steps), "--model.corrector_steps", str(own)]
@@ -126,26 +130,28 @@ def measure(arguments: argparse.Namespace, options: list[str]) -> list[Point]:
     """Train and test everything."""
     own, bases, seeds = arguments.corrector_steps, arguments.base_steps, arguments.seeds
     others = {base: [n for n in bases if n != base and arguments.mismatched] for base in bases}
+    # Any corrector's test measures the base alone beside it.
+    alone = {n: (base, n, own[0]) for base in bases[:1] for n in arguments.base_only}
+    alone |= {base: (base, base, own[0]) for base in bases}
 
-    def run(job: tuple[int, int]) -> Report:
-        seed, base = job
+    def run(base: int) -> dict[int, Reports]:
         tests = [*product([base], own), *product(others[base], [max(own)])]
-        return corrected(arguments.root, seed, base, tests, options)
+        tests += [(n, steps) for trained, n, steps in alone.values() if trained == base]
+        # One seed after another: the first one's inversion is everyone's.
+        return {seed: corrected(arguments.root, seed, base, tests, options) for seed in seeds}
 
-    found = run_all([*product(seeds, bases)], run, arguments.workers)
+    found = run_all(bases, run, arguments.workers)
 
-    def of(base: int, *steps: int) -> list[Any]:
-        return [found[seed, base][steps] for seed in seeds]
+    def of(arm: str, kind: str, base: int, n: int, steps: int) -> Point:
+        reports = [found[base][seed][n, steps] for seed in seeds]
+        drawn = 0 if arm == "reference" else steps
+        return point(reports, arm, arguments.metrics, kind, (n, drawn))
 
-    points = []
+    points = [of("reference", "base", *alone[n]) for n in sorted(alone)]
+    points += [of("tuned", "corrector + base", n, n, steps) for n, steps in product(bases, own)]
     for base in bases:
-        pairs = [("reference", "base", base, 0, of(base, base, own[0]))]
-        pairs += [("tuned", "corrector + base", base, n, of(base, base, n)) for n in own]
-        for n in others[base]:
-            kind = f"corrector of {base} steps"
-            pairs.append(("tuned", kind, n, max(own), of(base, n, max(own))))
-        for arm, kind, *steps, reports in pairs:
-            points.append(point(reports, arm, arguments.metrics, kind, (steps[0], steps[1])))
+        kind = f"corrector of {base} steps"
+        points += [of("tuned", kind, base, n, max(own)) for n in others[base]]
     return points
 
 
@@ -210,6 +216,7 @@ def main() -> None:
     parser.add_argument("--config", action="append", required=True, help="the domain's; repeatable")
     parser.add_argument("--metrics", nargs="+", required=True, help="names in metrics.json")
     parser.add_argument("--base-steps", type=int, nargs="+", default=[5, 10, 20])
+    parser.add_argument("--base-only", type=int, nargs="*", default=[], help="without corrector")
     parser.add_argument("--corrector-steps", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--mismatched", action="store_true", help="also with other step counts")
     arguments, extra = parser.parse_known_args()
