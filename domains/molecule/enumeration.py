@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from rdkit import Chem
 
 from domains.molecule.elements import VALENCES
+from domains.molecule.graphs import BOND_TYPES
 from domains.molecule.processes import in_processes
 
 __all__ = ["REJECTED", "enumerate_smiles", "grow"]
@@ -24,7 +25,7 @@ REJECTED: dict[str, str] = {
     "double bonds in rings of three": "[r3]=@[r3]",
     "rings of three that share a bond": "[r3;R2]~[r3;R2]",
     "cages": "[R3]",
-    "two hydroxyls, amines or fluorides on a saturated carbon": (
+    "hydroxyl, primary amine or fluorine beside another, or any amine, on a saturated carbon": (
         "[CX4]([OX2H,NX3;!$(N=*),F])[OX2H,NX3H2,F]"
     ),
     "enols": "[CX3;!a]=[CX3;!a][OX2H]",
@@ -36,7 +37,6 @@ REJECTED: dict[str, str] = {
 }
 """SMARTS of what is not kept: groups that fall apart, and rings that cannot be."""
 
-_ORDERS = {1: Chem.BondType.SINGLE, 2: Chem.BondType.DOUBLE, 3: Chem.BondType.TRIPLE}
 _PATTERNS = [Chem.MolFromSmarts(smarts) for smarts in REJECTED.values()]
 
 
@@ -102,7 +102,7 @@ def _build(symbols: Sequence[str], orders: dict[tuple[int, int], int]) -> Chem.R
     for symbol in symbols:
         mol.AddAtom(Chem.Atom(symbol))
     for (a, b), order in orders.items():
-        mol.AddBond(a, b, _ORDERS[order])
+        mol.AddBond(a, b, BOND_TYPES[order])
     return mol
 
 

@@ -11,9 +11,10 @@ from torch import Tensor
 from domains.molecule.elements import ATOMIC_NUMBERS
 from domains.molecule.molecules import EMPTY, Molecules
 
-__all__ = ["Graphs", "graphs_of", "to_smiles"]
+__all__ = ["BOND_TYPES", "Graphs", "graphs_of", "to_smiles"]
 
-_ORDERS = {1: Chem.BondType.SINGLE, 2: Chem.BondType.DOUBLE, 3: Chem.BondType.TRIPLE}
+BOND_TYPES = {1: Chem.BondType.SINGLE, 2: Chem.BondType.DOUBLE, 3: Chem.BondType.TRIPLE}
+"""RDKit's types by bond order."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class Graphs:
             ):
                 mol.AddAtom(atoms[key])
             for i in range(starts[row], starts[row + 1]):
-                mol.AddBond(bonds[0][i], bonds[1][i], _ORDERS[bonds[2][i]])
+                mol.AddBond(bonds[0][i], bonds[1][i], BOND_TYPES[bonds[2][i]])
             mols.append(mol)
         return mols
 
