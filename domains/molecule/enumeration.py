@@ -25,9 +25,7 @@ REJECTED: dict[str, str] = {
     "double bonds in rings of three": "[r3]=@[r3]",
     "rings of three that share a bond": "[r3;R2]~[r3;R2]",
     "cages": "[R3]",
-    "hydroxyl, primary amine or fluorine beside another, or any amine, on a saturated carbon": (
-        "[CX4]([OX2H,NX3;!$(N=*),F])[OX2H,NX3H2,F]"
-    ),
+    "geminal hydroxyls, amines or fluorides": ("[CX4]([OX2H,NX3;!$(N=*),F])[OX2H,NX3H2,F]"),
     "enols": "[CX3;!a]=[CX3;!a][OX2H]",
     "enamines with hydrogens": "[CX3;!a]=[CX3;!a][NX3H2]",
     "hetero atoms at triple bonds of carbon": "C#C[O,N,F]",

@@ -56,7 +56,7 @@ def test_rules_match_what_they_are_about() -> None:
         "double bonds in rings of three": "C1=CC1",
         "rings of three that share a bond": "C1C2C1C2",
         "cages": "C12C3C1C23",
-        "hydroxyl, primary amine or fluorine beside another, or any amine, on a saturated carbon": "OCO",
+        "geminal hydroxyls, amines or fluorides": "OCO",
         "enols": "C=CO",
         "enamines with hydrogens": "C=CN",
         "hetero atoms at triple bonds of carbon": "C#CO",
