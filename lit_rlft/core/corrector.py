@@ -10,10 +10,9 @@ from lit_rlft.core.checks import UsageError
 from lit_rlft.core.distribution import Distribution, Reduction
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.prior import bounded
-from lit_rlft.core.process import GaussianProcess, Process, ProductProcess
+from lit_rlft.core.process import AngularFlow, GaussianProcess, Process, ProductProcess
 from lit_rlft.core.randomness import Generators
 from lit_rlft.core.sampling import Sampler
-from lit_rlft.core.schedule import RectifiedFlow
 from lit_rlft.core.state import State, batch_size, flatten, leaves, unflatten
 
 __all__ = ["Flow", "FlowMLP", "FlowPrior"]
@@ -37,9 +36,10 @@ class Flow(Protocol):
 
 
 class FlowMLP(nn.Module):
-    """A rectified flow on continuous states of one size: an MLP over all of a sample's numbers.
+    """A flow along arcs on continuous states of one size: an MLP over all of a sample's numbers.
 
-    Its velocity is zero at the start, where it hands on the noise that it gets. What of a state
+    Its velocity is zero at the start, where it hands on the noise that it gets, and small for noise
+    that is nearly normal: it need not carry all numbers through its hidden layers. What of a state
     exists is the base's business (its processes' subspaces): elsewhere is neither noise nor loss,
     and what the network says about it is dropped.
 
@@ -63,7 +63,7 @@ class FlowMLP(nn.Module):
         depth: int = 3,
     ) -> None:
         super().__init__()
-        self.process = _rectified(base)
+        self.process = _along_arcs(base)
         self.denoiser: nn.Module = _MLP(flatten(blank).shape[1], num_features, width, depth)
         self.denoiser.to(leaves(blank)[0])
         self.features = features
@@ -111,12 +111,11 @@ class FlowPrior(Distribution):
         return self.sampler.sample(*args)
 
 
-def _rectified(base: Process) -> Process:
-    """Return a rectified flow on the states of another process, in the same subspaces."""
+def _along_arcs(base: Process) -> Process:
+    """Return flows along arcs on the states of another process, in the same subspaces."""
     if isinstance(base, ProductProcess):
-        return ProductProcess({name: _rectified(base.field(name)) for name in base.names})
-    subspace = base.subspace if isinstance(base, GaussianProcess) else None
-    return GaussianProcess(RectifiedFlow(), "velocity", subspace)
+        return ProductProcess({name: _along_arcs(base.field(name)) for name in base.names})
+    return AngularFlow(base.subspace if isinstance(base, GaussianProcess) else None)
 
 
 class _MLP(nn.Module):

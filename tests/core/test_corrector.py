@@ -60,7 +60,7 @@ def test_an_untrained_flow_hands_on_its_noise(blank: State) -> None:
 
 @torch.no_grad()
 def test_samples_are_eulers() -> None:
-    """From t = 1 to 0 in steps of 1/4, velocities by hand from the network's layers."""
+    """A quarter turn in four steps, velocities by hand from the network's layers."""
     flow = moved(FlowMLP(FLOW, torch.empty(1, 2), features, 2, width=8, depth=2))
     net = flow.denoiser
     law = FlowPrior(flow, flow.process.prior(torch.empty(3, 2)), SIDES, Sampler(4))
@@ -73,7 +73,7 @@ def test_samples_are_eulers() -> None:
         clock = torch.cat([angles.cos(), angles.sin()]).expand(3, -1)
         hidden = torch.nn.functional.silu(net.first(torch.cat([x, clock, known], dim=1)))  # type: ignore[operator]
         hidden = hidden + torch.nn.functional.silu(net.hidden[0](hidden))  # type: ignore[index]
-        x = x - 0.25 * net.last(hidden)  # type: ignore[operator]
+        x = x - torch.pi / 8 * net.last(hidden)  # type: ignore[operator]
     torch.testing.assert_close(drawn, x)
 
 

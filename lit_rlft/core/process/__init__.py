@@ -1,8 +1,16 @@
 """Noising processes: the mathematics of x_t, with no network in sight."""
 
+from lit_rlft.core.process.angular import AngularFlow
 from lit_rlft.core.process.base import Process
 from lit_rlft.core.process.categorical import MaskedProcess
 from lit_rlft.core.process.gaussian import GaussianProcess, PredictionType
 from lit_rlft.core.process.product import ProductProcess
 
-__all__ = ["GaussianProcess", "MaskedProcess", "PredictionType", "Process", "ProductProcess"]
+__all__ = [
+    "AngularFlow",
+    "GaussianProcess",
+    "MaskedProcess",
+    "PredictionType",
+    "Process",
+    "ProductProcess",
+]
