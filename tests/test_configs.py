@@ -78,16 +78,12 @@ def parsed(configs: list[Path], capsys: pytest.CaptureFixture[str]) -> dict[str,
 
 
 def skip_untrained(configs: list[dict[str, Any]]) -> None:
-    """Skip where a config names an embedded image or molecule model that is not trained yet."""
+    """Skip where a config names an embedded molecule model that is not trained yet."""
     pipeline = next(config["pipeline"] for config in configs if "pipeline" in config)
-    domain = pipeline["class_path"].split(".")[1]
-    if domain not in ("image", "molecule"):
-        return
-    models = (pipeline["init_args"].get("pretrained"), "shapes_features", "shapes_classifier")
-    assets = CONFIGS.parent / "domains" / domain / "assets"
-    for model in models:
-        if model and f"'{model}'" in str(configs) and not (assets / model).is_dir():
-            pytest.skip(f"{model} of domains/{domain}/assets is not trained yet")
+    model = pipeline["init_args"].get("pretrained")
+    folder = CONFIGS.parent / "domains/molecule/assets"
+    if "molecule" in pipeline["class_path"] and model and not (folder / model).is_dir():
+        pytest.skip(f"{model} of domains/molecule/assets is not trained yet")
 
 
 def run(configs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
