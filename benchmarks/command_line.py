@@ -144,5 +144,10 @@ def change(results: Sequence[Report], metric: str) -> str:
         statistics.mean(r[arm][metric]["mean"] for r in results) for arm in ("reference", "tuned")
     )
     gains = [r["gain"][metric]["mean"] for r in results]
-    error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
-    return f"{reference:.3f} → {tuned:.3f} ({statistics.mean(gains):+.3f} ± {error:.3f})"
+    gain = f"{statistics.mean(gains):+.3f} ± {standard_error(gains):.3f}"
+    return f"{reference:.3f} → {tuned:.3f} ({gain})"
+
+
+def standard_error(values: Sequence[float], single: float = float("nan")) -> float:
+    """Return the standard error of the mean over runs, `single` for a single one."""
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else single

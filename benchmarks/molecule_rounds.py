@@ -15,7 +15,15 @@ import statistics
 from itertools import product
 from pathlib import Path
 
-from command_line import Report, command_line, fit_and_test, folder_of, print_table, run_all
+from command_line import (
+    Report,
+    command_line,
+    fit_and_test,
+    folder_of,
+    print_table,
+    run_all,
+    standard_error,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 CONFIG = "configs/experiments/molecule_p_graft.yaml"
@@ -45,8 +53,7 @@ def run(root: Path, rule: str, seed: int, rounds: int, every: int, extra: list[s
 def mean(curves: list[list[float]]) -> list[tuple[float, float]]:
     """Return mean and standard error over seeds at each point; errors are 0 for one seed."""
     points = zip(*curves, strict=True)
-    root = len(curves) ** 0.5
-    return [(statistics.mean(p), statistics.stdev(p) / root if len(p) > 1 else 0.0) for p in points]
+    return [(statistics.mean(point), standard_error(point, 0.0)) for point in points]
 
 
 def plot(curves: dict[str, dict[str, list[tuple[float, float]]]], every: int, path: Path) -> None:

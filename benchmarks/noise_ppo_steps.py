@@ -15,7 +15,7 @@ import statistics
 from itertools import product
 from pathlib import Path
 
-from command_line import Report, command_line, fit_and_test, print_table, run_all
+from command_line import Report, command_line, fit_and_test, print_table, run_all, standard_error
 
 METRIC = "ShapesEval"
 POLICIES = {"prompt-conditioned": "false", "prompt-independent": "true"}
@@ -38,10 +38,8 @@ def run(root: Path, policy: str, num_steps: int, seed: int, extra: list[str]) ->
 def gain(results: list[Report]) -> tuple[float, float]:
     """Return mean gain and its standard error."""
     gains = [r["gain"][METRIC] for r in results]
-    mean = statistics.mean(g["mean"] for g in gains)
-    if len(gains) == 1:
-        return mean, gains[0]["sem"]
-    return mean, statistics.stdev(g["mean"] for g in gains) / len(gains) ** 0.5
+    means = [g["mean"] for g in gains]
+    return statistics.mean(means), standard_error(means, gains[0]["sem"])
 
 
 def plot(gains: dict[tuple[str, int], tuple[float, float]], path: Path) -> None:

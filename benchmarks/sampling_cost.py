@@ -31,7 +31,15 @@ from itertools import product
 from pathlib import Path
 
 import matplotlib
-from command_line import Report, command_line, fit, lit_rlft, print_table, run_all
+from command_line import (
+    Report,
+    command_line,
+    fit,
+    lit_rlft,
+    print_table,
+    run_all,
+    standard_error,
+)
 from torch.utils.tensorboard import SummaryWriter
 
 matplotlib.use("Agg")
@@ -65,12 +73,7 @@ class Point:
     def quality(self, metric: str) -> tuple[float, float]:
         """Return a metric's mean over seeds and its standard error."""
         values = self.values[metric]
-        return statistics.mean(values), error(values, self.own_errors[metric])
-
-
-def error(values: Sequence[float], single: float = float("nan")) -> float:
-    """Return the standard error of the mean of values, `single` for a single one."""
-    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else single
+        return statistics.mean(values), standard_error(values, self.own_errors[metric])
 
 
 def corrected(
@@ -172,7 +175,7 @@ def row(points: Sequence[Point], setting: Point, metrics: Sequence[str]) -> list
     for metric in metrics:
         pairs = zip(setting.values[metric], other.values[metric], strict=True)
         differences = [a - b for a, b in pairs]
-        cells.append(f"{statistics.mean(differences):+.4g} ± {error(differences):.2g}")
+        cells.append(f"{statistics.mean(differences):+.4g} ± {standard_error(differences):.2g}")
     return cells
 
 
@@ -184,10 +187,8 @@ def plot(points: Sequence[Point], metrics: Sequence[str]) -> Figure:
     for axes, metric in zip(panels[0], metrics, strict=True):
         for kind in dict.fromkeys(p.kind for p in points):
             own = sorted((p for p in points if p.kind == kind), key=lambda p: p.flops)
-            flops, (means, errors) = (
-                [p.flops for p in own],
-                zip(*(p.quality(metric) for p in own), strict=True),
-            )
+            flops = [p.flops for p in own]
+            means, errors = zip(*(p.quality(metric) for p in own), strict=True)
             bars = [0.0 if e != e else e for e in errors]
             line = "-" if kind == "base" else ""
             axes.errorbar(flops, means, bars, fmt=f"o{line}", capsize=3, label=kind)
