@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo demo-layout test lint format clean
+.PHONY: demo demo-layout demo-molecule test lint format clean
 
 demo: .venv/installed
 	rm -rf runs/demo
@@ -15,6 +15,12 @@ demo-layout: .venv/installed
 	$(BIN)/lit-rlft fit --config configs/experiments/layout_p_graft.yaml --name demo_layout
 	$(BIN)/lit-rlft test --config configs/experiments/layout_p_graft.yaml --name demo_layout \
 		--ckpt_path runs/demo_layout/checkpoints/last.ckpt
+
+demo-molecule: .venv/installed
+	rm -rf runs/demo_molecule
+	$(BIN)/lit-rlft fit --config configs/experiments/molecule_p_graft.yaml --name demo_molecule
+	$(BIN)/lit-rlft test --config configs/experiments/molecule_p_graft.yaml --name demo_molecule \
+		--ckpt_path runs/demo_molecule/checkpoints/last.ckpt
 
 # Some tests start further processes: one thread each, or they wait for each other.
 test: .venv/installed-dev

@@ -4,10 +4,11 @@ Method: `configs/domains/molecule.yaml` (for DRTune `molecule_soft.yaml`, whose 
 gradient) and one algorithm's config, trained and tested once per arm and seed through the command
 line. Every arm may score as many molecules (`--reward-calls`), in rounds of 512 candidates, with a
 LoRA of rank 16 (Noise PPO: its policy); what is set besides is in `ARMS`. The reward is binary:
-every atom has its valence. De-duplication keeps one of the accepted candidates of a condition that
-have the same SMILES. The test draws 1,024 molecules, in one batch, because uniqueness depends on
-how many are looked at; tuned and reference molecules share noise. The gain is the mean over seeds
-of the paired difference, its standard error that of the seeds' means.
+every atom has its valence, and the molecule is in one piece. De-duplication keeps one of the
+accepted candidates of a condition that have the same SMILES. The test draws 1,024 molecules, in one
+batch, because uniqueness depends on how many are looked at; tuned and reference molecules share
+noise. The gain is the mean over seeds of the paired difference, its standard error that of the
+seeds' means.
 
     python benchmarks/molecule_algorithms.py --root runs/molecule_algorithms --workers 2
 
@@ -20,22 +21,24 @@ from command_line import Report, compare_arms, fit_and_test
 
 ROUND = 512  # reward calls
 LORA = ["--model.lora.rank", "16", "--model.lora.alpha", "16"]
-LORA += ["--model.optimizer.init_args.lr", "1e-3"]
 ACCEPT = ["--model.selection", "lit_rlft.core.selection.Threshold"]
 UNIQUE = ["--model.selection", "lit_rlft.core.selection.Unique"]
 UNIQUE += ["--model.selection.init_args.inner", "lit_rlft.core.selection.Threshold"]
-GRAFT = [*LORA, "--model.num_candidates", "32", "--model.num_epochs", "4"]
-GRAFT += ["--model.minibatch_size", "128"]
+GRAFT = [*LORA, "--model.num_candidates", "32", "--model.num_epochs", "2"]
+GRAFT += ["--model.minibatch_size", "128", "--model.optimizer.init_args.lr", "2e-3"]
+GRAFT += ["--model.iterative", "true", "--model.contrast", "32"]
+CUT = ["--model.cut", "0.1"]
 RANDOM = ["--model.selection.init_args.k", "8"]
-DDPO = [*LORA, "--model.num_candidates", "4", "--model.minibatch_size", "256"]
+RATE = ["--model.optimizer.init_args.lr", "1e-3"]
+DDPO = [*LORA, *RATE, "--model.num_candidates", "4", "--model.minibatch_size", "256"]
 DDPO += ["--model.microbatch_size", "1024", "--model.clip_range", "1e-2"]
-DRTUNE = [*LORA, "--model.minibatch_size", "64"]
+DRTUNE = [*LORA, *RATE, "--model.minibatch_size", "64"]
 # Arm: domain, algorithm, conditions of a round (candidates times these are ROUND), settings.
 ARMS: dict[str, tuple[str, str, int, list[str]]] = {
-    "P-GRAFT (f = 0.25), unique": ("molecule", "p_graft", 16, [*GRAFT, *UNIQUE]),
-    "P-GRAFT (f = 0.25)": ("molecule", "p_graft", 16, [*GRAFT, *ACCEPT]),
+    "P-GRAFT (f = 0.1), unique": ("molecule", "p_graft", 16, [*GRAFT, *CUT, *UNIQUE]),
+    "P-GRAFT (f = 0.1)": ("molecule", "p_graft", 16, [*GRAFT, *CUT, *ACCEPT]),
     "GRAFT, unique": ("molecule", "graft", 16, [*GRAFT, *UNIQUE]),
-    "RandomK (f = 0.25)": ("molecule", "random_k", 16, [*GRAFT, *RANDOM]),
+    "RandomK (f = 0.1)": ("molecule", "random_k", 16, [*GRAFT, *CUT, *RANDOM]),
     "DDPO": ("molecule", "ddpo", 128, DDPO),
     "DRTune (soft valences)": ("molecule_soft", "drtune", 512, DRTUNE),
     "Noise PPO": ("molecule", "noise_ppo", 64, []),
@@ -66,4 +69,4 @@ def run(root: Path, arm: str, seed: int, reward_calls: int, extra: list[str]) ->
 
 
 if __name__ == "__main__":
-    compare_arms(__doc__, "runs/molecule_algorithms", ARMS, METRICS, run, 10 * ROUND)
+    compare_arms(__doc__, "runs/molecule_algorithms", ARMS, METRICS, run, 20 * ROUND)

@@ -37,7 +37,7 @@ OPTIONS = [
     *("--config", "configs/algorithms/graft.yaml"),
     *("--model.num_candidates", "4", "--model.num_epochs", "4", "--model.minibatch_size", "128"),
     *("--model.lora.rank", "16", "--model.lora.alpha", "16", "--model.optimizer.lr", "1e-3"),
-    *("--model.iterative", "true", "--model.sampler.eta", "0.5"),
+    *("--model.iterative", "true", "--model.sampler.eta", "1.0"),
     *("--model.sampling_batch_size", "512", "--data.batch_size", "128"),
     *("--data.num_test", "256", "--data.eval_batch_size", "256"),
 ]
@@ -50,7 +50,7 @@ def draw(model: str, num: int) -> Molecules:
     counts.setup("fit")
     rows = counts.rows("train")
     sizes = torch.stack([rows[i]["num_atoms"] for i in range(num)])
-    return sample(pipeline, sizes, Sampler(20, 0.5))[0]
+    return sample(pipeline, sizes, Sampler(20, 1.0))[0]
 
 
 def values_of(molecules: Molecules) -> dict[str, NDArray[np.float64]]:

@@ -1,10 +1,10 @@
 """Stability and uniqueness of molecules over rounds of P-GRAFT, with and without de-duplication.
 
-Method: `configs/experiments/molecule_p_graft.yaml` in its iterative form (each round draws from the
-model tuned so far), with one of two acceptance rules: every stable candidate, or of those with the
-same SMILES one. 512 candidates a round. The validation after every few rounds draws 1,024 molecules
-in one batch, because uniqueness depends on how many are looked at; round 0 is the untuned model,
-from the same noise. With several seeds the lines are means, the bars the seeds' errors.
+Method: `configs/experiments/molecule_p_graft.yaml`, whose rounds draw from the model tuned so far,
+with one of two acceptance rules: every stable candidate, or of those with the same SMILES one. 512
+candidates a round. The validation after every few rounds draws 1,024 molecules in one batch,
+because uniqueness depends on how many are looked at; round 0 is the untuned model, from the same
+noise. With several seeds the lines are means, the bars the seeds' errors.
 
     python benchmarks/molecule_rounds.py --plot docs/molecule_rounds.png
 
@@ -36,7 +36,7 @@ METRICS = ("molecule_stability", "uniqueness")
 
 def run(root: Path, rule: str, seed: int, rounds: int, every: int, extra: list[str]) -> Report:
     """Train once; return each metric before the first round and after every few."""
-    options = ["--config", CONFIG, *RULES[rule], "--model.iterative", "true"]
+    options = ["--config", CONFIG, *RULES[rule]]
     options += ["--trainer.limit_train_batches", str(rounds), "--data.num_val", "256"]
     options += ["--trainer.val_check_interval", str(every), "--trainer.limit_val_batches", "1"]
     options += ["--model.seed", str(seed), "--data.seed", str(seed), *extra]

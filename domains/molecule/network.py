@@ -1,10 +1,12 @@
 r"""The denoisers of molecules: an equivariant graph network (EGNN) and a plain transformer.
 
 The EGNN works on all pairs of atoms, dense. With features :math:`h_i`, positions :math:`x_i`,
-distances :math:`d_{ij}` now and :math:`d^0_{ij}` at the input, each layer is
+distances :math:`d_{ij}` now and :math:`d^0_{ij}` at the input, and features of pairs :math:`e_{ij}`
+that are 0 at first, each layer is
 
 .. math::
-    m_{ij} = \phi_m(h_i, h_j, \mathrm{rbf}(d_{ij}), \mathrm{rbf}(d^0_{ij})), \qquad
+    m_{ij} = \phi_m(h_i, h_j, \mathrm{rbf}(d_{ij}), \mathrm{rbf}(d^0_{ij}), e_{ij}), \qquad
+    e_{ij} \leftarrow e_{ij} + m_{ij}, \\
     h_i \leftarrow h_i + \phi_h(h_i, \textstyle\sum_j \sigma(w^\top m_{ij})\, m_{ij}), \qquad
     x_i \leftarrow x_i + \textstyle\sum_j \phi_x(m_{ij}) \frac{x_i - x_j}{d_{ij} + 1},
 
@@ -70,11 +72,13 @@ class Architecture:
         charge_scale: Height of the atomic number per unit in a channel of its own, as EDM has it
             (1 / 10); 0 has none.
         type_power: How late the types of mixed states are decided (`MaskedProcess`).
-        square_share: Share of the training times that are squares of uniform numbers.
+        logit_normal: Mean and standard deviation of the logits of a flow's training times, before
+            the shift; None has uniform times.
         shift: Time shift of the flow, of training times and of the sampler's grid: below 1 more of
             both lie near the data, where bond lengths are decided.
         coupled: Whether a flow is trained on noise that was reordered and rotated to be near the
-            data (`domains.molecule.coupling`).
+            data (`domains.molecule.coupling`): better with few deterministic steps, while samplers
+            with noise (eta above 0), which take noise and data for independent, get worse.
         num_sublayers: EDM's "inv_sublayers", updates of features per layer.
         tanh: EDM's bound on moves of positions.
         attention: EDM's gate on messages.
@@ -97,7 +101,7 @@ class Architecture:
     type_scale: float = 0.5
     charge_scale: float = 0.0
     type_power: float = 3.0
-    square_share: float = 0.5
+    logit_normal: tuple[float, float] | None = None
     shift: float = 1.0
     coupled: bool = False
     num_sublayers: int = 1
@@ -200,9 +204,9 @@ class EGNN(Denoiser):
         start = positions.to(hidden.dtype)
         pairs = _pairs(start, full)
         first = _radial(_distances(start))
-        moved = start
+        moved, edges = start, None
         for layer in self.layers:
-            hidden, moved = layer(hidden, moved, first, pairs, time)
+            hidden, moved, edges = layer(hidden, moved, edges, first, pairs, time)
         return _centred(moved - start, full), self.out(normed(hidden))
 
 
@@ -225,13 +229,20 @@ class _Layer(nn.Module):
             self.heads.bias[1] = 0.0
 
     def forward(
-        self, hidden: Tensor, positions: Tensor, first: Tensor, pairs: Tensor, time: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return features [B, n, W] and positions [B, n, 3].
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        edges: Tensor | None,
+        first: Tensor,
+        pairs: Tensor,
+        time: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return features [B, n, W], positions [B, n, 3] and features of pairs [B, n, n, W].
 
         Args:
             hidden: [B, n, W].
             positions: [B, n, 3].
+            edges: [B, n, n, W]; None for the first layer.
             first: [B, n, n, R], radial basis of the distances at the network's input.
             pairs: [B, n, n] or [n, n], 1 for pairs of two atoms, else 0.
             time: [B, W].
@@ -240,8 +251,10 @@ class _Layer(nn.Module):
         h = normed(hidden) * (1 + scale) + shift
         distances = _distances(positions)
         radial = self.radial(torch.cat([_radial(distances), first], dim=-1))
-        edges = self.source(h).unsqueeze(2) + self.target(h).unsqueeze(1) + radial
-        messages = functional.silu(self.message(functional.silu(edges)))
+        inner = self.source(h).unsqueeze(2) + self.target(h).unsqueeze(1) + radial
+        inner = inner if edges is None else inner + edges
+        messages = functional.silu(self.message(functional.silu(inner)))
+        edges = messages if edges is None else edges + messages
         gate, move = self.heads(messages).unbind(dim=-1)
         gate = torch.sigmoid(gate) * pairs
         move = move * pairs / (distances + 1)
@@ -251,7 +264,7 @@ class _Layer(nn.Module):
             functional.silu(self.node_in(torch.cat([h, gathered], dim=-1)))
         )
         total = move.sum(dim=2, keepdim=True)
-        return hidden, positions + total * positions - torch.matmul(move, positions)
+        return hidden, positions + total * positions - torch.matmul(move, positions), edges
 
 
 class Transformer(Denoiser):

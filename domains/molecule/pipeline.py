@@ -308,7 +308,7 @@ class MoleculePipeline(Pipeline):
 def _process(a: Architecture) -> GaussianProcess:
     subspace = (CoupledPointClouds if a.coupled else PointClouds)(num_coordinates=3)
     if a.noise == "flow":
-        return GaussianProcess(RectifiedFlow(a.shift, a.square_share), "velocity", subspace)
+        return GaussianProcess(RectifiedFlow(a.shift, a.logit_normal), "velocity", subspace)
     return GaussianProcess(PolynomialVP(), "epsilon", subspace)
 
 

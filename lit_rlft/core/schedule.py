@@ -204,17 +204,21 @@ class RectifiedFlow(Schedule):
     Args:
         shift: Grid and training times are mapped by t -> shift t / (1 + (shift - 1) t); 1 is the
             identity (Esser et al., 2024, arXiv 2403.03206, section 5.3.2).
-        square_share: Share of the training times that are squares of uniform numbers, before the
-            shift, in [0, 1]: levels close to data, where fine detail is decided, come up more.
+        logit_normal: Mean and standard deviation of the logit of the training times before the
+            shift, where they are not uniform (the same, section 3.1): more of them lie where
+            samples take their shape.
     """
 
-    def __init__(self, shift: float = 1.0, square_share: float = 0.0) -> None:
+    def __init__(self, shift: float = 1.0, logit_normal: tuple[float, float] | None = None) -> None:
         super().__init__()
         if shift <= 0:
             raise UsageError(f"shift must be positive, got {shift}")
-        if not 0 <= square_share <= 1:
-            raise UsageError(f"square_share must be in [0, 1], got {square_share}")
-        self.shift, self.square_share = shift, square_share
+        if logit_normal is not None and (len(logit_normal) != 2 or logit_normal[1] <= 0):
+            raise UsageError(
+                "logit_normal must be a mean and a standard deviation above 0, got "
+                f"{list(logit_normal)}"
+            )
+        self.shift, self.logit_normal = shift, logit_normal
 
     def alpha(self, t: Tensor) -> Tensor:
         return 1 - t.double()
@@ -228,14 +232,12 @@ class RectifiedFlow(Schedule):
     def draw_times(self, uniform: Tensor, low: float = 0.0) -> Tensor:
         """Map uniform numbers to shifted times in (low, 1]."""
         unshifted_low = low / (self.shift - (self.shift - 1) * low)
-        share = self.square_share
-        if not share:
+        if self.logit_normal is None:
             return self._shifted(super().draw_times(uniform, unshifted_low))
-        # The law P(t <= u) = (1 - share) u + share sqrt(u), inverted: a quadratic in sqrt(t).
-        below = (1 - share) * unshifted_low + share * unshifted_low**0.5
-        mass = super().draw_times(uniform, below)
-        root = 2 * mass / (share + (share**2 + 4 * (1 - share) * mass).sqrt())
-        return self._shifted(root.square())
+        mean, std = self.logit_normal
+        below = torch.tensor(unshifted_low, dtype=torch.float64).logit()
+        mass = super().draw_times(uniform, float(torch.special.ndtr((below - mean) / std)))
+        return self._shifted((mean + std * torch.special.ndtri(mass)).sigmoid())
 
     def _shifted(self, t: Tensor) -> Tensor:
         return self.shift * t / (1 + (self.shift - 1) * t)

@@ -210,19 +210,20 @@ def test_the_polynomial_schedule_is_edms_table(power: float) -> None:
             PolynomialVP(**settings)
 
 
-@pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
+@pytest.mark.parametrize("shift", [0.5, 1.0])
 @pytest.mark.parametrize("low", [0.0, 0.3])
-def test_a_share_of_the_times_are_squares(share: float, low: float) -> None:
-    """The share of times below u is that of the mixture, (1 - share) u + share sqrt(u)."""
-    uniform = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
-    times = RectifiedFlow(square_share=share).draw_times(uniform, low)
+def test_training_times_may_have_normal_logits(shift: float, low: float) -> None:
+    """Quantiles of a normal law that is cut off below; a shift s adds log s to every logit."""
+    uniform = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
+    times = RectifiedFlow(shift, (-0.5, 1.2)).draw_times(uniform, low)
     assert times.min() > low and times.max() <= 1
+    law = stats.norm(-0.5 + math.log(shift), 1.2)
 
-    def mixture(u: float) -> float:
-        return (1 - share) * u + share * u**0.5
+    def below(t: float) -> float:
+        return law.cdf(math.log(t / (1 - t))) if t else 0.0
 
-    for u in (0.31, 0.5, 0.9):
-        wanted = (mixture(u) - mixture(low)) / (1 - mixture(low))
-        assert (times <= u).double().mean().item() == pytest.approx(wanted, abs=1e-4)
-    with pytest.raises(UsageError, match="square_share"):
-        RectifiedFlow(square_share=1.5)
+    for t in (0.31, 0.5, 0.9):
+        wanted = (below(t) - below(low)) / (1 - below(low))
+        assert (times <= t).double().mean().item() == pytest.approx(wanted, abs=1e-4)
+    with pytest.raises(UsageError, match="logit_normal must be a mean and a standard deviation"):
+        RectifiedFlow(logit_normal=(0.0, 0.0))
