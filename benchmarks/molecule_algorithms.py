@@ -27,6 +27,10 @@ UNIQUE += ["--model.selection.init_args.inner", "lit_rlft.core.selection.Thresho
 GRAFT = [*LORA, "--model.num_candidates", "32", "--model.num_epochs", "2"]
 GRAFT += ["--model.minibatch_size", "128", "--model.optimizer.init_args.lr", "2e-3"]
 GRAFT += ["--model.iterative", "true", "--model.contrast", "32"]
+GRAFT += ["--model.lr_scheduler", "torch.optim.lr_scheduler.LinearLR"]
+GRAFT += ["--model.lr_scheduler.init_args.start_factor", "1.0"]
+GRAFT += ["--model.lr_scheduler.init_args.end_factor", "0.05"]
+UPDATES = 8  # of a round of GRAFT, whose learning rate falls over all of them
 CUT = ["--model.cut", "0.1"]
 RANDOM = ["--model.selection.init_args.k", "8"]
 RATE = ["--model.optimizer.init_args.lr", "1e-3"]
@@ -60,6 +64,9 @@ def run(root: Path, arm: str, seed: int, reward_calls: int, extra: list[str]) ->
     num_rounds = reward_calls // ROUND
     options = ["--config", f"configs/domains/{domain}.yaml"]
     options += ["--config", f"configs/algorithms/{algorithm}.yaml", *settings]
+    if "--model.lr_scheduler" in settings:
+        total = str(UPDATES * num_rounds)
+        options += ["--model.lr_scheduler.init_args.total_iters", total]
     options += ["--data.batch_size", str(num_conditions), "--trainer.max_epochs", "1"]
     options += ["--data.num_train", str(num_conditions * num_rounds)]
     options += ["--model.sampling_batch_size", "512"]
@@ -69,4 +76,4 @@ def run(root: Path, arm: str, seed: int, reward_calls: int, extra: list[str]) ->
 
 
 if __name__ == "__main__":
-    compare_arms(__doc__, "runs/molecule_algorithms", ARMS, METRICS, run, 20 * ROUND)
+    compare_arms(__doc__, "runs/molecule_algorithms", ARMS, METRICS, run, 12 * ROUND)
