@@ -4,23 +4,15 @@ BIN := .venv/bin
 
 .PHONY: demo demo-layout demo-molecule test lint format clean
 
-demo: .venv/installed
-	rm -rf runs/demo
-	$(BIN)/lit-rlft fit --config configs/experiments/shapes_p_graft.yaml --name demo
-	$(BIN)/lit-rlft test --config configs/experiments/shapes_p_graft.yaml --name demo \
-		--ckpt_path runs/demo/checkpoints/last.ckpt
-
-demo-layout: .venv/installed
-	rm -rf runs/demo_layout
-	$(BIN)/lit-rlft fit --config configs/experiments/layout_p_graft.yaml --name demo_layout
-	$(BIN)/lit-rlft test --config configs/experiments/layout_p_graft.yaml --name demo_layout \
-		--ckpt_path runs/demo_layout/checkpoints/last.ckpt
-
-demo-molecule: .venv/installed
-	rm -rf runs/demo_molecule
-	$(BIN)/lit-rlft fit --config configs/experiments/molecule_p_graft.yaml --name demo_molecule
-	$(BIN)/lit-rlft test --config configs/experiments/molecule_p_graft.yaml --name demo_molecule \
-		--ckpt_path runs/demo_molecule/checkpoints/last.ckpt
+demo: CONFIG = shapes_p_graft
+demo-layout: CONFIG = layout_p_graft
+demo-molecule: CONFIG = molecule_p_graft
+demo demo-layout demo-molecule: NAME = $(subst -,_,$@)
+demo demo-layout demo-molecule: .venv/installed
+	rm -rf runs/$(NAME)
+	$(BIN)/lit-rlft fit --config configs/experiments/$(CONFIG).yaml --name $(NAME)
+	$(BIN)/lit-rlft test --config configs/experiments/$(CONFIG).yaml --name $(NAME) \
+		--ckpt_path runs/$(NAME)/checkpoints/last.ckpt
 
 # Some tests start further processes: one thread each, or they wait for each other.
 test: .venv/installed-dev

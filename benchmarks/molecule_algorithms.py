@@ -20,17 +20,17 @@ from pathlib import Path
 from command_line import Report, compare_arms, fit_and_test
 
 ROUND = 512  # reward calls
+EPOCHS, MINIBATCH = 2, 128  # of GRAFT, whose learning rate falls over all its updates
 LORA = ["--model.lora.rank", "16", "--model.lora.alpha", "16"]
 ACCEPT = ["--model.selection", "lit_rlft.core.selection.Threshold"]
 UNIQUE = ["--model.selection", "lit_rlft.core.selection.Unique"]
 UNIQUE += ["--model.selection.init_args.inner", "lit_rlft.core.selection.Threshold"]
-GRAFT = [*LORA, "--model.num_candidates", "32", "--model.num_epochs", "2"]
-GRAFT += ["--model.minibatch_size", "128", "--model.optimizer.init_args.lr", "2e-3"]
+GRAFT = [*LORA, "--model.num_candidates", "32", "--model.num_epochs", str(EPOCHS)]
+GRAFT += ["--model.minibatch_size", str(MINIBATCH), "--model.optimizer.init_args.lr", "2e-3"]
 GRAFT += ["--model.iterative", "true", "--model.contrast", "32"]
 GRAFT += ["--model.lr_scheduler", "torch.optim.lr_scheduler.LinearLR"]
 GRAFT += ["--model.lr_scheduler.init_args.start_factor", "1.0"]
 GRAFT += ["--model.lr_scheduler.init_args.end_factor", "0.05"]
-UPDATES = 8  # of a round of GRAFT, whose learning rate falls over all of them
 CUT = ["--model.cut", "0.1"]
 RANDOM = ["--model.selection.init_args.k", "8"]
 RATE = ["--model.optimizer.init_args.lr", "1e-3"]
@@ -65,7 +65,7 @@ def run(root: Path, arm: str, seed: int, reward_calls: int, extra: list[str]) ->
     options = ["--config", f"configs/domains/{domain}.yaml"]
     options += ["--config", f"configs/algorithms/{algorithm}.yaml", *settings]
     if "--model.lr_scheduler" in settings:
-        total = str(UPDATES * num_rounds)
+        total = str(num_rounds * EPOCHS * ROUND // MINIBATCH)
         options += ["--model.lr_scheduler.init_args.total_iters", total]
     options += ["--data.batch_size", str(num_conditions), "--trainer.max_epochs", "1"]
     options += ["--data.num_train", str(num_conditions * num_rounds)]

@@ -37,7 +37,7 @@ OPTIONS = [
     *("--config", "configs/algorithms/graft.yaml"),
     *("--model.num_candidates", "4", "--model.num_epochs", "4", "--model.minibatch_size", "128"),
     *("--model.lora.rank", "16", "--model.lora.alpha", "16", "--model.optimizer.lr", "1e-3"),
-    *("--model.iterative", "true", "--model.sampler.eta", "1.0"),
+    *("--model.iterative", "true"),
     *("--model.sampling_batch_size", "512", "--data.batch_size", "128"),
     *("--data.num_test", "256", "--data.eval_batch_size", "256"),
 ]
