@@ -139,11 +139,14 @@ def compare_arms(
 
 
 def change(results: Sequence[Report], metric: str) -> str:
-    """Return `reference -> tuned (gain +- standard error over runs)` of one metric."""
-    reference, tuned = (
-        statistics.mean(r[arm][metric]["mean"] for r in results) for arm in ("reference", "tuned")
-    )
-    gains = [r["gain"][metric]["mean"] for r in results]
+    """Return `reference -> tuned (gain +- standard error over runs)` of one metric.
+
+    The gain is the difference of the two means, also of a metric that not all samples have: the
+    paired differences of a report leave out samples that lack it in either model.
+    """
+    means = {arm: [r[arm][metric]["mean"] for r in results] for arm in ("reference", "tuned")}
+    gains = [tuned - reference for reference, tuned in zip(*means.values(), strict=True)]
+    reference, tuned = map(statistics.mean, means.values())
     gain = f"{statistics.mean(gains):+.3f} ± {standard_error(gains):.3f}"
     return f"{reference:.3f} → {tuned:.3f} ({gain})"
 

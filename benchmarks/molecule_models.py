@@ -23,7 +23,8 @@ from domains.molecule.structures import molecules_of
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.sampling import Sampler
 
-SAMPLERS = [Sampler(20, 0.0), Sampler(50, 0.0), Sampler(20, 0.5), Sampler(20, 1.0)]
+SAMPLERS = [Sampler(20, 0.0), Sampler(50, 0.0), Sampler(20, 0.5)]
+SAMPLERS += [Sampler(num_steps, 1.0) for num_steps in (20, 50, 100)]
 COLUMNS = ("atom_stability", "molecule_stability", "validity", "connected", "uniqueness")
 
 

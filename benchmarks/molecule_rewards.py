@@ -1,7 +1,8 @@
 """What a change of the reward, in one line, does to the distributions of QED and logP.
 
-Method: GRAFT on `configs/domains/molecule_heavy.yaml` with its own reward, QED, and with
-`--reward domains.molecule.rewards.LogP --reward.target ...`, at equal reward calls. Then reference
+Method: P-GRAFT on `configs/domains/molecule_heavy.yaml` with its own reward, QED, and with
+`--reward domains.molecule.rewards.LogP --reward.target ...`, at equal reward calls, with the
+settings of `configs/experiments/molecule_p_graft.yaml` but for the 8 best of 32. Then reference
 and tuned models draw molecules of the same sizes from the same noise; QED and Crippen's logP of
 those that are valid and connected are compared.
 
@@ -15,16 +16,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from command_line import command_line, fit_and_test, folder_of, print_table, run_all
-from molecule_models import sample
 from numpy.typing import NDArray
 
 from domains.molecule.chemistry import chemistry_of
 from domains.molecule.data import AtomCounts
 from domains.molecule.molecules import Molecules
 from domains.molecule.pipeline import MoleculePipeline
-from lit_rlft.core.sampling import Sampler
+from lit_rlft.core.sampling import walk
 
-TARGET = 2.0
+TARGET, WIDTH = 0.0, 0.5  # of logP and its reward
 REWARDS = {
     "QED": [],
     f"logP {TARGET:g}": [
@@ -32,25 +32,44 @@ REWARDS = {
     ],
 }
 DESCRIPTORS = ("qed", "logp")
+REFERENCE, NUM_STEPS, CUT = "heavy", 20, 0.1
+ROUND = 512  # reward calls
+CANDIDATES, EPOCHS, MINIBATCH = 32, 2, 128
 OPTIONS = [
     *("--config", "configs/domains/molecule_heavy.yaml"),
-    *("--config", "configs/algorithms/graft.yaml"),
-    *("--model.num_candidates", "4", "--model.num_epochs", "4", "--model.minibatch_size", "128"),
-    *("--model.lora.rank", "16", "--model.lora.alpha", "16", "--model.optimizer.lr", "1e-3"),
-    *("--model.iterative", "true"),
-    *("--model.sampling_batch_size", "512", "--data.batch_size", "128"),
+    *("--config", "configs/algorithms/p_graft.yaml", "--model.cut", str(CUT)),
+    *("--model.num_candidates", str(CANDIDATES), "--model.selection.init_args.k", "8"),
+    *("--model.iterative", "true", "--model.contrast", "32"),
+    *("--model.num_epochs", str(EPOCHS), "--model.minibatch_size", str(MINIBATCH)),
+    *("--model.lora.rank", "16", "--model.lora.alpha", "16"),
+    *("--model.optimizer.init_args.lr", "2e-3"),
+    *("--model.lr_scheduler", "torch.optim.lr_scheduler.LinearLR"),
+    *("--model.lr_scheduler.init_args.start_factor", "1.0"),
+    *("--model.lr_scheduler.init_args.end_factor", "0.05"),
+    *("--model.sampling_batch_size", str(ROUND), "--data.batch_size", str(ROUND // CANDIDATES)),
     *("--data.num_test", "256", "--data.eval_batch_size", "256"),
 ]
 
 
+@torch.no_grad()
 def draw(model: str, num: int) -> Molecules:
-    """Return molecules of a model, named or in a folder, from fixed sizes and noise."""
-    pipeline = MoleculePipeline(model)
+    """Return molecules of fixed sizes and noise; the reference runs the last steps, as in training.
+
+    Args:
+        model: Name or folder.
+        num: Number of molecules.
+    """
+    tuned, reference = MoleculePipeline(model), MoleculePipeline(REFERENCE)
     counts = AtomCounts("qm9_heavy", num_train=num)
     counts.setup("fit")
     rows = counts.rows("train")
-    sizes = torch.stack([rows[i]["num_atoms"] for i in range(num)])
-    return sample(pipeline, sizes, Sampler(20, 1.0))[0]
+    condition = tuned.encode({"num_atoms": torch.stack([rows[i]["num_atoms"] for i in range(num)])})
+    torch.manual_seed(1)
+    x = tuned.process.prior(tuned.blank(condition)).sample()
+    times, cut_step = tuned.process.times(NUM_STEPS), round((1 - CUT) * NUM_STEPS)
+    for denoiser, leg in ((tuned, times[: cut_step + 1]), (reference, times[cut_step:])):
+        *_, (_, x) = walk(denoiser, tuned.process, x, condition, leg, eta=1.0)
+    return tuned.decode(x, condition)
 
 
 def values_of(molecules: Molecules) -> dict[str, NDArray[np.float64]]:
@@ -77,19 +96,23 @@ def plot(found: dict[str, dict[str, NDArray[np.float64]]], path: Path) -> None:
 def main() -> None:
     """Run both rewards, print the table, draw the plot."""
     parser = command_line(__doc__, "runs/molecule_rewards", seeds=[0])
-    parser.add_argument("--rounds", type=int, default=10, help="of 512 reward calls")
+    parser.add_argument("--rounds", type=int, default=8, help="of 512 reward calls")
     parser.add_argument("--num", type=int, default=1024, help="molecules to compare")
     parser.add_argument("--plot", type=Path, default=None, help="needs matplotlib")
     options, extra = parser.parse_known_args()
     seed = str(options.seeds[0])
-    extra = ["--model.seed", seed, "--data.num_train", str(128 * options.rounds), *extra]
+    num_updates = options.rounds * EPOCHS * ROUND // MINIBATCH
+    extra = [
+        *("--model.seed", seed, "--data.num_train", str(options.rounds * ROUND // CANDIDATES)),
+        *("--model.lr_scheduler.init_args.total_iters", str(num_updates), *extra),
+    ]
     jobs = [(reward,) for reward in REWARDS]
 
     def run(job: tuple[str]) -> dict[str, float]:
         return fit_and_test(options.root, job[0], [*OPTIONS, *REWARDS[job[0]], *extra])
 
     run_all(jobs, run, options.workers)
-    models = {"reference": "heavy"}
+    models = {"reference": REFERENCE}
     models |= {f"tuned: {r}": str(folder_of(options.root, r) / "tuned") for r in REWARDS}
     found, rows = {}, []
     for name, model in models.items():
@@ -98,8 +121,11 @@ def main() -> None:
         cells = [f"{values.mean():.3f} ± {values.std():.3f}" for values in found[name].values()]
         chemistry = chemistry_of(molecules)
         unique = len({smiles for smiles in chemistry.smiles if smiles}) / chemistry.valid.sum()
-        rows.append([name, f"{chemistry.connected.mean():.3f}", f"{unique:.3f}", *cells])
-    columns = ["model", "valid and connected", "unique of valid", "QED ± spread", "logP ± spread"]
+        near = (np.abs(found[name]["logp"] - TARGET) < WIDTH).mean()
+        shares = [f"{share:.3f}" for share in (chemistry.connected.mean(), unique, near)]
+        rows.append([name, *shares, *cells])
+    columns = ["model", "valid and connected", "different, of valid"]
+    columns += [f"logP within {WIDTH:g} of {TARGET:g}", "QED ± spread", "logP ± spread"]
     print_table(columns, rows)
     if options.plot is not None:
         plot(found, options.plot)
