@@ -2,9 +2,9 @@
 
 Method: P-GRAFT on `configs/domains/molecule_heavy.yaml` with its own reward, QED, and with
 `--reward domains.molecule.rewards.LogP --reward.target ...`, at equal reward calls, with the
-settings of `configs/experiments/molecule_p_graft.yaml` but for the 8 best of 32. Then reference
-and tuned models draw molecules of the same sizes from the same noise; QED and Crippen's logP of
-those that are valid and connected are compared.
+settings of `configs/experiments/molecule_p_graft.yaml` but for the 8 best of 32 and a contrast of
+32. Then reference and tuned models draw molecules of the same sizes from the same noise; QED and
+Crippen's logP of those that are valid and connected are compared.
 
     python benchmarks/molecule_rewards.py --plot docs/molecule_rewards.png
 

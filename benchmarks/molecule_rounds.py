@@ -75,8 +75,8 @@ def plot(curves: dict[str, dict[str, list[tuple[float, float]]]], every: int, pa
 def main() -> None:
     """Run both rules, print the table, draw the plot."""
     parser = command_line(__doc__, "runs/molecule_rounds")
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--every", type=int, default=3, help="rounds between validations")
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--every", type=int, default=2, help="rounds between validations")
     parser.add_argument("--plot", type=Path, default=None, help="needs matplotlib")
     options, extra = parser.parse_known_args()
     sizes = (options.rounds, options.every)
