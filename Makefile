@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo demo-layout demo-molecule test lint format clean
+.PHONY: demo demo-layout demo-molecule test test-all lint format clean
 
 demo: CONFIG = shapes_p_graft
 demo-layout: CONFIG = layout_p_graft
@@ -15,8 +15,9 @@ demo demo-layout demo-molecule: .venv/installed
 		--ckpt_path runs/$(NAME)/checkpoints/last.ckpt
 
 # Some tests start further processes: one thread each, or they wait for each other.
-test: .venv/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+test-all: SLOW = -m "slow or not slow"
+test test-all: .venv/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(SLOW)
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

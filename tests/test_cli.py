@@ -508,7 +508,10 @@ def test_reward_gradients_run_in_bf16(method: str) -> None:
     assert any(value.any() for key, value in trained.items() if "lora_B" in key)
 
 
-@each_method
+@pytest.mark.parametrize(
+    "method",
+    ["drtune", *(pytest.param(m, marks=pytest.mark.slow) for m in METHODS if m != "drtune")],
+)
 def test_reward_gradients_of_two_processes_are_those_of_one(method: str) -> None:
     gradients("fit", method, "one")
     halves = {**TWO_PROCESSES, "model.init_args.minibatch_size": 4, "trainer.limit_val_batches": 0}

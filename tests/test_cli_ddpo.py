@@ -95,7 +95,7 @@ def test_statistics_matter_to_a_resumed_run() -> None:
     assert any((other[key] != whole[key]).any() for key in whole)
 
 
-@pytest.mark.parametrize("method", ["ddpo", "grpo"])
+@pytest.mark.parametrize("method", ["ddpo", pytest.param("grpo", marks=pytest.mark.slow)])
 def test_two_processes_train_like_one(method: str) -> None:
     alone = {"model.init_args.minibatch_size": 32, "trainer.limit_val_batches": 0}
     halves = {**alone, **TWO_PROCESSES, "model.init_args.minibatch_size": 16}

@@ -120,7 +120,13 @@ def test_a_run_resumes_bit_by_bit(advantage: dict[str, Any]) -> None:
     assert len(scalars()["train/reward"]) == 6
 
 
-@pytest.mark.parametrize("advantage", [{}, RUNNING], ids=["group", "running"])
+@pytest.mark.parametrize(
+    "advantage",
+    [
+        pytest.param({}, id="group"),
+        pytest.param(RUNNING, id="running", marks=pytest.mark.slow),
+    ],
+)
 def test_two_processes_learn_what_one_learns(advantage: dict[str, Any]) -> None:
     whole = {"model.init_args.minibatch_size": 16, "trainer.limit_val_batches": 0}
     command("fit", "one", {**whole, **advantage})

@@ -24,8 +24,8 @@ MIXED = {"layout_mixed", "molecule_mixed"}
 WEIGHTS = [ASSETS / "shapes/unet/diffusion_pytorch_model.safetensors", ASSETS / "shapes_clip"]
 # What needs a continuous state.
 CONTINUOUS = {"RewardGradient", "NoisePPO", "InverseNoiseCorrection"}
-# Of each family's algorithm these are other settings: they run on the Gaussian mixture, and
-# with the other domains they are parsed.
+# Of each family's algorithm these are other settings: they run on the Gaussian mixture, with the
+# other domains only where slow tests are asked for.
 VARIANTS = {"align_prop", "ddpo_sf", "dpok", "draft", "draft_lv", "grpo", "refl"}
 # What needs data, and data that are none.
 FROM_DATA, CONDITIONS = {"Pretrain", "InverseNoiseCorrection"}, {"AtomCounts"}
@@ -164,11 +164,17 @@ def test_experiments_are_complete(experiment: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("domain", "algorithm"),
     [
-        pytest.param(domain, algorithm, id=f"{domain.stem}-{algorithm.stem}")
+        pytest.param(
+            domain,
+            algorithm,
+            id=f"{domain.stem}-{algorithm.stem}",
+            marks=[pytest.mark.slow]
+            if algorithm.stem in VARIANTS and domain.stem != "gaussian_mixture"
+            else [],
+        )
         for domain in DOMAINS
-        for algorithm in ALGORITHMS
         if domain.stem in SMALL | MIXED
-        and (domain.stem == "gaussian_mixture" or algorithm.stem not in VARIANTS)
+        for algorithm in ALGORITHMS
     ],
 )
 def test_small_domains_run_or_are_refused_by_name(
