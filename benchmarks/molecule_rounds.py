@@ -18,7 +18,7 @@ from pathlib import Path
 from command_line import (
     Report,
     command_line,
-    fit_and_test,
+    fit,
     folder_of,
     print_table,
     run_all,
@@ -37,12 +37,13 @@ METRICS = ("molecule_stability", "uniqueness")
 def run(root: Path, rule: str, seed: int, rounds: int, every: int, extra: list[str]) -> Report:
     """Train once; return each metric before the first round and after every few."""
     options = ["--config", CONFIG, *RULES[rule]]
-    options += ["--trainer.limit_train_batches", str(rounds), "--data.num_val", "256"]
+    options += ["--trainer.limit_train_batches", str(rounds)]
+    options += ["--data.num_val", "256", "--data.eval_batch_size", "256"]
     options += ["--trainer.val_check_interval", str(every), "--trainer.limit_val_batches", "1"]
     options += ["--model.seed", str(seed), "--data.seed", str(seed), *extra]
-    name = f"{rule} {seed}"
-    fit_and_test(root, name, options)
-    events = EventAccumulator(str(folder_of(root, name))).Reload()
+    folder = folder_of(root, f"{rule} {seed}")
+    fit(folder, options)
+    events = EventAccumulator(str(folder)).Reload()
     curves = {}
     for metric in METRICS:
         tuned = [event.value for event in events.Scalars(f"val/{metric}")]
