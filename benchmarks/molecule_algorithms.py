@@ -26,13 +26,15 @@ LORA = ["--model.lora.rank", "16", "--model.lora.alpha", "16"]
 ACCEPT = ["--model.selection", "lit_rlft.core.selection.Threshold"]
 UNIQUE = ["--model.selection", "lit_rlft.core.selection.Unique"]
 UNIQUE += ["--model.selection.init_args.inner", "lit_rlft.core.selection.Threshold"]
-GRAFT = [*LORA, "--model.num_candidates", "32", "--model.num_epochs", str(EPOCHS)]
+CANDIDATES = 32  # of a condition
+GRAFT = [*LORA, "--model.num_candidates", str(CANDIDATES), "--model.num_epochs", str(EPOCHS)]
 GRAFT += ["--model.minibatch_size", str(MINIBATCH), "--model.optimizer.init_args.lr", "2e-3"]
 GRAFT += ["--model.iterative", "true", "--model.contrast", "16"]
 GRAFT += ["--model.lr_scheduler", "torch.optim.lr_scheduler.LinearLR"]
 GRAFT += ["--model.lr_scheduler.init_args.start_factor", "1.0"]
 GRAFT += ["--model.lr_scheduler.init_args.end_factor", "0.05"]
-CUT = ["--model.cut", "0.1"]
+F = 0.1  # share of the steps that the reference runs
+CUT = ["--model.cut", str(F)]
 RANDOM = ["--model.selection.init_args.k", "8"]
 DDPO = [*LORA, "--model.num_candidates", "4", "--model.minibatch_size", "64"]
 DDPO += ["--model.microbatch_size", "1024", "--model.clip_range", "1e-2"]
@@ -61,6 +63,12 @@ METRICS = (
 )
 
 
+def falling(num_rounds: int) -> list[str]:
+    """Return the setting by which GRAFT's learning rate falls over all updates of its rounds."""
+    total = num_rounds * EPOCHS * ROUND // MINIBATCH
+    return ["--model.lr_scheduler.init_args.total_iters", str(total)]
+
+
 def run(root: Path, arm: str, seed: int, reward_calls: int, extra: list[str]) -> Report:
     """Train and test one arm with one seed; return its metrics.json."""
     domain, algorithm, num_conditions, settings = ARMS[arm]
@@ -68,8 +76,7 @@ def run(root: Path, arm: str, seed: int, reward_calls: int, extra: list[str]) ->
     options = ["--config", f"configs/domains/{domain}.yaml"]
     options += ["--config", f"configs/algorithms/{algorithm}.yaml", *settings]
     if "--model.lr_scheduler" in settings:
-        total = str(num_rounds * EPOCHS * ROUND // MINIBATCH)
-        options += ["--model.lr_scheduler.init_args.total_iters", total]
+        options += falling(num_rounds)
     options += ["--data.batch_size", str(num_conditions), "--trainer.max_epochs", "1"]
     options += ["--data.num_train", str(num_conditions * num_rounds)]
     options += ["--model.sampling_batch_size", "512"]

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from command_line import command_line, fit_and_test, folder_of, print_table, run_all
+from molecule_algorithms import CANDIDATES, CUT, GRAFT, ROUND, F, falling
 from numpy.typing import NDArray
 
 from domains.molecule.chemistry import chemistry_of
@@ -32,20 +33,11 @@ REWARDS = {
     ],
 }
 DESCRIPTORS = ("qed", "logp")
-REFERENCE, NUM_STEPS, CUT = "heavy", 20, 0.1
-ROUND = 512  # reward calls
-CANDIDATES, EPOCHS, MINIBATCH = 32, 2, 128
+REFERENCE, NUM_STEPS = "heavy", 20
 OPTIONS = [
     *("--config", "configs/domains/molecule_heavy.yaml"),
-    *("--config", "configs/algorithms/p_graft.yaml", "--model.cut", str(CUT)),
-    *("--model.num_candidates", str(CANDIDATES), "--model.selection.init_args.k", "8"),
-    *("--model.iterative", "true", "--model.contrast", "32"),
-    *("--model.num_epochs", str(EPOCHS), "--model.minibatch_size", str(MINIBATCH)),
-    *("--model.lora.rank", "16", "--model.lora.alpha", "16"),
-    *("--model.optimizer.init_args.lr", "2e-3"),
-    *("--model.lr_scheduler", "torch.optim.lr_scheduler.LinearLR"),
-    *("--model.lr_scheduler.init_args.start_factor", "1.0"),
-    *("--model.lr_scheduler.init_args.end_factor", "0.05"),
+    *("--config", "configs/algorithms/p_graft.yaml", *GRAFT, *CUT),
+    *("--model.selection.init_args.k", "8", "--model.contrast", "32"),
     *("--model.sampling_batch_size", str(ROUND), "--data.batch_size", str(ROUND // CANDIDATES)),
     *("--data.num_test", "256", "--data.eval_batch_size", "256"),
 ]
@@ -66,7 +58,7 @@ def draw(model: str, num: int) -> Molecules:
     condition = tuned.encode({"num_atoms": torch.stack([rows[i]["num_atoms"] for i in range(num)])})
     torch.manual_seed(1)
     x = tuned.process.prior(tuned.blank(condition)).sample()
-    times, cut_step = tuned.process.times(NUM_STEPS), round((1 - CUT) * NUM_STEPS)
+    times, cut_step = tuned.process.times(NUM_STEPS), round((1 - F) * NUM_STEPS)
     for denoiser, leg in ((tuned, times[: cut_step + 1]), (reference, times[cut_step:])):
         *_, (_, x) = walk(denoiser, tuned.process, x, condition, leg, eta=1.0)
     return tuned.decode(x, condition)
@@ -101,11 +93,8 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, default=None, help="needs matplotlib")
     options, extra = parser.parse_known_args()
     seed = str(options.seeds[0])
-    num_updates = options.rounds * EPOCHS * ROUND // MINIBATCH
-    extra = [
-        *("--model.seed", seed, "--data.num_train", str(options.rounds * ROUND // CANDIDATES)),
-        *("--model.lr_scheduler.init_args.total_iters", str(num_updates), *extra),
-    ]
+    num_train = str(options.rounds * ROUND // CANDIDATES)
+    extra = ["--model.seed", seed, "--data.num_train", num_train, *falling(options.rounds), *extra]
     jobs = [(reward,) for reward in REWARDS]
 
     def run(job: tuple[str]) -> dict[str, float]:

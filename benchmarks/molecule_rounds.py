@@ -24,6 +24,7 @@ from command_line import (
     run_all,
     standard_error,
 )
+from molecule_algorithms import falling
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 CONFIG = "configs/experiments/molecule_p_graft.yaml"
@@ -37,7 +38,7 @@ METRICS = ("molecule_stability", "uniqueness")
 def run(root: Path, rule: str, seed: int, rounds: int, every: int, extra: list[str]) -> Report:
     """Train once; return each metric before the first round and after every few."""
     options = ["--config", CONFIG, *RULES[rule]]
-    options += ["--trainer.limit_train_batches", str(rounds)]
+    options += ["--trainer.limit_train_batches", str(rounds), *falling(rounds)]
     options += ["--data.num_val", "256", "--data.eval_batch_size", "256"]
     options += ["--trainer.val_check_interval", str(every), "--trainer.limit_val_batches", "1"]
     options += ["--model.seed", str(seed), "--data.seed", str(seed), *extra]
