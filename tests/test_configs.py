@@ -63,6 +63,18 @@ TINY_SOURCES = {
     "Enumerated": ("max_heavy=3", "num_attempts=500"),
     "Generated": ("num_images=64",),
 }
+# What makes metrics quick that compare with a set: a small set, few draws for the errors.
+TINY_METRICS: dict[str, dict[str, Any]] = {
+    "domains.layout.metrics.SetDistances": {"max_layouts": 64, "num_draws": 2},
+    "domains.image.metrics.SetDistances": {"max_images": 64, "num_draws": 2},
+    "domains.molecule.metrics.SetDistances": {"max_molecules": 64, "num_draws": 2},
+    "domains.molecule.metrics.Novelty": {
+        "source": {
+            "class_path": "domains.molecule.sources.Enumerated",
+            "init_args": {"max_heavy": 3, "num_attempts": 500},
+        }
+    },
+}
 
 
 def name(path: Path) -> str:
@@ -89,6 +101,15 @@ def skip_untrained(configs: list[dict[str, Any]]) -> None:
         pytest.skip(f"{model} of domains/molecule/assets is not trained yet")
 
 
+def write_tiny_metrics(config: dict[str, Any], path: Path) -> None:
+    """Write a config of the same metrics with the settings that make them quick."""
+    parts = [
+        {**part, "init_args": part.get("init_args", {}) | TINY_METRICS.get(part["class_path"], {})}
+        for part in config["metrics"]["parts"]
+    ]
+    path.write_text(yaml.safe_dump({"metrics": {"parts": parts}}))
+
+
 def run(configs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Train one tiny round of a config, then test the result."""
     monkeypatch.chdir(tmp_path)
@@ -100,7 +121,8 @@ def run(configs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     if isinstance(source, dict):
         kind = source.get("class_path", "").rpartition(".")[2]
         splits += [f"source.init_args.{setting}" for setting in TINY_SOURCES.get(kind, ())]
-    flags = [f"--config={path}" for path in configs]
+    write_tiny_metrics(next(c for c in loaded if "metrics" in c), tmp_path / "metrics.yaml")
+    flags = [f"--config={path}" for path in [*configs, tmp_path / "metrics.yaml"]]
     method = next((c["model"]["init_args"].get("method") for c in loaded if "model" in c), None)
     settings = TINY_METHODS.get(class_name(method), ()) if method else ()
     flags += [f"--model.init_args.method.init_args.{setting}" for setting in settings]
