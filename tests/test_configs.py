@@ -24,8 +24,8 @@ MIXED = {"layout_mixed", "molecule_mixed"}
 WEIGHTS = [ASSETS / "shapes/unet/diffusion_pytorch_model.safetensors", ASSETS / "shapes_clip"]
 # What needs a continuous state.
 CONTINUOUS = {"RewardGradient", "NoisePPO", "InverseNoiseCorrection"}
-# Of each family's algorithm these are other settings: they run on the Gaussian mixture, with the
-# other domains only where slow tests are asked for.
+# Of each family's algorithm these are other settings: test_cli.py and test_cli_ddpo.py train and
+# test them on the Gaussian mixture; here they run only where slow tests are asked for.
 VARIANTS = {"align_prop", "ddpo_sf", "dpok", "draft", "draft_lv", "grpo", "refl"}
 # What needs data, and data that are none.
 FROM_DATA, CONDITIONS = {"Pretrain", "InverseNoiseCorrection"}, {"AtomCounts"}
@@ -190,9 +190,7 @@ def test_experiments_are_complete(experiment: Path, capsys: pytest.CaptureFixtur
             domain,
             algorithm,
             id=f"{domain.stem}-{algorithm.stem}",
-            marks=[pytest.mark.slow]
-            if algorithm.stem in VARIANTS and domain.stem != "gaussian_mixture"
-            else [],
+            marks=[pytest.mark.slow] if algorithm.stem in VARIANTS else [],
         )
         for domain in DOMAINS
         if domain.stem in SMALL | MIXED
