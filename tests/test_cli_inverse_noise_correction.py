@@ -113,6 +113,7 @@ def test_two_processes_learn_what_one_learns() -> None:
     assert report("runs/two")["num_samples"] == 8
 
 
+@pytest.mark.slow  # test_inverted_noise.py fills the disk of one process
 def test_two_processes_stop_together_when_the_disk_is_full() -> None:
     folder = Path("runs/two/inverted_noise")
     folder.mkdir(parents=True)

@@ -101,13 +101,15 @@ def skip_untrained(configs: list[dict[str, Any]]) -> None:
         pytest.skip(f"{model} of domains/molecule/assets is not trained yet")
 
 
-def write_tiny_metrics(config: dict[str, Any], path: Path) -> None:
-    """Write a config of the same metrics with the settings that make them quick."""
-    parts = [
-        {**part, "init_args": part.get("init_args", {}) | TINY_METRICS.get(part["class_path"], {})}
-        for part in config["metrics"]["parts"]
-    ]
-    path.write_text(yaml.safe_dump({"metrics": {"parts": parts}}))
+def tiny_metrics(configs: list[dict[str, Any]], folder: Path) -> list[Path]:
+    """Write a config of the same metrics, made quick, where there are metrics."""
+    path = folder / "metrics.yaml"
+    for metrics in (config["metrics"] for config in configs if "metrics" in config):
+        for part in metrics["parts"]:
+            tiny = TINY_METRICS.get(part["class_path"], {})
+            part["init_args"] = part.get("init_args", {}) | tiny
+        path.write_text(yaml.safe_dump({"metrics": metrics}))
+    return [path] if path.exists() else []
 
 
 def run(configs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,8 +123,7 @@ def run(configs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     if isinstance(source, dict):
         kind = source.get("class_path", "").rpartition(".")[2]
         splits += [f"source.init_args.{setting}" for setting in TINY_SOURCES.get(kind, ())]
-    write_tiny_metrics(next(c for c in loaded if "metrics" in c), tmp_path / "metrics.yaml")
-    flags = [f"--config={path}" for path in [*configs, tmp_path / "metrics.yaml"]]
+    flags = [f"--config={path}" for path in [*configs, *tiny_metrics(loaded, tmp_path)]]
     method = next((c["model"]["init_args"].get("method") for c in loaded if "model" in c), None)
     settings = TINY_METHODS.get(class_name(method), ()) if method else ()
     flags += [f"--model.init_args.method.init_args.{setting}" for setting in settings]
