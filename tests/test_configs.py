@@ -92,15 +92,6 @@ def parsed(configs: list[Path], capsys: pytest.CaptureFixture[str]) -> dict[str,
     return yaml.safe_load(capsys.readouterr().out)
 
 
-def skip_untrained(configs: list[dict[str, Any]]) -> None:
-    """Skip where a config names an embedded molecule model that is not trained yet."""
-    pipeline = next(config["pipeline"] for config in configs if "pipeline" in config)
-    model = pipeline["init_args"].get("pretrained")
-    folder = CONFIGS.parent / "domains/molecule/assets"
-    if "molecule" in pipeline["class_path"] and model and not (folder / model).is_dir():
-        pytest.skip(f"{model} of domains/molecule/assets is not trained yet")
-
-
 def tiny_metrics(configs: list[dict[str, Any]], folder: Path) -> list[Path]:
     """Write a config of the same metrics, made quick, where there are metrics."""
     path = folder / "metrics.yaml"
@@ -116,7 +107,6 @@ def run(configs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """Train one tiny round of a config, then test the result."""
     monkeypatch.chdir(tmp_path)
     loaded = [load(path) for path in configs]
-    skip_untrained(loaded)
     data = next(config["data"] for config in loaded if "data" in config)
     splits = [*TINY_SPLITS[class_name(data)]]
     source = data["init_args"].get("source", {})
