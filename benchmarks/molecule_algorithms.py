@@ -40,8 +40,10 @@ DDPO = [*LORA, "--model.num_candidates", "4", "--model.minibatch_size", "64"]
 DDPO += ["--model.microbatch_size", "1024", "--model.clip_range", "1e-2"]
 DDPO += ["--model.optimizer.init_args.lr", "3e-3"]
 DDPO += ["--model.num_train_steps", "5"]  # of 20: all cost three times as much
-DRTUNE = [*LORA, "--model.optimizer.init_args.lr", "1e-3", "--model.minibatch_size", "64"]
-DRTUNE += ["--model.sampler.num_steps", "20"]
+DRTUNE = [*LORA, "--model.optimizer.init_args.lr", "5e-4", "--model.minibatch_size", "64"]
+DRTUNE += ["--model.sampler.num_steps", "20", "--model.method.init_args.k", "4"]
+# To the end: soft valences of molecules predicted before it say nothing about those sampled.
+DRTUNE += ["--model.method.init_args.m", "1"]
 # Arm: domain, algorithm, conditions of a round (candidates times these are ROUND), settings.
 ARMS: dict[str, tuple[str, str, int, list[str]]] = {
     "P-GRAFT (f = 0.1), unique": ("molecule", "p_graft", 16, [*GRAFT, *CUT, *UNIQUE]),
@@ -49,7 +51,7 @@ ARMS: dict[str, tuple[str, str, int, list[str]]] = {
     "GRAFT, unique": ("molecule", "graft", 16, [*GRAFT, *UNIQUE]),
     "RandomK (f = 0.1)": ("molecule", "random_k", 16, [*GRAFT, *CUT, *RANDOM]),
     "DDPO": ("molecule", "ddpo", 128, DDPO),
-    "DRTune (soft valences)": ("molecule_soft", "drtune", 512, DRTUNE),
+    "DRTune (soft reward)": ("molecule_soft", "drtune", 512, DRTUNE),
     "Noise PPO": ("molecule", "noise_ppo", 64, []),
 }
 METRICS = (

@@ -28,6 +28,7 @@ __all__ = [
     "fitting_valences",
     "molecule_stability",
     "soft_bond_orders",
+    "soft_links",
 ]
 
 LENGTHS: tuple[dict[str, int], ...] = (
@@ -144,6 +145,24 @@ def soft_bond_orders(molecules: Molecules, temperature: float = 0.03) -> Tensor:
     orders = (steps * likely).sum(dim=-1)
     same = torch.eye(orders.shape[1], dtype=torch.bool, device=orders.device)
     return orders.masked_fill(same, 0.0)
+
+
+def soft_links(orders: Tensor) -> Tensor:
+    """Return how firmly every two atoms are linked by bonds, [B, N, N] in [0, 1].
+
+    A bond is as firm as its order, at most 1, a path as the product of its bonds, and two atoms are
+    linked by the firmest path between them; an atom to itself by 1.
+
+    Args:
+        orders: Soft bond orders, [B, N, N], symmetric.
+    """
+    num_slots = orders.shape[1]
+    same = torch.eye(num_slots, dtype=torch.bool, device=orders.device)
+    links = orders.clamp(max=1).masked_fill(same, 1.0)
+    # Each turn doubles the longest path that is covered; none has more than N - 1 bonds.
+    for _ in range(max(0, num_slots - 2).bit_length()):
+        links = (links.unsqueeze(3) * links.unsqueeze(1)).amax(dim=2)
+    return links
 
 
 def _used_and_wanted(molecules: Molecules, orders: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -37,6 +37,7 @@ __all__ = [
     "LogP",
     "Novelty",
     "RingCount",
+    "SoftConnected",
     "SoftValence",
     "Stability",
     "Strain",
@@ -359,19 +360,12 @@ class XTB(_Target):
         return chemistry.electronic(self.num_workers)[:, self.column]
 
 
-class SoftValence(Reward):
-    r"""Minus the mean squared error of soft valences, in (-inf, 0], with gradient.
-
-    .. math:: r = -\frac1n \sum_i \Big(\sum_j o_{ij} - \sum_a p_i(a) V_a\Big)^2
-
-    with the soft bond orders of `domains.molecule.bonds.soft_bond_orders`. With implicit hydrogens
-    only what exceeds a valence counts: atoms without any bond are then as good as can be, so add a
-    reward that wants them connected. Molecules without atoms or with numbers that are not finite
-    get `invalid`.
+class _Soft(Reward):
+    """A reward with gradient in positions and probabilities, from soft bond orders.
 
     Args:
         temperature: Width of the steps between bond orders, in Angstrom.
-        invalid: Their reward.
+        invalid: Reward of molecules without atoms or with numbers that are not finite.
     """
 
     differentiable = True
@@ -400,16 +394,57 @@ class SoftValence(Reward):
         positions = molecules.positions.masked_fill(unused, 0.0)
         weights = molecules.probabilities.masked_fill(unused, 0.0)
         masked = replace(molecules, positions=positions, probabilities=weights)
-        return self._value(masked).where(whole, self.invalid), whole
+        orders = bonds.soft_bond_orders(masked, self.temperature)
+        return self._value(masked, orders).where(whole, self.invalid), whole
 
-    def _value(self, molecules: Molecules) -> Tensor:
+    @abstractmethod
+    def _value(self, molecules: Molecules, orders: Tensor) -> Tensor:
+        """Return rewards [B] of molecules whose unused slots are 0, with orders [B, N, N]."""
+
+
+class SoftValence(_Soft):
+    r"""Minus the mean squared error of soft valences, in (-inf, 0], with gradient.
+
+    .. math:: r = -\frac1n \sum_i \Big(\sum_j o_{ij} - \sum_a p_i(a) V_a\Big)^2
+
+    with the soft bond orders of `domains.molecule.bonds.soft_bond_orders`. Molecules that fall into
+    pieces can be as good as whole ones: add `SoftConnected`. With implicit hydrogens only what
+    exceeds a valence counts, so that atoms without any bond are as good as can be.
+
+    Args:
+        temperature: Width of the steps between bond orders, in Angstrom.
+        invalid: Reward of molecules without atoms or with numbers that are not finite.
+    """
+
+    def _value(self, molecules: Molecules, orders: Tensor) -> Tensor:
         weights = molecules.probabilities
         wanted = weights @ torch.tensor(valences(molecules.elements)).to(weights)
-        errors = bonds.soft_bond_orders(molecules, self.temperature).sum(dim=2) - wanted
+        errors = orders.sum(dim=2) - wanted
         if molecules.implicit_hydrogens:
             errors = errors.clamp(min=0)
         squares = errors.square().masked_fill(~molecules.valid, 0.0)
         return -squares.sum(dim=1) / molecules.num_atoms.clamp(min=1)
+
+
+class SoftConnected(_Soft):
+    """How firmly bonds hold a molecule together, in [0, 1], with gradient.
+
+    The mean over pairs of atoms of the firmest path between them: `bonds.soft_links` of soft bond
+    orders. 1 for molecules in one piece; it pulls on bonds that are about to break, and cannot mend
+    those that are longer by more than a few times the temperature.
+
+    Args:
+        temperature: Width of the steps between bond orders, in Angstrom.
+        invalid: Reward of molecules without atoms or with numbers that are not finite.
+    """
+
+    def __init__(self, temperature: float = 0.03, invalid: float = 0.0) -> None:
+        super().__init__(temperature, invalid)
+
+    def _value(self, molecules: Molecules, orders: Tensor) -> Tensor:
+        pairs = molecules.valid.unsqueeze(2) & molecules.valid.unsqueeze(1)
+        links = bonds.soft_links(orders).masked_fill(~pairs, 0.0)
+        return links.sum(dim=(1, 2)) / pairs.sum(dim=(1, 2)).clamp(min=1)
 
 
 _ELECTRONIC = ("dipole", "gap")

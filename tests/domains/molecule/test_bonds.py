@@ -201,6 +201,42 @@ def test_soft_orders_have_the_gradient_of_their_differences() -> None:
     assert torch.autograd.gradcheck(total, (positions, weights))
 
 
+def firmest(orders: torch.Tensor, i: int, j: int) -> float:
+    """Return the largest product over all simple paths, looked at one by one."""
+    others = [k for k in range(len(orders)) if k not in (i, j)]
+    paths = (
+        (i, *between, j)
+        for num in range(len(others) + 1)
+        for between in itertools.permutations(others, num)
+    )
+    products = (
+        np.prod([min(float(orders[a, b]), 1.0) for a, b in itertools.pairwise(path)])
+        for path in paths
+    )
+    return float(max(products))
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 6])
+def test_soft_links_are_the_firmest_of_all_paths(size: int) -> None:
+    orders = 1.2 * torch.rand(3, size, size, dtype=torch.float64) ** 3
+    orders[:, 0, -1] = 0.0  # only by way of others
+    orders = orders.triu(diagonal=1)
+    orders = orders + orders.mT
+    links = bonds.soft_links(orders)
+    for row, i, j in itertools.product(range(3), range(size), range(size)):
+        expected = 1.0 if i == j else firmest(orders[row], i, j)
+        assert float(links[row, i, j]) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("size", [1, 2, 9, 20])
+def test_soft_links_reach_along_the_longest_chain(size: int) -> None:
+    orders = torch.zeros(1, size, size, dtype=torch.float64)
+    for i in range(size - 1):
+        orders[0, i, i + 1] = orders[0, i + 1, i] = 0.9
+    apart = (torch.arange(size).unsqueeze(0) - torch.arange(size).unsqueeze(1)).abs()
+    torch.testing.assert_close(bonds.soft_links(orders)[0], 0.9 ** apart.double())
+
+
 def test_less_noise_is_more_stable_by_both_measures() -> None:
     """Soft and exact orders agree on which of many disturbed molecules are better."""
     molecules = from_smiles("CCO", "CC(C)=O", "C1CC1N", "C#CCO")

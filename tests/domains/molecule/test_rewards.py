@@ -51,6 +51,7 @@ ALL: list[Reward] = [
     rewards.Substructures(["[OX2H]"], ["F"]),
     rewards.Strain(),
     rewards.SoftValence(),
+    rewards.SoftConnected(),
 ]
 
 
@@ -254,18 +255,41 @@ def test_soft_valence_mends_a_molecule() -> None:
     assert bonds.molecule_stability(Molecules.of(positions, base.types, EXPLICIT)).all()
 
 
-def test_soft_valence_has_a_finite_gradient_everywhere() -> None:
+def test_soft_connected_by_hand() -> None:
+    # At 0.84 Angstrom, the limit of a bond, there is half a bond.
+    chain = ("HHH", [(0, 0, 0), (0.84, 0, 0), (1.68, 0, 0)])
+    pieces = ("HHH", [(0, 0, 0), (0.84, 0, 0), (20, 0, 0)])
+    values = reward_of(rewards.SoftConnected(), from_atoms([chain, pieces]))
+    assert values == pytest.approx([(3 + 2 * (0.5 + 0.5 + 0.25)) / 9, (3 + 2 * 0.5) / 9], abs=1e-4)
+
+
+def test_soft_connected_is_the_share_of_pairs_in_one_piece() -> None:
+    values = reward_of(rewards.SoftConnected(temperature=1e-3), from_smiles("CCO", "C1CC1N", "C"))
+    assert values == pytest.approx([1, 1, 1], abs=1e-4)
+    parts = [("CC", "O"), ("C", "C"), ("C1CC1N", "N")]
+    atoms, shares = [], []
+    for (a, first), (b, second) in ((geometry(x), geometry(y)) for x, y in parts):
+        atoms.append((a + b, np.concatenate([first, second + 20])))
+        shares.append((len(a) ** 2 + len(b) ** 2) / (len(a) + len(b)) ** 2)
+    values = reward_of(rewards.SoftConnected(temperature=1e-3), from_atoms(atoms))
+    assert values == pytest.approx(shares, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("soft", "invalid"), [(rewards.SoftValence(), -16.0), (rewards.SoftConnected(), 0.0)]
+)
+def test_soft_rewards_have_a_finite_gradient_everywhere(soft: Reward, invalid: float) -> None:
     base = broken()
     positions, weights = base.positions.clone(), base.probabilities.clone()
     positions[~base.valid] = torch.nan  # anything may be in empty slots
     positions.requires_grad_()
     weights.requires_grad_()
     molecules = Molecules(positions, base.types, weights, EXPLICIT)
-    reward = rewards.SoftValence()(molecules, conditions(len(base)))
-    assert reward[3] == -16
+    reward = soft(molecules, conditions(len(base)))
+    assert reward[3] == invalid
     lost = torch.full_like(base.probabilities, torch.nan)
     nowhere = Molecules(base.positions, base.types, lost, EXPLICIT)
-    assert rewards.SoftValence()(nowhere, conditions(len(base))).tolist() == [-16] * 4
+    assert soft(nowhere, conditions(len(base))).tolist() == [invalid] * 4
     reward.sum().backward()
     assert positions.grad is not None and positions.grad.isfinite().all()
     assert weights.grad is not None and weights.grad.isfinite().all()
