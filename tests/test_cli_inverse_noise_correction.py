@@ -108,13 +108,10 @@ def test_two_processes_learn_what_one_learns() -> None:
         torch.testing.assert_close(two["state_dict"][key], value, rtol=1e-4, atol=1e-6)
     assert noise_files("two") == noise_files("one")
     assert two["lit_rlft"]["num_samples"] == one["lit_rlft"]["num_samples"] == 16
-    test = {"name": "two", "ckpt_path": "runs/two/checkpoints/last.ckpt"}
-    script(*words("test", TINY, test, TWO_PROCESSES))
-    assert report("runs/two")["num_samples"] == 8
 
 
 @pytest.mark.slow  # test_inverted_noise.py fills the disk of one process
-def test_two_processes_stop_together_when_the_disk_is_full() -> None:
+def test_two_processes_stop_together_when_the_disk_is_full_and_go_on() -> None:
     folder = Path("runs/two/inverted_noise")
     folder.mkdir(parents=True)
     (folder / "00003.x_1.npy.partial").symlink_to("/dev/full")  # the second process's shard
@@ -124,6 +121,9 @@ def test_two_processes_stop_together_when_the_disk_is_full() -> None:
     assert kept == {f"0000{i}.x_1.npy" for i in range(3)}
     script(*words("fit", TINY, {"name": "two"}, TWO_PROCESSES))
     assert len(noise_files("two")) == 4
+    test = {"name": "two", "ckpt_path": "runs/two/checkpoints/last.ckpt"}
+    script(*words("test", TINY, test, TWO_PROCESSES))
+    assert report("runs/two")["num_samples"] == 8
 
 
 def test_another_number_of_base_steps_is_refused_and_can_be_forced() -> None:

@@ -200,7 +200,11 @@ def test_known_noise_of_the_shapes_model_is_found() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("model", "num_steps", "invertible"),
-    [("digits", 20, False), ("digits", 100, True), ("shapes", 100, True)],
+    [
+        ("digits", 20, False),
+        ("digits", 100, True),
+        pytest.param("shapes", 100, True, marks=pytest.mark.slow),
+    ],
 )
 def test_known_noise_of_image_models_is_found_with_many_steps(
     model: str, num_steps: int, invertible: bool

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from domains.layout import measures
+from domains.layout import measures, train_encoder
 from domains.layout.data import LayoutData
 from domains.layout.encoder import LayoutEncoder, jittered, load_encoder, load_published
 from domains.layout.layouts import Layouts
@@ -92,7 +92,10 @@ def test_features_do_not_depend_on_order_or_empty_slots() -> None:
     torch.testing.assert_close(encoder(wider), encoder(PAGES), atol=1e-4, rtol=1e-4)
 
 
-def test_the_encoders_training_lowers_its_loss_and_files_give_it_back(tmp_path: Path) -> None:
+def test_the_encoders_training_lowers_its_loss_and_files_give_it_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_encoder, "NUM_PAGES", 2048)
     fresh, trained = LayoutEncoder(), train(num_steps=25, seed=0)
     questions = question(PAGES, torch.Generator().manual_seed(0))
     with torch.no_grad():
