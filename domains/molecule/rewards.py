@@ -429,9 +429,10 @@ class SoftValence(_Soft):
 class SoftConnected(_Soft):
     """How firmly bonds hold a molecule together, in [0, 1], with gradient.
 
-    The mean over pairs of atoms of the firmest path between them: `bonds.soft_links` of soft bond
-    orders. 1 for molecules in one piece; it pulls on bonds that are about to break, and cannot mend
-    those that are longer by more than a few times the temperature.
+    The mean over all n x n pairs of atoms, each with itself among them, of the firmest path between
+    them: `bonds.soft_links` of soft bond orders. 1 for molecules in one piece, single atoms too. It
+    pulls on bonds that are about to break, and cannot mend those that are longer by more than a few
+    times the temperature.
 
     Args:
         temperature: Width of the steps between bond orders, in Angstrom.
