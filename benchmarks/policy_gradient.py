@@ -189,14 +189,14 @@ def our_side(options: argparse.Namespace) -> Turn:
     from torch.utils.data import DataLoader
 
     from domains.text_to_image.pipeline import TextToImagePipeline
-    from lit_rlft.adapters import LoRA
     from lit_rlft.algorithms.ddpo import DDPO, Rollout
     from lit_rlft.core.advantage import BatchAdvantage
     from lit_rlft.core.pipeline import Batch, Condition
     from lit_rlft.core.reward import Reward
     from lit_rlft.core.sampling import Sampler
-    from lit_rlft.data import Rows, collate
-    from lit_rlft.optimization import Update
+    from lit_rlft.kit.data import Rows, collate
+    from lit_rlft.loop.reference import LoRA
+    from lit_rlft.loop.updates import Update
 
     images = options.sample_batch * options.batches
     seen: dict[str, Any] = {}

@@ -139,15 +139,15 @@ def our_side(options: argparse.Namespace) -> Turn:
     from torch.utils.data import DataLoader
 
     from domains.text_to_image.pipeline import TextToImagePipeline
-    from lit_rlft.adapters import LoRA
     from lit_rlft.algorithms.base import Experience
-    from lit_rlft.algorithms.drtune import RewardGradient
+    from lit_rlft.algorithms.reward_gradient import RewardGradient
     from lit_rlft.core.gradient_plan import DRaFT, DRTune
     from lit_rlft.core.pipeline import Condition
     from lit_rlft.core.randomness import Generators
     from lit_rlft.core.reward import Reward
     from lit_rlft.core.sampling import Sampler
-    from lit_rlft.data import Rows, collate
+    from lit_rlft.kit.data import Rows, collate
+    from lit_rlft.loop.reference import LoRA
 
     class Redness(Reward):
         differentiable = True

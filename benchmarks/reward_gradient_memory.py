@@ -33,10 +33,10 @@ from torch import Tensor
 from domains.text_to_image.data import ShapesPrompts
 from domains.text_to_image.pipeline import TextToImagePipeline
 from domains.text_to_image.rewards import Symmetry
-from lit_rlft.adapters import LoRA
-from lit_rlft.algorithms.drtune import RewardGradient
+from lit_rlft.algorithms.reward_gradient import RewardGradient
 from lit_rlft.core.gradient_plan import DRaFT, DRTune
 from lit_rlft.core.sampling import Sampler
+from lit_rlft.loop.reference import LoRA
 
 METHODS = ("DRTune", "DRaFT")
 ALLOCATOR = {

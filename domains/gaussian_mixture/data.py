@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import Dataset
 
 from domains.gaussian_mixture.mixture import MEANS, STDS, WEIGHTS, Mixture
-from lit_rlft.data import Rows, Split, SplitData
+from lit_rlft.kit.data import Rows, Split, SplitData
 
 __all__ = ["MixtureData"]
 

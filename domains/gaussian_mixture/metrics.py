@@ -8,9 +8,9 @@ from torch import Tensor
 
 from domains.gaussian_mixture.mixture import MEANS, STDS, WEIGHTS, Mixture
 from lit_rlft.core.checks import UsageError
-from lit_rlft.core.mmd import gaussian, median_distance, mmd, similarity
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import SetMetric
+from lit_rlft.kit.statistics import gaussian, median_distance, mmd, similarity
 
 __all__ = ["MMD"]
 

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 from domains.image.sources import Digits, Images, Source
 from lit_rlft.core.checks import UsageError
-from lit_rlft.data import Record, Rows, Split, SplitData, hold_out
+from lit_rlft.kit.data import Record, Rows, Split, SplitData, hold_out
 
 __all__ = ["ImageData"]
 

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from domains.image.inception import InceptionV3
 from lit_rlft.core.checks import loading
-from lit_rlft.weights import WEIGHTS, load_weights, read_settings, save_network
+from lit_rlft.kit.network_folder import WEIGHTS, load_weights, read_settings, save_network
 
 __all__ = ["EMBEDDED", "FeatureArchitecture", "FeatureNetwork", "features_of", "load_features"]
 

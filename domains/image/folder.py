@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
 
-from lit_rlft.array_cache import cached_folder, user_cache
 from lit_rlft.core.checks import UsageError
+from lit_rlft.kit.cache import cached_folder, user_cache
 
 __all__ = ["SUFFIXES", "Cache", "Fit", "Reading", "Report", "Resample"]
 

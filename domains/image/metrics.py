@@ -16,10 +16,10 @@ from domains.image.distances import (
 )
 from domains.image.features import features_of, load_features
 from domains.image.sources import Digits, Source
-from lit_rlft.core.mmd import mmd, polynomial, similarity
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Metric, SetMetric
-from lit_rlft.pictures import check_pictures
+from lit_rlft.kit.images import check_pictures
+from lit_rlft.kit.statistics import mmd, polynomial, similarity
 
 _NUM_SUBSETS = 10
 

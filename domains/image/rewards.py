@@ -9,7 +9,7 @@ from domains.image.features import FeatureNetwork, load_features, luminance
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Reward
-from lit_rlft.pictures import check_pictures
+from lit_rlft.kit.images import check_pictures
 
 __all__ = ["Brightness", "ClassProbability"]
 

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from domains.layout.encoder import load_encoder
 from domains.layout.layouts import check_layouts
-from lit_rlft.core.judge import Judge, Output
 from lit_rlft.core.pipeline import Condition
+from lit_rlft.kit.judge import Judge, Output
 
 __all__ = ["Critic"]
 

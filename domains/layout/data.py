@@ -13,7 +13,7 @@ from domains.layout.layouts import EMPTY
 from domains.layout.pages import Packed
 from domains.layout.sources import Grammar, Source
 from lit_rlft.core.checks import UsageError
-from lit_rlft.data import Record, Rows, Split, SplitData, hold_out
+from lit_rlft.kit.data import Record, Rows, Split, SplitData, hold_out
 
 __all__ = ["LayoutData", "Task", "given"]
 

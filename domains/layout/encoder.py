@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from domains.layout.classes import class_list
 from domains.layout.layouts import EMPTY, Layouts
 from lit_rlft.core.checks import UsageError, loading
-from lit_rlft.weights import load_weights, read_settings, save_network
+from lit_rlft.kit.network_folder import load_weights, read_settings, save_network
 
 __all__ = ["EncoderArchitecture", "LayoutEncoder", "load_encoder", "load_published"]
 

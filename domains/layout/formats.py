@@ -13,7 +13,7 @@ import numpy as np
 from domains.layout.pages import Element, Page
 from domains.layout.streaming import JSONStream
 from lit_rlft.core.checks import UsageError
-from lit_rlft.entries import BadEntry
+from lit_rlft.kit.bad_entries import BadEntry
 
 __all__ = ["read_arrays", "read_coco", "read_json", "read_rico"]
 

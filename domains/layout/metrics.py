@@ -25,9 +25,9 @@ from domains.layout import measures
 from domains.layout.encoder import LayoutEncoder, load_encoder
 from domains.layout.layouts import Layouts, check_layouts
 from domains.layout.sources import Grammar, Source
-from lit_rlft.core.mmd import mmd, polynomial, similarity
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Metric, SetMetric
+from lit_rlft.kit.statistics import mmd, polynomial, similarity
 
 __all__ = [
     "Diversity",

@@ -28,8 +28,8 @@ from torch.nn import functional
 from domains.layout.classes import class_list
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.state import State
-from lit_rlft.layers import NUM_FREQUENCIES, frequencies, normed, zero
-from lit_rlft.weights import load_weights, read_settings
+from lit_rlft.kit.network_folder import load_weights, read_settings
+from lit_rlft.kit.time_layers import NUM_FREQUENCIES, frequencies, normed, zero
 
 __all__ = ["Architecture", "LayoutTransformer", "load_network"]
 

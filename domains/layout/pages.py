@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from domains.layout.layouts import EMPTY
-from lit_rlft.entries import BadEntry, Report
+from lit_rlft.kit.bad_entries import BadEntry, Report
 
 __all__ = [
     "Element",

@@ -23,7 +23,7 @@ from lit_rlft.core.pipeline import Batch, Condition, Pipeline, column
 from lit_rlft.core.process import GaussianProcess, MaskedProcess, Process, ProductProcess
 from lit_rlft.core.schedule import RectifiedFlow
 from lit_rlft.core.state import State, expand_as, fields_of, tensor_of
-from lit_rlft.weights import save_network
+from lit_rlft.kit.network_folder import save_network
 
 __all__ = ["EMBEDDED", "LayoutPipeline"]
 

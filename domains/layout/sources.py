@@ -12,9 +12,9 @@ from domains.layout import grammar
 from domains.layout.classes import class_list
 from domains.layout.formats import read_arrays, read_coco, read_json, read_rico
 from domains.layout.pages import Packed, Page, pack
-from lit_rlft.array_cache import cached_folder, open_arrays, save_arrays, user_cache
 from lit_rlft.core.checks import UsageError
-from lit_rlft.entries import BadEntry
+from lit_rlft.kit.bad_entries import BadEntry
+from lit_rlft.kit.cache import cached_folder, open_arrays, save_arrays, user_cache
 
 __all__ = ["Grammar", "JSONLayouts", "PubLayNet", "RicoArrays", "RicoJSON", "Source"]
 

@@ -12,7 +12,7 @@ from domains.molecule.batches import Batches, FixedBatches, SizeBatches
 from domains.molecule.sources import Enumerated, Source
 from domains.molecule.structures import Packed
 from lit_rlft.core.checks import UsageError
-from lit_rlft.data import Record, Rows, Split, SplitData, collate, hold_out
+from lit_rlft.kit.data import Record, Rows, Split, SplitData, collate, hold_out
 
 __all__ = ["QM9_COUNTS", "QM9_HEAVY_COUNTS", "AtomCounts", "MoleculeData", "histogram"]
 

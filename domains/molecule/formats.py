@@ -16,7 +16,7 @@ from rdkit import Chem
 from domains.molecule.elements import SYMBOLS
 from domains.molecule.structures import Structure
 from lit_rlft.core.checks import UsageError
-from lit_rlft.entries import BadEntry
+from lit_rlft.kit.bad_entries import BadEntry
 
 __all__ = [
     "read_arrays",

@@ -37,8 +37,8 @@ from torch.nn import functional
 
 from domains.molecule.elements import EXPLICIT, HEAVY, check_elements
 from lit_rlft.core.checks import UsageError
-from lit_rlft.layers import NUM_FREQUENCIES, frequencies, normed, zero
-from lit_rlft.weights import load_weights, read_settings
+from lit_rlft.kit.network_folder import load_weights, read_settings
+from lit_rlft.kit.time_layers import NUM_FREQUENCIES, frequencies, normed, zero
 
 __all__ = ["EGNN", "Architecture", "Denoiser", "Transformer", "load_network"]
 

@@ -37,7 +37,7 @@ from lit_rlft.core.process import GaussianProcess, MaskedProcess, Process, Produ
 from lit_rlft.core.schedule import PolynomialVP, RectifiedFlow
 from lit_rlft.core.state import State, cat, index
 from lit_rlft.core.subspace import PointClouds
-from lit_rlft.weights import save_network
+from lit_rlft.kit.network_folder import save_network
 
 __all__ = ["EMBEDDED", "MoleculePipeline"]
 

@@ -29,9 +29,9 @@ from domains.molecule.geometry import embed
 from domains.molecule.molecules import EMPTY
 from domains.molecule.processes import in_processes
 from domains.molecule.structures import Packed, Structure, molecules_of, pack
-from lit_rlft.array_cache import cached_folder, open_arrays, save_arrays, user_cache
 from lit_rlft.core.checks import UsageError
-from lit_rlft.entries import BadEntry
+from lit_rlft.kit.bad_entries import BadEntry
+from lit_rlft.kit.cache import cached_folder, open_arrays, save_arrays, user_cache
 
 __all__ = ["QM9", "Enumerated", "MoleculeFile", "SmilesFile", "Source", "Splits", "edm_split"]
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from domains.molecule import bonds
 from domains.molecule.elements import ATOMIC_NUMBERS
 from domains.molecule.molecules import EMPTY, Molecules
-from lit_rlft.entries import BadEntry, Report
+from lit_rlft.kit.bad_entries import BadEntry, Report
 
 __all__ = ["Packed", "Structure", "molecules_of", "pack"]
 

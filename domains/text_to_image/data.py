@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from domains.text_to_image.shapes import world
 from lit_rlft.core.checks import UsageError
-from lit_rlft.data import Record, Rows, Split, SplitData
+from lit_rlft.kit.data import Record, Rows, Split, SplitData
 
 __all__ = ["PromptData", "ShapesPictures", "ShapesPrompts", "read_prompts"]
 

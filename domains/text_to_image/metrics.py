@@ -10,7 +10,7 @@ from domains.text_to_image.clip import CLIPEncoder
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Metric
-from lit_rlft.pictures import check_pictures
+from lit_rlft.kit.images import check_pictures
 
 __all__ = ["Diversity"]
 

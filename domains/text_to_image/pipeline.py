@@ -23,7 +23,7 @@ from lit_rlft.core.pipeline import Batch, Condition, Pipeline, column
 from lit_rlft.core.process import GaussianProcess, PredictionType
 from lit_rlft.core.schedule import DiscreteVP
 from lit_rlft.core.state import State, tensor_of
-from lit_rlft.pictures import save_pictures
+from lit_rlft.kit.images import save_pictures
 
 __all__ = ["EMBEDDED", "TextToImagePipeline"]
 

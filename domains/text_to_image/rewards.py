@@ -16,7 +16,7 @@ from domains.text_to_image.shapes.world import SIZE, TASKS, Prompt, parse
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Reward
-from lit_rlft.pictures import check_pictures, to_image
+from lit_rlft.kit.images import check_pictures, to_image
 
 __all__ = [
     "Brightness",

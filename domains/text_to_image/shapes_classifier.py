@@ -12,9 +12,9 @@ from domains.text_to_image.rewards import prompts_of
 from domains.text_to_image.shapes.classifier import Classifier, encode
 from domains.text_to_image.shapes.world import SIZE, parse
 from lit_rlft.core.checks import UsageError, loading
-from lit_rlft.core.judge import Judge, Output
 from lit_rlft.core.pipeline import Condition
-from lit_rlft.pictures import check_pictures
+from lit_rlft.kit.images import check_pictures
+from lit_rlft.kit.judge import Judge, Output
 
 __all__ = ["ShapesClassifier"]
 

@@ -15,9 +15,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lit_rlft import checkpoint as contents
-from lit_rlft.adapters import LoRA, Reference, attach_lora
-from lit_rlft.best_of import best_of
 from lit_rlft.core.advantage import Advantage
 from lit_rlft.core.checks import require
 from lit_rlft.core.distribution import Distribution
@@ -28,12 +25,15 @@ from lit_rlft.core.reward import Metric, Metrics, Reward, SetMetric, check_rewar
 from lit_rlft.core.samples import Samples
 from lit_rlft.core.sampling import Denoiser, Sampler, walk
 from lit_rlft.core.state import State, batch_size, cat, index, split
-from lit_rlft.cost import Cost, count_calls, count_flops, flops_per_call, peak_memory_bytes
-from lit_rlft.evaluation import Arm, Evaluation
-from lit_rlft.observer import Observer
-from lit_rlft.optimization import Updates
-from lit_rlft.round_log import log_round
-from lit_rlft.runs import run_folder
+from lit_rlft.cost.counters import Cost, count_calls, count_flops, flops_per_call, peak_memory_bytes
+from lit_rlft.evaluation.best_of import best_of
+from lit_rlft.evaluation.measurements import Arm, Evaluation
+from lit_rlft.loop import checkpoint as contents
+from lit_rlft.loop.hooks import Observer
+from lit_rlft.loop.reference import LoRA, Reference, attach_lora
+from lit_rlft.loop.round_log import log_round
+from lit_rlft.loop.updates import Updates
+from lit_rlft.runs.folder import run_folder
 
 __all__ = ["Draw", "Experience", "Prior", "Relay", "RewardFineTuner"]
 

@@ -33,7 +33,6 @@ import torch
 from torch import Tensor
 
 from lit_rlft.algorithms.base import Experience, RewardFineTuner
-from lit_rlft.comparison import compare
 from lit_rlft.core.advantage import Advantage, GroupAdvantage, RunningAdvantage
 from lit_rlft.core.checks import UsageError, require
 from lit_rlft.core.distribution import Distribution, Reduction
@@ -43,8 +42,9 @@ from lit_rlft.core.sampling import Denoiser
 from lit_rlft.core.state import State, cat, tensor_of
 from lit_rlft.core.surrogate import importance_sampling, ratio_values, score_function
 from lit_rlft.core.trajectory import Trajectories, transition_of, walk_with_log_probs
-from lit_rlft.optimization import is_maximum
-from lit_rlft.processes import gather
+from lit_rlft.distributed import gather
+from lit_rlft.loop.advantages import compare
+from lit_rlft.loop.updates import is_maximum
 
 __all__ = ["DDPO", "Rollout"]
 

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from lit_rlft.algorithms.base import Experience, Relay, RewardFineTuner
-from lit_rlft.comparison import compare
 from lit_rlft.core.advantage import Advantage, GroupAdvantage
 from lit_rlft.core.checks import UsageError, require
 from lit_rlft.core.distribution import Gaussian, Reduction
@@ -32,7 +31,8 @@ from lit_rlft.core.process import GaussianProcess
 from lit_rlft.core.randomness import Generators
 from lit_rlft.core.state import tensor_of
 from lit_rlft.core.surrogate import importance_sampling, ratio_values
-from lit_rlft.noise_generator import NoiseGenerator
+from lit_rlft.inference import NoiseGenerator
+from lit_rlft.loop.advantages import compare
 
 __all__ = ["NoisePPO"]
 

@@ -7,8 +7,8 @@ from typing import Any
 from lightning import LightningModule, Trainer
 
 from lit_rlft.algorithms.base import RewardFineTuner
-from lit_rlft.cost import Cost, now
-from lit_rlft.observer import Observer
+from lit_rlft.cost.counters import Cost, now
+from lit_rlft.loop.hooks import Observer
 
 __all__ = ["CostMeter"]
 

@@ -13,9 +13,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
 from lit_rlft.algorithms.base import Draw, RewardFineTuner
-from lit_rlft.processes import gather
-from lit_rlft.report import comparison
-from lit_rlft.runs import run_folder, summary_writer
+from lit_rlft.distributed import gather
+from lit_rlft.runs.before_after import comparison
+from lit_rlft.runs.folder import run_folder, summary_writer
 
 Summary = dict[str, dict[str, dict[str, float]]]
 

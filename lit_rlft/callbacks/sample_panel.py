@@ -4,8 +4,8 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 from lit_rlft.algorithms.base import RewardFineTuner
-from lit_rlft.report import before_after, write_png
-from lit_rlft.runs import run_folder, summary_writer
+from lit_rlft.runs.before_after import before_after, write_png
+from lit_rlft.runs.folder import run_folder, summary_writer
 
 __all__ = ["SamplePanel"]
 

@@ -11,7 +11,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from lit_rlft.algorithms.base import Experience, RewardFineTuner
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.state import tensor_of
-from lit_rlft.observer import Observer
+from lit_rlft.loop.hooks import Observer
 
 __all__ = ["SelfCheck"]
 

@@ -1,7 +1,7 @@
 """Silent faults that TRL 0.23.1's DDPOTrainer was seen to have, on a tiny diffusion model of ours.
 
-Those shown elsewhere: a resumed run trains nothing, and ranks drift apart (`test_cli_ddpo.py`:
-`test_a_run_resumes_bit_by_bit`, `test_two_processes_train_like_one`).
+Those shown elsewhere: a resumed run trains nothing, and ranks drift apart
+(`tests/cli/test_ddpo.py`: `test_a_run_resumes_bit_by_bit`, `test_two_processes_train_like_one`).
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader
 
 from domains.text_to_image.pipeline import TextToImagePipeline
 from domains.text_to_image.rewards import Colourfulness
-from lit_rlft.adapters import LoRA
 from lit_rlft.algorithms.ddpo import DDPO, Rollout
 from lit_rlft.cli import main
 from lit_rlft.core.advantage import RunningAdvantage
@@ -28,7 +27,8 @@ from lit_rlft.core.reward import Reward
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.schedule import DiscreteVP
 from lit_rlft.core.state import tensor_of
-from lit_rlft.data import Rows, collate
+from lit_rlft.kit.data import Rows, collate
+from lit_rlft.loop.reference import LoRA
 from tests.support import arguments, trainer_of, working_directory, write_picture_domain
 
 STEPS, M = 4, 4

@@ -28,7 +28,6 @@ from domains.gaussian_mixture.mixture import MEANS, STDS, WEIGHTS
 from domains.gaussian_mixture.pipeline import GaussianMixturePipeline
 from domains.gaussian_mixture.rewards import Coordinate
 from domains.text_to_image.pipeline import TextToImagePipeline
-from lit_rlft.adapters import LoRA
 from lit_rlft.algorithms.base import Experience
 from lit_rlft.algorithms.graft import GRAFT, PGRAFT
 from lit_rlft.core.checks import UsageError
@@ -39,7 +38,8 @@ from lit_rlft.core.reward import Reward
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.selection import Preference, RandomK, Threshold, TopK, Unique
 from lit_rlft.core.state import State, tensor_of
-from lit_rlft.data import collate
+from lit_rlft.kit.data import collate
+from lit_rlft.loop.reference import LoRA
 from tests.support import trainer_of
 
 W, M = np.array(WEIGHTS), np.array(MEANS)
@@ -559,7 +559,7 @@ def test_candidates_do_not_depend_on_sampling_batches(
 
 def planned(tuner: PGRAFT, num: int, counts: Sequence[int] | None, monkeypatch: Any) -> list[Any]:
     if counts:
-        monkeypatch.setattr("lit_rlft.optimization.gather", lambda value, size: list(counts))
+        monkeypatch.setattr("lit_rlft.loop.updates.gather", lambda value, size: list(counts))
     rows = torch.zeros(num, dtype=torch.int64)
     states = {"x_s": torch.arange(float(num)).unsqueeze(1)}
     return tuner.updates.plan(Experience(states, Condition([{}], {}, rows), list(range(num))))

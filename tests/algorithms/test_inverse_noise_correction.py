@@ -30,8 +30,10 @@ from domains.layout.rewards import Overlap
 from domains.layout.sources import Grammar
 from domains.text_to_image.pipeline import TextToImagePipeline
 from domains.text_to_image.rewards import Symmetry
-from lit_rlft.adapters import LoRA
 from lit_rlft.algorithms.inverse_noise_correction import InverseNoiseCorrection
+from lit_rlft.algorithms.inverse_noise_correction.fingerprint import alike
+from lit_rlft.algorithms.inverse_noise_correction.inversion import Inversion
+from lit_rlft.algorithms.inverse_noise_correction.noise_store import InvertedNoise
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.fixed_point import FixedPoint
 from lit_rlft.core.pipeline import Condition, Pipeline
@@ -39,10 +41,8 @@ from lit_rlft.core.randomness import generators
 from lit_rlft.core.reward import Reward
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.state import State, flatten, tensor_of
-from lit_rlft.data import Rows, collate
-from lit_rlft.inversion import Inversion
-from lit_rlft.inverted_noise import InvertedNoise
-from lit_rlft.probes import alike
+from lit_rlft.kit.data import Rows, collate
+from lit_rlft.loop.reference import LoRA
 from tests.support import trainer_of
 
 STEPS = 8
@@ -182,8 +182,8 @@ def test_what_is_missing_is_shared_out_evenly(
     def lacking(value: Any, world_size: int) -> list[Any]:
         return [value] if value == "" or world_size == 1 else [[], [1, 3]]
 
-    monkeypatch.setattr("lit_rlft.inversion.gather", lacking)
-    monkeypatch.setattr("lit_rlft.processes.gather", lacking)
+    monkeypatch.setattr("lit_rlft.algorithms.inverse_noise_correction.inversion.gather", lacking)
+    monkeypatch.setattr("lit_rlft.distributed.gather", lacking)
     tuner = tuner_of(Biased(), shard_size=5)
     tuner.setup("fit")
     tuner.trainer = SimpleNamespace(

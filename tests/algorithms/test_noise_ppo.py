@@ -32,7 +32,6 @@ from domains.gaussian_mixture.rewards import Coordinate, Quadratic
 from domains.text_to_image.data import PromptData
 from domains.text_to_image.pipeline import TextToImagePipeline
 from domains.text_to_image.rewards import Symmetry
-from lit_rlft.adapters import LoRA
 from lit_rlft.algorithms.base import Experience
 from lit_rlft.algorithms.graft import GRAFT
 from lit_rlft.algorithms.noise_ppo import NoisePPO
@@ -46,7 +45,8 @@ from lit_rlft.core.randomness import generators, seed_from
 from lit_rlft.core.reward import Reward
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.state import tensor_of
-from lit_rlft.noise_generator import NoiseGenerator
+from lit_rlft.inference import NoiseGenerator
+from lit_rlft.loop.reference import LoRA
 from tests.support import trainer_of
 
 CENTER = (1.5, -1.0)
@@ -635,7 +635,7 @@ def test_plain_diffusers_paints_our_pictures(
 
 def test_the_loader_needs_neither_lightning_nor_diffusers() -> None:
     code = (
-        "import sys, lit_rlft.noise_generator\n"
+        "import sys, lit_rlft.inference\n"
         "print(sorted({'lightning', 'peft', 'diffusers', 'transformers'} & set(sys.modules)))"
     )
     root = Path(__file__).parents[2]

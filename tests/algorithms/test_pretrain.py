@@ -16,7 +16,6 @@ from domains.gaussian_mixture.mixture import MEANS, STDS, WEIGHTS
 from domains.gaussian_mixture.pipeline import GaussianMixturePipeline
 from domains.gaussian_mixture.rewards import Coordinate
 from domains.text_to_image.pipeline import TextToImagePipeline
-from lit_rlft.adapters import LoRA
 from lit_rlft.algorithms.pretrain import Pretrain
 from lit_rlft.callbacks.ema import EMA
 from lit_rlft.core.checks import UsageError
@@ -24,7 +23,8 @@ from lit_rlft.core.pipeline import Condition, Pipeline
 from lit_rlft.core.randomness import generators
 from lit_rlft.core.reward import Reward
 from lit_rlft.core.sampling import Sampler
-from lit_rlft.data import collate
+from lit_rlft.kit.data import collate
+from lit_rlft.loop.reference import LoRA
 from tests.support import trainer_of
 
 START = {"weights": [1.0] * 5, "means": [[0.6 * x, 0.6 * y] for x, y in MEANS], "stds": [0.4] * 5}

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from domains.gaussian_mixture.data import MixtureData
 from domains.gaussian_mixture.pipeline import GaussianMixtureDenoiser, GaussianMixturePipeline
 from domains.gaussian_mixture.rewards import Coordinate
-from lit_rlft.adapters import LoRA
 from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.algorithms.graft import GRAFT
 from lit_rlft.algorithms.inverse_noise_correction import InverseNoiseCorrection
 from lit_rlft.callbacks.cost_meter import CostMeter
 from lit_rlft.core.corrector import _MLP
 from lit_rlft.core.sampling import Sampler
-from lit_rlft.cost import Cost, count_calls, count_flops, flop_counter
+from lit_rlft.cost.counters import Cost, count_calls, count_flops, flop_counter
+from lit_rlft.loop.reference import LoRA
 from tests.support import trainer_of
 
 # The mixture's residual network: 2 + 4 inputs, 64, 64, 2; its mixture: responsibilities of five
@@ -69,7 +69,7 @@ def test_operations_are_measured_once_per_shape_whatever_the_number_of_rows(
         measured.append(None)
         return flop_counter()
 
-    monkeypatch.setattr("lit_rlft.cost.flop_counter", recorded)
+    monkeypatch.setattr("lit_rlft.cost.counters.flop_counter", recorded)
     cost, network = Cost(), nn.Linear(4, 4)
     count_flops(network, lambda: cost)
     for shape in ((0, 4), (2, 4), (3, 4), (2, 5, 4), (2, 4), (1, 5, 4)):
@@ -224,8 +224,8 @@ def test_counting_is_not_part_of_the_seconds_of_either_arm(
 
     takes(GaussianMixtureDenoiser, 1.0)
     takes(_MLP, 0.25)
-    monkeypatch.setattr("lit_rlft.cost.flop_counter", counter)
-    monkeypatch.setattr("lit_rlft.cost.now", lambda: clock[0])
+    monkeypatch.setattr("lit_rlft.cost.counters.flop_counter", counter)
+    monkeypatch.setattr("lit_rlft.cost.counters.now", lambda: clock[0])
     monkeypatch.setattr("lit_rlft.callbacks.cost_meter.now", lambda: clock[0])
     pipeline = GaussianMixturePipeline(schedule="rectified_flow", prediction_type="velocity")
     settings: dict[str, Any] = {"corrector_steps": 3, "sampling_batch_size": 5}

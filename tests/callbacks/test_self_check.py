@@ -16,9 +16,9 @@ from domains.gaussian_mixture.pipeline import GaussianMixturePipeline
 from domains.gaussian_mixture.rewards import Coordinate
 from lit_rlft.algorithms.base import Experience, RewardFineTuner
 from lit_rlft.algorithms.ddpo import DDPO
-from lit_rlft.algorithms.drtune import RewardGradient
 from lit_rlft.algorithms.graft import GRAFT
 from lit_rlft.algorithms.noise_ppo import NoisePPO
+from lit_rlft.algorithms.reward_gradient import RewardGradient
 from lit_rlft.callbacks.self_check import SelfCheck
 from lit_rlft.cli import main
 from lit_rlft.core.advantage import GroupAdvantage

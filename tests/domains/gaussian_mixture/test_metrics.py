@@ -5,9 +5,9 @@ import torch
 
 from domains.gaussian_mixture.metrics import MMD
 from domains.gaussian_mixture.mixture import MEANS, STDS, WEIGHTS, Mixture
-from lit_rlft.bootstrap import compared
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
+from lit_rlft.evaluation.bootstrap import compared
 
 NOWHERE = Condition([{"name": "mixture"}], {}, torch.zeros(500, dtype=torch.int64))
 

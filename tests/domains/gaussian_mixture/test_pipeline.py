@@ -11,10 +11,10 @@ from torch import Tensor, distributions
 
 from domains.gaussian_mixture.mixture import MEANS, STDS, WEIGHTS, Mixture
 from domains.gaussian_mixture.pipeline import GaussianMixtureDenoiser, GaussianMixturePipeline
-from lit_rlft.adapters import LoRA, attach_lora
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.process import GaussianProcess
 from lit_rlft.core.schedule import CosineVP, DiscreteVP, RectifiedFlow, Schedule, vp_betas
+from lit_rlft.loop.reference import LoRA, attach_lora
 
 SCHEDULES: dict[str, Schedule] = {
     "discrete": DiscreteVP(vp_betas()),

@@ -13,7 +13,7 @@ from domains.image.distances import (
     kernel_distance,
     precision_recall,
 )
-from lit_rlft.core.mmd import mmd, polynomial
+from lit_rlft.kit.statistics import mmd, polynomial
 
 
 def normal(num: int, dims: int, seed: int, shift: float = 0.0, scale: float = 1.0) -> Tensor:

@@ -12,8 +12,8 @@ from PIL import Image
 
 from domains.image.folder import Reading
 from domains.image.sources import ImageFolder
-from lit_rlft import array_cache
 from lit_rlft.core.checks import UsageError
+from lit_rlft.kit import cache
 
 
 def picture(seed: int, height: int = 12, width: int = 12) -> NDArray[np.uint8]:
@@ -181,13 +181,13 @@ def test_two_processes_at_once_leave_one_array(
     expected = np.array(load(pictures))
     (made,) = (tmp_path / "cache").iterdir()
     shutil.move(made, tmp_path / "made")
-    original = array_cache.mkdtemp
+    original = cache.mkdtemp
 
     def overtaken(**settings: Any) -> str:
         partial = original(**settings)
         shutil.copytree(tmp_path / "made", made)  # the other process is done first
         return partial
 
-    monkeypatch.setattr(array_cache, "mkdtemp", overtaken)
+    monkeypatch.setattr(cache, "mkdtemp", overtaken)
     np.testing.assert_array_equal(load(pictures), expected)
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [made.name]

@@ -13,9 +13,9 @@ from domains.image.distances import precision_recall
 from domains.image.features import FeatureArchitecture, FeatureNetwork, load_features
 from domains.image.metrics import Diversity, SetDistances
 from domains.image.sources import Digits, Generated
-from lit_rlft.bootstrap import compared
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
+from lit_rlft.evaluation.bootstrap import compared
 from tests.domains.image.test_sources import paint
 from tests.support import ROOT
 

@@ -18,10 +18,10 @@ from diffusers import (
 from PIL import Image
 
 from domains.image.pipeline import ImagePipeline
-from lit_rlft.adapters import LoRA, attach_lora
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.sampling import Sampler
+from lit_rlft.loop.reference import LoRA, attach_lora
 from tests.domains.image.conftest import TINY
 
 UNet = Callable[..., UNet2DModel]

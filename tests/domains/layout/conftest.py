@@ -10,7 +10,7 @@ from domains.layout.data import LayoutData
 from domains.layout.network import Architecture
 from domains.layout.pipeline import LayoutPipeline
 from domains.layout.sources import Grammar
-from lit_rlft.data import collate
+from lit_rlft.kit.data import collate
 
 Batches = Callable[..., dict[str, Any]]
 

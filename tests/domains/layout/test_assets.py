@@ -18,7 +18,7 @@ from domains.layout.sources import Grammar
 from domains.layout.train_encoder import accuracy, losses, question, train
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.sampling import Sampler
-from lit_rlft.data import collate
+from lit_rlft.kit.data import collate
 from tests.domains.layout.test_pipeline import assert_obeyed, sample
 
 PAGES = source_layouts(Grammar(400, seed=1))

@@ -16,7 +16,7 @@ from domains.layout.pages import Element, Page, elements_of, pack, reading_order
 from domains.layout.sources import JSONLayouts, PubLayNet, RicoArrays, RicoJSON, Source
 from domains.layout.streaming import JSONStream
 from lit_rlft.core.checks import UsageError
-from lit_rlft.entries import BadEntry, Report
+from lit_rlft.kit.bad_entries import BadEntry, Report
 
 LAYOUTS = Path(__file__).parents[3] / ".." / "shared/data/layouts"
 NAMES = ("text", "title", "list", "table", "figure")

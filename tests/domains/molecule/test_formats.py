@@ -26,7 +26,7 @@ from domains.molecule.molecules import EMPTY
 from domains.molecule.sources import QM9, MoleculeFile, SmilesFile, Source, edm_split
 from domains.molecule.structures import Structure, molecules_of, pack
 from lit_rlft.core.checks import UsageError
-from lit_rlft.entries import BadEntry, Report
+from lit_rlft.kit.bad_entries import BadEntry, Report
 from tests.domains.molecule.known import geometry, real
 
 SMILES = ("C", "N", "O", "C#C", "C#N")

@@ -17,7 +17,7 @@ from domains.molecule.network import (
 )
 from domains.molecule.pipeline import MoleculePipeline
 from lit_rlft.core.checks import UsageError
-from lit_rlft.weights import save_network
+from lit_rlft.kit.network_folder import save_network
 
 NETWORKS: dict[str, type[Denoiser]] = {"egnn": EGNN, "edm": EDM, "transformer": Transformer}
 CASES = [("egnn", "continuous"), ("egnn", "mixed"), ("edm", "continuous")]

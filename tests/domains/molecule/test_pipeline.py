@@ -14,14 +14,13 @@ from torch.utils.data import DataLoader
 from domains.molecule.molecules import EMPTY, Molecules, check_molecules
 from domains.molecule.network import Architecture
 from domains.molecule.pipeline import MoleculePipeline
-from lit_rlft.adapters import LoRA, attach_lora
 from lit_rlft.algorithms.base import Experience, RewardFineTuner
 from lit_rlft.algorithms.ddpo import DDPO
-from lit_rlft.algorithms.drtune import RewardGradient
 from lit_rlft.algorithms.graft import GRAFT, PGRAFT
 from lit_rlft.algorithms.inverse_noise_correction import InverseNoiseCorrection
 from lit_rlft.algorithms.noise_ppo import NoisePPO
 from lit_rlft.algorithms.pretrain import Pretrain
+from lit_rlft.algorithms.reward_gradient import RewardGradient
 from lit_rlft.core.advantage import GroupAdvantage
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.gradient_plan import DRTune
@@ -31,7 +30,8 @@ from lit_rlft.core.reward import Reward
 from lit_rlft.core.sampling import Sampler, walk
 from lit_rlft.core.state import State, leaves
 from lit_rlft.core.trajectory import walk_with_log_probs
-from lit_rlft.data import collate
+from lit_rlft.kit.data import collate
+from lit_rlft.loop.reference import LoRA, attach_lora
 from tests.support import trainer_of
 
 STATES = ("continuous", "mixed")

@@ -14,7 +14,7 @@ from domains.text_to_image.data import PromptData, ShapesPictures, ShapesPrompts
 from domains.text_to_image.shapes import world
 from domains.text_to_image.shapes.detector import judge
 from lit_rlft.core.checks import UsageError
-from lit_rlft.data import SplitData, collate
+from lit_rlft.kit.data import SplitData, collate
 
 PROMPTS = Path(__file__).parents[3] / ".." / "shared" / "data" / "prompts"
 SPLITS = ("train", "val", "test")

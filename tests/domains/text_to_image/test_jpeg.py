@@ -21,7 +21,7 @@ from domains.text_to_image.jpeg import (
 from domains.text_to_image.pipeline import EMBEDDED
 from domains.text_to_image.shapes import world
 from lit_rlft.core.checks import UsageError
-from lit_rlft.pictures import to_image
+from lit_rlft.kit.images import to_image
 
 QUALITIES = (1, 10, 25, 49, 50, 51, 75, 90, 95, 99, 100)
 SIZES = [(16, 16), (32, 48), (24, 40), (19, 45), (17, 16), (8, 9), (1, 1)]

@@ -22,11 +22,11 @@ from torch import Tensor
 
 from domains.text_to_image.pipeline import TextToImagePipeline
 from domains.text_to_image.shapes import world
-from lit_rlft.adapters import LoRA, Reference, attach_lora
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.randomness import generators
 from lit_rlft.core.sampling import Sampler
+from lit_rlft.loop.reference import LoRA, Reference, attach_lora
 
 Folder = Callable[..., Path]
 PROMPTS = ["a red circle", "two blue rings", "a red circle"]

@@ -17,9 +17,8 @@ from domains.gaussian_mixture.pipeline import GaussianMixturePipeline
 from domains.gaussian_mixture.rewards import ComponentIndicator, Quadratic
 from domains.text_to_image.pipeline import TextToImagePipeline
 from domains.text_to_image.rewards import Symmetry
-from lit_rlft.adapters import LoRA
 from lit_rlft.algorithms.base import Experience
-from lit_rlft.algorithms.drtune import RewardGradient
+from lit_rlft.algorithms.reward_gradient import RewardGradient
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.gradient_plan import (
     AlignProp,
@@ -35,6 +34,7 @@ from lit_rlft.core.randomness import generators
 from lit_rlft.core.reward import WeightedSum
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.state import tensor_of
+from lit_rlft.loop.reference import LoRA
 
 T, SIZE, SEEDS = 6, 5, tuple(range(5))
 CENTER = (0.75, -0.5)  # exact in single precision too

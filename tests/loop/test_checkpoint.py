@@ -16,14 +16,14 @@ from domains.gaussian_mixture.pipeline import GaussianMixturePipeline
 from domains.gaussian_mixture.rewards import Coordinate
 from domains.text_to_image.pipeline import TextToImagePipeline
 from domains.text_to_image.rewards import Symmetry
-from lit_rlft.adapters import LoRA
 from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.algorithms.graft import GRAFT
 from lit_rlft.algorithms.pretrain import Pretrain
 from lit_rlft.callbacks.ema import EMA
-from lit_rlft.checkpoint import check_file, fingerprint
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.sampling import Sampler
+from lit_rlft.loop.checkpoint import check_file, fingerprint
+from lit_rlft.loop.reference import LoRA
 from tests.support import trainer_of
 
 SHAPES = Path(domains.text_to_image.__file__).parent / "assets/shapes"

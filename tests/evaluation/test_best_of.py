@@ -9,11 +9,11 @@ from torch import Tensor
 from domains.gaussian_mixture.pipeline import GaussianMixturePipeline
 from domains.gaussian_mixture.rewards import Coordinate
 from lit_rlft.algorithms.graft import GRAFT
-from lit_rlft.best_of import best_of
 from lit_rlft.cli import main
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.state import tensor_of
+from lit_rlft.evaluation.best_of import best_of
 from tests.support import arguments, report, trainer_of, working_directory
 
 NUM, N = 4096, 4

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_rlft.evaluation import Evaluation, moments
-from lit_rlft.report import before_after, comparison
+from lit_rlft.evaluation.measurements import Evaluation, moments
+from lit_rlft.runs.before_after import before_after, comparison
 
 NAN = float("nan")
 
@@ -82,7 +82,9 @@ def test_processes_are_summarised_together(monkeypatch: pytest.MonkeyPatch) -> N
     added(evaluation, "reference", 0, r=[1.0])
     added(evaluation, "tuned", 0, r=[2.0, 4.0])
     other = {"tuned": {"r": torch.tensor([9.0])}, "reference": {}, "gain": {}}
-    monkeypatch.setattr("lit_rlft.evaluation.gather", lambda mine, world_size: [mine, other])
+    monkeypatch.setattr(
+        "lit_rlft.evaluation.measurements.gather", lambda mine, world_size: [mine, other]
+    )
     summary = evaluation.summary(world_size=2)
     assert summary["tuned"]["r"]["mean"] == 5.0 and summary["reference"]["r"]["mean"] == 1.0
 

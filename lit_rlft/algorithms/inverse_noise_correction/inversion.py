@@ -12,14 +12,14 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import Dataset
 
+from lit_rlft.algorithms.inverse_noise_correction.fingerprint import alike, probe
+from lit_rlft.algorithms.inverse_noise_correction.noise_store import InvertedNoise
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.randomness import generators, seed_from
 from lit_rlft.core.state import State, cat, flatten, tree_map
-from lit_rlft.inverted_noise import InvertedNoise
-from lit_rlft.probes import alike, probe
-from lit_rlft.processes import gather, together
-from lit_rlft.runs import run_folder, summary_writer
+from lit_rlft.distributed import gather, together
+from lit_rlft.runs.folder import run_folder, summary_writer
 
 if TYPE_CHECKING:
     from lit_rlft.algorithms.inverse_noise_correction import InverseNoiseCorrection
@@ -125,7 +125,7 @@ class Inversion:
         if batch["index"].tolist() != list(rows):
             raise UsageError(
                 f"{tuner.algorithm} needs data whose column 'index' is the row's number, which "
-                "lit_rlft.data.Rows adds"
+                "lit_rlft.kit.data.Rows adds"
             )
         condition, x_0 = pipeline.encode(batch), pipeline.states(batch)
         if not tuner.data_noise:

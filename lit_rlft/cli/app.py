@@ -16,12 +16,13 @@ from lit_rlft.callbacks.last_checkpoint import LastCheckpoint
 from lit_rlft.callbacks.run_files import RunFiles, SaveConfig
 from lit_rlft.callbacks.sample_panel import SamplePanel
 from lit_rlft.callbacks.self_check import SelfCheck
-from lit_rlft.checkpoint import check_file
-from lit_rlft.command import FALSE_ALARMS, packaged, sentence
+from lit_rlft.cli.errors import FALSE_ALARMS, sentence
+from lit_rlft.cli.paths import packaged
 from lit_rlft.core.pipeline import Pipeline
 from lit_rlft.core.reward import Metrics, Reward
-from lit_rlft.data import SplitData
-from lit_rlft.runs import make_folder, trainer_settings
+from lit_rlft.kit.data import SplitData
+from lit_rlft.loop.checkpoint import check_file
+from lit_rlft.runs.folder import make_folder, trainer_settings
 
 __all__ = ["main"]
 

@@ -24,6 +24,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from lit_rlft.algorithms.base import Experience, Relay, RewardFineTuner
+from lit_rlft.algorithms.inverse_noise_correction.fingerprint import alike, probe
+from lit_rlft.algorithms.inverse_noise_correction.inversion import Inversion
+from lit_rlft.algorithms.inverse_noise_correction.noise_store import InvertedNoise
 from lit_rlft.core.checks import UsageError, loading, require
 from lit_rlft.core.corrector import Flow, FlowMLP, FlowPrior
 from lit_rlft.core.fixed_point import FixedPoint
@@ -31,10 +34,7 @@ from lit_rlft.core.pipeline import Batch, Condition, Pipeline
 from lit_rlft.core.randomness import Generators, generators, rand_like, seed_from
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.state import State, flatten, leaves, tree_map
-from lit_rlft.cost import Cost
-from lit_rlft.inversion import Inversion
-from lit_rlft.inverted_noise import InvertedNoise
-from lit_rlft.probes import alike, probe
+from lit_rlft.cost.counters import Cost
 
 __all__ = ["InverseNoiseCorrection"]
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_rlft.bootstrap import compared
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Metrics, SetMetric
-from lit_rlft.evaluation import Evaluation
+from lit_rlft.evaluation.bootstrap import compared
+from lit_rlft.evaluation.measurements import Evaluation
 
 
 class Mean(SetMetric):

@@ -24,7 +24,7 @@ from lit_rlft.core.prior import FullResolution, LowRank, LowResolution, NoisePol
 
 __all__ = ["NoiseGenerator"]
 
-_KEY = "lit_rlft.noise_generator"
+_KEY = "lit_rlft.inference"
 _MAPS = {cls.__name__: cls for cls in (FullResolution, LowResolution, LowRank)}
 
 

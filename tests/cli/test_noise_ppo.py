@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lit_rlft.cli import main
-from lit_rlft.noise_generator import NoiseGenerator
+from lit_rlft.inference import NoiseGenerator
 from tests.support import (
     TWO_PROCESSES,
     arguments,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_rlft.core.mmd import gaussian, median_distance, mmd, polynomial, similarity
+from lit_rlft.kit.statistics import gaussian, median_distance, mmd, polynomial, similarity
 
 
 def normal(num: int, dims: int, seed: int, shift: float = 0.0, scale: float = 1.0) -> Tensor:

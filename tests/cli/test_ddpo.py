@@ -12,6 +12,7 @@ import yaml
 from torch.testing import assert_close
 
 from lit_rlft.cli import main
+from tests.cli.test_runs import GAUSSIAN, TINY
 from tests.support import (
     TWO_PROCESSES,
     arguments,
@@ -23,7 +24,6 @@ from tests.support import (
     weights,
     working_directory,
 )
-from tests.test_cli import GAUSSIAN, TINY
 
 METHODS = ("ddpo", "ddpo_sf", "dpok", "grpo")
 each_method = pytest.mark.parametrize("method", METHODS)

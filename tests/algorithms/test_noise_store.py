@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from lit_rlft.algorithms.inverse_noise_correction.noise_store import InvertedNoise
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.state import index
-from lit_rlft.inverted_noise import InvertedNoise
-from lit_rlft.processes import together
+from lit_rlft.distributed import together
 
 STATES = torch.arange(70, dtype=torch.float32).reshape(10, 7).reshape(10, 7, 1)
 IDENTITY = {"num_steps": 8, "data": [0.5, -1.0], "data_noise": 0.0, "pretrained": "abc"}
@@ -129,7 +129,7 @@ def test_what_one_process_raises_stops_the_others(monkeypatch: pytest.MonkeyPatc
         problems.append(value)
         return ["", *problems]
 
-    monkeypatch.setattr("lit_rlft.processes.gather", gathered)
+    monkeypatch.setattr("lit_rlft.distributed.gather", gathered)
     with together(2):
         pass
     with pytest.raises(KeyError, match="atoms"), together(2):

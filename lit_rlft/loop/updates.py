@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from lit_rlft.core.randomness import generators, seed_from
-from lit_rlft.processes import gather
+from lit_rlft.distributed import gather
 
 if TYPE_CHECKING:
     from lit_rlft.algorithms.base import Experience, RewardFineTuner

@@ -1,13 +1,11 @@
-"""What the command line needs beside its wiring: packaged configs, errors as sentences."""
-
-from pathlib import Path
+"""Errors as sentences, and warnings that do not concern the user."""
 
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lit_rlft.core.checks import UsageError
 
-__all__ = ["FALSE_ALARMS", "packaged", "sentence"]
+__all__ = ["FALSE_ALARMS", "sentence"]
 
 FALSE_ALARMS = (
     r"Found \d+ module\(s\) in eval mode",  # all but what is trained
@@ -34,12 +32,3 @@ def sentence(error: Exception) -> str | None:
     # The innermost of these says what the parser's list of all alternatives buries.
     texts = [str(error), *(t for t in map(str, causes) if t.startswith("Problem with given class"))]
     return " ".join(texts[-1].split())
-
-
-def packaged(argument: str) -> str:
-    """Find `configs/...` in the installed package where the working directory has none."""
-    prefix, _, path = argument.rpartition("=")
-    installed = Path(__file__).parents[1] / path
-    if path.startswith("configs/") and not Path(path).exists() and installed.is_file():
-        return f"{prefix}={installed}" if prefix else str(installed)
-    return argument

@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import Dataset
 
 from lit_rlft.core.checks import UsageError
-from lit_rlft.data import Rows, Split, SplitData, collate
+from lit_rlft.kit.data import Rows, Split, SplitData, collate
 
 
 class Numbers(SplitData):

@@ -20,9 +20,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lit_rlft.algorithms.inverse_noise_correction.fingerprint import alike
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.state import State
-from lit_rlft.probes import alike
 
 __all__ = ["InvertedNoise"]
 

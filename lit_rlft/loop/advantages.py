@@ -12,7 +12,7 @@ from lit_rlft.core.advantage import Advantage, constant_groups
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Reward
-from lit_rlft.processes import gather
+from lit_rlft.distributed import gather
 
 __all__ = ["Comparing", "compare"]
 

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 
 from lit_rlft.core.checks import UsageError
-from lit_rlft.entries import Report
+from lit_rlft.kit.bad_entries import Report
 
 __all__ = ["cached_folder", "open_arrays", "save_arrays", "user_cache"]
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from lit_rlft.core.checks import UsageError
-from lit_rlft.muon import MuonAdamW
+from lit_rlft.optimizers import MuonAdamW
 
 pytestmark = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch is older than 2.9")
 

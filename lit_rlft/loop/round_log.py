@@ -7,9 +7,9 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from lit_rlft.optimization import is_maximum
-from lit_rlft.processes import gather
-from lit_rlft.runs import summary_writer
+from lit_rlft.distributed import gather
+from lit_rlft.loop.updates import is_maximum
+from lit_rlft.runs.folder import summary_writer
 
 if TYPE_CHECKING:
     from lit_rlft.algorithms.base import Experience, RewardFineTuner

@@ -1,0 +1,1 @@
+"""What a run spends, and who pays."""

@@ -1,0 +1,1 @@
+"""The tuned model beside the reference: the same conditions, the same noise."""

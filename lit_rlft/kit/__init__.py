@@ -1,0 +1,1 @@
+"""What domains build on: data, caches, networks in folders, images, statistics."""

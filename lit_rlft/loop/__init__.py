@@ -1,0 +1,1 @@
+"""One round, piece by piece: draw, score, update, remember, log."""
