@@ -51,9 +51,9 @@ def draw(pipeline: ImagePipeline, sampler: Sampler, num: int) -> Tensor:
     parts = []
     for start in range(0, num, BATCH_SIZE):
         seeds = range(start, min(num, start + BATCH_SIZE))
-        condition, rows = pipeline.encode({"index": seeds}), generators(list(seeds))
-        x_1 = pipeline.process.prior(pipeline.blank(condition)).sample(rows)
-        x_0 = sampler.sample(pipeline, pipeline.process, x_1, condition, rows)
+        condition, noise = pipeline.encode({"index": seeds}), generators(list(seeds))
+        x_1 = pipeline.process.prior(pipeline.blank(condition)).sample(noise)
+        x_0 = sampler.sample(pipeline, pipeline.process, x_1, condition, noise)
         parts.append(pipeline.decode(x_0, condition))
     return torch.cat(parts)
 

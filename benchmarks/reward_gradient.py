@@ -161,7 +161,7 @@ def our_side(options: argparse.Namespace) -> Turn:
             share_adapter(self.pipeline.denoiser)
 
         def loss(
-            self, experience: Experience, rows: Generators
+            self, experience: Experience, noise: Generators
         ) -> tuple[Tensor, dict[str, Tensor]]:
             prompts = [entry["prompt"] for entry in experience.condition.each()]
             return super().loss(experience, shared_rows(self.num_updates, prompts))

@@ -40,10 +40,10 @@ def ours(pipeline: TextToImagePipeline, sampler: Sampler) -> Draw:
     """Return our side: encode, walk, decode."""
 
     def draw(prompts: list[str]) -> Tensor:
-        rows = generators(range(len(prompts)))
+        noise = generators(range(len(prompts)))
         condition = pipeline.encode({"index": torch.arange(len(prompts)), "prompt": prompts})
-        x_1 = pipeline.process.prior(pipeline.blank(condition)).sample(rows)
-        x_0 = sampler.sample(pipeline, pipeline.process, x_1, condition, rows)
+        x_1 = pipeline.process.prior(pipeline.blank(condition)).sample(noise)
+        x_0 = sampler.sample(pipeline, pipeline.process, x_1, condition, noise)
         return pipeline.decode(x_0, condition)
 
     return draw

@@ -25,6 +25,7 @@ from lit_rlft.core.reward import Metric, Metrics, Reward, SetMetric, check_rewar
 from lit_rlft.core.samples import Samples
 from lit_rlft.core.sampling import Denoiser, Sampler, walk
 from lit_rlft.core.state import State, batch_size, cat, index, split
+from lit_rlft.core.streams import Stream
 from lit_rlft.cost.counters import Cost, count_calls, count_flops, flops_per_call, peak_memory_bytes
 from lit_rlft.evaluation.best_of import best_of
 from lit_rlft.evaluation.measurements import Arm, Evaluation
@@ -42,8 +43,6 @@ Relay = Sequence[tuple[Denoiser, int]]
 """Who denoises how many steps, in the sampler's order."""
 Prior = Callable[[Condition], Distribution]
 """From conditions to the law of x_1."""
-_EVALUATE, _DIVERGENCE = 1, 4
-"""Streams of evaluation; algorithms use streams from 10 on."""
 
 
 @dataclass(frozen=True)
@@ -204,8 +203,8 @@ class RewardFineTuner(LightningModule, ABC):
         """Draw the experience of one round; called without gradients."""
 
     @abstractmethod
-    def loss(self, experience: Experience, rows: Generators) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the losses [n] of some samples and values [n] to log; `rows` seeds the noise.
+    def loss(self, experience: Experience, noise: Generators) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the losses [n] of some samples and values [n] to log; `noise` seeds what is drawn.
 
         Values are averaged over samples; of those whose name ends in `_max` the largest is logged.
         """
@@ -354,15 +353,15 @@ class RewardFineTuner(LightningModule, ABC):
         starts = range(0, len(condition), self.sampling_batch_size)
         for start in self.track(starts, label):
             chunk = slice(start, start + self.sampling_batch_size)
-            part, rows = condition.index(chunk), generators(seeds[chunk])
-            for i, x in self._walk(relay, part, prior(part).sample(rows), rows):
+            part, noise = condition.index(chunk), generators(seeds[chunk])
+            for i, x in self._walk(relay, part, prior(part).sample(noise), noise):
                 for slot, wanted in enumerate(keep):
                     if i == wanted:
                         kept[slot].append(x)
         return [cat(states) for states in kept]
 
     def _walk(
-        self, relay: Relay, condition: Condition, x: State, rows: Generators
+        self, relay: Relay, condition: Condition, x: State, noise: Generators
     ) -> Iterator[tuple[int, State]]:
         """Iterate over (i, x at times[i]) from x_1 on; several denoisers run in turn."""
         process, first = self.pipeline.process, 0
@@ -370,7 +369,7 @@ class RewardFineTuner(LightningModule, ABC):
         yield 0, x
         for denoiser, num_steps in relay:
             leg = times[first : first + num_steps + 1]
-            for i, state in walk(denoiser, process, x, condition, leg, self.sampler.eta, rows):
+            for i, state in walk(denoiser, process, x, condition, leg, self.sampler.eta, noise):
                 if i:
                     yield first + i, (x := state)
             first += num_steps
@@ -497,7 +496,7 @@ class RewardFineTuner(LightningModule, ABC):
                 rank_zero_info(f"tuned model: {path}")
 
     def _eval_seeds(self, batch: Batch) -> list[int]:
-        return self.sample_seeds(batch, self.num_eval_samples, _EVALUATE)
+        return self.sample_seeds(batch, self.num_eval_samples, Stream.EVALUATE)
 
     def _draw(self, batch: Batch, condition: Condition, arm: Arm) -> tuple[State, list[int]]:
         seeds = self._eval_seeds(batch)
@@ -561,9 +560,9 @@ class RewardFineTuner(LightningModule, ABC):
         parts, first = [], 0
         for x in split(x_0, self.sampling_batch_size):
             chunk = slice(first, first := first + batch_size(x))
-            rows = generators([seed_from(seed, _DIVERGENCE) for seed in seeds[chunk]])
+            noise = generators([seed_from(seed, Stream.DIVERGENCE) for seed in seeds[chunk]])
             args = (self.policy, self.reference_policy, x, condition.index(chunk), times, tuned)
-            parts.append(path_kl(process, *args, rows))
+            parts.append(path_kl(process, *args, noise))
         self._meter = meter
         return prior + torch.cat(parts)
 

@@ -40,6 +40,7 @@ from lit_rlft.core.pipeline import Batch, Condition
 from lit_rlft.core.randomness import Generators, generators, seed_from
 from lit_rlft.core.sampling import Denoiser
 from lit_rlft.core.state import State, cat, tensor_of
+from lit_rlft.core.streams import Stream
 from lit_rlft.core.surrogate import importance_sampling, ratio_values, score_function
 from lit_rlft.core.trajectory import Trajectories, transition_of, walk_with_log_probs
 from lit_rlft.distributed import gather
@@ -47,8 +48,6 @@ from lit_rlft.loop.advantages import compare
 from lit_rlft.loop.updates import is_maximum
 
 __all__ = ["DDPO", "Rollout"]
-
-_ROLLOUT, _STEPS = 10, 13
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +199,7 @@ class DDPO(RewardFineTuner):
             UsageError: All rewards failed, or no trained step left anything to chance.
         """
         candidates = condition.repeat(self.num_candidates)
-        seeds = self.sample_seeds(batch, self.num_candidates, _ROLLOUT, self.num_rounds)
+        seeds = self.sample_seeds(batch, self.num_candidates, Stream.ROLLOUT, self.num_rounds)
         trajectories, x_0 = self._sample(candidates, seeds)
         self.num_samples += len(candidates) * self.trainer.world_size
         rewards, _ = self.score(x_0, candidates, may_fail=True)
@@ -220,7 +219,7 @@ class DDPO(RewardFineTuner):
             num_steps=self._num_random(random),
         )
 
-    def loss(self, experience: Experience, rows: Generators) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, experience: Experience, noise: Generators) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the surrogate of some pairs, plus the KL to the reference, [P]."""
         pairs = experience.states
         old, advantages, weight, share = (
@@ -252,15 +251,15 @@ class DDPO(RewardFineTuner):
         x_0 = []
         for first in self.track(range(0, len(condition), self.sampling_batch_size), "Sampling"):
             chunk = slice(first, first + self.sampling_batch_size)
-            part, rows = condition.index(chunk), generators(seeds[chunk])
+            part, noise = condition.index(chunk), generators(seeds[chunk])
             walk = walk_with_log_probs(
                 self.policy,
                 self.pipeline.process,
-                self.prior(part).sample(rows),
+                self.prior(part).sample(noise),
                 part,
                 times,
                 self.sampler.eta,
-                rows,
+                noise,
                 dtype=self.state_dtype,
                 reduction=self.log_prob_reduction,
             )
@@ -270,7 +269,7 @@ class DDPO(RewardFineTuner):
     def _draw_steps(self) -> list[int]:
         """Draw the trained steps of a round, the same on every process."""
         first, last = self.window or (0, self.sampler.num_steps)
-        (generator,) = generators([seed_from(self.seed, _STEPS, self.num_rounds)])
+        (generator,) = generators([seed_from(self.seed, Stream.STEPS, self.num_rounds)])
         order = torch.randperm(last - first, generator=generator)
         return (first + order[: self.num_train_steps]).tolist()
 

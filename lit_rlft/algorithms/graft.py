@@ -21,10 +21,9 @@ from lit_rlft.core.pipeline import Batch, Condition
 from lit_rlft.core.randomness import Generators, generators, rand_like, seed_from
 from lit_rlft.core.selection import Selection, TopK
 from lit_rlft.core.state import State, expand_as, index, leaves, tensor_of, tree_map
+from lit_rlft.core.streams import Stream
 
 __all__ = ["GRAFT", "PGRAFT"]
-
-_ROLLOUT, _SELECT = 10, 11
 
 
 class PGRAFT(RewardFineTuner):
@@ -104,7 +103,7 @@ class PGRAFT(RewardFineTuner):
     def collect(self, batch: Batch, condition: Condition) -> Experience:
         """Draw M candidates per condition and keep x_tau (or x_0) of the accepted ones."""
         candidates = condition.repeat(self.num_candidates)
-        seeds = self.sample_seeds(batch, self.num_candidates, _ROLLOUT, self.num_rounds)
+        seeds = self.sample_seeds(batch, self.num_candidates, Stream.ROLLOUT, self.num_rounds)
         relay = self.relay() if self.iterative else self.reference_relay()
         keep = (self.cut_step, self.sampler.num_steps)
         x_tau, x_0 = self.draw_states(candidates, seeds, keep=keep, relay=relay)
@@ -114,8 +113,10 @@ class PGRAFT(RewardFineTuner):
         shape = (-1, self.num_candidates)
         starts = range(0, len(candidates), self.num_candidates)
         grouped = [keys[i : i + self.num_candidates] for i in starts] if keys else None
-        rows = generators([seed_from(seed, _SELECT) for seed in seeds[:: self.num_candidates]])
-        accepted = self.selection(rewards.cpu().view(shape), grouped, rows).flatten()
+        noise = generators(
+            [seed_from(seed, Stream.SELECT) for seed in seeds[:: self.num_candidates]]
+        )
+        accepted = self.selection(rewards.cpu().view(shape), grouped, noise).flatten()
         chosen = accepted.nonzero().flatten()
         weights = self._weights(accepted.view(shape).float()).flatten()
         trained = weights.nonzero().flatten()
@@ -140,13 +141,13 @@ class PGRAFT(RewardFineTuner):
         """Number of neighbouring candidates that share the times and noise of training."""
         return self.num_candidates if self.contrast else 1
 
-    def loss(self, experience: Experience, rows: Generators) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, experience: Experience, noise: Generators) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted denoising loss of the samples at levels above tau, [n]."""
         process, x_s = self.pipeline.process, experience.states["x_s"]
-        uniform = rand_like(torch.empty(len(experience), device=leaves(x_s)[0].device), rows)
+        uniform = rand_like(torch.empty(len(experience), device=leaves(x_s)[0].device), noise)
         t = process.draw_times(uniform, low=self.tau)
         s = torch.full_like(t, self.tau if self.train_from == "intermediate" else 0.0)
-        x_t = process.noised(x_s, s, t, rows)
+        x_t = process.noised(x_s, s, t, noise)
         predict = self.policy if self.guided_loss else self.pipeline.predict
         prediction = predict(x_t, t, experience.condition)
         weight = tensor_of(experience.states["weight"])

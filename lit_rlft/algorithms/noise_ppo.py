@@ -30,13 +30,12 @@ from lit_rlft.core.prior import LowResolution, Maps, NoisePolicy
 from lit_rlft.core.process import GaussianProcess
 from lit_rlft.core.randomness import Generators
 from lit_rlft.core.state import tensor_of
+from lit_rlft.core.streams import Stream
 from lit_rlft.core.surrogate import importance_sampling, ratio_values
 from lit_rlft.inference import NoiseGenerator
 from lit_rlft.loop.advantages import compare
 
 __all__ = ["NoisePPO"]
-
-_ROLLOUT = 10
 
 
 class NoisePPO(RewardFineTuner):
@@ -145,7 +144,7 @@ class NoisePPO(RewardFineTuner):
     def collect(self, batch: Batch, condition: Condition) -> Experience:
         """Draw M samples per condition; keep x_1, its log-probability and its advantage."""
         candidates = condition.repeat(self.num_candidates)
-        seeds = self.sample_seeds(batch, self.num_candidates, _ROLLOUT, self.num_rounds)
+        seeds = self.sample_seeds(batch, self.num_candidates, Stream.ROLLOUT, self.num_rounds)
         ends = (0, self.sampler.num_steps)
         x_1, x_0 = self.draw_states(candidates, seeds, keep=ends, relay=self.relay())
         self.num_samples += len(candidates) * self.trainer.world_size
@@ -163,7 +162,7 @@ class NoisePPO(RewardFineTuner):
             histograms={"reward": rewards[rewards.isfinite()], "advantage": advantages},
         )
 
-    def loss(self, experience: Experience, rows: Generators) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, experience: Experience, noise: Generators) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the clipped surrogate of each x_1, plus beta times the KL to N(0, I), [n]."""
         x_1, old, advantages = (
             tensor_of(experience.states[name]) for name in ("x_1", "log_prob", "advantage")

@@ -10,6 +10,7 @@ from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Batch, Condition
 from lit_rlft.core.randomness import Generators, rand_like
 from lit_rlft.core.state import State, cat, index, leaves, to
+from lit_rlft.core.streams import Stream
 
 __all__ = ["Pretrain"]
 
@@ -59,22 +60,22 @@ class Pretrain(RewardFineTuner):
 
     def collect(self, batch: Batch, condition: Condition) -> Experience:
         """Return the data of the batch as experience."""
-        seeds = self.sample_seeds(batch, 1, 0, self.num_rounds)
+        seeds = self.sample_seeds(batch, 1, Stream.DATA, self.num_rounds)
         self.num_samples += len(seeds) * self.trainer.world_size
         return Experience({"x_0": self._states(batch)}, condition, seeds)
 
-    def loss(self, experience: Experience, rows: Generators) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, experience: Experience, noise: Generators) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the native denoising loss, [n]."""
         process, x_0 = self.pipeline.process, experience.states["x_0"]
-        uniform = rand_like(torch.empty(len(experience), device=leaves(x_0)[0].device), rows)
+        uniform = rand_like(torch.empty(len(experience), device=leaves(x_0)[0].device), noise)
         t = process.draw_times(uniform)
         s = torch.zeros_like(t)
-        x_t = process.noised(x_0, s, t, rows)
+        x_t = process.noised(x_0, s, t, noise)
         condition = experience.condition
         if self.train_encoder:
             condition = self.pipeline.encode(_columns(condition))
         if self.condition_dropout:
-            dropped = rand_like(torch.empty(len(experience)), rows) < self.condition_dropout
+            dropped = rand_like(torch.empty(len(experience)), noise) < self.condition_dropout
             condition = condition.dropped(dropped)
         return process.loss(self.pipeline.predict(x_t, t, condition), x_0, x_t, s, t), {}
 

@@ -28,10 +28,9 @@ from lit_rlft.core.randomness import Generators, generators, seed_from
 from lit_rlft.core.reward import Reward, WeightedSum
 from lit_rlft.core.sampling import walk
 from lit_rlft.core.state import State, batch_size, cat, detach, index, leaves
+from lit_rlft.core.streams import Stream
 
 __all__ = ["GradientWalk", "RewardGradient"]
-
-_ROLLOUT, _PLAN = 10, 12
 
 
 class RewardGradient(RewardFineTuner):
@@ -106,14 +105,14 @@ class RewardGradient(RewardFineTuner):
 
     def collect(self, batch: Batch, condition: Condition) -> Experience:
         """Return the conditions and the seeds; samples are drawn inside the loss."""
-        seeds = self.sample_seeds(batch, 1, _ROLLOUT, self.num_rounds)
+        seeds = self.sample_seeds(batch, 1, Stream.ROLLOUT, self.num_rounds)
         self.num_samples += len(condition) * self.num_epochs * self.trainer.world_size
         return Experience(states={}, condition=condition, seeds=seeds)
 
-    def loss(self, experience: Experience, rows: Generators) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, experience: Experience, noise: Generators) -> tuple[Tensor, dict[str, Tensor]]:
         """Return minus the reward of fresh samples, or its hinge, plus the penalty, [n]."""
         size, walked = len(experience), GradientWalk(self, self._plan(), experience.condition)
-        x_0 = walked.run(rows)
+        x_0 = walked.run(noise)
         condition = experience.condition.repeat(walked.num_copies)
         rewards = self.reward_of(self.pipeline.decode(x_0, condition), condition)
         losses = -rewards
@@ -131,7 +130,7 @@ class RewardGradient(RewardFineTuner):
 
     def _plan(self) -> GradientPlan:
         """Draw the plan of the current update, the same on every process and microbatch."""
-        (generator,) = generators([seed_from(self.seed, _PLAN, self.num_updates)])
+        (generator,) = generators([seed_from(self.seed, Stream.PLAN, self.num_updates)])
         return self.method.draw(self.sampler.num_steps, generator)
 
 
@@ -153,11 +152,11 @@ class GradientWalk:
         self.distances: list[Tensor] = []
         self._predictions: dict[int, State] = {}
 
-    def run(self, rows: Generators) -> State:
+    def run(self, noise: Generators) -> State:
         """Return x_0, n rows, or n * num_copies with the copies of a sample side by side."""
         process, sampler = self.tuner.pipeline.process, self.tuner.sampler
         times = process.times(sampler.num_steps)
-        x_1 = self.tuner.prior(self.condition).sample(rows)
+        x_1 = self.tuner.prior(self.condition).sample(noise)
         steps = iter(range(sampler.num_steps, 0, -1))
 
         def denoise(x_t: State, t: Tensor, condition: Condition) -> State:
@@ -169,12 +168,12 @@ class GradientWalk:
 
         stop = sampler.num_steps - (self.plan.stop or 0)  # where the walk ends, on the grid
         *_, (_, x) = walk(
-            denoise, process, x_1, self.condition, times[: stop + 1], sampler.eta, rows
+            denoise, process, x_1, self.condition, times[: stop + 1], sampler.eta, noise
         )
         if self.plan.stop is not None:
             t = times[stop].to(leaves(x)[0].device).expand(len(self.condition))
             return process.denoised(denoise(x, t, self.condition), x, t)
-        return self._last_step_again(x, times, rows) if self.plan.num_copies else x
+        return self._last_step_again(x, times, noise) if self.plan.num_copies else x
 
     def watch(self, losses: Tensor) -> dict[str, Tensor]:
         """Return values [n] that the backward pass fills in: the loss's gradient at each step.
@@ -208,14 +207,14 @@ class GradientWalk:
             self.distances.append(distance.view(len(self.condition), -1).mean(dim=1))
         return prediction
 
-    def _last_step_again(self, x_0: State, times: Tensor, rows: Generators) -> State:
+    def _last_step_again(self, x_0: State, times: Tensor, noise: Generators) -> State:
         """Noise x_0 to the level before the last step and do that step again, with gradient."""
         process, size = self.tuner.pipeline.process, len(self.condition)
         device = leaves(x_0)[0].device
         t, s = (level.to(device) for level in times[-2:])
         copies = cat(
             [
-                process.noised(x_0, s.expand(size), t.expand(size), rows)
+                process.noised(x_0, s.expand(size), t.expand(size), noise)
                 for _ in range(self.num_copies)
             ]
         )

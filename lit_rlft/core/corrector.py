@@ -93,8 +93,8 @@ class FlowPrior(Distribution):
         """What the flow makes of the mean of the noise."""
         return self._walk(self.start.mean, None)
 
-    def rsample(self, rows: Generators = None) -> State:
-        return self._walk(self.start.rsample(rows), rows)
+    def rsample(self, noise: Generators = None) -> State:
+        return self._walk(self.start.rsample(noise), noise)
 
     def log_prob(self, state: State, reduction: Reduction = "sum") -> Tensor:
         """Raise TypeError: it would take the divergence of the flow all along its way."""
@@ -104,10 +104,10 @@ class FlowPrior(Distribution):
         """Return NaN [B], which metrics take for a value that does not apply."""
         return torch.full((len(self.condition),), torch.nan)
 
-    def _walk(self, noise: State, rows: Generators) -> State:
-        if batch_size(noise) != len(self.condition):
-            raise ValueError(f"{batch_size(noise)} samples for {len(self.condition)} conditions")
-        args = (self.flow.predict, self.flow.process, noise, self.condition, rows)
+    def _walk(self, x_1: State, noise: Generators) -> State:
+        if batch_size(x_1) != len(self.condition):
+            raise ValueError(f"{batch_size(x_1)} samples for {len(self.condition)} conditions")
+        args = (self.flow.predict, self.flow.process, x_1, self.condition, noise)
         return self.sampler.sample(*args)
 
 

@@ -29,7 +29,7 @@ class Distribution(ABC):
         """The expected state; for categorical fields the most likely one."""
 
     @abstractmethod
-    def rsample(self, rows: Generators = None) -> State:
+    def rsample(self, noise: Generators = None) -> State:
         """Draw a state; differentiable with respect to the parameters where that is possible."""
 
     @abstractmethod
@@ -40,10 +40,10 @@ class Distribution(ABC):
     def kl(self, other: "Distribution", reduction: Reduction = "sum") -> Tensor:
         """Return KL(self || other) in closed form, [B]."""
 
-    def sample(self, rows: Generators = None) -> State:
+    def sample(self, noise: Generators = None) -> State:
         """Draw a state without building a graph."""
         with torch.no_grad():
-            return self.rsample(rows)
+            return self.rsample(noise)
 
 
 class Gaussian(Distribution):
@@ -77,8 +77,8 @@ class Gaussian(Distribution):
         values = self._positive_std.log() + 0.5 * (1 + math.log(2 * math.pi))
         return _reduce(values.where(self.std > 0, 0).expand_as(self.loc), reduction)
 
-    def rsample(self, rows: Generators = None) -> Tensor:
-        return self.loc + self.std * randn_like(self.loc, rows)
+    def rsample(self, noise: Generators = None) -> Tensor:
+        return self.loc + self.std * randn_like(self.loc, noise)
 
     def log_prob(self, state: State, reduction: Reduction = "sum") -> Tensor:
         std = self._positive_std
@@ -114,9 +114,9 @@ class Categorical(Distribution):
     def mean(self) -> Tensor:
         return self.log_probs.argmax(dim=-1)
 
-    def rsample(self, rows: Generators = None) -> Tensor:
+    def rsample(self, noise: Generators = None) -> Tensor:
         # Gumbel-max; the noise is kept off 0, where -log(-log(u)) would be -inf for all classes.
-        uniform = rand_like(self.log_probs, rows).clamp(min=torch.finfo(self.log_probs.dtype).tiny)
+        uniform = rand_like(self.log_probs, noise).clamp(min=torch.finfo(self.log_probs.dtype).tiny)
         return (self.log_probs - (-uniform.log()).log()).argmax(dim=-1)
 
     def log_prob(self, state: State, reduction: Reduction = "sum") -> Tensor:
@@ -150,8 +150,8 @@ class Product(Distribution):
     def mean(self) -> dict[str, Tensor]:
         return {name: tensor_of(field.mean) for name, field in self.fields.items()}
 
-    def rsample(self, rows: Generators = None) -> dict[str, Tensor]:
-        return {name: tensor_of(field.rsample(rows)) for name, field in self.fields.items()}
+    def rsample(self, noise: Generators = None) -> dict[str, Tensor]:
+        return {name: tensor_of(field.rsample(noise)) for name, field in self.fields.items()}
 
     def log_prob(self, state: State, reduction: Reduction = "sum") -> Tensor:
         parts = fields_of(state)

@@ -20,7 +20,7 @@ def path_kl(
     condition: Condition,
     times: Tensor,
     tuned: Tensor,
-    rows: Generators = None,
+    noise: Generators = None,
 ) -> Tensor:
     """Estimate the KL of the ancestral sampler's paths, policy from reference, in nats, [B].
 
@@ -36,15 +36,15 @@ def path_kl(
         condition: B rows.
         times: [N + 1], the sampler's grid, decreasing.
         tuned: [N] bool, which steps the policy takes; the others count 0.
-        rows: One generator per sample, or None for torch's global one.
+        noise: One generator per sample, or None for torch's global one.
     """
     device = leaves(x_0)[0].device
     num_steps, size = len(times) - 1, len(condition)
-    uniform = rand_like(torch.empty(size, dtype=torch.float64, device=device), rows)
+    uniform = rand_like(torch.empty(size, dtype=torch.float64, device=device), noise)
     steps = (uniform * num_steps).long()
     times, tuned = times.to(device), tuned.to(device)
     t, s = times[steps], times[steps + 1]
-    x_t = process.noised(x_0, times[-1].expand(size), t, rows)
+    x_t = process.noised(x_0, times[-1].expand(size), t, noise)
     ours, theirs = (
         process.transition(denoiser(x_t, t, condition), x_t, t, s, eta=1.0)
         for denoiser in (policy, reference)

@@ -28,25 +28,25 @@ def generators(seeds: Sequence[int]) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
 
 
-def randn_like(like: Tensor, rows: Generators = None) -> Tensor:
+def randn_like(like: Tensor, noise: Generators = None) -> Tensor:
     """Draw standard normal noise of the shape, dtype and device of `like` ([B, ...])."""
-    return _draw(torch.randn, torch.randn_like, like, rows)
+    return _draw(torch.randn, torch.randn_like, like, noise)
 
 
-def rand_like(like: Tensor, rows: Generators = None) -> Tensor:
+def rand_like(like: Tensor, noise: Generators = None) -> Tensor:
     """Draw uniform noise in [0, 1) of the shape, dtype and device of `like` ([B, ...])."""
-    return _draw(torch.rand, torch.rand_like, like, rows)
+    return _draw(torch.rand, torch.rand_like, like, noise)
 
 
 def _draw(
     draw: Callable[..., Tensor],
     draw_like: Callable[[Tensor], Tensor],
     like: Tensor,
-    rows: Generators,
+    noise: Generators,
 ) -> Tensor:
-    if rows is None:
+    if noise is None:
         return draw_like(like)
-    if len(rows) != like.shape[0]:
-        raise ValueError(f"{len(rows)} generators were given for a batch of {like.shape[0]}")
-    noise = [draw(like.shape[1:], generator=row, dtype=like.dtype) for row in rows]
-    return torch.stack(noise).to(like.device, non_blocking=True)
+    if len(noise) != like.shape[0]:
+        raise ValueError(f"{len(noise)} generators were given for a batch of {like.shape[0]}")
+    drawn = [draw(like.shape[1:], generator=own, dtype=like.dtype) for own in noise]
+    return torch.stack(drawn).to(like.device, non_blocking=True)

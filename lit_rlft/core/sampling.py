@@ -60,11 +60,11 @@ class Sampler:
         process: Process,
         x_1: State,
         condition: Condition,
-        rows: Generators = None,
+        noise: Generators = None,
     ) -> State:
         """Return x_0 of the trajectories that start at `x_1`."""
         times = process.times(self.num_steps)
-        *_, (_, x_0) = walk(denoiser, process, x_1, condition, times, self.eta, rows)
+        *_, (_, x_0) = walk(denoiser, process, x_1, condition, times, self.eta, noise)
         return x_0
 
     def invert(
@@ -109,7 +109,7 @@ def walk(
     condition: Condition,
     times: Tensor,
     eta: float,
-    rows: Generators = None,
+    noise: Generators = None,
 ) -> Iterator[tuple[int, State]]:
     """Iterate over (i, x at times[i]) from the start, i = 0, to the data, i = num_steps.
 
@@ -120,7 +120,7 @@ def walk(
         condition: One row per sample.
         times: [num_steps + 1], decreasing.
         eta: Noise of the transitions.
-        rows: One generator per sample, or None for torch's global one.
+        noise: One generator per sample, or None for torch's global one.
     """
     x, size = x_1, batch_size(x_1)
     times = times.to(leaves(x_1)[0].device)
@@ -128,7 +128,7 @@ def walk(
     for i in range(len(times) - 1):
         t, s = times[i].expand(size), times[i + 1].expand(size)
         transition = process.transition(denoiser(x, t, condition), x, t, s, eta)
-        x = transition.mean if eta == 0 and process.differentiable else transition.rsample(rows)
+        x = transition.mean if eta == 0 and process.differentiable else transition.rsample(noise)
         yield i + 1, x
 
 

@@ -42,14 +42,14 @@ class Selection(ABC):
 
     @abstractmethod
     def __call__(
-        self, rewards: Tensor, keys: Keys | None = None, rows: Generators = None
+        self, rewards: Tensor, keys: Keys | None = None, noise: Generators = None
     ) -> Tensor:
         """Return accept bits, bool [G, M], for rewards [G, M].
 
         Args:
             rewards: [G, M], a row per condition.
             keys: Equivalence classes of the candidates, for rules that de-duplicate.
-            rows: One generator per condition for the rule's own randomness, or None for torch's.
+            noise: One generator per condition for the rule's own randomness, or None for torch's.
         """
 
 
@@ -76,11 +76,11 @@ class TopK(Selection):
             )
 
     def __call__(
-        self, rewards: Tensor, keys: Keys | None = None, rows: Generators = None
+        self, rewards: Tensor, keys: Keys | None = None, noise: Generators = None
     ) -> Tensor:
         self.check(rewards.shape[1])
         # Ties broken at random: with discrete rewards the closed form needs it.
-        shuffle = rand_like(rewards, rows).argsort(dim=1)
+        shuffle = rand_like(rewards, noise).argsort(dim=1)
         order = rewards.gather(1, shuffle).argsort(dim=1, descending=True, stable=True)
         best = shuffle.gather(1, order)[:, : self.k]
         return torch.zeros_like(rewards, dtype=torch.bool).scatter(1, best, True)
@@ -97,9 +97,9 @@ class RandomK(TopK):
     """Accept K candidates at random whatever their reward: the control that must gain nothing."""
 
     def __call__(
-        self, rewards: Tensor, keys: Keys | None = None, rows: Generators = None
+        self, rewards: Tensor, keys: Keys | None = None, noise: Generators = None
     ) -> Tensor:
-        return super().__call__(torch.zeros_like(rewards), keys, rows)
+        return super().__call__(torch.zeros_like(rewards), keys, noise)
 
 
 class Threshold(Selection):
@@ -113,7 +113,7 @@ class Threshold(Selection):
         self.minimum = minimum
 
     def __call__(
-        self, rewards: Tensor, keys: Keys | None = None, rows: Generators = None
+        self, rewards: Tensor, keys: Keys | None = None, noise: Generators = None
     ) -> Tensor:
         return rewards >= self.minimum
 
@@ -132,10 +132,10 @@ class Classical(Selection):
         self.alpha, self.r_max = alpha, r_max
 
     def __call__(
-        self, rewards: Tensor, keys: Keys | None = None, rows: Generators = None
+        self, rewards: Tensor, keys: Keys | None = None, noise: Generators = None
     ) -> Tensor:
         probability = ((rewards - self.r_max) / self.alpha).clamp(max=0).exp()
-        return rand_like(rewards, rows) < probability
+        return rand_like(rewards, noise) < probability
 
 
 class Preference(Selection):
@@ -151,12 +151,12 @@ class Preference(Selection):
             )
 
     def __call__(
-        self, rewards: Tensor, keys: Keys | None = None, rows: Generators = None
+        self, rewards: Tensor, keys: Keys | None = None, noise: Generators = None
     ) -> Tensor:
         self.check(rewards.shape[1])
         pairs = rewards.reshape(len(rewards), -1, 2)
         margin = pairs[..., 0] - pairs[..., 1]
-        first = rand_like(margin, rows) < margin.sigmoid()
+        first = rand_like(margin, noise) < margin.sigmoid()
         return torch.stack([first, ~first], dim=-1).flatten(start_dim=1)
 
 
@@ -177,14 +177,14 @@ class Unique(Selection):
         self.inner.check(num_candidates)
 
     def __call__(
-        self, rewards: Tensor, keys: Keys | None = None, rows: Generators = None
+        self, rewards: Tensor, keys: Keys | None = None, noise: Generators = None
     ) -> Tensor:
         if keys is None:
             raise UsageError("Unique needs keys; the pipeline gives none, use the inner rule alone")
-        accepted = self.inner(rewards, keys, rows)
+        accepted = self.inner(rewards, keys, noise)
         for group, names in enumerate(keys):
             seen: set[Hashable] = set()
-            order = torch.randperm(len(names), generator=rows[group] if rows else None)
+            order = torch.randperm(len(names), generator=noise[group] if noise else None)
             for candidate in order.tolist():
                 if accepted[group, candidate] and names[candidate] in seen:
                     accepted[group, candidate] = False

@@ -104,9 +104,9 @@ class PointCloudGaussian(Gaussian):
     def like(self, loc: Tensor, std: Tensor) -> "PointCloudGaussian":
         return PointCloudGaussian(loc, std, self.full, self.num_coordinates)
 
-    def rsample(self, rows: Generators = None) -> Tensor:
-        noise = self.std * randn_like(self.loc, rows)
-        return self.loc + _project(noise, self.full, self.num_coordinates)
+    def rsample(self, noise: Generators = None) -> Tensor:
+        offset = self.std * randn_like(self.loc, noise)
+        return self.loc + _project(offset, self.full, self.num_coordinates)
 
     def log_prob(self, state: State, reduction: Reduction = "sum") -> Tensor:
         offset, weights = tensor_of(state) - self.loc, self._weights

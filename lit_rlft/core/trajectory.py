@@ -41,7 +41,7 @@ def walk_with_log_probs(
     condition: Condition,
     times: Tensor,
     eta: float,
-    rows: Generators = None,
+    noise: Generators = None,
     *,
     dtype: torch.dtype | None = None,
     reduction: Reduction = "mean",
@@ -55,7 +55,7 @@ def walk_with_log_probs(
         condition: One row per sample.
         times: [num_steps + 1], decreasing.
         eta: Noise of the transitions, above 0.
-        rows: One generator per sample, or None for torch's global one.
+        noise: One generator per sample, or None for torch's global one.
         dtype: Floating type that every state is rounded to; None takes x_1's own.
         reduction: Over the dimensions of a state.
     """
@@ -65,7 +65,7 @@ def walk_with_log_probs(
     for i in range(len(times) - 1):
         t, s = times[i].expand(size), times[i + 1].expand(size)
         transition = transition_of(denoiser, process, x, t, s, condition, eta)
-        x = rounded(transition.rsample(rows), x_1, dtype)
+        x = rounded(transition.rsample(noise), x_1, dtype)
         yield x, transition.log_prob(x, reduction)
 
 

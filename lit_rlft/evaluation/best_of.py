@@ -14,14 +14,12 @@ import torch
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.randomness import generators, seed_from
 from lit_rlft.core.state import State, batch_size, cat, index, leaves, split
+from lit_rlft.core.streams import Stream
 
 if TYPE_CHECKING:
     from lit_rlft.algorithms.base import RewardFineTuner
 
 __all__ = ["best_of"]
-
-_CANDIDATES, _AGAIN = 5, 6
-"""Streams of randomness, the second number of a key."""
 
 
 def best_of(
@@ -39,7 +37,11 @@ def best_of(
         x_0 [B, ...] of `best_of_<n>_samples` and `best_of_<n>_noise`.
     """
     candidates = condition.repeat(num)
-    own = [s if not j else seed_from(s, _CANDIDATES, j) for s in seeds for j in range(num)]
+    own = [
+        s if not j else seed_from(s, Stream.BEST_OF_CANDIDATES, j)
+        for s in seeds
+        for j in range(num)
+    ]
     ends = (0, tuner.sampler.num_steps)
     x_1, x_0 = tuner.draw_states(
         candidates,
@@ -63,7 +65,7 @@ def _again(tuner: RewardFineTuner, x_1: State, condition: Condition, seeds: Sequ
     parts, first = [], 0
     for start in split(x_1, tuner.sampling_batch_size):
         chunk = slice(first, first := first + batch_size(start))
-        noise = generators([seed_from(seed, _AGAIN) for seed in seeds[chunk]])
+        noise = generators([seed_from(seed, Stream.BEST_OF_AGAIN) for seed in seeds[chunk]])
         process, part = tuner.pipeline.process, condition.index(chunk)
         parts.append(tuner.sampler.sample(tuner.reference_policy, process, start, part, noise))
     return cat(parts)

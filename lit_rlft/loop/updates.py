@@ -16,15 +16,13 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from lit_rlft.core.randomness import generators, seed_from
+from lit_rlft.core.streams import Stream
 from lit_rlft.distributed import gather
 
 if TYPE_CHECKING:
     from lit_rlft.algorithms.base import Experience, RewardFineTuner
 
 __all__ = ["Update", "Updates", "is_maximum"]
-
-_NOISE, _ORDER = 2, 3
-"""Streams of randomness, the second number of a key."""
 
 
 def is_maximum(name: str) -> bool:
@@ -64,7 +62,7 @@ class Updates:
             return []
         updates = []
         for epoch in range(tuner.num_epochs):
-            key = seed_from(tuner.seed, _ORDER, tuner.num_rounds, epoch)
+            key = seed_from(tuner.seed, Stream.ORDER, tuner.num_rounds, epoch)
             order = torch.randperm(len(experience), generator=generators([key])[0])
             for i, rows in enumerate(order.tensor_split(num_updates)):
                 total = sum(n // num_updates + (i < n % num_updates) for n in counts)
@@ -106,8 +104,8 @@ class Updates:
             # Other processes have samples: take part in their all-reduce with zeros.
             parameters = self.tuner.trainable().parameters()
             return torch.stack([p.sum() * 0 for p in parameters if p.requires_grad]).sum(), {}
-        rows = generators([seed_from(seed, _NOISE, epoch) for seed in part.seeds])
-        losses, values = self.tuner.loss(part, rows)
+        noise = generators([seed_from(seed, Stream.UPDATE, epoch) for seed in part.seeds])
+        losses, values = self.tuner.loss(part, noise)
         for observer in self.tuner.observers:
             observer.on_losses(self.tuner, part, losses, values)
         return losses.sum(), {"loss": losses.detach(), **values}

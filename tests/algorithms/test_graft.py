@@ -399,8 +399,8 @@ def moved(tuner: PGRAFT, amount: float) -> PGRAFT:
 
 def gradient(tuner: PGRAFT, experience: Experience, *, signed: bool = False) -> Tensor:
     """Return the gradient of the contrast, or of the loss with negative weights, by autograd."""
-    rows = generators(list(experience.seeds))
-    losses = tuner.loss(experience, rows)[0]
+    noise = generators(list(experience.seeds))
+    losses = tuner.loss(experience, noise)[0]
     if signed:
         plain = tuner_of(contrast=0.0, train_from="clean", cut=tuner.cut)
         plain.pipeline = tuner.pipeline
@@ -610,8 +610,8 @@ def test_an_update_is_a_step_on_the_mean_loss_with_clipped_gradients(folder: Pat
     sgd = {"optimizer": lambda p: torch.optim.SGD(p, lr=1.0), "minibatch_size": 100}
     tuner, twin = (tuner_of(cut=0.25, max_grad_norm=0.05, **sgd) for _ in range(2))
     (experience,) = fit(tuner, default_root_dir=folder).experiences
-    rows = generators([seed_from(seed, 2, 0) for seed in experience.seeds])
-    losses, _ = twin.loss(experience, rows)
+    noise = generators([seed_from(seed, 2, 0) for seed in experience.seeds])
+    losses, _ = twin.loss(experience, noise)
     assert losses.shape == (8,)
     losses.mean().backward()
     parameters = list(twin.pipeline.denoiser.parameters())

@@ -110,8 +110,8 @@ def walk_by_hand(
     """Walk with eta 0: return x_0, and (step, x_t) of every step that ran."""
     pipeline, process = tuner.pipeline, tuner.pipeline.process
     condition = experience_of(tuner).condition
-    rows = generators(SEEDS)
-    x = tensor_of(process.prior(pipeline.blank(condition)).sample(rows))
+    noise = generators(SEEDS)
+    x = tensor_of(process.prior(pipeline.blank(condition)).sample(noise))
     seen = []
     for step in range(tuner.sampler.num_steps, 0, -1):
         i = tuner.sampler.num_steps - step
@@ -191,13 +191,13 @@ def test_draft_lv_averages_the_last_step_over_copies() -> None:
     condition, process = experience_of(tuner).condition, tuner.pipeline.process
     with torch.no_grad():
         x_0, _ = walk_by_hand(tuner, (), None, detach_input=False)
-    rows = generators(SEEDS)
-    process.prior(tuner.pipeline.blank(condition)).sample(rows)  # what the walk draws first
+    noise = generators(SEEDS)
+    process.prior(tuner.pipeline.blank(condition)).sample(noise)  # what the walk draws first
     t, s = level_pair(tuner, T - 1)
     a, b = coefficients(tuner, T - 1)
     rewards = []
     for _ in range(3):
-        x_t = tensor_of(process.noised(x_0, s.expand(SIZE), t.expand(SIZE), rows))
+        x_t = tensor_of(process.noised(x_0, s.expand(SIZE), t.expand(SIZE), noise))
         prediction = tensor_of(tuner.pipeline(x_t, t.expand(SIZE), condition))
         rewards.append(reward_of(tuner, a * x_t + b * prediction))
     mean = torch.stack(rewards).mean(dim=0)
@@ -537,8 +537,8 @@ def test_every_method_reaches_the_optimum_of_a_quadratic_reward(method: Gradient
         means.append(float(values["reward"].mean()))
     with torch.no_grad():
         condition = experience_of(tuner, 256).condition
-        rows = generators(range(256))
-        x_1 = tuner.prior(condition).sample(rows)
+        noise = generators(range(256))
+        x_1 = tuner.prior(condition).sample(noise)
         x_0 = tuner.sampler.sample(tuner.policy, tuner.pipeline.process, x_1, condition)
         reached = float(tuner.reward(x_0, condition).mean())
     assert means[0] < -2.0 and reached > -0.1

@@ -92,8 +92,8 @@ class Broken(GRAFT):
         self.breaks = breaks
         self.last: dict[str, Tensor] = {}
 
-    def loss(self, experience: Experience, rows: Generators) -> tuple[Tensor, dict[str, Tensor]]:
-        losses, values = super().loss(experience, rows)
+    def loss(self, experience: Experience, noise: Generators) -> tuple[Tensor, dict[str, Tensor]]:
+        losses, values = super().loss(experience, noise)
         self.last = deepcopy(dict(self.trainable().state_dict()))
         return (self.breaks(losses) if self.num_updates else losses), values
 

@@ -44,8 +44,8 @@ def test_gaussian_paths_add_the_kl_of_every_step(schedule: Schedule) -> None:
             normal = (Normal(each.loc, each.std) for each in (one, other))
             total = total + kl_divergence(*normal).sum()
     x_0 = torch.zeros(B, D, dtype=torch.float64)
-    rows = generators(range(B))
-    kl = path_kl(process, policy, reference, x_0, condition_of(B), times, tuned, rows)
+    noise = generators(range(B))
+    kl = path_kl(process, policy, reference, x_0, condition_of(B), times, tuned, noise)
     assert total > 0.01
     assert abs(kl.mean() - total) < 4 * kl.std() / B**0.5
 
@@ -75,6 +75,6 @@ def test_masked_paths_count_what_is_unmasked() -> None:
     classes = (torch.distributions.Categorical(logits=v) for v in (logits, torch.zeros(3)))
     expected = D * kl_divergence(*classes)
     x_0, times = torch.zeros(B, D, dtype=torch.int64), process.times(N)
-    tuned, rows = torch.ones(N, dtype=torch.bool), generators(range(B))
-    kl = path_kl(process, policy, reference, x_0, condition_of(B), times, tuned, rows)
+    tuned, noise = torch.ones(N, dtype=torch.bool), generators(range(B))
+    kl = path_kl(process, policy, reference, x_0, condition_of(B), times, tuned, noise)
     assert abs(kl.mean() - expected) < 4 * kl.std() / B**0.5

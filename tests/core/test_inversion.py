@@ -164,8 +164,8 @@ def error_of_known_pairs(
     """Largest |z - T^-1(T z)| in single precision, and the iterations of the slowest sample."""
     pipeline.eval()
     sampler, process = Sampler(num_steps), pipeline.process
-    rows = generators(range(len(condition)))
-    z = process.prior(pipeline.blank(condition)).sample(rows)
+    noise = generators(range(len(condition)))
+    z = process.prior(pipeline.blank(condition)).sample(noise)
     x_0 = sampler.sample(pipeline, process, z, condition)
     inverted = sampler.invert(pipeline, process, x_0, condition, solver)
     assert flatten(inverted.x_1).dtype == torch.float32

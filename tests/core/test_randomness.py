@@ -39,8 +39,8 @@ def test_a_row_depends_on_its_generator_alone(draw, shape: tuple[int, ...]) -> N
 
 @pytest.mark.parametrize("draw", [randn_like, rand_like])
 def test_draws_go_on_where_the_generator_stopped(draw) -> None:
-    rows = generators([7])
-    first, second = draw(torch.zeros(1, 5), rows), draw(torch.zeros(1, 5), rows)
+    noise = generators([7])
+    first, second = draw(torch.zeros(1, 5), noise), draw(torch.zeros(1, 5), noise)
     assert not torch.equal(first, second)
 
 

@@ -50,9 +50,9 @@ def test_deterministic_walk_is_euler_and_draws_nothing() -> None:
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_a_sample_depends_on_its_seed_and_not_on_its_chunk(eta: float) -> None:
     def draw(seeds: list[int]) -> Tensor:
-        rows = generators(seeds)
-        x_1 = FLOW.prior(torch.zeros(len(seeds), 4)).sample(rows)
-        x_0 = Sampler(6, eta).sample(swirl, FLOW, x_1, conditions(len(seeds)), rows)
+        noise = generators(seeds)
+        x_1 = FLOW.prior(torch.zeros(len(seeds), 4)).sample(noise)
+        x_0 = Sampler(6, eta).sample(swirl, FLOW, x_1, conditions(len(seeds)), noise)
         assert isinstance(x_0, Tensor)
         return x_0
 

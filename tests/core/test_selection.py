@@ -240,9 +240,9 @@ def test_random_k_does_not_tilt() -> None:
 
 def test_random_k_ignores_rewards() -> None:
     r = rewards(20, 6)
-    first = RandomK(2)(r, rows=generators(range(20)))
-    assert torch.equal(first, RandomK(2)(-r, rows=generators(range(20))))
-    assert not torch.equal(first, RandomK(2)(r, rows=generators(range(20, 40))))
+    first = RandomK(2)(r, noise=generators(range(20)))
+    assert torch.equal(first, RandomK(2)(-r, noise=generators(range(20))))
+    assert not torch.equal(first, RandomK(2)(r, noise=generators(range(20, 40))))
 
 
 @pytest.mark.parametrize("rescale", [torch.exp, lambda r: 3 * r - 7, lambda r: r**3])

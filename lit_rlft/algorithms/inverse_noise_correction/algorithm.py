@@ -34,11 +34,12 @@ from lit_rlft.core.pipeline import Batch, Condition, Pipeline
 from lit_rlft.core.randomness import Generators, generators, rand_like, seed_from
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.state import State, flatten, leaves, tree_map
+from lit_rlft.core.streams import Stream
 from lit_rlft.cost.counters import Cost
 
 __all__ = ["InverseNoiseCorrection"]
 
-_PROBE, _NUM_PROBES = 21, 4
+_NUM_PROBES = 4
 _CARD = "corrector.json"
 
 
@@ -149,11 +150,11 @@ class InverseNoiseCorrection(RewardFineTuner):
         """Return numbers by which the base sampler is known: of its samples from fixed noise."""
         if self._base_probe is None:
             condition = self.pipeline.example().repeat(_NUM_PROBES)
-            rows = generators([seed_from(_PROBE, i) for i in range(_NUM_PROBES)])
+            noise = generators([seed_from(Stream.BASE_PROBE, i) for i in range(_NUM_PROBES)])
             self.pipeline.eval()
             meter, self._meter = self._meter, Cost()  # looking costs nothing
             with torch.no_grad():
-                x_1 = self.reference_prior(condition).sample(rows)
+                x_1 = self.reference_prior(condition).sample(noise)
                 process = self.pipeline.process
                 x_0 = self.sampler.sample(self.reference_policy, process, x_1, condition)
             self._meter = meter
@@ -192,18 +193,18 @@ class InverseNoiseCorrection(RewardFineTuner):
         assert self._noise is not None
         like = self.pipeline.blank(condition)
         x_1 = tree_map(lambda held, own: held.to(own), self._noise.read(batch["index"].cpu()), like)
-        seeds = self.sample_seeds(batch, 1, 0, self.num_rounds)
+        seeds = self.sample_seeds(batch, 1, Stream.DATA, self.num_rounds)
         self.num_samples += len(seeds) * self.trainer.world_size
         power = float(flatten(x_1).double().square().mean())
         return Experience({"x_1": x_1}, condition, seeds, {"noise_power": power})
 
-    def loss(self, experience: Experience, rows: Generators) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, experience: Experience, noise: Generators) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the corrector's denoising loss, with the inverted noise as its data, [n]."""
         flow, x_1 = self.corrector, experience.states["x_1"]
-        uniform = rand_like(torch.empty(len(experience), device=leaves(x_1)[0].device), rows)
+        uniform = rand_like(torch.empty(len(experience), device=leaves(x_1)[0].device), noise)
         t = flow.process.draw_times(uniform)
         s = torch.zeros_like(t)
-        x_t = flow.process.noised(x_1, s, t, rows)
+        x_t = flow.process.noised(x_1, s, t, noise)
         return flow.process.loss(flow.predict(x_t, t, experience.condition), x_1, x_t, s, t), {}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.randomness import generators, seed_from
 from lit_rlft.core.state import State, cat, flatten, tree_map
+from lit_rlft.core.streams import Stream
 from lit_rlft.distributed import gather, together
 from lit_rlft.runs.folder import run_folder, summary_writer
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Inversion"]
 
-_DATA_NOISE = 20
 _NUM_PROBES = 64
 
 
@@ -130,7 +130,7 @@ class Inversion:
         condition, x_0 = pipeline.encode(batch), pipeline.states(batch)
         if not tuner.data_noise:
             return x_0, condition
-        keys = generators([seed_from(tuner.seed, _DATA_NOISE, row) for row in rows])
+        keys = generators([seed_from(tuner.seed, Stream.DATA_NOISE, row) for row in rows])
         # From the prior, which knows what of a state is noisy at all.
         noise = tuner.reference_prior(condition).sample(keys)
         noisy = tree_map(lambda x, e: x + tuner.data_noise * e, x_0, noise)

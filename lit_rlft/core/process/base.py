@@ -57,7 +57,7 @@ class Process(nn.Module, ABC):
         """Return the estimate of x_0 that a prediction implies."""
 
     @abstractmethod
-    def noised(self, x_s: State, s: Tensor, t: Tensor, rows: Generators = None) -> State:
+    def noised(self, x_s: State, s: Tensor, t: Tensor, noise: Generators = None) -> State:
         """Draw x_t from the forward transition q(x_t | x_s)."""
 
     @abstractmethod

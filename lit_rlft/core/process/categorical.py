@@ -84,10 +84,10 @@ class MaskedProcess(Process):
         x = tensor_of(x_t)
         return torch.where(x == self.mask, tensor_of(prediction).argmax(dim=-1), x)
 
-    def noised(self, x_s: State, s: Tensor, t: Tensor, rows: Generators = None) -> Tensor:
+    def noised(self, x_s: State, s: Tensor, t: Tensor, noise: Generators = None) -> Tensor:
         x = tensor_of(x_s)
         keep = (1 - self._hidden(t)) / (1 - self._hidden(s))
-        uniform = rand_like(torch.empty(x.shape, device=x.device), rows)
+        uniform = rand_like(torch.empty(x.shape, device=x.device), noise)
         hidden = torch.where(uniform < expand_as(keep, uniform), x, self.mask)
         return torch.where(x == self.empty, x, hidden) if self.padded else hidden
 

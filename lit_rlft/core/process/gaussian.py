@@ -131,15 +131,15 @@ class GaussianProcess(Process):
         x_0 = expand_as(b / determinant, x) * x - expand_as(sigma / determinant, x) * p
         return self._projected(x_0, x)
 
-    def noised(self, x_s: State, s: Tensor, t: Tensor, rows: Generators = None) -> Tensor:
+    def noised(self, x_s: State, s: Tensor, t: Tensor, noise: Generators = None) -> Tensor:
         x = tensor_of(x_s)
         (alpha_t, alpha_s), (sigma_t, sigma_s) = self.schedule.levels(torch.stack([t, s]))
         ratio = alpha_t / alpha_s
         std = _forward_variance(alpha_s, sigma_s, alpha_t, sigma_t).sqrt()
-        noise = self._projected(randn_like(x, rows), x)
+        epsilon = self._projected(randn_like(x, noise), x)
         if self.subspace is not None:
-            noise = self.subspace.couple(noise, x)
-        return expand_as(ratio, x) * x + expand_as(std, x) * noise
+            epsilon = self.subspace.couple(epsilon, x)
+        return expand_as(ratio, x) * x + expand_as(std, x) * epsilon
 
     def loss(self, prediction: State, x_s: State, x_t: State, s: Tensor, t: Tensor) -> Tensor:
         r"""Return the weighted squared error to the target, mean over (free) dimensions, [B].

@@ -70,10 +70,10 @@ class ProductProcess(Process):
             name: tensor_of(self.field(name).denoised(p[name], x[name], t)) for name in self.names
         }
 
-    def noised(self, x_s: State, s: Tensor, t: Tensor, rows: Generators = None) -> State:
+    def noised(self, x_s: State, s: Tensor, t: Tensor, noise: Generators = None) -> State:
         x = fields_of(x_s)
         return {
-            name: tensor_of(self.field(name).noised(x[name], s, t, rows)) for name in self.names
+            name: tensor_of(self.field(name).noised(x[name], s, t, noise)) for name in self.names
         }
 
     def loss(self, prediction: State, x_s: State, x_t: State, s: Tensor, t: Tensor) -> Tensor:

@@ -50,9 +50,9 @@ def theirs(pipeline: StableDiffusionPipeline, eta: float = 0.0, **call: Any) -> 
 @torch.no_grad()
 def ours(pipeline: TextToImagePipeline, eta: float = 0.0, num_steps: int = NUM_STEPS) -> Tensor:
     """Latents of our sampler; each sample's noise comes from its own generator."""
-    condition, rows = encoded(pipeline), generators(SEEDS)
-    x_1 = pipeline.process.prior(pipeline.blank(condition)).sample(rows)
-    x_0 = Sampler(num_steps, eta).sample(pipeline, pipeline.process, x_1, condition, rows)
+    condition, noise = encoded(pipeline), generators(SEEDS)
+    x_1 = pipeline.process.prior(pipeline.blank(condition)).sample(noise)
+    x_0 = Sampler(num_steps, eta).sample(pipeline, pipeline.process, x_1, condition, noise)
     assert isinstance(x_0, Tensor)
     return x_0
 
