@@ -12,8 +12,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
-from lit_rlft.algorithms.base import Draw, RewardFineTuner
+from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.distributed import gather
+from lit_rlft.loop.experience import Draw
 from lit_rlft.runs.before_after import comparison
 from lit_rlft.runs.folder import run_folder, summary_writer
 
@@ -48,11 +49,12 @@ class RunFiles(Callback):
     def __init__(self, num_conditions: int = 12) -> None:
         self.num_conditions = num_conditions
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ask for the pictures."""
         assert isinstance(pl_module, RewardFineTuner)
         num_samples = self.num_conditions * pl_module.num_eval_samples
-        pl_module.num_pictures = max(pl_module.num_pictures, num_samples)
+        evaluator = pl_module.evaluator
+        evaluator.num_pictures = max(evaluator.num_pictures, num_samples)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say where everything is."""
@@ -62,19 +64,18 @@ class RunFiles(Callback):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the metrics and the picture."""
         assert isinstance(pl_module, RewardFineTuner)
-        summary = pl_module.evaluation.summary(
-            trainer.world_size, pl_module.set_metrics, errors=True
-        )
-        labels = pl_module.evaluation.tuned.labels.values()
+        evaluator = pl_module.evaluator
+        summary = evaluator.summary(trainer.world_size, errors=True)
+        labels = evaluator.measurements.tuned.labels.values()
         num_samples = sum(gather(sum(map(len, labels)), trainer.world_size))
         for name, values in summary["tuned"].items():
             pl_module.log(f"test/{name}", values["mean"], sync_dist=True)
         if not trainer.is_global_zero:
             return
         folder = run_folder(trainer)
-        cost = pl_module.cost_report()
-        for observer in pl_module.observers:
-            cost |= observer.report()
+        cost = pl_module.meter.report(trainer.world_size)
+        for hooks in pl_module.audience:
+            cost |= hooks.report()
         report = {
             "algorithm": pl_module.algorithm,
             "domain": pl_module.pipeline.name,
@@ -89,7 +90,8 @@ class RunFiles(Callback):
         _say(f"metrics: {path}\npicture: {folder / 'comparison.png'}")
 
     def _picture(self, module: RewardFineTuner, summary: Summary, num_samples: int) -> Image.Image:
-        reference, tuned = module.evaluation.reference, module.evaluation.tuned
+        measurements = module.evaluator.measurements
+        reference, tuned = measurements.reference, measurements.tuned
         batches = sorted(tuned.pictures)
         labels = [label for batch in batches for label in tuned.labels[batch]]
         size = module.num_eval_samples

@@ -5,7 +5,7 @@ from typing import Literal, Self, get_args
 from torch import Tensor
 from torch.nn import functional
 
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import BadArgument
 from lit_rlft.core.reward import Reward
 
 __all__ = ["Judge", "Output"]
@@ -29,10 +29,8 @@ class Judge(Reward):
     def __init__(self, output: Output = "log_probability") -> None:
         super().__init__()
         if output not in get_args(Output):
-            raise UsageError(
-                f"reward.init_args.output is {output!r}; use 'log_probability', 'probability' or "
-                "'logit'"
-            )
+            known = "'log_probability', 'probability' or 'logit'"
+            raise BadArgument(self, "output", f"is {output!r}; use {known}")
         self.output = output
 
     def train(self, mode: bool = True) -> Self:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from domains.gaussian_mixture.pipeline import GaussianMixturePipeline
 from domains.gaussian_mixture.rewards import Coordinate
-from lit_rlft.algorithms.base import Experience
 from lit_rlft.algorithms.ddpo import DDPO, Rollout
 from lit_rlft.core.advantage import BatchAdvantage
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline
@@ -19,6 +18,7 @@ from lit_rlft.core.reward import Reward
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.schedule import RectifiedFlow
 from lit_rlft.core.state import State, leaves
+from lit_rlft.loop.experience import Experience
 
 STEPS, CLASSES, PLACES = 4, 5, 12
 

@@ -10,12 +10,12 @@ from torch import Tensor
 from domains.gaussian_mixture.data import MixtureData
 from domains.gaussian_mixture.mixture import MEANS, WEIGHTS
 from domains.gaussian_mixture.pipeline import GaussianMixturePipeline
-from lit_rlft.algorithms.base import Experience
 from lit_rlft.algorithms.graft import PGRAFT
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Reward
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.state import State
+from lit_rlft.loop.experience import Experience
 from tests.support import trainer_of
 
 W, M = np.array(WEIGHTS), np.array(MEANS)
@@ -82,6 +82,6 @@ def drawn(tuner: PGRAFT, num: int = NUM_SAMPLES) -> Tensor:
     """New x_0 of the tuned model: the policy above the cut, the reference below."""
     condition = tuner.pipeline.encode({"index": torch.arange(num)})
     keep, seeds = [tuner.sampler.num_steps], range(10**6, 10**6 + num)
-    (x_0,) = tuner.draw_states(condition, seeds, keep=keep, relay=tuner.relay())
+    (x_0,) = tuner.rollouts.draw(tuner.route(), condition, seeds, keep=keep)
     assert isinstance(x_0, Tensor)
     return x_0

@@ -13,13 +13,13 @@ from domains.gaussian_mixture.rewards import Coordinate
 from domains.text_to_image.data import PromptData
 from domains.text_to_image.pipeline import TextToImagePipeline
 from domains.text_to_image.rewards import Symmetry
-from lit_rlft.algorithms.base import Experience
 from lit_rlft.algorithms.noise_ppo import NoisePPO
 from lit_rlft.core.advantage import Advantage
 from lit_rlft.core.prior import FullResolution, LowRank, LowResolution, Maps
 from lit_rlft.core.reward import Reward
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.state import tensor_of
+from lit_rlft.loop.experience import Experience
 from tests.support import trainer_of
 
 MAPS: dict[str, Maps] = {

@@ -258,7 +258,7 @@ def fitted(folder: Path, advantage: Advantage, num_rounds: int = 20, **settings:
 def mean_reward(tuner: DDPO, num: int = 2048) -> float:
     condition = tuner.pipeline.encode({"index": torch.arange(num)})
     keep, seeds = [tuner.sampler.num_steps], range(10**6, 10**6 + num)
-    (x_0,) = tuner.draw_states(condition, seeds, keep=keep, relay=tuner.relay())
+    (x_0,) = tuner.rollouts.draw(tuner.route(), condition, seeds, keep=keep)
     return float(tuner.reward(x_0, condition).mean())
 
 

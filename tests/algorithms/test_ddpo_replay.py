@@ -88,7 +88,7 @@ def test_trajectories_are_those_of_the_evaluation_sampler(make: Callable[[], Pip
     rollout = collected(tuner)
     keep, rows = [0, 2, STEPS], torch.arange(NUM)
     with torch.no_grad():
-        drawn = tuner.draw_states(rollout.condition, rollout.seeds, keep=keep, relay=tuner.relay())
+        drawn = tuner.rollouts.draw(tuner.route(), rollout.condition, rollout.seeds, keep=keep)
     for i, state in zip(keep, drawn, strict=True):
         place, end = (i, "x_t") if i < STEPS else (i - 1, "x_s")
         kept = rollout.trajectories.pairs(torch.full((NUM,), place), rows)[end]

@@ -11,12 +11,12 @@ from scipy import stats
 from torch import Tensor
 
 from domains.text_to_image.pipeline import TextToImagePipeline
-from lit_rlft.algorithms.base import Experience
 from lit_rlft.algorithms.graft import GRAFT, PGRAFT
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Reward
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.kit.data import collate
+from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.reference import LoRA
 from tests.algorithms.graft_support import drawn, fit, tuner_of
 from tests.support import trainer_of
@@ -89,8 +89,8 @@ def test_rejected_samples_cost_nothing_after_selection(folder: Path, iterative: 
     assert sum(num for *_, num, grad in calls if grad) == accepted * 3
     rollouts = 2 * 8 * 4
     assert sum(num for *_, num, grad in calls if not grad) == rollouts * 8
-    assert tuner.cost.denoiser_calls == rollouts * 8 + accepted * 3
-    assert tuner.cost.reward_calls == tuner.num_samples == rollouts
+    assert tuner.meter.training.denoiser_calls == rollouts * 8 + accepted * 3
+    assert tuner.meter.training.reward_calls == tuner.num_samples == rollouts
     own = Counter(who for who, *_, grad in calls if not grad)
     assert own == ({"policy": 2 * 6, "frozen": 2 * 2} if iterative else {"frozen": 2 * 8})
 
@@ -132,7 +132,7 @@ def test_prompts_are_encoded_once_per_round(
     # Rounds, epochs or steps, accepted samples or candidates; two halves where guided.
     assert sum(num for num, grad in unet if grad) == 2 * 2 * 4 * (1 + guided_loss)
     assert sum(num for num, grad in unet if not grad) == 2 * 4 * 12 * 2
-    assert tuner.cost.denoiser_calls == sum(num for num, _ in unet)
+    assert tuner.meter.training.denoiser_calls == sum(num for num, _ in unet)
     assert tuner.num_updates == 4
 
 

@@ -1,22 +1,17 @@
 """What GRAFT's updates do not depend on: a cut of 0, microbatches, sampling batches, processes."""
 
 import itertools
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from lit_rlft.algorithms.base import Experience
 from lit_rlft.algorithms.graft import GRAFT, PGRAFT
-from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.randomness import generators, seed_from
 from lit_rlft.core.sampling import Sampler
 from tests.algorithms.graft_support import W, fit, tuner_of
-from tests.support import trainer_of
 
 
 def test_graft_is_p_graft_without_a_cut(folder: Path) -> None:
@@ -73,55 +68,6 @@ def test_candidates_do_not_depend_on_sampling_batches(
     first, second = (fit(tuner, default_root_dir=folder).experiences[0] for tuner in tuners)
     assert first.seeds == second.seeds
     torch.testing.assert_close(first.states["x_s"], second.states["x_s"])
-
-
-def planned(tuner: PGRAFT, num: int, counts: Sequence[int] | None, monkeypatch: Any) -> list[Any]:
-    if counts:
-        monkeypatch.setattr("lit_rlft.loop.updates.gather", lambda value, size: list(counts))
-    rows = torch.zeros(num, dtype=torch.int64)
-    states = {"x_s": torch.arange(float(num)).unsqueeze(1)}
-    return tuner.updates.plan(Experience(states, Condition([{}], {}, rows), list(range(num))))
-
-
-@pytest.mark.parametrize("num", [1, 4, 9, 10, 23])
-def test_each_epoch_covers_the_experience_once(monkeypatch: pytest.MonkeyPatch, num: int) -> None:
-    tuner = tuner_of(num_epochs=3, minibatch_size=4)
-    tuner.trainer = trainer_of()
-    updates = planned(tuner, num, None, monkeypatch)
-    sizes = [len(update.minibatch) for update in updates]
-    assert len(updates) == 3 * -(-num // 4) and max(sizes) <= 4
-    assert max(sizes) - min(sizes) <= 1 and [update.total for update in updates] == sizes
-    orders = []
-    for epoch in range(3):
-        parts = [update.minibatch for update in updates if update.epoch == epoch]
-        order = [seed for part in parts for seed in part.seeds]
-        assert sorted(order) == list(range(num))
-        # Seeds, states and conditions stay together.
-        states = torch.cat([part.states["x_s"] for part in parts])
-        assert states.flatten().tolist() == order
-        orders.append(order)
-    if num > 4:
-        assert orders[0] != orders[1] != orders[2]
-    again = planned(tuner, num, None, monkeypatch)
-    assert [u.minibatch.seeds for u in again] == [u.minibatch.seeds for u in updates]
-    tuner.num_rounds = 1
-    if num > 4:
-        later = planned(tuner, num, None, monkeypatch)
-        assert [u.minibatch.seeds for u in later] != [u.minibatch.seeds for u in updates]
-
-
-@pytest.mark.parametrize("counts", [(9, 2, 0), (4, 4, 5), (0, 0, 0), (1, 0, 0)])
-def test_processes_agree_on_the_number_and_sizes_of_updates(
-    monkeypatch: pytest.MonkeyPatch, counts: tuple[int, ...]
-) -> None:
-    tuner = tuner_of(num_epochs=2, minibatch_size=4)
-    tuner.trainer = trainer_of()
-    plans = [planned(tuner, num, counts, monkeypatch) for num in counts]
-    assert {len(plan) for plan in plans} == {2 * -(-max(counts) // 4)}
-    for updates in zip(*plans, strict=True):
-        assert {u.total for u in updates} == {sum(len(u.minibatch) for u in updates)}
-    for plan, num in zip(plans, counts, strict=True):
-        assert sum(len(update.minibatch) for update in plan) == 2 * num
 
 
 def test_an_update_is_a_step_on_the_mean_loss_with_clipped_gradients(folder: Path) -> None:

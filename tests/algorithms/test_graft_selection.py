@@ -12,13 +12,13 @@ from torch import Tensor
 
 from domains.gaussian_mixture.pipeline import GaussianMixturePipeline
 from domains.gaussian_mixture.rewards import Coordinate
-from lit_rlft.algorithms.base import Experience
 from lit_rlft.algorithms.graft import GRAFT, PGRAFT
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.process import GaussianProcess
 from lit_rlft.core.randomness import generators
 from lit_rlft.core.selection import Threshold, TopK, Unique
 from lit_rlft.core.state import tensor_of
+from lit_rlft.loop.experience import Experience
 from tests.algorithms.graft_support import fit, nearest, tuner_of
 from tests.support import trainer_of
 
@@ -33,8 +33,8 @@ def test_only_accepted_states_are_kept(folder: Path, train_from: Any) -> None:
     # The seeds of accepted samples draw them again; the reference's trajectories are fixed.
     keep = [4 if train_from == "intermediate" else 8]
     with torch.no_grad():
-        (again,) = tuner.draw_states(
-            experience.condition, experience.seeds, keep=keep, relay=tuner.reference_relay()
+        (again,) = tuner.rollouts.draw(
+            tuner.reference_route(), experience.condition, experience.seeds, keep=keep
         )
     torch.testing.assert_close(again, x_s)
     metrics = experience.metrics
@@ -181,7 +181,7 @@ def test_unique_takes_one_of_each_mode(folder: Path) -> None:
     (experience,) = fit(tuner, default_root_dir=folder).experiences
     assert (experience.histograms["accepted_reward"] >= 1).all()
     # The data set's row that each accepted sample was drawn for, from its seed.
-    seeds = tuner.sample_seeds({"index": torch.arange(8)}, 16, 10, 0)
+    seeds = tuner.rollouts.seeds({"index": torch.arange(8)}, 16, 10, 0)
     rows = [seeds.index(seed) // 16 for seed in experience.seeds]
     modes = nearest(experience.states["x_s"]).tolist()
     assert len(set(zip(rows, modes, strict=True))) == len(experience) > 16
@@ -195,7 +195,7 @@ def test_unique_takes_one_of_each_mode(folder: Path) -> None:
         ({"cut": -0.1}, r"cut is -0\.1"),
         ({"contrast": -1.0}, "contrast must be positive"),
         ({"cut": 0.95}, "at least one of the sampler's 8 steps"),
-        ({"selection": TopK(5)}, r"num_candidates \(4\)"),
+        ({"selection": TopK(5)}, "k is 5, more than the 4 candidates"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(

@@ -66,7 +66,7 @@ def draw(tuner: Any, num: int, *, corrected: bool) -> Tensor:
     prior = tuner.prior if corrected else tuner.reference_prior
     x_1 = prior(condition).sample(generators(range(num)))
     process = tuner.pipeline.process
-    return tuner.sampler.sample(tuner.reference_policy, process, x_1, condition)
+    return tuner.sampler.sample(tuner.reference, process, x_1, condition)
 
 
 def test_the_corrector_recovers_the_datas_law_that_a_biased_model_misses(tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_pictures_are_corrected_under_their_prompts(
     batch = collate(rows)
     condition, x_1 = pipeline.encode(batch), store_of(tmp_path, 4).read(torch.arange(4))
     with torch.no_grad():
-        x_0 = tuner.sampler.sample(tuner.reference_policy, pipeline.process, x_1, condition)
+        x_0 = tuner.sampler.sample(tuner.reference, pipeline.process, x_1, condition)
         torch.testing.assert_close(x_0, pipeline.states(batch), rtol=0, atol=5e-3)
     # Prompts reach the corrector.
     torch.nn.init.normal_(tuner.corrector.denoiser.last.weight)

@@ -61,7 +61,8 @@ def test_what_is_missing_is_shared_out_evenly(
         progress_bar_callback=None,
     )
     with torch.no_grad():
-        Inversion(tuner, points_rows(), collate).run()
+        inversion = tuner.inversion(points_rows(), collate)
+        inversion.run(tuner._identity(), rank, 2, lambda items, label: items)
     after = stamps(tmp_path)
     made = {name[:5] for name in after if after[name] != before[name]} - {"noise"}
     assert made == {f"0000{1 + 2 * rank}"}

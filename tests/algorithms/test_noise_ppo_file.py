@@ -71,9 +71,9 @@ def test_plain_diffusers_paints_our_pictures(
     (path,) = tuner.export(tmp_path / "tuned")
     prompts, seeds, steps = ["a red ring", "two stars"], [3, 4], tuner.sampler.num_steps
     condition = tuner.pipeline.encode({"prompt": prompts})
-    relay, seeds_of = tuner.relay(), [seed_from(seed) for seed in seeds]
+    route, seeds_of = tuner.route(), [seed_from(seed) for seed in seeds]
     with torch.no_grad():
-        (x_0,) = tuner.draw_states(condition, seeds_of, keep=[steps], relay=relay)
+        (x_0,) = tuner.rollouts.draw(route, condition, seeds_of, keep=[steps])
         ours = tuner.pipeline.decode(x_0, condition)
 
     pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)

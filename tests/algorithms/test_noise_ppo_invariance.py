@@ -18,6 +18,7 @@ from lit_rlft.core.advantage import RunningAdvantage
 from lit_rlft.core.prior import LowResolution
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.state import tensor_of
+from lit_rlft.core.streams import Stream
 from tests.algorithms.noise_ppo_support import Tiny, affine, collected, disturb, painted, ready
 
 
@@ -70,12 +71,14 @@ def test_full_fine_tuning_still_has_a_frozen_reference() -> None:
 def test_tuned_and_reference_start_from_the_same_noise() -> None:
     tuner = ready(num_eval_samples=3)
     batch = {"index": torch.arange(2)}
-    condition = tuner.pipeline.encode(batch).repeat(3)
+    condition, steps = tuner.pipeline.encode(batch).repeat(3), tuner.sampler.num_steps
+    seeds = tuner.rollouts.seeds(batch, 3, Stream.EVALUATE)
 
     def drawn() -> list[Tensor]:
         with torch.no_grad():
             return [
-                tensor_of(tuner._draw(batch, condition, arm)[0]) for arm in ("tuned", "reference")
+                tensor_of(tuner.rollouts.draw(route, condition, seeds, keep=[steps])[0])
+                for route in (tuner.route(), tuner.reference_route())
             ]
 
     tuned, reference = drawn()

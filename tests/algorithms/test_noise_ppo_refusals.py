@@ -78,9 +78,9 @@ def test_what_cannot_work_is_refused_at_start_up(mistake: str) -> None:
 
 
 def test_maps_without_numbers_are_refused() -> None:
-    with pytest.raises(UsageError, match=r"maps\.init_args.size must be at least 1"):
+    with pytest.raises(UsageError, match=r"LowResolution: size must be at least 1"):
         LowResolution(0)
-    with pytest.raises(UsageError, match=r"maps\.init_args.rank must be at least 1"):
+    with pytest.raises(UsageError, match=r"LowRank: rank must be at least 1"):
         LowRank(0)
 
 

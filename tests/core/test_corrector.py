@@ -137,7 +137,7 @@ def test_divergence_does_not_apply_and_density_is_refused() -> None:
         law.log_prob(torch.zeros(3, 2))
     with pytest.raises(ValueError, match="2 samples for 3"):
         FlowPrior(flow, flow.process.prior(torch.zeros(2, 2)), SIDES, Sampler(2)).sample()
-    with pytest.raises(UsageError, match="width and depth"):
+    with pytest.raises(UsageError, match="FlowMLP: depth must be at least 1"):
         FlowMLP(FLOW, torch.empty(1, 2), features, 2, depth=0)
 
 

@@ -299,5 +299,5 @@ def test_what_cannot_be_inverted_is_refused_by_name() -> None:
         Sampler(2).invert(lambda x, t, c: x, mixed, fields, conditions(2))
     with pytest.raises(NotImplementedError, match="MaskedProcess"):
         mixed.inverted(fields, fields, fields, torch.ones(2), torch.zeros(2))
-    with pytest.raises(UsageError, match=r"sampler\.eta must be 0"):
+    with pytest.raises(UsageError, match=r"Sampler: eta must be 0"):
         Sampler(2, eta=0.5).invert(lambda x, t, c: x, FLOW, torch.zeros(2, 2), conditions(2))

@@ -18,7 +18,7 @@ from domains.layout.pages import Page
 from domains.layout.pipeline import LayoutPipeline
 from domains.layout.rewards import Alignment
 from domains.layout.sources import Grammar, JSONLayouts
-from lit_rlft.algorithms.base import Draw, RewardFineTuner
+from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.algorithms.ddpo import DDPO
 from lit_rlft.algorithms.graft import GRAFT, PGRAFT
 from lit_rlft.algorithms.noise_ppo import NoisePPO
@@ -30,6 +30,7 @@ from lit_rlft.core.gradient_plan import DRTune
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.state import State, leaves
+from lit_rlft.loop.experience import Draw
 from lit_rlft.loop.reference import LoRA, attach_lora
 
 Make = Callable[..., Any]
