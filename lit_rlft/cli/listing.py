@@ -21,6 +21,7 @@ __all__ = ["listing", "run"]
 Row = tuple[str, ...]
 _CLASS_PATH = re.compile(r"class_path:\s*([\w.]+)")
 _GAP = 2
+_MAX_CELL = 16
 _MIN_TEXT = 24
 """Columns that descriptions have at least."""
 
@@ -90,8 +91,8 @@ def _domains(domain: str | None) -> tuple[Row, list[Row]]:
 
 
 def _rewards(domain: str | None) -> tuple[Row, list[Row]]:
-    return ("name", "gradient", "domain", ""), [
-        (one.name, one.gradient, one.domain or "any", one.summary)
+    return ("name", "gradient", "domain", "configs", ""), [
+        (one.name, one.gradient, one.domain or "any", ", ".join(_users(one, "domains")), one.summary)
         for one in _entries("reward", domain)
     ]
 
@@ -129,13 +130,19 @@ _SECTIONS: dict[str, Callable[[str | None], tuple[Row, list[Row]]]] = {
 def _entries(kind: str, domain: str | None) -> list[Entry]:
     found = [one for one in index() if one.kind == kind and domain in (None, one.domain)]
     # A container of the other metrics, which every run has.
-    return [one for one in found if one.path != "lit_rlft.core.reward.Metrics"]
+    return [one for one in found if one.name != "Metrics"]
 
 
 def _users(entry: Entry, folder: str) -> list[str]:
     """Return the configs of a folder that use a class, by name."""
     paths = [path for path in packaged_configs() if path.parent.name == folder]
-    return [p.stem for p in paths if {entry.path, f"{entry.module}.{entry.name}"} & _class_paths(p)]
+    return [path.stem for path in paths if any(_is_of(one, entry) for one in _class_paths(path))]
+
+
+def _is_of(path: str, entry: Entry) -> bool:
+    """Return whether a dotted path is that of a class, where it is defined or re-exported."""
+    package, _, name = path.rpartition(".")
+    return name == entry.name and f"{entry.module}.".startswith(f"{package}.")
 
 
 @cache
@@ -164,7 +171,7 @@ def _summary(package: str) -> str:
 def _table(header: Row, rows: Sequence[Row]) -> str:
     """Return aligned columns; the last one's text goes on below itself."""
     *widths, _ = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    widths = [width if i == 0 else min(width, 28) for i, width in enumerate(widths)]
+    widths = [width if i == 0 else min(width, _MAX_CELL) for i, width in enumerate(widths)]
     total = shutil.get_terminal_size().columns if sys.stdout.isatty() else 80
     rest = max(_MIN_TEXT, total - sum(widths) - _GAP * len(widths))
     lines = [line for row in [header, *rows] for line in _lines(row, [*widths, rest])]
