@@ -49,7 +49,7 @@ _PLACES = {
 }
 """Module of each public name, within this package; `__init__.pyi` says the same to type checkers."""
 
-__all__ = [*_PLACES]  # noqa: PLE0604
+__all__ = [*_PLACES]
 
 register({})
 

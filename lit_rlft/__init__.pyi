@@ -2,7 +2,9 @@ from lit_rlft.algorithms.base import RewardFineTuner as RewardFineTuner
 from lit_rlft.algorithms.ddpo import DDPO as DDPO
 from lit_rlft.algorithms.graft import GRAFT as GRAFT
 from lit_rlft.algorithms.graft import PGRAFT as PGRAFT
-from lit_rlft.algorithms.inverse_noise_correction import InverseNoiseCorrection as InverseNoiseCorrection
+from lit_rlft.algorithms.inverse_noise_correction import (
+    InverseNoiseCorrection as InverseNoiseCorrection,
+)
 from lit_rlft.algorithms.noise_ppo import NoisePPO as NoisePPO
 from lit_rlft.algorithms.pretrain import Pretrain as Pretrain
 from lit_rlft.algorithms.reward_gradient import RewardGradient as RewardGradient
@@ -12,9 +14,9 @@ from lit_rlft.core.advantage import GroupAdvantage as GroupAdvantage
 from lit_rlft.core.advantage import RunningAdvantage as RunningAdvantage
 from lit_rlft.core.checks import UsageError as UsageError
 from lit_rlft.core.gradient_plan import AlignProp as AlignProp
-from lit_rlft.core.gradient_plan import DRTune as DRTune
 from lit_rlft.core.gradient_plan import DRaFT as DRaFT
 from lit_rlft.core.gradient_plan import DRaFTLV as DRaFTLV
+from lit_rlft.core.gradient_plan import DRTune as DRTune
 from lit_rlft.core.gradient_plan import ReFL as ReFL
 from lit_rlft.core.pipeline import Condition as Condition
 from lit_rlft.core.pipeline import Pipeline as Pipeline

@@ -170,7 +170,9 @@ def _parsed(module: str, path: Path) -> _Module:
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     members = {name: dict(_own_members(node)) for name, node in classes.items()}
-    names = {name: full for node in tree.body for name, full in _imported(node, package)}
+    stub = path.with_suffix(".pyi")  # says what a package re-exports that loads it lazily
+    body = [*tree.body, *(ast.parse(stub.read_text()).body if stub.is_file() else [])]
+    names = {name: full for node in body for name, full in _imported(node, package)}
     return _Module(classes, members, names)
 
 

@@ -91,10 +91,12 @@ def _domains(domain: str | None) -> tuple[Row, list[Row]]:
 
 
 def _rewards(domain: str | None) -> tuple[Row, list[Row]]:
-    return ("name", "gradient", "domain", "configs", ""), [
-        (one.name, one.gradient, one.domain or "any", ", ".join(_users(one, "domains")), one.summary)
-        for one in _entries("reward", domain)
-    ]
+    rows = []
+    for one in _entries("reward", domain):
+        configs = ", ".join(_users(one, "domains"))
+        text = f"{one.summary} [{configs}]" if configs else one.summary
+        rows.append((one.name, one.gradient, one.domain or "any", text))
+    return ("name", "gradient", "domain", "[configs that use it]"), rows
 
 
 def _metrics(domain: str | None) -> tuple[Row, list[Row]]:

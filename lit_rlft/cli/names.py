@@ -105,7 +105,8 @@ class _Resolver:
         if found:
             paths = ", ".join(entry.path for entry in found)
             raise UsageError(f"{_flag(word)}: {word.name} may be any of {paths}; give one of these")
-        if word.is_top and not _is_loaded(word.name):
+        ours = any(entry.name == word.name for entry in self.entries)
+        if word.is_top and (ours or not _is_loaded(word.name)):
             raise self._unknown(word)
         return None
 

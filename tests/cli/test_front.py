@@ -105,7 +105,7 @@ def test_help_of_a_command_begins_with_what_it_does(capsys: pytest.CaptureFixtur
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("usage: lit-rlft fit --config DOMAIN --config ALGORITHM")
     top = " ".join(lines[:14])
-    assert "Tune a pretrained model with a reward." in top and "lit-rlft list" in top
+    assert "Tune a pretrained model with a reward." in top and "--model.help PGRAFT" in top
 
 
 def test_help_of_a_class_by_its_short_name(capsys: pytest.CaptureFixture[str]) -> None:

@@ -173,4 +173,6 @@ def test_a_registration_that_leads_nowhere_harms_nobody(
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: gone\n")
     (folder / "entry_points.txt").write_text(f"[{GROUP}]\ngone = gone_away.domain\n")
     monkeypatch.syspath_prepend(tmp_path)
-    assert listed(capsys, "rewards", "--domain", "gone") == ["name  gradient  domain  configs"]
+    assert listed(capsys, "rewards", "--domain", "gone") == [
+        "name  gradient  domain  [configs that use it]"
+    ]
