@@ -47,7 +47,7 @@ _PLACES = {
     "RunFiles": "callbacks.run_files",
     "NoiseGenerator": "inference",
 }
-"""Module of each public name, within this package; `__init__.pyi` says the same to type checkers."""
+"""Module of each public name within this package; `__init__.pyi` tells type checkers the same."""
 
 __all__ = [*_PLACES]
 

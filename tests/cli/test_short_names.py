@@ -164,7 +164,7 @@ def test_what_is_no_bare_name_is_left_to_the_parser(value: str) -> None:
 
 
 def test_unknown_and_ambiguous_configs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match="did you mean .*p_graft"):
+    with pytest.raises(UsageError, match=r"did you mean .*p_graft"):
         config_file("pgraft")
     folder = Path("packaged/configs").resolve()
     for kind in ("algorithms", "domains"):
