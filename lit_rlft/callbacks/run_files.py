@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
+from torch import Tensor
 
 from lit_rlft.algorithms.base import RewardFineTuner
+from lit_rlft.callbacks.facts import say
+from lit_rlft.callbacks.result_table import result_table
 from lit_rlft.distributed import gather
 from lit_rlft.loop.experience import Draw
 from lit_rlft.runs.before_after import comparison
@@ -48,6 +51,7 @@ class RunFiles(Callback):
 
     def __init__(self, num_conditions: int = 12) -> None:
         self.num_conditions = num_conditions
+        self._result = ""
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ask for the pictures."""
@@ -59,7 +63,7 @@ class RunFiles(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say where everything is."""
         folder = run_folder(trainer)
-        _say(f"run folder: {folder}\nTensorBoard log: tensorboard --logdir {folder}")
+        say(f"run folder: {folder}\nTensorBoard log: tensorboard --logdir {folder}")
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the metrics and the picture."""
@@ -87,7 +91,21 @@ class RunFiles(Callback):
         path = _write_text(folder / "metrics.json", json.dumps(report, indent=2) + "\n")
         picture = self._picture(pl_module, summary, num_samples)
         picture.save(folder / "comparison.png")
-        _say(f"metrics: {path}\npicture: {folder / 'comparison.png'}")
+        title = f"{pl_module.algorithm} on {pl_module.pipeline.name}, {num_samples} samples each"
+        paths = f"picture  {folder / 'comparison.png'}\nmetrics  {path}"
+        self._result = f"\n{title}\n\n{result_table(summary)}\n\n{paths}"
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep what `validate` is to show; within a fit validations are not shown."""
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            summary = _validation_summary(trainer.callback_metrics)
+            self._result = f"\n{result_table(summary)}\n\npanels   {run_folder(trainer) / 'panels'}"
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Show the result, when no progress bar is open any more."""
+        if self._result:
+            say(self._result)
+            self._result = ""
 
     def _picture(self, module: RewardFineTuner, summary: Summary, num_samples: int) -> Image.Image:
         measurements = module.evaluator.measurements
@@ -147,7 +165,19 @@ class RunFiles(Callback):
             _write_text(folder / "samples.jsonl", "\n".join(lines) + "\n")
             for part in parts:
                 part.unlink()
-        _say(f"samples: {folder / 'samples'}\nsamples.jsonl: {folder / 'samples.jsonl'}")
+        say(f"samples: {folder / 'samples'}\nsamples.jsonl: {folder / 'samples.jsonl'}")
+
+
+def _validation_summary(logged: Mapping[str, Tensor]) -> Summary:
+    """Return the logged means of a validation by arm and metric."""
+    summary: Summary = {}
+    for arm, prefix in (("reference", "val_reference/"), ("tuned", "val/"), ("gain", "val_gain/")):
+        summary[arm] = {
+            key.removeprefix(prefix): {"mean": float(value), "sem": math.nan}
+            for key, value in logged.items()
+            if key.startswith(prefix)
+        }
+    return summary
 
 
 def _without_nan(metrics: dict[str, dict[str, float]]) -> dict[str, dict[str, float | None]]:
@@ -163,8 +193,3 @@ def _write_text(path: Path, text: str) -> Path:
     partial = path.with_suffix(".partial")
     partial.write_text(text)
     return partial.replace(path)
-
-
-@rank_zero_only
-def _say(text: str) -> None:
-    print(text)

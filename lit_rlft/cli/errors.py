@@ -1,23 +1,15 @@
-"""Errors as sentences, and warnings that do not concern the user."""
+"""Errors as sentences."""
 
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lit_rlft.core.checks import UsageError
 
-__all__ = ["FALSE_ALARMS", "sentence"]
-
-FALSE_ALARMS = (
-    r"Found \d+ module\(s\) in eval mode",  # all but what is trained
-    "You're resuming from a checkpoint that ended before the epoch ended",  # data.py goes on there
-    "Using ModelCheckpoint with manual optimization",  # between rounds
-    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
-)
-"""Warnings of Lightning, as patterns, about what is meant to be so."""
+__all__ = ["sentence"]
 
 
 def sentence(error: Exception) -> str | None:
-    """Return what a user should read of an error that is theirs to mend, else None.
+    """Return what a user should read of an error that the user can fix, else None.
 
     Parsing wraps errors: the innermost one says what is wrong.
     """
