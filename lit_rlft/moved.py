@@ -4,11 +4,13 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
+from importlib.abc import InspectLoader, Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from importlib.util import find_spec
+from types import CodeType, ModuleType
+from typing import Any
 
-__all__ = ["register"]
+__all__ = ["moved_name", "register"]
 
 _MOVED = {
     "lit_rlft.adapters": "lit_rlft.loop.reference",
@@ -45,17 +47,54 @@ class _Finder(MetaPathFinder, Loader):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        return ModuleSpec(fullname, self) if fullname in self.moved else None
+        if fullname not in self.moved:
+            return None
+        new = find_spec(self.moved[fullname])
+        assert new is not None
+        return ModuleSpec(fullname, self, origin=new.origin)
 
     def exec_module(self, module: ModuleType) -> None:
         old, new = module.__name__, self.moved[module.__name__]
-        text = f"{old} has moved: write {new} instead; the old name is deprecated and goes next"
-        warnings.warn(text, FutureWarning, stacklevel=2)
-        source = import_module(new)
-        vars(module).update({name: getattr(source, name) for name in source.__all__})
+        _warn(old, new)
+        vars(module).update(_public(import_module(new)))
+
+    def get_code(self, fullname: str) -> CodeType | None:
+        """Return the new module's code, which `python -m <old name>` runs."""
+        spec = find_spec(self.moved[fullname])
+        assert spec is not None and isinstance(spec.loader, InspectLoader)
+        _warn(fullname, self.moved[fullname])
+        return spec.loader.get_code(self.moved[fullname])
 
 
 _FINDER = _Finder(_MOVED)
+
+
+def moved_name(module: str, name: str, moved: Mapping[str, str]) -> Any:
+    """Return what a module's `__getattr__` is asked for: a name that is now another module's.
+
+    Args:
+        module: The module that is asked.
+        name: The name.
+        moved: New module by name.
+
+    Raises:
+        AttributeError: The name is none of those that have moved.
+    """
+    if name not in moved:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    _warn(f"{module}.{name}", f"{moved[name]}.{name}")
+    return getattr(import_module(moved[name]), name)
+
+
+def _public(module: ModuleType) -> dict[str, Any]:
+    """Return the public names of a module: those of its `__all__`, or all without underscore."""
+    names = getattr(module, "__all__", [name for name in vars(module) if name[0] != "_"])
+    return {name: getattr(module, name) for name in names}
+
+
+def _warn(old: str, new: str) -> None:
+    text = f"{old} has moved: write {new} instead; the old name is deprecated and goes next"
+    warnings.warn(text, FutureWarning, stacklevel=3)
 
 
 def register(moved: Mapping[str, str]) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from domains.gaussian_mixture.mixture import MEANS, STDS, WEIGHTS, Mixture
+from domains.gaussian_mixture.closed_form.mixture import MEANS, STDS, WEIGHTS, Mixture
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import SetMetric

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from domains.gaussian_mixture.mixture import MEANS, STDS, WEIGHTS, Mixture
+from domains.gaussian_mixture.closed_form.mixture import MEANS, STDS, WEIGHTS, Mixture
 from domains.gaussian_mixture.render import Plane
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline, column

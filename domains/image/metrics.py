@@ -8,18 +8,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from domains.image.distances import (
-    frechet_distance,
-    kernel_distance,
-    neighbour_distances,
-    precision_recall,
-)
-from domains.image.features import features_of, load_features
+from domains.image.networks.features import features_of, load_features
 from domains.image.sources import Digits, Source
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Metric, SetMetric
 from lit_rlft.kit.images import check_pictures
-from lit_rlft.kit.statistics import mmd, polynomial, similarity
+from lit_rlft.kit.statistics import (
+    frechet_distance,
+    kernel_distance,
+    mmd,
+    neighbour_distances,
+    polynomial,
+    precision_recall,
+    similarity,
+)
 
 _NUM_SUBSETS = 10
 
@@ -95,7 +97,7 @@ class SetDistances(SetMetric):
             real.features, generated, self.num_neighbours, real.radii
         )
         values = {
-            "fid": frechet_distance(real.features, generated),
+            "fid": frechet_distance(generated, real.features),
             "kid": kid,
             "precision": precision,
             "recall": recall,

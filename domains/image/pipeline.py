@@ -9,6 +9,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from torch import Tensor
 
+from domains.image import EMBEDDED
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline, column
 from lit_rlft.core.process import GaussianProcess, PredictionType
@@ -17,9 +18,6 @@ from lit_rlft.core.state import State, tensor_of
 from lit_rlft.kit.images import save_pictures
 
 __all__ = ["EMBEDDED", "ImagePipeline"]
-
-EMBEDDED = Path(__file__).parent / "assets"
-"""Folder of the models that ship with the package, reachable by their bare names."""
 
 _PREDICTION_TYPES: dict[str, PredictionType] = {
     "epsilon": "epsilon",

@@ -5,7 +5,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
-from domains.image.features import FeatureNetwork, load_features, luminance
+from domains.image.networks.features import FeatureNetwork, load_features, luminance
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Reward

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from domains.layout.layouts import EMPTY
-from domains.layout.pages import Packed
+from domains.layout.samples import EMPTY
 from domains.layout.sources import Grammar, Source
+from domains.layout.sources.packed import Packed
 from lit_rlft.core.checks import UsageError
 from lit_rlft.kit.data import Record, Rows, Split, SplitData, hold_out
 

@@ -21,13 +21,13 @@ from scipy.stats import wasserstein_distance
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from domains.layout import measures
-from domains.layout.encoder import LayoutEncoder, load_encoder
-from domains.layout.layouts import Layouts, check_layouts
+from domains.layout.networks.encoder import LayoutEncoder, load_encoder
+from domains.layout.page import measures
+from domains.layout.samples import Layouts, check_layouts
 from domains.layout.sources import Grammar, Source
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Metric, SetMetric
-from lit_rlft.kit.statistics import mmd, polynomial, similarity
+from lit_rlft.kit.statistics import frechet_distance, mmd, polynomial, similarity
 
 __all__ = [
     "Diversity",
@@ -239,24 +239,6 @@ def box_wasserstein(a: Layouts, b: Layouts) -> float:
     if not len(first) or not len(second):
         return 1.0
     return float(np.mean([wasserstein_distance(first[:, i], second[:, i]) for i in range(4)]))
-
-
-def frechet_distance(a: Tensor, b: Tensor) -> float:
-    r"""Return the Fréchet distance of Gaussians fitted to features [n, D] and [m, D].
-
-    .. math:: \|\mu_a - \mu_b\|^2 + \mathrm{tr}(C_a + C_b - 2 (C_a^{1/2} C_b C_a^{1/2})^{1/2})
-
-    NaN for fewer than two layouts.
-    """
-    if min(len(a), len(b)) < 2:
-        return float("nan")
-    a, b = a.double(), b.double()
-    cov_a, cov_b = a.T.cov(), b.T.cov()
-    values, vectors = torch.linalg.eigh(cov_a)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
-    distance = (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
-    return float(distance)
 
 
 def _features(encoder: LayoutEncoder, layouts: Layouts, size: int = 512) -> Tensor:

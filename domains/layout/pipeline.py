@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from domains.layout.layouts import EMPTY, Layouts
-from domains.layout.network import Architecture, LayoutTransformer, load_network
+from domains.layout import EMBEDDED
+from domains.layout.networks.transformer import Architecture, LayoutTransformer, load_network
 from domains.layout.render import draw, save_layout
+from domains.layout.samples import EMPTY, Layouts
 from lit_rlft.core.checks import UsageError, loading
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline, column
 from lit_rlft.core.process import GaussianProcess, MaskedProcess, Process, ProductProcess
@@ -26,9 +27,6 @@ from lit_rlft.core.state import State, expand_as, fields_of, tensor_of
 from lit_rlft.kit.network_folder import save_network
 
 __all__ = ["EMBEDDED", "LayoutPipeline"]
-
-EMBEDDED = Path(__file__).parent / "assets"
-"""Folder of the models that ship with the package, reachable by their bare names."""
 
 _SHARPNESS = 8.0  # of presence: 1 - 1e-7 at the scores of a full slot
 _SMALLEST_T = 1e-6

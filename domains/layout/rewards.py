@@ -13,17 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from domains.layout import measures
-from domains.layout.layouts import Layouts, check_layouts
+from domains.layout.networks.encoder import load_encoder
+from domains.layout.page import measures
+from domains.layout.samples import Layouts, check_layouts
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Reward
+from lit_rlft.kit.judge import Judge, Output
 
 __all__ = [
     "Alignment",
     "ClassCounts",
     "Count",
     "Coverage",
+    "Critic",
     "GapRegularity",
     "GrammarRules",
     "InsidePage",
@@ -272,6 +275,32 @@ class GrammarRules(Reward):
         held = (title & follows).sum(dim=1) + (floats & captioned).sum(dim=1)
         asked = (title | floats).sum(dim=1)
         return (held / asked.clamp(min=1)).where(asked > 0, 1)
+
+
+class Critic(Judge):
+    """What a layout encoder's critic says: the logit of "real", or its log-probability.
+
+    Differentiable with respect to boxes; which slots hold what is taken as it is. The network is
+    frozen, always in evaluation mode, and computes in single precision whatever autocast says.
+
+    Args:
+        pretrained: A folder that `LayoutEncoder.save` wrote, or "critic", the embedded one.
+        output: "logit" has no bounds; "log_probability" is in (-inf, 0], "probability" in [0, 1].
+
+    Raises:
+        UsageError: `pretrained` is no such folder, or `output` is unknown.
+    """
+
+    def __init__(self, pretrained: str = "critic", output: Output = "log_probability") -> None:
+        super().__init__(output)
+        self.encoder = load_encoder(pretrained)
+
+    def forward(self, samples: Any, condition: Condition) -> Tensor:
+        """Return the critic's judgement of each layout, [B]."""
+        layouts = check_layouts(samples, condition)
+        with torch.autocast(layouts.boxes.device.type, enabled=False):
+            logits = self.encoder.logits(self.encoder(layouts))
+        return self.verdict(logits)
 
 
 def _unless_few(rewards: Tensor, layouts: Layouts) -> Tensor:

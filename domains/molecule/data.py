@@ -8,11 +8,11 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from domains.molecule.batches import Batches, FixedBatches, SizeBatches
 from domains.molecule.sources import Enumerated, Source
-from domains.molecule.structures import Packed
+from domains.molecule.sources.packed import Packed
 from lit_rlft.core.checks import UsageError
 from lit_rlft.kit.data import Record, Rows, Split, SplitData, collate, hold_out
+from lit_rlft.kit.size_batches import Batches, FixedBatches, SizeBatches
 
 __all__ = ["QM9_COUNTS", "QM9_HEAVY_COUNTS", "AtomCounts", "MoleculeData", "histogram"]
 

@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from scipy.stats import wasserstein_distance
 from torch import Tensor
 
-from domains.molecule.chemistry import Chemistry, chemistry_of
-from domains.molecule.elements import EXPLICIT
-from domains.molecule.molecules import EMPTY, Molecules, check_molecules
+from domains.molecule.chemistry.batch import Chemistry, chemistry_of
+from domains.molecule.chemistry.elements import EXPLICIT
+from domains.molecule.samples import EMPTY, Molecules, check_molecules
 from domains.molecule.sources import Enumerated, Source
-from domains.molecule.structures import Packed, molecules_of
+from domains.molecule.sources.packed import Packed, molecules_of
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Metric, SetMetric
 

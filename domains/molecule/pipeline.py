@@ -17,20 +17,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from domains.molecule.chemistry import keys
-from domains.molecule.coupling import CoupledPointClouds
-from domains.molecule.edm import ARGS, EDM, load_edm
-from domains.molecule.elements import ATOMIC_NUMBERS
-from domains.molecule.molecules import EMPTY, Molecules
-from domains.molecule.network import (
+from domains.molecule import EMBEDDED
+from domains.molecule.chemistry.batch import keys
+from domains.molecule.chemistry.elements import ATOMIC_NUMBERS
+from domains.molecule.networks.coupling import CoupledPointClouds
+from domains.molecule.networks.edm import ARGS, EDM, load_edm
+from domains.molecule.networks.egnn import (
     EGNN,
     Architecture,
     Denoiser,
     Transformer,
     load_network,
 )
-from domains.molecule.preconditioning import Preconditioning
+from domains.molecule.networks.preconditioning import Preconditioning
 from domains.molecule.render import draw, save_molecule
+from domains.molecule.samples import EMPTY, Molecules
 from lit_rlft.core.checks import UsageError, loading
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline, column
 from lit_rlft.core.process import GaussianProcess, MaskedProcess, Process, ProductProcess
@@ -40,9 +41,6 @@ from lit_rlft.core.subspace import PointClouds
 from lit_rlft.kit.network_folder import save_network
 
 __all__ = ["EMBEDDED", "MoleculePipeline"]
-
-EMBEDDED = Path(__file__).parent / "assets"
-"""Folder of the models that ship with the package, reachable by their bare names."""
 
 _NETWORKS: dict[str, type[Denoiser]] = {"egnn": EGNN, "transformer": Transformer, "edm": EDM}
 _SHARPNESS = 12.0  # of types: 1 - 3e-5 for exactly one-hot scores

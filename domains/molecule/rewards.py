@@ -1,9 +1,9 @@
 """Rewards of molecules, higher is better; a molecule that is not valid gets a stated number.
 
-A molecule's graph follows from its atoms' distances (`domains.molecule.bonds`). "Valid and
-connected" below: RDKit sanitises the graph, and it is in one part. Policies that choose sizes
-drift to small molecules, so sizes are conditions; hydrocarbons and fragments are the next ways in
-which a reward is gamed: report what the molecules are made of, and whether they are connected.
+A molecule's graph follows from its atoms' distances (`domains.molecule.chemistry.bonds`). "Valid
+and connected" means: RDKit sanitises the graph, and the graph is in one part. Policies that choose
+sizes drift to small molecules, so sizes are conditions. Hydrocarbons and fragments are the next
+ways to game a reward: measure what the molecules are made of, and whether they are connected.
 """
 
 import importlib.util
@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 from rdkit import Chem
 from torch import Tensor
 
-from domains.molecule import bonds
-from domains.molecule.chemistry import Chemistry, chemistry_of
-from domains.molecule.elements import VALENCES, valences
-from domains.molecule.formats import read_smiles
-from domains.molecule.graphs import to_smiles
-from domains.molecule.molecules import Molecules, check_molecules
+from domains.molecule.chemistry import bonds
+from domains.molecule.chemistry.batch import Chemistry, chemistry_of
+from domains.molecule.chemistry.elements import VALENCES, valences
+from domains.molecule.chemistry.graphs import to_smiles
+from domains.molecule.samples import Molecules, check_molecules
+from domains.molecule.sources.formats import read_smiles
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition, Pipeline
 from lit_rlft.core.reward import Reward
@@ -407,9 +407,9 @@ class SoftValence(_Soft):
 
     .. math:: r = -\frac1n \sum_i \Big(\sum_j o_{ij} - \sum_a p_i(a) V_a\Big)^2
 
-    with the soft bond orders of `domains.molecule.bonds.soft_bond_orders`. Molecules that fall into
-    pieces can be as good as whole ones: add `SoftConnected`. With implicit hydrogens only what
-    exceeds a valence counts, so that atoms without any bond are as good as can be.
+    with the soft bond orders of `domains.molecule.chemistry.bonds.soft_bond_orders`. Molecules that
+    fall into pieces can be as good as whole ones: add `SoftConnected`. With implicit hydrogens only
+    bonds beyond a valence count, so an atom without any bond has the best value.
 
     Args:
         temperature: Width of the steps between bond orders, in Angstrom.
@@ -431,8 +431,8 @@ class SoftConnected(_Soft):
 
     The mean over all n x n pairs of atoms, each with itself among them, of the firmest path between
     them: `bonds.soft_links` of soft bond orders. 1 for molecules in one piece, single atoms too. It
-    pulls on bonds that are about to break, and cannot mend those that are longer by more than a few
-    times the temperature.
+    pulls on bonds that are about to break. Bonds that are too long by more than a few times the
+    temperature get no gradient.
 
     Args:
         temperature: Width of the steps between bond orders, in Angstrom.

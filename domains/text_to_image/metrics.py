@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from domains.text_to_image.clip import CLIPEncoder
+from domains.text_to_image.networks.clip import CLIPEncoder
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Metric

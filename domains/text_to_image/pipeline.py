@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from domains.text_to_image import EMBEDDED
 from lit_rlft.core.checks import UsageError, loading
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline, column
 from lit_rlft.core.process import GaussianProcess, PredictionType
@@ -26,9 +27,6 @@ from lit_rlft.core.state import State, tensor_of
 from lit_rlft.kit.images import save_pictures
 
 __all__ = ["EMBEDDED", "TextToImagePipeline"]
-
-EMBEDDED = Path(__file__).parent / "assets"
-"""Folder of the models that ship with the package, reachable by their bare names."""
 
 _PREDICTION_TYPES: dict[str, PredictionType] = {
     "epsilon": "epsilon",

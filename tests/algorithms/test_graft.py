@@ -23,8 +23,8 @@ from scipy import stats
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from domains.gaussian_mixture.closed_form.mixture import MEANS, STDS, WEIGHTS
 from domains.gaussian_mixture.data import MixtureData
-from domains.gaussian_mixture.mixture import MEANS, STDS, WEIGHTS
 from domains.gaussian_mixture.pipeline import GaussianMixturePipeline
 from domains.gaussian_mixture.rewards import Coordinate
 from domains.text_to_image.pipeline import TextToImagePipeline

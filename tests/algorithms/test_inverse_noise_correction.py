@@ -24,7 +24,7 @@ from domains.gaussian_mixture.data import MixtureData
 from domains.gaussian_mixture.pipeline import GaussianMixturePipeline
 from domains.gaussian_mixture.rewards import Coordinate
 from domains.layout.data import LayoutData
-from domains.layout.network import Architecture
+from domains.layout.networks.transformer import Architecture
 from domains.layout.pipeline import LayoutPipeline
 from domains.layout.rewards import Overlap
 from domains.layout.sources import Grammar

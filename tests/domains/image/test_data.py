@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from domains.image.data import ImageData
 from domains.image.sources import Digits, Generated
 from lit_rlft.core.checks import UsageError
-from tests.domains.image.test_sources import paint
+from tests.domains.image.sources.test_sources import paint
 
 
 def images(data: ImageData, split: Any) -> torch.Tensor:
