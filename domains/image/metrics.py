@@ -39,7 +39,7 @@ class SetDistances(SetMetric):
         source: The real images; unless given all embedded digits, those that the embedded model was
             trained on among them.
         features: The feature network: "digits_features" or "shapes_features", which are embedded,
-            a folder that `train_features` wrote, or the file of InceptionV3's weights in
+            a folder that `train.features` wrote, or the file of InceptionV3's weights in
             torch-fidelity's format.
         max_images: Compare with so many of the real images, drawn at random; None takes all.
         num_neighbours: k of precision and recall.

@@ -16,6 +16,7 @@ from lit_rlft.core.process import GaussianProcess, PredictionType
 from lit_rlft.core.schedule import DiscreteVP, RectifiedFlow
 from lit_rlft.core.state import State, tensor_of
 from lit_rlft.kit.images import save_pictures
+from lit_rlft.kit.network_folder import load_pretrained
 
 __all__ = ["EMBEDDED", "ImagePipeline"]
 
@@ -179,23 +180,23 @@ def _scheduler(schedule: str, shift: float = 1.0) -> Any:
     return FlowMatchEulerDiscreteScheduler(num_train_timesteps=_FLOW_LEVELS, shift=shift)
 
 
+def _read(source: str) -> tuple[UNet2DModel, Any]:
+    if (Path(source) / "config.json").is_file():  # a network alone
+        return UNet2DModel.from_pretrained(source), None
+    loaded = DDPMPipeline.from_pretrained(source)
+    return loaded.unet, loaded.scheduler
+
+
 def _load(pretrained: str, schedule: Schedule) -> tuple[UNet2DModel, Any]:
-    folder = Path(pretrained)
-    if not folder.exists() and (EMBEDDED / pretrained).is_dir():
-        folder = EMBEDDED / pretrained
-    key, source = "pipeline.init_args.pretrained", str(folder) if folder.exists() else pretrained
-    try:
-        if (folder / "config.json").is_file():  # a network alone
-            denoiser, scheduler = UNet2DModel.from_pretrained(source), None
-        else:
-            loaded = DDPMPipeline.from_pretrained(source)
-            denoiser, scheduler = loaded.unet, loaded.scheduler
-    except (OSError, ValueError, TypeError, AttributeError, RuntimeError, KeyError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UsageError(
-            f"{key}: {pretrained!r} could not be loaded as a DDPMPipeline or a UNet2DModel; give "
-            f"'digits', 'shapes', a folder that save_pretrained wrote or a hub id ({reason})"
-        ) from error
+    key = "pipeline.init_args.pretrained"
+    denoiser, scheduler = load_pretrained(
+        pretrained,
+        EMBEDDED,
+        _read,
+        kind="a DDPMPipeline or a UNet2DModel",
+        give="'digits', 'shapes', a folder that save_pretrained wrote or a hub id",
+        key=key,
+    )
     if not isinstance(denoiser, UNet2DModel):
         raise UsageError(
             f"{key}: {pretrained!r} has a {type(denoiser).__name__}, not a UNet2DModel; models "

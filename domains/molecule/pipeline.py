@@ -32,13 +32,13 @@ from domains.molecule.networks.egnn import (
 from domains.molecule.networks.preconditioning import Preconditioning
 from domains.molecule.render import draw, save_molecule
 from domains.molecule.samples import EMPTY, Molecules
-from lit_rlft.core.checks import UsageError, loading
+from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline, column
 from lit_rlft.core.process import GaussianProcess, MaskedProcess, Process, ProductProcess
 from lit_rlft.core.schedule import PolynomialVP, RectifiedFlow
 from lit_rlft.core.state import State, cat, index
 from lit_rlft.core.subspace import PointClouds
-from lit_rlft.kit.network_folder import save_network
+from lit_rlft.kit.network_folder import check_one_given, load_pretrained, save_network
 
 __all__ = ["EMBEDDED", "MoleculePipeline"]
 
@@ -83,11 +83,7 @@ class MoleculePipeline(Pipeline):
         save_dtype: Literal["float32", "float16", "bfloat16"] = "float32",
     ) -> None:
         super().__init__()
-        if pretrained is not None and architecture is not None:
-            raise UsageError(
-                "pipeline.init_args: pretrained and architecture exclude each other; set "
-                "pretrained to null to train a network of your own"
-            )
+        check_one_given(pretrained, architecture)
         self.pretrained = pretrained
         if pretrained is None:
             architecture = architecture or Architecture()
@@ -343,14 +339,14 @@ def _rotations(num: int) -> Tensor:
 
 
 def _load(pretrained: str) -> Denoiser:
-    folder = Path(pretrained)
-    if not folder.exists():
-        folder = EMBEDDED / pretrained
-    if (folder / ARGS).is_file():
-        return load_edm(folder)
-    failed = (
-        f"pipeline.init_args.pretrained: {pretrained!r} could not be loaded as a molecule model; "
-        "give the name of an embedded model or a folder that save wrote"
+    def read(source: str) -> Denoiser:
+        folder = Path(source)
+        return load_edm(folder) if (folder / ARGS).is_file() else load_network(folder, _NETWORKS)
+
+    return load_pretrained(
+        pretrained,
+        EMBEDDED,
+        read,
+        kind="a molecule model",
+        give="the name of an embedded model or a folder that save wrote",
     )
-    with loading(failed):
-        return load_network(folder, _NETWORKS)

@@ -19,12 +19,14 @@ from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from domains.text_to_image import EMBEDDED
-from lit_rlft.core.checks import UsageError, loading
+from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline, column
 from lit_rlft.core.process import GaussianProcess, PredictionType
 from lit_rlft.core.schedule import DiscreteVP
 from lit_rlft.core.state import State, tensor_of
+from lit_rlft.kit.frozen import frozen
 from lit_rlft.kit.images import save_pictures
+from lit_rlft.kit.network_folder import load_pretrained
 
 __all__ = ["EMBEDDED", "TextToImagePipeline"]
 
@@ -90,8 +92,8 @@ class TextToImagePipeline(Pipeline):
         self.save_dtype = getattr(torch, save_dtype)
         self.diffusers = _load(pretrained, from_scratch=from_scratch)
         self.denoiser = self.diffusers.unet
-        self.encoder = self.diffusers.text_encoder.requires_grad_(False).eval()
-        self.vae: AutoencoderKL = self.diffusers.vae.requires_grad_(False).eval()
+        self.encoder = frozen(self.diffusers.text_encoder)
+        self.vae: AutoencoderKL = frozen(self.diffusers.vae)
         self.process = _process(self.diffusers.scheduler)
         factor = self.diffusers.vae_scale_factor
         native = self.denoiser.config["sample_size"]
@@ -246,30 +248,32 @@ def _process(scheduler: Any) -> GaussianProcess:
 
 
 def _load(pretrained: str, *, from_scratch: bool) -> StableDiffusionPipeline:
-    folder = Path(pretrained)
-    if not folder.exists() and (EMBEDDED / pretrained).is_dir():
-        folder = EMBEDDED / pretrained
+    loaded = load_pretrained(
+        pretrained,
+        EMBEDDED,
+        lambda source: _read(source, from_scratch),
+        kind="a StableDiffusionPipeline",
+        give="'shapes', a folder that save_pretrained wrote or a hub id",
+    )
+    for part in (loaded.unet, loaded.vae, loaded.text_encoder):
+        part.float()
+    return loaded
+
+
+def _read(source: str, from_scratch: bool) -> StableDiffusionPipeline:
+    folder = Path(source)
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise UsageError(
             f"pipeline.init_args.pretrained: {folder} has no model_index.json, so it is no "
             "diffusers pipeline; give a folder written by save_pretrained or a hub id"
         )
-    source = str(folder) if folder.exists() else pretrained
     fresh: dict[str, Any] = {}
-    failed = (
-        f"pipeline.init_args.pretrained: {pretrained!r} could not be loaded as a "
-        "StableDiffusionPipeline folder or hub id"
-    )
-    with loading(failed):
-        if from_scratch:
-            unet = UNet2DConditionModel.load_config(source, subfolder="unet")
-            fresh["unet"] = UNet2DConditionModel.from_config(unet)
-            text = CLIPTextConfig.from_pretrained(source, subfolder="text_encoder")
-            fresh["text_encoder"] = CLIPTextModel(text)
-        loaded = StableDiffusionPipeline.from_pretrained(source, safety_checker=None, **fresh)
-    for part in (loaded.unet, loaded.vae, loaded.text_encoder):
-        part.float()
-    return loaded
+    if from_scratch:
+        unet = UNet2DConditionModel.load_config(source, subfolder="unet")
+        fresh["unet"] = UNet2DConditionModel.from_config(unet)
+        text = CLIPTextConfig.from_pretrained(source, subfolder="text_encoder")
+        fresh["text_encoder"] = CLIPTextModel(text)
+    return StableDiffusionPipeline.from_pretrained(source, safety_checker=None, **fresh)
 
 
 def _latents(pixels: int | None, factor: int, key: str) -> int | None:

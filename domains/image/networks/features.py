@@ -12,8 +12,14 @@ from torch.nn import functional
 
 from domains.image import EMBEDDED
 from domains.image.networks.inception import InceptionV3
-from lit_rlft.core.checks import loading
-from lit_rlft.kit.network_folder import WEIGHTS, load_weights, read_settings, save_network
+from lit_rlft.kit.frozen import frozen
+from lit_rlft.kit.network_folder import (
+    WEIGHTS,
+    load_pretrained,
+    load_weights,
+    read_settings,
+    save_network,
+)
 
 __all__ = ["EMBEDDED", "FeatureArchitecture", "FeatureNetwork", "features_of", "load_features"]
 
@@ -126,21 +132,27 @@ def load_features(pretrained: str) -> "FeatureNetwork | InceptionV3":
     Raises:
         UsageError: `pretrained` is none of these.
     """
-    path = Path(pretrained)
-    failed = (
-        f"features: {pretrained!r} could not be loaded as a feature network; give "
-        "'digits_features', 'shapes_features', a folder that train_features wrote or the file of "
-        "InceptionV3's weights in torch-fidelity's format"
-    )
-    with loading(failed), torch.random.fork_rng():
+
+    def read(source: str) -> FeatureNetwork | InceptionV3:
+        path = Path(source)
         if path.is_file():
-            network: FeatureNetwork | InceptionV3 = InceptionV3.load(path)
-        elif path.exists():
-            digest = hashlib.sha256((path / WEIGHTS).read_bytes()).hexdigest()
-            network = FeatureNetwork.load(path, f"{path.resolve().name}-{digest[:6]}")
-        else:
-            network = FeatureNetwork.load(EMBEDDED / pretrained, pretrained)
-    return network.requires_grad_(False).eval()
+            return InceptionV3.load(path)
+        if not Path(pretrained).exists():
+            return FeatureNetwork.load(path, pretrained)
+        digest = hashlib.sha256((path / WEIGHTS).read_bytes()).hexdigest()
+        return FeatureNetwork.load(path, f"{path.resolve().name}-{digest[:6]}")
+
+    with torch.random.fork_rng():
+        network = load_pretrained(
+            pretrained,
+            EMBEDDED,
+            read,
+            kind="a feature network",
+            give="'digits_features', 'shapes_features', a folder that train.features wrote or the "
+            "file of InceptionV3's weights in torch-fidelity's format",
+            key="features",
+        )
+    return frozen(network)
 
 
 @torch.no_grad()

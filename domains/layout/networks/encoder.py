@@ -26,7 +26,13 @@ from domains.layout import EMBEDDED
 from domains.layout.page.classes import class_list
 from domains.layout.samples import EMPTY, Layouts
 from lit_rlft.core.checks import UsageError, loading
-from lit_rlft.kit.network_folder import load_weights, read_settings, save_network
+from lit_rlft.kit.frozen import frozen
+from lit_rlft.kit.network_folder import (
+    load_pretrained,
+    load_weights,
+    read_settings,
+    save_network,
+)
 
 __all__ = ["EncoderArchitecture", "LayoutEncoder", "load_encoder", "load_published"]
 
@@ -163,18 +169,19 @@ def load_encoder(pretrained: str, classes: str | Sequence[str] = "publaynet") ->
     Raises:
         UsageError: `pretrained` is none of these.
     """
-    folder = Path(pretrained)
-    if folder.is_file():
+    if Path(pretrained).is_file():
         return load_published(pretrained, classes)
-    if not folder.exists():
-        folder = EMBEDDED / pretrained
-    failed = (
-        f"pretrained: {pretrained!r} could not be loaded as a layout encoder; give 'encoder', "
-        "'critic', a folder that LayoutEncoder.save wrote or a published network's file"
-    )
-    with loading(failed), torch.random.fork_rng():
-        network = LayoutEncoder.load(folder)
-    return network.requires_grad_(False).eval()
+    with torch.random.fork_rng():
+        network = load_pretrained(
+            pretrained,
+            EMBEDDED,
+            lambda source: LayoutEncoder.load(Path(source)),
+            kind="a layout encoder",
+            give="'encoder', 'critic', a folder that LayoutEncoder.save wrote or a published "
+            "network's file",
+            key="pretrained",
+        )
+    return frozen(network)
 
 
 def load_published(path: str, classes: str | Sequence[str]) -> LayoutEncoder:
@@ -211,7 +218,7 @@ def load_published(path: str, classes: str | Sequence[str]) -> LayoutEncoder:
         )
         network = LayoutEncoder(architecture)
         network.load_state_dict(state)
-    return network.requires_grad_(False).eval()
+    return frozen(network)
 
 
 def _our_name(name: str) -> str:

@@ -14,6 +14,7 @@ from domains.layout.sources.packed import Element, Page
 from domains.layout.sources.streaming import JSONStream
 from lit_rlft.core.checks import UsageError
 from lit_rlft.kit.bad_entries import BadEntry
+from lit_rlft.kit.files import existing, reason
 
 __all__ = ["read_arrays", "read_coco", "read_json", "read_rico"]
 
@@ -28,7 +29,7 @@ def read_coco(path: Path) -> Iterator[Entry]:
     Raises:
         UsageError: The file is missing, cut off, or has no images, annotations and categories.
     """
-    coco = _Coco(_existing(path))
+    coco = _Coco(existing(path))
     owners, categories = (np.frombuffer(ids, np.int64) for ids in (coco.owners, coco.categories))
     boxes = np.frombuffer(coco.boxes, np.float64).reshape(-1, 4)
     order = np.argsort(owners, kind="stable")
@@ -63,7 +64,7 @@ def read_rico(folder: Path) -> Iterator[Entry]:
             left, top, right, bottom = root["bounds"]
             nodes = list(_labelled(root))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            yield BadEntry(path.name, "no readable view hierarchy", _reason(error))
+            yield BadEntry(path.name, "no readable view hierarchy", reason(error))
             continue
         if right - left > bottom - top:
             yield BadEntry(path.name, "a landscape canvas", f"{right - left} x {bottom - top}")
@@ -89,12 +90,12 @@ def read_arrays(path: Path, classes: Sequence[str]) -> Iterator[Entry]:
         UsageError: The file is missing or lacks an array, or its class list is another one.
     """
     try:
-        with np.load(_existing(path), allow_pickle=False) as file:
+        with np.load(existing(path), allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         boxes, labels = arrays["bbox_ltwh"], arrays["label"]
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UsageError(
-            f"{path} is no .npz file with arrays bbox_ltwh and label ({_reason(error)})"
+            f"{path} is no .npz file with arrays bbox_ltwh and label ({reason(error)})"
         ) from error
     own = [str(name) for name in arrays.get("classes", [])][1:]
     if own and own != list(classes):
@@ -131,7 +132,7 @@ def read_json(path: Path) -> Iterator[Entry]:
         for file in files:
             yield _page(file.name, file.read_text(encoding="utf-8"))
         return
-    with _existing(path).open(encoding="utf-8") as lines:
+    with existing(path).open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 yield _page(f"line {number}", line)
@@ -172,7 +173,7 @@ class _Coco:
                     except (KeyError, TypeError, OverflowError) as error:
                         raise UsageError(
                             f"{path}: entry {number} of {key!r} is not as COCO has it "
-                            f"({_reason(error)})"
+                            f"({reason(error)})"
                         ) from error
         if missing:
             raise UsageError(f"{path} has no {' and no '.join(sorted(missing))}; give a COCO file")
@@ -215,23 +216,12 @@ def _page(name: str, text: str) -> Entry:
             elements.append(Element(str(element["label"]), *numbers))
         return Page(name, float(width), float(height), elements)
     except (ValueError, KeyError, TypeError) as error:
-        return BadEntry(name, "no readable layout", _reason(error))
+        return BadEntry(name, "no readable layout", reason(error))
 
 
 def _class_of(number: int, classes: Sequence[str]) -> str:
     return classes[number - 1] if 0 < number <= len(classes) else f"class {number}"
 
 
-def _existing(path: Path) -> Path:
-    if not path.is_file():
-        raise UsageError(f"there is no file {path}")
-    return path
-
-
 def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) else math.nan
-
-
-def _reason(error: Exception) -> str:
-    text = str(error).partition("\n")[0]
-    return f"no {text}" if isinstance(error, KeyError) else text

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from domains.layout.samples import EMPTY
-from lit_rlft.kit.bad_entries import BadEntry, Report
+from lit_rlft.kit.bad_entries import BadEntry, Report, usable
 
 __all__ = [
     "Element",
@@ -88,15 +88,9 @@ def pack(
     numbers = {name: i for i, name in enumerate(classes)}
     # Flat arrays: a Python object per page would take several times their memory.
     boxes, labels, canvases = array("f"), array("b"), array("f")
-    for entry in entries:
-        bad = entry if isinstance(entry, BadEntry) else _fault(entry, numbers, max_elements)
-        if bad is None:
-            assert isinstance(entry, Page)
-            _append(entry, numbers, max_elements, boxes, labels)
-            canvases.extend((entry.width, entry.height))
-            report.num_kept += 1
-        else:
-            report.leave_out(bad)
+    for page in usable(entries, lambda page: _fault(page, numbers, max_elements), report):
+        _append(page, numbers, max_elements, boxes, labels)
+        canvases.extend((page.width, page.height))
     report.check()
     packed = Packed(
         np.frombuffer(boxes, np.float32).reshape(-1, max_elements, 4),

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.optim.lr_scheduler import LambdaLR
 
-from domains.layout.networks.encoder import EMBEDDED, LayoutEncoder, jittered
+from domains.layout import EMBEDDED
+from domains.layout.networks.encoder import LayoutEncoder, jittered
 from domains.layout.samples import Layouts
 from domains.layout.sources import Grammar
 from domains.layout.sources.packed import Packed

@@ -17,6 +17,7 @@ from domains.molecule.chemistry.elements import SYMBOLS
 from domains.molecule.sources.packed import Structure
 from lit_rlft.core.checks import UsageError
 from lit_rlft.kit.bad_entries import BadEntry
+from lit_rlft.kit.files import existing, reason
 
 __all__ = [
     "read_arrays",
@@ -63,7 +64,7 @@ def read_uncharacterized(path: Path) -> frozenset[int]:
     Raises:
         UsageError: The file is missing or holds no numbers.
     """
-    lines = _existing(path).read_text(encoding="utf-8").splitlines()[_UNCHARACTERIZED_HEADER:]
+    lines = existing(path).read_text(encoding="utf-8").splitlines()[_UNCHARACTERIZED_HEADER:]
     first = [line.split()[0] for line in lines if line.strip()]
     numbers = frozenset(int(word) for word in first if word.isdigit())
     if not numbers:
@@ -79,7 +80,7 @@ def read_xyz(path: Path) -> Iterator[Entry]:
     Raises:
         UsageError: The file is missing.
     """
-    lines = _existing(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = existing(path).read_text(encoding="utf-8", errors="replace").splitlines()
     place = number = 0
     while place < len(lines):
         if not lines[place].strip():
@@ -107,7 +108,7 @@ def read_sdf(path: Path, titles: Path | None = None) -> Iterator[Entry]:
         UsageError: A file is missing.
     """
     known = _first_column(titles) if titles else None
-    with _existing(path).open(encoding="utf-8", errors="replace") as file:
+    with existing(path).open(encoding="utf-8", errors="replace") as file:
         for number, (line, block, ended) in enumerate(_blocks(file), 1):
             name = f"entry {number} at line {line}"
             if not ended:
@@ -132,7 +133,7 @@ def read_smiles(path: Path, column: str = "smiles") -> Iterator[tuple[str, int, 
     Raises:
         UsageError: The file is missing or has no such column.
     """
-    with _existing(path).open(encoding="utf-8-sig", errors="replace", newline="") as file:
+    with existing(path).open(encoding="utf-8-sig", errors="replace", newline="") as file:
         if path.suffix.lower() != ".csv":
             for number, line in enumerate(file, 1):
                 if line.strip():
@@ -157,13 +158,12 @@ def read_arrays(path: Path) -> Iterator[Entry]:
         UsageError: The file is missing or lacks an array, or their shapes do not fit.
     """
     try:
-        with np.load(_existing(path), allow_pickle=False) as file:
+        with np.load(existing(path), allow_pickle=False) as file:
             positions, numbers = file["positions"], file["atomic_numbers"].astype(np.int64)
             sizes = file["n_atoms"] if "n_atoms" in file.files else (numbers > 0).sum(axis=1)
     except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
-        reason = str(error).partition("\n")[0]
         raise UsageError(
-            f"{path} is no .npz file with arrays positions and atomic_numbers ({reason})"
+            f"{path} is no .npz file with arrays positions and atomic_numbers ({reason(error)})"
         ) from error
     if positions.shape != (*numbers.shape, 3) or len(sizes) != len(numbers):
         raise UsageError(
@@ -183,7 +183,7 @@ def _folder_texts(folder: Path) -> Iterator[tuple[str, str]]:
 def _tar_texts(path: Path) -> Iterator[tuple[str, str]]:
     """Iterate over names and texts of an archive's .xyz files, read once from front to back."""
     try:
-        with tarfile.open(_existing(path), "r|*") as archive:
+        with tarfile.open(existing(path), "r|*") as archive:
             for member in archive:
                 file = archive.extractfile(member) if member.name.endswith(".xyz") else None
                 if file is not None:
@@ -271,7 +271,7 @@ def _sdf_entry(block: list[str], name: str, number: int) -> Entry:
 
 
 def _first_column(path: Path) -> list[str]:
-    with _existing(path).open(encoding="utf-8", newline="") as file:
+    with existing(path).open(encoding="utf-8", newline="") as file:
         rows = csv.reader(file)
         next(rows, None)
         return [row[0].strip() for row in rows if row]
@@ -302,9 +302,3 @@ def _float(word: str) -> float:
     # QM9's files write small numbers as Mathematica does, 1.5*^-6.
     value = float(word.replace("*^", "e"))
     return value if math.isfinite(value) else math.nan
-
-
-def _existing(path: Path) -> Path:
-    if not path.is_file():
-        raise UsageError(f"there is no file {path}")
-    return path

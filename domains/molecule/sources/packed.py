@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from domains.molecule.chemistry import bonds
 from domains.molecule.chemistry.elements import ATOMIC_NUMBERS
 from domains.molecule.samples import EMPTY, Molecules
-from lit_rlft.kit.bad_entries import BadEntry, Report
+from lit_rlft.kit.bad_entries import BadEntry, Report, usable
 
 __all__ = ["Packed", "Structure", "molecules_of", "pack"]
 
@@ -93,15 +93,10 @@ def pack(
     # Flat arrays: Python objects per molecule would take several times their memory.
     positions, types, numbers = array("f"), array("b"), array("i")
     names: list[str] = []
-    for entry in entries:
-        bad = entry if isinstance(entry, BadEntry) else _fault(entry, types_of, max_atoms)
-        if bad is None:
-            assert isinstance(entry, Structure)
-            _append(entry, types_of, max_atoms, positions, types)
-            numbers.append(entry.number)
-            names.append(entry.name)
-        else:
-            report.leave_out(bad)
+    for entry in usable(entries, lambda entry: _fault(entry, types_of, max_atoms), report):
+        _append(entry, types_of, max_atoms, positions, types)
+        numbers.append(entry.number)
+        names.append(entry.name)
     packed = Packed(
         np.frombuffer(positions, np.float32).reshape(-1, max_atoms, 3),
         np.frombuffer(types, np.int8).reshape(-1, max_atoms),

@@ -2,16 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, CLIPModel, CLIPTokenizer, ImageProcessingMixin
 
 from domains.text_to_image import EMBEDDED
-from lit_rlft.core.checks import UsageError, loading
+from lit_rlft.core.checks import UsageError
+from lit_rlft.kit.frozen import Frozen, frozen
+from lit_rlft.kit.network_folder import load_pretrained
 
 __all__ = ["CLIPEncoder", "Preprocessing"]
 
@@ -95,7 +96,7 @@ class Preprocessing:
         return pictures[..., top : top + height, left : left + width]
 
 
-class CLIPEncoder(nn.Module):
+class CLIPEncoder(Frozen):
     """Both towers of a pretrained CLIP, frozen and always in evaluation mode.
 
     Works in the precision of its weights, float32 unless they are converted, whatever autocast
@@ -111,24 +112,19 @@ class CLIPEncoder(nn.Module):
 
     def __init__(self, pretrained: str = "shapes_clip") -> None:
         super().__init__()
-        source = Path(pretrained)
-        if not source.exists() and (EMBEDDED / pretrained).is_dir():
-            source = EMBEDDED / pretrained
-        name = str(source) if source.exists() else pretrained
-        failed = (
-            f"pretrained: {pretrained!r} could not be loaded as a CLIP folder or hub id, for "
-            "example openai/clip-vit-base-patch32"
+        self.clip, self.tokenizer, config = load_pretrained(
+            pretrained,
+            EMBEDDED,
+            _load,
+            kind="a CLIP",
+            give="'shapes_clip', the folder of a CLIPModel with its tokenizer, or a hub id such as "
+            "openai/clip-vit-base-patch32",
+            key="pretrained",
         )
-        with loading(failed):
-            self.clip, self.tokenizer, config = _load(name)
         self.preprocess = Preprocessing.from_config(config)
         self._check_size()
-        self.requires_grad_(False).eval()
+        frozen(self)
         self._texts: dict[str, Tensor] = {}
-
-    def train(self, mode: bool = True) -> Self:
-        """Stay in evaluation mode."""
-        return super().train(False)
 
     def embed_pictures(self, pictures: Tensor) -> Tensor:
         """Return unit vectors [B, D], float32, on the encoder's device; gradients flow.

@@ -13,10 +13,12 @@ from domains.text_to_image.samples import check_pictures, prompts_of, square
 from domains.text_to_image.shapes.classifier import Classifier, encode
 from domains.text_to_image.shapes.detector import Judgement, judge
 from domains.text_to_image.shapes.world import SIZE, TASKS, Prompt, parse
-from lit_rlft.core.checks import UsageError, loading
+from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Reward
+from lit_rlft.kit.frozen import frozen
 from lit_rlft.kit.judge import Judge, Output
+from lit_rlft.kit.network_folder import load_pretrained
 
 __all__ = ["ShapesClassifier", "ShapesEval"]
 
@@ -108,8 +110,7 @@ class ShapesClassifier(Judge):
         self, pretrained: str = "shapes_classifier", output: Output = "log_probability"
     ) -> None:
         super().__init__(output)
-        self.classifier = _load(pretrained)
-        self.requires_grad_(False).eval()
+        self.classifier = frozen(_load(pretrained))
 
     def forward(self, samples: Any, condition: Condition) -> Tensor:
         """Return the log-probability (or what `output` says) of "yes" of each picture, [B].
@@ -163,15 +164,14 @@ def _code(text: str) -> Tensor:
 
 
 def _load(pretrained: str) -> Classifier:
-    folder = Path(pretrained)
-    if not folder.exists():
-        folder = EMBEDDED / pretrained
-    failed = (
-        f"pretrained: {pretrained!r} could not be loaded as a classifier of the shapes world; "
-        "give 'shapes_classifier' or a folder that Classifier.save wrote"
+    return load_pretrained(
+        pretrained,
+        EMBEDDED,
+        lambda source: Classifier.load(Path(source)),
+        kind="a classifier of the shapes world",
+        give="'shapes_classifier' or a folder that Classifier.save wrote",
+        key="pretrained",
     )
-    with loading(failed):
-        return Classifier.load(folder)
 
 
 def _column(values: Sequence[float]) -> Tensor:

@@ -12,7 +12,7 @@ from domains.molecule.chemistry import bonds
 from domains.molecule.chemistry.batch import Chemistry
 from domains.molecule.chemistry.elements import EXPLICIT, HEAVY, VALENCES
 from domains.molecule.sources import Enumerated
-from domains.molecule.sources import base as sources
+from domains.molecule.sources import enumerated as sources
 from domains.molecule.sources.enumeration import REJECTED, enumerate_smiles, grow
 from domains.molecule.sources.packed import Packed, molecules_of
 from domains.molecule.train import make_data

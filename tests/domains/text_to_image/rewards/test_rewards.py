@@ -334,9 +334,9 @@ class TestCLIPScore:
         ("name", "change", "message"),
         [
             ("config.json", lambda c: c.update(model_type="bert"), "model_type 'bert', not 'clip'"),
-            ("config.json", None, "could not be loaded as a CLIP folder or hub id"),
-            ("model.safetensors", None, "could not be loaded as a CLIP folder or hub id"),
-            ("vocab.json", None, "could not be loaded as a CLIP folder or hub id"),
+            ("config.json", None, "could not be loaded as a CLIP"),
+            ("model.safetensors", None, "could not be loaded as a CLIP"),
+            ("vocab.json", None, "could not be loaded as a CLIP"),
             ("config.json", lambda c: c["text_config"].update(num_hidden_layers=3), "weights lack"),
             ("preprocessor_config.json", None, "preprocessor_config.json"),
             ("preprocessor_config.json", lambda c: c.update(crop_size=48), "must agree"),

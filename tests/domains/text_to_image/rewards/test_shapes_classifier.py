@@ -230,7 +230,7 @@ class TestRefusals:
         [
             ("config.json", None, "could not be loaded"),
             ("model.safetensors", None, "could not be loaded"),
-            ("config.json", lambda c: c.update(heads=3), "could not be loaded.*no widths"),
+            ("config.json", lambda c: c.update(heads=3), "could not be loaded.*heads"),
             ("config.json", lambda c: c.update(hidden=7), "could not be loaded"),
         ],
     )
