@@ -3,6 +3,7 @@
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from importlib.abc import InspectLoader, Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -56,7 +57,9 @@ class _Finder(MetaPathFinder, Loader):
     def exec_module(self, module: ModuleType) -> None:
         old, new = module.__name__, self.moved[module.__name__]
         _warn(old, new)
-        vars(module).update(_public(import_module(new)))
+        source = import_module(new)
+        vars(module).update(_public(source))
+        vars(module)["__getattr__"] = partial(getattr, source)  # also what is not in `__all__`
 
     def get_code(self, fullname: str) -> CodeType | None:
         """Return the new module's code, which `python -m <old name>` runs."""

@@ -5,10 +5,9 @@ import json
 import os
 import struct
 import zlib
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
@@ -19,7 +18,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from lit_rlft.core.checks import UsageError
-from lit_rlft.kit.cache import cached_folder, user_cache
+from lit_rlft.kit.bad_entries import BadEntry, Report, usable
+from lit_rlft.kit.cache import cached_folder, save_report, user_cache
 
 __all__ = ["SUFFIXES", "Cache", "Fit", "Reading", "Report", "Resample"]
 
@@ -29,7 +29,6 @@ Resample = Literal["nearest", "box", "bilinear", "bicubic", "lanczos"]
 
 _VERSION = 1  # of the cached arrays
 _CHUNK = 256  # files in flight, which bounds the memory of decoding
-_EXAMPLES = 3
 # What Pillow's decoders raise for broken files.
 _BROKEN = (
     OSError,
@@ -71,11 +70,10 @@ class Reading:
             if value not in known:
                 raise UsageError(f"{key} is {value!r}; use one of {list(known)}")
 
-    def read(self, path: Path) -> tuple[NDArray[np.uint8], bool]:
+    def read(self, path: Path) -> tuple[NDArray[np.uint8], bool] | BadEntry:
         """Return the pixels [C, H, W] of a file and whether it had to be enlarged.
 
-        Raises:
-            UnreadableError: The file is no picture that can be decoded.
+        A file that cannot be decoded gives what is wrong with it instead.
         """
         try:
             with Image.open(path) as file:
@@ -84,7 +82,7 @@ class Reading:
                 small = image.width < self.width or image.height < self.height
                 fitted = self._fitted(image)
         except _BROKEN as error:
-            raise UnreadableError(path, _reason(error)) from error
+            return _fault(path, error)
         pixels = np.asarray(fitted, np.uint8)
         return (pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels[None]), small
 
@@ -98,55 +96,6 @@ class Reading:
         if self.fit == "crop":
             return ImageOps.fit(image, size, resample)
         return ImageOps.pad(image, size, resample)
-
-
-class UnreadableError(Exception):
-    """A file that could not be decoded.
-
-    Args:
-        path: The file.
-        reason: Why, one of few.
-    """
-
-    def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(f"{path} could not be read: {reason}")
-        self.path, self.reason = path, reason
-
-
-@dataclass
-class Report:
-    """What became of the files of a folder.
-
-    Attributes:
-        folder: The folder.
-        num_kept: Pictures that are used.
-        num_enlarged: Those of them that were smaller than asked for.
-        reasons: Files that were left out, by reason.
-        examples: The first of them, by reason.
-    """
-
-    folder: str
-    num_kept: int = 0
-    num_enlarged: int = 0
-    reasons: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, list[str]] = field(default_factory=dict)
-
-    def leave_out(self, error: UnreadableError) -> None:
-        """Count a file that is left out."""
-        self.reasons[error.reason] += 1
-        examples = self.examples.setdefault(error.reason, [])
-        if len(examples) < _EXAMPLES:
-            examples.append(error.path.name)
-
-    def __str__(self) -> str:
-        parts = [f"{self.folder}: {self.num_kept} pictures"]
-        if self.num_enlarged:
-            parts.append(f"{self.num_enlarged} enlarged")
-        for reason, count in self.reasons.most_common():
-            names = ", ".join(self.examples[reason])
-            more = ", ..." if count > len(self.examples[reason]) else ""
-            parts.append(f"{count} left out: {reason} ({names}{more})")
-        return "; ".join(parts)
 
 
 class Cache:
@@ -181,11 +130,16 @@ class Cache:
             UsageError: There is no such folder, no picture in it, or a broken one and `strict`;
                 or the cache cannot be written.
         """
-        paths = self.paths()
-        made = cached_folder(self.cache_dir / self._key(paths), partial(self._fill, paths))
+        made = self.fill()
         shape = json.loads((made / "shape.json").read_text())
         pixels = np.memmap(made / "pixels.bin", np.uint8, "r", shape=tuple(shape))
         return pixels, (made / "report.txt").read_text()
+
+    def fill(self) -> Path:
+        """Return the folder of the array, which is made where it is missing; raises as `load`."""
+        paths = self.paths()
+        folder = self.cache_dir / self._key(paths)
+        return cached_folder(folder, partial(self._fill, paths, folder))
 
     def paths(self) -> list[Path]:
         """Return the picture files below the folder, sorted.
@@ -215,42 +169,28 @@ class Cache:
             digest.update(b"%d,%d,%s\0" % (stat.st_mtime_ns, stat.st_size, name))
         return f"{self.folder.resolve().name}-{digest.hexdigest()}"
 
-    def _fill(self, paths: Sequence[Path], folder: Path) -> None:
-        """Decode the pictures into a folder."""
-        report = Report(str(self.folder))
+    def _fill(self, paths: Sequence[Path], final: Path, folder: Path) -> None:
+        """Decode the pictures into a folder, one after the other: they may not fit in memory."""
+        report, num_enlarged = Report(str(self.folder), "pictures", self.strict), 0
         with (folder / "pixels.bin").open("wb") as file:
-            for pixels in self._decoded(paths, report):
+            for pixels, enlarged in usable(self._decoded(paths), lambda _: None, report):
+                num_enlarged += enlarged
                 file.write(pixels.tobytes())
-        if not report.num_kept:
-            raise UsageError(f"{report}; nothing is left to use")
+        report.notes += [f"{num_enlarged} enlarged"] if num_enlarged else []
+        report.check()
         size = (self.reading.channels, self.reading.height, self.reading.width)
         (folder / "shape.json").write_text(json.dumps([report.num_kept, *size]))
-        (folder / "report.txt").write_text(str(report))
+        save_report(folder, final, report)
 
-    def _decoded(self, paths: Sequence[Path], report: Report) -> Iterator[NDArray[np.uint8]]:
-        def read(path: Path) -> tuple[NDArray[np.uint8], bool] | UnreadableError:
-            try:
-                return self.reading.read(path)
-            except UnreadableError as error:
-                return error
-
+    def _decoded(
+        self, paths: Sequence[Path]
+    ) -> Iterator[tuple[NDArray[np.uint8], bool] | BadEntry]:
         bar = tqdm(total=len(paths), desc=f"Reading {self.folder.name}", leave=False, delay=2)
         with ThreadPoolExecutor(self.num_threads) as pool, bar:
             for start in range(0, len(paths), _CHUNK):
-                for outcome in pool.map(read, paths[start : start + _CHUNK]):
+                for outcome in pool.map(self.reading.read, paths[start : start + _CHUNK]):
                     bar.update()
-                    if isinstance(outcome, UnreadableError):
-                        if self.strict:
-                            raise UsageError(
-                                f"{outcome}; mend or remove the file, or set strict to false to "
-                                "leave such files out"
-                            ) from outcome
-                        report.leave_out(outcome)
-                        continue
-                    pixels, small = outcome
-                    report.num_kept += 1
-                    report.num_enlarged += small
-                    yield pixels
+                    yield outcome
 
 
 def _plain(image: Image.Image, mode: str) -> Image.Image:
@@ -265,12 +205,12 @@ def _plain(image: Image.Image, mode: str) -> Image.Image:
     return image.convert(mode)
 
 
-def _reason(error: BaseException) -> str:
-    """Return one of few reasons, so that files can be counted by it."""
+def _fault(path: Path, error: BaseException) -> BadEntry:
+    """Return what is wrong with a file, in one of few kinds, by which files are counted."""
     if isinstance(error, UnidentifiedImageError):
-        return "not a picture"
+        return BadEntry(path.name, "no readable picture")
     if isinstance(error, Image.DecompressionBombError):
-        return "too many pixels"
+        return BadEntry(path.name, "too many pixels")
     if isinstance(error, OSError) and error.strerror:
-        return error.strerror.lower()
-    return "damaged or cut short"
+        return BadEntry(path.name, "an error on reading", error.strerror.lower())
+    return BadEntry(path.name, "damage or an early end")

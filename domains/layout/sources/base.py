@@ -26,15 +26,8 @@ class Source(sources.Source[Packed]):
     """
 
     noun = "layouts"
-    classes: tuple[str, ...]
-    max_elements: int
 
-    def keep(self, classes: str | Sequence[str], max_elements: int) -> None:
-        """Keep what all layouts have in common.
-
-        Raises:
-            UsageError: The classes are unknown or `max_elements` is below 1.
-        """
+    def __init__(self, classes: str | Sequence[str], max_elements: int) -> None:
         if max_elements < 1:
             raise UsageError(f"max_elements must be at least 1, got {max_elements}")
         self.classes = class_list(classes)
@@ -68,8 +61,8 @@ class LayoutFile(Source, sources.CachedSource[Packed]):
         strict: bool = False,
         cache_dir: str | None = None,
     ) -> None:
-        super().__init__("layout", cache_dir)
-        self.keep(classes or self.usual_classes, max_elements)
+        Source.__init__(self, classes or self.usual_classes, max_elements)
+        sources.CachedSource.__init__(self, "layout", cache_dir)
         self.path, self.strict = Path(path), strict
 
     @abstractmethod

@@ -62,7 +62,7 @@ def test_a_second_reading_decodes_nothing(
     np.testing.assert_array_equal(load(pictures), first)
 
 
-def test_the_array_is_made_anew_when_anything_changes(pictures: Path, load: Any) -> None:
+def test_a_change_of_the_folder_makes_a_new_array(pictures: Path, load: Any) -> None:
     assert len(load(pictures)) == 5
     Image.fromarray(picture(9)).save(pictures / "a/0.png")
     os.utime(pictures / "a/0.png", (1, 1))
@@ -88,14 +88,14 @@ def test_broken_files_are_left_out_and_counted(
     (pictures / "damaged.png").write_bytes(png[:60] + bytes(40) + png[100:])
     monkeypatch.setattr("PIL.ImageFile.LOAD_TRUNCATED_IMAGES", False)
     said: list[str] = []
-    monkeypatch.setattr("domains.image.sources.base.rank_zero_info", said.append)
+    monkeypatch.setattr("domains.image.sources.folders.rank_zero_info", said.append)
     assert len(load(pictures)) == 5
     assert load(pictures).shape[0] == 5  # from the cache
     assert len(said) == 2 and said[0] == said[1]
-    assert f"{pictures}: 5 pictures; 1 enlarged" in said[0]
-    assert "2 left out: not a picture (empty.png, text.webp)" in said[0]
-    assert "2 left out: damaged or cut short (cut.jpg, damaged.png)" in said[0]
-    with pytest.raises(UsageError, match=r"cut.jpg could not be read: damaged or cut short; mend"):
+    assert f"{pictures}: 5 of 9 pictures used; 1 enlarged" in said[0]
+    assert "2 left out with no readable picture (empty.png, text.webp)" in said[0]
+    assert "2 left out with damage or an early end (cut.jpg, damaged.png)" in said[0]
+    with pytest.raises(UsageError, match=r"cut.jpg has damage or an early end; fix the file"):
         load(pictures, strict=True)
     assert not list((tmp_path / "cache").glob(".partial-*"))
 
@@ -107,7 +107,9 @@ def test_folders_without_pictures(tmp_path: Path, load: Any) -> None:
     with pytest.raises(UsageError, match="has no picture files"):
         load(tmp_path / "empty")
     (tmp_path / "empty/text.png").write_text("no picture")
-    with pytest.raises(UsageError, match=r"1 left out: not a picture .*; nothing is left to use"):
+    with pytest.raises(
+        UsageError, match=r"1 left out with no readable picture .*; nothing is left to use"
+    ):
         load(tmp_path / "empty")
 
 
