@@ -37,7 +37,7 @@ _MOVED = {
     "domains.molecule.graphs": "domains.molecule.chemistry.graphs",
     "domains.molecule.make_data": "domains.molecule.train.make_data",
     "domains.molecule.molecules": "domains.molecule.samples",
-    "domains.molecule.network": "domains.molecule.networks.egnn",
+    "domains.molecule.network": "domains.molecule.networks",
     "domains.molecule.preconditioning": "domains.molecule.networks.preconditioning",
     "domains.molecule.processes": "domains.molecule.chemistry.workers",
     "domains.molecule.structures": "domains.molecule.sources.packed",
@@ -52,4 +52,4 @@ _MOVED = {
 }
 """New module by that of 0.1.0, which works for one more release."""
 
-register(_MOVED)
+register(_MOVED, {"domains.molecule.network": {"Denoiser": "MoleculeNetwork"}})

@@ -44,6 +44,7 @@ class _Finder(MetaPathFinder, Loader):
 
     def __init__(self, moved: Mapping[str, str]) -> None:
         self.moved = dict(moved)
+        self.renamed: dict[str, Mapping[str, str]] = {}
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -59,6 +60,8 @@ class _Finder(MetaPathFinder, Loader):
         _warn(old, new)
         source = import_module(new)
         vars(module).update(_public(source))
+        names = self.renamed.get(old, {})
+        vars(module).update({name: getattr(source, other) for name, other in names.items()})
         vars(module)["__getattr__"] = partial(getattr, source)  # also what is not in `__all__`
 
     def get_code(self, fullname: str) -> CodeType | None:
@@ -100,8 +103,16 @@ def _warn(old: str, new: str) -> None:
     warnings.warn(text, FutureWarning, stacklevel=3)
 
 
-def register(moved: Mapping[str, str]) -> None:
-    """Let old names of modules work, by their new ones; this package's own always do."""
+def register(
+    moved: Mapping[str, str], renamed: Mapping[str, Mapping[str, str]] | None = None
+) -> None:
+    """Let old names of modules work; this package's own always do.
+
+    Args:
+        moved: New module by old one.
+        renamed: By old module: new name by old one, of what has another name in the new module.
+    """
     _FINDER.moved.update(moved)
+    _FINDER.renamed.update(renamed or {})
     if _FINDER not in sys.meta_path:
         sys.meta_path.append(_FINDER)

@@ -12,19 +12,15 @@ from torch import Tensor
 from domains.image import EMBEDDED
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline, column
-from lit_rlft.core.process import GaussianProcess, PredictionType
+from lit_rlft.core.process import GaussianProcess
 from lit_rlft.core.schedule import DiscreteVP, RectifiedFlow
 from lit_rlft.core.state import State, tensor_of
 from lit_rlft.kit.images import save_pictures
 from lit_rlft.kit.network_folder import load_pretrained
+from lit_rlft.kit.schedulers import PREDICTION_TYPES, vp_process
 
 __all__ = ["EMBEDDED", "ImagePipeline"]
 
-_PREDICTION_TYPES: dict[str, PredictionType] = {
-    "epsilon": "epsilon",
-    "v_prediction": "v",
-    "sample": "sample",
-}
 _FLOW_LEVELS = 1000
 """A flow's network is given t times this, as diffusers' FlowMatchEulerDiscreteScheduler does."""
 _CHANNELS = (1, 3)
@@ -237,21 +233,11 @@ def _process(scheduler: Any) -> GaussianProcess:
                 "it to false and shift to a number in scheduler_config.json"
             )
         return GaussianProcess(RectifiedFlow(config["shift"]), "velocity")
-    prediction_type = config.get("prediction_type", "epsilon")
-    betas = getattr(scheduler, "betas", None)
-    if prediction_type not in _PREDICTION_TYPES or betas is None:
-        raise UsageError(
-            f"{type(scheduler).__name__} with prediction_type {prediction_type!r} is neither a "
-            "rectified flow nor a discrete VP schedule; image supports "
-            f"FlowMatchEulerDiscreteScheduler and, with betas, {sorted(_PREDICTION_TYPES)}"
-        )
-    schedule = DiscreteVP(
-        betas,
-        spacing=config.get("timestep_spacing", "leading"),
-        steps_offset=config.get("steps_offset", 0),
-        ends_at_zero=config.get("set_alpha_to_one", True),
+    return vp_process(
+        scheduler,
+        "is neither a rectified flow nor a discrete VP schedule; image supports "
+        f"FlowMatchEulerDiscreteScheduler and, with betas, {sorted(PREDICTION_TYPES)}",
     )
-    return GaussianProcess(schedule, _PREDICTION_TYPES[prediction_type])
 
 
 def _merged(denoiser: UNet2DModel) -> UNet2DModel:

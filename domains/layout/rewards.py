@@ -19,6 +19,7 @@ from domains.layout.samples import Layouts, check_layouts
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Reward
+from lit_rlft.kit.arguments import positive
 from lit_rlft.kit.judge import Judge, Output
 
 __all__ = [
@@ -96,7 +97,7 @@ class Coverage(_Twinned):
 
     def __init__(self, target: float = 0.56, width: float = 0.15) -> None:
         super().__init__()
-        self.target, self.width = target, _positive("width", width)
+        self.target, self.width = target, positive("width", width)
 
     def value(self, layouts: Layouts, *, smooth: bool = False) -> Tensor:
         share = measures.coverage(layouts, smooth=smooth)
@@ -120,8 +121,8 @@ class MinimumSize(_Twinned):
 
     def __init__(self, min_width: float = 0.02, min_height: float = 0.006) -> None:
         super().__init__()
-        self.min_width = _positive("min_width", min_width)
-        self.min_height = _positive("min_height", min_height)
+        self.min_width = positive("min_width", min_width)
+        self.min_height = positive("min_height", min_height)
 
     def value(self, layouts: Layouts, *, smooth: bool = False) -> Tensor:
         return measures.share_of_size(layouts, self.min_width, self.min_height, smooth=smooth)
@@ -139,7 +140,7 @@ class Count(_Twinned):
 
     def __init__(self, target: float = 8.0, width: float = 3.0) -> None:
         super().__init__()
-        self.target, self.width = target, _positive("width", width)
+        self.target, self.width = target, positive("width", width)
 
     def value(self, layouts: Layouts, *, smooth: bool = False) -> Tensor:
         count = measures.num_elements(layouts, smooth=smooth)
@@ -159,7 +160,7 @@ class GapRegularity(Reward):
 
     def __init__(self, width: float = 0.02) -> None:
         super().__init__()
-        self.width = _positive("width", width)
+        self.width = positive("width", width)
 
     def forward(self, samples: Any, condition: Condition) -> Tensor:
         """Return the reward of each layout, [B]."""
@@ -305,12 +306,6 @@ class Critic(Judge):
 
 def _unless_few(rewards: Tensor, layouts: Layouts) -> Tensor:
     return rewards.where(layouts.num_elements >= 2, _TOO_FEW)
-
-
-def _positive(name: str, value: float) -> float:
-    if value <= 0:
-        raise UsageError(f"reward.init_args.{name} must be positive, got {value}")
-    return value
 
 
 def _number(name: str, classes: Sequence[str], key: str) -> int:

@@ -20,15 +20,15 @@ from torch.nn import functional
 from domains.molecule import EMBEDDED
 from domains.molecule.chemistry.batch import keys
 from domains.molecule.chemistry.elements import ATOMIC_NUMBERS
-from domains.molecule.networks.coupling import CoupledPointClouds
-from domains.molecule.networks.edm import ARGS, EDM, load_edm
-from domains.molecule.networks.egnn import (
+from domains.molecule.networks import (
     EGNN,
     Architecture,
-    Denoiser,
+    MoleculeNetwork,
     Transformer,
     load_network,
 )
+from domains.molecule.networks.coupling import CoupledPointClouds
+from domains.molecule.networks.edm import ARGS, EDM, load_edm
 from domains.molecule.networks.preconditioning import Preconditioning
 from domains.molecule.render import draw, save_molecule
 from domains.molecule.samples import EMPTY, Molecules
@@ -42,7 +42,7 @@ from lit_rlft.kit.network_folder import check_one_given, load_pretrained, save_n
 
 __all__ = ["EMBEDDED", "MoleculePipeline"]
 
-_NETWORKS: dict[str, type[Denoiser]] = {"egnn": EGNN, "transformer": Transformer, "edm": EDM}
+_NETWORKS: dict[str, type[MoleculeNetwork]] = {"egnn": EGNN, "transformer": Transformer, "edm": EDM}
 _SHARPNESS = 12.0  # of types: 1 - 3e-5 for exactly one-hot scores
 _TYPE_STD = 0.4  # of a one-hot vector's numbers
 # Of data with noise that was brought near them; measured on molecules of 12 atoms.
@@ -72,7 +72,7 @@ class MoleculePipeline(Pipeline):
         "gate",  # EDM has it beside those of the EGNN
         *("qkv", "proj", "fc1", "fc2"),  # transformer
     )
-    denoiser: Denoiser
+    denoiser: MoleculeNetwork
 
     def __init__(
         self,
@@ -338,8 +338,8 @@ def _rotations(num: int) -> Tensor:
     return torch.stack(rows, dim=1).view(num, 3, 3)
 
 
-def _load(pretrained: str) -> Denoiser:
-    def read(source: str) -> Denoiser:
+def _load(pretrained: str) -> MoleculeNetwork:
+    def read(source: str) -> MoleculeNetwork:
         folder = Path(source)
         return load_edm(folder) if (folder / ARGS).is_file() else load_network(folder, _NETWORKS)
 

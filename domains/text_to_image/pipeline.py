@@ -21,20 +21,15 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from domains.text_to_image import EMBEDDED
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline, column
-from lit_rlft.core.process import GaussianProcess, PredictionType
+from lit_rlft.core.process import GaussianProcess
 from lit_rlft.core.schedule import DiscreteVP
 from lit_rlft.core.state import State, tensor_of
 from lit_rlft.kit.frozen import frozen
 from lit_rlft.kit.images import save_pictures
 from lit_rlft.kit.network_folder import load_pretrained
+from lit_rlft.kit.schedulers import PREDICTION_TYPES, vp_process
 
 __all__ = ["EMBEDDED", "TextToImagePipeline"]
-
-_PREDICTION_TYPES: dict[str, PredictionType] = {
-    "epsilon": "epsilon",
-    "v_prediction": "v",
-    "sample": "sample",
-}
 
 
 class TextToImagePipeline(Pipeline):
@@ -94,7 +89,10 @@ class TextToImagePipeline(Pipeline):
         self.denoiser = self.diffusers.unet
         self.encoder = frozen(self.diffusers.text_encoder)
         self.vae: AutoencoderKL = frozen(self.diffusers.vae)
-        self.process = _process(self.diffusers.scheduler)
+        self.process = vp_process(
+            self.diffusers.scheduler,
+            f"is not a discrete VP schedule; text_to_image supports {sorted(PREDICTION_TYPES)}",
+        )
         factor = self.diffusers.vae_scale_factor
         native = self.denoiser.config["sample_size"]
         native = (native, native) if isinstance(native, int) else tuple(native)
@@ -227,24 +225,6 @@ class TextToImagePipeline(Pipeline):
                 raise UsageError(f"{key}: {path} was trained with {kind}, which is not supported")
         plain = {name.removeprefix("unet."): value for name, value in weights.items()}
         return convert_unet_state_dict_to_peft(plain), config.get("unet.lora_alpha")
-
-
-def _process(scheduler: Any) -> GaussianProcess:
-    config = scheduler.config
-    prediction_type = config.get("prediction_type", "epsilon")
-    betas = getattr(scheduler, "betas", None)  # schedulers of flow models have none
-    if prediction_type not in _PREDICTION_TYPES or betas is None:
-        raise UsageError(
-            f"{type(scheduler).__name__} with prediction_type {prediction_type!r} is not a "
-            f"discrete VP schedule; text_to_image supports {sorted(_PREDICTION_TYPES)}"
-        )
-    schedule = DiscreteVP(
-        betas,
-        spacing=config.get("timestep_spacing", "leading"),
-        steps_offset=config.get("steps_offset", 0),
-        ends_at_zero=config.get("set_alpha_to_one", True),
-    )
-    return GaussianProcess(schedule, _PREDICTION_TYPES[prediction_type])
 
 
 def _load(pretrained: str, *, from_scratch: bool) -> StableDiffusionPipeline:

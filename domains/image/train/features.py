@@ -10,7 +10,6 @@ rewards them: they are the same network from different seeds.
 """
 
 import argparse
-import math
 import time
 from pathlib import Path
 
@@ -18,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.optim.lr_scheduler import LambdaLR
 
 from domains.image.networks.features import EMBEDDED, FeatureArchitecture, FeatureNetwork
 from domains.image.sources import Arrays, Digits
 from lit_rlft.core.checks import UsageError
+from lit_rlft.kit.training import minimise
 
 BATCH_SIZE, LEARNING_RATE, NUM_WARM_UP = 128, 2e-3, 50
 MAX_SHIFT = 1  # pixels, of the augmentation
@@ -77,24 +76,19 @@ def train(
 ) -> FeatureNetwork:
     """Train a network and return it."""
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=0.02)
 
-    def rate(step: int) -> float:
-        if step < NUM_WARM_UP:
-            return (step + 1) / NUM_WARM_UP
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, step / num_steps)))
-
-    schedule = LambdaLR(optimizer, rate)
-    for step in range(num_steps):
+    def loss() -> Tensor:
         rows = torch.randint(len(pixels), (BATCH_SIZE,), generator=generator)
-        pictures = shifted(pixels[rows].float() / 255, generator)
-        loss = loss_of(network, pictures, labels[rows])
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        schedule.step()
-        if (step + 1) % 250 == 0:
-            print(f"step {step + 1}: loss {loss.item():.4f}", flush=True)
+        return loss_of(network, shifted(pixels[rows].float() / 255, generator), labels[rows])
+
+    minimise(
+        network,
+        loss,
+        num_steps,
+        learning_rate=LEARNING_RATE,
+        weight_decay=0.02,
+        num_warm_up=NUM_WARM_UP,
+    )
     return network.eval()
 
 

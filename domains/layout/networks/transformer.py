@@ -1,18 +1,11 @@
 r"""The denoiser of layouts: a transformer over slots, modulated by the time (adaLN-zero).
 
 Each slot is a token: its noisy box and class, flags for what is given, and a learned embedding of
-the slot's place. With :math:`\gamma, \beta, g` linear in an embedding of t and :math:`g = 0` at
-the start,
-
-.. math::
-    h \leftarrow h + g_1\, \mathrm{attention}((1 + \gamma_1)\,\mathrm{LN}(h) + \beta_1), \qquad
-    h \leftarrow h + g_2\, \mathrm{MLP}((1 + \gamma_2)\,\mathrm{LN}(h) + \beta_2).
+the slot's place. The blocks are `lit_rlft.kit.time_layers.TimedBlock`.
 
 B: batch, N: slots, C: classes, D: width.
 
 References:
-    Scalable Diffusion Models with Transformers (Peebles & Xie, 2022; adaLN-zero),
-    https://arxiv.org/abs/2212.09748
     LayoutFlow (Guerreiro et al., 2024), https://arxiv.org/abs/2403.18187
 """
 
@@ -29,7 +22,7 @@ from domains.layout.page.classes import class_list
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.state import State
 from lit_rlft.kit.network_folder import load_weights, read_settings
-from lit_rlft.kit.time_layers import NUM_FREQUENCIES, frequencies, normed, zero
+from lit_rlft.kit.time_layers import NUM_FREQUENCIES, TimedBlock, frequencies, normed, zero
 
 __all__ = ["Architecture", "LayoutTransformer", "load_network"]
 
@@ -104,7 +97,7 @@ class LayoutTransformer(nn.Module):
             nn.Linear(2 * NUM_FREQUENCIES, a.width), nn.SiLU(), nn.Linear(a.width, a.width)
         )
         self.blocks = nn.ModuleList(
-            _Block(a.width, a.num_heads, round(a.mlp_ratio * a.width)) for _ in range(a.depth)
+            TimedBlock(a.width, a.num_heads, round(a.mlp_ratio * a.width)) for _ in range(a.depth)
         )
         self.modulate = zero(nn.Linear(a.width, 2 * a.width))
         self.out = zero(nn.Linear(a.width, 4 + num_classes))
@@ -129,35 +122,6 @@ class LayoutTransformer(nn.Module):
         if isinstance(x_t, Tensor):
             return prediction
         return {"box": prediction[..., :4], "category": prediction[..., 4:]}
-
-
-class _Block(nn.Module):
-    """Attention among slots and an MLP on each, scaled, shifted and gated by the time."""
-
-    def __init__(self, width: int, num_heads: int, hidden: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-        self.modulate = zero(nn.Linear(width, 6 * width))
-
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """Return [B, N, D] for tokens [B, N, D] and the time's embedding [B, D]."""
-        scale1, shift1, gate1, scale2, shift2, gate2 = (
-            self.modulate(time).unsqueeze(1).chunk(6, dim=-1)
-        )
-        x = x + gate1 * self._attend(normed(x) * (1 + scale1) + shift1)
-        hidden = functional.gelu(self.fc1(normed(x) * (1 + scale2) + shift2))
-        return x + gate2 * self.fc2(hidden)
-
-    def _attend(self, x: Tensor) -> Tensor:
-        queries, keys, values = (
-            self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        )
-        mixed = functional.scaled_dot_product_attention(queries, keys, values)
-        return self.proj(mixed.transpose(1, 2).flatten(2))
 
 
 def load_network(folder: Path) -> LayoutTransformer:

@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.optim.lr_scheduler import LambdaLR
 
 from domains.layout import EMBEDDED
 from domains.layout.networks.encoder import LayoutEncoder, jittered
 from domains.layout.samples import Layouts
 from domains.layout.sources import Grammar
 from domains.layout.sources.packed import Packed
+from lit_rlft.kit.training import minimise
 
 BATCH_SIZE, LEARNING_RATE, NUM_WARM_UP = 128, 1.5e-3, 100
 NUM_PAGES, NUM_HELD_OUT = 32768, 2048
@@ -70,24 +70,21 @@ def train(num_steps: int, seed: int) -> LayoutEncoder:
     generator = torch.Generator().manual_seed(seed)
     network = LayoutEncoder()
     pages = layouts_of(Grammar(NUM_PAGES, seed=seed).load(), network.classes)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
 
-    def rate(step: int) -> float:
-        if step < NUM_WARM_UP:
-            return (step + 1) / NUM_WARM_UP
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, step / num_steps)))
-
-    schedule = LambdaLR(optimizer, rate)
-    for step in range(num_steps):
+    def loss() -> Tensor:
         rows = torch.randint(len(pages), (BATCH_SIZE,), generator=generator)
-        loss = losses(network, *question(pages.index(rows), generator))
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(network.parameters(), MAX_GRAD_NORM)
-        optimizer.step()
-        schedule.step()
-        if (step + 1) % 500 == 0:
-            print(f"step {step + 1}: loss {loss.item():.4f}", flush=True)
+        return losses(network, *question(pages.index(rows), generator))
+
+    minimise(
+        network,
+        loss,
+        num_steps,
+        learning_rate=LEARNING_RATE,
+        weight_decay=0.01,
+        num_warm_up=NUM_WARM_UP,
+        max_grad_norm=MAX_GRAD_NORM,
+        print_every=500,
+    )
     return network.eval()
 
 

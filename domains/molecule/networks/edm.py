@@ -29,7 +29,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from domains.molecule.networks.egnn import Architecture, Denoiser
+from domains.molecule.networks.architecture import Architecture
+from domains.molecule.networks.base import MoleculeNetwork
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.schedule import PolynomialVP
 
@@ -56,7 +57,7 @@ _SUPPORTED = {
 """Settings with a single value that can be loaded."""
 
 
-class EDM(Denoiser):
+class EDM(MoleculeNetwork):
     """EDM's equivariant network."""
 
     def __init__(self, architecture: Architecture) -> None:

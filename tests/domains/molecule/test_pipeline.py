@@ -11,7 +11,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from domains.molecule.networks.egnn import Architecture
+from domains.molecule.networks import Architecture
 from domains.molecule.pipeline import MoleculePipeline
 from domains.molecule.samples import EMPTY, Molecules, check_molecules
 from lit_rlft.algorithms.base import Experience, RewardFineTuner

@@ -15,7 +15,7 @@ from scipy.stats import spearmanr
 from domains.molecule import rewards
 from domains.molecule.chemistry import bonds
 from domains.molecule.chemistry.elements import EXPLICIT
-from domains.molecule.networks.egnn import Architecture
+from domains.molecule.networks import Architecture
 from domains.molecule.pipeline import MoleculePipeline
 from domains.molecule.samples import EMPTY, Molecules
 from lit_rlft.algorithms.graft import GRAFT

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from domains.molecule.networks.egnn import Architecture
+from domains.molecule.networks import Architecture
 from domains.molecule.pipeline import MoleculePipeline
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.sampling import Sampler

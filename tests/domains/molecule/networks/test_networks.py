@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from domains.molecule.networks.edm import EDM
-from domains.molecule.networks.egnn import (
+from domains.molecule.networks import (
     EGNN,
     Architecture,
     Denoiser,
     Transformer,
     load_network,
 )
+from domains.molecule.networks.edm import EDM
 from domains.molecule.pipeline import MoleculePipeline
 from lit_rlft.core.checks import UsageError
 from lit_rlft.kit.network_folder import save_network
