@@ -316,7 +316,7 @@ def test_arrays_are_cached_until_file_or_settings_change(
         raise AssertionError("read again")
 
     with monkeypatch.context() as patch:
-        patch.setattr("domains.layout.sources.read_coco", refuse)
+        patch.setattr("domains.layout.sources.files.read_coco", refuse)
         np.testing.assert_array_equal(source.load().boxes, first.boxes)
         with pytest.raises(AssertionError, match="read again"):
             PubLayNet(str(path), max_elements=3, **settings(tmp_path)).load()
