@@ -5,12 +5,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from domains.image.networks.features import FeatureNetwork, load_features, luminance
+from domains.image.networks.features import FeatureNetwork, load_features
+from domains.image.samples import check_pictures, luminance
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Reward
 from lit_rlft.kit.frozen import Frozen
-from lit_rlft.kit.images import check_pictures
 
 __all__ = ["Brightness", "ClassProbability"]
 

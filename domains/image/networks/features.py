@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from domains.image import EMBEDDED
 from domains.image.networks.inception import InceptionV3
+from domains.image.samples import luminance
 from lit_rlft.kit.frozen import frozen
 from lit_rlft.kit.network_folder import (
     WEIGHTS,
@@ -110,12 +111,6 @@ class FeatureNetwork(nn.Module):
     def load(cls, folder: Path, name: str) -> Self:
         """Read what `save` wrote, in single precision."""
         return load_weights(cls(FeatureArchitecture(**read_settings(folder)), name), folder)
-
-
-def luminance(pictures: Tensor) -> Tensor:
-    """Return the luma of pictures [B, 3, H, W] by ITU-R BT.601, [B, 1, H, W]."""
-    weights = torch.tensor([0.299, 0.587, 0.114]).to(pictures)
-    return (pictures * weights.view(1, 3, 1, 1)).sum(dim=1, keepdim=True)
 
 
 def load_features(pretrained: str) -> "FeatureNetwork | InceptionV3":
