@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from domains.gaussian_mixture.closed_form.mixture import MEANS, WEIGHTS
 from domains.gaussian_mixture.data import MixtureData
-from domains.gaussian_mixture.mixture import MEANS, WEIGHTS
 from domains.gaussian_mixture.pipeline import GaussianMixturePipeline
 from lit_rlft.algorithms.graft import PGRAFT
 from lit_rlft.core.pipeline import Condition

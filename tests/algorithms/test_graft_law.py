@@ -19,7 +19,7 @@ import torch
 from scipy import stats
 from torch.optim.lr_scheduler import LambdaLR
 
-from domains.gaussian_mixture.mixture import STDS
+from domains.gaussian_mixture.closed_form.mixture import STDS
 from lit_rlft.algorithms.graft import GRAFT, PGRAFT
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.selection import Preference, RandomK

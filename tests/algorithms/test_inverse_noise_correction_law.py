@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader
 
 from domains.gaussian_mixture.data import MixtureData
-from domains.layout.network import Architecture
+from domains.layout.networks.transformer import Architecture
 from domains.layout.pipeline import LayoutPipeline
 from domains.layout.rewards import Overlap
 from domains.text_to_image.pipeline import TextToImagePipeline

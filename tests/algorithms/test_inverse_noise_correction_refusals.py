@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from domains.layout.network import Architecture
+from domains.layout.networks.transformer import Architecture
 from domains.layout.pipeline import LayoutPipeline
 from domains.layout.rewards import Overlap
 from domains.text_to_image.pipeline import TextToImagePipeline

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from domains.gaussian_mixture.pipeline import GaussianMixturePipeline
-from domains.layout.network import Architecture
+from domains.layout.networks.transformer import Architecture
 from domains.layout.pipeline import LayoutPipeline
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.corrector import FlowMLP, FlowPrior

@@ -10,7 +10,7 @@ from scipy.optimize import fsolve
 from torch import Tensor
 
 import domains.text_to_image.pipeline
-from domains.gaussian_mixture.mixture import MEANS, STDS, WEIGHTS, Mixture
+from domains.gaussian_mixture.closed_form.mixture import MEANS, STDS, WEIGHTS, Mixture
 from domains.gaussian_mixture.pipeline import GaussianMixtureDenoiser, GaussianMixturePipeline
 from domains.image.pipeline import ImagePipeline
 from domains.layout.pipeline import LayoutPipeline

@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 from torch import Tensor, distributions
 
-from domains.gaussian_mixture.mixture import MEANS, STDS, WEIGHTS, Mixture
+from domains.gaussian_mixture.closed_form.mixture import MEANS, STDS, WEIGHTS, Mixture
 from domains.gaussian_mixture.pipeline import GaussianMixtureDenoiser, GaussianMixturePipeline
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.process import GaussianProcess

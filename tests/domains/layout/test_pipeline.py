@@ -11,13 +11,13 @@ from lightning import Trainer
 from torch import Tensor
 
 from domains.layout.data import LayoutData
-from domains.layout.formats import read_json
-from domains.layout.layouts import EMPTY, Layouts
-from domains.layout.network import Architecture, LayoutTransformer, load_network
-from domains.layout.pages import Page
+from domains.layout.networks.transformer import Architecture, LayoutTransformer, load_network
 from domains.layout.pipeline import LayoutPipeline
 from domains.layout.rewards import Alignment
+from domains.layout.samples import EMPTY, Layouts
 from domains.layout.sources import Grammar, JSONLayouts
+from domains.layout.sources.formats import read_json
+from domains.layout.sources.packed import Page
 from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.algorithms.ddpo import DDPO
 from lit_rlft.algorithms.graft import GRAFT, PGRAFT

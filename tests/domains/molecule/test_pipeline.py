@@ -11,9 +11,9 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from domains.molecule.molecules import EMPTY, Molecules, check_molecules
-from domains.molecule.network import Architecture
+from domains.molecule.networks import Architecture
 from domains.molecule.pipeline import MoleculePipeline
+from domains.molecule.samples import EMPTY, Molecules, check_molecules
 from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.algorithms.ddpo import DDPO
 from lit_rlft.algorithms.graft import GRAFT, PGRAFT
