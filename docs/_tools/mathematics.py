@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any
 
 from latex2mathml.converter import convert
+from mkdocs.exceptions import PluginError
 
 _MARKED = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
@@ -26,4 +27,7 @@ def _mathml(match: re.Match[str]) -> str:
 
 @cache
 def _convert(latex: str, display: str) -> str:
-    return convert(latex, display=display)
+    formula = convert(latex, display=display)
+    if "\\" in html.unescape(formula):
+        raise PluginError(f"a command of this formula is not known: {latex}")
+    return formula

@@ -2,6 +2,7 @@
 
 import base64
 import os
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -15,6 +16,9 @@ from mkdocs.structure.files import File, Files
 from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
+
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_FOLDER = re.compile(r"/tmp/tmp\w+")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -44,7 +48,13 @@ def _executed(path: Path) -> Any:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with TemporaryDirectory() as folder:
         resources = {"metadata": {"path": folder}}
-        NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources).execute()
+        NotebookClient(
+            notebook,
+            timeout=600,
+            kernel_name="python3",
+            resources=resources,
+            extra_arguments=["--log-level=ERROR"],
+        ).execute()
     return notebook
 
 
@@ -73,4 +83,5 @@ def _output(output: Any, name: str, files: Files, config: MkDocsConfig) -> Itera
     # Progress and warnings are on the other stream.
     text = data.get("text/plain") or (output.get("text") if output.get("name") == "stdout" else "")
     if text:
-        yield f"```text\n{text.rstrip()}\n```\n"
+        plain = _FOLDER.sub("/tmp/run", _COLOUR.sub("", text)).rstrip()
+        yield f"```text\n{plain}\n```\n"

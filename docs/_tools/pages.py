@@ -3,14 +3,22 @@
 Packages are found on disk, so moving a module needs no change here.
 """
 
+import re
 from pathlib import Path
+from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 """Pages of the repository's root that are pages of the site too."""
+_FETCHED = re.compile(
+    r"<(?:script|img|iframe)\b[^>]*\bsrc=[\"']?(https?:[^\"'> ]+)"
+    r"|<link\b(?![^>]*rel=[\"']?canonical)[^>]*\bhref=[\"']?(https?:[^\"'> ]+)"
+)
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -46,3 +54,11 @@ def _packages() -> list[str]:
 
 def _page(name: str) -> str:
     return f"reference/{name}.md"
+
+
+def on_post_page(output: str, page: Page, **_: Any) -> str:
+    """Raise where a page would fetch something from elsewhere: it is read offline too."""
+    fetched = _FETCHED.search(output)
+    if fetched:
+        raise PluginError(f"{page.file.src_uri} fetches {fetched[1] or fetched[2]}")
+    return output
