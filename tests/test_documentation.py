@@ -1,13 +1,15 @@
 """The documentation tells the truth: its commands and code run, its links lead somewhere.
 
-Code and commands of the README, the first steps and the how-tos are run at a tiny size, page by page
-and in order; those of the other pages are parsed. What cannot run here is listed with its reason.
+Code and commands of the README, the first steps and the how-tos are run at a tiny size, page by
+page and in order; those of the other pages are parsed. What cannot run here is listed with its
+reason.
 """
 
 import json
 import re
 import shlex
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,9 +23,12 @@ from lit_rlft.cli import main
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
+FIRST_STEPS = ("start", "how_to")
 DOCUMENTS = [*(ROOT / n for n in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")), *PAGES]
 RUN = [
-    page for page in DOCUMENTS if page.name == "README.md" or page.parent.name in ("start", "how_to")
+    page
+    for page in DOCUMENTS
+    if page.name == "README.md" or page.parent.name in ("start", "how_to")
 ]
 PARSED = [page for page in PAGES if page not in RUN]
 MADE = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
@@ -109,7 +114,7 @@ def has_same_kind(page: Path) -> bool:
 
 def config_files(args: Sequence[str]) -> Iterator[Path]:
     """Return the files that a command's --config options name."""
-    for option, value in zip(args, args[1:], strict=False):
+    for option, value in pairwise(args):
         if option != "--config" or Path(value).is_file():
             continue
         found = [ROOT / value] if value.startswith("configs/") else CONFIGS.rglob(f"{value}.yaml")
@@ -121,10 +126,12 @@ def config_files(args: Sequence[str]) -> Iterator[Path]:
 def tiny(args: Sequence[str]) -> list[str]:
     """Return what makes a command quick."""
     loaded = [yaml.safe_load(path.read_text()) for path in config_files(args)]
-    own = [value for option, value in zip(args, args[1:], strict=False) if option == "--data"]
+    own = [value for option, value in pairwise(args) if option == "--data"]
     kinds = own or [config["data"]["class_path"] for config in loaded if "data" in config]
     splits = TINY_DATA.get(kinds[-1].rpartition(".")[2], ())
     flags = [*TINY, *(f"--data.init_args.{split}" for split in splits)]
+    if "--trainer.max_epochs" not in args:
+        flags.append("--trainer.max_epochs=1")
     if kinds[-1].endswith("LayoutData") and "--data.source" not in args:
         flags.append("--data.init_args.source.init_args.num_pages=64")
     if "drtune" in args:

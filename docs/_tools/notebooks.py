@@ -60,7 +60,9 @@ def _executed(path: Path) -> Any:
 
 def _text(notebook: Any, name: str, files: Files, config: MkDocsConfig) -> Iterator[str]:
     link = f"`notebooks/{name}.ipynb`"
-    note = f"!!! note\n    {link}, run on its small setting: the numbers show the form, no result.\n"
+    note = (
+        f"!!! note\n    {link}, run on its small setting: the numbers show the form, no result.\n"
+    )
     for number, cell in enumerate(notebook.cells):
         if cell.cell_type == "markdown":
             yield f"{cell.source}\n"
