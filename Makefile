@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo demo-layout demo-molecule test test-all lint format clean
+.PHONY: demo demo-layout demo-molecule test test-all lint format docs clean
 
 demo: CONFIG = shapes_p_graft
 demo-layout: CONFIG = layout_p_graft
@@ -28,8 +28,13 @@ format: .venv/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The pages of docs/, the reference and the executed notebooks, in site/; a warning is an error.
+docs: .venv/installed-docs
+	OMP_NUM_THREADS=1 NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "documentation: site/index.html"
+
 clean:
-	rm -rf .venv runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv runs build site *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lit-rlft needs Python 3.11 or newer; run make PYTHON=python3.12")'
@@ -41,4 +46,8 @@ clean:
 
 .venv/installed-dev: pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	touch .venv/installed $@
+
+.venv/installed-docs: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet -e ".[docs]"
 	touch .venv/installed $@

@@ -6,7 +6,7 @@ gains a factor q each time. Anderson's acceleration looks back on the last few i
 
 .. math::
     u_{k+1} = g(u_k) - \sum_j \gamma_j\, (g(u_{j+1}) - g(u_j)), \qquad
-    \gamma = \arg\min \Big\| f_k - \sum_j \gamma_j\, (f_{j+1} - f_j) \Big\|,
+    \gamma = \operatorname{argmin} \| f_k - \sum_j \gamma_j\, (f_{j+1} - f_j) \|,
 
 which for linear g is GMRES and does not need q < 1.
 

@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 Keys = Sequence[Sequence[Hashable]]
-"""[G][M] equivalence classes of the candidates, e.g. canonical SMILES."""
+"""Equivalence classes of the M candidates of each of G conditions, e.g. canonical SMILES."""
 
 
 class Selection(ABC):
