@@ -37,6 +37,7 @@ from tests.algorithms.inverse_noise_correction_support import (
     store_of,
     tuner_of,
 )
+from tests.support import assert_close_in_rounding
 
 
 def batch_of(data: Any) -> dict[str, Any]:
@@ -211,4 +212,5 @@ def test_pictures_are_corrected_under_their_prompts(
     torch.nn.init.normal_(tuner.corrector.denoiser.last.weight)
     with torch.no_grad():
         drawn = flatten(tuner.prior(condition).sample(generators([1, 1, 1, 1])))
-    assert torch.equal(drawn[0], drawn[3]) and not torch.equal(drawn[0], drawn[1])
+    assert_close_in_rounding(drawn[0], drawn[3])
+    assert not torch.allclose(drawn[0], drawn[1], atol=1e-2)

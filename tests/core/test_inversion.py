@@ -259,7 +259,9 @@ def test_a_sample_does_not_depend_on_those_beside_it() -> None:
         Sampler(6).invert(denoiser, FLOW, part, conditions(len(part))) for part in x_0.split([2, 7])
     ]
     torch.testing.assert_close(whole.x_1, torch.cat([tensor_of(part.x_1) for part in parts]))
-    assert torch.equal(whole.iterations, torch.cat([part.iterations for part in parts]))
+    # Rounding may decide about the last iteration.
+    iterations = torch.cat([part.iterations for part in parts])
+    assert (whole.iterations - iterations).abs().max() <= 1
 
 
 def test_fields_are_inverted_together() -> None:

@@ -19,7 +19,7 @@ from domains.text_to_image.train.autoencoder import reconstruct
 from domains.text_to_image.train.common import pixels_of
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
-from tests.support import altered
+from tests.support import altered, assert_close_in_rounding
 
 EMBEDDED = ASSETS / "shapes_classifier"
 
@@ -187,7 +187,7 @@ class TestPrecision:
         finally:
             torch.set_default_dtype(torch.float32)
         assert values.dtype == torch.float32
-        assert values.equal(expected)
+        assert_close_in_rounding(values, expected)
 
     def test_a_sample_does_not_depend_on_its_batch(self):
         true, _, pictures = held_out("position", 6)
