@@ -69,7 +69,7 @@ def allowed(module: str, name: str) -> bool:
     if within(name, "domains") and module.count("."):
         return within(name, ".".join(module.split(".")[:2]))
     if within(name, "lit_rlft") and module.count("."):
-        return room(name) in ("core", "kit")
+        return room(name) in ("core", "kit", "moved")
     return top != "peft" or within(module, "domains.text_to_image")
 
 

@@ -79,6 +79,7 @@ class PGRAFT(RewardFineTuner):
         self.contrast = contrast
 
     def check(self) -> None:
+        require(self.num_candidates >= 1, self, "num_candidates", "at least 1")
         if not 0 <= self.cut < 1 or self.cut_step < 1:
             raise UsageError(
                 f"model.init_args.cut is {self.cut}; it must be in [0, 1) and leave at least one "

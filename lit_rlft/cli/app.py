@@ -2,9 +2,10 @@
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jsonargparse
+from jsonargparse import Namespace
 from lightning import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -44,6 +45,9 @@ The options below are those that every run has."""
 
 
 class _CLI(LightningCLI):
+    parsed: ClassVar[Namespace | None] = None
+    """The latest command's config, for errors to name its keys."""
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_subclass_arguments(Pipeline, "pipeline", required=True)
         parser.add_subclass_arguments(Reward, "reward", required=True)
@@ -62,7 +66,8 @@ class _CLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         # The base class warns wherever arguments are given, which here they always are.
         self.config = parser.parse_args(args)
-        check_file(self.config[self.config.subcommand].ckpt_path)
+        own = _CLI.parsed = self.config[self.config.subcommand]
+        check_file(own.ckpt_path)
 
     def before_instantiate_classes(self) -> None:
         config = self.config[str(self.subcommand)]
@@ -115,11 +120,12 @@ def run(words: Sequence[str]) -> None:
     Raises:
         SystemExit: Something is wrong that the user can change; the message is one sentence.
     """
+    _CLI.parsed = None
     jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     try:
         _run(list(words))
     except Exception as error:
-        reason = sentence(error)
+        reason = sentence(error, _CLI.parsed)
         if reason is None:
             raise
         raise SystemExit(f"lit-rlft: error: {reason}") from error
