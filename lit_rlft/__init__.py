@@ -51,7 +51,7 @@ _PLACES = {
 
 __all__ = [*_PLACES]
 
-register({})
+register({}, {"lit_rlft.observer": {"Observer": "Hooks"}})
 
 
 def __getattr__(name: str) -> object:
