@@ -26,7 +26,8 @@ model = PGRAFT(
 )
 data = MixtureData(**mixture, num_train=16, num_val=4, num_test=8, batch_size=8)
 trainer = Trainer(
-    accelerator="cpu", devices=DEVICES, default_root_dir="runs", callbacks=[RunFiles()], max_epochs=1
+    accelerator="cpu", devices=DEVICES, default_root_dir="runs", callbacks=[RunFiles()],
+    max_epochs=1,
 )
 trainer.fit(model, data)
 trainer.test(model, data)

@@ -68,9 +68,10 @@ def facts(trainer: Trainer, module: RewardFineTuner, conditions: int | None) -> 
         module: What is trained.
         conditions: Of a round, over all processes, if they are known.
     """
-    parameters = {id(p): p for p in [*module.pipeline.parameters(), *module.parameters()]}
-    trained = sum(p.numel() for p in module.trainable().parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in parameters.values()) - trained
+    own = [p for p in module.trainable().parameters() if p.requires_grad]
+    trained = sum(p.numel() for p in own)
+    every = {id(p): p.numel() for p in [*module.pipeline.parameters(), *own]}
+    frozen = sum(every.values()) - trained
     parts = [
         f"{module.algorithm} on {module.pipeline.name} for {module.reward.name}",
         f"{_short(trained)} parameters trained, {_short(frozen)} frozen",

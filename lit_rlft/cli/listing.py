@@ -69,7 +69,7 @@ def _check(what: str, name: str | None, known: Iterable[str]) -> None:
     raise UsageError(f"there is no {what} {name!r}; {hint}there are {', '.join(known)}")
 
 
-def _algorithms(domain: str | None) -> tuple[Row, list[Row]]:
+def _algorithms(domain: str | None) -> tuple[Row, Sequence[Row]]:
     return ("name", "configs", ""), [
         (one.name, ", ".join(_users(one, "algorithms")), one.summary)
         for one in _entries("algorithm", None)
@@ -77,7 +77,7 @@ def _algorithms(domain: str | None) -> tuple[Row, list[Row]]:
     ]
 
 
-def _domains(domain: str | None) -> tuple[Row, list[Row]]:
+def _domains(domain: str | None) -> tuple[Row, Sequence[Row]]:
     rows = []
     for name, package in domain_packages().items():
         if domain in (None, name):
@@ -90,7 +90,7 @@ def _domains(domain: str | None) -> tuple[Row, list[Row]]:
     return ("name", "configs", "(pipelines, data)"), rows
 
 
-def _rewards(domain: str | None) -> tuple[Row, list[Row]]:
+def _rewards(domain: str | None) -> tuple[Row, Sequence[Row]]:
     rows = []
     for one in _entries("reward", domain):
         configs = ", ".join(_users(one, "domains"))
@@ -99,17 +99,17 @@ def _rewards(domain: str | None) -> tuple[Row, list[Row]]:
     return ("name", "gradient", "domain", "[configs that use it]"), rows
 
 
-def _metrics(domain: str | None) -> tuple[Row, list[Row]]:
+def _metrics(domain: str | None) -> tuple[Row, Sequence[Row]]:
     rows = [(m.name, m.domain or "any", m.summary) for m in _entries("metric", domain)]
     return ("name", "domain", "(every reward is a metric too)"), rows
 
 
-def _selections(domain: str | None) -> tuple[Row, list[Row]]:
+def _selections(domain: str | None) -> tuple[Row, Sequence[Row]]:
     found = _entries("selection", None) if domain is None else []
     return ("name", ""), [(one.name, one.summary) for one in found]
 
 
-def _configs(domain: str | None) -> tuple[Row, list[Row]]:
+def _configs(domain: str | None) -> tuple[Row, Sequence[Row]]:
     rows = []
     for path in packaged_configs():
         packages = (domain_packages()[domain],) if domain else ("",)
@@ -119,7 +119,7 @@ def _configs(domain: str | None) -> tuple[Row, list[Row]]:
     return ("name", "folder", ""), rows
 
 
-_SECTIONS: dict[str, Callable[[str | None], tuple[Row, list[Row]]]] = {
+_SECTIONS: dict[str, Callable[[str | None], tuple[Row, Sequence[Row]]]] = {
     "algorithms": _algorithms,
     "domains": _domains,
     "rewards": _rewards,

@@ -33,6 +33,7 @@ _WHOLE = {
     ("trainer", "callbacks", _ITEM),
 }
 """Keys whose value names a class where it is a single word."""
+_BASES = {"RewardFineTuner", "Pipeline", "Metric", "LightningDataModule"}
 _NAME = re.compile(r"[A-Z]\w*")
 
 Key = tuple[str, ...]
@@ -197,5 +198,7 @@ def _below(key: Key, node: yaml.Node) -> Iterator[tuple[Key, yaml.ScalarNode]]:
 
 def _is_loaded(name: str) -> bool:
     """Return whether a program has defined such a class, which the parser then knows by itself."""
-    loaded = [getattr(module, "__dict__", {}) for module in sys.modules.values()]
-    return any(isinstance(names.get(name), type) for names in loaded)
+    loaded = [getattr(module, "__dict__", {}).get(name) for module in [*sys.modules.values()]]
+    return any(
+        _BASES & {base.__name__ for base in one.__mro__} for one in loaded if isinstance(one, type)
+    )

@@ -112,4 +112,4 @@ def test_help_of_a_class_by_its_short_name(capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit) as raised:
         main(["fit", "--model.help", "PGRAFT"])
     assert raised.value.code == 0
-    assert "--model.init_args.num_candidates" in capsys.readouterr().out
+    assert "num_candidates" in capsys.readouterr().out

@@ -4,14 +4,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from lit_rlft.cli import main
 from lit_rlft.cli.names import with_class_paths
 from lit_rlft.cli.paths import CONFIGS, config_file
 from lit_rlft.core.checks import UsageError
+from lit_rlft.core.reward import Reward
 
 T2I, GAUSSIAN = "domains.text_to_image", "domains.gaussian_mixture"
+
+
+class OwnReward(Reward):
+    def forward(self, samples: Any, condition: Any) -> torch.Tensor:
+        return torch.zeros(len(condition))
 
 
 @pytest.fixture(autouse=True)
@@ -137,7 +144,8 @@ def test_unknown_names_are_refused_with_the_nearest(words: list[str], sentences:
 
 
 def test_a_class_that_the_program_itself_defines_needs_no_path() -> None:
-    assert with_class_paths(["fit", "--reward", "Path"])[-1] == "Path"
+    assert with_class_paths(["fit", "--reward", "OwnReward"])[-1] == "OwnReward"
+    assert "there is no reward Path" in refusal("--reward", "Path")
 
 
 @pytest.mark.parametrize("name", ["p_graft", "p_graft.yaml", "algorithms/p_graft"])
