@@ -52,4 +52,10 @@ _MOVED = {
 }
 """New module by that of 0.1.0, which works for one more release."""
 
-register(_MOVED, {"domains.molecule.network": {"Denoiser": "MoleculeNetwork"}})
+_RENAMED = {
+    "domains.molecule.network": {"Denoiser": "MoleculeNetwork"},
+    "domains.molecule.processes": {"in_processes": "in_workers"},
+}
+"""By module of 0.1.0: new name by old one."""
+
+register(_MOVED, _RENAMED)

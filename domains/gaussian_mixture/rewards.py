@@ -1,4 +1,4 @@
-"""Rewards of points whose optimum under a KL penalty is known in closed form."""
+"""Rewards of points; their optimum under a KL penalty is known in closed form."""
 
 from collections.abc import Sequence
 from typing import Any

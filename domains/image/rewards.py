@@ -41,8 +41,8 @@ class Brightness(Reward):
 class ClassProbability(Frozen, Reward):
     """How sure a small classifier is that an image shows a class: a digit, a shape, a colour.
 
-    The classifier is trained from another seed than the feature network that FID is computed with:
-    what judges samples must not be what they are trained for. It is frozen, always in evaluation
+    The classifier is trained from another seed than the feature network of FID: a model that is
+    trained for the classifier must be judged by another network. It is frozen, always in evaluation
     mode, and computes in single precision whatever autocast says.
 
     Args:

@@ -38,7 +38,7 @@ class LayoutData(SourceData[Packed]):
         tasks: Share of each task: "unconditional", "category" (the classes are given),
             "category_size" (and widths and heights), "completion" (some elements are given).
             All unconditional unless given.
-        num_draws: Times each layout occurs in a training pass, its condition drawn anew.
+        num_draws: Times each layout occurs in a training pass, each time with a new condition.
         **rest: Fractions and limits of the splits (`SourceData`) and arguments of the loaders.
 
     Raises:

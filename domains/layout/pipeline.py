@@ -1,10 +1,9 @@
-"""The layout pipeline: a flow over slots whose conditions are obeyed exactly.
+"""The layout pipeline: a flow over slots that obeys its conditions exactly.
 
-What a condition gives is put into the network's input and taken out of its hands: for given
-numbers the prediction is the one that points at them from wherever x_t is, and a given class has
-all of the probability. Every sampler, whoever runs which of its steps, therefore arrives at the
-given values up to rounding, and `decode` returns them to the last bit. Such entries have no loss
-(at s = 0), no gradient and no divergence from the reference.
+Given values enter the network's input, and replace its prediction: for given numbers the
+prediction points from x_t at them, and a given class has all of the probability. Every sampler
+therefore arrives at the given values up to rounding, and `decode` returns them to the last bit.
+Such entries have no loss (at s = 0), no gradient and no divergence from the reference.
 """
 
 from collections.abc import Mapping, Sequence

@@ -42,7 +42,7 @@ _TOO_FEW = -1.0  # reward of fewer than two elements, less than that of any bad 
 class _Twinned(Reward):
     """A reward whose value is exact and whose gradient is that of its smooth twin.
 
-    Algorithms without gradients and reports see the exact value, whatever else uses the reward.
+    Algorithms without gradients and evaluations see the exact value, whatever else uses the reward.
     """
 
     differentiable = True

@@ -1,7 +1,7 @@
 """Molecules: atoms in space, from an enumerated set of small ones to QM9.
 
-RDKit's own messages are switched off in every process that imports the domain: what is wrong with
-a molecule is told by this project's own messages and metrics.
+The domain switches RDKit's own messages off: its own messages and metrics say what is wrong with a
+molecule.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""DataModules: molecules to pretrain on, and numbers of atoms to generate molecules of."""
+"""DataModules: molecules to pretrain on, and numbers of atoms as conditions of generation."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -117,7 +117,7 @@ class MoleculeData(SourceData[Packed]):
 
 
 class AtomCounts(SplitData):
-    """Numbers of atoms, drawn from a histogram: the conditions that molecules are generated under.
+    """Numbers of atoms, drawn from a histogram: conditions of generation.
 
     Rows are `{"index", "num_atoms": int64 []}`; row i is a function of `seed`, the split and i.
 

@@ -83,7 +83,7 @@ class Drugs(Metric):
 
     Args:
         strain: Also measure "strain": MMFF94 energy before minus after minimisation, kcal/mol.
-        num_workers: Processes to share that work among; 0 works in this one.
+        num_workers: Worker processes for the strain; 0 works in this one.
     """
 
     def __init__(self, strain: bool = True, num_workers: int = 0) -> None:

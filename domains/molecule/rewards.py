@@ -289,7 +289,7 @@ class Strain(_Chemical):
 
     Args:
         scale: s in kcal/mol.
-        num_workers: Processes to share the work among; 0 works in this one.
+        num_workers: Worker processes; 0 works in this one.
         invalid: Reward of molecules that are not valid and connected or unknown to MMFF94.
     """
 
@@ -333,7 +333,7 @@ class XTB(_Target):
         quantity: "dipole" in Debye or "gap", HOMO-LUMO, in eV.
         target: Wanted value.
         width: Distance from it at which the reward is 0.61; None takes 0.5.
-        num_workers: Processes to share the work among; 0 works in this one.
+        num_workers: Worker processes; 0 works in this one.
         invalid: Reward of molecules that are not valid and connected or do not converge.
 
     Raises:

@@ -20,8 +20,8 @@ class BadEntry:
 
     Attributes:
         name: Where it is in its file, e.g. "line 17".
-        kind: What is wrong, in words that entries with the same fault share.
-        detail: More of it.
+        kind: What is wrong, in words that fit every entry with the same fault.
+        detail: What exactly.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Loaders over three splits, shared out among processes: the base of the domains' DataModules."""
+"""Loaders over three splits, shared out among ranks: the base of the domains' DataModules."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -39,18 +39,18 @@ class Rows(Dataset[dict[str, Any]]):
 
 
 class _TrainOrder(DistributedSampler[Any]):
-    """Shuffled passes over this process's share, one after the other, from any batch on.
+    """Shuffled passes over this rank's share, one after the other, from any batch on.
 
-    A resumed run goes on with the batch after the last one that it has trained on, also in the
-    middle of a pass: Lightning starts its loaders anew, and counts an epoch that a limit on steps
-    cut short as a whole one.
+    A resumed run goes on after the last batch that it has trained on, also in the middle of a pass.
+    Lightning alone would not: it restarts its loaders, and an epoch that a limit on steps cut short
+    counts as a whole one.
 
     Args:
         rows: The training data.
-        ranks: Number of processes.
-        rank: This process.
+        ranks: Number of ranks.
+        rank: This one.
         seed: Seed of the order.
-        batch_size: Rows per batch on this process.
+        batch_size: Rows per batch on this rank.
         seen: Returns the number of batches trained on since the beginning, or None where no
             trainer counts them and `set_epoch` says which pass it is.
     """
@@ -83,11 +83,11 @@ class _TrainOrder(DistributedSampler[Any]):
 
 
 class SplitData(LightningDataModule, ABC):
-    """Loaders over three splits; every process sees its share, in an order fixed by the seed.
+    """Loaders over three splits; every rank sees its share, in an order fixed by the seed.
 
     Args:
-        batch_size: Conditions per training batch, over all processes: those of one round.
-        eval_batch_size: Conditions per evaluation batch on each process.
+        batch_size: Conditions per training batch, over all ranks: those of one round.
+        eval_batch_size: Conditions per evaluation batch on each rank.
         seed: Seed of the order in which training data are seen.
         num_workers: Worker processes of each loader.
     """
@@ -125,11 +125,11 @@ class SplitData(LightningDataModule, ABC):
             )
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Return the validation data in order, each row once over all processes."""
+        """Return the validation data in order, each row once over all ranks."""
         return self._evaluation("val")
 
     def test_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Return the test data in order, each row once over all processes."""
+        """Return the test data in order, each row once over all ranks."""
         return self._evaluation("test")
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
@@ -172,12 +172,12 @@ class SplitData(LightningDataModule, ABC):
 
 
 def hold_out(total: int, shares: Mapping[str, float], seed: int) -> dict[str, NDArray[np.int64]]:
-    """Share rows out at random: `shares` of them by name, at least one each, "train" the rest.
+    """Split rows at random: each name gets its share, at least one row, and "train" the rest.
 
     Args:
         total: Number of rows.
-        shares: Of all rows, in the order in which they are taken.
-        seed: Of the order of the rows.
+        shares: Share of all rows by name, taken in this order.
+        seed: Seed of the order of the rows.
     """
     rest = np.random.default_rng(seed).permutation(total)
     splits = {}

@@ -1,4 +1,4 @@
-"""Pictures [B, 3, H, W] in [0, 1], as domains of pictures decode to them: checks and PNG files."""
+"""Pictures [B, 3, H, W] in [0, 1], the samples of several domains: checks and PNG files."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path

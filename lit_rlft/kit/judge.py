@@ -1,4 +1,4 @@
-"""Rewards that a frozen network decides: how sure it is of "yes"."""
+"""Rewards from a frozen network that answers yes or no: how sure it is of "yes"."""
 
 from typing import Literal, get_args
 

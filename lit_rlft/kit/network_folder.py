@@ -69,9 +69,9 @@ def save_network(network: nn.Module, folder: Path, dtype: torch.dtype) -> list[P
     """Write a network into a folder; a LoRA is merged into the weights.
 
     Args:
-        network: Has its settings, a dataclass, as `architecture`, and is made of them alone.
-        folder: Is made where missing.
-        dtype: Of the file's numbers.
+        network: Made of its `architecture` alone, a dataclass of settings.
+        folder: Created where missing.
+        dtype: Precision of the file.
 
     Returns:
         The files.
@@ -96,7 +96,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def load_weights(network: N, folder: Path) -> N:
-    """Give a network, which may be on the meta device, a folder's weights in single precision."""
+    """Load a folder's weights into a network, in single precision; it may be on the meta device."""
     network.load_state_dict(load_file(folder / WEIGHTS), assign=True)
     return network.float()
 
@@ -104,7 +104,7 @@ def load_weights(network: N, folder: Path) -> N:
 def _merged(network: nn.Module, name: str, weights: dict[str, Tensor]) -> Tensor:
     if name in weights:
         return weights[name].detach()
-    # An adapted layer: whatever it is made of, it is linear, so its values tell its weight.
+    # An adapted layer is linear, whatever it is made of: its values give its weight.
     layer_name, _, kind = name.rpartition(".")
     layer = network.get_submodule(layer_name)
     weight = next(iter(layer.parameters()))

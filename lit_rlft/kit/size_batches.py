@@ -1,4 +1,4 @@
-"""Batches of molecules of one size: no slot of a batch is empty."""
+"""Batches of rows of one size, such as molecules of equally many atoms: no slot is empty."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,8 +13,8 @@ __all__ = ["Batches", "FixedBatches", "SizeBatches", "training_batches"]
 class Batches(Dataset[list[dict[str, Any]]]):
     """A data set whose items are batches: a list of row numbers gives those rows.
 
-    Loaders then take a sampler of lists, which may be a `DistributedSampler` as Lightning wants
-    it; in place of a batch sampler it would put one of its own.
+    Loaders then take a sampler of lists. Lightning leaves it alone where it is a
+    `DistributedSampler`; a batch sampler would be replaced by one of Lightning's own.
 
     Args:
         rows: The rows.
@@ -28,16 +28,15 @@ class Batches(Dataset[list[dict[str, Any]]]):
 
 
 class SizeBatches(DistributedSampler[Any]):
-    """Training batches of one size, pass after pass; each process gets its share of each batch.
+    """Training batches of one size, pass after pass; each rank gets its share of each batch.
 
-    A resumed run goes on with the batch after the last one that it has trained on, also in the
-    middle of a pass.
+    A resumed run goes on after the last batch that it has trained on, also in the middle of a pass.
 
     Args:
-        sizes: [n] number of atoms of each row.
-        batch_size: Rows per batch, over all processes.
-        ranks: Number of processes.
-        rank: This process.
+        sizes: [n] size of each row.
+        batch_size: Rows per batch, over all ranks.
+        ranks: Number of ranks.
+        rank: This one.
         seed: Seed of the order.
         seen: Returns the number of batches trained on since the beginning, or None where no
             trainer counts them and `set_epoch` says which pass it is.
@@ -72,13 +71,13 @@ class SizeBatches(DistributedSampler[Any]):
 
 
 class FixedBatches(DistributedSampler[Any]):
-    """Batches of rows of one size, in order of size, each row once over all processes.
+    """Batches of rows of one size, in order of size, each row once over all ranks.
 
     Args:
-        sizes: [n] number of atoms of each row.
+        sizes: [n] size of each row.
         batch_size: Most rows of a batch.
-        ranks: Number of processes.
-        rank: This process.
+        ranks: Number of ranks.
+        rank: This one.
     """
 
     def __init__(
@@ -93,7 +92,7 @@ class FixedBatches(DistributedSampler[Any]):
         self.batches: list[list[int]] = batches[rank::ranks]
 
     def __len__(self) -> int:
-        """Return the number of batches of this process."""
+        """Return the number of batches of this rank."""
         return len(self.batches)
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -105,12 +104,12 @@ def training_batches(
 ) -> list[NDArray[np.int64]]:
     """Return a pass of batches, each of rows of one size, in random order.
 
-    There are n // batch_size (at least one), all of `batch_size` rows. How many of them a size
-    gets is its share, rounded up or down at random (systematic sampling), so that every row is
-    expected equally often although the rows of rare sizes, alone in a batch, are repeated in it.
+    There are n // batch_size (at least one), all of `batch_size` rows. Each size gets its share of
+    the batches, rounded up or down at random (systematic sampling). Every row is therefore expected
+    equally often, although rows of rare sizes are repeated within their batch.
 
     Args:
-        sizes: [n] number of atoms of each row.
+        sizes: [n] size of each row.
         batch_size: Rows per batch.
         rng: The randomness.
     """

@@ -55,7 +55,7 @@ def mmd(
         generated: Points.
         kernel: k; unless given Gaussian with the median distance of the real points. Fix it where
             several sets are compared.
-        real_similarity: `similarity` of the real points, where it is known.
+        real_similarity: `similarity` of the real points, where already computed.
     """
     if min(len(real), len(generated)) < 2:
         return float("nan")
@@ -113,7 +113,7 @@ def frechet_distance(generated: Tensor, real: Tensor) -> float:
 
 
 class Given(nn.Module):
-    """Hands features on as they are: torchmetrics' "network" for features that are known.
+    """Returns its input: torchmetrics' "network" for features that are already computed.
 
     Args:
         num_features: Length of a vector.
@@ -181,7 +181,7 @@ def precision_recall(
         real: Features.
         generated: Features.
         num_neighbours: k; the paper takes 3.
-        radii: `neighbour_distances` of the real features, where they are known.
+        radii: `neighbour_distances` of the real features, where already computed.
     """
     if min(len(real), len(generated)) <= num_neighbours:
         return float("nan"), float("nan")

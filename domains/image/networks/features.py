@@ -1,4 +1,4 @@
-"""A small network that says what images show, and whose features sets are compared by."""
+"""A small classifier of images; its features are what sets of images are compared by."""
 
 import hashlib
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ class FeatureArchitecture:
         channels: 1 looks at their luminance, 3 at their colours.
         widths: Channels of the layers; each but the first halves height and width.
         num_features: Length of the feature vectors.
-        classes: Names of what is told apart.
+        classes: Names of what the network tells apart.
         exclusive: Whether each picture shows exactly one of the classes.
     """
 
@@ -51,7 +51,7 @@ class FeatureNetwork(nn.Module):
 
     Args:
         architecture: Its sizes.
-        name: What the features are called in reports.
+        name: What the features are called in metrics.
     """
 
     def __init__(self, architecture: FeatureArchitecture, name: str = "own") -> None:

@@ -34,7 +34,7 @@ class InceptionV3(nn.Module):
     """The 2,048 features before the classifier; pictures are rounded to bytes and scaled to 299.
 
     Args:
-        name: What the features are called in reports.
+        name: What the features are called in metrics.
     """
 
     num_features = 2048

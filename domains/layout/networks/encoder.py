@@ -1,12 +1,11 @@
-"""The layout encoder: features for FID and KID, and the critic that tells real from shaken pages.
+"""The layout encoder: features for FID and KID, and a critic of real and jittered pages.
 
-A transformer reads a layout's elements, in any order, behind a token of its own, whose output is
-the layout's feature vector. It is trained to tell real layouts from jittered ones and to give
-each element back from the features; the first makes it a critic, the second keeps in the features
-what the first does not need.
+A transformer reads a token of its own and then a layout's elements, in any order. The token's
+output is the layout's feature vector. The network learns two tasks: to tell real layouts from
+jittered ones, which makes it a critic, and to reconstruct each element from the features, which
+keeps in them what the first task does not need.
 
-The architecture is that of the layout networks of the literature, so that their weights can be
-loaded from a file.
+The architecture is that of the layout networks of the literature: their files of weights load.
 
 References:
     Constrained Graphic Layout Generation via Latent Optimization (Kikuchi et al., 2021),
@@ -58,13 +57,14 @@ class EncoderArchitecture:
 
     Attributes:
         classes: A known class list, or names.
-        max_elements: Most elements that can be given back.
+        max_elements: Most elements that can be reconstructed.
         width: Size of the features.
         depth: Number of layers of encoder and decoder.
         num_heads: Attention heads.
         boxes: What a box is to the network: "ltrb" edges or "xywh" centre and size.
-        num_octaves: Sines and cosines of each box value at periods 1, 1/2, ... go in as well;
-            products of these, which attention forms, tell small distances. 0 in the literature.
+        num_octaves: Number of periods 1, 1/2, ... at which sines and cosines of each box value are
+            inputs too: attention multiplies them, which resolves small distances. The literature
+            has 0.
     """
 
     classes: str | Sequence[str] = "publaynet"

@@ -1,10 +1,10 @@
-"""Trains a layout encoder on the page grammar: real or jittered, and give every element back.
+"""Trains a layout encoder on the page grammar: real or jittered? and what is each element?
 
     python -m domains.layout.train.encoder --name encoder --seed 0
     python -m domains.layout.train.encoder --name critic --seed 1
 
-The two are the same network from different seeds: what judges samples (FID) must not be what they
-are trained for (the critic).
+The two are the same network from different seeds: a model that is trained for the critic must be
+judged (FID) by another network.
 """
 
 import argparse

@@ -16,7 +16,7 @@ from domains.molecule.chemistry import bonds
 from domains.molecule.chemistry.descriptors import DESCRIPTORS
 from domains.molecule.chemistry.geometry import electronic_of, strain_of
 from domains.molecule.chemistry.graphs import Graphs, graphs_of, to_smiles
-from domains.molecule.chemistry.workers import in_processes
+from domains.molecule.chemistry.workers import in_workers
 from domains.molecule.samples import Molecules
 
 __all__ = ["INVALID", "Chemistry", "chemistry_of", "keys"]
@@ -28,15 +28,15 @@ _NUM_KEPT = 8  # batches whose view is kept
 
 
 class Chemistry:
-    """Bond orders, stability and, made when first asked for, what RDKit knows of B molecules.
+    """Bond orders, stability and RDKit's view of B molecules, each computed when first needed.
 
-    Use `chemistry_of`, which gives all who ask about the same batch the same view.
+    Use `chemistry_of`: it returns the same view for the same batch.
 
     Args:
         molecules: B molecules on any device, with or without a graph.
 
     Attributes:
-        molecules: They, on the CPU and without a graph.
+        molecules: The molecules, on the CPU and without a graph.
         orders: int8 [B, N, N] bond orders.
     """
 
@@ -120,12 +120,12 @@ class Chemistry:
         Hydrogens that are implicit are placed and minimised before.
 
         Args:
-            num_workers: Processes to share the work among; 0 works here.
+            num_workers: Worker processes; 0 works in this one.
         """
 
         def work(rows: list[int]) -> list[tuple[float, ...]]:
             mols = [self.graphs.full(row) for row in rows]
-            return [(value,) for value in in_processes(strain_of, mols, num_workers)]
+            return [(value,) for value in in_workers(strain_of, mols, num_workers)]
 
         return self._filled("strain", work)[:, 0]
 
@@ -135,12 +135,12 @@ class Chemistry:
         NaN unless the molecule is valid and in one part and the calculation converges.
 
         Args:
-            num_workers: Processes to share the work among; 0 works here.
+            num_workers: Worker processes; 0 works in this one.
         """
 
         def work(rows: list[int]) -> list[tuple[float, ...]]:
             mols = [self.graphs.full(row) for row in rows]
-            return list(in_processes(electronic_of, mols, num_workers))
+            return list(in_workers(electronic_of, mols, num_workers))
 
         return self._filled("electronic", work, num_columns=2)
 
@@ -161,7 +161,7 @@ class Chemistry:
 
 
 def chemistry_of(molecules: Molecules) -> Chemistry:
-    """Return the view of a batch: the one made before where the same molecules were seen lately."""
+    """Return the view of a batch; one of the last few batches gets the view made before."""
     key = _fingerprint(molecules)
     with _LOCK:
         view = _VIEWS.pop(key, None) or Chemistry(molecules)

@@ -1,6 +1,6 @@
 """Positions of atoms by RDKit's distance geometry and force field, and energies at them.
 
-Functions of one molecule, without torch, so that processes that share them out start fast.
+Functions of one molecule, without torch: worker processes start fast.
 
 References:
     Improving Conformer Generation for Small Rings and Macrocycles Based on Distance Geometry and

@@ -1,4 +1,4 @@
-"""Work shared out among processes, in order."""
+"""A pool of worker processes that keeps the order of its work."""
 
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
@@ -8,26 +8,24 @@ from typing import TypeVar
 
 from lit_rlft.core.checks import UsageError
 
-__all__ = ["in_processes"]
+__all__ = ["in_workers"]
 
 A = TypeVar("A")
 B = TypeVar("B")
 
-_CHUNKS_EACH = 32  # per process: small enough that none is left with much at the end
+_CHUNKS_EACH = 32  # per worker: small enough that none is left with much at the end
 
 
-def in_processes(
-    function: Callable[[A], B], items: Sequence[A], num_workers: int = 0
-) -> Iterator[B]:
+def in_workers(function: Callable[[A], B], items: Sequence[A], num_workers: int = 0) -> Iterator[B]:
     """Iterate over `function(item)` in the items' order.
 
     Args:
-        function: A function of a module, which is imported in each process.
+        function: A function of a module; each worker imports that module.
         items: What it is called with.
-        num_workers: Number of processes; 0 calls it here.
+        num_workers: Number of worker processes; 0 calls it here.
 
     Raises:
-        UsageError: The number of processes is negative.
+        UsageError: The number of workers is negative.
     """
     if num_workers < 0:
         raise UsageError(f"num_workers must be 0 or more, got {num_workers}")
@@ -40,6 +38,6 @@ def in_processes(
 
 @lru_cache(maxsize=1)
 def _pool(num_workers: int) -> ProcessPoolExecutor:
-    """Return processes, kept for the next call: a reward comes back every round."""
+    """Return the pool, kept for the next call: a reward is computed every round."""
     # Forked children of a process with threads, as torch's is, may hang.
     return ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn"))

@@ -1,11 +1,11 @@
-r"""Noise brought near the data that it is mixed with, for flows on sets of points.
+r"""Noise that is reordered and rotated to lie near the data, for flows on sets of points.
 
 A flow that mixes each sample with independent noise has to average over every order and every
-orientation of the points, and its paths bend. Both are symmetries: of noise :math:`\epsilon` and
-all that it turns into by reordering and rotating its points, the one nearest to x_0 may be taken.
-Its law, up to these symmetries, is still that of noise, so a network that respects them learns a
+orientation of the points, and its paths bend. Both are symmetries. Noise :math:`\epsilon` may
+therefore be replaced by the reordering and rotation of its points that lies nearest to x_0. Up to
+these symmetries its distribution is still that of noise: a network that respects them learns a
 flow from the same noise to the same data, along straighter paths. Deterministic samplers are exact
-for it; noisy ones, whose steps suppose that noise and data are independent, are not.
+for it. Samplers that add noise are not: their steps suppose independent noise and data.
 
 References:
     Equivariant flow matching (Klein et al., 2023), https://arxiv.org/abs/2306.15030
@@ -24,7 +24,7 @@ __all__ = ["CoupledPointClouds", "coupled"]
 
 
 class CoupledPointClouds(PointClouds):
-    """Sets of points whose training noise is brought near the data."""
+    """Sets of points; their training noise is brought near the data."""
 
     def couple(self, noise: Tensor, x: Tensor) -> Tensor:
         return coupled(noise, x, occupied(x), self.num_coordinates)

@@ -19,7 +19,7 @@ _VERSION = 1  # of the cached arrays
 
 
 class Source(sources.CachedSource[Packed]):
-    """A collection of molecules, kept as memory-mapped arrays once they were made.
+    """A collection of molecules, kept as memory-mapped arrays.
 
     Attributes:
         elements: Symbols of the types.

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from domains.molecule.chemistry.geometry import embed
-from domains.molecule.chemistry.workers import in_processes
+from domains.molecule.chemistry.workers import in_workers
 from domains.molecule.sources.formats import Entry
 from domains.molecule.sources.packed import Structure
 from lit_rlft.kit.bad_entries import BadEntry
@@ -21,7 +21,7 @@ def embedded(
     """Iterate over the structures of SMILES with names and numbers."""
     allowed = frozenset(elements)
     jobs = [(smiles, allowed, max_atoms, charged) for _, _, smiles in lines]
-    results = in_processes(embed, jobs, num_workers)
+    results = in_workers(embed, jobs, num_workers)
     for (name, number, _), result in zip(lines, results, strict=True):
         if result.positions is None:
             yield BadEntry(name, result.fault, result.detail)

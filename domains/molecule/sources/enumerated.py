@@ -39,7 +39,7 @@ class Enumerated(Source):
         num_attempts: Molecules grown, before those that occurred and are rejected are left out.
         seed: Seed of the growth.
         elements: Symbols of the types; without "H" only heavy atoms are kept.
-        num_workers: Processes that grow and embed; 0 works in this one.
+        num_workers: Worker processes that grow and embed; 0 works in this one.
         **source: `strict` and `cache_dir` of a source.
     """
 

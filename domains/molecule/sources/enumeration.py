@@ -1,4 +1,4 @@
-"""Small molecules grown at random, as SMILES: what the default data set is made of."""
+"""Small molecules grown at random, as SMILES, of which the default data set is made."""
 
 import random
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from rdkit import Chem
 
 from domains.molecule.chemistry.elements import VALENCES
 from domains.molecule.chemistry.graphs import BOND_TYPES
-from domains.molecule.chemistry.workers import in_processes
+from domains.molecule.chemistry.workers import in_workers
 
 __all__ = ["REJECTED", "enumerate_smiles", "grow"]
 
@@ -33,7 +33,7 @@ REJECTED: dict[str, str] = {
     "acyl fluorides": "C(=O)F",
     "hydroxyls at amines": "[NX3][OX2H]",
 }
-"""SMARTS of what is not kept: groups that fall apart, and rings that cannot be."""
+"""SMARTS of what is not kept: unstable groups and impossible rings."""
 
 _PATTERNS = [Chem.MolFromSmarts(smarts) for smarts in REJECTED.values()]
 
@@ -47,7 +47,7 @@ def enumerate_smiles(
         max_heavy: Most heavy atoms.
         num_attempts: Molecules grown.
         seed: Seed of the growth; the result does not depend on `num_workers`.
-        num_workers: Processes that grow; 0 works in this one.
+        num_workers: Worker processes that grow; 0 works in this one.
     """
     starts = range(0, num_attempts, _ATTEMPTS_PER_CHUNK)
     jobs = [
@@ -55,7 +55,7 @@ def enumerate_smiles(
         for chunk, start in enumerate(starts)
     ]
     found: dict[str, None] = {}
-    for chunk in in_processes(_grow_chunk, jobs, num_workers):
+    for chunk in in_workers(_grow_chunk, jobs, num_workers):
         found.update(dict.fromkeys(chunk))
     return list(found)
 

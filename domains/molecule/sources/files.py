@@ -131,7 +131,7 @@ class SmilesFile(MoleculePath):
         only_stable: Leave out molecules that are not stable by the bond tables, which are made for
             other geometries than a force field's: about one in eleven of QM9.
         charged: Keep molecules with formal charges, which the bond tables do not know.
-        num_workers: Processes that embed; 0 works in this one.
+        num_workers: Worker processes that embed; 0 works in this one.
         **source: `strict` and `cache_dir` of a source.
     """
 

@@ -17,7 +17,7 @@ class CLIPScore(Reward):
 
     Not scaled: CLIP's logits are about 100 times, torchmetrics' CLIPScore max(0, 100 times) this.
     That one is not used here because its processor rounds pictures to bytes on the CPU, which
-    stops gradients, encodes every text anew, and knows only a few models by name.
+    stops gradients, encodes every text each time, and knows only a few models by name.
 
     Args:
         pretrained: A CLIP folder, a hub id (e.g. openai/clip-vit-base-patch32), or "shapes_clip",

@@ -101,7 +101,7 @@ def reconstruct(autoencoder: AutoencoderKL, pictures: Tensor) -> tuple[Tensor, T
 
 
 def finish(autoencoder: AutoencoderKL, out: Path, num_pictures: int) -> None:
-    """Measure the scaling factor, report held-out error, write fp16 weights."""
+    """Measure the scaling factor, print the held-out error, write fp16 weights."""
     autoencoder.eval()
     _, latents = reconstruct(
         autoencoder, draw(np.random.default_rng(1), split_prompts("train"), num_pictures)[1]

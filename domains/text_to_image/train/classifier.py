@@ -171,7 +171,7 @@ def showing_scene(prompt: Prompt, rng: np.random.Generator) -> Scene:
 
 
 def recolored(scene: Scene, prompt: Prompt, rng: np.random.Generator) -> Scene:
-    """The scene, or one whose open colours are drawn anew, as often one for all as any for each.
+    """The scene, or one with other open colours: as often one for all as any for each.
 
     In `compose` figures of different shapes never share a colour that is left open.
     """
@@ -362,7 +362,7 @@ def accuracy(classifier: Classifier, task: str, *, num_pairs: int, seed: int) ->
 
 
 def train(out: Path, num_steps: int, batch_size: int, seed: int) -> None:
-    """Train, write the averaged weights, report the held-out accuracy of each task."""
+    """Train, write the averaged weights, print the held-out accuracy of each task."""
     torch.manual_seed(seed)
     autoencoder = AutoencoderKL.from_pretrained(EMBEDDED / "shapes" / "vae").float().eval()
     autoencoder.requires_grad_(False).to(memory_format=torch.channels_last)

@@ -264,7 +264,7 @@ def optimise(
 
 
 def train(out: Path, num_steps: int, batch_size: int, seed: int) -> None:
-    """Train, write the averaged weights, report the held-out ranking accuracy of each task."""
+    """Train, write the averaged weights, print the held-out ranking accuracy of each task."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     tokenizer = CLIPTokenizer.from_pretrained(EMBEDDED / "shapes" / "tokenizer")

@@ -15,7 +15,7 @@ from domains.molecule.chemistry import batch as module
 from domains.molecule.chemistry.batch import INVALID, Chemistry, chemistry_of, keys
 from domains.molecule.chemistry.elements import EXPLICIT
 from domains.molecule.chemistry.geometry import electronic_of, embed, strain_of, with_hydrogens
-from domains.molecule.chemistry.workers import in_processes
+from domains.molecule.chemistry.workers import in_workers
 from domains.molecule.samples import Molecules
 from lit_rlft.core.checks import UsageError
 from tests.domains.molecule.known import from_atoms, from_smiles, geometry
@@ -159,10 +159,10 @@ def test_hydrogens_are_added_around_atoms_that_stay() -> None:
 
 def test_processes_give_what_one_does() -> None:
     mols = [Chemistry(from_smiles(s)).graphs.full(0) for s in ("CCO", "CC", "C#N", "O")]
-    here, there = (list(in_processes(strain_of, mols, n)) for n in (0, 2))
+    here, there = (list(in_workers(strain_of, mols, n)) for n in (0, 2))
     np.testing.assert_allclose(here, there, atol=1e-9)
     with pytest.raises(UsageError, match="num_workers must be 0 or more"):
-        list(in_processes(strain_of, mols, -1))
+        list(in_workers(strain_of, mols, -1))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch import Tensor
 from domains.molecule.networks import (
     EGNN,
     Architecture,
-    Denoiser,
+    MoleculeNetwork,
     Transformer,
     load_network,
 )
@@ -19,13 +19,13 @@ from domains.molecule.pipeline import MoleculePipeline
 from lit_rlft.core.checks import UsageError
 from lit_rlft.kit.network_folder import save_network
 
-NETWORKS: dict[str, type[Denoiser]] = {"egnn": EGNN, "edm": EDM, "transformer": Transformer}
+NETWORKS: dict[str, type[MoleculeNetwork]] = {"egnn": EGNN, "edm": EDM, "transformer": Transformer}
 CASES = [("egnn", "continuous"), ("egnn", "mixed"), ("edm", "continuous")]
 SIZES = torch.tensor([7, 1, 4])
 FULL = torch.arange(7) < SIZES.unsqueeze(1)
 
 
-def network_of(kind: str, state: str = "continuous", **sizes: Any) -> Denoiser:
+def network_of(kind: str, state: str = "continuous", **sizes: Any) -> MoleculeNetwork:
     """A network with weights that leave no part of it without effect."""
     torch.manual_seed(0)
     settings = {"width": 16, "depth": 2, "num_heads": 2, **sizes}
