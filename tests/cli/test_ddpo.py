@@ -27,6 +27,11 @@ from tests.support import (
 
 METHODS = ("ddpo", "ddpo_sf", "dpok", "grpo")
 each_method = pytest.mark.parametrize("method", METHODS)
+# Between them they have both estimators, the divergence and both kinds of advantages.
+TERMS = ("ddpo_sf", "grpo")
+each_term = pytest.mark.parametrize(
+    "method", [pytest.param(m, marks=[] if m in TERMS else pytest.mark.slow) for m in METHODS]
+)
 SHORT = {
     "model.init_args.num_candidates": 4,
     "model.init_args.minibatch_size": 16,
@@ -56,9 +61,10 @@ def fit(method: str, name: str, settings: dict[str, Any] | None = None) -> None:
 
 
 @each_method
-def test_a_run_resumes_bit_by_bit(method: str) -> None:
+def test_a_run_logs_and_resumes_bit_by_bit(method: str) -> None:
     """With its statistics, optimiser and weights; and it goes on training them."""
     fit(method, "whole", ROUNDS)
+    assert_logged(method, scalars("whole"))
     fit(method, "run", {"trainer.max_epochs": 1})
     before, last = weights("run"), "runs/run/checkpoints/last.ckpt"
     fit(method, "run", {**ROUNDS, "ckpt_path": last})
@@ -114,10 +120,8 @@ def test_two_processes_train_like_one(method: str) -> None:
         assert logged[1][tag] == pytest.approx(logged[0][tag], abs=1e-5)
 
 
-@each_method
-def test_what_is_logged(method: str) -> None:
-    fit(method, "run", ROUNDS)
-    logged = scalars("run")
+def assert_logged(method: str, logged: dict[str, list[float]]) -> None:
+    """Check the values of a run of two rounds of two updates."""
     names = ["reward", "ratio", "ratio_deviation", "ratio_deviation_max", "clip_fraction"]
     names += ["approx_kl", "advantage_std", "zero_variance_groups", "failed_rewards", "loss"]
     names += [
@@ -135,7 +139,7 @@ def test_what_is_logged(method: str) -> None:
         assert most > mean > 0
 
 
-@each_method
+@each_term
 def test_mixed_precision(method: str) -> None:
     half = {"trainer.precision": "bf16-mixed", "model.init_args.state_dtype": "bfloat16"}
     fit(method, "run", half)

@@ -103,11 +103,10 @@ def pictured(stage: str, domain: Path, name: str, settings: dict[str, Any] | Non
 def test_configs_in_any_order_give_the_same_run() -> None:
     files = (*GAUSSIAN, "configs/trainer/cpu.yaml")
     orders = list(itertools.permutations(files))
-    runs = {"first": orders[0], "last": orders[-1], "middle": orders[3]}
+    runs = {"first": orders[0], "last": orders[-1]}
     for name, order in runs.items():
         main(arguments("fit", order, TINY, {"name": name}))
     assert_equal(weights("first"), weights("last"))
-    assert_equal(weights("first"), weights("middle"))
 
 
 def test_print_config_and_the_saved_config_give_the_run_again(
@@ -144,8 +143,8 @@ def test_a_file_here_wins_over_the_packaged_one_of_the_same_name() -> None:
     assert config["trainer"]["max_epochs"] == 5
 
 
-@pytest.mark.parametrize("num_steps", [2, 5])
-def test_the_command_line_wins_over_the_checkpoint(gaussian_run: Path, num_steps: int) -> None:
+def test_the_command_line_wins_over_the_checkpoint(gaussian_run: Path) -> None:
+    num_steps = 5
     path = str(gaussian_run / "checkpoints/last.ckpt")
     gaussian("test", "run", {"ckpt_path": path, "model.init_args.sampler.num_steps": num_steps})
     cost = report(Path("runs/run"))["cost"]
@@ -343,14 +342,18 @@ def assert_same_end(uninterrupted: Path, name: str) -> None:
     assert counters[0] == counters[1]
 
 
-@pytest.mark.parametrize("killed_after", ["epoch=0-step=4", "epoch=0-step=8", "epoch=1-step=10"])
+@pytest.mark.parametrize(
+    "killed_after",
+    # At the end of an epoch and in the middle of the next one.
+    [pytest.param("epoch=0-step=4", marks=pytest.mark.slow), "epoch=0-step=8", "epoch=1-step=10"],
+)
 def test_a_killed_run_resumes_bit_by_bit(uninterrupted: Path, killed_after: str) -> None:
     path = str(uninterrupted / f"{killed_after}.ckpt")
     gaussian("fit", "run", {**RESUMABLE, "ckpt_path": path})
     assert_same_end(uninterrupted, "run")
 
 
-@pytest.mark.parametrize("num_updates", [6, 8])
+@pytest.mark.parametrize("num_updates", [6, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_finished_run_is_prolonged_bit_by_bit(uninterrupted: Path, num_updates: int) -> None:
     gaussian("fit", "run", {**RESUMABLE, "trainer.max_steps": num_updates})
     last = "runs/run/checkpoints/last.ckpt"
@@ -487,25 +490,33 @@ def by_gradient(stage: str, method: str, name: str, settings: dict[str, Any]) ->
     return arguments(stage, configs, TINY, QUADRATIC, short, {"name": name}, settings)
 
 
-@each_method
+@pytest.mark.parametrize(
+    "method",
+    [
+        # All methods draw from one stream, which starts anew with every update.
+        pytest.param(m, marks=[] if m in ("drtune", "refl") else pytest.mark.slow)
+        for m in METHODS
+    ],
+)
 def test_reward_gradients_resume_bit_by_bit(method: str) -> None:
     gradients("fit", method, "whole", {"trainer.max_epochs": 2})
     gradients("fit", method, "run", {"trainer.max_epochs": 1})
     last = "runs/run/checkpoints/last.ckpt"
     gradients("fit", method, "run", {"trainer.max_epochs": 2, "ckpt_path": last})
     assert_equal(weights("run"), weights("whole"))
-    gradients("test", method, "run", {"ckpt_path": last})
-    written = report(Path("runs/run"))
-    assert written["algorithm"].lower() == method.replace("_", "")
-    assert written["gain"]["Quadratic"]["mean"] != 0
 
 
 @each_method
 def test_reward_gradients_run_in_bf16(method: str) -> None:
-    gradients("fit", method, "run", {"trainer.precision": "bf16-mixed"})
+    half = {"trainer.precision": "bf16-mixed"}
+    gradients("fit", method, "run", half)
     trained = weights("run")
     assert all(value.isfinite().all() for value in trained.values())
     assert any(value.any() for key, value in trained.items() if "lora_B" in key)
+    gradients("test", method, "run", {**half, "ckpt_path": "runs/run/checkpoints/last.ckpt"})
+    written = report(Path("runs/run"))
+    assert written["algorithm"].lower() == method.replace("_", "")
+    assert written["gain"]["Quadratic"]["mean"] != 0
 
 
 @pytest.mark.parametrize(
