@@ -23,11 +23,11 @@ import torch
 from domains.text_to_image.pipeline import TextToImagePipeline
 from domains.text_to_image.rewards import Symmetry
 from domains.text_to_image.shapes.world import split_prompts
-from lit_rlft.algorithms.base import Experience
 from lit_rlft.algorithms.reward_gradient import RewardGradient
 from lit_rlft.core.gradient_plan import DRTune
 from lit_rlft.core.randomness import generators
 from lit_rlft.core.sampling import Sampler
+from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.reference import LoRA
 
 STEPS, COUNTS = 25, (1, 2, 5, 12, 25)

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from domains.image.features import features_of
 from domains.image.metrics import SetDistances
+from domains.image.networks.features import features_of
 from domains.image.pipeline import ImagePipeline
 from domains.image.sources import Digits, Generated, Images, Source
 from domains.text_to_image.shapes.pictures import paint

@@ -9,9 +9,9 @@ O, and the covered share; then the same of as many pages of the grammar, for Pub
 
 import argparse
 
-from domains.layout import measures
-from domains.layout.layouts import Layouts
 from domains.layout.metrics import class_total_variation, source_layouts
+from domains.layout.page import measures
+from domains.layout.samples import Layouts
 from domains.layout.sources import Grammar, JSONLayouts, PubLayNet, RicoArrays, Source
 
 NUM_PAGES = 2000

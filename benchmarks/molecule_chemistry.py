@@ -18,13 +18,13 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from domains.molecule import bonds
-from domains.molecule.chemistry import Chemistry
-from domains.molecule.descriptors import DESCRIPTORS
+from domains.molecule.chemistry import bonds
+from domains.molecule.chemistry.batch import Chemistry
+from domains.molecule.chemistry.descriptors import DESCRIPTORS
 from domains.molecule.metrics import Drugs, MoleculeMeasures
-from domains.molecule.molecules import Molecules
+from domains.molecule.samples import Molecules
 from domains.molecule.sources import Enumerated, MoleculeFile, Source
-from domains.molecule.structures import molecules_of
+from domains.molecule.sources.packed import molecules_of
 from lit_rlft.core.pipeline import Condition
 
 REPEATS = 7

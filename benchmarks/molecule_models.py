@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from domains.molecule.elements import HEAVY
+from domains.molecule.chemistry.elements import HEAVY
 from domains.molecule.metrics import MoleculeMeasures, type_total_variation
-from domains.molecule.molecules import Molecules
 from domains.molecule.pipeline import EMBEDDED, MoleculePipeline
+from domains.molecule.samples import Molecules
 from domains.molecule.sources import Enumerated
-from domains.molecule.structures import molecules_of
+from domains.molecule.sources.packed import molecules_of
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.sampling import Sampler
 

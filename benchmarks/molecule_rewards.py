@@ -19,10 +19,10 @@ from command_line import command_line, fit_and_test, folder_of, print_table, run
 from molecule_algorithms import CANDIDATES, CUT, GRAFT, ROUND, F, falling
 from numpy.typing import NDArray
 
-from domains.molecule.chemistry import chemistry_of
+from domains.molecule.chemistry.batch import chemistry_of
 from domains.molecule.data import AtomCounts
-from domains.molecule.molecules import Molecules
 from domains.molecule.pipeline import MoleculePipeline
+from domains.molecule.samples import Molecules
 from lit_rlft.core.sampling import walk
 
 TARGET, WIDTH = 0.0, 0.5  # of logP and its reward

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from domains.molecule.chemistry.elements import HEAVY
 from domains.molecule.data import MoleculeData
-from domains.molecule.elements import HEAVY
 from domains.molecule.pipeline import MoleculePipeline
 from domains.molecule.sources import Enumerated, Source
 from lit_rlft.core.sampling import Sampler

@@ -218,10 +218,9 @@ def our_side(options: argparse.Namespace) -> Turn:
             super().setup(stage)
             if options.shared_noise:
                 share_adapter(self.pipeline.denoiser)
+                self.rollouts.seeds = self.their_seeds  # type: ignore[method-assign]
 
-        def sample_seeds(self, batch: Batch, num: int, *stream: int) -> list[int]:
-            if not options.shared_noise:
-                return super().sample_seeds(batch, num, *stream)
+        def their_seeds(self, batch: Batch, num: int, *stream: int) -> list[int]:
             # TRL's order: all prompts once, then all of them again.
             first = self.num_rounds * images
             rows = (batch["index"] % len(PROMPTS)).tolist()
@@ -262,7 +261,7 @@ def our_side(options: argparse.Namespace) -> Turn:
         microbatch_size=options.train_batch,
         sampling_batch_size=options.sample_batch,
     )
-    take, deviations = tuner.updates.take, []
+    take, deviations = tuner._update, []
 
     def timed_take(update: Update) -> dict[str, float]:
         with meter.phase("train"):
@@ -272,7 +271,7 @@ def our_side(options: argparse.Namespace) -> Turn:
         deviations.append(outcome["ratio_deviation_max"])
         return outcome
 
-    tuner.updates.take = timed_take
+    tuner._update = timed_take  # type: ignore[method-assign]
     rows = Rows(options.epochs * len(PROMPTS), lambda i: {"prompt": PROMPTS[i % len(PROMPTS)]})
     loader = DataLoader(rows, batch_size=len(PROMPTS), collate_fn=collate)
     lightning_trainer(Rounds()).fit(tuner, loader)

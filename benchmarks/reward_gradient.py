@@ -139,7 +139,6 @@ def our_side(options: argparse.Namespace) -> Turn:
     from torch.utils.data import DataLoader
 
     from domains.text_to_image.pipeline import TextToImagePipeline
-    from lit_rlft.algorithms.base import Experience
     from lit_rlft.algorithms.reward_gradient import RewardGradient
     from lit_rlft.core.gradient_plan import DRaFT, DRTune
     from lit_rlft.core.pipeline import Condition
@@ -147,6 +146,7 @@ def our_side(options: argparse.Namespace) -> Turn:
     from lit_rlft.core.reward import Reward
     from lit_rlft.core.sampling import Sampler
     from lit_rlft.kit.data import Rows, collate
+    from lit_rlft.loop.experience import Experience
     from lit_rlft.loop.reference import LoRA
 
     class Redness(Reward):

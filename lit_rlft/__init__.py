@@ -1,7 +1,64 @@
-"""lit-rlft: fine-tune pretrained diffusion and flow models with rewards."""
+"""lit-rlft: fine-tune pretrained diffusion and flow models with rewards.
+
+What a script needs is imported from here, and loaded when it is first asked for:
+
+    from lit_rlft import PGRAFT, LoRA, Sampler
+"""
+
+from importlib import import_module
 
 from lit_rlft.moved import register
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
-register({})
+_PLACES = {
+    "DDPO": "algorithms.ddpo",
+    "GRAFT": "algorithms.graft",
+    "PGRAFT": "algorithms.graft",
+    "InverseNoiseCorrection": "algorithms.inverse_noise_correction",
+    "NoisePPO": "algorithms.noise_ppo",
+    "Pretrain": "algorithms.pretrain",
+    "RewardGradient": "algorithms.reward_gradient",
+    "RewardFineTuner": "algorithms.base",
+    "AlignProp": "core.gradient_plan",
+    "DRaFT": "core.gradient_plan",
+    "DRaFTLV": "core.gradient_plan",
+    "DRTune": "core.gradient_plan",
+    "ReFL": "core.gradient_plan",
+    "BatchAdvantage": "core.advantage",
+    "GroupAdvantage": "core.advantage",
+    "RunningAdvantage": "core.advantage",
+    "BestOfM": "core.selection",
+    "RandomK": "core.selection",
+    "Threshold": "core.selection",
+    "TopK": "core.selection",
+    "Unique": "core.selection",
+    "Metric": "core.reward",
+    "Metrics": "core.reward",
+    "Reward": "core.reward",
+    "SetMetric": "core.reward",
+    "WeightedSum": "core.reward",
+    "Condition": "core.pipeline",
+    "Pipeline": "core.pipeline",
+    "Sampler": "core.sampling",
+    "UsageError": "core.checks",
+    "LoRA": "loop.reference",
+    "SplitData": "kit.data",
+    "RunFiles": "callbacks.run_files",
+    "NoiseGenerator": "inference",
+}
+"""Module of each public name within this package; `__init__.pyi` tells type checkers the same."""
+
+__all__ = [*_PLACES]
+
+register({}, {"lit_rlft.observer": {"Observer": "Hooks"}})
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PLACES})

@@ -63,9 +63,9 @@ class NoiseGenerator(nn.Module):
                 f"trained with {self.policy.num_features}; encode the prompts with "
                 f"{self.notes.get('pipeline', 'the model it was trained with')}"
             )
-        law = self.policy(pooled(encoding))
+        prior = self.policy(pooled(encoding))
         noise = _randn((len(encoding), *self.policy.shape), encoding, generator)
-        return (law.loc + law.std * noise.to(law.loc)).to(encoding)
+        return (prior.loc + prior.std * noise.to(prior.loc)).to(encoding)
 
     def save(self, path: Path) -> Path:
         """Write weights, architecture and notes as one safetensors file."""

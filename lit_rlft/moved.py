@@ -3,12 +3,15 @@
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
+from importlib.abc import InspectLoader, Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from importlib.util import find_spec
+from types import CodeType, ModuleType
+from typing import Any
 
-__all__ = ["register"]
+__all__ = ["moved_name", "register"]
 
 _MOVED = {
     "lit_rlft.adapters": "lit_rlft.loop.reference",
@@ -41,25 +44,75 @@ class _Finder(MetaPathFinder, Loader):
 
     def __init__(self, moved: Mapping[str, str]) -> None:
         self.moved = dict(moved)
+        self.renamed: dict[str, Mapping[str, str]] = {}
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        return ModuleSpec(fullname, self) if fullname in self.moved else None
+        if fullname not in self.moved:
+            return None
+        new = find_spec(self.moved[fullname])
+        assert new is not None
+        return ModuleSpec(fullname, self, origin=new.origin)
 
     def exec_module(self, module: ModuleType) -> None:
         old, new = module.__name__, self.moved[module.__name__]
-        text = f"{old} has moved: write {new} instead; the old name is deprecated and goes next"
-        warnings.warn(text, FutureWarning, stacklevel=2)
+        _warn(old, new)
         source = import_module(new)
-        vars(module).update({name: getattr(source, name) for name in source.__all__})
+        vars(module).update(_public(source))
+        names = self.renamed.get(old, {})
+        vars(module).update({name: getattr(source, other) for name, other in names.items()})
+        vars(module)["__getattr__"] = partial(getattr, source)  # also what is not in `__all__`
+
+    def get_code(self, fullname: str) -> CodeType | None:
+        """Return the new module's code, which `python -m <old name>` runs."""
+        spec = find_spec(self.moved[fullname])
+        assert spec is not None and isinstance(spec.loader, InspectLoader)
+        _warn(fullname, self.moved[fullname])
+        return spec.loader.get_code(self.moved[fullname])
 
 
 _FINDER = _Finder(_MOVED)
 
 
-def register(moved: Mapping[str, str]) -> None:
-    """Let old names of modules work, by their new ones; this package's own always do."""
+def moved_name(module: str, name: str, moved: Mapping[str, str]) -> Any:
+    """Return what a module's `__getattr__` is asked for: a name that is now another module's.
+
+    Args:
+        module: The module that is asked.
+        name: The name.
+        moved: New module by name.
+
+    Raises:
+        AttributeError: The name is none of those that have moved.
+    """
+    if name not in moved:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    _warn(f"{module}.{name}", f"{moved[name]}.{name}")
+    return getattr(import_module(moved[name]), name)
+
+
+def _public(module: ModuleType) -> dict[str, Any]:
+    """Return the public names of a module: those of its `__all__`, or all without underscore."""
+    names = getattr(module, "__all__", [name for name in vars(module) if name[0] != "_"])
+    return {name: getattr(module, name) for name in names}
+
+
+def _warn(old: str, new: str) -> None:
+    text = f"{old} has moved: write {new} instead; the old name is deprecated and goes next"
+    warnings.warn(text, FutureWarning, stacklevel=3)
+
+
+def register(
+    moved: Mapping[str, str], renamed: Mapping[str, Mapping[str, str]] | None = None
+) -> None:
+    """Let old names of modules work; this package's own always do.
+
+    Args:
+        moved: New module by old one.
+        renamed: By old module: new name by old one, of what has another name in the new module.
+    """
     _FINDER.moved.update(moved)
+    _FINDER.renamed.update(renamed or {})
     if _FINDER not in sys.meta_path:
         sys.meta_path.append(_FINDER)

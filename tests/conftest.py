@@ -1,4 +1,8 @@
-"""Fixtures of all tests: one thread, no network, one seed, and a tiny Stable Diffusion folder."""
+"""Fixtures of all tests: one thread, no network, one seed, and a tiny Stable Diffusion folder.
+
+No test may depend on the processor. To try that, set LIT_RLFT_TEST_THREADS to another number of
+threads, or LIT_RLFT_TEST_ROUNDING to 1 for the rounding of another processor (`tests/rounding.py`).
+"""
 
 import os
 from collections.abc import Callable
@@ -9,8 +13,12 @@ from typing import Any
 import pytest
 import torch
 
+from tests.rounding import OtherRounding
+
 os.environ["HF_HUB_OFFLINE"] = "1"
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("LIT_RLFT_TEST_THREADS", "1")))
+if os.environ.get("LIT_RLFT_TEST_ROUNDING") == "1":
+    OtherRounding().__enter__()
 
 TOKENIZER = Path(__file__).parents[1] / "domains/text_to_image/assets/shapes/tokenizer"
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from domains.gaussian_mixture.mixture import MEANS, STDS, WEIGHTS, Mixture
+from domains.gaussian_mixture.closed_form.mixture import MEANS, STDS, WEIGHTS, Mixture
 from lit_rlft.kit.data import Rows, Split, SplitData
 
 __all__ = ["MixtureData"]

@@ -1,4 +1,4 @@
-"""How far points are from the law of a mixture."""
+"""How far points are from the distribution of a mixture."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from domains.gaussian_mixture.mixture import MEANS, STDS, WEIGHTS, Mixture
+from domains.gaussian_mixture.closed_form.mixture import MEANS, STDS, WEIGHTS, Mixture
+from domains.gaussian_mixture.samples import check_points
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import SetMetric
@@ -51,8 +52,9 @@ class MMD(SetMetric):
         """Return the points, {"points": [B, d]}.
 
         Raises:
-            UsageError: They have another number of coordinates than the mixture.
+            UsageError: The samples are no points, or have another number of coordinates.
         """
+        samples = check_points(samples)
         if samples.shape[1:] != self.exact.shape[1:]:
             raise UsageError(
                 f"metrics: means of MMD have {self.exact.shape[1]} coordinates, the points have "

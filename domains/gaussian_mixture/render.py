@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from domains.gaussian_mixture.mixture import Mixture
+from domains.gaussian_mixture.closed_form.mixture import Mixture
 
 __all__ = ["Plane"]
 

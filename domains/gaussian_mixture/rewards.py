@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from domains.gaussian_mixture.mixture import MEANS
+from domains.gaussian_mixture.closed_form.mixture import MEANS
+from domains.gaussian_mixture.samples import check_points
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Reward
@@ -33,8 +34,9 @@ class Coordinate(Reward):
         """Return one coordinate of points [B, d], [B].
 
         Raises:
-            UsageError: The points have too few coordinates.
+            UsageError: The samples are no points, or have too few coordinates.
         """
+        samples = check_points(samples)
         if self.axis >= samples.shape[1]:
             raise UsageError(
                 f"reward.init_args.axis is {self.axis}, but the points have only "
@@ -61,8 +63,9 @@ class Quadratic(Reward):
         """Return minus the squared distance of points [B, d] to the centre, [B].
 
         Raises:
-            UsageError: Centre and points differ in the number of coordinates.
+            UsageError: The samples are no points, or have another number of coordinates.
         """
+        samples = check_points(samples)
         if samples.shape[1:] != self.center.shape:
             raise UsageError(
                 f"reward.init_args.center has {len(self.center)} coordinates, the points have "
@@ -101,8 +104,9 @@ class ComponentIndicator(Reward):
         """Return the indicator for points [B, d], float32 [B] in {0, 1}.
 
         Raises:
-            UsageError: Means and points differ in the number of coordinates.
+            UsageError: The samples are no points, or have another number of coordinates.
         """
+        samples = check_points(samples)
         if samples.shape[1] != self.means.shape[1]:
             raise UsageError(
                 f"reward.init_args.means have {self.means.shape[1]} coordinates, the points have "

@@ -8,25 +8,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from domains.image.distances import (
-    frechet_distance,
-    kernel_distance,
-    neighbour_distances,
-    precision_recall,
-)
-from domains.image.features import features_of, load_features
+from domains.image.networks.features import features_of, load_features
+from domains.image.samples import check_pictures
 from domains.image.sources import Digits, Source
 from lit_rlft.core.pipeline import Condition
-from lit_rlft.core.reward import Metric, SetMetric
-from lit_rlft.kit.images import check_pictures
-from lit_rlft.kit.statistics import mmd, polynomial, similarity
+from lit_rlft.core.reward import Metric
+from lit_rlft.kit.set_metrics import RealFeatures, SourceDistances, sums_over_others
+from lit_rlft.kit.statistics import kernel_distance, neighbour_distances, precision_recall
 
 _NUM_SUBSETS = 10
 
 __all__ = ["Diversity", "SetDistances"]
 
 
-class SetDistances(SetMetric):
+class SetDistances(SourceDistances["_Real"]):
     """Distances of all images of an evaluation from a set of real ones.
 
     "fid_<f>", "kid_<f>", "precision_<f>" and "recall_<f>" with the features' name <f>. FID depends
@@ -37,7 +32,7 @@ class SetDistances(SetMetric):
         source: The real images; unless given all embedded digits, those that the embedded model was
             trained on among them.
         features: The feature network: "digits_features" or "shapes_features", which are embedded,
-            a folder that `train_features` wrote, or the file of InceptionV3's weights in
+            a folder that `train.features` wrote, or the file of InceptionV3's weights in
             torch-fidelity's format.
         max_images: Compare with so many of the real images, drawn at random; None takes all.
         num_neighbours: k of precision and recall.
@@ -56,12 +51,10 @@ class SetDistances(SetMetric):
         num_neighbours: int = 3,
         num_draws: int = 20,
     ) -> None:
-        super().__init__()
+        super().__init__(num_draws)
         self.source = source or Digits()
         self.network = load_features(features)
         self.max_images, self.num_neighbours = max_images, num_neighbours
-        self.num_draws = num_draws
-        self._real: _Real | None = None
 
     @property
     def name(self) -> str:
@@ -75,59 +68,52 @@ class SetDistances(SetMetric):
 
     def compare(self, features: Mapping[str, Tensor]) -> dict[str, float]:
         """Return the four distances; NaN where there are too few images."""
-        real, generated = self.real_features(), features["features"]
-        kid, _ = kernel_distance(real, generated, num_subsets=_NUM_SUBSETS)
+        generated = features["features"]
+        kid, _ = kernel_distance(self.real_features(), generated, num_subsets=_NUM_SUBSETS)
         return self._values(kid, generated)
 
     def compare_draw(self, features: Mapping[str, Tensor]) -> dict[str, float]:
         """Return the same, but KID of every pair at once instead of over subsets."""
-        real, generated = self._reference(), features["features"]
-        kid = mmd(real.features, generated, polynomial, real.similarity)
-        return self._values(kid, generated)
+        generated = features["features"]
+        return self._values(self.real.known.kernel_distance(generated), generated)
 
     def real_features(self) -> Tensor:
         """Return the features of the real images, computed when first needed, [n, D]."""
-        return self._reference().features
+        return self.real.known.features
+
+    def read(self) -> "_Real":
+        pixels = self.source.load().pixels
+        order = np.random.default_rng(0).permutation(len(pixels))[: self.max_images]
+        images = torch.from_numpy(pixels[np.sort(order)])
+        features = features_of(self.network, images).cpu()
+        radii = neighbour_distances(features.double(), self.num_neighbours)
+        return _Real(RealFeatures.of(features), radii)
 
     def _values(self, kid: float, generated: Tensor) -> dict[str, float]:
-        real = self._reference()
-        precision, recall = precision_recall(
-            real.features, generated, self.num_neighbours, real.radii
-        )
+        known, radii = self.real.known, self.real.radii
+        precision, recall = precision_recall(known.features, generated, self.num_neighbours, radii)
         values = {
-            "fid": frechet_distance(real.features, generated),
+            "fid": known.frechet_distance(generated),
             "kid": kid,
             "precision": precision,
             "recall": recall,
         }
         return {f"{key}_{self.name}": value for key, value in values.items()}
 
-    @torch.no_grad()
-    def _reference(self) -> "_Real":
-        if self._real is None:
-            pixels = self.source.load().pixels
-            order = np.random.default_rng(0).permutation(len(pixels))[: self.max_images]
-            images = torch.from_numpy(pixels[np.sort(order)])
-            features = features_of(self.network, images).cpu()
-            radii = neighbour_distances(features.double(), self.num_neighbours)
-            self._real = _Real(features, radii, similarity(features, polynomial))
-        return self._real
-
 
 @dataclass(frozen=True)
 class _Real:
-    """Features of the real images [n, D], their distances to neighbours [n], mean kernel."""
+    """Features of the real images, and each one's distance to its k-th neighbour, [n]."""
 
-    features: Tensor
+    known: RealFeatures
     radii: Tensor
-    similarity: float
 
 
 class Diversity(Metric):
     """Mean distance of an image to the others of its batch, root mean square over pixels.
 
-    0 when all look the same; a fall below the reference's is the first sign that a reward is being
-    exploited.
+    0 when all look the same. A fall below the reference's diversity is the first sign that a reward
+    is being exploited.
     """
 
     def evaluate(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
@@ -135,4 +121,5 @@ class Diversity(Metric):
         flat = check_pictures(samples, condition).detach().float().flatten(1)
         # The faster way by a matrix product makes equal images differ.
         distances = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist")
-        return {"diversity": distances.sum(dim=1) / (flat.shape[1] ** 0.5 * (len(flat) - 1))}
+        totals, counts = sums_over_others(distances, condition.rows.to(distances.device))
+        return {"diversity": totals / (counts.double() * flat.shape[1] ** 0.5).float()}

@@ -9,23 +9,18 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from torch import Tensor
 
+from domains.image import EMBEDDED
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline, column
-from lit_rlft.core.process import GaussianProcess, PredictionType
+from lit_rlft.core.process import GaussianProcess
 from lit_rlft.core.schedule import DiscreteVP, RectifiedFlow
 from lit_rlft.core.state import State, tensor_of
 from lit_rlft.kit.images import save_pictures
+from lit_rlft.kit.network_folder import load_pretrained
+from lit_rlft.kit.schedulers import PREDICTION_TYPES, vp_process
 
 __all__ = ["EMBEDDED", "ImagePipeline"]
 
-EMBEDDED = Path(__file__).parent / "assets"
-"""Folder of the models that ship with the package, reachable by their bare names."""
-
-_PREDICTION_TYPES: dict[str, PredictionType] = {
-    "epsilon": "epsilon",
-    "v_prediction": "v",
-    "sample": "sample",
-}
 _FLOW_LEVELS = 1000
 """A flow's network is given t times this, as diffusers' FlowMatchEulerDiscreteScheduler does."""
 _CHANNELS = (1, 3)
@@ -181,23 +176,23 @@ def _scheduler(schedule: str, shift: float = 1.0) -> Any:
     return FlowMatchEulerDiscreteScheduler(num_train_timesteps=_FLOW_LEVELS, shift=shift)
 
 
+def _read(source: str) -> tuple[UNet2DModel, Any]:
+    if (Path(source) / "config.json").is_file():  # a network alone
+        return UNet2DModel.from_pretrained(source), None
+    loaded = DDPMPipeline.from_pretrained(source)
+    return loaded.unet, loaded.scheduler
+
+
 def _load(pretrained: str, schedule: Schedule) -> tuple[UNet2DModel, Any]:
-    folder = Path(pretrained)
-    if not folder.exists() and (EMBEDDED / pretrained).is_dir():
-        folder = EMBEDDED / pretrained
-    key, source = "pipeline.init_args.pretrained", str(folder) if folder.exists() else pretrained
-    try:
-        if (folder / "config.json").is_file():  # a network alone
-            denoiser, scheduler = UNet2DModel.from_pretrained(source), None
-        else:
-            loaded = DDPMPipeline.from_pretrained(source)
-            denoiser, scheduler = loaded.unet, loaded.scheduler
-    except (OSError, ValueError, TypeError, AttributeError, RuntimeError, KeyError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UsageError(
-            f"{key}: {pretrained!r} could not be loaded as a DDPMPipeline or a UNet2DModel; give "
-            f"'digits', 'shapes', a folder that save_pretrained wrote or a hub id ({reason})"
-        ) from error
+    key = "pipeline.init_args.pretrained"
+    denoiser, scheduler = load_pretrained(
+        pretrained,
+        EMBEDDED,
+        _read,
+        kind="a DDPMPipeline or a UNet2DModel",
+        give="'digits', 'shapes', a folder that save_pretrained wrote or a hub id",
+        key=key,
+    )
     if not isinstance(denoiser, UNet2DModel):
         raise UsageError(
             f"{key}: {pretrained!r} has a {type(denoiser).__name__}, not a UNet2DModel; models "
@@ -238,21 +233,11 @@ def _process(scheduler: Any) -> GaussianProcess:
                 "it to false and shift to a number in scheduler_config.json"
             )
         return GaussianProcess(RectifiedFlow(config["shift"]), "velocity")
-    prediction_type = config.get("prediction_type", "epsilon")
-    betas = getattr(scheduler, "betas", None)
-    if prediction_type not in _PREDICTION_TYPES or betas is None:
-        raise UsageError(
-            f"{type(scheduler).__name__} with prediction_type {prediction_type!r} is neither a "
-            "rectified flow nor a discrete VP schedule; image supports "
-            f"FlowMatchEulerDiscreteScheduler and, with betas, {sorted(_PREDICTION_TYPES)}"
-        )
-    schedule = DiscreteVP(
-        betas,
-        spacing=config.get("timestep_spacing", "leading"),
-        steps_offset=config.get("steps_offset", 0),
-        ends_at_zero=config.get("set_alpha_to_one", True),
+    return vp_process(
+        scheduler,
+        "is neither a rectified flow nor a discrete VP schedule; image supports "
+        f"FlowMatchEulerDiscreteScheduler and, with betas, {sorted(PREDICTION_TYPES)}",
     )
-    return GaussianProcess(schedule, _PREDICTION_TYPES[prediction_type])
 
 
 def _merged(denoiser: UNet2DModel) -> UNet2DModel:

@@ -1,15 +1,16 @@
 """Rewards of images, [B, 3, H, W] in [0, 1], higher is better."""
 
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from domains.image.features import FeatureNetwork, load_features, luminance
+from domains.image.networks.features import FeatureNetwork, load_features
+from domains.image.samples import check_pictures, luminance
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Reward
-from lit_rlft.kit.images import check_pictures
+from lit_rlft.kit.frozen import Frozen
 
 __all__ = ["Brightness", "ClassProbability"]
 
@@ -37,7 +38,7 @@ class Brightness(Reward):
         return brightness if self.target is None else -(brightness - self.target).abs()
 
 
-class ClassProbability(Reward):
+class ClassProbability(Frozen, Reward):
     """How sure a small classifier is that an image shows a class: a digit, a shape, a colour.
 
     The classifier is trained from another seed than the feature network that FID is computed with:
@@ -71,7 +72,7 @@ class ClassProbability(Reward):
         if not isinstance(network, FeatureNetwork):
             raise UsageError(
                 f"reward.init_args.pretrained: {pretrained!r} is no classifier; give "
-                "'digits_classifier', 'shapes_classifier' or a folder that train_features wrote"
+                "'digits_classifier', 'shapes_classifier' or a folder that train.features wrote"
             )
         classes = list(network.architecture.classes)
         if str(label) not in classes:
@@ -80,10 +81,6 @@ class ClassProbability(Reward):
             )
         self.label, self.output = classes.index(str(label)), output
         self.classifier = network
-
-    def train(self, mode: bool = True) -> Self:
-        """Stay in evaluation mode."""
-        return super().train(False)
 
     def forward(self, samples: Any, condition: Condition) -> Tensor:
         """Return the log-probability (or what `output` says) of the class, [B]."""

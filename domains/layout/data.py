@@ -9,11 +9,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from domains.layout.layouts import EMPTY
-from domains.layout.pages import Packed
+from domains.layout.samples import EMPTY
 from domains.layout.sources import Grammar, Source
+from domains.layout.sources.packed import Packed
 from lit_rlft.core.checks import UsageError
-from lit_rlft.kit.data import Record, Rows, Split, SplitData, hold_out
+from lit_rlft.kit.data import Record, Rows, Split
+from lit_rlft.kit.sources import SourceData
 
 __all__ = ["LayoutData", "Task", "given"]
 
@@ -23,7 +24,7 @@ _SPLITS: tuple[Split, ...] = ("train", "val", "test")
 _COMPLETION = (0.1, 0.9)  # share of the elements that are given, at least one and not all
 
 
-class LayoutData(SplitData):
+class LayoutData(SourceData[Packed]):
     """Layouts and what is given of each: nothing, its classes, sizes too, or whole elements.
 
     Rows are `{"index", "boxes": [N, 4], "labels": [N], "known_boxes": bool [N, 4], "known_labels":
@@ -34,16 +35,11 @@ class LayoutData(SplitData):
         source: The layouts; pages of the page grammar unless given.
         val_source: Layouts of the validation split; None holds out some of `source`.
         test_source: Layouts of the test split; None holds out some of `source`.
-        val_fraction: Share of `source` held out for validation, where it has no source.
-        test_fraction: Share of `source` held out for the test, where it has no source.
-        num_train: Train on the first so many layouts; None takes all.
-        num_val: Validate on the first so many layouts; None takes all.
-        num_test: Test on the first so many layouts; None takes all.
         tasks: Share of each task: "unconditional", "category" (the classes are given),
             "category_size" (and widths and heights), "completion" (some elements are given).
             All unconditional unless given.
         num_draws: Times each layout occurs in a training pass, its condition drawn anew.
-        **loading: Arguments of the loaders: batch_size, eval_batch_size, seed, num_workers.
+        **rest: Fractions and limits of the splits (`SourceData`) and arguments of the loaders.
 
     Raises:
         UsageError: A task is unknown or its share negative; or, in `setup`, sources differ in
@@ -56,48 +52,18 @@ class LayoutData(SplitData):
         *,
         val_source: Source | None = None,
         test_source: Source | None = None,
-        val_fraction: float = 0.05,
-        test_fraction: float = 0.05,
-        num_train: int | None = None,
-        num_val: int | None = None,
-        num_test: int | None = None,
         tasks: dict[str, float] | None = None,
         num_draws: int = 1,
-        **loading: Any,
+        **rest: Any,
     ) -> None:
-        super().__init__(**loading)
-        self.source = source or Grammar()
-        self.sources = {"val": val_source, "test": test_source}
-        self.fractions = {"val": val_fraction, "test": test_fraction}
-        self.limits = {"train": num_train, "val": num_val, "test": num_test}
+        source = source or Grammar()
+        super().__init__(source, val_source=val_source, test_source=test_source, **rest)
+        self.source = source
         self.shares = _shares(tasks or {"unconditional": 1.0})
         self.num_draws = num_draws
-        self._splits: dict[str, tuple[Packed, NDArray[np.int64]]] = {}
-
-    def setup(self, stage: str) -> None:
-        """Load the layouts and split them."""
-        if self._splits:
-            return
-        packed = self.source.load()
-        missing = [split for split, source in self.sources.items() if source is None]
-        shares = {split: self.fractions[split] for split in missing}
-        drawn = hold_out(len(packed), shares, self.seed)
-        splits = {split: (packed, rows) for split, rows in drawn.items()}
-        for split, source in self.sources.items():
-            if source is not None:
-                self._check_like(source, split)
-                own = source.load()
-                splits[split] = (own, np.arange(len(own)))
-        if not len(drawn["train"]):
-            raise UsageError(
-                f"data.init_args.source has {len(packed)} layouts, too few for three splits; give "
-                "val_source and test_source or more layouts"
-            )
-        self._splits = splits
 
     def rows(self, split: Split) -> Dataset[dict[str, Any]]:
-        packed, chosen = self._splits[split]
-        chosen = chosen[: self.limits[split]]
+        packed, chosen = self.chosen(split)
         stream = (self.seed, _SPLITS.index(split))
 
         def row(i: int) -> Record:
@@ -132,14 +98,6 @@ class LayoutData(SplitData):
             "task": task,
             "classes": self.source.classes,
         }
-
-    def _check_like(self, source: Source, split: str) -> None:
-        if (source.classes, source.max_elements) != (self.source.classes, self.source.max_elements):
-            raise UsageError(
-                f"data.init_args.{split}_source has {source.max_elements} slots and the classes "
-                f"{list(source.classes)}, but source has {self.source.max_elements} and "
-                f"{list(self.source.classes)}; give both the same"
-            )
 
 
 def given(task: Task, labels: Tensor, fixed: Tensor) -> tuple[Tensor, Tensor]:

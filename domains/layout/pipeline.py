@@ -15,20 +15,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from domains.layout.layouts import EMPTY, Layouts
-from domains.layout.network import Architecture, LayoutTransformer, load_network
+from domains.layout import EMBEDDED
+from domains.layout.networks.transformer import Architecture, LayoutTransformer, load_network
 from domains.layout.render import draw, save_layout
-from lit_rlft.core.checks import UsageError, loading
+from domains.layout.samples import EMPTY, Layouts
+from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline, column
 from lit_rlft.core.process import GaussianProcess, MaskedProcess, Process, ProductProcess
 from lit_rlft.core.schedule import RectifiedFlow
 from lit_rlft.core.state import State, expand_as, fields_of, tensor_of
-from lit_rlft.kit.network_folder import save_network
+from lit_rlft.kit.network_folder import check_one_given, load_pretrained, save_network
 
 __all__ = ["EMBEDDED", "LayoutPipeline"]
-
-EMBEDDED = Path(__file__).parent / "assets"
-"""Folder of the models that ship with the package, reachable by their bare names."""
 
 _SHARPNESS = 8.0  # of presence: 1 - 1e-7 at the scores of a full slot
 _SMALLEST_T = 1e-6
@@ -63,11 +61,7 @@ class LayoutPipeline(Pipeline):
         save_dtype: Literal["float32", "float16", "bfloat16"] = "float32",
     ) -> None:
         super().__init__()
-        if pretrained is not None and architecture is not None:
-            raise UsageError(
-                "pipeline.init_args: pretrained and architecture exclude each other; set "
-                "pretrained to null to train a network of your own"
-            )
+        check_one_given(pretrained, architecture)
         self.pretrained = pretrained
         if pretrained is None:
             self.denoiser = LayoutTransformer(architecture or Architecture())
@@ -279,12 +273,10 @@ def _towards(values: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
 
 
 def _load(pretrained: str) -> LayoutTransformer:
-    folder = Path(pretrained)
-    if not folder.exists():
-        folder = EMBEDDED / pretrained
-    failed = (
-        f"pipeline.init_args.pretrained: {pretrained!r} could not be loaded as a layout model; "
-        "give 'grammar', 'grammar_mixed' or a folder that save wrote"
+    return load_pretrained(
+        pretrained,
+        EMBEDDED,
+        lambda source: load_network(Path(source)),
+        kind="a layout model",
+        give="'grammar', 'grammar_mixed' or a folder that save wrote",
     )
-    with loading(failed):
-        return load_network(folder)

@@ -9,9 +9,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from domains.layout.classes import color_of
-from domains.layout.layouts import Layouts
-from domains.layout.pages import Element, elements_of
+from domains.layout.page.classes import color_of
+from domains.layout.samples import Layouts
+from domains.layout.sources.packed import Element, elements_of
 
 __all__ = ["draw", "save_layout", "to_image", "to_record", "to_svg"]
 

@@ -13,17 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from domains.layout import measures
-from domains.layout.layouts import Layouts, check_layouts
+from domains.layout.networks.encoder import load_encoder
+from domains.layout.page import measures
+from domains.layout.samples import Layouts, check_layouts
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Reward
+from lit_rlft.kit.arguments import positive
+from lit_rlft.kit.judge import Judge, Output
 
 __all__ = [
     "Alignment",
     "ClassCounts",
     "Count",
     "Coverage",
+    "Critic",
     "GapRegularity",
     "GrammarRules",
     "InsidePage",
@@ -93,7 +97,7 @@ class Coverage(_Twinned):
 
     def __init__(self, target: float = 0.56, width: float = 0.15) -> None:
         super().__init__()
-        self.target, self.width = target, _positive("width", width)
+        self.target, self.width = target, positive("width", width)
 
     def value(self, layouts: Layouts, *, smooth: bool = False) -> Tensor:
         share = measures.coverage(layouts, smooth=smooth)
@@ -117,8 +121,8 @@ class MinimumSize(_Twinned):
 
     def __init__(self, min_width: float = 0.02, min_height: float = 0.006) -> None:
         super().__init__()
-        self.min_width = _positive("min_width", min_width)
-        self.min_height = _positive("min_height", min_height)
+        self.min_width = positive("min_width", min_width)
+        self.min_height = positive("min_height", min_height)
 
     def value(self, layouts: Layouts, *, smooth: bool = False) -> Tensor:
         return measures.share_of_size(layouts, self.min_width, self.min_height, smooth=smooth)
@@ -136,7 +140,7 @@ class Count(_Twinned):
 
     def __init__(self, target: float = 8.0, width: float = 3.0) -> None:
         super().__init__()
-        self.target, self.width = target, _positive("width", width)
+        self.target, self.width = target, positive("width", width)
 
     def value(self, layouts: Layouts, *, smooth: bool = False) -> Tensor:
         count = measures.num_elements(layouts, smooth=smooth)
@@ -156,7 +160,7 @@ class GapRegularity(Reward):
 
     def __init__(self, width: float = 0.02) -> None:
         super().__init__()
-        self.width = _positive("width", width)
+        self.width = positive("width", width)
 
     def forward(self, samples: Any, condition: Condition) -> Tensor:
         """Return the reward of each layout, [B]."""
@@ -274,14 +278,34 @@ class GrammarRules(Reward):
         return (held / asked.clamp(min=1)).where(asked > 0, 1)
 
 
+class Critic(Judge):
+    """What a layout encoder's critic says: the logit of "real", or its log-probability.
+
+    Differentiable with respect to boxes; which slots hold what is taken as it is. The network is
+    frozen, always in evaluation mode, and computes in single precision whatever autocast says.
+
+    Args:
+        pretrained: A folder that `LayoutEncoder.save` wrote, or "critic", the embedded one.
+        output: "logit" has no bounds; "log_probability" is in (-inf, 0], "probability" in [0, 1].
+
+    Raises:
+        UsageError: `pretrained` is no such folder, or `output` is unknown.
+    """
+
+    def __init__(self, pretrained: str = "critic", output: Output = "log_probability") -> None:
+        super().__init__(output)
+        self.encoder = load_encoder(pretrained)
+
+    def forward(self, samples: Any, condition: Condition) -> Tensor:
+        """Return the critic's judgement of each layout, [B]."""
+        layouts = check_layouts(samples, condition)
+        with torch.autocast(layouts.boxes.device.type, enabled=False):
+            logits = self.encoder.logits(self.encoder(layouts))
+        return self.verdict(logits)
+
+
 def _unless_few(rewards: Tensor, layouts: Layouts) -> Tensor:
     return rewards.where(layouts.num_elements >= 2, _TOO_FEW)
-
-
-def _positive(name: str, value: float) -> float:
-    if value <= 0:
-        raise UsageError(f"reward.init_args.{name} must be positive, got {value}")
-    return value
 
 
 def _number(name: str, classes: Sequence[str], key: str) -> int:

@@ -8,11 +8,12 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from domains.molecule.batches import Batches, FixedBatches, SizeBatches
 from domains.molecule.sources import Enumerated, Source
-from domains.molecule.structures import Packed
+from domains.molecule.sources.packed import Packed
 from lit_rlft.core.checks import UsageError
-from lit_rlft.kit.data import Record, Rows, Split, SplitData, collate, hold_out
+from lit_rlft.kit.data import Record, Rows, Split, SplitData, collate
+from lit_rlft.kit.size_batches import Batches, FixedBatches, SizeBatches
+from lit_rlft.kit.sources import SourceData
 
 __all__ = ["QM9_COUNTS", "QM9_HEAVY_COUNTS", "AtomCounts", "MoleculeData", "histogram"]
 
@@ -33,7 +34,7 @@ QM9_HEAVY_COUNTS: dict[int, int] = dict(
 _PUBLISHED: dict[str, dict[int, int]] = {"qm9": QM9_COUNTS, "qm9_heavy": QM9_HEAVY_COUNTS}
 
 
-class MoleculeData(SplitData):
+class MoleculeData(SourceData[Packed]):
     """Molecules, in batches of one size.
 
     Rows are `{"index", "num_atoms": int64 [], "positions": [N, 3] in Angstrom around their mean,
@@ -43,13 +44,9 @@ class MoleculeData(SplitData):
         source: The molecules; the enumerated ones unless given.
         val_source: Molecules of the validation split; None holds out some of `source`.
         test_source: Molecules of the test split; None holds out some of `source`.
-        val_fraction: Share of `source` held out for validation, where it has no standard splits.
-        test_fraction: Share of `source` held out for the test, where it has no standard splits.
-        num_train: Train on the first so many molecules; None takes all.
-        num_val: Validate on the first so many molecules; None takes all.
-        num_test: Test on the first so many molecules; None takes all.
         bucketed: Whether the molecules of a training batch have equally many atoms.
-        **loading: Arguments of the loaders: batch_size, eval_batch_size, seed, num_workers.
+        **rest: Fractions (where `source` has no standard splits) and limits of the splits
+            (`SourceData`) and arguments of the loaders.
 
     Raises:
         UsageError: In `setup`: sources differ in elements or most atoms, or have too few molecules
@@ -62,46 +59,16 @@ class MoleculeData(SplitData):
         *,
         val_source: Source | None = None,
         test_source: Source | None = None,
-        val_fraction: float = 0.05,
-        test_fraction: float = 0.05,
-        num_train: int | None = None,
-        num_val: int | None = None,
-        num_test: int | None = None,
         bucketed: bool = True,
-        **loading: Any,
+        **rest: Any,
     ) -> None:
-        super().__init__(**loading)
-        self.source = source or Enumerated()
-        self.sources = {"val": val_source, "test": test_source}
-        self.fractions = {"val": val_fraction, "test": test_fraction}
-        self.limits = {"train": num_train, "val": num_val, "test": num_test}
+        source = source or Enumerated()
+        super().__init__(source, val_source=val_source, test_source=test_source, **rest)
+        self.source = source
         self.bucketed = bucketed
-        self._splits: dict[str, tuple[Packed, NDArray[np.int64]]] = {}
-
-    def setup(self, stage: str) -> None:
-        """Load the molecules and split them."""
-        if self._splits:
-            return
-        packed = self.source.load()
-        missing = [split for split, source in self.sources.items() if source is None]
-        shares = {split: self.fractions[split] for split in missing}
-        chosen = self.source.splits(packed) or hold_out(len(packed), shares, self.seed)
-        splits = {name: (packed, rows) for name, rows in chosen.items()}
-        for split, source in self.sources.items():
-            if source is not None:
-                self._check_like(source, split)
-                own = source.load()
-                splits[split] = (own, np.arange(len(own)))
-        if any(not len(rows) for _, rows in splits.values()):
-            raise UsageError(
-                f"data.init_args.source has {len(packed)} molecules, too few for three splits; "
-                "give val_source and test_source or more molecules"
-            )
-        limits = self.limits
-        self._splits = {name: (own, rows[: limits[name]]) for name, (own, rows) in splits.items()}
 
     def rows(self, split: Split) -> Dataset[dict[str, Any]]:
-        packed, chosen = self._splits[split]
+        packed, chosen = self.chosen(split)
 
         def row(i: int) -> Record:
             types = torch.from_numpy(packed.types[chosen[i]].astype(np.int64))
@@ -116,7 +83,7 @@ class MoleculeData(SplitData):
 
     def sizes(self, split: Split) -> NDArray[np.int64]:
         """Return the number of atoms of each row."""
-        packed, chosen = self._splits[split]
+        packed, chosen = self.chosen(split)
         return packed.num_atoms[chosen]
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
@@ -147,14 +114,6 @@ class MoleculeData(SplitData):
             collate_fn=collate,
             num_workers=self.num_workers,
         )
-
-    def _check_like(self, source: Source, split: str) -> None:
-        if (source.elements, source.max_atoms) != (self.source.elements, self.source.max_atoms):
-            raise UsageError(
-                f"data.init_args.{split}_source has at most {source.max_atoms} atoms of "
-                f"{list(source.elements)}, but source has {self.source.max_atoms} of "
-                f"{list(self.source.elements)}; give both the same"
-            )
 
 
 class AtomCounts(SplitData):

@@ -20,13 +20,14 @@ from numpy.typing import NDArray
 from scipy.stats import wasserstein_distance
 from torch import Tensor
 
-from domains.molecule.chemistry import Chemistry, chemistry_of
-from domains.molecule.elements import EXPLICIT
-from domains.molecule.molecules import EMPTY, Molecules, check_molecules
+from domains.molecule.chemistry.batch import Chemistry, chemistry_of
+from domains.molecule.chemistry.elements import EXPLICIT
+from domains.molecule.samples import EMPTY, Molecules, check_molecules
 from domains.molecule.sources import Enumerated, Source
-from domains.molecule.structures import Packed, molecules_of
+from domains.molecule.sources.packed import Packed, molecules_of
 from lit_rlft.core.pipeline import Condition
-from lit_rlft.core.reward import Metric, SetMetric
+from lit_rlft.core.reward import Metric
+from lit_rlft.kit.set_metrics import SourceDistances
 
 __all__ = [
     "Drugs",
@@ -121,7 +122,7 @@ class Novelty(Metric):
         return {"novelty": torch.from_numpy(np.where(_firsts(chemistry) == 1, new, np.nan))}
 
 
-class SetDistances(SetMetric):
+class SetDistances(SourceDistances["_Statistics"]):
     """Distances of all samples of an evaluation from a set of molecules.
 
     "type_tv" and "size_tv": half the sum of differences of the shares of elements and of numbers
@@ -139,10 +140,8 @@ class SetDistances(SetMetric):
     def __init__(
         self, source: Source | None = None, max_molecules: int = 2048, num_draws: int = 20
     ) -> None:
-        super().__init__()
+        super().__init__(num_draws)
         self.source, self.max_molecules = source or Enumerated(), max_molecules
-        self.num_draws = num_draws
-        self._real: _Statistics | None = None
 
     def features(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
         """Return positions [B, N, 3], types, numbers in `EXPLICIT`, [B, N], descriptors [B]."""
@@ -150,7 +149,7 @@ class SetDistances(SetMetric):
 
     def compare(self, features: Mapping[str, Tensor]) -> dict[str, float]:
         """Return the distances."""
-        own, real = _statistics(features), self._reference()
+        own, real = _statistics(features), self.real
         distances = {
             f"{name}_w1": mean_wasserstein(own.groups[name], groups)
             for name, groups in real.groups.items()
@@ -161,14 +160,11 @@ class SetDistances(SetMetric):
             **distances,
         }
 
-    def _reference(self) -> "_Statistics":
-        """Return what is known of the molecules compared with; loaded when first needed."""
-        if self._real is None:
-            packed = self.source.load()
-            rows = np.random.default_rng(0).permutation(len(packed))[: self.max_molecules]
-            real = Chemistry(molecules_of(packed, self.source.elements, np.sort(rows)))
-            self._real = _statistics(_features(real))
-        return self._real
+    def read(self) -> "_Statistics":
+        packed = self.source.load()
+        rows = np.random.default_rng(0).permutation(len(packed))[: self.max_molecules]
+        real = Chemistry(molecules_of(packed, self.source.elements, np.sort(rows)))
+        return _statistics(_features(real))
 
 
 @dataclass(frozen=True)

@@ -17,34 +17,32 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from domains.molecule.chemistry import keys
-from domains.molecule.coupling import CoupledPointClouds
-from domains.molecule.edm import ARGS, EDM, load_edm
-from domains.molecule.elements import ATOMIC_NUMBERS
-from domains.molecule.molecules import EMPTY, Molecules
-from domains.molecule.network import (
+from domains.molecule import EMBEDDED
+from domains.molecule.chemistry.batch import keys
+from domains.molecule.chemistry.elements import ATOMIC_NUMBERS
+from domains.molecule.networks import (
     EGNN,
     Architecture,
-    Denoiser,
+    MoleculeNetwork,
     Transformer,
     load_network,
 )
-from domains.molecule.preconditioning import Preconditioning
+from domains.molecule.networks.coupling import CoupledPointClouds
+from domains.molecule.networks.edm import ARGS, EDM, load_edm
+from domains.molecule.networks.preconditioning import Preconditioning
 from domains.molecule.render import draw, save_molecule
-from lit_rlft.core.checks import UsageError, loading
+from domains.molecule.samples import EMPTY, Molecules
+from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline, column
 from lit_rlft.core.process import GaussianProcess, MaskedProcess, Process, ProductProcess
 from lit_rlft.core.schedule import PolynomialVP, RectifiedFlow
 from lit_rlft.core.state import State, cat, index
 from lit_rlft.core.subspace import PointClouds
-from lit_rlft.kit.network_folder import save_network
+from lit_rlft.kit.network_folder import check_one_given, load_pretrained, save_network
 
 __all__ = ["EMBEDDED", "MoleculePipeline"]
 
-EMBEDDED = Path(__file__).parent / "assets"
-"""Folder of the models that ship with the package, reachable by their bare names."""
-
-_NETWORKS: dict[str, type[Denoiser]] = {"egnn": EGNN, "transformer": Transformer, "edm": EDM}
+_NETWORKS: dict[str, type[MoleculeNetwork]] = {"egnn": EGNN, "transformer": Transformer, "edm": EDM}
 _SHARPNESS = 12.0  # of types: 1 - 3e-5 for exactly one-hot scores
 _TYPE_STD = 0.4  # of a one-hot vector's numbers
 # Of data with noise that was brought near them; measured on molecules of 12 atoms.
@@ -74,7 +72,7 @@ class MoleculePipeline(Pipeline):
         "gate",  # EDM has it beside those of the EGNN
         *("qkv", "proj", "fc1", "fc2"),  # transformer
     )
-    denoiser: Denoiser
+    denoiser: MoleculeNetwork
 
     def __init__(
         self,
@@ -85,11 +83,7 @@ class MoleculePipeline(Pipeline):
         save_dtype: Literal["float32", "float16", "bfloat16"] = "float32",
     ) -> None:
         super().__init__()
-        if pretrained is not None and architecture is not None:
-            raise UsageError(
-                "pipeline.init_args: pretrained and architecture exclude each other; set "
-                "pretrained to null to train a network of your own"
-            )
+        check_one_given(pretrained, architecture)
         self.pretrained = pretrained
         if pretrained is None:
             architecture = architecture or Architecture()
@@ -344,15 +338,15 @@ def _rotations(num: int) -> Tensor:
     return torch.stack(rows, dim=1).view(num, 3, 3)
 
 
-def _load(pretrained: str) -> Denoiser:
-    folder = Path(pretrained)
-    if not folder.exists():
-        folder = EMBEDDED / pretrained
-    if (folder / ARGS).is_file():
-        return load_edm(folder)
-    failed = (
-        f"pipeline.init_args.pretrained: {pretrained!r} could not be loaded as a molecule model; "
-        "give the name of an embedded model or a folder that save wrote"
+def _load(pretrained: str) -> MoleculeNetwork:
+    def read(source: str) -> MoleculeNetwork:
+        folder = Path(source)
+        return load_edm(folder) if (folder / ARGS).is_file() else load_network(folder, _NETWORKS)
+
+    return load_pretrained(
+        pretrained,
+        EMBEDDED,
+        read,
+        kind="a molecule model",
+        give="the name of an embedded model or a folder that save wrote",
     )
-    with loading(failed):
-        return load_network(folder, _NETWORKS)

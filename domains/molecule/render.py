@@ -11,8 +11,8 @@ from rdkit.Chem import rdDepictor
 from rdkit.Chem.Draw import rdMolDraw2D
 from torch import Tensor
 
-from domains.molecule.chemistry import Chemistry, chemistry_of
-from domains.molecule.molecules import Molecules
+from domains.molecule.chemistry.batch import Chemistry, chemistry_of
+from domains.molecule.samples import Molecules
 
 __all__ = ["draw", "save_molecule", "to_image"]
 

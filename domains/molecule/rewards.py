@@ -1,9 +1,9 @@
 """Rewards of molecules, higher is better; a molecule that is not valid gets a stated number.
 
-A molecule's graph follows from its atoms' distances (`domains.molecule.bonds`). "Valid and
-connected" below: RDKit sanitises the graph, and it is in one part. Policies that choose sizes
-drift to small molecules, so sizes are conditions; hydrocarbons and fragments are the next ways in
-which a reward is gamed: report what the molecules are made of, and whether they are connected.
+A molecule's graph follows from its atoms' distances (`domains.molecule.chemistry.bonds`). "Valid
+and connected" means: RDKit sanitises the graph, and the graph is in one part. Policies that choose
+sizes drift to small molecules, so sizes are conditions. Hydrocarbons and fragments are the next
+ways to game a reward: measure what the molecules are made of, and whether they are connected.
 """
 
 import importlib.util
@@ -19,15 +19,16 @@ from numpy.typing import NDArray
 from rdkit import Chem
 from torch import Tensor
 
-from domains.molecule import bonds
-from domains.molecule.chemistry import Chemistry, chemistry_of
-from domains.molecule.elements import VALENCES, valences
-from domains.molecule.formats import read_smiles
-from domains.molecule.graphs import to_smiles
-from domains.molecule.molecules import Molecules, check_molecules
+from domains.molecule.chemistry import bonds
+from domains.molecule.chemistry.batch import Chemistry, chemistry_of
+from domains.molecule.chemistry.elements import VALENCES, valences
+from domains.molecule.chemistry.graphs import to_smiles
+from domains.molecule.samples import Molecules, check_molecules
+from domains.molecule.sources.formats import read_smiles
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition, Pipeline
 from lit_rlft.core.reward import Reward
+from lit_rlft.kit.arguments import positive
 
 __all__ = [
     "QED",
@@ -101,7 +102,7 @@ class Stability(_Chemical):
 
     def __init__(self, graded: bool = False, power: float = 1.0, connected: bool = False) -> None:
         super().__init__()
-        self.graded, self.power = graded, _positive("power", power)
+        self.graded, self.power = graded, positive("power", power)
         self.connected = connected
 
     def check(self, pipeline: Pipeline) -> None:
@@ -145,7 +146,7 @@ class QED(_Chemical):
 
     def __init__(self, scale: float = 1.0, invalid: float = 0.0) -> None:
         super().__init__(invalid)
-        self.scale = _positive("scale", scale)
+        self.scale = positive("scale", scale)
 
     def values(self, chemistry: Chemistry) -> NDArray[np.float64]:
         return np.minimum(chemistry.values("qed") / self.scale, 1.0)
@@ -178,7 +179,7 @@ class _Target(_Chemical):
     def __init__(self, target: float, width: float | None = None, invalid: float = 0.0) -> None:
         super().__init__(invalid)
         width = self.default_width if width is None else width
-        self.target, self.width = target, _positive("width", width)
+        self.target, self.width = target, positive("width", width)
 
     def values(self, chemistry: Chemistry) -> NDArray[np.float64]:
         return np.exp(-((self.quantity(chemistry) - self.target) ** 2) / (2 * self.width**2))
@@ -294,7 +295,7 @@ class Strain(_Chemical):
 
     def __init__(self, scale: float = 10.0, num_workers: int = 0, invalid: float = 0.0) -> None:
         super().__init__(invalid)
-        self.scale, self.num_workers = _positive("scale", scale), num_workers
+        self.scale, self.num_workers = positive("scale", scale), num_workers
 
     def values(self, chemistry: Chemistry) -> NDArray[np.float64]:
         return np.exp(-np.maximum(chemistry.strain(self.num_workers), 0) / self.scale)
@@ -372,7 +373,7 @@ class _Soft(Reward):
 
     def __init__(self, temperature: float = 0.03, invalid: float = -16.0) -> None:
         super().__init__()
-        self.temperature, self.invalid = _positive("temperature", temperature), invalid
+        self.temperature, self.invalid = positive("temperature", temperature), invalid
 
     def forward(self, samples: Any, condition: Condition) -> Tensor:
         """Return the reward of each molecule, [B]."""
@@ -407,9 +408,9 @@ class SoftValence(_Soft):
 
     .. math:: r = -\frac1n \sum_i \Big(\sum_j o_{ij} - \sum_a p_i(a) V_a\Big)^2
 
-    with the soft bond orders of `domains.molecule.bonds.soft_bond_orders`. Molecules that fall into
-    pieces can be as good as whole ones: add `SoftConnected`. With implicit hydrogens only what
-    exceeds a valence counts, so that atoms without any bond are as good as can be.
+    with the soft bond orders of `domains.molecule.chemistry.bonds.soft_bond_orders`. Molecules that
+    fall into pieces can be as good as whole ones: add `SoftConnected`. With implicit hydrogens only
+    bonds beyond a valence count, so an atom without any bond has the best value.
 
     Args:
         temperature: Width of the steps between bond orders, in Angstrom.
@@ -431,8 +432,8 @@ class SoftConnected(_Soft):
 
     The mean over all n x n pairs of atoms, each with itself among them, of the firmest path between
     them: `bonds.soft_links` of soft bond orders. 1 for molecules in one piece, single atoms too. It
-    pulls on bonds that are about to break, and cannot mend those that are longer by more than a few
-    times the temperature.
+    pulls on bonds that are about to break. Bonds that are too long by more than a few times the
+    temperature get no gradient.
 
     Args:
         temperature: Width of the steps between bond orders, in Angstrom.
@@ -456,9 +457,3 @@ def _pattern(smarts: str) -> Chem.Mol:
     if pattern is None:
         raise UsageError(f"reward.init_args: {smarts!r} is no SMARTS pattern")
     return pattern
-
-
-def _positive(name: str, value: float) -> float:
-    if not value > 0:
-        raise UsageError(f"reward.init_args.{name} must be positive, got {value}")
-    return value

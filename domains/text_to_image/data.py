@@ -1,10 +1,5 @@
 """DataModules of prompts, and of the captioned pictures of the shapes world."""
 
-import csv
-import io
-import json
-from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,13 +7,14 @@ import torch
 from torch.utils.data import Dataset
 
 from domains.text_to_image.shapes import world
-from lit_rlft.core.checks import UsageError
+from domains.text_to_image.sources.prompts import PromptFile, read_prompts
 from lit_rlft.kit.data import Record, Rows, Split, SplitData
+from lit_rlft.kit.sources import SourceData
 
 __all__ = ["PromptData", "ShapesPictures", "ShapesPrompts", "read_prompts"]
 
 
-class PromptData(SplitData):
+class PromptData(SourceData[list[Record]]):
     """Prompts from a file: `.txt`, `.json`, `.jsonl`, `.csv` or `.tsv`.
 
     Further columns of a record travel with its prompt (GenEval's `tag` and `include`), None where
@@ -53,40 +49,26 @@ class PromptData(SplitData):
         num_test_prompts: int | None = None,
         **loading: Any,
     ) -> None:
-        super().__init__(**loading)
-        self.source, self.column = source, column
-        self.sources = {"val": val_source, "test": test_source}
-        self.fractions = {"val": val_fraction, "test": test_fraction}
-        self.limits = {"train": None, "val": num_val_prompts, "test": num_test_prompts}
-        self._splits: dict[str, list[Record]] = {}
+        whole = val_source is not None and test_source is not None
 
-    def setup(self, stage: str) -> None:
-        """Read the files and split them."""
-        if self._splits:
-            return
-        rest = read_prompts(Path(self.source), self.column)
-        if None in self.sources.values():
-            rest = _once(rest)
-        order = np.random.default_rng(self.seed).permutation(len(rest))
-        rest = [rest[i] for i in order]
-        splits: dict[str, list[Record]] = {}
-        total = len(rest)
-        for split, source in self.sources.items():
-            if source is not None:
-                splits[split] = read_prompts(Path(source), self.column)
-                continue
-            size = max(1, round(self.fractions[split] * total))
-            splits[split], rest = rest[:size], rest[size:]
-        if not rest:
-            raise UsageError(
-                f"data.init_args.source: {self.source} has {total} prompts, too few for three "
-                "splits; give val_source and test_source or a longer file"
-            )
-        self._splits = {"train": rest, **splits}
+        def file(path: str | None) -> PromptFile | None:
+            return None if path is None else PromptFile(path, column)
+
+        super().__init__(
+            PromptFile(source, column, once=not whole),
+            val_source=file(val_source),
+            test_source=file(test_source),
+            val_fraction=val_fraction,
+            test_fraction=test_fraction,
+            num_train=None,
+            num_val=num_val_prompts,
+            num_test=num_test_prompts,
+            **loading,
+        )
 
     def rows(self, split: Split) -> Dataset[dict[str, Any]]:
-        records = self._splits[split][: self.limits[split]]
-        return Rows(len(records), records.__getitem__)
+        records, places = self.chosen(split)
+        return Rows(len(places), lambda i: records[places[i]])
 
 
 class ShapesPrompts(SplitData):
@@ -146,64 +128,6 @@ class ShapesPictures(SplitData):
             return {"prompt": prompt.text, "image": image}
 
         return Rows(self.sizes[split], row)
-
-
-def read_prompts(path: Path, column: str = "prompt") -> list[Record]:
-    """Return the records of a prompt file, all with the same columns, the prompt under "prompt".
-
-    Raises:
-        UsageError: The file is missing, empty, of an unknown type, or lacks the column.
-    """
-    # Not splitlines(), which also splits at characters that JSON strings may hold.
-    readers: dict[str, Callable[[str], Sequence[Any]]] = {
-        ".txt": lambda text: text.split("\n"),
-        ".jsonl": lambda text: [json.loads(line) for line in text.split("\n") if line.strip()],
-        ".json": json.loads,
-        ".csv": lambda text: list(csv.DictReader(io.StringIO(text, newline=""))),
-        ".tsv": _tab_separated,
-    }
-    if path.suffix.lower() not in readers:
-        raise UsageError(
-            f"data.init_args.source: {path} has an unknown file type; use one of {sorted(readers)}"
-        )
-    if not path.is_file():
-        raise UsageError(f"data.init_args.source: there is no file {path}")
-    try:
-        records = readers[path.suffix.lower()](path.read_text(encoding="utf-8-sig"))
-    except (ValueError, csv.Error) as error:
-        raise UsageError(f"data.init_args.source: {path} cannot be read ({error})") from error
-    if not isinstance(records, list) or not all(isinstance(r, (str, dict)) for r in records):
-        raise UsageError(f"data.init_args.source: {path} must hold a list of texts or of records")
-    records = [{column: r} if isinstance(r, str) else r for r in records]
-    missing = next((i for i, record in enumerate(records) if column not in record), None)
-    if missing is not None:
-        raise UsageError(
-            f"data.init_args.column: record {missing + 1} of {path} has no {column!r}, only "
-            f"{sorted(map(str, records[missing]))}; set column to the one that holds the prompt"
-        )
-    columns = dict.fromkeys(name for record in records for name in record)
-    texts = ["" if record[column] is None else str(record[column]).strip() for record in records]
-    prompts: list[Record] = [
-        {**columns, **record, "prompt": text}
-        for record, text in zip(records, texts, strict=True)
-        if text
-    ]
-    if not prompts:
-        raise UsageError(f"data.init_args.source: {path} holds no prompts")
-    return prompts
-
-
-def _once(records: list[Record]) -> list[Record]:
-    first: dict[str, Record] = {}
-    for record in records:
-        first.setdefault(record["prompt"], record)
-    return list(first.values())
-
-
-def _tab_separated(text: str) -> list[dict[str, str]]:
-    # Without quoting, as the format has it: PartiPrompts begin with quotation marks of their own.
-    lines = io.StringIO(text, newline="")
-    return list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
 
 
 def _balanced(split: Split, num: int, seed: int) -> list[str]:

@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from domains.text_to_image.clip import CLIPEncoder
+from domains.text_to_image.networks.clip import CLIPEncoder
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Metric
 from lit_rlft.kit.images import check_pictures
+from lit_rlft.kit.set_metrics import sums_over_others
 
 __all__ = ["Diversity"]
 
@@ -43,12 +44,9 @@ class Diversity(Metric):
     def evaluate(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
         """Return {"diversity": [B]}, NaN for a sample that is the only one of its condition."""
         pictures = check_pictures(samples, condition)
-        rows = condition.rows.to(pictures.device)
-        others = rows[:, None] == rows[None, :]
-        others.fill_diagonal_(False)
         distances = self._distances(pictures).to(pictures.device)
-        totals = distances.where(others, 0).sum(dim=1)
-        return {"diversity": totals / others.sum(dim=1)}
+        totals, counts = sums_over_others(distances, condition.rows.to(pictures.device))
+        return {"diversity": totals / counts}
 
     def _distances(self, pictures: Tensor) -> Tensor:
         """Return the distance of every two pictures, [B, B]."""

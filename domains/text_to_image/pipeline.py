@@ -18,23 +18,18 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from lit_rlft.core.checks import UsageError, loading
+from domains.text_to_image import EMBEDDED
+from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline, column
-from lit_rlft.core.process import GaussianProcess, PredictionType
+from lit_rlft.core.process import GaussianProcess
 from lit_rlft.core.schedule import DiscreteVP
 from lit_rlft.core.state import State, tensor_of
+from lit_rlft.kit.frozen import frozen
 from lit_rlft.kit.images import save_pictures
+from lit_rlft.kit.network_folder import load_pretrained
+from lit_rlft.kit.schedulers import PREDICTION_TYPES, vp_process
 
 __all__ = ["EMBEDDED", "TextToImagePipeline"]
-
-EMBEDDED = Path(__file__).parent / "assets"
-"""Folder of the models that ship with the package, reachable by their bare names."""
-
-_PREDICTION_TYPES: dict[str, PredictionType] = {
-    "epsilon": "epsilon",
-    "v_prediction": "v",
-    "sample": "sample",
-}
 
 
 class TextToImagePipeline(Pipeline):
@@ -92,9 +87,12 @@ class TextToImagePipeline(Pipeline):
         self.save_dtype = getattr(torch, save_dtype)
         self.diffusers = _load(pretrained, from_scratch=from_scratch)
         self.denoiser = self.diffusers.unet
-        self.encoder = self.diffusers.text_encoder.requires_grad_(False).eval()
-        self.vae: AutoencoderKL = self.diffusers.vae.requires_grad_(False).eval()
-        self.process = _process(self.diffusers.scheduler)
+        self.encoder = frozen(self.diffusers.text_encoder)
+        self.vae: AutoencoderKL = frozen(self.diffusers.vae)
+        self.process = vp_process(
+            self.diffusers.scheduler,
+            f"is not a discrete VP schedule; text_to_image supports {sorted(PREDICTION_TYPES)}",
+        )
         factor = self.diffusers.vae_scale_factor
         native = self.denoiser.config["sample_size"]
         native = (native, native) if isinstance(native, int) else tuple(native)
@@ -229,49 +227,33 @@ class TextToImagePipeline(Pipeline):
         return convert_unet_state_dict_to_peft(plain), config.get("unet.lora_alpha")
 
 
-def _process(scheduler: Any) -> GaussianProcess:
-    config = scheduler.config
-    prediction_type = config.get("prediction_type", "epsilon")
-    betas = getattr(scheduler, "betas", None)  # schedulers of flow models have none
-    if prediction_type not in _PREDICTION_TYPES or betas is None:
-        raise UsageError(
-            f"{type(scheduler).__name__} with prediction_type {prediction_type!r} is not a "
-            f"discrete VP schedule; text_to_image supports {sorted(_PREDICTION_TYPES)}"
-        )
-    schedule = DiscreteVP(
-        betas,
-        spacing=config.get("timestep_spacing", "leading"),
-        steps_offset=config.get("steps_offset", 0),
-        ends_at_zero=config.get("set_alpha_to_one", True),
-    )
-    return GaussianProcess(schedule, _PREDICTION_TYPES[prediction_type])
-
-
 def _load(pretrained: str, *, from_scratch: bool) -> StableDiffusionPipeline:
-    folder = Path(pretrained)
-    if not folder.exists() and (EMBEDDED / pretrained).is_dir():
-        folder = EMBEDDED / pretrained
+    loaded = load_pretrained(
+        pretrained,
+        EMBEDDED,
+        lambda source: _read(source, from_scratch),
+        kind="a StableDiffusionPipeline",
+        give="'shapes', a folder that save_pretrained wrote or a hub id",
+    )
+    for part in (loaded.unet, loaded.vae, loaded.text_encoder):
+        part.float()
+    return loaded
+
+
+def _read(source: str, from_scratch: bool) -> StableDiffusionPipeline:
+    folder = Path(source)
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise UsageError(
             f"pipeline.init_args.pretrained: {folder} has no model_index.json, so it is no "
             "diffusers pipeline; give a folder written by save_pretrained or a hub id"
         )
-    source = str(folder) if folder.exists() else pretrained
     fresh: dict[str, Any] = {}
-    failed = (
-        f"pipeline.init_args.pretrained: {pretrained!r} could not be loaded as a "
-        "StableDiffusionPipeline folder or hub id"
-    )
-    with loading(failed):
-        if from_scratch:
-            unet = UNet2DConditionModel.load_config(source, subfolder="unet")
-            fresh["unet"] = UNet2DConditionModel.from_config(unet)
-            text = CLIPTextConfig.from_pretrained(source, subfolder="text_encoder")
-            fresh["text_encoder"] = CLIPTextModel(text)
-        loaded = StableDiffusionPipeline.from_pretrained(source, safety_checker=None, **fresh)
-    for part in (loaded.unet, loaded.vae, loaded.text_encoder):
-        part.float()
-    return loaded
+    if from_scratch:
+        unet = UNet2DConditionModel.load_config(source, subfolder="unet")
+        fresh["unet"] = UNet2DConditionModel.from_config(unet)
+        text = CLIPTextConfig.from_pretrained(source, subfolder="text_encoder")
+        fresh["text_encoder"] = CLIPTextModel(text)
+    return StableDiffusionPipeline.from_pretrained(source, safety_checker=None, **fresh)
 
 
 def _latents(pixels: int | None, factor: int, key: str) -> int | None:

@@ -1,102 +1,42 @@
 """The loop that every algorithm shares: collect experience, train on it, evaluate."""
 
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch.optim.lr_scheduler import LRScheduler
 
 from lit_rlft.core.advantage import Advantage
 from lit_rlft.core.checks import require
 from lit_rlft.core.distribution import Distribution
-from lit_rlft.core.divergence import path_kl
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline
-from lit_rlft.core.randomness import Generators, generators, seed_from
-from lit_rlft.core.reward import Metric, Metrics, Reward, SetMetric, check_rewards
-from lit_rlft.core.samples import Samples
-from lit_rlft.core.sampling import Denoiser, Sampler, walk
-from lit_rlft.core.state import State, batch_size, cat, index, split
-from lit_rlft.core.streams import Stream
-from lit_rlft.cost.counters import Cost, count_calls, count_flops, flops_per_call, peak_memory_bytes
-from lit_rlft.evaluation.best_of import best_of
-from lit_rlft.evaluation.measurements import Arm, Evaluation
+from lit_rlft.core.randomness import Generators
+from lit_rlft.core.reward import Metric, Metrics, Reward
+from lit_rlft.core.sampling import Sampler
+from lit_rlft.cost.meter import Meter
+from lit_rlft.distributed import gather
+from lit_rlft.evaluation.evaluator import Evaluator
 from lit_rlft.loop import checkpoint as contents
-from lit_rlft.loop.hooks import Observer
-from lit_rlft.loop.reference import LoRA, Reference, attach_lora
-from lit_rlft.loop.round_log import log_round
-from lit_rlft.loop.updates import Updates
-from lit_rlft.runs.folder import run_folder
+from lit_rlft.loop.experience import Draw, Experience
+from lit_rlft.loop.hooks import Audience
+from lit_rlft.loop.reference import LoRA, adapt
+from lit_rlft.loop.rollouts import Rollouts, track
+from lit_rlft.loop.round_log import log_round, round_means, write_round
+from lit_rlft.loop.route import Leg, Route
+from lit_rlft.loop.updates import Shares, Update, accumulate, gradient_norm, no_sync, plan
+from lit_rlft.runs.folder import run_folder, summary_writer
 
-__all__ = ["Draw", "Experience", "Prior", "Relay", "RewardFineTuner"]
+__all__ = ["RewardFineTuner"]
 
-T = TypeVar("T")
-Relay = Sequence[tuple[Denoiser, int]]
-"""Who denoises how many steps, in the sampler's order."""
-Prior = Callable[[Condition], Distribution]
-"""From conditions to the law of x_1."""
-
-
-@dataclass(frozen=True)
-class Experience:
-    """What one collect returns and the updates train on: n samples and what is known of them.
-
-    Attributes:
-        states: Named states, each with n rows (e.g. the accepted x_tau).
-        condition: n rows.
-        seeds: n integers that seed each sample's noise during the updates.
-        metrics: Numbers to log, averaged over the processes where they are not NaN.
-        histograms: Values to show as histograms, by name.
-    """
-
-    states: Mapping[str, State]
-    condition: Condition
-    seeds: Sequence[int]
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    histograms: Mapping[str, Tensor] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        """Return n."""
-        return len(self.seeds)
-
-    @property
-    def num_terms(self) -> int:
-        """Number of terms of the loss, which microbatches share out: here one per sample."""
-        return len(self)
-
-    def terms(self, rows: Tensor) -> "Experience":
-        """Select terms of the loss, as many rows."""
-        return self.index(rows)
-
-    def index(self, rows: Tensor) -> "Experience":
-        """Select samples."""
-        states = {name: index(state, rows) for name, state in self.states.items()}
-        seeds = [self.seeds[row] for row in rows.tolist()]
-        return Experience(states, self.condition.index(rows), seeds)
-
-
-@dataclass(frozen=True)
-class Draw:
-    """Decoded samples with their conditions, the integers their noise came from, their rewards."""
-
-    samples: Any
-    condition: Condition
-    seeds: Sequence[int]
-    rewards: Tensor
-
-    def to(self, device: torch.device | str) -> "Draw":
-        """Move samples and rewards, as Lightning does with predictions that it keeps."""
-        movable = isinstance(self.samples, Tensor | Samples)
-        samples = self.samples.to(device) if movable else self.samples
-        return replace(self, samples=samples, rewards=self.rewards.to(device))
+_COUNTERS = ("num_rounds", "num_samples", "num_updates")
 
 
 class RewardFineTuner(LightningModule, ABC):
@@ -160,38 +100,15 @@ class RewardFineTuner(LightningModule, ABC):
         self.sampling_batch_size = sampling_batch_size
         self.num_eval_samples, self.best_of = num_eval_samples, best_of
         self.seed = seed
-        self.reference: Reference | None = None
+        self.meter = Meter()
         self.pretrained = ""
-        self.evaluation = Evaluation()
-        self.num_pictures = 0
-        """Samples of an evaluation that are rendered; who shows them raises it."""
-        self.updates = Updates(self)
         self.num_rounds = self.num_samples = self.num_updates = 0
         self._collected_at = 0
-        self.cost = self._meter = Cost()
-        self._started = self._seconds_before = 0.0
-        self._flops = 0
 
     @property
     def algorithm(self) -> str:
         """The name under which results are reported."""
         return type(self).__name__
-
-    @property
-    def observers(self) -> list[Observer]:
-        """The trainer's callbacks that watch rounds from inside."""
-        callbacks = getattr(self.trainer, "callbacks", [])
-        return [one for one in callbacks if isinstance(one, Observer) and one.enabled]
-
-    @property
-    def set_metrics(self) -> list[SetMetric]:
-        """The metrics of all samples of an evaluation together."""
-        return [part for part in self.metrics.modules() if isinstance(part, SetMetric)]
-
-    @property
-    def meter(self) -> Cost:
-        """The counters that count at present: training's, or those of an evaluation."""
-        return self._meter
 
     @property
     def on_policy(self) -> bool:
@@ -215,76 +132,60 @@ class RewardFineTuner(LightningModule, ABC):
     def build(self) -> None:
         """Build what is trained beside the pipeline's own networks; the settings are checked."""
 
-    def statistics(self) -> Mapping[str, Advantage]:
-        """Return what else a resumed run has to know, by its name in the checkpoint."""
-        return {}
-
     def trainable(self) -> nn.Module:
         """Return what is trained, checkpointed and exported."""
         return self.pipeline.denoiser
 
-    def denoisers(self) -> list[nn.Module]:
-        """Return the pipeline's denoiser, and the reference's where that is another one."""
-        assert self.reference is not None
-        frozen = self.reference.frozen
-        return [self.pipeline.denoiser, *([] if frozen is None else [frozen])]
+    def statistics(self) -> Mapping[str, Advantage]:
+        """Return what else a resumed run has to know, by its name in the checkpoint."""
+        return {}
 
-    def prior_networks(self) -> list[nn.Module]:
-        """Return what is trained beside the pipeline, to draw where its sampler starts."""
-        inside = {id(module) for module in self.pipeline.modules()}
-        beside = self.trainable()
-        return [] if id(beside) in inside else [beside]
-
-    def policy(self, x_t: State, t: Tensor, condition: Condition) -> State:
-        """Return the prediction of the model being tuned."""
-        return self.pipeline(x_t, t, condition)
-
-    def reference_policy(self, x_t: State, t: Tensor, condition: Condition) -> State:
-        """Return the prediction of the frozen pretrained model."""
-        assert self.reference is not None
-        with self.reference.active(self.pipeline):
-            return self.pipeline(x_t, t, condition)
-
-    def relay(self) -> Relay:
-        """Return who denoises which steps when the tuned model samples."""
-        return [(self.policy, self.sampler.num_steps)]
-
-    def reference_relay(self) -> Relay:
-        """Return the pretrained model for all steps."""
-        return [(self.reference_policy, self.sampler.num_steps)]
+    def export(self, folder: Path) -> list[Path]:
+        """Write what was tuned into `folder`; return what was written."""
+        return self.pipeline.save(folder)
 
     def prior(self, condition: Condition) -> Distribution:
-        """Return the law of x_1; overridden by algorithms that learn it."""
+        """Return the distribution of x_1; overridden by algorithms that learn it."""
         return self.reference_prior(condition)
 
     def reference_prior(self, condition: Condition) -> Distribution:
-        """Return the process's own law of x_1."""
+        """Return the process's own distribution of x_1."""
         return self.pipeline.process.prior(self.pipeline.blank(condition))
+
+    def route(self) -> Route:
+        """Return how the tuned model draws: unless overridden it runs all steps."""
+        leg = Leg(self.pipeline, self.sampler.num_steps, tuned=True)
+        return Route(self.pipeline.process, self.prior, [leg], self.sampler.eta)
+
+    def reference_route(self) -> Route:
+        """Return how the pretrained model draws."""
+        leg = Leg(self.reference, self.sampler.num_steps, tuned=False)
+        return Route(self.pipeline.process, self.reference_prior, [leg], self.sampler.eta)
 
     def setup(self, stage: str) -> None:
         """Check the settings and attach the adapter; the reference is the model as loaded."""
-        if self.reference is not None:
-            return
-        self._check_settings()
+        if not self.pretrained:
+            self._build()
+        trainer, size = self._trainer, self.sampling_batch_size
+        self.audience = Audience(self, trainer)
+        self.rollouts = Rollouts(self.pipeline, self.reward, size, self.seed, self.meter)
+        self.rollouts.track = partial(track, trainer=trainer)
+        self.evaluator = Evaluator(self.rollouts, self.metrics, self.num_eval_samples)
+        self.evaluator.phase = self.audience.phase
+        self.evaluator.shown = trainer is None or trainer.is_global_zero
+
+    def _build(self) -> None:
+        for name in ("num_epochs", "minibatch_size", "sampling_batch_size", "num_eval_samples"):
+            require(getattr(self, name) >= 1, self, name, "at least 1")
+        require(self.best_of >= 0 and self.best_of != 1, self, "best_of", "0 for none, or above 1")
         self.check()
         for part in (*self.reward.modules(), *self.metrics.modules()):
             if isinstance(part, Metric):
-                part.check(self.pipeline)
+                part.requires_grad_(False).check(self.pipeline)
         self.build()
-        self.reward.requires_grad_(False)
-        self.metrics.requires_grad_(False)
         self.pretrained = contents.fingerprint(self.pipeline.denoiser)
-        if self.lora is not None:
-            with torch.random.fork_rng():
-                torch.manual_seed(self.seed)
-                attach_lora(self.pipeline, self.lora)
-        self.reference = Reference(self.pipeline, adapted=self.lora is not None)
-        for denoiser in self.denoisers():
-            count_calls(denoiser, lambda: self._meter)
-        for network in self.prior_networks():
-            count_calls(network, lambda: self._meter, "prior_calls")
-        for network in (*self.denoisers(), *self.prior_networks()):
-            count_flops(network, lambda: self._meter)
+        self.reference = adapt(self.pipeline, self.lora, self.seed)
+        self.meter.watch(self.pipeline, self.trainable(), self.reference)
 
     def train(self, mode: bool = True) -> Self:
         """Set the training mode of what is trained; everything else stays in evaluation mode."""
@@ -294,200 +195,99 @@ class RewardFineTuner(LightningModule, ABC):
         return self
 
     def configure_optimizers(self) -> Any:
-        """Build the optimiser over what is trainable."""
-        parameters = [p for p in self.trainable().parameters() if p.requires_grad]
-        optimizer = self.make_optimizer(parameters)
-        if self.make_lr_scheduler is None:
-            return optimizer
-        return [optimizer], [self.make_lr_scheduler(optimizer)]
+        optimizer, scheduler = self.make_optimizer(self._trained()), self.make_lr_scheduler
+        return optimizer if scheduler is None else ([optimizer], [scheduler(optimizer)])
 
     def on_train_start(self) -> None:
         """Set the modes, which Lightning leaves alone, and start the clock."""
         self.train()
-        self._meter, self._started = self.cost, time.monotonic()
-        self._seconds_before = self.cost.seconds
+        self.meter.start_training()
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Run one round: collect, in evaluation mode, then update."""
         self.eval()
         self._collected_at = self.num_updates
-        with self.phase("collect"), torch.no_grad():
+        with self.audience.phase("collect"), torch.no_grad():
             experience = self.collect(batch, self.pipeline.encode(batch))
-        for observer in self.observers:
-            observer.on_experience(self, experience)
+        self.audience.on_experience(experience)
         self.train()
-        with self.phase("update"):
-            outcomes = [
-                self.updates.take(update)
-                for update in self.track(self.updates.plan(experience), "Training")
-            ]
+        with self.audience.phase("update"):
+            counts = gather(len(experience), self.trainer.world_size)
+            sizes = (self.num_epochs, self.minibatch_size)
+            updates = plan(experience, counts, *sizes, self.seed, self.num_rounds)
+            outcomes = [self._update(one) for one in self.rollouts.track(updates, "Training")]
         self.num_rounds += 1
-        self.cost.seconds = self._seconds_before + time.monotonic() - self._started
-        log_round(self, experience, outcomes)
+        self.meter.end_round()
+        means = round_means(experience.metrics, outcomes, self.trainer.world_size)
+        means["learning_rate"] = self.trainer.optimizers[0].param_groups[0]["lr"]
+        spent = self.meter.spent(self.num_samples, self.trainer.world_size)
+        log_round(self.log, means, spent)
+        if (writer := summary_writer(self)) is not None:
+            write_round(writer, means, spent, experience.histograms, self.num_updates)
 
-    def draw_states(
-        self,
-        condition: Condition,
-        seeds: Sequence[int],
-        *,
-        keep: Sequence[int],
-        relay: Relay,
-        prior: Prior | None = None,
-        label: str = "Sampling",
-    ) -> list[State]:
-        """Sample trajectories in chunks and keep the states at some indices of the grid.
-
-        Args:
-            condition: One row per sample.
-            seeds: One integer per sample; all its noise comes from it.
-            keep: Indices into the grid [num_steps + 1] (num_steps is x_0).
-            relay: Who denoises which steps.
-            prior: The law of x_1; None takes the tuned model's.
-            label: Text of the progress bar.
-
-        Returns:
-            One state per entry of `keep`, all samples concatenated.
-        """
-        prior = prior or self.prior
-        kept: list[list[State]] = [[] for _ in keep]
-        starts = range(0, len(condition), self.sampling_batch_size)
-        for start in self.track(starts, label):
-            chunk = slice(start, start + self.sampling_batch_size)
-            part, noise = condition.index(chunk), generators(seeds[chunk])
-            for i, x in self._walk(relay, part, prior(part).sample(noise), noise):
-                for slot, wanted in enumerate(keep):
-                    if i == wanted:
-                        kept[slot].append(x)
-        return [cat(states) for states in kept]
-
-    def _walk(
-        self, relay: Relay, condition: Condition, x: State, noise: Generators
-    ) -> Iterator[tuple[int, State]]:
-        """Iterate over (i, x at times[i]) from x_1 on; several denoisers run in turn."""
-        process, first = self.pipeline.process, 0
-        times = process.times(self.sampler.num_steps)
-        yield 0, x
-        for denoiser, num_steps in relay:
-            leg = times[first : first + num_steps + 1]
-            for i, state in walk(denoiser, process, x, condition, leg, self.sampler.eta, noise):
-                if i:
-                    yield first + i, (x := state)
-            first += num_steps
-
-    def score(
-        self, x_0: State, condition: Condition, *, may_fail: bool = False
-    ) -> tuple[Tensor, list[Hashable] | None]:
-        """Decode and score samples in chunks; return rewards [B] and de-duplication keys.
-
-        Rewards are NaN for samples that could not be scored, which stops the run unless they
-        `may_fail`.
-        """
-        rewards: list[Tensor] = []
-        keys: list[Hashable] = []
-        first = 0
-        for chunk in self.track(list(split(x_0, self.sampling_batch_size)), "Scoring"):
-            part = condition.index(slice(first, first + batch_size(chunk)))
-            first += batch_size(chunk)
-            samples = self.pipeline.decode(chunk, part)
-            rewards.append(self.reward_of(samples, part, may_fail=may_fail))
-            keys.extend(self.pipeline.keys(samples, part) or [])
-        return torch.cat(rewards), keys or None
-
-    def sample_seeds(self, batch: Batch, num: int, *stream: int) -> list[int]:
-        """Return `num` seeds for each row of the batch, by the row's place in its data set."""
-        rows = batch["index"].tolist()
-        return [seed_from(self.seed, *stream, row, i) for row in rows for i in range(num)]
-
-    @contextmanager
-    def phase(self, name: str, num_samples: int = 0) -> Iterator[None]:
-        """Tell the observers what the time within the block is spent on."""
-        for observer in self.observers:
-            observer.on_phase_start(self, name)
-        try:
-            yield
-        finally:
-            for observer in self.observers:
-                observer.on_phase_end(self, name, num_samples)
-
-    def track(self, items: Iterable[T], label: str) -> Iterable[T]:
-        """Show a progress bar over `items` on the main process, if the trainer shows any."""
-        shown = self.trainer.progress_bar_callback is not None and self.trainer.is_global_zero
-        return tqdm(items, label, leave=False, position=1, dynamic_ncols=True, disable=not shown)
+    def _update(self, update: Update) -> dict[str, float]:
+        """Take one optimiser step; return what to log: the losses' means and the gradient norm."""
+        optimizer, trained = self.optimizers(), self._trained()
+        assert isinstance(optimizer, LightningOptimizer)
+        optimizer.zero_grad()
+        loss, trainer = self.audience.watched(self.loss), self.trainer
+        alone = partial(no_sync, trainer.strategy)
+        shares = Shares(self.microbatch_size, trainer.world_size, alone)
+        logged = accumulate(update, loss, self.manual_backward, trained, shares)
+        norm = gradient_norm(trained, optimizer, trainer.precision_plugin)
+        self.audience.on_gradients(norm)
+        if self.max_grad_norm is not None:
+            self.clip_gradients(optimizer.optimizer, self.max_grad_norm, "norm")
+        optimizer.step()
+        self.num_updates += 1
+        if isinstance(scheduler := self.lr_schedulers(), LRScheduler):
+            scheduler.step()
+        return {**logged, "grad_norm": norm}
 
     def on_validation_epoch_start(self) -> None:
         """Start a fresh evaluation, not on training's bill; the reference's first one is kept."""
-        self.evaluation = Evaluation(self.evaluation.reference)
-        self._meter = Cost()
-
-    def on_test_epoch_start(self) -> None:
-        """Start a fresh evaluation, with a clock and counters of its own."""
-        self.evaluation = Evaluation()
-        self._meter, self._started = Cost(), time.monotonic()
+        self.evaluator.start(keep_reference=True)
+        self.meter.start_evaluation()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Evaluate the tuned model, and once the reference, on the same noise."""
-        condition = self.pipeline.encode(batch).repeat(self.num_eval_samples)
-        known = self.evaluation.reference.has(batch_idx)
-        self._evaluate(batch, batch_idx, condition, ["tuned"] if known else ["tuned", "reference"])
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Evaluate the tuned model, the reference and baselines on the same conditions."""
-        condition = self.pipeline.encode(batch).repeat(self.num_eval_samples)
-        self._evaluate(batch, batch_idx, condition, ["tuned", "reference"])
-        if self.best_of:
-            seeds = self._eval_seeds(batch)
-            for arm, x_0 in best_of(self, condition, seeds, self.best_of).items():
-                self._measure(arm, batch_idx, x_0, condition)
-        if not self._flops:
-            meter, self._meter = self._meter, Cost()  # looking costs nothing
-            self._flops = flops_per_call(self.pipeline, condition)
-            self._meter = meter
-
-    def predict_step(self, batch: Batch, batch_idx: int) -> Draw:
-        """Draw samples from the tuned model and score them."""
-        condition = self.pipeline.encode(batch).repeat(self.num_eval_samples)
-        x_0, seeds = self._draw(batch, condition, "tuned")
-        samples = self.pipeline.decode(x_0, condition)
-        return Draw(samples, condition, seeds, self.reward_of(samples, condition))
+        self.evaluator.run(batch, batch_idx, self.route(), self.reference_route())
 
     def on_validation_epoch_end(self) -> None:
-        """Log every metric of the tuned model and of the reference."""
-        summaries = self.evaluation.summary(self.trainer.world_size, self.set_metrics)
-        for arm, summary in summaries.items():
-            prefix = "val" if arm == "tuned" else f"val_{arm}"
-            for name, moments in summary.items():
-                self.log(f"{prefix}/{name}", moments["mean"], sync_dist=True)
-        self._meter = self.cost
+        for name, mean in self.evaluator.means(self.trainer.world_size).items():
+            self.log(f"val{name}", mean, sync_dist=True)
+        self.meter.end_evaluation()
 
-    def cost_report(self) -> dict[str, Any]:
-        """Return what training and the test spent, over all processes."""
-        world, test = self.trainer.world_size, self._meter
-        return {
-            "denoiser_calls": self.cost.denoiser_calls * world,
-            "prior_calls": self.cost.prior_calls * world,
-            "reward_calls": self.cost.reward_calls * world,
-            "flops": self.cost.flops * world,
-            "seconds": self.cost.seconds,
-            "peak_memory_bytes": peak_memory_bytes(),
-            "test_denoiser_calls": test.denoiser_calls * world,
-            "test_prior_calls": test.prior_calls * world,
-            "test_reward_calls": test.reward_calls * world,
-            "test_flops": test.flops * world,
-            "test_seconds": time.monotonic() - self._started,
-            "flops_per_denoiser_call": self._flops,
-        }
+    def on_test_epoch_start(self) -> None:
+        self.evaluator.start()
+        self.meter.start_test()
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        routes = (self.route(), self.reference_route())
+        condition = self.evaluator.run(batch, batch_idx, *routes, num_best=self.best_of)
+        self.meter.look_at(self.pipeline, condition)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Draw:
+        return self.evaluator.predict(batch, self.route())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what is trained, counters, statistics, and the pretrained model's fingerprint."""
-        contents.reduce(checkpoint, self)
+        ours = {
+            "pretrained": self.pretrained,
+            "pipeline": self.pipeline.name,
+            "cost": self.meter.training.as_dict(),
+            **{name: getattr(self, name) for name in _COUNTERS},
+            **{name: part.state_dict() for name, part in self.statistics().items()},
+        }
+        contents.reduce(checkpoint, contents.trained_shapes(self, self._trained()), ours)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore all but the weights; raise UsageError for a checkpoint of another model."""
-        contents.restore(checkpoint, self)
-
-    def export(self, folder: Path) -> list[Path]:
-        """Write what was tuned into `folder`; return what was written."""
-        return self.pipeline.save(folder)
+        shapes = contents.trained_shapes(self, self._trained())
+        ours = contents.read(checkpoint, self.pretrained, self.pipeline.name, shapes)
+        vars(self).update({name: ours[name] for name in _COUNTERS})
+        for name, part in self.statistics().items():
+            part.load_state_dict(ours.get(name, {}))
+        vars(self.meter.training).update(ours["cost"])
 
     def on_fit_end(self) -> None:
         """Write the tuned model in the format of the domain's own tools."""
@@ -495,87 +295,5 @@ class RewardFineTuner(LightningModule, ABC):
             for path in self.export(run_folder(self.trainer) / "tuned"):
                 rank_zero_info(f"tuned model: {path}")
 
-    def _eval_seeds(self, batch: Batch) -> list[int]:
-        return self.sample_seeds(batch, self.num_eval_samples, Stream.EVALUATE)
-
-    def _draw(self, batch: Batch, condition: Condition, arm: Arm) -> tuple[State, list[int]]:
-        seeds = self._eval_seeds(batch)
-        tuned = arm == "tuned"
-        (x_0,) = self.draw_states(
-            condition,
-            seeds,
-            keep=[self.sampler.num_steps],
-            relay=self.relay() if tuned else self.reference_relay(),
-            prior=self.prior if tuned else self.reference_prior,
-            label=f"Sampling ({arm})",
-        )
-        return x_0, seeds
-
-    def _evaluate(
-        self, batch: Batch, batch_idx: int, condition: Condition, arms: Sequence[Arm]
-    ) -> None:
-        for arm in arms:
-            with self.phase(f"sample_{arm}", len(condition)):
-                x_0, seeds = self._draw(batch, condition, arm)
-            kl = torch.zeros(len(condition))
-            if arm == "tuned":
-                kl = self._divergence(x_0, condition, seeds)
-            with self.phase("measure"):
-                self._measure(arm, batch_idx, x_0, condition, kl=kl)
-
-    def _measure(
-        self, arm: Arm, batch_idx: int, x_0: State, condition: Condition, **known: Tensor
-    ) -> None:
-        """Decode and measure samples; `known` are values that are known already."""
-        samples = self.pipeline.decode(x_0, condition)
-        values = self.reward.evaluate(samples, condition)
-        check_rewards(self.reward, values[self.reward.name], len(condition))
-        values |= self.metrics.evaluate(samples, condition) | known
-        pictures = self._pictures(arm, samples, condition)
-        labels = [self.pipeline.describe(entry) for entry in condition.each()]
-        features = [metric.features(samples, condition) for metric in self.set_metrics]
-        self.evaluation.add(arm, batch_idx, values, pictures, labels, features)
-
-    def _pictures(self, arm: Arm, samples: Any, condition: Condition) -> Tensor | None:
-        """Render what is still to be shown of a model: some domains take longer than to sample."""
-        if arm not in ("tuned", "reference") or not self.trainer.is_global_zero:
-            return None
-        missing = self.num_pictures - self.evaluation.arms[arm].num_pictures
-        rows = torch.arange(max(0, min(missing, len(condition))))
-        if not len(rows):
-            return None
-        return self.pipeline.render(
-            self.pipeline.index_samples(samples, rows), condition.index(rows)
-        )
-
-    def _divergence(self, x_0: State, condition: Condition, seeds: Sequence[int]) -> Tensor:
-        """Estimate the KL of the tuned model's paths from the reference's, [B]."""
-        prior = self.prior(condition).kl(self.reference_prior(condition))
-        tuned = torch.tensor([who == self.policy for who, n in self.relay() for _ in range(n)])
-        if not tuned.any():
-            return prior
-        process, meter = self.pipeline.process, self._meter
-        self._meter = Cost()  # looking costs nothing
-        times = process.times(self.sampler.num_steps)
-        parts, first = [], 0
-        for x in split(x_0, self.sampling_batch_size):
-            chunk = slice(first, first := first + batch_size(x))
-            noise = generators([seed_from(seed, Stream.DIVERGENCE) for seed in seeds[chunk]])
-            args = (self.policy, self.reference_policy, x, condition.index(chunk), times, tuned)
-            parts.append(path_kl(process, *args, noise))
-        self._meter = meter
-        return prior + torch.cat(parts)
-
-    def reward_of(self, samples: Any, condition: Condition, *, may_fail: bool = False) -> Tensor:
-        """Score decoded samples, [B]; raises UsageError where the reward returns something else.
-
-        NaN counts as something else unless samples `may_fail`.
-        """
-        self._meter.reward_calls += len(condition)
-        values = self.reward(samples, condition)
-        return check_rewards(self.reward, values, len(condition), may_fail=may_fail)
-
-    def _check_settings(self) -> None:
-        for name in ("num_epochs", "minibatch_size", "sampling_batch_size", "num_eval_samples"):
-            require(getattr(self, name) >= 1, name, "at least 1")
-        require(self.best_of != 1 and self.best_of >= 0, "best_of", "2 or more, or 0 for none")
+    def _trained(self) -> list[nn.Parameter]:
+        return [p for p in self.trainable().parameters() if p.requires_grad]

@@ -32,7 +32,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lit_rlft.algorithms.base import Experience, RewardFineTuner
+from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.core.advantage import Advantage, GroupAdvantage, RunningAdvantage
 from lit_rlft.core.checks import UsageError, require
 from lit_rlft.core.distribution import Distribution, Reduction
@@ -45,6 +45,7 @@ from lit_rlft.core.surrogate import importance_sampling, ratio_values, score_fun
 from lit_rlft.core.trajectory import Trajectories, transition_of, walk_with_log_probs
 from lit_rlft.distributed import gather
 from lit_rlft.loop.advantages import compare
+from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.updates import is_maximum
 
 __all__ = ["DDPO", "Rollout"]
@@ -121,7 +122,7 @@ class DDPO(RewardFineTuner):
             reduced like log-probabilities; 0 never runs the reference.
         window: First trained step and the one after the last, counted from 0 at pure noise; None
             trains all.
-        num_train_steps: Train so many steps of the window, drawn anew each round; None trains all.
+        num_train_steps: Train so many steps of the window, drawn again each round; None trains all.
         state_dtype: Type in which states are kept between sampling and replay; None takes the
             pipeline's. The sampler walks on rounded states, so ratios do not notice.
         **base: Arguments of `RewardFineTuner`.
@@ -166,26 +167,32 @@ class DDPO(RewardFineTuner):
         first, last = self.window or (0, num_steps)
         require(
             self.sampler.eta > 0,
+            self,
             "sampler.eta",
             f"above 0 for {self.algorithm}: steps without noise have no log-probability; set it "
             "to 1",
         )
-        require(self.num_candidates >= 1, "num_candidates", "at least 1")
-        require(self.clip_range > 0, "clip_range", "above 0; 1e-4 is usual for mean log-probs")
-        require(clip is None or clip > 0, "advantage_clip", "above 0, or null for none")
-        require(self.kl_coef >= 0, "kl_coef", "0 or more")
+        require(self.num_candidates >= 1, self, "num_candidates", "at least 1")
+        require(
+            self.clip_range > 0, self, "clip_range", "above 0; 1e-4 is usual for mean log-probs"
+        )
+        require(clip is None or clip > 0, self, "advantage_clip", "above 0, or null for none")
+        require(self.kl_coef >= 0, self, "kl_coef", "0 or more")
         require(
             0 <= first < last <= num_steps,
+            self,
             "window",
             f"[first, last] with 0 <= first < last <= {num_steps}, the sampler's num_steps",
         )
         require(
             1 <= (1 if self.num_train_steps is None else self.num_train_steps) <= last - first,
+            self,
             "num_train_steps",
             f"from 1 to the window's {last - first} steps, or null for all of them",
         )
         require(
             self.estimator == "importance_sampling" or self.num_epochs == 1,
+            self,
             "num_epochs",
             "1 for the score function, which holds for fresh samples only; or set "
             "model.init_args.estimator to importance_sampling",
@@ -199,11 +206,20 @@ class DDPO(RewardFineTuner):
             UsageError: All rewards failed, or no trained step left anything to chance.
         """
         candidates = condition.repeat(self.num_candidates)
-        seeds = self.sample_seeds(batch, self.num_candidates, Stream.ROLLOUT, self.num_rounds)
+        stream = (Stream.ROLLOUT, self.num_rounds)
+        seeds = self.rollouts.seeds(batch, self.num_candidates, *stream)
         trajectories, x_0 = self._sample(candidates, seeds)
         self.num_samples += len(candidates) * self.trainer.world_size
-        rewards, _ = self.score(x_0, candidates, may_fail=True)
-        advantages, metrics = compare(self, rewards, condition, seeds[:: self.num_candidates])
+        rewards = self.rollouts.score(x_0, candidates, may_fail=True).rewards
+        advantages, metrics = compare(
+            rewards,
+            condition,
+            seeds[:: self.num_candidates],
+            advantage=self.advantage,
+            clip=self.advantage_clip,
+            source=self.reward.name,
+            world_size=self.trainer.world_size,
+        )
         random = trajectories.log_probs.cpu() != 0
         return Rollout(
             states={},
@@ -225,7 +241,7 @@ class DDPO(RewardFineTuner):
         old, advantages, weight, share = (
             tensor_of(pairs[name]) for name in ("log_prob", "advantage", "weight", "share")
         )
-        policy = self._transition(self.policy, experience)
+        policy = self._transition(self.pipeline, experience)
         new = policy.log_prob(pairs["x_s"], self.log_prob_reduction)
         if self.estimator == "score_function":
             losses = score_function(new, advantages)
@@ -234,7 +250,7 @@ class DDPO(RewardFineTuner):
         values = ratio_values(new, old, self.clip_range, on_policy=self.on_policy)
         if self.kl_coef:
             with torch.no_grad():
-                reference = self._transition(self.reference_policy, experience)
+                reference = self._transition(self.reference, experience)
             kl = policy.kl(reference, self.log_prob_reduction)
             losses = losses + self.kl_coef * kl
             values["reference_kl"] = kl.detach()
@@ -249,21 +265,19 @@ class DDPO(RewardFineTuner):
         times = self.pipeline.process.times(self.sampler.num_steps)
         kept = Trajectories(len(condition), times, self._draw_steps(), self.state_dtype)
         x_0 = []
-        for first in self.track(range(0, len(condition), self.sampling_batch_size), "Sampling"):
-            chunk = slice(first, first + self.sampling_batch_size)
-            part, noise = condition.index(chunk), generators(seeds[chunk])
+        for chunk in self.rollouts.chunks(condition, seeds, "Sampling"):
             walk = walk_with_log_probs(
-                self.policy,
+                self.pipeline,
                 self.pipeline.process,
-                self.prior(part).sample(noise),
-                part,
+                self.prior(chunk.condition).sample(chunk.noise),
+                chunk.condition,
                 times,
                 self.sampler.eta,
-                noise,
+                chunk.noise,
                 dtype=self.state_dtype,
                 reduction=self.log_prob_reduction,
             )
-            x_0.append(kept.record(first, walk))
+            x_0.append(kept.record(chunk.rows.start, walk))
         return kept, cat(x_0)
 
     def _draw_steps(self) -> list[int]:

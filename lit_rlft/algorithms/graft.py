@@ -2,7 +2,7 @@ r"""GRAFT and P-GRAFT: fine-tuning on what rejection sampling accepts.
 
 GRAFT draws M candidates per condition from the reference, accepts some by their reward and fits
 the model to the accepted samples with its own denoising loss. P-GRAFT attaches the accept bits to
-the trajectories' states at an intermediate noise level :math:`\tau` and fits the law
+the trajectories' states at an intermediate noise level :math:`\tau` and fits the distribution
 :math:`\propto p_{ref,\tau}(x_\tau)\, E[a(x_0) \mid x_\tau]`: the tuned model runs the steps above
 :math:`\tau`, the reference the rest.
 
@@ -10,24 +10,27 @@ References:
     P-GRAFT (2025), https://arxiv.org/abs/2510.02692
 """
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from lit_rlft.algorithms.base import Experience, Relay, RewardFineTuner
+from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.core.checks import UsageError, require
 from lit_rlft.core.pipeline import Batch, Condition
 from lit_rlft.core.randomness import Generators, generators, rand_like, seed_from
 from lit_rlft.core.selection import Selection, TopK
 from lit_rlft.core.state import State, expand_as, index, leaves, tensor_of, tree_map
 from lit_rlft.core.streams import Stream
+from lit_rlft.loop.experience import Experience
+from lit_rlft.loop.route import Leg, Route
 
 __all__ = ["GRAFT", "PGRAFT"]
 
 
 class PGRAFT(RewardFineTuner):
-    """P-GRAFT: shape the law of x_tau, leave the last steps to the reference.
+    """P-GRAFT: shape the distribution of x_tau, leave the last steps to the reference.
 
     Args:
         *args: Pipeline and reward.
@@ -37,10 +40,10 @@ class PGRAFT(RewardFineTuner):
         train_from: What is noised for training: the accepted x_tau ("intermediate", exact for any
             sampler) or the accepted x_0 ("clean", exact only for an exact stochastic sampler).
         iterative: Draw each round from the model tuned so far instead of from the reference.
-        guided_loss: Fit the prediction that is sampled from, guidance included, so that the law
-            being fitted is the law being drawn. False fits the conditional prediction alone, as
-            plain supervised fine-tuning does; guidance then acts on top of samples that were
-            guided already, and saturates within a few rounds.
+        guided_loss: Fit the prediction that is sampled from, guidance included, so that the
+            distribution being fitted is the one being drawn. False fits the conditional prediction
+            alone, as plain supervised fine-tuning does; guidance then acts on top of samples that
+            were guided already, and saturates within a few rounds.
         contrast: Also train on the rejected candidates of each condition; 0 leaves them out. A
             choice of ours, not GRAFT's: fitting only accepted samples also fits the errors of a
             coarse sampler, which every candidate shares; the difference cancels them. With
@@ -76,12 +79,15 @@ class PGRAFT(RewardFineTuner):
         self.contrast = contrast
 
     def check(self) -> None:
+        require(self.num_candidates >= 1, self, "num_candidates", "at least 1")
         if not 0 <= self.cut < 1 or self.cut_step < 1:
             raise UsageError(
                 f"model.init_args.cut is {self.cut}; it must be in [0, 1) and leave at least one "
                 f"of the sampler's {self.sampler.num_steps} steps to the tuned model"
             )
-        require(self.contrast >= 0, "contrast", "positive, or 0 to leave rejected candidates out")
+        require(
+            self.contrast >= 0, self, "contrast", "positive, or 0 to leave rejected candidates out"
+        )
         self.selection.check(self.num_candidates)
 
     @property
@@ -96,19 +102,24 @@ class PGRAFT(RewardFineTuner):
             return 0.0
         return float(self.pipeline.process.times(self.sampler.num_steps)[self.cut_step])
 
-    def relay(self) -> Relay:
-        num_reference = self.sampler.num_steps - self.cut_step
-        return [(self.policy, self.cut_step), (self.reference_policy, num_reference)]
+    def route(self) -> Route:
+        last = self.sampler.num_steps - self.cut_step
+        legs = [
+            Leg(self.pipeline, self.cut_step, tuned=True),
+            Leg(self.reference, last, tuned=False),
+        ]
+        return replace(super().route(), legs=legs)
 
     def collect(self, batch: Batch, condition: Condition) -> Experience:
         """Draw M candidates per condition and keep x_tau (or x_0) of the accepted ones."""
         candidates = condition.repeat(self.num_candidates)
-        seeds = self.sample_seeds(batch, self.num_candidates, Stream.ROLLOUT, self.num_rounds)
-        relay = self.relay() if self.iterative else self.reference_relay()
+        stream = (Stream.ROLLOUT, self.num_rounds)
+        seeds = self.rollouts.seeds(batch, self.num_candidates, *stream)
+        route = self.route() if self.iterative else self.reference_route()
         keep = (self.cut_step, self.sampler.num_steps)
-        x_tau, x_0 = self.draw_states(candidates, seeds, keep=keep, relay=relay)
+        x_tau, x_0 = self.rollouts.draw(route, candidates, seeds, keep=keep)
         self.num_samples += len(candidates) * self.trainer.world_size
-        rewards, keys = self.score(x_0, candidates)
+        rewards, keys = self.rollouts.score(x_0, candidates)
 
         shape = (-1, self.num_candidates)
         starts = range(0, len(candidates), self.num_candidates)
@@ -148,7 +159,7 @@ class PGRAFT(RewardFineTuner):
         t = process.draw_times(uniform, low=self.tau)
         s = torch.full_like(t, self.tau if self.train_from == "intermediate" else 0.0)
         x_t = process.noised(x_s, s, t, noise)
-        predict = self.policy if self.guided_loss else self.pipeline.predict
+        predict = self.pipeline if self.guided_loss else self.pipeline.predict
         prediction = predict(x_t, t, experience.condition)
         weight = tensor_of(experience.states["weight"])
         if self.contrast:
@@ -163,9 +174,8 @@ class PGRAFT(RewardFineTuner):
         self, prediction: State, x_t: State, t: Tensor, condition: Condition, sign: Tensor
     ) -> State:
         """Return f_ref + sign (f - f_ref) / contrast; `sign` [n] is -1 for the rejected."""
-        assert self.reference is not None
         predict = self.pipeline if self.guided_loss else self.pipeline.predict
-        with torch.no_grad(), self.reference.active(self.pipeline):
+        with torch.no_grad(), self.reference.active():
             reference = predict(x_t, t, condition)
         share = sign / self.contrast
         return tree_map(lambda f_ref, f: f_ref.lerp(f, expand_as(share, f)), reference, prediction)

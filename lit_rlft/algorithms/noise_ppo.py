@@ -1,4 +1,4 @@
-r"""Noise PPO: the denoiser stays as it is, the law of its initial noise is learned.
+r"""Noise PPO: the denoiser stays as it is, the distribution of its initial noise is learned.
 
 A contextual bandit: with the deterministic sampler, x_0 = G(x_1, c), and the prior
 :math:`\pi(x_1 \mid c) = N(\mu(c), \sigma(c)^2)` maximises
@@ -15,13 +15,14 @@ References:
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lit_rlft.algorithms.base import Experience, Relay, RewardFineTuner
+from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.core.advantage import Advantage, GroupAdvantage
 from lit_rlft.core.checks import UsageError, require
 from lit_rlft.core.distribution import Gaussian, Reduction
@@ -34,6 +35,8 @@ from lit_rlft.core.streams import Stream
 from lit_rlft.core.surrogate import importance_sampling, ratio_values
 from lit_rlft.inference import NoiseGenerator
 from lit_rlft.loop.advantages import compare
+from lit_rlft.loop.experience import Experience
+from lit_rlft.loop.route import Route
 
 __all__ = ["NoisePPO"]
 
@@ -93,15 +96,18 @@ class NoisePPO(RewardFineTuner):
             )
         require(
             self.sampler.eta == 0,
+            self,
             "sampler.eta",
             f"0 for {self.algorithm}, which credits the initial noise with all of the reward; to "
             "train a stochastic sampler use configs/algorithms/ddpo.yaml",
         )
-        require(self.lora is None, "lora", f"null: {self.algorithm} leaves the denoiser as it is")
-        require(self.num_candidates >= 1, "num_candidates", "at least 1")
-        require(self.clip_range > 0, "clip_range", "above 0; 0.2 is usual for sums")
-        require(clip is None or clip > 0, "advantage_clip", "above 0, or null for none")
-        require(self.beta >= 0, "beta", "0 or more")
+        require(
+            self.lora is None, self, "lora", f"null: {self.algorithm} leaves the denoiser as it is"
+        )
+        require(self.num_candidates >= 1, self, "num_candidates", "at least 1")
+        require(self.clip_range > 0, self, "clip_range", "above 0; 0.2 is usual for sums")
+        require(clip is None or clip > 0, self, "advantage_clip", "above 0, or null for none")
+        require(self.beta >= 0, self, "beta", "0 or more")
         self.advantage.check(self.num_candidates)
 
     def build(self) -> None:
@@ -138,18 +144,27 @@ class NoisePPO(RewardFineTuner):
         assert isinstance(prior, Gaussian)
         return prior
 
-    def relay(self) -> Relay:
-        return self.reference_relay()
+    def route(self) -> Route:
+        return replace(self.reference_route(), prior=self.prior)
 
     def collect(self, batch: Batch, condition: Condition) -> Experience:
         """Draw M samples per condition; keep x_1, its log-probability and its advantage."""
         candidates = condition.repeat(self.num_candidates)
-        seeds = self.sample_seeds(batch, self.num_candidates, Stream.ROLLOUT, self.num_rounds)
+        stream = (Stream.ROLLOUT, self.num_rounds)
+        seeds = self.rollouts.seeds(batch, self.num_candidates, *stream)
         ends = (0, self.sampler.num_steps)
-        x_1, x_0 = self.draw_states(candidates, seeds, keep=ends, relay=self.relay())
+        x_1, x_0 = self.rollouts.draw(self.route(), candidates, seeds, keep=ends)
         self.num_samples += len(candidates) * self.trainer.world_size
-        rewards, _ = self.score(x_0, candidates, may_fail=True)
-        advantages, metrics = compare(self, rewards, condition, seeds[:: self.num_candidates])
+        rewards = self.rollouts.score(x_0, candidates, may_fail=True).rewards
+        advantages, metrics = compare(
+            rewards,
+            condition,
+            seeds[:: self.num_candidates],
+            advantage=self.advantage,
+            clip=self.advantage_clip,
+            source=self.reward.name,
+            world_size=self.trainer.world_size,
+        )
         prior = _precise(self.prior(candidates))
         old = prior.log_prob(x_1, self.log_prob_reduction)
         squares = tensor_of(x_1).double().square().flatten(start_dim=1).sum(dim=1)
@@ -186,6 +201,6 @@ class NoisePPO(RewardFineTuner):
         return {"advantage": self.advantage}
 
 
-def _precise(law: Gaussian) -> Gaussian:
+def _precise(prior: Gaussian) -> Gaussian:
     # A sum over 16,384 dimensions is about -23,000, of which single precision knows 0.002.
-    return law.like(law.loc.double(), law.std.double())
+    return prior.like(prior.loc.double(), prior.std.double())

@@ -5,12 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_rlft.algorithms.base import Experience, RewardFineTuner
+from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Batch, Condition
 from lit_rlft.core.randomness import Generators, rand_like
 from lit_rlft.core.state import State, cat, index, leaves, to
 from lit_rlft.core.streams import Stream
+from lit_rlft.loop.experience import Experience
 
 __all__ = ["Pretrain"]
 
@@ -60,7 +61,7 @@ class Pretrain(RewardFineTuner):
 
     def collect(self, batch: Batch, condition: Condition) -> Experience:
         """Return the data of the batch as experience."""
-        seeds = self.sample_seeds(batch, 1, Stream.DATA, self.num_rounds)
+        seeds = self.rollouts.seeds(batch, 1, Stream.DATA, self.num_rounds)
         self.num_samples += len(seeds) * self.trainer.world_size
         return Experience({"x_0": self._states(batch)}, condition, seeds)
 

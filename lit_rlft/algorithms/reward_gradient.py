@@ -20,15 +20,16 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lit_rlft.algorithms.base import Experience, RewardFineTuner
+from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.gradient_plan import DRTune, GradientMethod, GradientPlan
-from lit_rlft.core.pipeline import Batch, Condition
+from lit_rlft.core.pipeline import Batch, Condition, Pipeline
 from lit_rlft.core.randomness import Generators, generators, seed_from
 from lit_rlft.core.reward import Reward, WeightedSum
-from lit_rlft.core.sampling import walk
+from lit_rlft.core.sampling import Denoiser, Sampler, walk
 from lit_rlft.core.state import State, batch_size, cat, detach, index, leaves
 from lit_rlft.core.streams import Stream
+from lit_rlft.loop.experience import Experience
 
 __all__ = ["GradientWalk", "RewardGradient"]
 
@@ -105,16 +106,16 @@ class RewardGradient(RewardFineTuner):
 
     def collect(self, batch: Batch, condition: Condition) -> Experience:
         """Return the conditions and the seeds; samples are drawn inside the loss."""
-        seeds = self.sample_seeds(batch, 1, Stream.ROLLOUT, self.num_rounds)
+        seeds = self.rollouts.seeds(batch, 1, Stream.ROLLOUT, self.num_rounds)
         self.num_samples += len(condition) * self.num_epochs * self.trainer.world_size
         return Experience(states={}, condition=condition, seeds=seeds)
 
     def loss(self, experience: Experience, noise: Generators) -> tuple[Tensor, dict[str, Tensor]]:
         """Return minus the reward of fresh samples, or its hinge, plus the penalty, [n]."""
-        size, walked = len(experience), GradientWalk(self, self._plan(), experience.condition)
-        x_0 = walked.run(noise)
+        size, walked = len(experience), self._gradient_walk(experience.condition)
+        x_0 = walked.run(self.prior(experience.condition).sample(noise), noise)
         condition = experience.condition.repeat(walked.num_copies)
-        rewards = self.reward_of(self.pipeline.decode(x_0, condition), condition)
+        rewards = self.rollouts.reward_of(self.pipeline.decode(x_0, condition), condition)
         losses = -rewards
         if self.reward_ceiling is not None:
             losses = (self.reward_ceiling - rewards).clamp(min=0)
@@ -133,30 +134,60 @@ class RewardGradient(RewardFineTuner):
         (generator,) = generators([seed_from(self.seed, Stream.PLAN, self.num_updates)])
         return self.method.draw(self.sampler.num_steps, generator)
 
+    def _gradient_walk(self, condition: Condition) -> "GradientWalk":
+        return GradientWalk(
+            self._plan(),
+            condition,
+            self.pipeline,
+            self.sampler,
+            reference=self.reference if self.kl_coef else None,
+            detach_input=self.method.detach_input,
+            recompute=self.gradient_checkpointing == "steps",
+        )
+
 
 class GradientWalk:
     """One walk from noise to x_0 in which some steps carry gradient.
 
     Args:
-        tuner: Whose policy is walked, with its settings.
         plan: Which steps carry gradient.
         condition: n rows.
+        pipeline: Its prediction is walked on.
+        sampler: The grid and the noise of its steps.
+        reference: Its prediction is compared with at trained steps; None compares with none.
+        detach_input: Whether trained steps cut off the graph of their input.
+        recompute: Whether trained steps are run again in the backward pass, to save memory.
 
     Attributes:
         distances: Per trained step, the squared distance to the reference's prediction, [n].
     """
 
-    def __init__(self, tuner: RewardGradient, plan: GradientPlan, condition: Condition) -> None:
-        self.tuner, self.plan, self.condition = tuner, plan, condition
+    def __init__(
+        self,
+        plan: GradientPlan,
+        condition: Condition,
+        pipeline: Pipeline,
+        sampler: Sampler,
+        *,
+        reference: Denoiser | None,
+        detach_input: bool,
+        recompute: bool,
+    ) -> None:
+        self.plan, self.condition = plan, condition
+        self.pipeline, self.sampler, self.reference = pipeline, sampler, reference
+        self.detach_input, self.recompute = detach_input, recompute
         self.num_copies = max(plan.num_copies, 1)
         self.distances: list[Tensor] = []
         self._predictions: dict[int, State] = {}
 
-    def run(self, noise: Generators) -> State:
-        """Return x_0, n rows, or n * num_copies with the copies of a sample side by side."""
-        process, sampler = self.tuner.pipeline.process, self.tuner.sampler
+    def run(self, x_1: State, noise: Generators) -> State:
+        """Walk from x_1, n rows, with one generator each, to x_0.
+
+        Returns:
+            n rows, or n * num_copies with the copies of a sample side by side.
+        """
+        process, sampler = self.pipeline.process, self.sampler
         times = process.times(sampler.num_steps)
-        x_1 = self.tuner.prior(self.condition).sample(noise)
         steps = iter(range(sampler.num_steps, 0, -1))
 
         def denoise(x_t: State, t: Tensor, condition: Condition) -> State:
@@ -164,7 +195,7 @@ class GradientWalk:
             if step in self.plan.trained:
                 return self._trained(x_t, t, condition, step)
             with torch.no_grad():
-                return self.tuner.policy(x_t, t, condition)
+                return self.pipeline(x_t, t, condition)
 
         stop = sampler.num_steps - (self.plan.stop or 0)  # where the walk ends, on the grid
         *_, (_, x) = walk(
@@ -193,23 +224,22 @@ class GradientWalk:
 
     def _trained(self, x_t: State, t: Tensor, condition: Condition, step: int) -> State:
         """Return a prediction that carries gradient to the weights."""
-        tuner = self.tuner
-        x = detach(x_t) if tuner.method.detach_input else x_t
-        if tuner.gradient_checkpointing == "steps":
-            prediction = checkpoint(tuner.policy, x, t, condition, use_reentrant=False)
+        x = detach(x_t) if self.detach_input else x_t
+        if self.recompute:
+            prediction = checkpoint(self.pipeline, x, t, condition, use_reentrant=False)
         else:
-            prediction = tuner.policy(x, t, condition)
+            prediction = self.pipeline(x, t, condition)
         self._predictions[step] = prediction
-        if tuner.kl_coef:
+        if self.reference is not None:
             with torch.no_grad():
-                reference = tuner.reference_policy(detach(x), t, condition)
+                reference = self.reference(detach(x), t, condition)
             distance = _mean_square(prediction, reference)
             self.distances.append(distance.view(len(self.condition), -1).mean(dim=1))
         return prediction
 
     def _last_step_again(self, x_0: State, times: Tensor, noise: Generators) -> State:
         """Noise x_0 to the level before the last step and do that step again, with gradient."""
-        process, size = self.tuner.pipeline.process, len(self.condition)
+        process, size = self.pipeline.process, len(self.condition)
         device = leaves(x_0)[0].device
         t, s = (level.to(device) for level in times[-2:])
         copies = cat(

@@ -33,6 +33,6 @@ class Budget(Callback):
         """Stop the trainer where a limit is reached."""
         assert isinstance(pl_module, RewardFineTuner)
         for name, limit in self.limits.items():
-            spent = getattr(pl_module.cost, name) * trainer.world_size
+            spent = getattr(pl_module.meter.training, name) * trainer.world_size
             if limit is not None and spent >= limit:
                 trainer.should_stop = True

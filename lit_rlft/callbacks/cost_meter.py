@@ -8,7 +8,7 @@ from lightning import LightningModule, Trainer
 
 from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.cost.counters import Cost, now
-from lit_rlft.loop.hooks import Observer
+from lit_rlft.loop.hooks import Hooks
 
 __all__ = ["CostMeter"]
 
@@ -18,7 +18,7 @@ _TEST, _SAMPLE = "test", "sample_"
 Spent = dict[str, float]
 
 
-class CostMeter(Observer):
+class CostMeter(Hooks):
     """Keeps the books by stage ("train", "validate", "test") and phase ("collect", "update", ...).
 
     Counts and seconds are those of this process; operations are of forward passes, and what
@@ -35,24 +35,26 @@ class CostMeter(Observer):
         """Start the test's books afresh."""
         self.books.pop(_TEST, None)
 
-    def on_phase_start(self, tuner: RewardFineTuner, name: str) -> None:
+    def on_phase_start(self, module: LightningModule, name: str) -> None:
         """Note the time and the counters."""
-        self._begun[name] = (now(), replace(tuner.meter))
+        assert isinstance(module, RewardFineTuner)
+        self._begun[name] = (now(), replace(module.meter.current))
 
-    def on_phase_end(self, tuner: RewardFineTuner, name: str, num_samples: int) -> None:
+    def on_phase_end(self, module: LightningModule, name: str, num_samples: int) -> None:
         """Book what was spent since."""
+        assert isinstance(module, RewardFineTuner)
         start, before = self._begun.pop(name)
-        stage = tuner.trainer.state.stage
-        if stage is None or tuner.trainer.sanity_checking:
+        stage, spending = module.trainer.state.stage, module.meter.current
+        if stage is None or module.trainer.sanity_checking:
             return
         page = self.books.setdefault(stage.value, {})
         spent = page.setdefault(name, defaultdict(float))
         # Counted calls happen in whichever arm is sampled first.
-        counting = tuner.meter.counting_seconds - before.counting_seconds
+        counting = spending.counting_seconds - before.counting_seconds
         spent["seconds"] += now() - start - counting
         spent["samples"] += num_samples
         for count in _COUNTS:
-            spent[count] += getattr(tuner.meter, count) - getattr(before, count)
+            spent[count] += getattr(spending, count) - getattr(before, count)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -69,7 +71,7 @@ class CostMeter(Observer):
             seconds = spent["seconds"] - self._before.get(name, 0.0)
             if seconds > 0:
                 pl_module.log(f"time/{name}", seconds)
-        pl_module.log("cost/flops", float(pl_module.cost.flops * trainer.world_size))
+        pl_module.log("cost/flops", float(pl_module.meter.training.flops * trainer.world_size))
 
     def report(self) -> dict[str, Any]:
         """Return the books, and per sample of each arm in the test its calls, operations, time."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,14 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
+from torch import Tensor
 
-from lit_rlft.algorithms.base import Draw, RewardFineTuner
+from lit_rlft.algorithms.base import RewardFineTuner
+from lit_rlft.callbacks.facts import say
+from lit_rlft.callbacks.result_table import result_table
 from lit_rlft.distributed import gather
+from lit_rlft.loop.experience import Draw
 from lit_rlft.runs.before_after import comparison
 from lit_rlft.runs.folder import run_folder, summary_writer
 
@@ -47,34 +51,35 @@ class RunFiles(Callback):
 
     def __init__(self, num_conditions: int = 12) -> None:
         self.num_conditions = num_conditions
+        self._result = ""
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ask for the pictures."""
         assert isinstance(pl_module, RewardFineTuner)
         num_samples = self.num_conditions * pl_module.num_eval_samples
-        pl_module.num_pictures = max(pl_module.num_pictures, num_samples)
+        evaluator = pl_module.evaluator
+        evaluator.num_pictures = max(evaluator.num_pictures, num_samples)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say where everything is."""
         folder = run_folder(trainer)
-        _say(f"run folder: {folder}\nTensorBoard log: tensorboard --logdir {folder}")
+        say(f"run folder: {folder}\nTensorBoard log: tensorboard --logdir {folder}")
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the metrics and the picture."""
         assert isinstance(pl_module, RewardFineTuner)
-        summary = pl_module.evaluation.summary(
-            trainer.world_size, pl_module.set_metrics, errors=True
-        )
-        labels = pl_module.evaluation.tuned.labels.values()
+        evaluator = pl_module.evaluator
+        summary = evaluator.summary(trainer.world_size, errors=True)
+        labels = evaluator.measurements.tuned.labels.values()
         num_samples = sum(gather(sum(map(len, labels)), trainer.world_size))
         for name, values in summary["tuned"].items():
             pl_module.log(f"test/{name}", values["mean"], sync_dist=True)
         if not trainer.is_global_zero:
             return
         folder = run_folder(trainer)
-        cost = pl_module.cost_report()
-        for observer in pl_module.observers:
-            cost |= observer.report()
+        cost = pl_module.meter.report(trainer.world_size)
+        for hooks in pl_module.audience:
+            cost |= hooks.report()
         report = {
             "algorithm": pl_module.algorithm,
             "domain": pl_module.pipeline.name,
@@ -86,10 +91,25 @@ class RunFiles(Callback):
         path = _write_text(folder / "metrics.json", json.dumps(report, indent=2) + "\n")
         picture = self._picture(pl_module, summary, num_samples)
         picture.save(folder / "comparison.png")
-        _say(f"metrics: {path}\npicture: {folder / 'comparison.png'}")
+        title = f"{pl_module.algorithm} on {pl_module.pipeline.name}, {num_samples} samples each"
+        paths = f"picture  {folder / 'comparison.png'}\nmetrics  {path}"
+        self._result = f"\n{title}\n\n{result_table(summary)}\n\n{paths}"
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep what `validate` is to show; within a fit validations are not shown."""
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            summary = _validation_summary(trainer.callback_metrics)
+            self._result = f"\n{result_table(summary)}\n\npanels   {run_folder(trainer) / 'panels'}"
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Show the result, when no progress bar is open any more."""
+        if self._result:
+            say(self._result)
+            self._result = ""
 
     def _picture(self, module: RewardFineTuner, summary: Summary, num_samples: int) -> Image.Image:
-        reference, tuned = module.evaluation.reference, module.evaluation.tuned
+        measurements = module.evaluator.measurements
+        reference, tuned = measurements.reference, measurements.tuned
         batches = sorted(tuned.pictures)
         labels = [label for batch in batches for label in tuned.labels[batch]]
         size = module.num_eval_samples
@@ -145,7 +165,19 @@ class RunFiles(Callback):
             _write_text(folder / "samples.jsonl", "\n".join(lines) + "\n")
             for part in parts:
                 part.unlink()
-        _say(f"samples: {folder / 'samples'}\nsamples.jsonl: {folder / 'samples.jsonl'}")
+        say(f"samples: {folder / 'samples'}\nsamples.jsonl: {folder / 'samples.jsonl'}")
+
+
+def _validation_summary(logged: Mapping[str, Tensor]) -> Summary:
+    """Return the logged means of a validation by arm and metric."""
+    summary: Summary = {}
+    for arm, prefix in (("reference", "val_reference/"), ("tuned", "val/"), ("gain", "val_gain/")):
+        summary[arm] = {
+            key.removeprefix(prefix): {"mean": float(value), "sem": math.nan}
+            for key, value in logged.items()
+            if key.startswith(prefix)
+        }
+    return summary
 
 
 def _without_nan(metrics: dict[str, dict[str, float]]) -> dict[str, dict[str, float | None]]:
@@ -161,8 +193,3 @@ def _write_text(path: Path, text: str) -> Path:
     partial = path.with_suffix(".partial")
     partial.write_text(text)
     return partial.replace(path)
-
-
-@rank_zero_only
-def _say(text: str) -> None:
-    print(text)

@@ -23,20 +23,21 @@ class SamplePanel(Callback):
     def __init__(self, num_samples: int = 24, num_columns: int = 12) -> None:
         self.num_samples, self.num_columns = num_samples, num_columns
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ask for the pictures."""
         assert isinstance(pl_module, RewardFineTuner)
-        pl_module.num_pictures = max(pl_module.num_pictures, self.num_samples)
+        evaluator = pl_module.evaluator
+        evaluator.num_pictures = max(evaluator.num_pictures, self.num_samples)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the panel of what was just drawn."""
         assert isinstance(pl_module, RewardFineTuner)
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
-        evaluation = pl_module.evaluation
+        measurements = pl_module.evaluator.measurements
         arms = [
             torch.cat([arm.pictures[i] for i in sorted(arm.pictures)])[: self.num_samples]
-            for arm in (evaluation.reference, evaluation.tuned)
+            for arm in (measurements.reference, measurements.tuned)
         ]
         panel = before_after(arms[0], arms[1], self.num_columns)
         write_png(panel, run_folder(trainer) / "panels" / f"{pl_module.num_updates:06d}.png")

@@ -1,5 +1,5 @@
-"""The command line: `lit-rlft fit | validate | test | predict`."""
+"""The command line: `lit-rlft fit | validate | test | predict | list`."""
 
-from lit_rlft.cli.app import main
+from lit_rlft.cli.front import main
 
 __all__ = ["main"]

@@ -1,33 +1,53 @@
-"""The command line: `lit-rlft fit | validate | test | predict`."""
+"""The commands that need a model: LightningCLI with a pipeline, a reward and metrics."""
 
 import sys
-import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jsonargparse
+from jsonargparse import Namespace
 from lightning import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.callbacks.cost_meter import CostMeter
+from lit_rlft.callbacks.facts import Facts
 from lit_rlft.callbacks.last_checkpoint import LastCheckpoint
+from lit_rlft.callbacks.progress import progress
 from lit_rlft.callbacks.run_files import RunFiles, SaveConfig
 from lit_rlft.callbacks.sample_panel import SamplePanel
 from lit_rlft.callbacks.self_check import SelfCheck
-from lit_rlft.cli.errors import FALSE_ALARMS, sentence
-from lit_rlft.cli.paths import packaged
+from lit_rlft.cli.errors import sentence
+from lit_rlft.cli.names import with_class_paths
+from lit_rlft.cli.paths import with_config_files
+from lit_rlft.cli.quiet import quieten
+from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Pipeline
 from lit_rlft.core.reward import Metrics, Reward
 from lit_rlft.kit.data import SplitData
 from lit_rlft.loop.checkpoint import check_file
 from lit_rlft.runs.folder import make_folder, trainer_settings
 
-__all__ = ["main"]
+__all__ = ["main", "run"]
+
+_ABOUT = {
+    "fit": "Tune a pretrained model with a reward.",
+    "validate": "Measure the tuned model beside the pretrained one on the validation data.",
+    "test": "Measure both on the test data; write metrics.json and a picture, before and after.",
+    "predict": "Draw samples from the tuned model and write them, with their rewards.",
+}
+_HOW = """
+Give a domain's config (pipeline, reward, metrics, data) and an algorithm's (model), by file or by
+name: `lit-rlft list` shows them. The options of a class: --model.help PGRAFT, --reward.help
+CLIPScore, and likewise --pipeline.help, --data.help. The whole config of a run: --print_config.
+The options below are those that every run has."""
 
 
 class _CLI(LightningCLI):
+    parsed: ClassVar[Namespace | None] = None
+    """The latest command's config, for errors to name its keys."""
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_subclass_arguments(Pipeline, "pipeline", required=True)
         parser.add_subclass_arguments(Reward, "reward", required=True)
@@ -46,13 +66,16 @@ class _CLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         # The base class warns wherever arguments are given, which here they always are.
         self.config = parser.parse_args(args)
-        check_file(self.config[self.config.subcommand].ckpt_path)
+        own = _CLI.parsed = self.config[self.config.subcommand]
+        check_file(own.ckpt_path)
 
     def before_instantiate_classes(self) -> None:
         config = self.config[str(self.subcommand)]
         self.folder = make_folder(config, str(self.subcommand))
         if self.subcommand == "predict":
             config.return_predictions = False  # they are written as they come
+        elif self.subcommand in ("validate", "test"):
+            config.verbose = False  # a table of our own shows the reference too
 
     def after_instantiate_classes(self) -> None:
         if self.subcommand == "fit" and isinstance(self.datamodule, SplitData):
@@ -61,7 +84,14 @@ class _CLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         given = self.config_init[str(self.subcommand)].trainer
-        trainer = super().instantiate_trainer(**trainer_settings(given, self.folder), **kwargs)
+        own = given["callbacks"] or []
+        own = own if isinstance(own, list) else [own]
+        shown, bars = progress(own, given["enable_progress_bar"])
+        settings = trainer_settings(given, self.folder) | {
+            "callbacks": [*own, *shown, Facts()],
+            "enable_progress_bar": bars,
+        }
+        trainer = super().instantiate_trainer(**settings, **kwargs)
         # Of several processes the others would not come to the barrier of a save.
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and trainer.world_size == 1:
@@ -70,32 +100,59 @@ class _CLI(LightningCLI):
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command line; `args` are those of the process unless given."""
-    jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
-    args = [packaged(argument) for argument in (sys.argv[1:] if args is None else args)]
+    """Run a command that needs a model; `args` are those of the process unless given.
+
+    Raises:
+        SystemExit: Something is wrong that the user can change; the message is one sentence.
+    """
+    quieten()
+    words = list(sys.argv[1:] if args is None else args)
     try:
-        with warnings.catch_warnings():
-            for message in FALSE_ALARMS:
-                warnings.filterwarnings("ignore", message)
-            _run(args)
+        words = with_class_paths(with_config_files(words))
+    except UsageError as error:
+        raise SystemExit(f"lit-rlft: error: {error}") from error
+    run(words)
+
+
+def run(words: Sequence[str]) -> None:
+    """Run a command whose configs are files and whose classes have their full paths.
+
+    Raises:
+        SystemExit: Something is wrong that the user can change; the message is one sentence.
+    """
+    _CLI.parsed = None
+    jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    try:
+        _run(list(words))
     except Exception as error:
-        reason = sentence(error)
+        reason = sentence(error, _CLI.parsed)
         if reason is None:
             raise
         raise SystemExit(f"lit-rlft: error: {reason}") from error
 
 
-def _run(args: list[str]) -> None:
+def _run(words: list[str]) -> None:
+    usage = "lit-rlft {} --config DOMAIN --config ALGORITHM [--config TRAINER] [--any.key VALUE]"
+    commands = {
+        name: {"description": about + _HOW, "usage": usage.format(name)}
+        for name, about in _ABOUT.items()
+    }
+    shared = {"parser_mode": "omegaconf+", "exit_on_error": False}
     _CLI(
         RewardFineTuner,
         LightningDataModule,
-        trainer_defaults={"max_epochs": 1, "log_every_n_steps": 1, "num_sanity_val_steps": 0},
+        trainer_defaults={
+            "max_epochs": 1,
+            "log_every_n_steps": 1,
+            "num_sanity_val_steps": 0,
+            "enable_model_summary": False,
+        },
         subclass_mode_model=True,
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         seed_everything_default=0,
         save_config_callback=SaveConfig,
         save_config_kwargs={"save_to_log_dir": False, "overwrite": True},
-        parser_kwargs={"parser_mode": "omegaconf+", "exit_on_error": False},
-        args=args,
+        parser_kwargs={**shared, **{name: own | shared for name, own in commands.items()}},
+        args=words,
     )

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import BadArgument, UsageError
 
 __all__ = [
     "Advantage",
@@ -76,9 +76,8 @@ class GroupAdvantage(Advantage):
     def check(self, num_candidates: int) -> None:
         if num_candidates < 2:
             raise UsageError(
-                f"model.init_args.num_candidates is {num_candidates}, but a group of one has no "
-                "peers; raise it to 2 or more, or set model.init_args.advantage to "
-                "lit_rlft.core.advantage.RunningAdvantage or BatchAdvantage"
+                f"num_candidates is {num_candidates}, but a group of one has no peers; raise it to "
+                "2 or more, or set advantage to RunningAdvantage or BatchAdvantage"
             )
 
     def peers(self, rewards: Tensor, conditions: Sequence[str]) -> list[Tensor]:
@@ -104,10 +103,8 @@ class RunningAdvantage(BatchAdvantage):
 
     def __init__(self, buffer_size: int = 32, min_count: int = 16) -> None:
         if not 2 <= min_count <= buffer_size:
-            raise UsageError(
-                "model.init_args.advantage.init_args: min_count must be at least 2 and at most "
-                f"buffer_size, got {min_count} and {buffer_size}"
-            )
+            rule = f"at least 2 and at most buffer_size ({buffer_size}), got {min_count}"
+            raise BadArgument(self, "min_count", f"must be {rule}")
         self.buffer_size, self.min_count = buffer_size, min_count
         self._buffers: dict[str, deque[float]] = {}
 

@@ -1,9 +1,9 @@
-"""Errors that are the user's to mend."""
+"""Errors that the user can fix."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["UsageError", "loading", "require"]
+__all__ = ["BadArgument", "UsageError", "loading", "require"]
 
 
 class UsageError(ValueError):
@@ -13,10 +13,26 @@ class UsageError(ValueError):
     """
 
 
-def require(holds: bool, setting: str, rule: str) -> None:
-    """Raise UsageError, "model.init_args.<setting> must be <rule>", unless the rule holds."""
+class BadArgument(UsageError):
+    """An argument that cannot be what it is: "TopK: k must be at least 1, got 0".
+
+    The command line writes the argument's key in the config in place of class and argument.
+
+    Args:
+        owner: Whose argument it is.
+        argument: Its name.
+        problem: What is wrong with it, and what to do.
+    """
+
+    def __init__(self, owner: object, argument: str, problem: str) -> None:
+        self.owner, self.argument, self.problem = type(owner).__name__, argument, problem
+        super().__init__(f"{self.owner}: {argument} {problem}")
+
+
+def require(holds: bool, owner: object, argument: str, rule: str) -> None:
+    """Raise BadArgument, "<class of owner>: <argument> must be <rule>", unless the rule holds."""
     if not holds:
-        raise UsageError(f"model.init_args.{setting} must be {rule}")
+        raise BadArgument(owner, argument, f"must be {rule}")
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import require
 from lit_rlft.core.distribution import Distribution, Reduction
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.prior import bounded
@@ -63,6 +63,8 @@ class FlowMLP(nn.Module):
         depth: int = 3,
     ) -> None:
         super().__init__()
+        require(width >= 1, self, "width", f"at least 1, got {width}")
+        require(depth >= 1, self, "depth", f"at least 1, got {depth}")
         self.process = _along_arcs(base)
         self.denoiser: nn.Module = _MLP(flatten(blank).shape[1], num_features, width, depth)
         self.denoiser.to(leaves(blank)[0])
@@ -74,11 +76,11 @@ class FlowMLP(nn.Module):
 
 
 class FlowPrior(Distribution):
-    """The law of what a flow makes of noise, without a density in closed form.
+    """The distribution of what a flow makes of noise, without a density in closed form.
 
     Args:
         flow: The flow.
-        start: The law of the noise it starts from.
+        start: The distribution of the noise it starts from.
         condition: One row per sample.
         sampler: How the flow is discretised.
     """
@@ -123,8 +125,6 @@ class _MLP(nn.Module):
 
     def __init__(self, dims: int, num_features: int, width: int, depth: int) -> None:
         super().__init__()
-        if width < 1 or depth < 1:
-            raise UsageError("model.init_args.width and depth must be at least 1")
         self.first = nn.Linear(dims + num_features + 2 * _NUM_FREQUENCIES, width)
         self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(depth - 1))
         self.last = nn.Linear(width, dims)

@@ -21,7 +21,7 @@ Reduction = Literal["sum", "mean"]
 
 
 class Distribution(ABC):
-    """A law over states with batch dimension B."""
+    """A distribution over states with batch dimension B."""
 
     @property
     @abstractmethod
@@ -69,7 +69,7 @@ class Gaussian(Distribution):
         return torch.full((size,), math.prod(shape), dtype=torch.float64, device=self.loc.device)
 
     def like(self, loc: Tensor, std: Tensor) -> "Gaussian":
-        """Return the law over the same space with another mean and other stds."""
+        """Return the distribution over the same space with another mean and other stds."""
         return Gaussian(loc, std)
 
     def entropy(self, reduction: Reduction = "sum") -> Tensor:

@@ -21,7 +21,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import require
 from lit_rlft.core.state import State, batch_size, flatten, unflatten
 
 __all__ = ["FixedPoint", "Solution"]
@@ -61,12 +61,10 @@ class FixedPoint:
     memory: int = 5
 
     def __post_init__(self) -> None:
-        if self.tolerance < 0:
-            raise UsageError(f"solver.tolerance must be 0 or more, got {self.tolerance}")
-        if self.max_iterations < 1:
-            raise UsageError(f"solver.max_iterations must be at least 1, got {self.max_iterations}")
-        if self.memory < 0:
-            raise UsageError(f"solver.memory must be 0 or more, got {self.memory}")
+        require(self.tolerance >= 0, self, "tolerance", f"0 or more, got {self.tolerance}")
+        iterations = self.max_iterations
+        require(iterations >= 1, self, "max_iterations", f"at least 1, got {iterations}")
+        require(self.memory >= 0, self, "memory", f"0 or more, got {self.memory}")
 
     def solve(self, function: Callable[[State, Tensor], State], start: State) -> Solution:
         """Iterate from `start` until every sample is done or out of iterations.

@@ -1,7 +1,7 @@
 """Which steps of a differentiable walk carry gradient: DRTune and its family in a few lines each.
 
 Steps are counted as in the papers: T is the first, on pure noise, and 1 the last. A plan is drawn
-anew for every update and shared by its samples, so that a step runs either with a graph or without.
+for every update and shared by its samples, so that a step runs either with a graph or without.
 """
 
 from abc import ABC, abstractmethod
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import BadArgument, UsageError
 
 __all__ = ["AlignProp", "DRTune", "DRaFT", "DRaFTLV", "GradientMethod", "GradientPlan", "ReFL"]
 
@@ -49,10 +49,8 @@ class GradientMethod(ABC):
         """Raise UsageError where a sampler of so many steps cannot be trained by this method."""
 
     def _error(self, setting: str, value: int, rule: str) -> UsageError:
-        return UsageError(
-            f"model.init_args.method.init_args.{setting} is {value}, but {type(self).__name__} "
-            f"needs {rule}; change it or model.init_args.sampler.num_steps"
-        )
+        remedy = "change it or sampler.num_steps"
+        return BadArgument(self, setting, f"is {value}, but must be {rule}; {remedy}")
 
 
 class DRTune(GradientMethod):

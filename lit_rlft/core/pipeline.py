@@ -200,8 +200,8 @@ class Pipeline(nn.Module, ABC):
             UsageError: The file cannot be read, or the domain has no format for a LoRA.
         """
         raise UsageError(
-            f"model.init_args.lora.pretrained must be null: {type(self).__name__} has no file "
-            "format for a LoRA; continue a run with --ckpt_path"
+            f"lora.pretrained must be null: {type(self).__name__} has no file format for a LoRA; "
+            "continue a run with --ckpt_path"
         )
 
     def save_samples(

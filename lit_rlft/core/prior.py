@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import require
 from lit_rlft.core.distribution import Gaussian
 
 __all__ = ["FullResolution", "LowRank", "LowResolution", "Maps", "NoisePolicy", "bounded"]
@@ -59,8 +59,7 @@ class LowResolution(Maps):
     """
 
     def __init__(self, size: int = 4) -> None:
-        if size < 1:
-            raise UsageError(f"model.init_args.maps.init_args.size must be at least 1, got {size}")
+        require(size >= 1, self, "size", f"at least 1, got {size}")
         self.size = size
 
     def head(self, width: int, shape: Sequence[int]) -> nn.Module:
@@ -79,8 +78,7 @@ class LowRank(Maps):
     """
 
     def __init__(self, rank: int = 8) -> None:
-        if rank < 1:
-            raise UsageError(f"model.init_args.maps.init_args.rank must be at least 1, got {rank}")
+        require(rank >= 1, self, "rank", f"at least 1, got {rank}")
         self.rank = rank
 
     def head(self, width: int, shape: Sequence[int]) -> nn.Module:
@@ -88,14 +86,14 @@ class LowRank(Maps):
 
 
 class NoisePolicy(nn.Module):
-    """The law N(mu(c), sigma(c)^2) of the initial noise, N(0, I) at the start.
+    """The distribution N(mu(c), sigma(c)^2) of the initial noise, N(0, I) at the start.
 
     Args:
         num_features: Size of the encoding of a condition.
         shape: A sample's shape, without the batch.
         maps: How mu and log sigma are made.
         width: Units of the two hidden layers.
-        conditional: False ignores the features: one law for all conditions.
+        conditional: False ignores the features: one distribution for all conditions.
     """
 
     def __init__(
@@ -108,8 +106,7 @@ class NoisePolicy(nn.Module):
         conditional: bool = True,
     ) -> None:
         super().__init__()
-        if width < 1:
-            raise UsageError(f"model.init_args.width must be at least 1, got {width}")
+        require(width >= 1, self, "width", f"at least 1, got {width}")
         self.num_features, self.shape = num_features, tuple(shape)
         self.maps, self.width, self.conditional = maps, width, conditional
         self.trunk = nn.Sequential(
@@ -118,7 +115,7 @@ class NoisePolicy(nn.Module):
         self.head = maps.head(width, self.shape)
 
     def forward(self, features: Tensor) -> Gaussian:
-        """Return the law of z [B, *shape] for features [B, F], in the network's own precision."""
+        """Return the distribution of z [B, *shape] for features [B, F], in the network's dtype."""
         weight = next(self.parameters())
         # Rounded as in mixed precision, mu would depend on how samples are batched.
         with torch.autocast(weight.device.type, enabled=False):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import BadArgument, UsageError
 from lit_rlft.core.pipeline import Condition, Pipeline
 
 __all__ = ["Metric", "Metrics", "Reward", "SetMetric", "WeightedSum", "check_rewards"]
@@ -108,12 +108,11 @@ class WeightedSum(Reward):
     def __init__(self, rewards: dict[str, Reward], weights: dict[str, float] | None = None) -> None:
         super().__init__()
         if not rewards:
-            raise UsageError("reward.init_args.rewards must name at least one reward")
+            raise BadArgument(self, "rewards", "must name at least one reward")
         unknown = sorted(set(weights or {}) - set(rewards))
         if unknown:
-            raise UsageError(
-                f"reward.init_args.weights names {unknown}, but rewards has {sorted(rewards)}"
-            )
+            problem = f"names {unknown}, but rewards has {sorted(rewards)}"
+            raise BadArgument(self, "weights", problem)
         self.rewards = nn.ModuleDict(rewards)
         self.weights: Mapping[str, float] = {n: (weights or {}).get(n, 1.0) for n in rewards}
         self.differentiable = all(reward.differentiable for reward in rewards.values())

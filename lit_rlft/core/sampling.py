@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, require
 from lit_rlft.core.fixed_point import FixedPoint
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.process import Process
@@ -49,10 +49,8 @@ class Sampler:
     eta: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.num_steps < 1:
-            raise UsageError(f"sampler.num_steps must be at least 1, got {self.num_steps}")
-        if not 0 <= self.eta <= 1:
-            raise UsageError(f"sampler.eta must be in [0, 1], got {self.eta}")
+        require(self.num_steps >= 1, self, "num_steps", f"at least 1, got {self.num_steps}")
+        require(0 <= self.eta <= 1, self, "eta", f"in [0, 1], got {self.eta}")
 
     def sample(
         self,
@@ -86,11 +84,10 @@ class Sampler:
         if not process.invertible:
             raise UsageError(
                 f"the sampler of a {type(process).__name__} cannot be inverted: its steps draw "
-                "from laws, and samples do not tell their noise; use a pipeline with a continuous "
-                "state"
+                "from distributions, and samples do not tell their noise; use a pipeline with a "
+                "continuous state"
             )
-        if self.eta:
-            raise UsageError("sampler.eta must be 0: a sampler that draws noise has no inverse")
+        require(not self.eta, self, "eta", "0: a sampler that draws noise has no inverse")
         x, times = x_0, process.times(self.num_steps).to(leaves(x_0)[0].device)
         residuals = torch.zeros(batch_size(x_0), device=times.device)
         iterations = torch.zeros_like(residuals, dtype=torch.int64)

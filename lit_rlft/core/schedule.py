@@ -46,7 +46,7 @@ class Schedule(nn.Module, ABC):
     def draw_times(self, uniform: Tensor, low: float = 0.0) -> Tensor:
         """Map uniform numbers in [0, 1) to training times in (low, 1], float64.
 
-        The image of the uniform law is the law of t in the model's native loss.
+        The image of the uniform distribution is the distribution of t in the model's native loss.
         """
         return 1 - (1 - low) * uniform.double()
 

@@ -2,9 +2,10 @@ r"""Acceptance rules of generalised rejection sampling.
 
 Per condition, M candidates with rewards R_1..R_M get accept bits C_1..C_M. A rule with
 :math:`P(C_i = 1 \mid x^{(1:M)}) = A(R_i, \hat F_R, x^{(i)})`, non-decreasing in the reward, makes
-the accepted law :math:`p_{acc}(x) \propto p_{ref}(x)\, a(x)` with
-:math:`a(x) = P(C_1 = 1 \mid x^{(1)} = x)`: the law that maximises a reshaped reward under a KL
-penalty to the reference. F below is the CDF of the reward under the reference.
+the accepted distribution :math:`p_{acc}(x) \propto p_{ref}(x)\, a(x)` with
+:math:`a(x) = P(C_1 = 1 \mid x^{(1)} = x)`: the distribution that maximises a
+reshaped reward under a KL penalty to the reference. F below is the CDF of the reward under the
+reference.
 
 References:
     P-GRAFT (2025), https://arxiv.org/abs/2510.02692, section on generalised rejection sampling.
@@ -16,7 +17,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import BadArgument, UsageError, require
 from lit_rlft.core.randomness import Generators, rand_like
 
 __all__ = [
@@ -64,16 +65,13 @@ class TopK(Selection):
     """
 
     def __init__(self, k: int = 1) -> None:
-        if k < 1:
-            raise UsageError(f"selection.init_args.k must be at least 1, got {k}")
+        require(k >= 1, self, "k", f"at least 1, got {k}")
         self.k = k
 
     def check(self, num_candidates: int) -> None:
         if num_candidates < self.k:
-            raise UsageError(
-                f"num_candidates ({num_candidates}) is smaller than the selection's k ({self.k}); "
-                "raise model.init_args.num_candidates or lower k"
-            )
+            problem = f"is {self.k}, more than the {num_candidates} candidates of a condition"
+            raise BadArgument(self, "k", f"{problem}; lower it or raise num_candidates")
 
     def __call__(
         self, rewards: Tensor, keys: Keys | None = None, noise: Generators = None
@@ -127,8 +125,7 @@ class Classical(Selection):
     """
 
     def __init__(self, alpha: float = 1.0, r_max: float = 1.0) -> None:
-        if alpha <= 0:
-            raise UsageError(f"selection.init_args.alpha must be positive, got {alpha}")
+        require(alpha > 0, self, "alpha", f"above 0, got {alpha}")
         self.alpha, self.r_max = alpha, r_max
 
     def __call__(

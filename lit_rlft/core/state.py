@@ -20,6 +20,7 @@ __all__ = [
     "index",
     "leaves",
     "repeat",
+    "slices",
     "split",
     "tensor_of",
     "to",
@@ -90,8 +91,14 @@ def to(state: State, device: torch.device | str) -> State:
 
 def split(state: State, size: int) -> Iterator[State]:
     """Iterate over consecutive chunks of at most `size` rows."""
-    for start in range(0, batch_size(state), size):
-        yield index(state, slice(start, start + size))
+    for rows in slices(batch_size(state), size):
+        yield index(state, rows)
+
+
+def slices(total: int, size: int) -> Iterator[slice]:
+    """Iterate over consecutive ranges of at most `size` of `total` rows."""
+    for start in range(0, total, size):
+        yield slice(start, min(start + size, total))
 
 
 def expand_as(values: Tensor, like: Tensor) -> Tensor:

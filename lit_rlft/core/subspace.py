@@ -46,14 +46,14 @@ class Subspace(ABC):
 
     @abstractmethod
     def gaussian(self, loc: Tensor, std: Tensor, like: Tensor) -> Gaussian:
-        """Return the law of the projection of N(loc, std^2)."""
+        """Return the distribution of the projection of N(loc, std^2)."""
 
     @abstractmethod
     def num_dimensions(self, like: Tensor) -> Tensor:
         """Return how many numbers of each sample are free, float64 [B]."""
 
     def couple(self, noise: Tensor, x: Tensor) -> Tensor:
-        """Return the noise that x is mixed with in training, of the same law up to symmetries."""
+        """Return the noise that x is mixed with in training, equal in distribution by symmetry."""
         return noise
 
 

@@ -4,68 +4,57 @@
 each; what is reported is a fresh sample from it. With a deterministic sampler the two coincide.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
 from lit_rlft.core.pipeline import Condition
-from lit_rlft.core.randomness import generators, seed_from
-from lit_rlft.core.state import State, batch_size, cat, index, leaves, split
+from lit_rlft.core.randomness import seed_from
+from lit_rlft.core.state import State, cat, index, leaves
 from lit_rlft.core.streams import Stream
-
-if TYPE_CHECKING:
-    from lit_rlft.algorithms.base import RewardFineTuner
+from lit_rlft.loop.rollouts import Rollouts
+from lit_rlft.loop.route import Route
 
 __all__ = ["best_of"]
 
 
 def best_of(
-    tuner: RewardFineTuner, condition: Condition, seeds: Sequence[int], num: int
+    rollouts: Rollouts, route: Route, condition: Condition, seeds: Sequence[int], num: int
 ) -> dict[str, State]:
-    """Draw the baselines from the reference.
+    """Draw the baselines.
 
     Args:
-        tuner: Whose reference, sampler and reward are used.
+        rollouts: Draws and scores the candidates.
+        route: The reference's.
         condition: B rows.
-        seeds: B integers; the first candidate of a row is the reference's own sample of that seed.
+        seeds: B integers; the first candidate of a row is the route's own sample of that seed.
         num: n, candidates and reward calls per row.
 
     Returns:
         x_0 [B, ...] of `best_of_<n>_samples` and `best_of_<n>_noise`.
     """
     candidates = condition.repeat(num)
-    own = [
-        s if not j else seed_from(s, Stream.BEST_OF_CANDIDATES, j)
-        for s in seeds
-        for j in range(num)
-    ]
-    ends = (0, tuner.sampler.num_steps)
-    x_1, x_0 = tuner.draw_states(
-        candidates,
-        own,
-        keep=ends,
-        relay=tuner.reference_relay(),
-        prior=tuner.reference_prior,
-        label=f"Sampling (best of {num})",
+    further = Stream.BEST_OF_CANDIDATES
+    own = [seed_from(s, further, j) if j else s for s in seeds for j in range(num)]
+    x_1, x_0 = rollouts.draw(
+        route, candidates, own, keep=(0, route.num_steps), label=f"Sampling (best of {num})"
     )
-    rewards, _ = tuner.score(x_0, candidates)
+    rewards = rollouts.score(x_0, candidates).rewards
     best = rewards.cpu().view(-1, num).argmax(dim=1) + num * torch.arange(len(condition))
     best = best.to(leaves(x_0)[0].device)
     samples = index(x_0, best)
-    deterministic = tuner.sampler.eta == 0 and tuner.pipeline.process.differentiable
-    noise = samples if deterministic else _again(tuner, index(x_1, best), condition, seeds)
+    noise = samples
+    if not route.deterministic:
+        noise = _again(rollouts, route, index(x_1, best), condition, seeds)
     return {f"best_of_{num}_samples": samples, f"best_of_{num}_noise": noise}
 
 
-def _again(tuner: RewardFineTuner, x_1: State, condition: Condition, seeds: Sequence[int]) -> State:
+def _again(
+    rollouts: Rollouts, route: Route, x_1: State, condition: Condition, seeds: Sequence[int]
+) -> State:
     """Walk from x_1 once more, with other noise on the way."""
-    parts, first = [], 0
-    for start in split(x_1, tuner.sampling_batch_size):
-        chunk = slice(first, first := first + batch_size(start))
-        noise = generators([seed_from(seed, Stream.BEST_OF_AGAIN) for seed in seeds[chunk]])
-        process, part = tuner.pipeline.process, condition.index(chunk)
-        parts.append(tuner.sampler.sample(tuner.reference_policy, process, start, part, noise))
+    parts = []
+    for chunk in rollouts.chunks(condition, [seed_from(s, Stream.BEST_OF_AGAIN) for s in seeds]):
+        *_, (_, x_0) = route.walk(chunk.condition, chunk.noise, index(x_1, chunk.rows))
+        parts.append(x_0)
     return cat(parts)

@@ -31,7 +31,7 @@ def compared(
     A standard error is the deviation over sets that are drawn with replacement from the samples,
     the same rows of every model, so that the error of the gain is that of a paired difference.
     Means over such sets are of no use: repeated samples raise FID, KID and MMD. Beside the
-    deviation over 60 independent sets (300 normal vectors in 6 dimensions, two laws) the error was
+    deviation over 60 independent sets (300 normal vectors in 6 dimensions, twice) the error was
     right within 15 % for FID and precision, and up to two thirds too large for recall, whose radii
     shrink where vectors are repeated.
 

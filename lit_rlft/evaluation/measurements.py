@@ -14,7 +14,7 @@ from lit_rlft.evaluation.bootstrap import Features, Moments, compared
 Arm = str
 """The "tuned" model, the "reference", or the name of a baseline."""
 
-__all__ = ["Arm", "Evaluation", "Measured", "moments"]
+__all__ = ["Arm", "Measured", "Measurements", "moments"]
 
 _Batches = dict[int, Tensor]
 
@@ -55,7 +55,7 @@ class Measured:
         return {i: _joined(features) for i, features in self.features.items()}
 
 
-class Evaluation:
+class Measurements:
     """The values of the tuned model, the reference and baselines on the same conditions."""
 
     def __init__(self, reference: Measured | None = None) -> None:

@@ -1,11 +1,15 @@
-"""Entries of data files that cannot be used: left out, counted and listed, or a reason to stop."""
+"""Bad entries of data files: each is left out, counted and listed, or stops the run."""
 
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from lit_rlft.core.checks import UsageError
 
-__all__ = ["BadEntry", "Report"]
+__all__ = ["BadEntry", "Report", "usable"]
+
+E = TypeVar("E")
 
 _MAX_LISTED = 5  # names per kind of fault in the one-line report
 
@@ -31,7 +35,7 @@ class BadEntry:
 
 @dataclass
 class Report:
-    """How many entries of a file were used, and why others were not.
+    """How many entries of a data file are used, and why others are not.
 
     Attributes:
         source: The file.
@@ -39,6 +43,7 @@ class Report:
         strict: Whether the first bad entry stops the run.
         num_kept: Entries used.
         faults: Entries left out, in the file's order.
+        notes: What else there is to say, in phrases.
     """
 
     source: str
@@ -46,6 +51,7 @@ class Report:
     strict: bool = False
     num_kept: int = 0
     faults: list[BadEntry] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def leave_out(self, bad: BadEntry) -> None:
         """Note an entry that cannot be used.
@@ -55,7 +61,7 @@ class Report:
         """
         if self.strict:
             raise UsageError(
-                f"{self.source}: {bad}; mend the file, or set strict to false to leave such "
+                f"{self.source}: {bad}; fix the file, or set strict to false to leave such "
                 f"{self.noun} out"
             )
         self.faults.append(bad)
@@ -68,7 +74,7 @@ class Report:
     def __str__(self) -> str:
         """Return the report in one line, with the first few entries of every kind of fault."""
         total = self.num_kept + len(self.faults)
-        parts = [f"{self.source}: {self.num_kept} of {total} {self.noun} used"]
+        parts = [f"{self.source}: {self.num_kept} of {total} {self.noun} used", *self.notes]
         for kind, count in Counter(bad.kind for bad in self.faults).items():
             names = [bad.name for bad in self.faults if bad.kind == kind][:_MAX_LISTED]
             more = ", ..." if count > _MAX_LISTED else ""
@@ -78,3 +84,25 @@ class Report:
     def listing(self) -> str:
         """Return every entry that was left out, a sentence a line."""
         return "".join(f"{self.source}: {bad}.\n" for bad in self.faults)
+
+
+def usable(
+    entries: Iterable[E | BadEntry], fault: Callable[[E], BadEntry | None], report: Report
+) -> Iterator[E]:
+    """Iterate over the entries that can be used; the report counts them and the others.
+
+    Args:
+        entries: Entries, or what is wrong with one that could not be read.
+        fault: Returns what is wrong with an entry, or None.
+        report: On the file.
+
+    Raises:
+        UsageError: An entry cannot be used, and none may be left out.
+    """
+    for entry in entries:
+        bad = entry if isinstance(entry, BadEntry) else fault(entry)
+        if bad is not None:
+            report.leave_out(bad)
+        elif not isinstance(entry, BadEntry):
+            report.num_kept += 1
+            yield entry

@@ -1,4 +1,4 @@
-"""Arrays made once and kept on disk, memory-mapped from then on."""
+"""Arrays that are made once and kept on disk; later runs map them into memory."""
 
 import os
 import shutil
@@ -14,19 +14,19 @@ from numpy.typing import NDArray
 from lit_rlft.core.checks import UsageError
 from lit_rlft.kit.bad_entries import Report
 
-__all__ = ["cached_folder", "open_arrays", "save_arrays", "user_cache"]
+__all__ = ["cached_folder", "open_arrays", "save_arrays", "save_report", "user_cache"]
 
 _REPORT, _LISTING = "report.txt", "left_out.txt"
 
 
 def user_cache(name: str, given: str | None = None) -> Path:
-    """Return the folder of cached things: the given one, or `lit-rlft/<name>` in the user's."""
+    """Return the given cache folder, or `lit-rlft/<name>` in the user's cache folder."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(given) if given else home / "lit-rlft" / name
 
 
 def cached_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
-    """Return a folder, which appears whole or not at all where it is missing.
+    """Return a folder; where it is missing it is filled first, and appears whole or not at all.
 
     Args:
         folder: Its name tells all that its files depend on.
@@ -68,6 +68,17 @@ def save_arrays(
     """
     for name, values in arrays.items():
         np.save(folder / f"{name}.npy", values)
+    save_report(folder, final, report)
+
+
+def save_report(folder: Path, final: Path, report: Report) -> None:
+    """Write the report in one line, and beside it the list of what was left out.
+
+    Args:
+        folder: Where to write.
+        final: What the folder will be called, for the report.
+        report: On the entries of a file.
+    """
     listing = report.listing()
     more = f"; every one is listed in {final / _LISTING}" if listing else ""
     (folder / _LISTING).write_text(listing, encoding="utf-8")

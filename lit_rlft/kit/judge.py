@@ -1,19 +1,20 @@
 """Rewards that a frozen network decides: how sure it is of "yes"."""
 
-from typing import Literal, Self, get_args
+from typing import Literal, get_args
 
 from torch import Tensor
 from torch.nn import functional
 
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import BadArgument
 from lit_rlft.core.reward import Reward
+from lit_rlft.kit.frozen import Frozen
 
 __all__ = ["Judge", "Output"]
 
 Output = Literal["log_probability", "probability", "logit"]
 
 
-class Judge(Reward):
+class Judge(Frozen, Reward):
     """A differentiable reward from a network's logit of "yes"; always in evaluation mode.
 
     Args:
@@ -29,15 +30,9 @@ class Judge(Reward):
     def __init__(self, output: Output = "log_probability") -> None:
         super().__init__()
         if output not in get_args(Output):
-            raise UsageError(
-                f"reward.init_args.output is {output!r}; use 'log_probability', 'probability' or "
-                "'logit'"
-            )
+            known = "'log_probability', 'probability' or 'logit'"
+            raise BadArgument(self, "output", f"is {output!r}; use {known}")
         self.output = output
-
-    def train(self, mode: bool = True) -> Self:
-        """Stay in evaluation mode."""
-        return super().train(False)
 
     def verdict(self, logits: Tensor) -> Tensor:
         """Return what `output` says of logits [B], [B]."""

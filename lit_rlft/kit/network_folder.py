@@ -1,6 +1,7 @@
-"""A network in a folder: its architecture as JSON beside its weights as safetensors."""
+"""Pretrained networks: found by name, folder or hub id; kept as JSON and safetensors."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,11 +10,59 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-__all__ = ["CONFIG", "WEIGHTS", "load_weights", "read_settings", "save_network"]
+from lit_rlft.core.checks import UsageError, loading
+
+__all__ = [
+    "CONFIG",
+    "WEIGHTS",
+    "check_one_given",
+    "load_pretrained",
+    "load_weights",
+    "read_settings",
+    "save_network",
+]
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 N = TypeVar("N", bound=nn.Module)
+T = TypeVar("T")
+
+
+def load_pretrained(
+    pretrained: str,
+    embedded: Path,
+    read: Callable[[str], T],
+    *,
+    kind: str,
+    give: str,
+    key: str = "pipeline.init_args.pretrained",
+) -> T:
+    """Return what `read` makes of a folder or file, an embedded model's name, or a hub id.
+
+    Args:
+        pretrained: What the user gave. A path that exists comes before an embedded model.
+        embedded: Folder of the models that ship with the domain, by their names.
+        read: Reads a path; gets `pretrained` itself where neither of the two exists.
+        kind: What is read, with its article, e.g. "a layout model".
+        give: What to give instead, for the message.
+        key: The setting, for the message.
+
+    Raises:
+        UsageError: Reading failed.
+    """
+    shipped = embedded / pretrained
+    source = str(shipped) if not Path(pretrained).exists() and shipped.exists() else pretrained
+    with loading(f"{key}: {pretrained!r} could not be loaded as {kind}; give {give}"):
+        return read(source)
+
+
+def check_one_given(pretrained: str | None, architecture: object | None) -> None:
+    """Raise UsageError where a pretrained network and sizes of a new one are both given."""
+    if pretrained is not None and architecture is not None:
+        raise UsageError(
+            "pipeline.init_args: pretrained and architecture exclude each other; set pretrained "
+            "to null to train a network of your own"
+        )
 
 
 def save_network(network: nn.Module, folder: Path, dtype: torch.dtype) -> list[Path]:

@@ -1,25 +1,20 @@
 """What a checkpoint holds: trained weights, counters, and which pretrained model they belong to."""
 
-from __future__ import annotations
-
 import hashlib
 import pickle
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from lit_rlft.core.checks import UsageError
 
-if TYPE_CHECKING:
-    from lit_rlft.algorithms.base import RewardFineTuner
-
-__all__ = ["check_file", "fingerprint", "reduce", "restore"]
+__all__ = ["check_file", "fingerprint", "read", "reduce", "trained_shapes"]
 
 _LIGHTNING_NAMES = ("last", "best", "hpc")
 """What Lightning looks up by itself."""
-_COUNTERS = ("num_rounds", "num_samples", "num_updates")
 
 
 def check_file(path: str | None) -> None:
@@ -49,21 +44,35 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def reduce(checkpoint: dict[str, Any], tuner: RewardFineTuner) -> None:
-    """Drop the frozen weights; add counters, running statistics and the fingerprint."""
+def trained_shapes(module: nn.Module, trained: Iterable[nn.Parameter]) -> dict[str, torch.Size]:
+    """Return the shapes of a module's trained parameters by their names in its checkpoints."""
+    ids = {id(parameter) for parameter in trained}
+    return {name: p.shape for name, p in module.named_parameters() if id(p) in ids}
+
+
+def reduce(checkpoint: dict[str, Any], trained: Collection[str], ours: Mapping[str, Any]) -> None:
+    """Drop the frozen weights from a checkpoint; add what a resumed run has to know.
+
+    Args:
+        checkpoint: As Lightning made it.
+        trained: Names of the weights to keep.
+        ours: What to add, plain data: at least "pretrained" and "pipeline", which `read` compares.
+    """
     state = checkpoint["state_dict"]
-    checkpoint["state_dict"] = {name: state[name] for name in _trained_names(tuner)}
-    checkpoint["lit_rlft"] = {
-        "pretrained": tuner.pretrained,
-        "pipeline": tuner.pipeline.name,
-        "cost": tuner.cost.as_dict(),
-        **{name: getattr(tuner, name) for name in _COUNTERS},
-        **{name: part.state_dict() for name, part in tuner.statistics().items()},
-    }
+    checkpoint["state_dict"] = {name: state[name] for name in trained}
+    checkpoint["lit_rlft"] = dict(ours)
 
 
-def restore(checkpoint: dict[str, Any], tuner: RewardFineTuner) -> None:
-    """Restore the counters and the running statistics.
+def read(
+    checkpoint: Mapping[str, Any], pretrained: str, pipeline: str, shapes: Mapping[str, torch.Size]
+) -> dict[str, Any]:
+    """Return what `reduce` added to a checkpoint that belongs to this model.
+
+    Args:
+        checkpoint: As it was loaded.
+        pretrained: Fingerprint of the pretrained denoiser.
+        pipeline: Name of the pipeline.
+        shapes: Of what is trained, by name.
 
     Raises:
         UsageError: The checkpoint belongs to another pretrained model or another adapter.
@@ -71,25 +80,14 @@ def restore(checkpoint: dict[str, Any], tuner: RewardFineTuner) -> None:
     ours = checkpoint.get("lit_rlft")
     if ours is None:
         raise UsageError("--ckpt_path is no checkpoint of lit-rlft: it names no pipeline")
-    if ours["pretrained"] != tuner.pretrained:
+    if ours["pretrained"] != pretrained:
         raise UsageError(
             f"--ckpt_path was tuned from other weights ({ours['pipeline']!r}) than this pipeline "
-            f"has ({tuner.pipeline.name!r}); set pipeline.init_args to what it was tuned from"
+            f"has ({pipeline!r}); set pipeline.init_args to what it was tuned from"
         )
-    own = tuner.state_dict()
-    expected = {name: own[name].shape for name in _trained_names(tuner)}
-    if {name: value.shape for name, value in checkpoint["state_dict"].items()} != expected:
+    if {name: value.shape for name, value in checkpoint["state_dict"].items()} != shapes:
         raise UsageError(
             "--ckpt_path holds other trained weights than this model has; use the algorithm and "
             "the lora settings (rank, targets) it was trained with"
         )
-    for name in _COUNTERS:
-        setattr(tuner, name, ours[name])
-    for name, part in tuner.statistics().items():
-        part.load_state_dict(ours.get(name, {}))
-    vars(tuner.cost).update(ours["cost"])
-
-
-def _trained_names(tuner: RewardFineTuner) -> list[str]:
-    trained = {id(p) for p in tuner.trainable().parameters() if p.requires_grad}
-    return [name for name, p in tuner.named_parameters() if id(p) in trained]
+    return ours

@@ -1,21 +1,21 @@
 """Callbacks that watch a round from inside, where Lightning has no hooks."""
 
-from __future__ import annotations
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
-
-from lightning import Callback
+from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from lit_rlft.algorithms.base import Experience, RewardFineTuner
+from lit_rlft.core.randomness import Generators
+from lit_rlft.loop.experience import Experience
+from lit_rlft.loop.updates import Loss
 
-__all__ = ["Observer"]
+__all__ = ["Audience", "Hooks"]
 
 
-class Observer(Callback):
-    """A callback that `RewardFineTuner` also tells what it collects, computes and is about to do.
+class Hooks(Callback):
+    """A callback that also hears what a round collects, computes and is about to do.
 
     Raising an error in any of these methods stops the run before the weights change again.
 
@@ -29,24 +29,24 @@ class Observer(Callback):
         """Return what belongs under "cost" in metrics.json, by name."""
         return {}
 
-    def on_phase_start(self, tuner: RewardFineTuner, name: str) -> None:
+    def on_phase_start(self, module: LightningModule, name: str) -> None:
         """See a part of the work begin: "collect", "update", "sample_tuned", "measure", ..."""
 
-    def on_phase_end(self, tuner: RewardFineTuner, name: str, num_samples: int) -> None:
+    def on_phase_end(self, module: LightningModule, name: str, num_samples: int) -> None:
         """See it end, also by an error.
 
         Args:
-            tuner: Whose work it is.
+            module: Whose work it is.
             name: What it was.
             num_samples: Samples that were drawn in it, where that is what it is for.
         """
 
-    def on_experience(self, tuner: RewardFineTuner, experience: Experience) -> None:
+    def on_experience(self, module: LightningModule, experience: Experience) -> None:
         """See what a round collected, before it is trained on."""
 
     def on_losses(
         self,
-        tuner: RewardFineTuner,
+        module: LightningModule,
         part: Experience,
         losses: Tensor,
         values: Mapping[str, Tensor],
@@ -54,16 +54,66 @@ class Observer(Callback):
         """See the losses [n] of some terms, and what is logged of them, before the backward pass.
 
         Args:
-            tuner: Whose loss it is.
+            module: Whose loss it is.
             part: The terms, not empty.
             losses: [n], with their graph.
             values: By name, [n].
         """
 
-    def on_gradients(self, tuner: RewardFineTuner, norm: float) -> None:
+    def on_gradients(self, module: LightningModule, norm: float) -> None:
         """See an update's gradients, summed over processes, before they are clipped and applied.
 
         Args:
-            tuner: Whose parameters have them.
+            module: Whose parameters have them.
             norm: Over all of them.
         """
+
+
+class Audience:
+    """The callbacks of a trainer that are `Hooks`, told one after the other.
+
+    Args:
+        module: What they are told of.
+        trainer: Whose callbacks; None has none.
+    """
+
+    def __init__(self, module: LightningModule, trainer: Trainer | None) -> None:
+        self.module = module
+        callbacks = getattr(trainer, "callbacks", [])
+        self._hooks = [callback for callback in callbacks if isinstance(callback, Hooks)]
+
+    def __iter__(self) -> Iterator[Hooks]:
+        """Iterate over those that are enabled."""
+        return iter([hooks for hooks in self._hooks if hooks.enabled])
+
+    @contextmanager
+    def phase(self, name: str, num_samples: int = 0) -> Iterator[None]:
+        """Tell what the time within the block is spent on."""
+        for hooks in self:
+            hooks.on_phase_start(self.module, name)
+        try:
+            yield
+        finally:
+            for hooks in self:
+                hooks.on_phase_end(self.module, name, num_samples)
+
+    def on_experience(self, experience: Experience) -> None:
+        """Tell what a round collected."""
+        for hooks in self:
+            hooks.on_experience(self.module, experience)
+
+    def watched(self, loss: Loss) -> Loss:
+        """Return a loss whose values are told whenever it is computed."""
+
+        def told(part: Experience, noise: Generators) -> tuple[Tensor, dict[str, Tensor]]:
+            losses, values = loss(part, noise)
+            for hooks in self:
+                hooks.on_losses(self.module, part, losses, values)
+            return losses, values
+
+        return told
+
+    def on_gradients(self, norm: float) -> None:
+        """Tell the norm of an update's gradients."""
+        for hooks in self:
+            hooks.on_gradients(self.module, norm)

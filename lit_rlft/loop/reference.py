@@ -11,15 +11,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from torch import nn
+from torch import Tensor, nn
 
-from lit_rlft.core.checks import UsageError
-from lit_rlft.core.pipeline import Pipeline
+from lit_rlft.core.checks import UsageError, require
+from lit_rlft.core.pipeline import Condition, Pipeline
+from lit_rlft.core.state import State
 
-__all__ = ["LoRA", "Reference", "attach_lora"]
+__all__ = ["LoRA", "Reference", "adapt", "attach_lora"]
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,7 @@ class LoRA:
     pretrained: str | None = None
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise UsageError(f"lora.rank must be at least 1, got {self.rank}")
+        require(self.rank >= 1, self, "rank", f"at least 1, got {self.rank}")
 
 
 def attach_lora(pipeline: Pipeline, lora: LoRA) -> None:
@@ -97,10 +98,10 @@ def _misfit(path: str, what: str, setting: str) -> UsageError:
 
 
 class Reference(nn.Module):
-    """Switches a pipeline to its frozen pretrained denoiser for the length of a block.
+    """The frozen pretrained model: a pipeline with its adapter switched off, or a frozen copy.
 
     Args:
-        pipeline: The pipeline to switch.
+        pipeline: The pipeline that is tuned.
         adapted: Whether its denoiser carries an adapter; otherwise a frozen copy is made, unless
             the denoiser is frozen itself and so its own reference.
     """
@@ -108,14 +109,22 @@ class Reference(nn.Module):
     def __init__(self, pipeline: Pipeline, *, adapted: bool) -> None:
         super().__init__()
         layers = pipeline.denoiser.modules() if adapted else ()
-        # A tuple, so that the adapted layers are not registered as modules of this one.
+        # In tuples, so that they are not registered as modules of this one.
+        self._pipeline = (pipeline,)
         self._layers = tuple(layer for layer in layers if isinstance(layer, BaseTunerLayer))
         moves = not adapted and any(p.requires_grad for p in pipeline.denoiser.parameters())
         self.frozen = copy.deepcopy(pipeline.denoiser).requires_grad_(False) if moves else None
 
+    def forward(self, x_t: State, t: Tensor, condition: Condition) -> State:
+        """Return the prediction of the frozen pretrained model."""
+        (pipeline,) = self._pipeline
+        with self.active():
+            return pipeline(x_t, t, condition)
+
     @contextmanager
-    def active(self, pipeline: Pipeline) -> Iterator[None]:
+    def active(self) -> Iterator[None]:
         """Within the block the pipeline's denoiser is the reference."""
+        (pipeline,) = self._pipeline
         if self.frozen is not None:
             tuned, pipeline.denoiser = pipeline.denoiser, self.frozen
             try:
@@ -133,3 +142,21 @@ class Reference(nn.Module):
         for layer in self._layers:
             # peft's own switch also toggles requires_grad; forward reads this flag alone.
             layer._disable_adapters = not enabled
+
+
+def adapt(pipeline: Pipeline, lora: LoRA | None, seed: int) -> Reference:
+    """Attach an adapter to a pipeline, or leave all of its denoiser to tune; return its reference.
+
+    Args:
+        pipeline: The pipeline.
+        lora: The adapter; None for none.
+        seed: Of the adapter's first weights.
+
+    Raises:
+        UsageError: The adapter does not fit (`attach_lora`).
+    """
+    if lora is not None:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            attach_lora(pipeline, lora)
+    return Reference(pipeline, adapted=lora is not None)

@@ -1,51 +1,59 @@
 """What a round writes to the log, averaged over its updates and over processes."""
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 
 from lit_rlft.distributed import gather
 from lit_rlft.loop.updates import is_maximum
-from lit_rlft.runs.folder import summary_writer
 
-if TYPE_CHECKING:
-    from lit_rlft.algorithms.base import Experience, RewardFineTuner
-
-__all__ = ["log_round", "round_means"]
+__all__ = ["Outcomes", "log_round", "round_means", "write_round"]
 
 Outcomes = Sequence[Mapping[str, float]]
 """Values of each update of a round, by name."""
 
 
-def log_round(tuner: RewardFineTuner, experience: Experience, outcomes: Outcomes) -> None:
-    """Log a round's means, learning rate and costs; histograms and reward curves go to TensorBoard.
+def log_round(
+    log: Callable[..., None], means: Mapping[str, float], spent: Mapping[str, int]
+) -> None:
+    """Log a round's means under `train/` and what was spent so far under `cost/`.
 
     Args:
-        tuner: Whose round it was; all its processes take part.
-        experience: What was collected.
-        outcomes: Of the round's updates.
+        log: Takes a name and a value, as `LightningModule.log`.
+        means: Of the round, by name.
+        spent: "samples", "reward_calls" and "denoiser_calls".
     """
-    world_size = tuner.trainer.world_size
-    means = round_means(experience.metrics, outcomes, world_size)
     for name, value in means.items():
-        tuner.log(f"train/{name}", value, prog_bar=name in ("reward", "loss"))
-    tuner.log("train/learning_rate", tuner.trainer.optimizers[0].param_groups[0]["lr"])
-    reward_calls = tuner.cost.reward_calls * world_size
-    tuner.log("cost/samples", float(tuner.num_samples))
-    tuner.log("cost/reward_calls", float(reward_calls))
-    tuner.log("cost/denoiser_calls", float(tuner.cost.denoiser_calls * world_size))
-    writer = summary_writer(tuner)
-    if writer is None:
-        return
-    for name, values in experience.histograms.items():
+        log(f"train/{name}", value, prog_bar=name in ("reward", "loss"))
+    for name, number in spent.items():
+        log(f"cost/{name}", float(number))
+
+
+def write_round(
+    writer: SummaryWriter,
+    means: Mapping[str, float],
+    spent: Mapping[str, int],
+    histograms: Mapping[str, Tensor],
+    num_updates: int,
+) -> None:
+    """Write a round's histograms, and its reward over samples and over reward calls.
+
+    Args:
+        writer: Of TensorBoard.
+        means: Of the round, by name.
+        spent: "samples" and "reward_calls" so far.
+        histograms: Values to show, by name.
+        num_updates: Optimiser steps so far.
+    """
+    for name, values in histograms.items():
         if values.numel():
-            writer.add_histogram(f"train/{name}", values.cpu(), tuner.num_updates)
+            writer.add_histogram(f"train/{name}", values.cpu(), num_updates)
     if "reward" in means:
-        writer.add_scalar("train/reward_by_samples", means["reward"], tuner.num_samples)
-        writer.add_scalar("train/reward_by_reward_calls", means["reward"], reward_calls)
+        for axis in ("samples", "reward_calls"):
+            writer.add_scalar(f"train/reward_by_{axis}", means["reward"], spent[axis])
 
 
 def round_means(

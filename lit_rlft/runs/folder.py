@@ -1,4 +1,4 @@
-"""Where a run writes: its folder, its TensorBoard log, its progress bar."""
+"""Where a run writes: its folder and its TensorBoard log."""
 
 import os
 from collections.abc import Mapping
@@ -7,7 +7,6 @@ from typing import Any
 
 from jsonargparse import Namespace
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.tensorboard import SummaryWriter
 
@@ -39,16 +38,10 @@ def make_folder(config: Namespace, stage: str) -> Path:
 
 
 def trainer_settings(given: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Complete the trainer's settings: the run's folder, its logger, and a progress bar."""
+    """Complete the trainer's settings: the run's folder and its logger."""
     settings: dict[str, Any] = {"default_root_dir": given["default_root_dir"] or str(folder)}
     if given["logger"] in (None, True):
         settings["logger"] = TensorBoardLogger(folder.parent, name=folder.name, version="")
-    callbacks = given["callbacks"] or []
-    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-    shown = given["enable_progress_bar"] is not False
-    if shown and not any(isinstance(callback, ProgressBar) for callback in callbacks):
-        # Lightning prefers rich where it is installed, whose live display fights nested bars.
-        settings["callbacks"] = [*callbacks, TQDMProgressBar()]
     return settings
 
 

@@ -126,7 +126,7 @@ def test_the_last_step_is_that_of_diffusers(
     pairs = rollout.trajectories.pairs(torch.full((num,), STEPS - 1), torch.arange(num))
     x_t, x_s, t, s = (tensor_of(pairs[name]) for name in ("x_t", "x_s", "t", "s"))
     with torch.no_grad():
-        prediction = tuner.policy(x_t, t, rollout.condition)
+        prediction = tuner.pipeline(x_t, t, rollout.condition)
     law = tuner.pipeline.process.transition(prediction, x_t, t, s, 1.0)
     assert isinstance(law, Gaussian)
     scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler", steps_offset=offset)
@@ -190,13 +190,13 @@ def test_the_reference_of_a_continued_lora_is_the_pretrained_model(
     fit(tiny_stable_diffusion(size=SIZE), "run", model__init_args__optimizer__init_args__lr=0.02)
     plain = tuner_of(tiny_stable_diffusion(size=SIZE), Colourfulness())
     tuner = tuner_of(tiny_stable_diffusion(size=SIZE), Colourfulness())
-    tuner.lora, tuner.reference = LoRA(2, 6, pretrained="runs/run/tuned"), None
+    tuner.lora, tuner.pretrained = LoRA(2, 6, pretrained="runs/run/tuned"), ""
     tuner.setup("fit")
     condition = tuner.pipeline.encode({"prompt": PROMPTS})
     x_t = torch.randn(2, *tensor_of(tuner.pipeline.blank(condition)).shape[1:])
     with torch.no_grad():
         t = torch.full((2,), 0.5, dtype=torch.float64)
-        expected = tensor_of(plain.policy(x_t, t, condition))
-        reference = tensor_of(tuner.reference_policy(x_t, t, condition))
+        expected = tensor_of(plain.pipeline(x_t, t, condition))
+        reference = tensor_of(tuner.reference(x_t, t, condition))
         torch.testing.assert_close(reference, expected, rtol=1e-5, atol=1e-6)
-        assert (tensor_of(tuner.policy(x_t, t, condition)) - expected).abs().max() > 1e-3
+        assert (tensor_of(tuner.pipeline(x_t, t, condition)) - expected).abs().max() > 1e-3

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from domains.text_to_image.pipeline import TextToImagePipeline
 from domains.text_to_image.rewards import Symmetry
-from lit_rlft.algorithms.base import Experience
 from lit_rlft.algorithms.ddpo import DDPO
 from lit_rlft.core.distribution import Gaussian
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.process import GaussianProcess, PredictionType
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.schedule import DiscreteVP, vp_betas
+from lit_rlft.loop.experience import Experience
 
 STEPS = 10
 SCHEDULE = DiscreteVP(vp_betas(), steps_offset=1, ends_at_zero=False)

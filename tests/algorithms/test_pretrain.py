@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
 
+from domains.gaussian_mixture.closed_form.mixture import MEANS, STDS, WEIGHTS
 from domains.gaussian_mixture.data import MixtureData
-from domains.gaussian_mixture.mixture import MEANS, STDS, WEIGHTS
 from domains.gaussian_mixture.pipeline import GaussianMixturePipeline
 from domains.gaussian_mixture.rewards import Coordinate
 from domains.text_to_image.pipeline import TextToImagePipeline

@@ -17,7 +17,6 @@ from domains.gaussian_mixture.pipeline import GaussianMixturePipeline
 from domains.gaussian_mixture.rewards import ComponentIndicator, Quadratic
 from domains.text_to_image.pipeline import TextToImagePipeline
 from domains.text_to_image.rewards import Symmetry
-from lit_rlft.algorithms.base import Experience
 from lit_rlft.algorithms.reward_gradient import RewardGradient
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.gradient_plan import (
@@ -34,6 +33,7 @@ from lit_rlft.core.randomness import generators
 from lit_rlft.core.reward import WeightedSum
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.state import tensor_of
+from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.reference import LoRA
 
 T, SIZE, SEEDS = 6, 5, tuple(range(5))
@@ -213,7 +213,7 @@ def test_a_detached_input_has_no_gradient(update: int) -> None:
     tuner = tuner_of(DRTune(k=2, m=3))
     tuner.num_updates = update
     plan, leaf = drawn_plan(tuner), torch.empty(0)
-    prior, policy = tuner.prior, tuner.policy
+    prior, policy = tuner.prior, tuner.pipeline.forward
 
     class Leaf:
         def sample(self, rows: Any) -> Tensor:
@@ -230,8 +230,9 @@ def test_a_detached_input_has_no_gradient(update: int) -> None:
         return policy(x_t, t, condition)
 
     tuner.prior = lambda condition: Leaf()  # type: ignore[method-assign,assignment,return-value]
-    tuner.policy = seen  # type: ignore[method-assign]
+    tuner.pipeline.forward = seen  # type: ignore[method-assign]
     losses, _ = tuner.loss(experience_of(tuner), generators(SEEDS))
+    del tuner.pipeline.forward
     x_0, _ = walk_by_hand(tuner, (), plan.stop, detach_input=True)
     assert plan.stop is not None
     t, _ = level_pair(tuner, T - plan.stop)
@@ -251,14 +252,14 @@ def test_a_detached_input_has_no_gradient(update: int) -> None:
 def test_steps_without_gradient_build_no_graph(method: GradientMethod) -> None:
     tuner = tuner_of(method)
     graphs: list[bool] = []
-    policy = tuner.policy
+    policy = tuner.pipeline.forward
 
     def counted(*arguments: Any) -> Any:
         prediction = policy(*arguments)
         graphs.append(prediction.requires_grad)
         return prediction
 
-    tuner.policy = counted  # type: ignore[method-assign]
+    tuner.pipeline.forward = counted  # type: ignore[method-assign]
     tuner.loss(experience_of(tuner), generators(SEEDS))
     plan = drawn_plan(tuner)
     if isinstance(method, DRaFTLV):
@@ -328,7 +329,7 @@ def test_refl_trains_its_stop() -> None:
 @pytest.mark.parametrize(
     ("method", "named"),
     [
-        (DRTune(k=0), "init_args.k is 0"),
+        (DRTune(k=0), "DRTune: k is 0"),
         (DRTune(k=16, m=11), "1 <= k <= 15"),
         (DRTune(m=25), "1 <= m < the sampler's 25 steps"),
         (DRaFT(26), "1 <= k <= the sampler's 25 steps"),
@@ -387,14 +388,14 @@ def test_the_penalty_is_the_distance_to_the_reference(method: GradientMethod) ->
         with torch.no_grad():
             each.pipeline.denoiser.means[:] += 0.1
     pairs: list[Tensor] = []
-    reference = tuner.reference_policy
+    reference = tuner.reference.forward
 
     def compared(x_t: Any, t: Tensor, condition: Any) -> Any:
         prediction = tensor_of(reference(x_t, t, condition))
-        pairs.append(tensor_of(tuner.policy(x_t, t, condition)).detach() - prediction)
+        pairs.append(tensor_of(tuner.pipeline(x_t, t, condition)).detach() - prediction)
         return prediction
 
-    tuner.reference_policy = compared  # type: ignore[method-assign]
+    tuner.reference.forward = compared  # type: ignore[method-assign]
     losses, values = tuner.loss(experience_of(tuner), generators(SEEDS))
     unpenalised, _ = plain.loss(experience_of(plain), generators(SEEDS))
     squares = [pair.square().mean(dim=1).view(SIZE, -1).mean(dim=1) for pair in pairs]
@@ -415,7 +416,7 @@ def test_the_reference_does_not_run_without_a_penalty() -> None:
 def test_the_pull_on_each_step_is_its_gradient(method: GradientMethod) -> None:
     tuner = tuner_of(method, log_depth=True)
     found: list[tuple[Tensor, Tensor]] = []
-    policy = tuner.policy
+    policy = tuner.pipeline.forward
 
     def kept(x_t: Any, t: Tensor, condition: Any) -> Any:
         prediction = tensor_of(policy(x_t, t, condition))
@@ -424,7 +425,7 @@ def test_the_pull_on_each_step_is_its_gradient(method: GradientMethod) -> None:
             found.append((t, prediction))
         return prediction
 
-    tuner.policy = kept  # type: ignore[method-assign]
+    tuner.pipeline.forward = kept  # type: ignore[method-assign]
     losses, values = tuner.loss(experience_of(tuner), generators(SEEDS))
     (losses.sum() * 64).backward()  # as a gradient scaler would
     logged = {int(name.rpartition("/")[2]): v for name, v in values.items() if "grad_norm" in name}
@@ -495,7 +496,7 @@ def test_the_unconditional_half_can_be_detached(tiny: Callable[..., RewardGradie
         return u + scale * (pipeline.predict(x_t, t, condition) - u)
 
     losses, both = pictured(whole)
-    whole.policy = by_hand  # type: ignore[method-assign]
+    whole.pipeline.forward = by_hand  # type: ignore[method-assign]
     _, expected = pictured(whole)
     found_losses, found = pictured(conditional)
     torch.testing.assert_close(found_losses, losses, rtol=1e-5, atol=1e-7)
@@ -539,6 +540,6 @@ def test_every_method_reaches_the_optimum_of_a_quadratic_reward(method: Gradient
         condition = experience_of(tuner, 256).condition
         noise = generators(range(256))
         x_1 = tuner.prior(condition).sample(noise)
-        x_0 = tuner.sampler.sample(tuner.policy, tuner.pipeline.process, x_1, condition)
+        x_0 = tuner.sampler.sample(tuner.pipeline, tuner.pipeline.process, x_1, condition)
         reached = float(tuner.reward(x_0, condition).mean())
     assert means[0] < -2.0 and reached > -0.1

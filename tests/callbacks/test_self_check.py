@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from domains.gaussian_mixture.data import MixtureData
 from domains.gaussian_mixture.pipeline import GaussianMixturePipeline
 from domains.gaussian_mixture.rewards import Coordinate
-from lit_rlft.algorithms.base import Experience, RewardFineTuner
+from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.algorithms.ddpo import DDPO
 from lit_rlft.algorithms.graft import GRAFT
 from lit_rlft.algorithms.noise_ppo import NoisePPO
@@ -29,6 +29,7 @@ from lit_rlft.core.randomness import Generators
 from lit_rlft.core.reward import Reward
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.state import State
+from lit_rlft.loop.experience import Experience
 from tests.support import arguments, checkpoint, trainer_of, working_directory
 
 FAMILY: dict[str, Callable[..., RewardFineTuner]] = {
@@ -177,7 +178,7 @@ def test_half_precision_is_named(tmp_path: Path) -> None:
     trainer = trainer_of(
         default_root_dir=tmp_path, callbacks=[SelfCheck(ratio_tolerance=0)], precision="bf16-mixed"
     )
-    own = tuner.policy
+    own = tuner.pipeline.forward
 
     def rounded(x: State, t: Tensor, condition: Condition) -> State:
         prediction = own(x, t, condition)
@@ -185,7 +186,7 @@ def test_half_precision_is_named(tmp_path: Path) -> None:
         # What another kernel's rounding amounts to.
         return prediction * (1 + 2**-8 * (len(condition) == 1))
 
-    tuner.policy = rounded  # type: ignore[method-assign]
+    tuner.pipeline.forward = rounded  # type: ignore[method-assign]
     with pytest.raises(UsageError, match=r"give model.init_args.sampling_batch_size and"):
         trainer.fit(tuner, MixtureData(num_train=8, batch_size=8))
 

@@ -114,5 +114,5 @@ def test_fields_of_a_state_are_solved_together() -> None:
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings: dict, name: str) -> None:
-    with pytest.raises(UsageError, match=rf"solver\.{name}"):
+    with pytest.raises(UsageError, match=rf"FixedPoint: {name}"):
         FixedPoint(**settings)

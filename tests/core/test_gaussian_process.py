@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from domains.gaussian_mixture.mixture import Mixture
+from domains.gaussian_mixture.closed_form.mixture import Mixture
 from domains.gaussian_mixture.pipeline import GaussianMixtureDenoiser
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition

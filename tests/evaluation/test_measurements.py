@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_rlft.evaluation.measurements import Evaluation, moments
+from lit_rlft.evaluation.measurements import Measurements, moments
 from lit_rlft.runs.before_after import before_after, comparison
 
 NAN = float("nan")
@@ -15,7 +15,7 @@ def pictures(num: int, size: tuple[int, int] = (8, 8), seed: int = 0) -> Tensor:
     return torch.randint(0, 255, (num, 3, *size), dtype=torch.uint8, generator=generator)
 
 
-def added(evaluation: Evaluation, arm: str, batch: int, **values: list[float]) -> None:
+def added(evaluation: Measurements, arm: str, batch: int, **values: list[float]) -> None:
     columns = {name: torch.tensor(column) for name, column in values.items()}
     num = len(next(iter(columns.values())))
     shown = torch.full((num, 3, 2, 2), batch / 10)
@@ -42,7 +42,7 @@ def test_moments_leave_out_what_does_not_apply(
 
 def test_gain_is_the_paired_difference() -> None:
     """The same large spread in both arms cancels: the error is that of the differences."""
-    evaluation = Evaluation()
+    evaluation = Measurements()
     added(evaluation, "reference", 0, r=[0.0, 100.0], only=[1.0, 2.0])
     added(evaluation, "reference", 1, r=[50.0], only=[3.0])
     added(evaluation, "tuned", 1, r=[51.0])  # batches in any order
@@ -56,21 +56,21 @@ def test_gain_is_the_paired_difference() -> None:
 
 
 def test_gain_is_over_pairs_known_in_both_arms() -> None:
-    evaluation = Evaluation()
+    evaluation = Measurements()
     added(evaluation, "reference", 0, r=[1.0, NAN, 3.0, NAN])
     added(evaluation, "tuned", 0, r=[2.0, 5.0, NAN, NAN])
     assert evaluation.summary(1)["gain"]["r"]["mean"] == 1.0
-    other = Evaluation()
+    other = Measurements()
     added(other, "reference", 0, r=[1.0])
     added(other, "tuned", 0, r=[2.0, 5.0])
     assert "r" not in other.summary(1)["gain"]
 
 
 def test_reference_is_kept_for_the_next_evaluation() -> None:
-    first = Evaluation()
+    first = Measurements()
     added(first, "reference", 3, r=[1.0])
     added(first, "tuned", 3, r=[2.0])
-    second = Evaluation(first.reference)
+    second = Measurements(first.reference)
     assert second.reference.has(3) and not second.tuned.has(3)
     added(second, "tuned", 3, r=[4.0])
     assert second.summary(1)["gain"]["r"]["mean"] == 3.0
@@ -78,7 +78,7 @@ def test_reference_is_kept_for_the_next_evaluation() -> None:
 
 
 def test_processes_are_summarised_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    evaluation = Evaluation()
+    evaluation = Measurements()
     added(evaluation, "reference", 0, r=[1.0])
     added(evaluation, "tuned", 0, r=[2.0, 4.0])
     other = {"tuned": {"r": torch.tensor([9.0])}, "reference": {}, "gain": {}}
@@ -90,11 +90,11 @@ def test_processes_are_summarised_together(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_nothing_measured() -> None:
-    assert Evaluation().summary(1) == {"tuned": {}, "reference": {}, "gain": {}}
+    assert Measurements().summary(1) == {"tuned": {}, "reference": {}, "gain": {}}
 
 
 def test_pictures_are_kept_as_bytes_and_values_off_the_graph() -> None:
-    evaluation = Evaluation()
+    evaluation = Measurements()
     value = torch.tensor([0.5, 1.0], requires_grad=True)
     shown = torch.tensor([-0.5, 0.5, 1.0, 2.0]).expand(2, 3, 1, 4).requires_grad_()
     evaluation.add("tuned", 0, {"r": value}, shown, ["a", "b"])

@@ -73,8 +73,8 @@ def test_counters_and_fingerprint_travel(tmp_path: Path) -> None:
     data = MixtureData(num_train=8, batch_size=8)
     resumed.fit(second, data, ckpt_path=str(tmp_path / "file.ckpt"))
     assert (second.num_rounds, second.num_samples, second.num_updates) == (2, 16, 2)
-    assert second.cost.denoiser_calls == 2 * first.cost.denoiser_calls
-    assert second.cost.seconds > first.cost.seconds
+    assert second.meter.training.denoiser_calls == 2 * first.meter.training.denoiser_calls
+    assert second.meter.training.seconds > first.meter.training.seconds
 
 
 def test_the_fingerprint_tells_weights_apart() -> None:

@@ -5,21 +5,19 @@ looks up the maps of just the shapes and colours that are asked for, so what it 
 prompt holds for all of them.
 """
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from domains.text_to_image.shapes.world import COLORS, RELATIONS, SHAPES, Prompt, Requirement
+from lit_rlft.kit.network_folder import load_weights, read_settings, save_network
 
 __all__ = ["Architecture", "Classifier", "encode"]
 
-_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _NO_SHAPE, _ANY_COLOR, _NO_RELATION = len(SHAPES), len(COLORS), len(RELATIONS)
 _NUM_COUNTS = 4
 _NOWHERE = -8.0  # log-probability of an absent shape
@@ -165,32 +163,13 @@ class Classifier(nn.Module):
         return torch.cat([likeliest, areas, covered, extra, relation], dim=1)
 
     def save(self, folder: Path) -> None:
-        """Write weights in half precision and the architecture."""
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {name: value.half().contiguous() for name, value in self.state_dict().items()}
-        save_file(state, folder / _WEIGHTS, metadata={"format": "pt"})
-        text = json.dumps(asdict(self.architecture), indent=2) + "\n"
-        (folder / _CONFIG).write_text(text, encoding="utf-8")
+        """Write architecture and fp16 weights."""
+        save_network(self, folder, torch.float16)
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """Read what `save` wrote, as float32 whatever the default dtype.
-
-        Raises:
-            OSError: A file is missing.
-            ValueError: The configuration is none of this class.
-            RuntimeError: The weights do not fit the configuration.
-        """
-        settings = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-        try:
-            architecture = Architecture(**settings)
-        except TypeError as error:
-            raise ValueError(f"{_CONFIG} holds {settings}, no widths of a Classifier") from error
-        state = {name: value.float() for name, value in load_file(folder / _WEIGHTS).items()}
-        model = cls(architecture)
-        # Assigned, not copied: a half-precision default dtype would round them.
-        model.load_state_dict(state, assign=True)
-        return model.float()
+        """Read what `save` wrote, in single precision whatever the default dtype."""
+        return load_weights(cls(Architecture(**read_settings(folder))), folder)
 
 
 class _Residual(nn.Module):

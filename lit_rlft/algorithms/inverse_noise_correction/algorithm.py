@@ -1,6 +1,6 @@
 r"""Inverse noise correction: a small flow learns the noise that a frozen flow makes the data of.
 
-The deterministic sampler of a flow is an invertible map T from noise to data. The law of
+The deterministic sampler of a flow is an invertible map T from noise to data. The distribution of
 :math:`T^{-1}(x_0)` over the data is the one that T takes to the data's own, whatever is wrong with
 the model, and
 
@@ -16,16 +16,19 @@ References:
 """
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
-from lit_rlft.algorithms.base import Experience, Relay, RewardFineTuner
+from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.algorithms.inverse_noise_correction.fingerprint import alike, probe
-from lit_rlft.algorithms.inverse_noise_correction.inversion import Inversion
+from lit_rlft.algorithms.inverse_noise_correction.inversion import Inversion, NoisyData
 from lit_rlft.algorithms.inverse_noise_correction.noise_store import InvertedNoise
 from lit_rlft.core.checks import UsageError, loading, require
 from lit_rlft.core.corrector import Flow, FlowMLP, FlowPrior
@@ -35,7 +38,9 @@ from lit_rlft.core.randomness import Generators, generators, rand_like, seed_fro
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.state import State, flatten, leaves, tree_map
 from lit_rlft.core.streams import Stream
-from lit_rlft.cost.counters import Cost
+from lit_rlft.loop.experience import Experience
+from lit_rlft.loop.route import Route
+from lit_rlft.runs.folder import run_folder, summary_writer
 
 __all__ = ["InverseNoiseCorrection"]
 
@@ -44,7 +49,7 @@ _CARD = "corrector.json"
 
 
 class InverseNoiseCorrection(RewardFineTuner):
-    """Inverts the training data through the frozen sampler once, then learns the law of that noise.
+    """Inverts the training data through the frozen sampler once, then learns that noise's prior.
 
     What is learned belongs to the base and its number of steps, which checkpoints and exported
     correctors name and are held to; the corrector's own number of steps is free. The reward only
@@ -104,13 +109,16 @@ class InverseNoiseCorrection(RewardFineTuner):
             )
         require(
             self.sampler.eta == 0,
+            self,
             "sampler.eta",
             f"0 for {self.algorithm}: a sampler that draws noise has no inverse",
         )
-        require(self.lora is None, "lora", f"null: {self.algorithm} leaves the denoiser as it is")
-        require(self.corrector_steps >= 1, "corrector_steps", "at least 1")
-        require(self.data_noise >= 0, "data_noise", "0 or more")
-        require(self.shard_size >= 1, "shard_size", "at least 1")
+        require(
+            self.lora is None, self, "lora", f"null: {self.algorithm} leaves the denoiser as it is"
+        )
+        for name in ("corrector_steps", "width", "depth", "shard_size"):
+            require(getattr(self, name) >= 1, self, name, "at least 1")
+        require(self.data_noise >= 0, self, "data_noise", "0 or more")
 
     def build(self) -> None:
         """Freeze the pipeline; make the corrector, or check that the given one fits."""
@@ -139,12 +147,12 @@ class InverseNoiseCorrection(RewardFineTuner):
         return self.corrector.denoiser
 
     def prior(self, condition: Condition) -> FlowPrior:
-        """Return the law of what the corrector makes of the process's own noise."""
+        """Return the distribution of what the corrector makes of the process's own noise."""
         start = self.reference_prior(condition)
         return FlowPrior(self.corrector, start, condition, Sampler(self.corrector_steps))
 
-    def relay(self) -> Relay:
-        return self.reference_relay()
+    def route(self) -> Route:
+        return replace(self.reference_route(), prior=self.prior)
 
     def base_probe(self) -> list[float]:
         """Return numbers by which the base sampler is known: of its samples from fixed noise."""
@@ -152,12 +160,9 @@ class InverseNoiseCorrection(RewardFineTuner):
             condition = self.pipeline.example().repeat(_NUM_PROBES)
             noise = generators([seed_from(Stream.BASE_PROBE, i) for i in range(_NUM_PROBES)])
             self.pipeline.eval()
-            meter, self._meter = self._meter, Cost()  # looking costs nothing
-            with torch.no_grad():
+            with torch.no_grad(), self.meter.unbilled():
                 x_1 = self.reference_prior(condition).sample(noise)
-                process = self.pipeline.process
-                x_0 = self.sampler.sample(self.reference_policy, process, x_1, condition)
-            self._meter = meter
+                x_0 = self.sampler.sample(self.reference, self.pipeline.process, x_1, condition)
             self._base_probe = probe(x_0)
         return self._base_probe
 
@@ -171,10 +176,23 @@ class InverseNoiseCorrection(RewardFineTuner):
         self.eval()
         loader = self.trainer.train_dataloader
         assert loader is not None
-        inversion = Inversion(self, loader.dataset, loader.collate_fn)
-        with self.phase("invert"), torch.no_grad():
-            self._noise = inversion.run()
-        inversion.tell()
+        inversion = self.inversion(loader.dataset, loader.collate_fn)
+        ranks = (self.trainer.global_rank, self.trainer.world_size)
+        with self.audience.phase("invert"), torch.no_grad():
+            base = self._identity()
+            self._noise = inversion.run(base, *ranks, self.rollouts.track)
+        numbers = inversion.tell()
+        if (writer := summary_writer(self)) is not None:
+            for name, value in numbers.items():
+                writer.add_scalar(f"inversion/{name}", value, self.num_updates)
+
+    def inversion(self, rows: Dataset[Any], collate: Callable[[list[Any]], Any]) -> Inversion:
+        """Return the inversion of a data set's rows; the column "index" of row i is i."""
+        data = NoisyData(self.pipeline, rows, collate, std=self.data_noise, seed=self.seed)
+        folder = Path(self.noise_folder or run_folder(self.trainer) / "inverted_noise")
+        store = InvertedNoise(folder, len(data), self.shard_size)
+        size = self.sampling_batch_size
+        return Inversion(data, store, self.reference, self.sampler, self.solver, size)
 
     def on_validation_start(self) -> None:
         """Check that the corrector is one for this base."""
@@ -193,7 +211,7 @@ class InverseNoiseCorrection(RewardFineTuner):
         assert self._noise is not None
         like = self.pipeline.blank(condition)
         x_1 = tree_map(lambda held, own: held.to(own), self._noise.read(batch["index"].cpu()), like)
-        seeds = self.sample_seeds(batch, 1, Stream.DATA, self.num_rounds)
+        seeds = self.rollouts.seeds(batch, 1, Stream.DATA, self.num_rounds)
         self.num_samples += len(seeds) * self.trainer.world_size
         power = float(flatten(x_1).double().square().mean())
         return Experience({"x_1": x_1}, condition, seeds, {"noise_power": power})
@@ -228,7 +246,13 @@ class InverseNoiseCorrection(RewardFineTuner):
         (folder / _CARD).write_text(json.dumps(self._base(), indent=2) + "\n")
         return [*written, folder / _CARD]
 
+    def _identity(self) -> dict[str, Any]:
+        """Return what tells the frozen sampler from others, for noise on disk."""
+        steps, probes = self.sampler.num_steps, self.base_probe()
+        return {"pretrained": self.pretrained, "num_steps": steps, "sampler": probes}
+
     def _base(self) -> dict[str, Any]:
+        """Return the same for checkpoints and exported correctors."""
         return {"base_steps": self.sampler.num_steps, "base_probe": self.base_probe()}
 
     def _features(self, condition: Condition) -> Tensor:

@@ -1,4 +1,4 @@
-"""Numbers by which states are known again, also by another machine's arithmetic."""
+"""Fingerprints of states that tolerate rounding differences between machines."""
 
 from collections.abc import Sequence
 

@@ -1,12 +1,9 @@
 """Inverts the training data of inverse noise correction, shared out among processes, once."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import chain
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -15,25 +12,89 @@ from torch.utils.data import Dataset
 from lit_rlft.algorithms.inverse_noise_correction.fingerprint import alike, probe
 from lit_rlft.algorithms.inverse_noise_correction.noise_store import InvertedNoise
 from lit_rlft.core.checks import UsageError
-from lit_rlft.core.pipeline import Condition
+from lit_rlft.core.fixed_point import FixedPoint
+from lit_rlft.core.pipeline import Condition, Pipeline
 from lit_rlft.core.randomness import generators, seed_from
-from lit_rlft.core.state import State, cat, flatten, tree_map
+from lit_rlft.core.sampling import Denoiser, Sampler
+from lit_rlft.core.state import State, cat, flatten, slices, tree_map
 from lit_rlft.core.streams import Stream
 from lit_rlft.distributed import gather, together
-from lit_rlft.runs.folder import run_folder, summary_writer
+from lit_rlft.loop.rollouts import Track
 
-if TYPE_CHECKING:
-    from lit_rlft.algorithms.inverse_noise_correction import InverseNoiseCorrection
-
-__all__ = ["Inversion"]
+__all__ = ["Inversion", "NoisyData"]
 
 _NUM_PROBES = 64
+
+
+class NoisyData:
+    """The states of a data set's rows, with noise that depends on the row alone.
+
+    Args:
+        pipeline: Encodes them.
+        rows: The data set; the column "index" of row i is i.
+        collate: From a list of rows to a batch.
+        std: Standard deviation of the noise; 0 adds none.
+        seed: Of the noise.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        rows: Dataset[Any],
+        collate: Callable[[list[Any]], Any],
+        *,
+        std: float,
+        seed: int,
+    ) -> None:
+        self.pipeline, self.rows, self.collate = pipeline, rows, collate
+        self.std, self.seed = std, seed
+
+    def __len__(self) -> int:
+        return len(self.rows)  # type: ignore[arg-type]
+
+    def read(self, rows: Sequence[int]) -> tuple[State, Condition]:
+        """Return x_0, with its noise, and the condition of some rows.
+
+        Raises:
+            UsageError: The data do not number their rows.
+        """
+        pipeline = self.pipeline
+        batch = self.collate([self.rows[row] for row in rows])
+        if batch["index"].tolist() != list(rows):
+            raise UsageError(
+                "InverseNoiseCorrection needs data whose column 'index' is the row's number, which "
+                "lit_rlft.kit.data.Rows adds"
+            )
+        condition, x_0 = pipeline.encode(batch), pipeline.states(batch)
+        if not self.std:
+            return x_0, condition
+        keys = generators([seed_from(self.seed, Stream.DATA_NOISE, row) for row in rows])
+        # From the prior, which knows what of a state is noisy at all.
+        noise = pipeline.process.prior(pipeline.blank(condition)).sample(keys)
+        noisy = tree_map(lambda x, e: x + self.std * e, x_0, noise)
+        given = pipeline.given(condition)
+        if given is not None:
+            noisy = tree_map(lambda fixed, x, e: x.where(fixed, e), given, x_0, noisy)
+        return noisy, condition
+
+    def probe(self, rows: Sequence[int], chunk_size: int) -> list[float] | None:
+        """Return numbers that tell these rows from others; None where they differ each time."""
+        first, again = (self._probe(rows, chunk_size) for _ in range(2))
+        return first if alike(first, again) else None
+
+    def _probe(self, rows: Sequence[int], chunk_size: int) -> list[float]:
+        numbers = []
+        for chunk in slices(len(rows), chunk_size):
+            x_0, condition = self.read(rows[chunk])
+            features = self.pipeline.features(condition)
+            numbers += probe({"x_0": flatten(x_0), "features": features.to(flatten(x_0))})
+        return numbers
 
 
 class Inversion:
     """From the rows of a data set to stored noise that the frozen sampler makes them of.
 
-    Noise on disk is used again where it belongs to the same sampler and the same data, and was made
+    Noise on disk is reused where it belongs to the same sampler and the same data, and was made
     by the same solver or is as exact as the present one asks for.
 
     Data are recognised by their number and by projections of x_0, with its condition's features, of
@@ -42,64 +103,73 @@ class Inversion:
     differ when they are read again are not compared at all.
 
     Args:
-        tuner: Whose sampler and settings.
-        rows: The data set; the column "index" of row i is i.
-        collate: From a list of rows to a batch.
+        data: What is inverted.
+        store: Where its noise goes.
+        denoiser: The frozen model.
+        sampler: What is inverted.
+        solver: How each step is inverted.
+        chunk_size: Rows at a time, which bounds the memory.
     """
 
     def __init__(
         self,
-        tuner: InverseNoiseCorrection,
-        rows: Dataset[Any],
-        collate: Callable[[list[Any]], Any],
+        data: NoisyData,
+        store: InvertedNoise,
+        denoiser: Denoiser,
+        sampler: Sampler,
+        solver: FixedPoint,
+        chunk_size: int,
     ) -> None:
-        self.tuner, self.rows, self.collate = tuner, rows, collate
-        self.num_rows = len(rows)  # type: ignore[arg-type]
-        folder = Path(tuner.noise_folder or run_folder(tuner.trainer) / "inverted_noise")
-        self.store = InvertedNoise(folder, self.num_rows, tuner.shard_size)
+        self.data, self.store, self.denoiser = data, store, denoiser
+        self.sampler, self.solver, self.chunk_size = sampler, solver, chunk_size
 
-    def run(self) -> InvertedNoise:
-        """Invert what is missing; wait for the other processes' shards, or stop with them."""
-        store, tuner = self.store, self.tuner
-        world, rank = tuner.trainer.world_size, tuner.trainer.global_rank
-        with together(world):
+    def run(
+        self, base: Mapping[str, Any], rank: int, world_size: int, track: Track
+    ) -> InvertedNoise:
+        """Invert what is missing; wait for the other processes' shards, or stop with them.
+
+        Args:
+            base: Values that JSON can hold, which tell the frozen sampler from others.
+            rank: This process.
+            world_size: Number of processes, all of which take part.
+            track: Shows the progress.
+        """
+        store = self.store
+        with together(world_size):
             if rank == 0:
-                store.claim(self.identity())
-        with together(world):
-            own = range(rank, store.num_shards, world)
+                store.claim({**base, **self.identity()})
+        with together(world_size):
+            own = range(rank, store.num_shards, world_size)
             lacking = [shard for shard in own if not self._usable(shard)]
-        missing = sorted(chain.from_iterable(gather(lacking, world)))
-        with together(world):
+        missing = sorted(chain.from_iterable(gather(lacking, world_size)))
+        with together(world_size):
             # Shared out only now: whoever has many finished shards has no less to do.
-            for i, shard in enumerate(tuner.track(missing[rank::world], "Inverting")):
+            for i, shard in enumerate(track(missing[rank::world_size], "Inverting")):
                 x_1, notes = self.invert(store.rows(shard))
                 store.write(shard, x_1, notes, store.num_shards - len(missing) + i)
         return store
 
     def identity(self) -> dict[str, Any]:
-        """Return what inverted noise depends on, and numbers by which sampler and data are known.
+        """Return what inverted noise depends on beside the base: the data and their noise.
 
         The solver is not part of it: how exact noise is, is known shard by shard.
         """
-        tuner = self.tuner
-        number = min(self.num_rows, max(_NUM_PROBES, self.store.num_shards))
-        chosen = [i * (self.num_rows - 1) // max(1, number - 1) for i in range(number)]
-        first, again = self._probe(chosen), self._probe(chosen)
-        return {
-            "pretrained": tuner.pretrained,
-            "num_steps": tuner.sampler.num_steps,
-            "data_noise": tuner.data_noise,
-            "sampler": tuner.base_probe(),
-            "data": first if alike(first, again) else None,
-        }
+        total = len(self.data)
+        number = min(total, max(_NUM_PROBES, self.store.num_shards))
+        chosen = [i * (total - 1) // max(1, number - 1) for i in range(number)]
+        probes = self.data.probe(chosen, self.chunk_size)
+        return {"data_noise": self.data.std, "data": probes}
 
     def invert(self, rows: range) -> tuple[State, dict[str, Any]]:
-        """Return the inverted noise of some rows of the data, and how well it inverts them."""
-        tuner, parts = self.tuner, []
-        for first in range(rows.start, rows.stop, tuner.sampling_batch_size):
-            x_0, condition = self.data(rows[first - rows.start :][: tuner.sampling_batch_size])
-            args = (tuner.reference_policy, tuner.pipeline.process, x_0, condition, tuner.solver)
-            parts.append(tuner.sampler.invert(*args))
+        """Return the inverted noise of some rows of the data, and how well it inverts them.
+
+        Raises:
+            UsageError: It is not finite.
+        """
+        process, parts = self.data.pipeline.process, []
+        for chunk in slices(len(rows), self.chunk_size):
+            x_0, condition = self.data.read(rows[chunk])
+            parts.append(self.sampler.invert(self.denoiser, process, x_0, condition, self.solver))
         x_1 = cat([part.x_1 for part in parts])
         residuals = torch.cat([part.residuals for part in parts])
         if not flatten(x_1).isfinite().all():
@@ -111,74 +181,45 @@ class Inversion:
         iterations = torch.cat([part.iterations for part in parts]).double()
         return x_1, {
             "num_rows": len(rows),
-            "solver": asdict(tuner.solver),
+            "solver": asdict(self.solver),
             "residual": float(residuals.max()),
-            "iterations": float(iterations.mean()) / tuner.sampler.num_steps,
-            "unconverged": int((residuals > tuner.solver.tolerance).sum()),
+            "iterations": float(iterations.mean()) / self.sampler.num_steps,
+            "unconverged": int((residuals > self.solver.tolerance).sum()),
             "noise_power": float(flatten(x_1).double().square().mean()),
         }
 
-    def data(self, rows: Sequence[int]) -> tuple[State, Condition]:
-        """Return x_0, with its noise, and the condition of some rows."""
-        tuner, pipeline = self.tuner, self.tuner.pipeline
-        batch = self.collate([self.rows[row] for row in rows])
-        if batch["index"].tolist() != list(rows):
-            raise UsageError(
-                f"{tuner.algorithm} needs data whose column 'index' is the row's number, which "
-                "lit_rlft.kit.data.Rows adds"
-            )
-        condition, x_0 = pipeline.encode(batch), pipeline.states(batch)
-        if not tuner.data_noise:
-            return x_0, condition
-        keys = generators([seed_from(tuner.seed, Stream.DATA_NOISE, row) for row in rows])
-        # From the prior, which knows what of a state is noisy at all.
-        noise = tuner.reference_prior(condition).sample(keys)
-        noisy = tree_map(lambda x, e: x + tuner.data_noise * e, x_0, noise)
-        given = pipeline.given(condition)
-        if given is not None:
-            noisy = tree_map(lambda fixed, x, e: x.where(fixed, e), given, x_0, noisy)
-        return noisy, condition
+    def tell(self) -> dict[str, float]:
+        """Say how well the data are inverted; warn where the iterations do not contract.
 
-    def tell(self) -> None:
-        """Report how well the data are inverted; warn where the iterations do not contract."""
-        store, tolerance = self.store, self.tuner.solver.tolerance
+        Returns:
+            Numbers to log, by name.
+        """
+        store, tolerance = self.store, self.solver.tolerance
         notes, total = list(store.all_notes()), store.num_rows
         means = {
             name: sum(note[name] * note["num_rows"] for note in notes) / total
             for name in ("iterations", "noise_power")
         }
         worst = max(note["residual"] for note in notes)
-        # What another solver made is within the tolerance, or it would have been made anew.
+        # What another solver made is within the tolerance, or it would have been inverted again.
         failed = sum(note["unconverged"] for note in notes if note["residual"] > tolerance)
         rank_zero_info(
             f"inverted noise of {total} rows in {store.folder}: residual at most {worst:.2g}, "
             f"{means['iterations']:.1f} iterations a step, mean square {means['noise_power']:.3f}"
         )
-        writer = summary_writer(self.tuner)
-        if writer is not None:
-            values = {**means, "residual": worst, "unconverged": failed / total}
-            for name, value in values.items():
-                writer.add_scalar(f"inversion/{name}", value, self.tuner.num_updates)
         if failed:
             rank_zero_warn(
                 f"the inversion of {failed / total:.1%} of the data does not converge (residual "
-                f"{worst:.2g} after {self.tuner.solver.max_iterations} iterations, tolerance "
+                f"{worst:.2g} after {self.solver.max_iterations} iterations, tolerance "
                 f"{tolerance:.2g}): steps are too long for the model there; raise "
                 "model.init_args.sampler.num_steps, or data_noise where data lie on a manifold, "
                 "or solver.tolerance where the model computes in half precision"
             )
+        return {**means, "residual": worst, "unconverged": failed / total}
 
     def _usable(self, shard: int) -> bool:
         """Return whether a shard is there and as exact as the present solver would make it."""
         if not self.store.finished(shard):
             return False
-        notes, solver = self.store.notes(shard), self.tuner.solver
+        notes, solver = self.store.notes(shard), self.solver
         return notes["solver"] == asdict(solver) or notes["residual"] <= solver.tolerance
-
-    def _probe(self, rows: Sequence[int]) -> list[float]:
-        numbers = []
-        for first in range(0, len(rows), self.tuner.sampling_batch_size):
-            x_0, condition = self.data(rows[first : first + self.tuner.sampling_batch_size])
-            features = self.tuner.pipeline.features(condition)
-            numbers += probe({"x_0": flatten(x_0), "features": features.to(flatten(x_0))})
-        return numbers

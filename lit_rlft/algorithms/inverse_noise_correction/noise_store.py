@@ -1,8 +1,8 @@
-"""The inverted noise of a data set on disk: shards that are checked, read in place and mended.
+"""The inverted noise of a data set on disk: shards that are checked, read in place and repaired.
 
 A shard is one `.npy` file per field, float32, and a JSON file with notes and checksums, which is
 written last. What the noise belongs to is in `noise.json`. A shard counts where its checksums are
-right and its notes name what `noise.json` names; whatever else there is, is made anew.
+right and its notes name what `noise.json` names; everything else is inverted again.
 """
 
 import errno
@@ -51,8 +51,8 @@ class InvertedNoise:
     def claim(self, identity: Mapping[str, Any]) -> None:
         """Note what the noise belongs to, or check that it belongs to just that.
 
-        Where the note is damaged it is written anew. Shards that were made for just this identity,
-        to the last digit, count again then; others are made anew.
+        A damaged note is written again. Shards that were made for just this identity,
+        to the last digit, count again then; others are inverted again.
 
         Args:
             identity: Values that JSON can hold; numbers in lists may differ by rounding.

@@ -1,4 +1,4 @@
-"""A flow along arcs, for laws that are nearly normal."""
+"""A flow along arcs, for distributions that are nearly normal."""
 
 import math
 

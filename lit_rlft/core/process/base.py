@@ -27,13 +27,13 @@ class Process(nn.Module, ABC):
 
     @abstractmethod
     def prior(self, blank: State) -> Distribution:
-        """Return the law of x_1 for the shape, dtype and device of `blank`."""
+        """Return the distribution of x_1 for the shape, dtype and device of `blank`."""
 
     @abstractmethod
     def transition(
         self, prediction: State, x_t: State, t: Tensor, s: Tensor, eta: float
     ) -> Distribution:
-        """Return the law of x_s given x_t under the denoiser; eta 0 is deterministic."""
+        """Return the distribution of x_s given x_t under the denoiser; eta 0 is deterministic."""
 
     def inverted(self, prediction: State, x_t: State, x_s: State, t: Tensor, s: Tensor) -> State:
         """Return a better guess of the state that the deterministic transition takes to x_s.
@@ -64,7 +64,7 @@ class Process(nn.Module, ABC):
     def loss(self, prediction: State, x_s: State, x_t: State, s: Tensor, t: Tensor) -> Tensor:
         """Return the denoising loss [B] at x_t for data known at level s.
 
-        Its minimiser over predictions is the exact denoiser of the law of x_s carried to level t.
+        Its minimiser is the exact denoiser of the distribution of x_s carried to level t.
         At s = 0 it is the model's native loss.
         """
 

@@ -65,7 +65,7 @@ class MaskedProcess(Process):
     def transition(
         self, prediction: State, x_t: State, t: Tensor, s: Tensor, eta: float
     ) -> Categorical:
-        """Return the law of x_s given x_t; the masked process has one sampler, `eta` is unused."""
+        """Return the distribution of x_s given x_t; there is one sampler, `eta` is unused."""
         x, logits = tensor_of(x_t), tensor_of(prediction).float()
         before, after = self._hidden(t), self._hidden(s)
         share = (before - after) / before.clamp(min=torch.finfo(t.dtype).tiny)
@@ -76,8 +76,8 @@ class MaskedProcess(Process):
             parts.append(torch.full_like(unmask, -torch.inf))
         shown = self._one_hot(x).log()
         hidden = torch.cat(parts, dim=-1)
-        law = torch.where((x == self.mask).unsqueeze(-1), hidden, shown)
-        return Categorical(law, self._num_positions(x))
+        log_probs = torch.where((x == self.mask).unsqueeze(-1), hidden, shown)
+        return Categorical(log_probs, self._num_positions(x))
 
     def denoised(self, prediction: State, x_t: State, t: Tensor) -> Tensor:
         """Return x_t with each hidden position set to its most likely class."""

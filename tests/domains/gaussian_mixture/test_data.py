@@ -1,7 +1,7 @@
 import torch
 
+from domains.gaussian_mixture.closed_form.mixture import Mixture
 from domains.gaussian_mixture.data import MixtureData
-from domains.gaussian_mixture.mixture import Mixture
 from domains.gaussian_mixture.pipeline import GaussianMixturePipeline
 
 

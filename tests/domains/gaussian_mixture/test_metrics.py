@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from domains.gaussian_mixture.closed_form.mixture import MEANS, STDS, WEIGHTS, Mixture
 from domains.gaussian_mixture.metrics import MMD
-from domains.gaussian_mixture.mixture import MEANS, STDS, WEIGHTS, Mixture
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.evaluation.bootstrap import compared

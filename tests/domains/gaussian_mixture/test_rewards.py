@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from domains.gaussian_mixture.mixture import MEANS
+from domains.gaussian_mixture.closed_form.mixture import MEANS
 from domains.gaussian_mixture.rewards import ComponentIndicator, Coordinate, Quadratic
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition

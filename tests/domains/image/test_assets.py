@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from domains.image.features import EMBEDDED, load_features
 from domains.image.metrics import SetDistances
+from domains.image.networks.features import EMBEDDED, load_features
 from domains.image.pipeline import ImagePipeline
 from domains.image.sources import Digits, Generated, Source
 from domains.text_to_image.shapes.pictures import labels_of, paint, scene

@@ -9,14 +9,14 @@ import torch
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from domains.image.distances import precision_recall
-from domains.image.features import FeatureArchitecture, FeatureNetwork, load_features
 from domains.image.metrics import Diversity, SetDistances
+from domains.image.networks.features import FeatureArchitecture, FeatureNetwork, load_features
 from domains.image.sources import Digits, Generated
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.evaluation.bootstrap import compared
-from tests.domains.image.test_sources import paint
+from lit_rlft.kit.statistics import precision_recall
+from tests.domains.image.sources.test_sources import paint
 from tests.support import ROOT
 
 _SHARES = ("precision", "recall")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from domains.image.features import FeatureArchitecture, FeatureNetwork
+from domains.image.networks.features import FeatureArchitecture, FeatureNetwork
 from domains.image.rewards import Brightness, ClassProbability
 from domains.image.sources import Digits
 from lit_rlft.core.checks import UsageError

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from domains.layout.data import LayoutData
-from domains.layout.network import Architecture
+from domains.layout.networks.transformer import Architecture
 from domains.layout.pipeline import LayoutPipeline
 from domains.layout.sources import Grammar
 from lit_rlft.kit.data import collate

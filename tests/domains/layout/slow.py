@@ -6,7 +6,7 @@ An element is (label, left, top, right, bottom).
 import itertools
 import math
 
-from domains.layout.layouts import Layouts
+from domains.layout.samples import Layouts
 
 SlowElement = tuple[int, float, float, float, float]
 

@@ -8,14 +8,15 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from domains.layout import measures, train_encoder
 from domains.layout.data import LayoutData
-from domains.layout.encoder import LayoutEncoder, jittered, load_encoder, load_published
-from domains.layout.layouts import Layouts
 from domains.layout.metrics import SetDistances, class_total_variation, source_layouts
+from domains.layout.networks.encoder import LayoutEncoder, jittered, load_encoder, load_published
+from domains.layout.page import measures
 from domains.layout.pipeline import EMBEDDED, LayoutPipeline
+from domains.layout.samples import Layouts
 from domains.layout.sources import Grammar
-from domains.layout.train_encoder import accuracy, losses, question, train
+from domains.layout.train import encoder as train_encoder
+from domains.layout.train.encoder import accuracy, losses, question, train
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.kit.data import collate

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from domains.layout.data import LayoutData, given
-from domains.layout.layouts import EMPTY
+from domains.layout.samples import EMPTY
 from domains.layout.sources import Grammar, RicoArrays
 from lit_rlft.core.checks import UsageError
-from tests.domains.layout.test_formats import arrays
+from tests.domains.layout.sources.test_formats import arrays
 
 TASKS = ("unconditional", "category", "category_size", "completion")
 

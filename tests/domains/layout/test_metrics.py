@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from domains.layout.encoder import jittered
-from domains.layout.layouts import EMPTY, Layouts
 from domains.layout.metrics import (
     Diversity,
     LayoutMeasures,
@@ -19,11 +17,13 @@ from domains.layout.metrics import (
     max_iou,
     source_layouts,
 )
+from domains.layout.networks.encoder import jittered
+from domains.layout.samples import EMPTY, Layouts
 from domains.layout.sources import Grammar, RicoArrays
 from lit_rlft.core.pipeline import Condition
 from tests.domains.layout import slow
-from tests.domains.layout.test_formats import real
-from tests.domains.layout.test_measures import NAMES, layout, noisy_pages
+from tests.domains.layout.page.test_measures import NAMES, layout, noisy_pages
+from tests.domains.layout.sources.test_formats import real
 
 
 def conditions(rows: list[int]) -> Condition:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import lit_rlft
-from domains.layout.layouts import EMPTY
+from domains.layout.samples import EMPTY
 from domains.layout.sources import Grammar, JSONLayouts
 from lit_rlft.cli import main
 

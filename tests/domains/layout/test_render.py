@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from domains.layout.classes import color_of
-from domains.layout.pages import Element
+from domains.layout.page.classes import color_of
 from domains.layout.render import draw, save_layout, to_image, to_record, to_svg
-from tests.domains.layout.test_measures import NAMES, layout
+from domains.layout.sources.packed import Element
+from tests.domains.layout.page.test_measures import NAMES, layout
 
 CANVAS = (612, 792)
 BOXES = [Element("figure", 0.25, 0.5, 0.5, 0.25), Element("text", 0.1, 0.1, 0.8, 0.2)]

@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from domains.layout import rewards
-from domains.layout.critic import Critic
-from domains.layout.encoder import jittered
-from domains.layout.layouts import Layouts
 from domains.layout.metrics import source_layouts
+from domains.layout.networks.encoder import jittered
+from domains.layout.rewards import Critic
+from domains.layout.samples import Layouts
 from domains.layout.sources import Grammar
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Reward, WeightedSum
-from tests.domains.layout.test_measures import NAMES, layout, noisy_pages
+from tests.domains.layout.page.test_measures import NAMES, layout, noisy_pages
 
 SMOOTH = [
     rewards.Alignment,

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from domains.molecule.elements import EXPLICIT, HEAVY
-from domains.molecule.geometry import embed
-from domains.molecule.molecules import EMPTY, Molecules
+from domains.molecule.chemistry.elements import EXPLICIT, HEAVY
+from domains.molecule.chemistry.geometry import embed
+from domains.molecule.samples import EMPTY, Molecules
 from lit_rlft.core.pipeline import Condition
 
 DATA = Path(__file__).parents[3] / ".." / "shared/data/molecules"

@@ -8,12 +8,12 @@ import pytest
 import torch
 from lightning import LightningModule, Trainer
 
-from domains.molecule.batches import FixedBatches, SizeBatches, training_batches
+from domains.molecule.chemistry.elements import EXPLICIT
 from domains.molecule.data import QM9_COUNTS, QM9_HEAVY_COUNTS, AtomCounts, MoleculeData, histogram
-from domains.molecule.elements import EXPLICIT
-from domains.molecule.molecules import EMPTY
+from domains.molecule.samples import EMPTY
 from domains.molecule.sources import MoleculeFile
 from lit_rlft.core.checks import UsageError
+from lit_rlft.kit.size_batches import FixedBatches, SizeBatches, training_batches
 
 
 def source(path: Path, num: int = 60, max_atoms: int = 6, seed: int = 0) -> MoleculeFile:

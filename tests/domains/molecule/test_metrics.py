@@ -11,12 +11,12 @@ from rdkit.Chem import QED
 from scipy.stats import wasserstein_distance
 
 from domains.molecule import metrics
-from domains.molecule.chemistry import Chemistry
-from domains.molecule.elements import EXPLICIT
-from domains.molecule.molecules import EMPTY, Molecules
+from domains.molecule.chemistry.batch import Chemistry
+from domains.molecule.chemistry.elements import EXPLICIT
+from domains.molecule.samples import EMPTY, Molecules
 from domains.molecule.sources import SmilesFile
+from tests.domains.molecule.chemistry.test_batch import overfull
 from tests.domains.molecule.known import conditions, from_atoms, from_smiles, geometry
-from tests.domains.molecule.test_chemistry import overfull
 
 
 def evaluate(metric: metrics.Metric, molecules: Molecules) -> dict[str, list[float]]:

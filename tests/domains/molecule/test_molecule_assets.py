@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from domains.molecule import bonds
+from domains.molecule.chemistry import bonds
 from domains.molecule.pipeline import EMBEDDED, MoleculePipeline
 from lit_rlft.core.sampling import Sampler
 

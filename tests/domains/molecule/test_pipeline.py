@@ -11,10 +11,10 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from domains.molecule.molecules import EMPTY, Molecules, check_molecules
-from domains.molecule.network import Architecture
+from domains.molecule.networks import Architecture
 from domains.molecule.pipeline import MoleculePipeline
-from lit_rlft.algorithms.base import Experience, RewardFineTuner
+from domains.molecule.samples import EMPTY, Molecules, check_molecules
+from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.algorithms.ddpo import DDPO
 from lit_rlft.algorithms.graft import GRAFT, PGRAFT
 from lit_rlft.algorithms.inverse_noise_correction import InverseNoiseCorrection
@@ -31,6 +31,7 @@ from lit_rlft.core.sampling import Sampler, walk
 from lit_rlft.core.state import State, leaves
 from lit_rlft.core.trajectory import walk_with_log_probs
 from lit_rlft.kit.data import collate
+from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.reference import LoRA, attach_lora
 from tests.support import trainer_of
 
@@ -329,7 +330,7 @@ def test_corrected_noise_has_the_atoms_and_the_centre_of_its_molecule(tmp_path: 
     condition = pipeline.encode(batch)
     seeds = list(range(4))
     keep = list(range(13))
-    for x in tuner.draw_states(condition, seeds, keep=keep, relay=tuner.relay()):
+    for x in tuner.rollouts.draw(tuner.route(), condition, seeds, keep=keep):
         scale = max(1.0, float(positions_of(x).abs().max()))
         assert_lies_in_the_subspace(x, condition, 1e-5 * scale)
     corrected, plain = (

@@ -7,14 +7,14 @@ import torch
 from PIL import Image
 from rdkit import Chem
 
-from domains.molecule.chemistry import Chemistry
-from domains.molecule.elements import EXPLICIT
-from domains.molecule.formats import read_sdf
-from domains.molecule.molecules import EMPTY, Molecules
+from domains.molecule.chemistry.batch import Chemistry
+from domains.molecule.chemistry.elements import EXPLICIT
 from domains.molecule.render import draw, save_molecule
-from domains.molecule.structures import Structure
+from domains.molecule.samples import EMPTY, Molecules
+from domains.molecule.sources.formats import read_sdf
+from domains.molecule.sources.packed import Structure
+from tests.domains.molecule.chemistry.test_batch import overfull
 from tests.domains.molecule.known import from_atoms, from_smiles, geometry
-from tests.domains.molecule.test_chemistry import overfull
 
 
 def test_pictures_of_good_and_bad_molecules() -> None:

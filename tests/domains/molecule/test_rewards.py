@@ -12,17 +12,18 @@ from rdkit.Chem import QED as RDKitQED
 from rdkit.Chem import Crippen, rdMolDescriptors
 from scipy.stats import spearmanr
 
-from domains.molecule import bonds, rewards
-from domains.molecule.elements import EXPLICIT
-from domains.molecule.molecules import EMPTY, Molecules
-from domains.molecule.network import Architecture
+from domains.molecule import rewards
+from domains.molecule.chemistry import bonds
+from domains.molecule.chemistry.elements import EXPLICIT
+from domains.molecule.networks import Architecture
 from domains.molecule.pipeline import MoleculePipeline
+from domains.molecule.samples import EMPTY, Molecules
 from lit_rlft.algorithms.graft import GRAFT
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.reward import Reward, WeightedSum, check_rewards
 from lit_rlft.core.selection import Threshold, Unique
+from tests.domains.molecule.chemistry.test_batch import overfull
 from tests.domains.molecule.known import conditions, from_atoms, from_smiles, geometry, pair
-from tests.domains.molecule.test_chemistry import overfull
 
 
 def reward_of(reward: Reward, molecules: Molecules) -> list[float]:
@@ -297,7 +298,7 @@ def test_soft_rewards_have_a_finite_gradient_everywhere(soft: Reward, invalid: f
 
 
 def test_duplicates_are_left_out_by_their_keys() -> None:
-    from domains.molecule.chemistry import keys
+    from domains.molecule.chemistry.batch import keys
 
     molecules = from_smiles("CCO", "OCC", "COC", "C")
     found = keys(molecules)

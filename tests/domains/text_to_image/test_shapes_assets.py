@@ -10,11 +10,13 @@ from diffusers import AutoencoderKL
 from safetensors import safe_open
 from transformers import CLIPModel, CLIPTokenizer
 
-from domains.text_to_image.shapes import make_tokenizer, train_clip
+from domains.text_to_image import EMBEDDED as ASSETS
 from domains.text_to_image.shapes.detector import judge
-from domains.text_to_image.shapes.train_autoencoder import reconstruct
-from domains.text_to_image.shapes.training import ASSETS, draw
 from domains.text_to_image.shapes.world import TASKS, all_prompts, split_prompts
+from domains.text_to_image.train import clip as train_clip
+from domains.text_to_image.train import make_tokenizer
+from domains.text_to_image.train.autoencoder import reconstruct
+from domains.text_to_image.train.common import draw
 
 SHAPES, CLIP = ASSETS / "shapes", ASSETS / "shapes_clip"
 

@@ -1,0 +1,1 @@
+"""Networks that look at images: feature networks and InceptionV3."""

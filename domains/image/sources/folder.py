@@ -1,0 +1,216 @@
+"""Folders of pictures: decoding, and the memory-mapped array that later passes read."""
+
+import hashlib
+import json
+import os
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+from tqdm.auto import tqdm
+
+from lit_rlft.core.checks import UsageError
+from lit_rlft.kit.bad_entries import BadEntry, Report, usable
+from lit_rlft.kit.cache import cached_folder, save_report, user_cache
+
+__all__ = ["SUFFIXES", "Cache", "Fit", "Reading", "Report", "Resample"]
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+Fit = Literal["crop", "pad", "stretch"]
+Resample = Literal["nearest", "box", "bilinear", "bicubic", "lanczos"]
+
+_VERSION = 1  # of the cached arrays
+_CHUNK = 256  # files in flight, which bounds the memory of decoding
+# What Pillow's decoders raise for broken files.
+_BROKEN = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a picture file becomes an array.
+
+    Attributes:
+        height: In pixels.
+        width: In pixels.
+        fit: How other proportions are treated.
+        resample: PIL's filter.
+        channels: 1 or 3.
+    """
+
+    height: int
+    width: int
+    fit: Fit = "crop"
+    resample: Resample = "lanczos"
+    channels: int = 3
+
+    def __post_init__(self) -> None:
+        if self.height < 1 or self.width < 1:
+            raise UsageError(f"size must be at least 1, got {self.height} x {self.width}")
+        for key, value, known in (
+            ("fit", self.fit, get_args(Fit)),
+            ("resample", self.resample, get_args(Resample)),
+            ("channels", self.channels, (1, 3)),
+        ):
+            if value not in known:
+                raise UsageError(f"{key} is {value!r}; use one of {list(known)}")
+
+    def read(self, path: Path) -> tuple[NDArray[np.uint8], bool] | BadEntry:
+        """Return the pixels [C, H, W] of a file and whether it had to be enlarged.
+
+        A file that cannot be decoded gives what is wrong with it instead.
+        """
+        try:
+            with Image.open(path) as file:
+                image = ImageOps.exif_transpose(file)
+                image = _plain(image, "RGB" if self.channels == 3 else "L")
+                small = image.width < self.width or image.height < self.height
+                fitted = self._fitted(image)
+        except _BROKEN as error:
+            return _fault(path, error)
+        pixels = np.asarray(fitted, np.uint8)
+        return (pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels[None]), small
+
+    def _fitted(self, image: Image.Image) -> Image.Image:
+        size = (self.width, self.height)
+        if image.size == size:
+            return image
+        resample = Image.Resampling[self.resample.upper()]
+        if self.fit == "stretch":
+            return image.resize(size, resample)
+        if self.fit == "crop":
+            return ImageOps.fit(image, size, resample)
+        return ImageOps.pad(image, size, resample)
+
+
+class Cache:
+    """The array of a folder's pictures, made when first needed.
+
+    Args:
+        folder: Where the pictures are.
+        reading: How each is read.
+        strict: Stop at the first file that cannot be read instead of leaving it out.
+        num_threads: Files decoded at a time.
+        cache_dir: Where arrays are kept; None takes `lit-rlft` in the user's cache folder.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        reading: Reading,
+        strict: bool = False,
+        num_threads: int = 4,
+        cache_dir: str | None = None,
+    ) -> None:
+        if num_threads < 1:
+            raise UsageError(f"num_threads must be at least 1, got {num_threads}")
+        self.folder, self.reading, self.strict = folder, reading, strict
+        self.num_threads = num_threads
+        self.cache_dir = user_cache("image", cache_dir)
+
+    def load(self) -> tuple[NDArray[np.uint8], str]:
+        """Return the pictures, uint8 [n, C, H, W] memory-mapped, and the report.
+
+        Raises:
+            UsageError: There is no such folder, no picture in it, or a broken one and `strict`;
+                or the cache cannot be written.
+        """
+        made = self.fill()
+        shape = json.loads((made / "shape.json").read_text())
+        pixels = np.memmap(made / "pixels.bin", np.uint8, "r", shape=tuple(shape))
+        return pixels, (made / "report.txt").read_text()
+
+    def fill(self) -> Path:
+        """Return the folder of the array, which is made where it is missing; raises as `load`."""
+        paths = self.paths()
+        folder = self.cache_dir / self._key(paths)
+        return cached_folder(folder, partial(self._fill, paths, folder))
+
+    def paths(self) -> list[Path]:
+        """Return the picture files below the folder, sorted.
+
+        Raises:
+            UsageError: There is no such folder, or none in it.
+        """
+        if not self.folder.is_dir():
+            raise UsageError(f"there is no folder {self.folder}; give the folder of the pictures")
+        found = (p for p in self.folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+        paths = sorted(p for p in found if p.is_file() and not p.name.startswith("."))
+        if not paths:
+            raise UsageError(
+                f"{self.folder} has no picture files ({', '.join(SUFFIXES)}) in it or below; give "
+                "the folder of the pictures"
+            )
+        return paths
+
+    def _key(self, paths: Sequence[Path]) -> str:
+        """Name the array by all that it depends on: every file's name, age and size too."""
+        digest = hashlib.blake2b(digest_size=8)
+        settings = [_VERSION, str(self.folder.resolve()), asdict(self.reading), self.strict]
+        digest.update(json.dumps(settings).encode())
+        for path in paths:
+            stat = path.stat()
+            name = os.fsencode(path.relative_to(self.folder))
+            digest.update(b"%d,%d,%s\0" % (stat.st_mtime_ns, stat.st_size, name))
+        return f"{self.folder.resolve().name}-{digest.hexdigest()}"
+
+    def _fill(self, paths: Sequence[Path], final: Path, folder: Path) -> None:
+        """Decode the pictures into a folder, one after the other: they may not fit in memory."""
+        report, num_enlarged = Report(str(self.folder), "pictures", self.strict), 0
+        with (folder / "pixels.bin").open("wb") as file:
+            for pixels, enlarged in usable(self._decoded(paths), lambda _: None, report):
+                num_enlarged += enlarged
+                file.write(pixels.tobytes())
+        report.notes += [f"{num_enlarged} enlarged"] if num_enlarged else []
+        report.check()
+        size = (self.reading.channels, self.reading.height, self.reading.width)
+        (folder / "shape.json").write_text(json.dumps([report.num_kept, *size]))
+        save_report(folder, final, report)
+
+    def _decoded(
+        self, paths: Sequence[Path]
+    ) -> Iterator[tuple[NDArray[np.uint8], bool] | BadEntry]:
+        bar = tqdm(total=len(paths), desc=f"Reading {self.folder.name}", leave=False, delay=2)
+        with ThreadPoolExecutor(self.num_threads) as pool, bar:
+            for start in range(0, len(paths), _CHUNK):
+                for outcome in pool.map(self.reading.read, paths[start : start + _CHUNK]):
+                    bar.update()
+                    yield outcome
+
+
+def _plain(image: Image.Image, mode: str) -> Image.Image:
+    """Return an image as 8-bit RGB or grey, transparent pixels on white."""
+    if image.mode.startswith("I"):  # 16 bits, which Pillow's own conversion would clip
+        grey = np.asarray(image, np.float64) / 257
+        image = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert(mode)
+
+
+def _fault(path: Path, error: BaseException) -> BadEntry:
+    """Return what is wrong with a file, in one of few kinds, by which files are counted."""
+    if isinstance(error, UnidentifiedImageError):
+        return BadEntry(path.name, "no readable picture")
+    if isinstance(error, Image.DecompressionBombError):
+        return BadEntry(path.name, "too many pixels")
+    if isinstance(error, OSError) and error.strerror:
+        return BadEntry(path.name, "an error on reading", error.strerror.lower())
+    return BadEntry(path.name, "damage or an early end")

@@ -1,0 +1,1 @@
+"""Networks of the domain: the transformer that generates and the encoder that judges."""

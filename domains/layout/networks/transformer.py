@@ -1,0 +1,139 @@
+r"""The denoiser of layouts: a transformer over slots, modulated by the time (adaLN-zero).
+
+Each slot is a token: its noisy box and class, flags for what is given, and a learned embedding of
+the slot's place. The blocks are `lit_rlft.kit.time_layers.TimedBlock`.
+
+B: batch, N: slots, C: classes, D: width.
+
+References:
+    LayoutFlow (Guerreiro et al., 2024), https://arxiv.org/abs/2403.18187
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from domains.layout.page.classes import class_list
+from lit_rlft.core.checks import UsageError
+from lit_rlft.core.state import State
+from lit_rlft.kit.network_folder import load_weights, read_settings
+from lit_rlft.kit.time_layers import NUM_FREQUENCIES, TimedBlock, frequencies, normed, zero
+
+__all__ = ["Architecture", "LayoutTransformer", "load_network"]
+
+NUM_FLAGS = 3  # place given, size given, class given
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes of the network and what its layouts are, what config.json holds.
+
+    Attributes:
+        state: "continuous", boxes and scores of the classes in one tensor [B, N, 4 + C + 1], or
+            "mixed", boxes [B, N, 4] beside integer classes [B, N].
+        classes: A known class list, or names.
+        num_slots: N, the most elements that a layout has.
+        width: D.
+        depth: Number of blocks.
+        num_heads: Attention heads; divides `width`.
+        mlp_ratio: Hidden units of a block's MLP, in widths.
+        canvas: Width and height of the page in the units of exported files.
+    """
+
+    state: Literal["continuous", "mixed"] = "continuous"
+    classes: str | Sequence[str] = "publaynet"
+    num_slots: int = 12
+    width: int = 64
+    depth: int = 4
+    num_heads: int = 4
+    mlp_ratio: float = 4.0
+    canvas: tuple[int, int] = (612, 792)
+
+    def __post_init__(self) -> None:
+        for name in ("num_slots", "width", "depth", "num_heads"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"architecture.{name} must be at least 1")
+        if self.width % self.num_heads or self.width % 2:
+            raise UsageError(
+                f"architecture.width ({self.width}) must be even and a multiple of num_heads "
+                f"({self.num_heads})"
+            )
+        if self.state not in ("continuous", "mixed"):
+            raise UsageError(f"architecture.state must be continuous or mixed, got {self.state!r}")
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the labels."""
+        return class_list(self.classes)
+
+
+class LayoutTransformer(nn.Module):
+    """Predicts the velocity of boxes, and the velocity of class scores or the classes' logits.
+
+    The class after the last stands for an empty slot, in mixed states the one after it for a
+    masked class.
+
+    Args:
+        architecture: Sizes of the layers.
+    """
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        self.architecture = a = architecture
+        num_classes = len(a.class_names) + 1
+        self.box_in = nn.Linear(4, a.width)
+        if a.state == "continuous":
+            self.class_in: nn.Module = nn.Linear(num_classes, a.width, bias=False)
+        else:
+            self.class_in = nn.Embedding(num_classes + 1, a.width)
+        self.flags_in = nn.Linear(NUM_FLAGS, a.width, bias=False)
+        self.slots = nn.Parameter(0.02 * torch.randn(a.num_slots, a.width))
+        self.time_in = nn.Sequential(
+            nn.Linear(2 * NUM_FREQUENCIES, a.width), nn.SiLU(), nn.Linear(a.width, a.width)
+        )
+        self.blocks = nn.ModuleList(
+            TimedBlock(a.width, a.num_heads, round(a.mlp_ratio * a.width)) for _ in range(a.depth)
+        )
+        self.modulate = zero(nn.Linear(a.width, 2 * a.width))
+        self.out = zero(nn.Linear(a.width, 4 + num_classes))
+
+    def forward(self, x_t: State, t: Tensor, flags: Tensor) -> State:
+        """Return the prediction, of the structure of a state but for logits [B, N, C + 1].
+
+        Args:
+            x_t: [B, N, 4 + C + 1], or "box" [B, N, 4] and "category" int64 [B, N] in [0, C + 1].
+            t: [B] in [0, 1].
+            flags: [B, N, 3], 1 where the place, the size, the class of an element is given.
+        """
+        box, category = _parts(x_t)
+        dtype = self.slots.dtype
+        hidden = self.box_in(box.to(dtype)) + self.flags_in(flags.to(dtype)) + self.slots
+        hidden = hidden + self.class_in(category.to(dtype) if category.dim() == 3 else category)
+        time = functional.silu(self.time_in(frequencies(t).to(dtype)))
+        for block in self.blocks:
+            hidden = block(hidden, time)
+        scale, shift = self.modulate(time).unsqueeze(1).chunk(2, dim=-1)
+        prediction = self.out(normed(hidden) * (1 + scale) + shift)
+        if isinstance(x_t, Tensor):
+            return prediction
+        return {"box": prediction[..., :4], "category": prediction[..., 4:]}
+
+
+def load_network(folder: Path) -> LayoutTransformer:
+    """Return the network that `save_network` wrote, in single precision."""
+    settings = read_settings(folder)
+    settings["canvas"] = tuple(settings["canvas"])
+    with torch.device("meta"):
+        network = LayoutTransformer(Architecture(**settings))
+    return load_weights(network, folder)
+
+
+def _parts(state: State) -> tuple[Tensor, Tensor]:
+    if isinstance(state, Tensor):
+        return state[..., :4], state[..., 4:]
+    return state["box"], state["category"]

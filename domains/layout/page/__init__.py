@@ -1,0 +1,1 @@
+"""What is known of a page: its classes, and what can be measured of it."""

@@ -1,0 +1,86 @@
+"""What a source of layouts is."""
+
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from domains.layout.page.classes import class_list
+from domains.layout.sources.packed import Packed, Page, pack
+from lit_rlft.core.checks import UsageError
+from lit_rlft.kit import sources
+from lit_rlft.kit.bad_entries import BadEntry, Report
+from lit_rlft.kit.files import stamps
+
+__all__ = ["LayoutFile", "Source"]
+
+_VERSION = 1  # of the cached arrays
+
+
+class Source(sources.Source[Packed]):
+    """A collection of layouts.
+
+    Attributes:
+        classes: Names of the labels.
+        max_elements: Most elements that a layout has; those with more are left out.
+    """
+
+    noun = "layouts"
+
+    def __init__(self, classes: str | Sequence[str], max_elements: int) -> None:
+        if max_elements < 1:
+            raise UsageError(f"max_elements must be at least 1, got {max_elements}")
+        self.classes = class_list(classes)
+        self.max_elements = max_elements
+
+    def kind(self, packed: Packed) -> str:
+        return f"{self.max_elements} slots and the classes {list(self.classes)}"
+
+
+class LayoutFile(Source, sources.CachedSource[Packed]):
+    """Layouts of a file, kept as memory-mapped arrays once they were read.
+
+    Args:
+        path: The file or folder.
+        max_elements: Layouts with more elements are left out; the literature takes 9, 20 or 25.
+        classes: A known list or the names of the labels that are used; None takes `usual_classes`.
+        strict: Stop at the first layout that cannot be used instead of leaving it out.
+        cache_dir: Folder of the arrays; None takes `lit-rlft` in the user's cache folder.
+    """
+
+    packed = Packed
+    names = ("boxes", "labels", "canvases")
+    usual_classes: str = ""
+
+    def __init__(
+        self,
+        path: str,
+        max_elements: int = 20,
+        classes: str | Sequence[str] | None = None,
+        *,
+        strict: bool = False,
+        cache_dir: str | None = None,
+    ) -> None:
+        Source.__init__(self, classes or self.usual_classes, max_elements)
+        sources.CachedSource.__init__(self, "layout", cache_dir)
+        self.path, self.strict = Path(path), strict
+
+    @abstractmethod
+    def entries(self) -> Iterable[Page | BadEntry]:
+        """Iterate over what is in the file."""
+
+    @property
+    def label(self) -> str:
+        return str(self.path)
+
+    def pack(self) -> tuple[Packed, Report]:
+        return pack(
+            self.entries(), self.classes, self.max_elements, source=self.label, strict=self.strict
+        )
+
+    def identity(self) -> list[Any]:
+        if not self.path.exists():
+            raise UsageError(f"there is no {self.path}; give the file or folder of the data set")
+        files = sorted(self.path.glob("*.json")) if self.path.is_dir() else [self.path]
+        settings = [type(self).__name__, str(self.path.resolve()), self.classes, self.max_elements]
+        return [_VERSION, *settings, self.strict, stamps(files)]

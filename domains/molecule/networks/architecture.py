@@ -1,0 +1,119 @@
+"""Sizes of the domain's networks, and what their molecules are."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from domains.molecule.chemistry.elements import EXPLICIT, HEAVY, check_elements
+from lit_rlft.core.checks import UsageError
+
+__all__ = ["Architecture"]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes of the network and what its molecules are, what config.json holds.
+
+    Attributes:
+        state: "continuous", positions and scores of the types in one tensor [B, N, 3 + K], or
+            "mixed", positions [B, N, 3] beside integer types [B, N].
+        network: "egnn", "transformer" (trained on random rotations) or "edm" (EDM's EGNN).
+        noise: "flow" (rectified flow, the network predicts velocities) or "polynomial" (EDM's
+            variance-preserving schedule, the network predicts noise).
+        implicit_hydrogens: Whether atoms are heavy atoms only, hydrogens filled in by valence.
+        elements: Symbols of the types; unless given H, C, N, O, F, without H where it is implicit.
+        max_atoms: N, the most atoms that a molecule has.
+        width: W.
+        depth: Number of layers.
+        num_heads: Attention heads of the transformer; divides `width`.
+        position_scale: Angstrom per unit of the state.
+        position_std: Spread of the data's coordinates in Angstrom, by which inputs and outputs are
+            scaled to unit size; no limit of any kind.
+        type_scale: Height of the one-hot types in the state: the lower, the later types are decided
+            (EDM: 1 / 4).
+        charge_scale: Height of the atomic number per unit in a channel of its own, as EDM has it
+            (1 / 10); 0 has none.
+        type_power: How late the types of mixed states are decided (`MaskedProcess`).
+        logit_normal: Mean and standard deviation of the logits of a flow's training times, before
+            the shift; None has uniform times.
+        shift: Time shift of the flow, of training times and of the sampler's grid: below 1 more of
+            both lie near the data, where bond lengths are decided.
+        coupled: Whether a flow is trained on noise that was reordered and rotated to be near the
+            data (see `coupling`): better with few deterministic steps, but worse with samplers that
+            add noise (eta above 0), which take noise and data for independent.
+        num_sublayers: EDM's "inv_sublayers", updates of features per layer.
+        tanh: EDM's bound on moves of positions.
+        attention: EDM's gate on messages.
+        norm_constant: EDM's length added to distances.
+        normalization_factor: EDM's divisor of sums over atoms.
+        sin_embedding: EDM's sines of distances instead of squares.
+    """
+
+    state: Literal["continuous", "mixed"] = "continuous"
+    network: Literal["egnn", "transformer", "edm"] = "egnn"
+    noise: Literal["flow", "polynomial"] = "flow"
+    implicit_hydrogens: bool = False
+    elements: Sequence[str] | None = None
+    max_atoms: int = 20
+    width: int = 64
+    depth: int = 4
+    num_heads: int = 4
+    position_scale: float = 1.0
+    position_std: float = 1.4
+    type_scale: float = 0.5
+    charge_scale: float = 0.0
+    type_power: float = 3.0
+    logit_normal: tuple[float, float] | None = None
+    shift: float = 1.0
+    coupled: bool = False
+    num_sublayers: int = 1
+    tanh: bool = True
+    attention: bool = True
+    norm_constant: float = 1.0
+    normalization_factor: float = 1.0
+    sin_embedding: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("max_atoms", "width", "depth", "num_heads", "num_sublayers"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"architecture.{name} must be at least 1")
+        for name in ("position_scale", "position_std", "type_scale", "type_power", "shift"):
+            if getattr(self, name) <= 0:
+                raise UsageError(f"architecture.{name} must be above 0")
+        choices: dict[str, tuple[str, ...]] = {
+            "state": ("continuous", "mixed"),
+            "network": ("egnn", "transformer", "edm"),
+            "noise": ("flow", "polynomial"),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise UsageError(
+                    f"architecture.{name} must be {' or '.join(known)}, got {getattr(self, name)!r}"
+                )
+        if self.network == "transformer" and self.width % (2 * self.num_heads):
+            raise UsageError(
+                f"architecture.width ({self.width}) must be even and a multiple of num_heads "
+                f"({self.num_heads})"
+            )
+        if self.coupled and self.noise != "flow":
+            raise UsageError("architecture.coupled is for flows; set noise to flow, or it to false")
+        if self.network == "edm" and self.state == "mixed":
+            raise UsageError("architecture.network edm has continuous states; set state to that")
+        if self.implicit_hydrogens == ("H" in check_elements(self.symbols)):
+            raise UsageError(
+                f"architecture.elements is {list(self.symbols)}, but implicit_hydrogens "
+                f"{str(self.implicit_hydrogens).lower()}: hydrogens are either atoms of the model "
+                "or implied; change one of the two"
+            )
+
+    @property
+    def symbols(self) -> tuple[str, ...]:
+        """The elements of the types."""
+        if self.elements is not None:
+            return tuple(self.elements)
+        return HEAVY if self.implicit_hydrogens else EXPLICIT
+
+    @property
+    def num_channels(self) -> int:
+        """C, the numbers of an atom in a continuous state beside its position."""
+        return len(self.symbols) + (self.charge_scale > 0)

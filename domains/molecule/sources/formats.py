@@ -1,0 +1,304 @@
+"""Readers of molecule files: each yields the structures of a format, or what is wrong with one."""
+
+import csv
+import math
+import re
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from itertools import takewhile
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+from rdkit import Chem
+
+from domains.molecule.chemistry.elements import SYMBOLS
+from domains.molecule.sources.packed import Structure
+from lit_rlft.core.checks import UsageError
+from lit_rlft.kit.bad_entries import BadEntry
+from lit_rlft.kit.files import existing, reason
+
+__all__ = [
+    "read_arrays",
+    "read_qm9",
+    "read_sdf",
+    "read_smiles",
+    "read_uncharacterized",
+    "read_xyz",
+]
+
+Entry = Structure | BadEntry
+
+_TABLE = Chem.GetPeriodicTable()
+_QM9_NAME = re.compile(r"dsgdb9nsd_(\d+)\.xyz$")
+_UNCHARACTERIZED_HEADER = 9  # lines
+_NOT_A_NUMBER = re.compile(r"\b(nan|inf)\b", re.IGNORECASE)
+
+
+def read_qm9(path: Path, left_out: frozenset[int] = frozenset()) -> Iterator[Entry]:
+    """Iterate over QM9 as distributed: dsgdb9nsd.xyz.tar.bz2, or the folder that it unpacks to.
+
+    Args:
+        path: The archive (any compression that tar knows) or folder.
+        left_out: Numbers of molecules that are passed over.
+
+    Raises:
+        UsageError: There is no such archive or folder, it ends too early, or holds no QM9 files.
+    """
+    found = False
+    for name, text in _folder_texts(path) if path.is_dir() else _tar_texts(path):
+        match = _QM9_NAME.search(name)
+        if match is None:
+            continue
+        found, number = True, int(match[1])
+        if number not in left_out:
+            yield _xyz_entry(text.splitlines(), Path(name).name, number)
+    if not found:
+        raise UsageError(f"{path} holds no files dsgdb9nsd_<number>.xyz; give QM9's raw archive")
+
+
+def read_uncharacterized(path: Path) -> frozenset[int]:
+    """Return the numbers in QM9's uncharacterized.txt: molecules that failed its consistency check.
+
+    Raises:
+        UsageError: The file is missing or holds no numbers.
+    """
+    lines = existing(path).read_text(encoding="utf-8").splitlines()[_UNCHARACTERIZED_HEADER:]
+    first = [line.split()[0] for line in lines if line.strip()]
+    numbers = frozenset(int(word) for word in first if word.isdigit())
+    if not numbers:
+        raise UsageError(
+            f"{path} holds no numbers below its header; give QM9's uncharacterized.txt"
+        )
+    return numbers
+
+
+def read_xyz(path: Path) -> Iterator[Entry]:
+    """Iterate over the frames of an .xyz file: a count, a comment, and a line for every atom.
+
+    Raises:
+        UsageError: The file is missing.
+    """
+    lines = existing(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    place = number = 0
+    while place < len(lines):
+        if not lines[place].strip():
+            place += 1
+            continue
+        number += 1
+        frame = lines[place : place + _count(lines[place]) + 2]
+        entry = _xyz_entry(frame, f"frame {number} at line {place + 1}", number)
+        yield entry
+        if isinstance(entry, BadEntry):
+            place = _next_frame(lines, place + 1)
+        else:
+            place += len(entry.symbols) + 2
+
+
+def read_sdf(path: Path, titles: Path | None = None) -> Iterator[Entry]:
+    """Iterate over the entries of an .sdf file.
+
+    Args:
+        path: The file.
+        titles: A .csv file beside it with a row per entry, whose first column must be the entries'
+            titles, as QM9's gdb9.sdf.csv.
+
+    Raises:
+        UsageError: A file is missing.
+    """
+    known = _first_column(titles) if titles else None
+    with existing(path).open(encoding="utf-8", errors="replace") as file:
+        for number, (line, block, ended) in enumerate(_blocks(file), 1):
+            name = f"entry {number} at line {line}"
+            if not ended:
+                yield BadEntry(name, "no end", "no line M  END: it is cut off")
+                continue
+            title = block[0].strip()
+            if known is not None and (number > len(known) or title != known[number - 1]):
+                other = known[number - 1] if number <= len(known) else "nothing"
+                detail = f"{title!r}, but the table has {other!r}"
+                yield BadEntry(name, "a title other than the table's", detail)
+                continue
+            yield _sdf_entry(block, name, _number_of(title, number))
+
+
+def read_smiles(path: Path, column: str = "smiles") -> Iterator[tuple[str, int, str]]:
+    """Iterate over name, line number and SMILES of a .csv file, or of one with a SMILES a line.
+
+    Args:
+        path: A .csv file with a header, or another where SMILES come first on the lines.
+        column: Name of the SMILES' column in a .csv file.
+
+    Raises:
+        UsageError: The file is missing or has no such column.
+    """
+    with existing(path).open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        if path.suffix.lower() != ".csv":
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield f"line {number}", number, line.split()[0]
+            return
+        rows = csv.DictReader(file)
+        if column not in (rows.fieldnames or []):
+            raise UsageError(
+                f"{path} has no column {column!r} but {list(rows.fieldnames or [])}; set column"
+            )
+        for row in rows:
+            yield f"line {rows.line_num}", rows.line_num, (row[column] or "").strip()
+
+
+def read_arrays(path: Path) -> Iterator[Entry]:
+    """Iterate over the molecules of an .npz file.
+
+    It holds `positions` [n, N, 3] in Angstrom, `atomic_numbers` [n, N] with 0 or less for padding,
+    and perhaps `n_atoms` [n].
+
+    Raises:
+        UsageError: The file is missing or lacks an array, or their shapes do not fit.
+    """
+    try:
+        with np.load(existing(path), allow_pickle=False) as file:
+            positions, numbers = file["positions"], file["atomic_numbers"].astype(np.int64)
+            sizes = file["n_atoms"] if "n_atoms" in file.files else (numbers > 0).sum(axis=1)
+    except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
+        raise UsageError(
+            f"{path} is no .npz file with arrays positions and atomic_numbers ({reason(error)})"
+        ) from error
+    if positions.shape != (*numbers.shape, 3) or len(sizes) != len(numbers):
+        raise UsageError(
+            f"{path} has positions {positions.shape} and atomic_numbers {numbers.shape}; they must "
+            "be [n, N, 3] and [n, N]"
+        )
+    for row, (size, place, number) in enumerate(zip(sizes, positions, numbers, strict=True)):
+        symbols = [_element(value) for value in number[:size].tolist()]
+        yield Structure(f"row {row}", row, symbols, place[:size])
+
+
+def _folder_texts(folder: Path) -> Iterator[tuple[str, str]]:
+    for path in sorted(folder.glob("*.xyz")):
+        yield path.name, path.read_text(encoding="utf-8", errors="replace")
+
+
+def _tar_texts(path: Path) -> Iterator[tuple[str, str]]:
+    """Iterate over names and texts of an archive's .xyz files, read once from front to back."""
+    try:
+        with tarfile.open(existing(path), "r|*") as archive:
+            for member in archive:
+                file = archive.extractfile(member) if member.name.endswith(".xyz") else None
+                if file is not None:
+                    yield member.name, file.read().decode("utf-8", errors="replace")
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise UsageError(
+            f"{path} is no whole tar archive ({error}); give QM9's dsgdb9nsd.xyz.tar.bz2"
+        ) from error
+
+
+def _xyz_entry(lines: list[str], name: str, number: int) -> Entry:
+    """Return the structure of a frame; lines after its atoms, as QM9 has them, are ignored."""
+    size = _count(lines[0]) if lines else 0
+    if size < 1:
+        return BadEntry(name, "no number of atoms", lines[0].strip()[:40] if lines else "")
+    atoms = lines[2 : 2 + size]
+    if len(atoms) < size:
+        return BadEntry(name, "fewer atoms than it says", f"{len(atoms)} of {size}")
+    symbols, positions = [], np.empty((size, 3))
+    for i, line in enumerate(atoms):
+        try:
+            symbol, positions[i] = _xyz_atom(line)
+        except ValueError:
+            return BadEntry(name, "an unreadable atom", f"atom {i + 1}: {line.strip()[:60]!r}")
+        symbols.append(symbol)
+    return Structure(name, number, symbols, positions)
+
+
+def _xyz_atom(line: str) -> tuple[str, list[float]]:
+    """Return symbol and position; raises ValueError where there are none."""
+    name, x, y, z = line.split()[:4]
+    return _symbol(name), [_float(word) for word in (x, y, z)]
+
+
+def _count(line: str) -> int:
+    """Return the number that a line begins with; 0 where there is none."""
+    first = line.split()[:1]
+    return int(first[0]) if first and first[0].isascii() and first[0].isdigit() else 0
+
+
+def _next_frame(lines: list[str], start: int) -> int:
+    """Return where the next frame begins after one that cannot be read: a count, then an atom."""
+    for place in range(start, len(lines) - 2):
+        if len(lines[place].split()) == 1 and _count(lines[place]):
+            try:
+                _xyz_atom(lines[place + 2])
+            except ValueError:
+                continue
+            return place
+    return len(lines)
+
+
+def _blocks(file: TextIO) -> Iterator[tuple[int, list[str], bool]]:
+    """Iterate over first line number, lines, and whether the end was there, of SDF entries."""
+    block: list[str] = []
+    first, complete = 1, False
+    for number, line in enumerate(file, 1):
+        if line.startswith("$$$$"):
+            yield first, block or [""], complete
+            block, first, complete = [], number + 1, False
+            continue
+        complete = complete or line.startswith("M  END")
+        block.append(line.rstrip("\n"))
+    if any(line.strip() for line in block):
+        # Files of a single molecule often lack the last line; without the atoms' end it was cut.
+        yield first, block, complete
+
+
+def _sdf_entry(block: list[str], name: str, number: int) -> Entry:
+    atoms = takewhile(lambda line: not line.startswith("M  END"), block[4:])
+    if any(_NOT_A_NUMBER.search(line) for line in atoms):
+        return BadEntry(name, "a position that is not finite")
+    mol = Chem.MolFromMolBlock("\n".join(block), sanitize=False, removeHs=False)
+    if mol is None or not mol.GetNumAtoms():
+        return BadEntry(name, "an unreadable structure", block[0].strip())
+    if any(atom.GetNumRadicalElectrons() for atom in mol.GetAtoms()):
+        return BadEntry(name, "a radical")
+    positions = mol.GetConformer().GetPositions()
+    if block[1][20:22].upper() == "2D" and not positions[:, 2].any():
+        return BadEntry(name, "no conformer", "its positions are those of a drawing")
+    symbols = [atom.GetSymbol() for atom in mol.GetAtoms()]
+    mol.UpdatePropertyCache(strict=False)
+    missing = sum(atom.GetTotalNumHs() for atom in mol.GetAtoms())
+    return Structure(name, number, symbols, positions, missing)
+
+
+def _first_column(path: Path) -> list[str]:
+    with existing(path).open(encoding="utf-8", newline="") as file:
+        rows = csv.reader(file)
+        next(rows, None)
+        return [row[0].strip() for row in rows if row]
+
+
+def _number_of(title: str, number: int) -> int:
+    """Return the number in a title such as QM9's gdb_17, or the entry's own."""
+    match = re.fullmatch(r"gdb_(\d+)", title)
+    return int(match[1]) if match else number
+
+
+def _symbol(name: str) -> str:
+    """Return an element's symbol, given that or its atomic number; else raise ValueError."""
+    if name.isdigit():
+        return _element(int(name))
+    if not name.isalpha():
+        raise ValueError(name)
+    return name.capitalize()
+
+
+def _element(number: int) -> str:
+    """Return the symbol of an atomic number, or that there is none."""
+    known = SYMBOLS.get(number)
+    return known or (_TABLE.GetElementSymbol(number) if 0 < number < 119 else f"element {number}")
+
+
+def _float(word: str) -> float:
+    # QM9's files write small numbers as Mathematica does, 1.5*^-6.
+    value = float(word.replace("*^", "e"))
+    return value if math.isfinite(value) else math.nan

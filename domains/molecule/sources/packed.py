@@ -1,0 +1,172 @@
+"""Structures as files have them: checked, counted and packed into arrays."""
+
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from domains.molecule.chemistry import bonds
+from domains.molecule.chemistry.elements import ATOMIC_NUMBERS
+from domains.molecule.samples import EMPTY, Molecules
+from lit_rlft.kit.bad_entries import BadEntry, Report, usable
+
+__all__ = ["Packed", "Structure", "molecules_of", "pack"]
+
+_CHUNK = 4096  # molecules
+
+
+@dataclass(frozen=True)
+class Structure:
+    """One entry of a file.
+
+    Attributes:
+        name: Where it is, e.g. "line 17".
+        number: Its number in the file.
+        symbols: [n] elements, hydrogens among them.
+        positions: [n, 3] in Angstrom.
+        num_missing: Hydrogens that the file's bonds call for and that are not among the atoms.
+    """
+
+    name: str
+    number: int
+    symbols: Sequence[str]
+    positions: NDArray[np.floating]
+    num_missing: int = 0
+
+
+@dataclass(frozen=True)
+class Packed:
+    """n molecules of at most N atoms, empty slots last.
+
+    Attributes:
+        positions: float32 [n, N, 3] in Angstrom, their mean over each molecule's atoms 0.
+        types: int8 [n, N], `EMPTY` where there is no atom.
+        numbers: int32 [n] number of each in its file.
+    """
+
+    positions: NDArray[np.float32]
+    types: NDArray[np.int8]
+    numbers: NDArray[np.int32]
+
+    def __len__(self) -> int:
+        """Return n."""
+        return len(self.types)
+
+    @property
+    def num_atoms(self) -> NDArray[np.int64]:
+        """Number of atoms of each, [n]."""
+        return (self.types != EMPTY).sum(axis=1)
+
+    def index(self, rows: NDArray[np.int64] | NDArray[np.bool_] | slice) -> "Packed":
+        """Select molecules."""
+        return Packed(self.positions[rows], self.types[rows], self.numbers[rows])
+
+
+def pack(
+    entries: Iterable[Structure | BadEntry],
+    elements: Sequence[str],
+    max_atoms: int,
+    *,
+    source: str,
+    strict: bool = False,
+    only_stable: bool = False,
+) -> tuple[Packed, Report]:
+    """Check entries and pack the good ones; hydrogens are left out unless among the elements.
+
+    Args:
+        entries: Structures, or what is wrong with an entry that could not be read.
+        elements: Symbols of the types.
+        max_atoms: N.
+        source: The file, for messages.
+        strict: Stop at the first bad entry instead of leaving it out.
+        only_stable: Leave out molecules with an atom whose bonds, by the tables, are not its
+            valence; with implicit hydrogens, exceed it.
+
+    Raises:
+        UsageError: An entry is bad and `strict`, or no entry is good.
+    """
+    report = Report(source, "molecules", strict)
+    types_of = {symbol: i for i, symbol in enumerate(elements)}
+    # Flat arrays: Python objects per molecule would take several times their memory.
+    positions, types, numbers = array("f"), array("b"), array("i")
+    names: list[str] = []
+    for entry in usable(entries, lambda entry: _fault(entry, types_of, max_atoms), report):
+        _append(entry, types_of, max_atoms, positions, types)
+        numbers.append(entry.number)
+        names.append(entry.name)
+    packed = Packed(
+        np.frombuffer(positions, np.float32).reshape(-1, max_atoms, 3),
+        np.frombuffer(types, np.int8).reshape(-1, max_atoms),
+        np.frombuffer(numbers, np.int32),
+    )
+    if only_stable and len(packed):
+        stable, fault = _stability(packed, tuple(elements))
+        for row in np.flatnonzero(~stable).tolist():
+            report.leave_out(BadEntry(names[row], fault))
+        packed = packed.index(stable)
+    report.num_kept = len(packed)
+    report.check()
+    return packed, report
+
+
+def molecules_of(
+    packed: Packed, elements: Sequence[str], rows: slice | NDArray[np.int64] = slice(None)
+) -> Molecules:
+    """Return packed molecules as samples; hydrogens are implicit unless among the elements."""
+    positions = torch.from_numpy(np.array(packed.positions[rows]))
+    types = torch.from_numpy(packed.types[rows].astype(np.int64))
+    return Molecules.of(positions, types, elements, "H" not in elements)
+
+
+def _fault(entry: Structure, types_of: dict[str, int], max_atoms: int) -> BadEntry | None:
+    """Return what is wrong with a structure, or None."""
+    unknown = sorted(set(entry.symbols) - set(types_of) - {"H"})
+    if unknown:
+        kind = f"elements other than {', '.join(types_of)}"
+        return BadEntry(entry.name, kind, ", ".join(unknown))
+    count = sum(symbol in types_of for symbol in entry.symbols)
+    if not count:
+        return BadEntry(entry.name, "no atoms")
+    if count > max_atoms:
+        return BadEntry(entry.name, f"more atoms than {max_atoms}", f"{count} atoms")
+    if "H" in types_of and entry.num_missing:
+        return BadEntry(entry.name, "missing hydrogens", f"{entry.num_missing} of them")
+    if not np.isfinite(entry.positions).all():
+        atom = int((~np.isfinite(entry.positions).all(axis=1)).argmax())
+        detail = f"atom {atom + 1}: {entry.symbols[atom]} at {entry.positions[atom].tolist()}"
+        return BadEntry(entry.name, "a position that is not finite", detail)
+    if len(entry.symbols) > 1 and np.ptp(entry.positions, axis=0).max() < 1e-3:
+        return BadEntry(entry.name, "no conformer", "all atoms are in one place")
+    if "H" in types_of and sum(ATOMIC_NUMBERS[symbol] for symbol in entry.symbols) % 2:
+        return BadEntry(entry.name, "an odd number of electrons", "a radical or an ion")
+    return None
+
+
+def _append(
+    entry: Structure,
+    types_of: dict[str, int],
+    max_atoms: int,
+    positions: "array[float]",
+    types: "array[int]",
+) -> None:
+    kept = [i for i, symbol in enumerate(entry.symbols) if symbol in types_of]
+    places = np.asarray(entry.positions, np.float64)[kept]
+    places = places - places.mean(axis=0)
+    num_empty = max_atoms - len(kept)
+    positions.extend(places.ravel().tolist())
+    positions.extend([0.0] * 3 * num_empty)
+    types.extend(types_of[entry.symbols[i]] for i in kept)
+    types.extend([EMPTY] * num_empty)
+
+
+def _stability(packed: Packed, elements: tuple[str, ...]) -> tuple[NDArray[np.bool_], str]:
+    """Return which molecules are stable by the bond tables, [n], and what is wrong with others."""
+    explicit = "H" in elements
+    test = bonds.molecule_stability if explicit else bonds.fitting_valences
+    starts = range(0, len(packed), _CHUNK)
+    parts = [test(molecules_of(packed, elements, slice(i, i + _CHUNK))) for i in starts]
+    fault = "bonds that are not its valences" if explicit else "bonds beyond a valence"
+    return torch.cat(parts).numpy(), fault

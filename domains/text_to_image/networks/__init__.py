@@ -1,0 +1,1 @@
+"""Networks that rewards and metrics share: CLIP."""

@@ -1,0 +1,125 @@
+"""What a run says in words: the facts at its start, and a line a round where no bar is shown."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+
+from lit_rlft.algorithms.base import RewardFineTuner
+
+__all__ = ["Facts", "RoundLines"]
+
+_MAX_LINES = 200
+"""Lines that `RoundLines` prints of a fit at most, apart from those of validations."""
+
+
+class Facts(Callback):
+    """Prints one line at the start of a fit: what is trained, on what, and how long it will be."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the line."""
+        assert isinstance(pl_module, RewardFineTuner)
+        data = getattr(trainer, "datamodule", None)
+        say(facts(trainer, pl_module, getattr(data, "batch_size", None)))
+
+
+class RoundLines(Callback):
+    """Prints a line a round, and one for each validation: for logs, where bars leave debris.
+
+    Of a long fit it prints every n-th round, so that there are 200 lines at most.
+    """
+
+    def __init__(self) -> None:
+        self.every = 1
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Choose how often a line is printed."""
+        rounds = num_rounds(trainer) or max(trainer.max_steps, 1)
+        self.every = -(-rounds // _MAX_LINES)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Print the round's reward and loss."""
+        assert isinstance(pl_module, RewardFineTuner)
+        done, total = pl_module.num_rounds, num_rounds(trainer)
+        if done % self.every and done != total:
+            return
+        values = _named(trainer.callback_metrics, "train/", ("reward", "loss"))
+        say(f"round {done}{f' of {total}' if total else ''}: {values}")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the tuned model's reward beside the reference's."""
+        assert isinstance(pl_module, RewardFineTuner)
+        name, found = pl_module.reward.name, trainer.callback_metrics
+        tuned, reference = (found.get(f"{arm}/{name}") for arm in ("val", "val_reference"))
+        if trainer.sanity_checking or tuned is None or reference is None:
+            return
+        say(f"validation: {name} {float(tuned):.4g}, of the reference {float(reference):.4g}")
+
+
+def facts(trainer: Trainer, module: RewardFineTuner, conditions: int | None) -> str:
+    """Return one line: model, parameters, device, precision, rounds and reward calls to come.
+
+    Args:
+        trainer: At the start of a fit.
+        module: What is trained.
+        conditions: Of a round, over all processes, if they are known.
+    """
+    parameters = {id(p): p for p in [*module.pipeline.parameters(), *module.parameters()]}
+    trained = sum(p.numel() for p in module.trainable().parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in parameters.values()) - trained
+    parts = [
+        f"{module.algorithm} on {module.pipeline.name} for {module.reward.name}",
+        f"{_short(trained)} parameters trained, {_short(frozen)} frozen",
+        f"{_device(trainer)} {trainer.precision}",
+        *_lengths(trainer, module, conditions),
+    ]
+    return "; ".join(parts)
+
+
+def num_rounds(trainer: Trainer) -> int | None:
+    """Return how many rounds a fit has from its start to its end, where that is fixed."""
+    epochs, batches = trainer.max_epochs, trainer.num_training_batches
+    if epochs is None or epochs < 0 or trainer.max_steps >= 0 or batches == float("inf"):
+        return None
+    return int(epochs * batches)
+
+
+@rank_zero_only
+def say(text: str) -> None:
+    """Print on the main process, at once."""
+    print(text, flush=True)
+
+
+def _lengths(trainer: Trainer, module: RewardFineTuner, conditions: int | None) -> list[str]:
+    rounds = num_rounds(trainer)
+    if rounds is None:
+        return [f"up to {trainer.max_steps:,} updates"] if trainer.max_steps >= 0 else []
+    left = max(rounds - module.num_rounds, 0)
+    parts = [f"{left:,} rounds" if left == rounds else f"{left:,} of {rounds:,} rounds to come"]
+    candidates = getattr(module, "num_candidates", None)
+    if candidates is not None and conditions is not None:
+        parts.append(f"{left * conditions * candidates:,} reward calls to come")
+    return parts
+
+
+def _device(trainer: Trainer) -> str:
+    device: torch.device = trainer.strategy.root_device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return name if trainer.world_size == 1 else f"{trainer.world_size} x {name}"
+
+
+def _named(found: Mapping[str, torch.Tensor], prefix: str, names: tuple[str, ...]) -> str:
+    known = [(name, found[prefix + name]) for name in names if prefix + name in found]
+    return ", ".join(f"{name} {float(value):.4g}" for name, value in known)
+
+
+def _short(count: int) -> str:
+    """Return a count as a person says it: 845, 2.1 k, 860 M."""
+    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return str(count)

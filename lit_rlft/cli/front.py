@@ -1,0 +1,85 @@
+"""The front door: help, version and lists at once; heavy imports only where a run needs them."""
+
+import sys
+from collections.abc import Sequence
+
+from lit_rlft import __version__
+from lit_rlft.cli import listing
+from lit_rlft.cli.names import with_class_paths
+from lit_rlft.cli.paths import with_config_files
+from lit_rlft.cli.quiet import quieten
+from lit_rlft.cli.words import nearest
+from lit_rlft.core.checks import UsageError
+
+__all__ = ["HELP", "main"]
+
+_RUNS = ("fit", "validate", "test", "predict")
+_COMMANDS = (*_RUNS, "list")
+HELP = """\
+lit-rlft fine-tunes pretrained diffusion and flow models with rewards.
+
+  lit-rlft fit      --config DOMAIN --config ALGORITHM [--config TRAINER] [--any.key VALUE]
+  lit-rlft validate|test|predict  the same, and --ckpt_path runs/NAME/checkpoints/last.ckpt
+  lit-rlft list     [algorithms|domains|rewards|metrics|selections|configs] [--domain NAME]
+
+Commands
+  fit       tune a model; writes checkpoints, the tuned model and a TensorBoard log to runs/NAME
+  validate  measure the tuned model beside the pretrained one on the validation data
+  test      the same on the test data; writes metrics.json and a picture, before and after
+  predict   draw samples from the tuned model and write them, with their rewards
+  list      what there is to choose from, in one line each
+
+Examples
+  lit-rlft fit --config shapes --config p_graft --name demo
+  lit-rlft test --config shapes --config p_graft --name demo \\
+      --ckpt_path runs/demo/checkpoints/last.ckpt
+
+  lit-rlft fit --config shapes --config drtune --reward CLIPScore --trainer.max_epochs 2
+
+A config is a YAML file or the name of one that comes with the package (`lit-rlft list configs`;
+a file here of that name wins). Later ones win over earlier ones, options over both.
+A class is given by its name, or by its path, such as my_module.MyReward.
+
+See the options of a class with   lit-rlft fit --model.help PGRAFT
+                                  lit-rlft fit --reward.help CLIPScore
+the whole config of a run with    lit-rlft fit ... --print_config
+and all options of a command with lit-rlft fit --help
+"""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line.
+
+    Args:
+        args: Its words; those of the process unless given.
+
+    Raises:
+        SystemExit: Something is wrong that the user can change; the message is one sentence.
+    """
+    words = list(sys.argv[1:] if args is None else args)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+    elif words[0] in ("--version", "-V"):
+        print(f"lit-rlft {__version__}")
+    else:
+        try:
+            _command(words)
+        except UsageError as error:
+            raise SystemExit(f"lit-rlft: error: {error}") from error
+
+
+def _command(words: list[str]) -> None:
+    if words[0] == "list":
+        listing.run(words[1:])
+        return
+    if not any(word in _RUNS for word in words):
+        close = nearest(words[0], _COMMANDS)
+        hint = f"did you mean {close}? " if close else ""
+        raise UsageError(
+            f"there is no command {words[0]!r}; {hint}the commands are {', '.join(_COMMANDS)}"
+        )
+    quieten()
+    words = with_class_paths(with_config_files(words))
+    from lit_rlft.cli.app import run  # seconds, which no other command should take
+
+    run(words)

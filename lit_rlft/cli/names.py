@@ -1,0 +1,201 @@
+"""Short class names: `--model PGRAFT`, `class_path: CLIPScore`."""
+
+import importlib
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+from lit_rlft.cli.index import Entry, index
+from lit_rlft.cli.packages import domain_packages
+from lit_rlft.cli.words import Option, nearest, options, rewritten
+from lit_rlft.core.checks import UsageError
+
+__all__ = ["with_class_paths"]
+
+_KINDS = {
+    "pipeline": ("pipeline",),
+    "reward": ("reward",),
+    "metrics": ("metric", "reward"),
+    "data": ("data",),
+    "model": ("algorithm",),
+}
+"""What the groups of a config hold; the first kind that has a name wins."""
+_ITEM = "*"
+_WHOLE = {
+    *((group,) for group in _KINDS if group != "metrics"),
+    ("metrics", "parts"),
+    ("metrics", "parts", _ITEM),
+    ("trainer", "callbacks"),
+    ("trainer", "callbacks", _ITEM),
+}
+"""Keys whose value names a class where it is a single word."""
+_NAME = re.compile(r"[A-Z]\w*")
+
+Key = tuple[str, ...]
+
+
+class _Word(NamedTuple):
+    """A single word that may be a class's name: its key, and where it stands in a text."""
+
+    key: Key
+    name: str
+    start: int
+    end: int
+
+    @property
+    def is_class(self) -> bool:
+        """Whether nothing but a class can stand here."""
+        return self.key[-1] in ("class_path", "help") or self.key in _WHOLE
+
+    @property
+    def is_top(self) -> bool:
+        """Whether it is one of the five parts of a run, not something within them."""
+        return self.is_class and self.key[0] in _KINDS and "init_args" not in self.key
+
+
+def with_class_paths(words: Sequence[str]) -> list[str]:
+    """Return a command's words with full class paths in place of short names.
+
+    Configs with short names become configs as text. Where a word may be a name of a class, or
+    something else, the class is imported, so that the parser knows it if it is looked for.
+
+    Raises:
+        UsageError: A name belongs to no class, or to several; the sentence lists them.
+    """
+    texts = [(option, *_text(option)) for option in options(words)]
+    found = [(option, text, list(_words(prefix, text))) for option, prefix, text in texts]
+    names = [word for _, _, own in found for word in own]
+    if not names:
+        return list(words)
+    resolver = _Resolver(_domain(names, texts))
+    for option, text, own in found:
+        changed = text
+        for word in reversed(own):
+            path = resolver.path(word)
+            if path is not None:
+                changed = changed[: word.start] + path + changed[word.end :]
+        if changed != text:
+            words = rewritten(words, option, changed)
+    return list(words)
+
+
+class _Resolver:
+    """Finds the class that a word means.
+
+    Args:
+        domain: The pipeline's, which decides between classes of one name, or None.
+    """
+
+    def __init__(self, domain: str | None) -> None:
+        self.domain, self.entries = domain, index()
+
+    def path(self, word: _Word) -> str | None:
+        """Return the class path to write in place of a word, or None to leave it."""
+        found = self.candidates(word)
+        if not word.is_class:
+            for entry in found if len(word.key) > 1 else []:
+                importlib.import_module(entry.module)
+            return None
+        if len(found) == 1:
+            return found[0].path
+        if found:
+            paths = ", ".join(entry.path for entry in found)
+            raise UsageError(f"{_flag(word)}: {word.name} may be any of {paths}; give one of these")
+        ours = any(entry.name == word.name for entry in self.entries)
+        if word.is_top and (ours or not _is_loaded(word.name)):
+            raise self._unknown(word)
+        return None
+
+    def candidates(self, word: _Word) -> list[Entry]:
+        """Return the classes of a name: of the right kind, and of the pipeline's domain."""
+        found = [entry for entry in self.entries if entry.name == word.name]
+        kinds = _KINDS.get(word.key[0], ())
+        if word.is_top:
+            found = [entry for entry in found if entry.kind in kinds]
+        best = next((kind for kind in kinds if any(e.kind == kind for e in found)), None)
+        found = [entry for entry in found if best in (None, entry.kind)]
+        near = [entry for entry in found if entry.domain in (None, self.domain)]
+        return near or found
+
+    def _unknown(self, word: _Word) -> UsageError:
+        kinds = _KINDS[word.key[0]]
+        what = "DataModule" if kinds[0] == "data" else kinds[0]
+        close = nearest(word.name, [e.name for e in self.entries if e.kind in kinds])
+        hint = f"did you mean {close}? " if close else ""
+        listed = "domains" if kinds[0] in ("pipeline", "data") else f"{kinds[0]}s"
+        return UsageError(
+            f"{_flag(word)}: there is no {what} {word.name}; {hint}"
+            f"`lit-rlft list {listed}` shows them all, and one of yours needs its full class path"
+        )
+
+
+def _flag(word: _Word) -> str:
+    return "--" + ".".join(part for part in word.key if part not in (_ITEM, "class_path"))
+
+
+def _domain(names: Sequence[_Word], texts: Sequence[tuple[Option, Key, str]]) -> str | None:
+    """Return the domain of the pipeline that is given last, by its short name or its path."""
+    given = [word.name for word in names if word.key[0] == "pipeline" and word.is_top]
+    short = {entry.name: entry.domain for entry in index() if entry.kind == "pipeline"}
+    paths = [path for _, prefix, text in texts for path in _pipelines(prefix, text)]
+    packages = domain_packages()
+    for path in reversed(paths):
+        for domain, package in packages.items():
+            if path.startswith(f"{package}."):
+                return domain
+        if path in given:
+            return short.get(path)
+    return None
+
+
+def _pipelines(prefix: Key, text: str) -> Iterator[str]:
+    for key, node in _scalars(prefix, text):
+        if key in (("pipeline",), ("pipeline", "class_path")):
+            yield str(node.value)
+
+
+def _text(option: Option) -> tuple[Key, str]:
+    """Return where the value of an option belongs, and its text: of a config that of its file."""
+    if option.key != "config":
+        return tuple(option.key.split(".")), option.value
+    path = Path(option.value)
+    if "\n" in option.value or not path.is_file():
+        return (), option.value
+    return (), path.read_text(encoding="utf-8", errors="replace")
+
+
+def _words(prefix: Key, text: str) -> Iterator[_Word]:
+    for key, node in _scalars(prefix, text):
+        if node.tag.endswith(":str") and _NAME.fullmatch(node.value):
+            yield _Word(key, node.value, node.start_mark.index, node.end_mark.index)
+
+
+def _scalars(prefix: Key, text: str) -> Iterator[tuple[Key, yaml.ScalarNode]]:
+    """Iterate over the single values of a YAML text; of one that is broken the parser will tell."""
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError:
+        return
+    if root is not None and (prefix or not isinstance(root, yaml.ScalarNode)):
+        yield from _below(prefix, root)
+
+
+def _below(key: Key, node: yaml.Node) -> Iterator[tuple[Key, yaml.ScalarNode]]:
+    if isinstance(node, yaml.MappingNode):
+        for name, value in node.value:
+            yield from _below((*key, str(name.value).removesuffix("+")), value)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            yield from _below((*key, _ITEM), value)
+    elif isinstance(node, yaml.ScalarNode):
+        yield key, node
+
+
+def _is_loaded(name: str) -> bool:
+    """Return whether a program has defined such a class, which the parser then knows by itself."""
+    loaded = [getattr(module, "__dict__", {}) for module in sys.modules.values()]
+    return any(isinstance(names.get(name), type) for names in loaded)

@@ -1,0 +1,49 @@
+"""Which packages hold domains: those that register under the entry points `lit_rlft.domains`."""
+
+import tomllib
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
+
+__all__ = ["GROUP", "domain_packages", "modules"]
+
+GROUP = "lit_rlft.domains"
+_ROOT = Path(__file__).parents[2]
+
+
+def domain_packages() -> dict[str, str]:
+    """Return the module of each registered domain, by the domain's name.
+
+    A checkout's own pyproject.toml is read too: what is installed of it may be older.
+    """
+    return _of_checkout() | {point.name: point.value for point in entry_points(group=GROUP)}
+
+
+def modules(package: str) -> dict[str, Path]:
+    """Return the files of a package and of all its sub-packages, by dotted name.
+
+    The package is not imported, only those that it lies in.
+    """
+    try:
+        spec = find_spec(package)
+    except ImportError:
+        return {}
+    if spec is None or spec.origin is None:
+        return {}
+    found = {package: Path(spec.origin)}
+    for folder in map(Path, spec.submodule_search_locations or ()):
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).with_suffix("").parts
+            found[".".join((package, *parts)).removesuffix(".__init__")] = path
+    return found
+
+
+def _of_checkout() -> dict[str, str]:
+    path = _ROOT / "pyproject.toml"
+    if not path.is_file():
+        return {}
+    project = tomllib.loads(path.read_text()).get("project", {})
+    if project.get("name") != "lit-rlft":
+        return {}
+    registered: dict[str, str] = project.get("entry-points", {}).get(GROUP, {})
+    return registered

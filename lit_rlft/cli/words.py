@@ -1,0 +1,57 @@
+"""The words of a command line: options with their values, and names like those one mistyped."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+__all__ = ["Option", "nearest", "options", "rewritten"]
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option that has a value.
+
+    Attributes:
+        key: Its name, as in "reward.init_args.scale"; of what is appended without the "+".
+        value: Its text.
+        place: Number of the word that holds the value.
+    """
+
+    key: str
+    value: str
+    place: int
+
+
+def options(words: Sequence[str]) -> list[Option]:
+    """Return the options of a command line, written as `--key value` or `--key=value`."""
+    found = []
+    for i, word in enumerate(words):
+        key, equals, value = word.partition("=")
+        if key == "-c":
+            key = "--config"
+        if not key.startswith("--"):
+            continue
+        key = key[2:].removesuffix("+")
+        if equals:
+            found.append(Option(key, value, i))
+        elif i + 1 < len(words) and not words[i + 1].startswith("--"):
+            found.append(Option(key, words[i + 1], i + 1))
+    return found
+
+
+def rewritten(words: Sequence[str], option: Option, value: str) -> list[str]:
+    """Return the words with another value of an option."""
+    result, word = list(words), words[option.place]
+    result[option.place] = word[: len(word) - len(option.value)] + value
+    return result
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return the known names most like a name, as words: "A, B or C"; "" without any."""
+    by_lower: dict[str, str] = {}
+    for one in known:
+        by_lower.setdefault(one.lower(), one)
+    close = [by_lower[one] for one in get_close_matches(name.lower(), by_lower, 3, 0.5)]
+    if not close:
+        return ""
+    return " or ".join([", ".join(close[:-1]), close[-1]] if close[1:] else close)

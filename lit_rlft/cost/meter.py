@@ -1,0 +1,112 @@
+"""Who pays for what is computed: training, an evaluation, or nobody."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from lit_rlft.core.pipeline import Condition, Pipeline
+from lit_rlft.cost.counters import (
+    Cost,
+    count_calls,
+    count_flops,
+    flops_per_call,
+    peak_memory_bytes,
+)
+
+__all__ = ["Meter"]
+
+
+class Meter:
+    """The counters of training, and of what runs at present.
+
+    Attributes:
+        training: What training has spent on this process, also before it was resumed.
+        current: The counters that count at present: training's, or those of an evaluation.
+        flops_per_call: Operations of the denoiser on one row; 0 until it was looked at.
+    """
+
+    def __init__(self) -> None:
+        self.training = self.current = Cost()
+        self.flops_per_call = 0
+        self._started = self._seconds_before = 0.0
+
+    def watch(self, pipeline: Pipeline, trained: nn.Module, reference: nn.Module) -> None:
+        """Count the calls and operations of networks from now on.
+
+        Args:
+            pipeline: Its denoiser is one of them.
+            trained: Outside the pipeline it is the network of a learned prior.
+            reference: Its children are further denoisers.
+        """
+        for network in (pipeline.denoiser, *reference.children()):
+            count_calls(network, lambda: self.current)
+            count_flops(network, lambda: self.current)
+        if trained not in pipeline.modules():
+            count_calls(trained, lambda: self.current, "prior_calls")
+            count_flops(trained, lambda: self.current)
+
+    def start_training(self) -> None:
+        """Bill training from now on, and start its clock."""
+        self.current, self._started = self.training, time.monotonic()
+        self._seconds_before = self.training.seconds
+
+    def end_round(self) -> None:
+        """Note how long training has taken so far."""
+        self.training.seconds = self._seconds_before + time.monotonic() - self._started
+
+    def spent(self, num_samples: int, world_size: int) -> dict[str, int]:
+        """Return what training has cost so far, over all processes, as the log has it.
+
+        Args:
+            num_samples: Samples drawn by all processes.
+            world_size: Number of processes.
+        """
+        calls = {
+            name: getattr(self.training, name) * world_size
+            for name in ("reward_calls", "denoiser_calls")
+        }
+        return {"samples": num_samples, **calls}
+
+    def start_evaluation(self) -> None:
+        """Bill an evaluation in the middle of training; training's clock runs on."""
+        self.current = Cost()
+
+    def end_evaluation(self) -> None:
+        """Bill training again."""
+        self.current = self.training
+
+    def start_test(self) -> None:
+        """Bill a test, with a clock of its own."""
+        self.current, self._started = Cost(), time.monotonic()
+
+    @contextmanager
+    def unbilled(self) -> Iterator[None]:
+        """Bill nobody for what the block computes for the sake of looking."""
+        billed, self.current = self.current, Cost()
+        try:
+            yield
+        finally:
+            self.current = billed
+
+    def look_at(self, pipeline: Pipeline, condition: Condition) -> None:
+        """Measure, once, the operations of a denoiser call."""
+        if not self.flops_per_call:
+            with self.unbilled():
+                self.flops_per_call = flops_per_call(pipeline, condition)
+
+    def report(self, world_size: int) -> dict[str, Any]:
+        """Return what training and the test spent, over all processes, as metrics.json has it."""
+        counts = ("denoiser_calls", "prior_calls", "reward_calls", "flops")
+        training = {name: getattr(self.training, name) * world_size for name in counts}
+        test = {f"test_{name}": getattr(self.current, name) * world_size for name in counts}
+        return {
+            **training,
+            "seconds": self.training.seconds,
+            "peak_memory_bytes": peak_memory_bytes(),
+            **test,
+            "test_seconds": time.monotonic() - self._started,
+            "flops_per_denoiser_call": self.flops_per_call,
+        }

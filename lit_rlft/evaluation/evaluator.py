@@ -1,0 +1,173 @@
+"""Evaluation: the tuned model, its reference and baselines under the same conditions and noise."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_rlft.core.divergence import path_kl
+from lit_rlft.core.pipeline import Batch, Condition
+from lit_rlft.core.randomness import seed_from
+from lit_rlft.core.reward import Metric, SetMetric, check_rewards
+from lit_rlft.core.state import State, index
+from lit_rlft.core.streams import Stream
+from lit_rlft.evaluation.best_of import best_of
+from lit_rlft.evaluation.bootstrap import Moments
+from lit_rlft.evaluation.measurements import Arm, Measurements
+from lit_rlft.loop.experience import Draw
+from lit_rlft.loop.rollouts import Rollouts
+from lit_rlft.loop.route import Route
+
+__all__ = ["Evaluator"]
+
+Phase = Callable[[str, int], AbstractContextManager[Any]]
+"""Makes a context that tells what the time within it is spent on, and for how many samples."""
+
+
+class Evaluator:
+    """Draws, measures and summarises.
+
+    Args:
+        rollouts: Draws samples of a pipeline; its reward is measured, and best-of-n chooses by it.
+        metrics: Further measurements.
+        num_samples: Samples per condition.
+
+    Attributes:
+        measurements: Of the present evaluation.
+        num_pictures: Samples that are rendered; who shows them raises it.
+        shown: Whether this process renders any.
+        phase: Told what the time is spent on.
+    """
+
+    def __init__(self, rollouts: Rollouts, metrics: Metric, num_samples: int) -> None:
+        self.rollouts, self.metrics, self.num_samples = rollouts, metrics, num_samples
+        self.pipeline, self.reward = rollouts.pipeline, rollouts.reward
+        self.measurements, self.num_pictures = Measurements(), 0
+        self.shown = True
+        self.phase: Phase = lambda name, num_samples: nullcontext()
+
+    @property
+    def set_metrics(self) -> list[SetMetric]:
+        """The metrics of all samples of an evaluation together."""
+        return [part for part in self.metrics.modules() if isinstance(part, SetMetric)]
+
+    def start(self, *, keep_reference: bool = False) -> None:
+        """Start a fresh evaluation; the reference's measurements can be kept."""
+        kept = self.measurements.reference if keep_reference else None
+        self.measurements = Measurements(kept)
+
+    def run(
+        self, batch: Batch, batch_idx: int, tuned: Route, reference: Route, *, num_best: int = 0
+    ) -> Condition:
+        """Measure the models on one batch, the reference where it was not measured before.
+
+        Args:
+            batch: Of conditions.
+            batch_idx: Its number.
+            tuned: The tuned model's route.
+            reference: The reference's.
+            num_best: n of the best-of-n baselines; 0 leaves them out.
+
+        Returns:
+            The conditions, one row per sample.
+        """
+        condition, seeds = self._conditions(batch)
+        self._measure_route("tuned", batch_idx, condition, seeds, tuned, kl_from=reference)
+        if not self.measurements.reference.has(batch_idx):
+            self._measure_route("reference", batch_idx, condition, seeds, reference)
+        if num_best:
+            arms = best_of(self.rollouts, reference, condition, seeds, num_best)
+            for arm, x_0 in arms.items():
+                self._measure(arm, batch_idx, x_0, condition)
+        return condition
+
+    def predict(self, batch: Batch, route: Route) -> Draw:
+        """Draw samples and score them."""
+        condition, seeds = self._conditions(batch)
+        x_0 = self._draw("tuned", condition, seeds, route)
+        samples = self.pipeline.decode(x_0, condition)
+        return Draw(samples, condition, seeds, self.rollouts.reward_of(samples, condition))
+
+    def summary(self, world_size: int, *, errors: bool = False) -> dict[Arm, dict[str, Moments]]:
+        """Return mean and standard error per arm and metric (`Measurements.summary`)."""
+        return self.measurements.summary(world_size, self.set_metrics, errors=errors)
+
+    def means(self, world_size: int) -> dict[str, float]:
+        """Return the means of `summary` by "/<metric>", and by "_<arm>/<metric>" of other arms."""
+        return {
+            f"{'' if arm == 'tuned' else f'_{arm}'}/{name}": moments["mean"]
+            for arm, summary in self.summary(world_size).items()
+            for name, moments in summary.items()
+        }
+
+    def _conditions(self, batch: Batch) -> tuple[Condition, list[int]]:
+        condition = self.pipeline.encode(batch).repeat(self.num_samples)
+        return condition, self.rollouts.seeds(batch, self.num_samples, Stream.EVALUATE)
+
+    def _draw(self, arm: Arm, condition: Condition, seeds: Sequence[int], route: Route) -> State:
+        ends, label = [route.num_steps], f"Sampling ({arm})"
+        (x_0,) = self.rollouts.draw(route, condition, seeds, keep=ends, label=label)
+        return x_0
+
+    def _measure_route(
+        self,
+        arm: Arm,
+        batch_idx: int,
+        condition: Condition,
+        seeds: Sequence[int],
+        route: Route,
+        kl_from: Route | None = None,
+    ) -> None:
+        with self.phase(f"sample_{arm}", len(condition)):
+            x_0 = self._draw(arm, condition, seeds, route)
+        kl = torch.zeros(len(condition))
+        if kl_from is not None:
+            kl = self._divergence(x_0, condition, seeds, route, kl_from)
+        with self.phase("measure", 0):
+            self._measure(arm, batch_idx, x_0, condition, kl=kl)
+
+    def _measure(
+        self, arm: Arm, batch_idx: int, x_0: State, condition: Condition, **known: Tensor
+    ) -> None:
+        """Decode and measure samples; `known` are values that are known already."""
+        samples = self.pipeline.decode(x_0, condition)
+        values = self.reward.evaluate(samples, condition)
+        check_rewards(self.reward, values[self.reward.name], len(condition))
+        values |= self.metrics.evaluate(samples, condition) | known
+        pictures = self._pictures(arm, samples, condition)
+        labels = [self.pipeline.describe(entry) for entry in condition.each()]
+        features = [metric.features(samples, condition) for metric in self.set_metrics]
+        self.measurements.add(arm, batch_idx, values, pictures, labels, features)
+
+    def _pictures(self, arm: Arm, samples: Any, condition: Condition) -> Tensor | None:
+        """Render what is still to be shown of a model: some domains take longer than to sample."""
+        if arm not in ("tuned", "reference") or not self.shown:
+            return None
+        missing = self.num_pictures - self.measurements.arms[arm].num_pictures
+        rows = torch.arange(max(0, min(missing, len(condition))))
+        if not len(rows):
+            return None
+        return self.pipeline.render(
+            self.pipeline.index_samples(samples, rows), condition.index(rows)
+        )
+
+    def _divergence(
+        self, x_0: State, condition: Condition, seeds: Sequence[int], route: Route, other: Route
+    ) -> Tensor:
+        """Estimate the KL of a route's paths from another route's, [B]."""
+        prior = route.prior(condition).kl(other.prior(condition))
+        tuned = [leg.denoiser for leg in route.legs if leg.tuned and leg.num_steps]
+        if not tuned:
+            return prior
+        times, steps = route.times, route.tuned_steps
+        (reference,) = {leg.denoiser for leg in other.legs}
+        parts = []
+        with self.rollouts.meter.unbilled():
+            own = [seed_from(seed, Stream.DIVERGENCE) for seed in seeds]
+            for chunk in self.rollouts.chunks(condition, own):
+                x = index(x_0, chunk.rows)
+                args = (tuned[0], reference, x, chunk.condition, times, steps, chunk.noise)
+                parts.append(path_kl(route.process, *args))
+        return prior + torch.cat(parts)

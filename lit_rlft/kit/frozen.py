@@ -1,0 +1,22 @@
+"""Networks that judge and are never trained."""
+
+from typing import Self, TypeVar
+
+from torch import nn
+
+__all__ = ["Frozen", "frozen"]
+
+N = TypeVar("N", bound=nn.Module)
+
+
+class Frozen(nn.Module):
+    """A module that is always in evaluation mode, whatever its trainer asks for."""
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in evaluation mode."""
+        return super().train(False)
+
+
+def frozen(network: N) -> N:
+    """Return the network in evaluation mode, none of its parameters with a gradient."""
+    return network.requires_grad_(False).eval()

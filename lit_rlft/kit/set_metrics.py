@@ -1,0 +1,80 @@
+"""What metrics of several domains share: distances from a source's data, sums over others."""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from lit_rlft.core.reward import SetMetric
+from lit_rlft.kit.statistics import frechet_distance, mmd, polynomial, similarity
+
+__all__ = ["RealFeatures", "SourceDistances", "sums_over_others"]
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class RealFeatures:
+    """Features of real data that sets of samples are compared with.
+
+    Attributes:
+        features: [n, D].
+        similarity: Mean polynomial kernel of every two of them, which MMD needs each time.
+    """
+
+    features: Tensor
+    similarity: float
+
+    @classmethod
+    def of(cls, features: Tensor) -> "RealFeatures":
+        """Keep features [n, D]."""
+        return cls(features, similarity(features, polynomial))
+
+    def frechet_distance(self, generated: Tensor) -> float:
+        """Return the Fréchet distance of features [m, D], NaN for fewer than two."""
+        return frechet_distance(generated, self.features)
+
+    def kernel_distance(self, generated: Tensor) -> float:
+        """Return KID of features [m, D], of every pair at once, NaN for fewer than two."""
+        return mmd(self.features, generated, polynomial, self.similarity)
+
+
+class SourceDistances(SetMetric, Generic[R]):
+    """Distances of all samples of an evaluation from the data of a source.
+
+    What is compared with is computed when it is first needed, and kept.
+
+    Args:
+        num_draws: Bootstrap draws for the standard errors of a test; 0 leaves them out.
+    """
+
+    def __init__(self, num_draws: int = 20) -> None:
+        super().__init__()
+        self.num_draws = num_draws
+        self._real: R | None = None
+
+    @abstractmethod
+    def read(self) -> R:
+        """Load the source and return what samples are compared with."""
+
+    @property
+    def real(self) -> R:
+        """What samples are compared with."""
+        if self._real is None:
+            with torch.no_grad():
+                self._real = self.read()
+        return self._real
+
+
+def sums_over_others(distances: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each sample's sum of distances to the others of its condition, and their number, [B].
+
+    Args:
+        distances: Of every two samples, [B, B].
+        rows: [B], which condition each sample has.
+    """
+    others = rows[:, None] == rows[None, :]
+    others.fill_diagonal_(False)
+    return distances.where(others, 0).sum(dim=1), others.sum(dim=1)

@@ -1,0 +1,68 @@
+"""What a round collects, and what `predict` draws."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_rlft.core.pipeline import Condition
+from lit_rlft.core.samples import Samples
+from lit_rlft.core.state import State, index
+
+__all__ = ["Draw", "Experience"]
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What one collect returns and the updates train on: n samples and what is known of them.
+
+    Attributes:
+        states: Named states, each with n rows (e.g. the accepted x_tau).
+        condition: n rows.
+        seeds: n integers that seed each sample's noise during the updates.
+        metrics: Numbers to log, averaged over the processes where they are not NaN.
+        histograms: Values to show as histograms, by name.
+    """
+
+    states: Mapping[str, State]
+    condition: Condition
+    seeds: Sequence[int]
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    histograms: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        """Return n."""
+        return len(self.seeds)
+
+    @property
+    def num_terms(self) -> int:
+        """Number of terms of the loss, which microbatches share out: here one per sample."""
+        return len(self)
+
+    def terms(self, rows: Tensor) -> "Experience":
+        """Select terms of the loss, as many rows."""
+        return self.index(rows)
+
+    def index(self, rows: Tensor) -> "Experience":
+        """Select samples."""
+        states = {name: index(state, rows) for name, state in self.states.items()}
+        seeds = [self.seeds[row] for row in rows.tolist()]
+        return Experience(states, self.condition.index(rows), seeds)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Decoded samples with their conditions, the integers their noise came from, their rewards."""
+
+    samples: Any
+    condition: Condition
+    seeds: Sequence[int]
+    rewards: Tensor
+
+    def to(self, device: torch.device | str) -> "Draw":
+        """Move samples and rewards, as Lightning does with predictions that it keeps."""
+        movable = isinstance(self.samples, Tensor | Samples)
+        samples = self.samples.to(device) if movable else self.samples
+        return replace(self, samples=samples, rewards=self.rewards.to(device))

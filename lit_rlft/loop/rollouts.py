@@ -1,0 +1,149 @@
+"""Drawing and scoring samples in chunks that fit into memory, with noise that no chunk decides."""
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from lightning import Trainer
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lit_rlft.core.pipeline import Batch, Condition, Pipeline
+from lit_rlft.core.randomness import Generators, generators, seed_from
+from lit_rlft.core.reward import Reward, check_rewards
+from lit_rlft.core.state import State, cat, index, slices
+from lit_rlft.cost.meter import Meter
+from lit_rlft.loop.route import Route
+
+__all__ = ["Chunk", "Rollouts", "Scores", "Track", "track"]
+
+T = TypeVar("T")
+Track = Callable[[Iterable[Any], str], Iterable[Any]]
+"""Iterates over items and shows under a label how far it is."""
+
+
+class Chunk(NamedTuple):
+    """Samples that are drawn together.
+
+    Attributes:
+        rows: Which of all samples they are.
+        condition: One row per sample.
+        noise: One generator per sample; None where none were asked for.
+    """
+
+    rows: slice
+    condition: Condition
+    noise: Generators
+
+
+class Scores(NamedTuple):
+    """Rewards [B], NaN where scoring failed, and the samples' de-duplication keys if any."""
+
+    rewards: Tensor
+    keys: list[Hashable] | None
+
+
+class Rollouts:
+    """Draws and scores samples of a pipeline.
+
+    Args:
+        pipeline: Decodes what is drawn.
+        reward: Scores it.
+        chunk_size: Samples at a time, which bounds the memory.
+        seed: Of all noise.
+        meter: Pays for the reward.
+
+    Attributes:
+        track: Shows the progress; shows nothing unless it is set.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        reward: Reward,
+        chunk_size: int,
+        seed: int,
+        meter: Meter,
+    ) -> None:
+        self.pipeline, self.reward = pipeline, reward
+        self.chunk_size, self.seed, self.meter = chunk_size, seed, meter
+        self.track: Track = lambda items, label: items
+
+    def seeds(self, batch: Batch, num: int, *stream: int) -> list[int]:
+        """Return `num` seeds for each row of the batch, by the row's place in its data set."""
+        rows = batch["index"].tolist()
+        return [seed_from(self.seed, *stream, row, i) for row in rows for i in range(num)]
+
+    def chunks(
+        self,
+        condition: Condition,
+        seeds: Sequence[int] | None = None,
+        label: str | None = None,
+    ) -> Iterator[Chunk]:
+        """Iterate over samples in chunks.
+
+        Args:
+            condition: One row per sample.
+            seeds: One integer per sample, which its generator starts from.
+            label: Text of the progress bar; None shows none.
+        """
+        parts = list(slices(len(condition), self.chunk_size))
+        for rows in parts if label is None else self.track(parts, label):
+            noise = None if seeds is None else generators(seeds[rows])
+            yield Chunk(rows, condition.index(rows), noise)
+
+    def draw(
+        self,
+        route: Route,
+        condition: Condition,
+        seeds: Sequence[int],
+        *,
+        keep: Sequence[int],
+        label: str = "Sampling",
+    ) -> list[State]:
+        """Walk a route and keep the states at some indices of its grid.
+
+        Args:
+            route: Who draws.
+            condition: One row per sample.
+            seeds: One integer per sample; all its noise comes from it.
+            keep: Indices into the grid [num_steps + 1]; num_steps is x_0.
+            label: Text of the progress bar.
+
+        Returns:
+            One state per entry of `keep`, all samples concatenated.
+        """
+        kept: list[list[State]] = [[] for _ in keep]
+        for chunk in self.chunks(condition, seeds, label):
+            for i, x in route.walk(chunk.condition, chunk.noise):
+                for states, wanted in zip(kept, keep, strict=True):
+                    if i == wanted:
+                        states.append(x)
+        return [cat(states) for states in kept]
+
+    def score(self, x_0: State, condition: Condition, *, may_fail: bool = False) -> Scores:
+        """Decode and score samples; those that could not be scored may have NaN if they `may_fail`.
+
+        Raises:
+            UsageError: The reward returns something other than a number per sample, or NaN.
+        """
+        rewards: list[Tensor] = []
+        keys: list[Hashable] = []
+        for chunk in self.chunks(condition, label="Scoring"):
+            samples = self.pipeline.decode(index(x_0, chunk.rows), chunk.condition)
+            rewards.append(self.reward_of(samples, chunk.condition, may_fail=may_fail))
+            keys.extend(self.pipeline.keys(samples, chunk.condition) or [])
+        return Scores(torch.cat(rewards), keys or None)
+
+    def reward_of(self, samples: Any, condition: Condition, *, may_fail: bool = False) -> Tensor:
+        """Return the rewards of decoded samples, [B], as `score` does."""
+        self.meter.current.reward_calls += len(condition)
+        values = self.reward(samples, condition)
+        return check_rewards(self.reward, values, len(condition), may_fail=may_fail)
+
+
+def track(items: Iterable[T], label: str, *, trainer: Trainer | None) -> Iterable[T]:
+    """Show a progress bar over `items` on the main process, if the trainer shows any."""
+    shown = trainer is not None and trainer.progress_bar_callback is not None
+    shown = shown and trainer is not None and trainer.is_global_zero
+    return tqdm(items, label, leave=False, position=1, dynamic_ncols=True, disable=not shown)

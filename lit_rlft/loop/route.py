@@ -1,0 +1,91 @@
+"""How a model draws: where it starts, and who denoises which steps."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lit_rlft.core.distribution import Distribution
+from lit_rlft.core.pipeline import Condition
+from lit_rlft.core.process import Process
+from lit_rlft.core.randomness import Generators
+from lit_rlft.core.sampling import Denoiser, walk
+from lit_rlft.core.state import State
+
+__all__ = ["Leg", "Prior", "Route"]
+
+Prior = Callable[[Condition], Distribution]
+"""From conditions to the distribution of x_1."""
+
+
+class Leg(NamedTuple):
+    """A part of a route that one denoiser runs.
+
+    Attributes:
+        denoiser: Who runs it.
+        num_steps: Number of the sampler's steps; 0 leaves the leg out.
+        tuned: Whether the denoiser is the one being tuned.
+    """
+
+    denoiser: Denoiser
+    num_steps: int
+    tuned: bool
+
+
+@dataclass(frozen=True)
+class Route:
+    """The way of the tuned model, or of the reference, from noise to data.
+
+    Attributes:
+        process: The noising process.
+        prior: Where the way starts.
+        legs: Who denoises, in the order of the steps.
+        eta: Noise of the transitions, in [0, 1].
+    """
+
+    process: Process
+    prior: Prior
+    legs: Sequence[Leg]
+    eta: float
+
+    @property
+    def num_steps(self) -> int:
+        """Number of steps of all legs."""
+        return sum(leg.num_steps for leg in self.legs)
+
+    @property
+    def times(self) -> Tensor:
+        """The grid of noise levels, [num_steps + 1], decreasing."""
+        return self.process.times(self.num_steps)
+
+    @property
+    def tuned_steps(self) -> Tensor:
+        """Which steps the tuned denoiser runs, bool [num_steps]."""
+        return torch.tensor([leg.tuned for leg in self.legs for _ in range(leg.num_steps)])
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether x_1 alone decides x_0."""
+        return self.eta == 0 and self.process.differentiable
+
+    def walk(
+        self, condition: Condition, noise: Generators, x_1: State | None = None
+    ) -> Iterator[tuple[int, State]]:
+        """Iterate over (i, x at times[i]), from x_1 (i = 0) to x_0 (i = num_steps).
+
+        Args:
+            condition: One row per sample.
+            noise: One generator per sample, or None for torch's global one.
+            x_1: Where to start; drawn from the prior unless given.
+        """
+        x = self.prior(condition).sample(noise) if x_1 is None else x_1
+        times, first = self.times, 0
+        yield 0, x
+        for leg in self.legs:
+            part = times[first : first + leg.num_steps + 1]
+            for i, state in walk(leg.denoiser, self.process, x, condition, part, self.eta, noise):
+                if i:
+                    yield first + i, (x := state)
+            first += leg.num_steps

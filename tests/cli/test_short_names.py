@@ -1,0 +1,188 @@
+"""Classes and configs by their names alone."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lit_rlft.cli import main
+from lit_rlft.cli.names import with_class_paths
+from lit_rlft.cli.paths import CONFIGS, config_file
+from lit_rlft.core.checks import UsageError
+
+T2I, GAUSSIAN = "domains.text_to_image", "domains.gaussian_mixture"
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as raised:
+        main(["fit", *words, "--print_config"])
+    assert raised.value.code == 0, raised.value.code
+    return capsys.readouterr().out
+
+
+def classes(text: str) -> set[str]:
+    """Return the names of all classes of a config."""
+
+    def below(node: Any) -> set[str]:
+        if isinstance(node, list):
+            return {name for one in node for name in below(one)}
+        if not isinstance(node, dict):
+            return set()
+        own = {node["class_path"].rpartition(".")[2]} if "class_path" in node else set()
+        return own | below([*node.values()])
+
+    return below(yaml.safe_load(text))
+
+
+def refusal(*words: str) -> str:
+    with pytest.raises(UsageError) as raised:
+        with_class_paths(["fit", *words])
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+MIXTURE = [
+    *("--pipeline", "GaussianMixturePipeline", "--reward", "Coordinate", "--model=PGRAFT"),
+    *("--pipeline.weights=[1.0]", "--pipeline.means=[[0.0, 0.0]]", "--pipeline.stds=[1.0]"),
+    *("--data", "MixtureData", "--data.weights=[1.0]", "--data.means=[[0.0, 0.0]]"),
+    "--data.stds=[1.0]",
+]
+
+
+def test_a_run_by_short_names_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    selection = ["--model.init_args.selection", "RandomK", "--trainer.callbacks+=EMA"]
+    metric = ["--metrics.parts+=Quadratic"]
+    found = classes(printed(capsys, *MIXTURE, *selection, *metric))
+    assert {"PGRAFT", "Coordinate", "MixtureData", "RandomK", "EMA", "Quadratic"} <= found
+
+
+def test_nested_classes_and_optimisers(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--config", "gaussian_mixture", "--config", "drtune"]
+    words += ["--model.init_args.method", "DRaFT", "--model.init_args.optimizer", "MuonAdamW"]
+    assert {"DRaFT", "MuonAdamW"} <= classes(printed(capsys, *words))
+
+
+def test_short_names_in_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("own.yaml").write_text(
+        "# einfach: prüfen\n"
+        "reward: {class_path: WeightedSum, init_args: {rewards: {x: {class_path: Coordinate}}}}\n"
+        "metrics:\n  parts: [Quadratic]\n"
+        "model:\n  class_path: 'GRAFT'  # a comment\n  init_args:\n"
+        "    selection: {class_path: TopK, init_args: {k: 2}}\n"
+    )
+    before = Path("own.yaml").read_bytes()
+    text = printed(capsys, "--config=gaussian_mixture", "--config=own.yaml")
+    assert {"WeightedSum", "Coordinate", "Quadratic", "GRAFT", "TopK"} <= classes(text)
+    assert yaml.safe_load(text)["model"]["init_args"]["selection"]["init_args"] == {"k": 2}
+    assert Path("own.yaml").read_bytes() == before
+
+
+def test_full_paths_and_other_words_are_left_alone() -> None:
+    words = ["fit", "--name", "PGRAFT", "--config", str(CONFIGS / "domains/shapes.yaml")]
+    words += ["--reward=domains.text_to_image.rewards.CLIPScore", "--trainer.max_epochs", "3"]
+    assert with_class_paths(words) == words
+
+
+def test_the_pipelines_domain_decides_between_classes_of_one_name() -> None:
+    for pipeline, domain in (("ImagePipeline", "image"), (f"{T2I}.pipeline.X", "text_to_image")):
+        words = ["fit", "--pipeline", pipeline, "--reward", "Brightness"]
+        words += ["--metrics.parts", "[{class_path: Diversity}]"]
+        *_, reward, _, parts = with_class_paths(words)
+        assert reward.startswith(f"domains.{domain}.") and reward.endswith(".Brightness")
+        assert f"domains.{domain}." in parts and ".Diversity" in parts
+
+
+def test_the_pipeline_of_a_config_decides_too_and_the_last_one_wins() -> None:
+    shapes, layout = (str(CONFIGS / f"domains/{name}.yaml") for name in ("shapes", "layout"))
+    for last, domain in ((shapes, "text_to_image"), (layout, "layout")):
+        first = layout if last == shapes else shapes
+        words = ["fit", "--config", first, "--config", last, "--metrics.parts+=Diversity"]
+        assert with_class_paths(words)[-1].startswith(f"--metrics.parts+=domains.{domain}.")
+
+
+def test_a_reward_and_a_metric_of_one_name_are_told_apart_by_where_they_stand() -> None:
+    words = ["fit", "--pipeline=MoleculePipeline", "--reward=Novelty", "--metrics.parts+=Novelty"]
+    *_, reward, metric = with_class_paths(words)
+    assert "domains.molecule.rewards" in reward and "domains.molecule.metrics" in metric
+
+
+def test_an_ambiguous_name_is_refused_with_the_full_paths() -> None:
+    message = refusal("--metrics.parts+=SetDistances")
+    for domain in ("image", "layout", "molecule"):
+        assert f"domains.{domain}." in message
+    assert message.startswith("--metrics.parts: SetDistances may be any of ")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentences"),
+    [
+        (["--model", "PGRAFTT"], ["there is no algorithm PGRAFTT", "PGRAFT", "list algorithms"]),
+        (["--reward=ClipScore"], ["there is no reward ClipScore", "CLIPScore"]),
+        (["--reward", "TopK"], ["there is no reward TopK"]),
+        (["--pipeline", "LayoutPipe"], ["there is no pipeline", "LayoutPipeline", "list domains"]),
+        (["--data", "ShapePrompts"], ["there is no DataModule", "ShapesPrompts"]),
+        (["--metrics.parts+=MDM"], ["there is no metric MDM", "MMD"]),
+    ],
+)
+def test_unknown_names_are_refused_with_the_nearest(words: list[str], sentences: list[str]) -> None:
+    message = refusal(*words)
+    assert all(sentence in message for sentence in sentences), message
+
+
+def test_a_class_that_the_program_itself_defines_needs_no_path() -> None:
+    assert with_class_paths(["fit", "--reward", "Path"])[-1] == "Path"
+
+
+@pytest.mark.parametrize("name", ["p_graft", "p_graft.yaml", "algorithms/p_graft"])
+def test_configs_are_found_by_name(name: str) -> None:
+    assert config_file(name) == str(CONFIGS / "algorithms/p_graft.yaml")
+
+
+def test_every_config_is_found_by_its_bare_name() -> None:
+    for path in CONFIGS.glob("*/*.yaml"):
+        assert config_file(path.stem) == str(path)
+
+
+def test_a_file_here_wins() -> None:
+    Path("shapes.yaml").write_text("{}")
+    assert config_file("shapes") == "shapes.yaml"
+    Path("p_graft").write_text("{}")
+    assert config_file("p_graft") == "p_graft"
+
+
+@pytest.mark.parametrize("value", ["own/nowhere.yaml", "{a: 1}", "configs/nowhere.yaml", "a\nb"])
+def test_what_is_no_bare_name_is_left_to_the_parser(value: str) -> None:
+    if value != "own/nowhere.yaml":
+        assert config_file(value) == value
+
+
+def test_unknown_and_ambiguous_configs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match=r"did you mean .*p_graft"):
+        config_file("pgraft")
+    folder = Path("packaged/configs").resolve()
+    for kind in ("algorithms", "domains"):
+        (folder / kind).mkdir(parents=True)
+        (folder / kind / "same.yaml").write_text("{}")
+    monkeypatch.setattr("lit_rlft.cli.paths.CONFIGS", folder)
+    monkeypatch.setattr("lit_rlft.cli.paths._ROOT", folder.parent)
+    message = "configs/algorithms/same.yaml and configs/domains/same.yaml"
+    with pytest.raises(UsageError, match=message):
+        config_file("same")
+
+
+@pytest.mark.parametrize(
+    "configs", [("gaussian_mixture", "p_graft"), ("layout", "inverse_noise_correction")]
+)
+def test_a_printed_config_can_be_fed_back(
+    configs: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = printed(capsys, *(f"--config={name}" for name in configs))
+    Path("printed.yaml").write_text(first)
+    assert printed(capsys, "--config", "printed.yaml") == first

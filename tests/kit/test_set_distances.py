@@ -1,0 +1,100 @@
+"""Distances of sets: closed forms, slow versions, scipy."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.linalg import sqrtm
+from torch import Tensor
+
+from lit_rlft.kit.statistics import (
+    frechet_distance,
+    kernel_distance,
+    mmd,
+    polynomial,
+    precision_recall,
+)
+
+
+def normal(num: int, dims: int, seed: int, shift: float = 0.0, scale: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return shift + scale * torch.randn(num, dims, generator=generator, dtype=torch.float64)
+
+
+def test_frechet_distance_is_scipys() -> None:
+    a, b = normal(200, 6, 0), normal(150, 6, 1, 0.3, 1.5) @ normal(6, 6, 2)
+    cov_a, cov_b = np.cov(a.numpy().T), np.cov(b.numpy().T)
+    root = sqrtm(cov_a @ cov_b)
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum().item()
+    expected += np.trace(cov_a + cov_b - 2 * root.real)
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+    assert math.isnan(frechet_distance(a[:1], b))
+
+
+def test_frechet_distance_of_known_gaussians() -> None:
+    # |mu|^2 + d (s - 1)^2 for N(0, I) and N(mu, s^2 I).
+    a, b = normal(40000, 3, 0), normal(40000, 3, 1, 0.5, 2.0)
+    assert frechet_distance(a, b) == pytest.approx(3 * 0.25 + 3, rel=0.03)
+
+
+def slow_kid(a: Tensor, b: Tensor) -> float:
+    def k(x: Tensor, y: Tensor) -> float:
+        return float((x @ y / len(x) + 1) ** 3)
+
+    n, m = len(a), len(b)
+    within = sum(k(a[i], a[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
+    within += sum(k(b[i], b[j]) for i in range(m) for j in range(m) if i != j) / (m * (m - 1))
+    return within - 2 * sum(k(x, y) for x in a for y in b) / (n * m)
+
+
+def test_kernel_distance_of_whole_sets_is_the_slow_one() -> None:
+    a, b = normal(15, 4, 0), normal(15, 4, 1, 0.5)
+    mean, deviation = kernel_distance(a, b)
+    assert mean == pytest.approx(slow_kid(a, b), rel=1e-9) and deviation == 0
+    assert mmd(a, b[:9], polynomial) == pytest.approx(slow_kid(a, b[:9]), rel=1e-9)
+    assert math.isnan(mmd(a[:1], b, polynomial))
+    assert all(math.isnan(value) for value in kernel_distance(a[:1], b))
+
+
+def test_kernel_distance_over_subsets() -> None:
+    a, b = normal(60, 4, 0), normal(40, 4, 1, 0.5)
+    state = torch.get_rng_state()
+    mean, deviation = kernel_distance(a, b, subset_size=20, num_subsets=300)
+    assert torch.equal(torch.get_rng_state(), state)  # no one else's noise changes
+    assert kernel_distance(a, b, subset_size=20, num_subsets=300) == (mean, deviation)
+    # Its expectation over subsets is the estimate of the whole sets.
+    assert mean == pytest.approx(slow_kid(a, b), abs=4 * deviation / 300**0.5)
+    assert deviation > 0
+
+
+def test_precision_and_recall_by_hand() -> None:
+    real = torch.tensor([[0.0], [1.0], [3.0]])
+    # With k = 1 the radii are 1, 1 and 2: the balls cover [-1, 2] and [1, 5].
+    generated = torch.tensor([[-0.5], [4.9], [5.1], [20.0]])
+    # Its own radii are 5.4, 0.2, 0.2 and 14.9: the first ball covers [-5.9, 4.9].
+    assert precision_recall(real, generated, 1) == (0.5, 1.0)
+    far = torch.tensor([[100.0], [101.0]])
+    assert precision_recall(real, far, 1) == (0.0, 0.0)
+    assert all(math.isnan(value) for value in precision_recall(real, far, 2))
+
+
+def slow_share(points: Tensor, centres: Tensor, k: int) -> float:
+    inside = 0
+    for point in points.tolist():
+        for i, centre in enumerate(centres.tolist()):
+            others = sorted(
+                math.dist(centre, other) for j, other in enumerate(centres.tolist()) if j != i
+            )
+            if math.dist(point, centre) <= others[k - 1]:
+                inside += 1
+                break
+    return inside / len(points)
+
+
+def test_precision_and_recall_are_the_slow_ones() -> None:
+    real, generated = normal(40, 3, 0), normal(30, 3, 1, 1.0)
+    expected = slow_share(generated, real, 3), slow_share(real, generated, 3)
+    assert precision_recall(real, generated) == pytest.approx(expected)
+    assert 0 < expected[0] < 1 and 0 < expected[1] < 1
