@@ -45,7 +45,7 @@ def sentence(error: Exception, config: Namespace | None = None) -> str | None:
 def _with_key(error: BadArgument, config: Namespace) -> str:
     """Return the problem of an argument under its key; its class stays where it has none."""
     found = [key for key, name in _classes(config.as_dict()) if name == error.owner]
-    prefix = (found or [_PLAIN.get(error.owner)])[0]
+    prefix = found[0] if found else _PLAIN.get(error.owner)
     return str(error) if prefix is None else f"{prefix}.{error.argument} {error.problem}"
 
 
