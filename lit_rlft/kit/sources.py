@@ -41,13 +41,10 @@ class Source(ABC, Generic[P]):
         """
 
     @abstractmethod
-    def kind(self, packed: P) -> str:
+    def kind(self) -> str:
         """Return what all entries have in common, e.g. "12 slots and the classes ['text']".
 
         Sources of the same kind can be splits of one DataModule.
-
-        Args:
-            packed: What `load` returned.
         """
 
     def prepare(self) -> None:
@@ -168,8 +165,8 @@ class SourceData(SplitData, Generic[P]):
         splits = {split: (packed, rows) for split, rows in chosen.items()}
         for split, source in self.own.items():
             if source is not None:
+                self._check_kinds(source.kind(), self.origin.kind(), split)
                 data = source.load()
-                self._check_kinds(source.kind(data), self.origin.kind(packed), split)
                 splits[split] = (data, np.arange(len(data)))
         if any(not len(rows) for _, rows in splits.values()):
             raise UsageError(

@@ -42,7 +42,7 @@ class Kept(CachedSource[Numbers]):
     def identity(self) -> list[Any]:
         return [self.size, self.bad]
 
-    def kind(self, packed: Numbers) -> str:
+    def kind(self) -> str:
         return f"numbers in {self.unit}"
 
     def pack(self) -> tuple[Numbers, Report]:
@@ -63,7 +63,7 @@ class Standard(Source[Numbers]):
     def load(self) -> Numbers:
         return Numbers(np.arange(10))
 
-    def kind(self, packed: Numbers) -> str:
+    def kind(self) -> str:
         return "numbers in m"
 
     def splits(self, packed: Numbers) -> Splits | None:

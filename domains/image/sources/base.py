@@ -36,5 +36,9 @@ class Source(sources.Source[Images]):
 
     noun = "images"
 
-    def kind(self, packed: Images) -> str:
-        return f"images {list(packed.pixels.shape[1:])} (channels, height, width)"
+    def kind(self) -> str:
+        return f"images {list(self.shape())} (channels, height, width)"
+
+    def shape(self) -> tuple[int, ...]:
+        """Return channels, height and width of the images."""
+        return self.load().pixels.shape[1:]

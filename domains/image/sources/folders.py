@@ -57,3 +57,6 @@ class ImageFolder(Source):
 
     def prepare(self) -> None:
         self.cache.fill()
+
+    def shape(self) -> tuple[int, ...]:
+        return self.reading.channels, self.reading.height, self.reading.width

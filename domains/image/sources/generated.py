@@ -69,3 +69,6 @@ class Generated(Source):
                 pixels[i] = image.transpose(2, 0, 1)
             self._images = Images(pixels)
         return self._images
+
+    def shape(self) -> tuple[int, ...]:
+        return 3, self.size, self.size

@@ -33,7 +33,7 @@ class Source(sources.Source[Packed]):
         self.classes = class_list(classes)
         self.max_elements = max_elements
 
-    def kind(self, packed: Packed) -> str:
+    def kind(self) -> str:
         return f"{self.max_elements} slots and the classes {list(self.classes)}"
 
 

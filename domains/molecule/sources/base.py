@@ -59,7 +59,7 @@ class Source(sources.CachedSource[Packed]):
         """Whether only heavy atoms are kept."""
         return "H" not in self.elements
 
-    def kind(self, packed: Packed) -> str:
+    def kind(self) -> str:
         return f"at most {self.max_atoms} atoms of {list(self.elements)}"
 
     @abstractmethod

@@ -32,7 +32,7 @@ class PromptFile(Source[list[Record]]):
         records = read_prompts(self.path, self.column)
         return _once(records) if self.once else records
 
-    def kind(self, packed: list[Record]) -> str:
+    def kind(self) -> str:
         return self.noun  # columns may differ from file to file
 
 
