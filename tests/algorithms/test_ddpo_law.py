@@ -142,7 +142,7 @@ def test_importance_sampling_equals_the_score_function_at_first(
         tuner = tuner_of(make(), estimator=estimator)
         gradients.append(replayed(tuner, collected(tuner))[0])
     assert gradients[0].norm() > 1e-6
-    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
 
 
 def moved(tuner: DDPO, size: float = 0.1) -> DDPO:

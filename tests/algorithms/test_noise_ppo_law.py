@@ -89,7 +89,7 @@ def test_conditions_have_laws_of_their_own_unless_told_otherwise() -> None:
         policy = NoisePolicy(5, (2,), FullResolution(), conditional=conditional)
         disturb(policy)
         first, second = policy(torch.randn(2, 5)).loc
-        assert torch.equal(first, second) is not conditional
+        assert torch.allclose(first, second, atol=1e-5) is not conditional
         policy(torch.randn(2, 5)).loc.sum().backward()
         assert all(parameter.grad is not None for parameter in policy.parameters())
 
@@ -211,6 +211,6 @@ def test_the_reported_kl_is_that_of_the_priors() -> None:
         tuner.validation_step({"index": torch.arange(3)}, 0)
     values = tuner.evaluator.summary(1)["tuned"]["kl"]
     expected = 0.5 + 0.5 * (4 - 1 - math.log(4))
-    assert values["mean"] == pytest.approx(expected) and values["sem"] == pytest.approx(0, abs=1e-7)
+    assert values["mean"] == pytest.approx(expected) and values["sem"] == pytest.approx(0, abs=1e-6)
     # Sampling alone was paid for.
     assert tuner.meter.current.denoiser_calls == 2 * 6 * tuner.sampler.num_steps

@@ -152,12 +152,13 @@ def test_sizes_may_be_mixed_as_if_each_were_alone(kind: str, state: str) -> None
         alone = {n: v[rows] for n, v in x_t.items()} if isinstance(x_t, dict) else x_t[rows]
         parts = leaves(pipeline.predict(alone, t[rows], condition.index(rows)))
         for part, together in zip(parts, whole, strict=True):
-            torch.testing.assert_close(part[0], together[row], rtol=1e-9, atol=1e-9)
+            # Times are embedded in float32.
+            torch.testing.assert_close(part[0], together[row], rtol=1e-5, atol=1e-5)
     # One call with empty slots, as on an accelerator, gives the same.
     padded = pipeline._predict(x_t, t, MAX_ATOMS, condition.table("num_atoms"))
     full = full_of(condition)
     for part, together in zip(leaves(padded), whole, strict=True):
-        torch.testing.assert_close(part[full], together[full], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(part[full], together[full], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("state", STATES)

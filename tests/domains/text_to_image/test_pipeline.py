@@ -361,8 +361,8 @@ def test_lora_is_read_by_diffusers(
     plain.load_lora_weights(tmp_path / "lora")
     after = theirs(plain, guidance_scale=3.0, output_type="latent")
     assert (after - before).abs().max() > 0.1
-    close(ours(tuned), after)
-    assert same(pictures(tuned), theirs(plain, guidance_scale=3.0))
+    close(ours(tuned), after, 1e-3)
+    assert same(pictures(tuned), theirs(plain, guidance_scale=3.0), 1e-3)
 
 
 @pytest.mark.parametrize("place", ["", "pytorch_lora_weights.safetensors"])

@@ -91,7 +91,8 @@ def test_empty_slots_have_no_influence(kind: str, state: str) -> None:
         rows, atoms = slice(row, row + 1), slice(size)
         alone = network(positions[rows, atoms], features[rows, atoms], t[rows])
         for part, whole in zip(alone, found, strict=True):
-            torch.testing.assert_close(part, whole[rows, atoms], rtol=1e-9, atol=1e-9)
+            # Times are embedded in float32.
+            torch.testing.assert_close(part, whole[rows, atoms], rtol=1e-5, atol=1e-5)
     moves = found[0].where(FULL.unsqueeze(-1), 0)
     assert moves.sum(dim=1).abs().max() < 1e-12
 
