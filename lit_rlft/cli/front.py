@@ -1,5 +1,6 @@
 """The front door: help, version and lists at once; heavy imports only where a run needs them."""
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -57,15 +58,23 @@ def main(args: Sequence[str] | None = None) -> None:
         SystemExit: Something is wrong that the user can change; the message is one sentence.
     """
     words = list(sys.argv[1:] if args is None else args)
+    try:
+        _answer(words)
+    except BrokenPipeError:  # whoever read the output has read enough, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except UsageError as error:
+        raise SystemExit(f"lit-rlft: error: {error}") from error
+
+
+def _answer(words: list[str]) -> None:
     if not words or words[0] in ("-h", "--help", "help"):
         print(HELP, end="")
     elif words[0] in ("--version", "-V"):
         print(f"lit-rlft {__version__}")
     else:
-        try:
-            _command(words)
-        except UsageError as error:
-            raise SystemExit(f"lit-rlft: error: {error}") from error
+        _command(words)
+    sys.stdout.flush()
 
 
 def _command(words: list[str]) -> None:

@@ -232,4 +232,5 @@ def _value(value: ast.expr | None) -> str:
 def sentence_of(docstring: str) -> str:
     """Return the first sentence of a docstring, on one line and without its full stop."""
     paragraph = " ".join(docstring.strip().partition("\n\n")[0].split())
+    paragraph = re.sub(r":math:`([^`]*)`", r"\1", paragraph)
     return paragraph.partition(". ")[0].removesuffix(".")

@@ -172,12 +172,19 @@ def _summary(package: str) -> str:
 
 def _table(header: Row, rows: Sequence[Row]) -> str:
     """Return aligned columns; the last one's text goes on below itself."""
-    *widths, _ = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    widths = [width if i == 0 else min(width, _MAX_CELL) for i, width in enumerate(widths)]
+    name, *others = zip(header, *rows, strict=True)
+    widths = [max(map(len, name)), *map(_width, others[:-1])]
     total = shutil.get_terminal_size().columns if sys.stdout.isatty() else 80
     rest = max(_MIN_TEXT, total - sum(widths) - _GAP * len(widths))
     lines = [line for row in [header, *rows] for line in _lines(row, [*widths, rest])]
     return "\n".join(lines)
+
+
+def _width(cells: Iterable[str]) -> int:
+    """Return the width of a column in which names stay whole."""
+    cells = list(cells)
+    longest = max(len(word) for cell in cells for word in [*cell.split(), ""])
+    return max(longest, min(_MAX_CELL, max(map(len, cells))))
 
 
 def _lines(row: Row, widths: Sequence[int]) -> Iterator[str]:

@@ -2,6 +2,8 @@
 
 import importlib
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,11 +11,13 @@ import pytest
 from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.cli import main
 from lit_rlft.cli.index import Entry, index, sentence_of
+from lit_rlft.cli.listing import listing
 from lit_rlft.cli.packages import GROUP, domain_packages, modules
 from lit_rlft.cli.paths import packaged_configs
 from lit_rlft.core.pipeline import Pipeline
 from lit_rlft.core.reward import Metric, Reward
 from lit_rlft.core.selection import Selection
+from tests.support import ROOT
 
 BASES = {
     "algorithm": RewardFineTuner,
@@ -176,3 +180,12 @@ def test_a_registration_that_leads_nowhere_harms_nobody(
     assert listed(capsys, "rewards", "--domain", "gone") == [
         "name  gradient  domain  [configs that use it]"
     ]
+
+
+def test_names_stay_whole_and_a_reader_may_leave() -> None:
+    assert "inverse_noise_correction" in listing("algorithms")
+    assert "shapes_unconditional" in listing("domains")
+    code = "import sys; from lit_rlft.cli import main; main(['list'])"
+    command = f'{sys.executable} -c "{code}" | head -n 1'
+    result = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout.strip() == "ALGORITHMS" and not result.stderr
