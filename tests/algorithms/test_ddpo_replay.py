@@ -122,7 +122,7 @@ def test_gradients_do_not_depend_on_chunks(make: Callable[[], Pipeline]) -> None
     torch.testing.assert_close(parts, serial, rtol=1e-4, atol=1e-7)
     pieces = tuner_of(make().double(), kl_coef=0.1, sampling_batch_size=3)
     again = collected(pieces).trajectories.log_probs
-    torch.testing.assert_close(again, rollout.trajectories.log_probs)
+    torch.testing.assert_close(again, rollout.trajectories.log_probs, rtol=1e-5, atol=1e-5)
 
 
 def calls_of(tuner: DDPO) -> dict[str, list[float]]:
