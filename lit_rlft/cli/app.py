@@ -47,6 +47,13 @@ The options below are those that every run has."""
 class _CLI(LightningCLI):
     parsed: ClassVar[Namespace | None] = None
     """The latest command's config, for errors to name its keys."""
+    command: ClassVar[str] = ""
+    """The command asked for: a parser for each of the others would take as long to build."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        known = LightningCLI.subcommands()
+        return {name: own for name, own in known.items() if _CLI.command in (name, "")}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_subclass_arguments(Pipeline, "pipeline", required=True)
@@ -120,7 +127,7 @@ def run(words: Sequence[str]) -> None:
     Raises:
         SystemExit: Something is wrong that the user can change; the message is one sentence.
     """
-    _CLI.parsed = None
+    _CLI.parsed, _CLI.command = None, words[0] if words and words[0] in _ABOUT else ""
     jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     try:
         _run(list(words))
@@ -136,6 +143,7 @@ def _run(words: list[str]) -> None:
     commands = {
         name: {"description": about + _HOW, "usage": usage.format(name)}
         for name, about in _ABOUT.items()
+        if _CLI.command in (name, "")
     }
     shared = {"parser_mode": "omegaconf+", "exit_on_error": False}
     _CLI(
