@@ -1,5 +1,6 @@
 """A run from Python, without the command line: as a script, in a notebook, and under torchrun."""
 
+import ast
 import json
 import os
 import subprocess
@@ -112,14 +113,11 @@ def test_every_public_name_is_there(name: str) -> None:
 
 
 def test_type_checkers_are_told_the_same() -> None:
-    stub = (ROOT / "lit_rlft/__init__.pyi").read_text().splitlines()
-    told = {line.split()[-1] for line in stub if line.startswith("from ")}
-    assert told == set(lit_rlft.__all__)
-    for line in filter(None, stub):
-        if line.startswith("from "):
-            _, module, _, name, _, again = line.split()
-            assert name == again
-            assert module.startswith("lit_rlft.") and module.endswith(lit_rlft._PLACES[name])
+    tree = ast.parse((ROOT / "lit_rlft/__init__.pyi").read_text())
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    told = {alias.name: node.module for node in imports for alias in node.names}
+    assert told == {name: f"lit_rlft.{module}" for name, module in lit_rlft._PLACES.items()}
+    assert all(alias.asname == alias.name for node in imports for alias in node.names)
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

@@ -1,11 +1,13 @@
 """What a run says in words: the facts at its start, and a line a round where no bar is shown."""
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
+from tqdm import tqdm
 
 from lit_rlft.algorithms.base import RewardFineTuner
 
@@ -91,8 +93,9 @@ def num_rounds(trainer: Trainer) -> int | None:
 
 @rank_zero_only
 def say(text: str) -> None:
-    """Print on the main process, at once."""
-    print(text, flush=True)
+    """Print on the main process, at once and above any progress bar."""
+    tqdm.write(text)
+    sys.stdout.flush()
 
 
 def _lengths(trainer: Trainer, module: RewardFineTuner, conditions: int | None) -> list[str]:

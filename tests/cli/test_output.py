@@ -6,6 +6,7 @@ import pty
 import re
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,7 @@ def logged(stage: str, **settings: object) -> tuple[str, str]:
 def on_a_terminal(*words: str) -> str:
     """Run a command on a terminal of its own; return what it shows."""
     main_end, other_end = pty.openpty()
+    termios.tcsetwinsize(other_end, (24, 100))  # bars are as wide as it is
     command = [sys.executable, "-m", "lit_rlft.cli", *words]
     process = subprocess.Popen(
         command, env=environment(), stdin=other_end, stdout=other_end, stderr=other_end
