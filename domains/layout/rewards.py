@@ -97,7 +97,7 @@ class Coverage(_Twinned):
 
     def __init__(self, target: float = 0.56, width: float = 0.15) -> None:
         super().__init__()
-        self.target, self.width = target, positive("width", width)
+        self.target, self.width = target, positive(self, "width", width)
 
     def value(self, layouts: Layouts, *, smooth: bool = False) -> Tensor:
         share = measures.coverage(layouts, smooth=smooth)
@@ -121,8 +121,8 @@ class MinimumSize(_Twinned):
 
     def __init__(self, min_width: float = 0.02, min_height: float = 0.006) -> None:
         super().__init__()
-        self.min_width = positive("min_width", min_width)
-        self.min_height = positive("min_height", min_height)
+        self.min_width = positive(self, "min_width", min_width)
+        self.min_height = positive(self, "min_height", min_height)
 
     def value(self, layouts: Layouts, *, smooth: bool = False) -> Tensor:
         return measures.share_of_size(layouts, self.min_width, self.min_height, smooth=smooth)
@@ -140,7 +140,7 @@ class Count(_Twinned):
 
     def __init__(self, target: float = 8.0, width: float = 3.0) -> None:
         super().__init__()
-        self.target, self.width = target, positive("width", width)
+        self.target, self.width = target, positive(self, "width", width)
 
     def value(self, layouts: Layouts, *, smooth: bool = False) -> Tensor:
         count = measures.num_elements(layouts, smooth=smooth)
@@ -160,7 +160,7 @@ class GapRegularity(Reward):
 
     def __init__(self, width: float = 0.02) -> None:
         super().__init__()
-        self.width = positive("width", width)
+        self.width = positive(self, "width", width)
 
     def forward(self, samples: Any, condition: Condition) -> Tensor:
         """Return the reward of each layout, [B]."""

@@ -102,7 +102,7 @@ class Stability(_Chemical):
 
     def __init__(self, graded: bool = False, power: float = 1.0, connected: bool = False) -> None:
         super().__init__()
-        self.graded, self.power = graded, positive("power", power)
+        self.graded, self.power = graded, positive(self, "power", power)
         self.connected = connected
 
     def check(self, pipeline: Pipeline) -> None:
@@ -146,7 +146,7 @@ class QED(_Chemical):
 
     def __init__(self, scale: float = 1.0, invalid: float = 0.0) -> None:
         super().__init__(invalid)
-        self.scale = positive("scale", scale)
+        self.scale = positive(self, "scale", scale)
 
     def values(self, chemistry: Chemistry) -> NDArray[np.float64]:
         return np.minimum(chemistry.values("qed") / self.scale, 1.0)
@@ -179,7 +179,7 @@ class _Target(_Chemical):
     def __init__(self, target: float, width: float | None = None, invalid: float = 0.0) -> None:
         super().__init__(invalid)
         width = self.default_width if width is None else width
-        self.target, self.width = target, positive("width", width)
+        self.target, self.width = target, positive(self, "width", width)
 
     def values(self, chemistry: Chemistry) -> NDArray[np.float64]:
         return np.exp(-((self.quantity(chemistry) - self.target) ** 2) / (2 * self.width**2))
@@ -295,7 +295,7 @@ class Strain(_Chemical):
 
     def __init__(self, scale: float = 10.0, num_workers: int = 0, invalid: float = 0.0) -> None:
         super().__init__(invalid)
-        self.scale, self.num_workers = positive("scale", scale), num_workers
+        self.scale, self.num_workers = positive(self, "scale", scale), num_workers
 
     def values(self, chemistry: Chemistry) -> NDArray[np.float64]:
         return np.exp(-np.maximum(chemistry.strain(self.num_workers), 0) / self.scale)
@@ -373,7 +373,7 @@ class _Soft(Reward):
 
     def __init__(self, temperature: float = 0.03, invalid: float = -16.0) -> None:
         super().__init__()
-        self.temperature, self.invalid = positive("temperature", temperature), invalid
+        self.temperature, self.invalid = positive(self, "temperature", temperature), invalid
 
     def forward(self, samples: Any, condition: Condition) -> Tensor:
         """Return the reward of each molecule, [B]."""

@@ -1,16 +1,20 @@
 """Checks of settings that several domains' rewards share."""
 
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import require
 
 __all__ = ["positive"]
 
 
-def positive(name: str, value: float) -> float:
-    """Return a setting of a reward.
+def positive(owner: object, name: str, value: float) -> float:
+    """Return a setting of a class.
+
+    Args:
+        owner: Whose setting it is.
+        name: Its name.
+        value: Its value.
 
     Raises:
-        UsageError: It is not above 0.
+        BadArgument: It is not above 0.
     """
-    if not value > 0:  # also NaN
-        raise UsageError(f"reward.init_args.{name} must be positive, got {value}")
+    require(value > 0, owner, name, f"positive, got {value}")  # also NaN is none
     return value
