@@ -1,4 +1,4 @@
-"""Streams of randomness: what a seed is for, so that no two uses draw the same numbers."""
+"""Streams of randomness: one for each use of a seed, so that no two draw the same numbers."""
 
 from enum import IntEnum
 

@@ -158,7 +158,7 @@ class Trajectories:
 
 
 def rounded(x: State, like: State, dtype: torch.dtype | None) -> State:
-    """Return x in the types of `like`, its numbers rounded to what a state of `dtype` can hold."""
+    """Return x in the types of `like`, its numbers rounded to the precision of `dtype`."""
     return tree_map(lambda leaf, own: leaf.to(_stored_type(own, dtype)).to(own.dtype), x, like)
 
 
