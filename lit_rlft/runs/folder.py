@@ -1,4 +1,4 @@
-"""Where a run writes: its folder and its TensorBoard log."""
+"""The folder that a run writes to, and its TensorBoard log."""
 
 import os
 from collections.abc import Mapping
