@@ -1,4 +1,4 @@
-"""Old names of modules, which work for one more release and say what the new ones are."""
+"""Old names of modules; they work for one more release and tell the new ones."""
 
 import sys
 import warnings
@@ -110,7 +110,7 @@ def register(
 
     Args:
         moved: New module by old one.
-        renamed: By old module: new name by old one, of what has another name in the new module.
+        renamed: By old module, new name by old one, for names that changed as well.
     """
     _FINDER.moved.update(moved)
     _FINDER.renamed.update(renamed or {})

@@ -102,7 +102,7 @@ class Rollout(Experience):
 
 
 class DDPO(RewardFineTuner):
-    """DDPO, DPOK, GRPO: policy gradients on the sampler's steps; any reward, eta above 0.
+    """DDPO, DPOK, GRPO: policy gradients on the sampler's random steps, for any reward.
 
     `minibatch_size` counts samples: an update trains all their trained steps, averaged.
     `microbatch_size` counts (step, sample) pairs and bounds the memory of the replay.

@@ -56,7 +56,7 @@ class MaskedProcess(Process):
         return self.num_classes + 1
 
     def prior(self, blank: State) -> Categorical:
-        """Return the point mass on the all-masked state; `blank` marks the empty positions."""
+        """Return the point mass on the all-masked state; if padded, `blank` has the empty slots."""
         x = tensor_of(blank)
         start = torch.full_like(x, self.mask)
         if self.padded:
