@@ -76,7 +76,7 @@ _FINDER = _Finder(_MOVED)
 
 
 def moved_name(module: str, name: str, moved: Mapping[str, str]) -> Any:
-    """Return what a module's `__getattr__` is asked for: a name that is now another module's.
+    """Return the object of a name that has moved from a module, for its `__getattr__`.
 
     Args:
         module: The module that is asked.

@@ -23,7 +23,7 @@ _KINDS = {
     "data": ("data",),
     "model": ("algorithm",),
 }
-"""What the groups of a config hold; the first kind that has a name wins."""
+"""Kinds of classes in the groups of a config; the first kind that has a name wins."""
 _ITEM = "*"
 _WHOLE = {
     *((group,) for group in _KINDS if group != "metrics"),

@@ -36,4 +36,4 @@ class Stream(IntEnum):
     DATA_NOISE = 20
     """Noise added to data before they are inverted."""
     BASE_PROBE = 21
-    """Noise whose samples a base sampler is recognised by."""
+    """Noise for the samples that give a base sampler's fingerprint."""

@@ -100,7 +100,7 @@ class Trajectories:
         return self._log_probs
 
     def record(self, first: int, walk: Iterable[tuple[State, Tensor | None]]) -> State:
-        """Keep what is needed of the trajectories from number `first` on; return their x_0."""
+        """Keep the needed states of the trajectories from number `first` on; return their x_0."""
         for i, (x, log_prob) in enumerate(walk):
             rows = slice(first, first + batch_size(x))
             if i in self._slots:

@@ -17,7 +17,7 @@ from lit_rlft.core.reward import SetMetric
 __all__ = ["Features", "Moments", "compared"]
 
 Features = dict[str, Tensor]
-"""What a metric of whole sets knows of n samples, [n, ...] each."""
+"""Features of n samples for a metric of whole sets, [n, ...] each."""
 
 Moments = dict[str, float]
 """{"mean", "sem"}: a number and its standard error."""

@@ -38,7 +38,7 @@ class Evaluator:
         measurements: Those of the present evaluation.
         num_pictures: Samples to render; callbacks that show them raise it.
         shown: Whether this process renders any.
-        phase: Told what the time is spent on.
+        phase: Reports what the time is spent on.
     """
 
     def __init__(self, rollouts: Rollouts, metrics: Metric, num_samples: int) -> None:

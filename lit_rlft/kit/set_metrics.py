@@ -57,11 +57,11 @@ class SourceDistances(SetMetric, Generic[R]):
 
     @abstractmethod
     def read(self) -> R:
-        """Load the source and return what samples are compared with."""
+        """Load the source and return its side of the comparison."""
 
     @property
     def real(self) -> R:
-        """What samples are compared with."""
+        """The source's side of the comparison."""
         if self._real is None:
             with torch.no_grad():
                 self._real = self.read()

@@ -1,4 +1,4 @@
-"""What a checkpoint holds: trained weights, counters, and which pretrained model they belong to."""
+"""Checkpoints: trained weights, counters, and the pretrained model that they belong to."""
 
 import hashlib
 import pickle

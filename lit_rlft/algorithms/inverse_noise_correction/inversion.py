@@ -69,7 +69,7 @@ class NoisyData:
         if not self.std:
             return x_0, condition
         keys = generators([seed_from(self.seed, Stream.DATA_NOISE, row) for row in rows])
-        # From the prior, which knows what of a state is noisy at all.
+        # From the prior, which knows which entries of a state are noisy at all.
         noise = pipeline.process.prior(pipeline.blank(condition)).sample(keys)
         noisy = tree_map(lambda x, e: x + self.std * e, x_0, noise)
         given = pipeline.given(condition)
