@@ -1,4 +1,4 @@
-"""Domains: what the algorithms are run on, each with its own pipeline, data and rewards.
+"""Domains that the algorithms run on, each with its own pipeline, data and rewards.
 
 A domain has `pipeline`, `data`, `rewards`, `metrics`, `samples` (what its samples are) and, where
 these are no pictures already, `render`. Beside them: `networks`, `sources` (where data come from),

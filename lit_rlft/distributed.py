@@ -27,7 +27,7 @@ def together(world_size: int) -> Iterator[None]:
     """Leave the block when all processes do, so that none waits for one that has failed.
 
     Raises:
-        UsageError: In the processes whose block went well, where that of another raised an error.
+        UsageError: Another process's block raised an error; this one's went well.
     """
     raised = None
     try:

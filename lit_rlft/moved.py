@@ -1,4 +1,4 @@
-"""Old names of modules, which work for one more release and say what the new ones are."""
+"""Old names of modules; they work for one more release and tell the new ones."""
 
 import sys
 import warnings
@@ -76,7 +76,7 @@ _FINDER = _Finder(_MOVED)
 
 
 def moved_name(module: str, name: str, moved: Mapping[str, str]) -> Any:
-    """Return what a module's `__getattr__` is asked for: a name that is now another module's.
+    """Return the object of a name that has moved from a module, for its `__getattr__`.
 
     Args:
         module: The module that is asked.
@@ -110,7 +110,7 @@ def register(
 
     Args:
         moved: New module by old one.
-        renamed: By old module: new name by old one, of what has another name in the new module.
+        renamed: By old module, new name by old one, for names that changed as well.
     """
     _FINDER.moved.update(moved)
     _FINDER.renamed.update(renamed or {})

@@ -31,9 +31,9 @@ class MuonAdamW(Optimizer):
     Args:
         params: What is optimised.
         lr: Learning rate of both.
-        momentum: Of matrices.
-        betas: Of all other parameters.
-        weight_decay: Of both, decoupled.
+        momentum: Muon's, for the matrices.
+        betas: AdamW's, for all other parameters.
+        weight_decay: Decoupled weight decay of both.
 
     Raises:
         UsageError: torch is older than 2.9 and has no Muon.

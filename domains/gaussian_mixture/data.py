@@ -13,7 +13,7 @@ __all__ = ["MixtureData"]
 
 
 class MixtureData(SplitData):
-    """Rows `{"index", "name": "mixture", "x_0": [d]}`; the points are what Pretrain learns from.
+    """Rows `{"index", "name": "mixture", "x_0": [d]}`; Pretrain learns from the points.
 
     Args:
         weights: [K] weights of the components, as in the pipeline.

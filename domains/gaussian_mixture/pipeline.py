@@ -101,7 +101,7 @@ class GaussianMixturePipeline(Pipeline):
         return list(self.mixture.nearest(samples).tolist())
 
     def save(self, folder: Path) -> list[Path]:
-        """Write the denoiser's mixture as `mixture.json`, in the words of the pipeline's settings.
+        """Write the denoiser's mixture as `mixture.json`, under the pipeline's setting names.
 
         "exact" tells whether the model's distribution is this mixture. It is not once the residual
         network has moved.

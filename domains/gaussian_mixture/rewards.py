@@ -16,7 +16,7 @@ __all__ = ["ComponentIndicator", "Coordinate", "Quadratic"]
 
 
 class Coordinate(Reward):
-    """r(x) = x[axis], unbounded.
+    """One coordinate of a point, r(x) = x[axis], unbounded.
 
     Args:
         axis: Which coordinate, counted from 0.
@@ -46,7 +46,7 @@ class Coordinate(Reward):
 
 
 class Quadratic(Reward):
-    """r(x) = -||x - center||^2, in (-inf, 0].
+    """Minus the squared distance to a centre, r(x) = -||x - center||^2, in (-inf, 0].
 
     Args:
         center: [d], where the reward is highest.
@@ -75,7 +75,7 @@ class Quadratic(Reward):
 
 
 class ComponentIndicator(Reward):
-    """r(x) = 1 where the mode nearest to x is one of the wanted, else 0.
+    """Whether the mode nearest to a point is one of those wanted, 0 or 1.
 
     Args:
         components: Numbers of the wanted components, counted from 0.

@@ -1,4 +1,4 @@
-"""What the domain's samples are: points [B, d]."""
+"""The domain's samples: points [B, d]."""
 
 import json
 from collections.abc import Sequence

@@ -16,7 +16,7 @@ __all__ = ["ImageData"]
 class ImageData(SourceData[Images]):
     """Images, split at random; rows are `{"index", "image": uint8 [C, H, W]}`.
 
-    Generation is unconditional: of validation and test rows only the number counts, one row for
+    Generation is unconditional: only the number of validation and test rows matters, one row for
     each sample (times `num_eval_samples`).
 
     Args:

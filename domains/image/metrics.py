@@ -1,4 +1,4 @@
-"""Measurements of sets of images that no reward sees; every name says which features it is of."""
+"""Measurements of sets of images that no reward sees; every name tells its features."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,15 +22,15 @@ __all__ = ["Diversity", "SetDistances"]
 
 
 class SetDistances(SourceDistances["_Real"]):
-    """Distances of all images of an evaluation from a set of real ones.
+    """FID, KID, precision and recall of all images of an evaluation against real ones.
 
     "fid_<f>", "kid_<f>", "precision_<f>" and "recall_<f>" with the features' name <f>. FID depends
-    on the number of images: compare what has the same. Standard errors are those of drawing other
-    images from the same model; the real images are taken as they are.
+    on the number of images: compare runs with equally many. Standard errors are those of drawing
+    other images from the same model; the real images are taken as they are.
 
     Args:
-        source: The real images; unless given all embedded digits, those that the embedded model was
-            trained on among them.
+        source: The real images; unless given, all embedded digits, including those that the
+            embedded model was trained on.
         features: The feature network: "digits_features" or "shapes_features", which are embedded,
             a folder that `train.features` wrote, or the file of InceptionV3's weights in
             torch-fidelity's format.

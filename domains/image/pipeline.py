@@ -51,8 +51,8 @@ class ImagePipeline(Pipeline):
         save_dtype: Precision in which a model is written.
 
     Raises:
-        UsageError: `pretrained` is nothing that diffusers saved or of another kind, or
-            `architecture` is none of a `UNet2DModel`.
+        UsageError: `pretrained` was not saved by diffusers or is of another kind, or `architecture`
+            is not that of a `UNet2DModel`.
     """
 
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2")

@@ -18,7 +18,7 @@ Output = Literal["log_probability", "probability"]
 
 
 class Brightness(Reward):
-    """The mean luminance of an image, in [0, 1], or how close it is to a target.
+    """Mean luminance of an image, in [0, 1]; with a target, minus the distance to it, in [-1, 0].
 
     Args:
         target: None rewards brightness itself; a number a in [0, 1] gives -|brightness - a|.
@@ -39,14 +39,14 @@ class Brightness(Reward):
 
 
 class ClassProbability(Frozen, Reward):
-    """How sure a small classifier is that an image shows a class: a digit, a shape, a colour.
+    """How sure a classifier is that an image shows a class: a log-probability or a probability.
 
     The classifier is trained from another seed than the feature network of FID: a model that is
     trained for the classifier must be judged by another network. It is frozen, always in evaluation
     mode, and computes in single precision whatever autocast says.
 
     Args:
-        label: The class by name, such as "3" or "red".
+        label: The class by name: a digit, a shape or a colour, such as "3" or "red".
         pretrained: "digits_classifier", "shapes_classifier" or a folder that
             `FeatureNetwork.save` wrote.
         output: "log_probability" is in (-inf, 0], "probability" in [0, 1].

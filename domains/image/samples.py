@@ -1,4 +1,4 @@
-"""What the domain's samples are: pictures [B, 3, H, W] in [0, 1]; grey ones have equal channels."""
+"""The domain's samples: pictures [B, 3, H, W] in [0, 1]; grey ones have equal channels."""
 
 import torch
 from torch import Tensor

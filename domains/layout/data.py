@@ -1,4 +1,4 @@
-"""DataModule of layouts, with what of each is given as a condition."""
+"""DataModule of layouts; parts of each may be given as its condition."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, get_args

@@ -62,11 +62,11 @@ class LayoutMeasures(Metric):
 
 
 class SetDistances(SourceDistances["_Real"]):
-    """Distances of all samples of an evaluation from a set of layouts.
+    """FID, KID, class and box distances of an evaluation's samples from a set of layouts.
 
     "class_tv", "box_wasserstein", "fid" and "kid". FID depends on the number of samples and on the
-    encoder: compare what has the same of both. Standard errors are those of drawing other samples;
-    the layouts compared with are taken as they are.
+    encoder: compare runs that share both. Standard errors are those of drawing other samples; the
+    layouts compared with are taken as they are.
 
     Args:
         source: The layouts compared with; pages of the page grammar unless given.
@@ -120,7 +120,7 @@ class _Real:
 
 
 class Diversity(Metric):
-    """How unlike the others of the same condition a layout is, in [0, 1].
+    """How much a layout differs from the others of the same condition, in [0, 1].
 
     1 minus the mean of DocSim(a, b) / sqrt(DocSim(a, a) DocSim(b, b)) over the next few samples of
     the condition; 0 when all are the same. A fall below the reference's is the first sign that a

@@ -62,14 +62,14 @@ class _Twinned(Reward):
 
 
 class Alignment(_Twinned):
-    """Minus the alignment A, in (-inf, 0]; -1 for fewer than two elements."""
+    """How well elements align: minus A, in (-inf, 0]; -1 for fewer than two elements."""
 
     def value(self, layouts: Layouts, *, smooth: bool = False) -> Tensor:
         return _unless_few(-measures.alignment(layouts, smooth=smooth), layouts)
 
 
 class Overlap(_Twinned):
-    """Minus the overlap O, in (-inf, 0]; -1 for fewer than two elements.
+    """How little elements overlap: minus O, in (-inf, 0]; -1 for fewer than two elements.
 
     Args:
         ignored: Names of classes that are left out, such as RICO's "Background Image".
@@ -112,7 +112,7 @@ class InsidePage(_Twinned):
 
 
 class MinimumSize(_Twinned):
-    """Share of elements that are large enough to be one, in [0, 1]; 0 without elements.
+    """Share of elements of at least a minimum size, in [0, 1]; 0 without elements.
 
     Args:
         min_width: Smallest width, in page widths.
@@ -171,7 +171,7 @@ class GapRegularity(Reward):
 class Relations(Reward):
     """Share of relations between classes that hold, in [0, 1]; 1 where none applies.
 
-    A relation is demanded of every two elements of its classes.
+    A relation has to hold between every two elements of its classes.
 
     Args:
         relations: Triples such as ["figure", "above", "text"]: "above", "below", "left of",
@@ -279,10 +279,10 @@ class GrammarRules(Reward):
 
 
 class Critic(Judge):
-    """What a layout encoder's critic says: the logit of "real", or its log-probability.
+    """How real a layout looks to a trained critic: a logit, a log-probability or a probability.
 
-    Differentiable with respect to boxes; which slots hold what is taken as it is. The network is
-    frozen, always in evaluation mode, and computes in single precision whatever autocast says.
+    Differentiable with respect to boxes; classes and empty slots are taken as they are. The network
+    is frozen, always in evaluation mode, and computes in single precision whatever autocast says.
 
     Args:
         pretrained: A folder that `LayoutEncoder.save` wrote, or "critic", the embedded one.

@@ -1,4 +1,4 @@
-"""What the domain's samples are: B layouts with N slots for elements each."""
+"""The domain's samples: B layouts with N slots for elements each."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

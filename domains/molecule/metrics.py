@@ -1,7 +1,7 @@
 """Measurements of molecules: of each, within a batch, and against a set of real ones.
 
-RDKit's work on a batch is shared with the rewards. The quality of real molecules under the same
-tables belongs beside every number: 98 to 99 of 100 B3LYP geometries are stable, fewer of a force
+RDKit's work on a batch is shared with the rewards. Report every number beside that of real
+molecules under the same tables: 98 to 99 of 100 B3LYP geometries are stable, fewer of a force
 field's.
 
 References:
@@ -79,7 +79,7 @@ class MoleculeMeasures(Metric):
 
 
 class Drugs(Metric):
-    """QED, SA score and logP of valid and connected molecules, and perhaps their strain.
+    """QED, SA score and logP of valid and connected molecules, and on request their strain.
 
     Args:
         strain: Also measure "strain": MMFF94 energy before minus after minimisation, kcal/mol.
@@ -100,7 +100,7 @@ class Drugs(Metric):
 
 
 class Novelty(Metric):
-    """Which of a batch's different valid molecules are not among known ones.
+    """Share of a batch's different valid molecules that are not among known ones.
 
     Both sides' SMILES come from positions by way of the bond tables.
 
@@ -123,7 +123,7 @@ class Novelty(Metric):
 
 
 class SetDistances(SourceDistances["_Statistics"]):
-    """Distances of all samples of an evaluation from a set of molecules.
+    """Distances of samples from a set of molecules: elements, sizes, bonds, angles, descriptors.
 
     "type_tv" and "size_tv": half the sum of differences of the shares of elements and of numbers
     of atoms. "bond_length_w1" in Angstrom and "angle_w1" in degrees: Wasserstein-1 distances of
@@ -169,7 +169,7 @@ class SetDistances(SourceDistances["_Statistics"]):
 
 @dataclass(frozen=True)
 class _Statistics:
-    """What molecules are compared by: themselves, and numbers by name and kind."""
+    """Molecules to compare with, and their statistics by name and kind."""
 
     molecules: Molecules
     groups: dict[str, dict[Any, NDArray[np.float64]]]

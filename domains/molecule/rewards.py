@@ -52,7 +52,7 @@ class _Chemical(Reward):
     """A function of RDKit's view of a batch, in [0, 1] for valid and connected molecules.
 
     Args:
-        invalid: Reward of molecules that are not, or of which the quantity cannot be computed.
+        invalid: Reward of all others, and of those whose quantity cannot be computed.
     """
 
     def __init__(self, invalid: float = 0.0) -> None:
@@ -89,7 +89,7 @@ class _Chemical(Reward):
 
 
 class Stability(_Chemical):
-    """Whether every atom has exactly the bonds of its valence, 0 or 1; or how many atoms have.
+    """1 if every atom has exactly the bonds of its valence, else 0; or graded, in [0, 1].
 
     Args:
         graded: Return (share of stable atoms) ** power instead.
@@ -137,7 +137,7 @@ class ValidConnected(_Chemical):
 
 
 class QED(_Chemical):
-    """Likeness to drugs, QED / scale, at most 1.
+    """How drug-like a molecule is: QED / scale, in [0, 1].
 
     Args:
         scale: QED of the reward 1: molecules of nine heavy atoms hardly reach more than 0.55.
@@ -190,14 +190,17 @@ class _Target(_Chemical):
 
 
 class LogP(_Target):
-    """How close Crippen's logP is to a target; of width 0.5 unless given."""
+    """How close Crippen's logP is to a target, in (0, 1]; of width 0.5 unless given."""
 
     def quantity(self, chemistry: Chemistry) -> NDArray[np.float64]:
         return chemistry.values("logp")
 
 
 class TPSA(_Target):
-    """How close the polar surface in square Angstrom is to a target; of width 10 unless given."""
+    """How close the polar surface in square Angstrom is to a target, in (0, 1].
+
+    Of width 10 unless given.
+    """
 
     default_width = 10.0
 
@@ -206,14 +209,14 @@ class TPSA(_Target):
 
 
 class RingCount(_Target):
-    """How close the number of rings is to a target; of width 0.5 unless given."""
+    """How close the number of rings is to a target, in (0, 1]; of width 0.5 unless given."""
 
     def quantity(self, chemistry: Chemistry) -> NDArray[np.float64]:
         return chemistry.values("num_rings")
 
 
 class AtomCount(_Target):
-    """How close the number of atoms of an element is to a target.
+    """How close the number of atoms of an element is to a target, in (0, 1].
 
     Args:
         symbol: The element.
@@ -248,7 +251,7 @@ class AtomCount(_Target):
 
 
 class Substructures(_Chemical):
-    """Share of SMARTS patterns that are there, or not there, as wanted, in [0, 1].
+    """Share of SMARTS patterns that are present or absent as wanted, in [0, 1].
 
     Args:
         present: Patterns that a molecule shall have.
@@ -282,10 +285,10 @@ class Substructures(_Chemical):
 
 
 class Strain(_Chemical):
-    r"""How relaxed a geometry is, :math:`\exp(-\Delta E / s)` in (0, 1].
+    r"""How relaxed a geometry is, in (0, 1].
 
-    :math:`\Delta E` is the MMFF94 energy before minus after minimisation; DFT geometries of small
-    molecules have about 1 kcal/mol.
+    The reward is :math:`\exp(-\Delta E / s)`, with :math:`\Delta E` the MMFF94 energy before minus
+    after minimisation. DFT geometries of small molecules have about 1 kcal/mol.
 
     Args:
         scale: s in kcal/mol.
@@ -325,7 +328,7 @@ class Novelty(_Chemical):
 
 
 class XTB(_Target):
-    """How close a GFN2-xTB quantity at the generated geometry is to a target.
+    """How close a GFN2-xTB quantity at the generated geometry is to a target, in (0, 1].
 
     `exp(-(x - target)^2 / (2 width^2))`; about a hundred molecules a second.
 

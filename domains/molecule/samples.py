@@ -1,4 +1,4 @@
-"""What the domain's samples are: B molecules with N slots for atoms each."""
+"""The domain's samples: B molecules with N slots for atoms each."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

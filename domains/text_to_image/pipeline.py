@@ -48,7 +48,7 @@ class TextToImagePipeline(Pipeline):
         height: Picture height in pixels; None takes the model's own size.
         width: Picture width in pixels; None takes the model's own size.
         decode_batch_size: Pictures decoded at a time, which bounds the VAE's memory.
-        checkpoint_decoder: Where gradients flow through the VAE, keep its input alone and decode
+        checkpoint_decoder: Where gradients flow through the VAE, keep only its input and decode
             again in the backward pass.
         from_scratch: Keep the architecture and draw new weights for U-Net and text encoder, to
             pretrain them.

@@ -1,4 +1,4 @@
-"""What the domain's samples are: pictures [B, 3, H, W] in [0, 1], each with its prompt."""
+"""The domain's samples: pictures [B, 3, H, W] in [0, 1], each with its prompt."""
 
 import torch.nn.functional as F
 from torch import Tensor

@@ -40,7 +40,7 @@ _COUNTERS = ("num_rounds", "num_samples", "num_updates")
 
 
 class RewardFineTuner(LightningModule, ABC):
-    """Improves a pipeline under a reward; subclasses say what to collect and what to minimise.
+    """Improves a pipeline under a reward; subclasses define what to collect and what to minimise.
 
     One training batch holds the conditions of one round: `collect` draws samples for them, then
     `num_epochs` passes of minibatch updates minimise `loss`. All randomness is a function of
@@ -137,7 +137,7 @@ class RewardFineTuner(LightningModule, ABC):
         return self.pipeline.denoiser
 
     def statistics(self) -> Mapping[str, Advantage]:
-        """Return what else a resumed run has to know, by its name in the checkpoint."""
+        """Return the advantages whose state a resumed run needs, by name in the checkpoint."""
         return {}
 
     def export(self, folder: Path) -> list[Path]:

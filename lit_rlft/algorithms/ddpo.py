@@ -14,8 +14,8 @@ Trajectories are drawn once with the current policy and replayed as (step, sampl
 | GRPO (on a flow: Flow-GRPO) | importance sampling, clipped | per group | KL |
 
 A transition without noise, as the last one of many schedules, has no log-probability: it takes part
-in sampling alone, and so does any other that left nothing to chance (a masked state that is all
-shown). Works on every process, each through its own `transition(...).log_prob`.
+in sampling alone, and so does any other step that left nothing to chance (a masked state that is
+all shown). Works on every process, each through its own `transition(...).log_prob`.
 
 References:
     Training Diffusion Models with Reinforcement Learning (Black et al., 2023; DDPO),
@@ -102,7 +102,7 @@ class Rollout(Experience):
 
 
 class DDPO(RewardFineTuner):
-    """Denoising diffusion policy optimisation, by score function or clipped importance sampling.
+    """DDPO, DPOK, GRPO: policy gradients on the sampler's random steps, for any reward.
 
     `minibatch_size` counts samples: an update trains all their trained steps, averaged.
     `microbatch_size` counts (step, sample) pairs and bounds the memory of the replay.
@@ -112,8 +112,8 @@ class DDPO(RewardFineTuner):
         num_candidates: M, samples drawn per condition, which are the groups of group advantages.
         estimator: The clipped ratio, good for several passes over the samples, or the score
             function, for one.
-        advantage: Which rewards a sample's is compared with; running statistics per condition
-            unless given.
+        advantage: The rule that picks each sample's peers, the rewards that its own is compared
+            with; running statistics per condition unless given.
         advantage_clip: Advantages are clamped to this size; None leaves them alone.
         clip_range: Ratios count up to 1 ± this. The published 1e-4 belongs to the mean.
         log_prob_reduction: Log-probabilities are the "mean" over the dimensions of a state, as
@@ -155,7 +155,7 @@ class DDPO(RewardFineTuner):
 
     @property
     def algorithm(self) -> str:
-        """The family member that the settings make, as in the table above."""
+        """The member of the family that the settings select, as in the table above."""
         if isinstance(self.advantage, GroupAdvantage):
             return "GRPO"
         if self.estimator == "score_function":

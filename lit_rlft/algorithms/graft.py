@@ -30,7 +30,7 @@ __all__ = ["GRAFT", "PGRAFT"]
 
 
 class PGRAFT(RewardFineTuner):
-    """P-GRAFT: shape the distribution of x_tau, leave the last steps to the reference.
+    """P-GRAFT: fits the noisier steps to accepted candidates; the reference runs the last steps.
 
     Args:
         *args: Pipeline and reward.
@@ -45,15 +45,15 @@ class PGRAFT(RewardFineTuner):
             alone, as plain supervised fine-tuning does; guidance then acts on top of samples that
             were guided already, and saturates within a few rounds.
         contrast: Also train on the rejected candidates of each condition; 0 leaves them out. A
-            choice of ours, not GRAFT's: fitting only accepted samples also fits the errors of a
-            coarse sampler, which every candidate shares; the difference cancels them. With
-            f_ref the frozen reference's prediction, accepted candidates fit
-            f_ref + (f - f_ref) / contrast and rejected ones its mirror image in f_ref, each with
-            weight |a_i - mean(a)|, so that f moves from f_ref by contrast / 2 times the difference
-            of what the two fit. Bounded below, unlike a loss with negative weights, whose
-            direction at the reference it shares. After the implicit negative policy of
-            DiffusionNFT (Zheng et al., 2025), https://arxiv.org/abs/2509.16117. The candidates of
-            a condition are noised alike in training, so that noise cancels in the difference too.
+            choice of ours, not GRAFT's: fitting only accepted samples also fits the errors that a
+            coarse sampler makes in every candidate; the difference cancels them. With f_ref the
+            frozen reference's prediction, accepted candidates fit f_ref + (f - f_ref) / contrast
+            and rejected ones its mirror image in f_ref, each with weight |a_i - mean(a)|. Then f
+            moves from f_ref by contrast / 2 times the difference of the two fits. The loss is
+            bounded below, unlike one with negative weights, but has the same direction at the
+            reference. After the implicit negative policy of DiffusionNFT (Zheng et al., 2025),
+            https://arxiv.org/abs/2509.16117. The candidates of a condition are noised alike in
+            training, so that noise cancels in the difference too.
         **base: Arguments of `RewardFineTuner`.
     """
 
@@ -182,7 +182,7 @@ class PGRAFT(RewardFineTuner):
 
 
 class GRAFT(PGRAFT):
-    """GRAFT: P-GRAFT at tau = 0; the accepted samples are clean and the tuned model runs all steps.
+    """GRAFT: fits all steps to the candidates that rejection sampling accepts (P-GRAFT, tau = 0).
 
     Args:
         *args: Pipeline and reward.

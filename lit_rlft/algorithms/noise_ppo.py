@@ -42,14 +42,16 @@ __all__ = ["NoisePPO"]
 
 
 class NoisePPO(RewardFineTuner):
-    """Learns a prior of the initial noise, given the condition, with PPO.
+    """Noise PPO: learns which initial noise earns rewards; the denoiser stays frozen.
 
-    What is learned belongs to the sampler's number of steps: train with as many as are used later.
+    The learned prior depends on the condition and belongs to the sampler's number of steps: train
+    with as many as are used later.
 
     Args:
         *args: Pipeline and reward.
         num_candidates: M, samples drawn per condition, which are the groups of group advantages.
-        advantage: Which rewards a sample's is compared with; its group's unless given.
+        advantage: The rule that picks each sample's peers, the rewards that its own is compared
+            with; its group's unless given.
         advantage_clip: Advantages are clamped to this size; None leaves them alone.
         clip_range: Ratios count up to 1 ± this; for the "mean" about 1 / d of what suits the "sum".
         log_prob_reduction: Log-probabilities and KL are the "sum" over the d dimensions of x_1, or
@@ -58,8 +60,8 @@ class NoisePPO(RewardFineTuner):
             reduced like log-probabilities, so that the optimum does not depend on the reduction.
         maps: How mu and log sigma are made; small maps, interpolated, unless given.
         width: Units of the policy's two hidden layers.
-        condition_free: Learn one prior for all conditions, the control for what the condition
-            brings.
+        condition_free: Learn one prior for all conditions: the control that shows what the
+            condition brings.
         **base: Arguments of `RewardFineTuner`; `lora` must be None.
     """
 

@@ -35,7 +35,7 @@ __all__ = ["GradientWalk", "RewardGradient"]
 
 
 class RewardGradient(RewardFineTuner):
-    """Ascends a differentiable reward by backpropagation through the sampler.
+    """DRTune, DRaFT, AlignProp, ReFL: ascends a differentiable reward through the sampler.
 
     Each condition of a batch is sampled once per epoch, inside the loss. Memory grows with the
     number of trained steps, not with the sampler's: the others never build a graph.

@@ -1,4 +1,4 @@
-"""What each part of a run costs: seconds, calls and operations, and those of one sample."""
+"""The cost of each part of a run, and of one sample: seconds, calls and operations."""
 
 from collections import defaultdict
 from dataclasses import replace
@@ -19,12 +19,12 @@ Spent = dict[str, float]
 
 
 class CostMeter(Hooks):
-    """Keeps the books by stage ("train", "validate", "test") and phase ("collect", "update", ...).
+    """Counts cost by stage ("train", "validate", "test") and phase ("collect", "update", ...).
 
-    Counts and seconds are those of this process; operations are of forward passes, and what
-    counting them takes is not part of a phase's seconds. The books are
-    part of the checkpoint, so that a test reports what training spent. Each round's seconds and
-    the operations so far go to TensorBoard, under `time/` and `cost/flops`.
+    Counts and seconds are those of this process. Operations are those of forward passes; the time
+    that counting them takes is not part of a phase's seconds. The counts are part of the
+    checkpoint, so that a test reports what training spent. Each round's seconds and the operations
+    so far go to TensorBoard, under `time/` and `cost/flops`.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class CostMeter(Hooks):
         self._begun: dict[str, tuple[float, Cost]] = {}
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the test's books afresh."""
+        """Start the test's counts afresh."""
         self.books.pop(_TEST, None)
 
     def on_phase_start(self, module: LightningModule, name: str) -> None:
@@ -41,7 +41,7 @@ class CostMeter(Hooks):
         self._begun[name] = (now(), replace(module.meter.current))
 
     def on_phase_end(self, module: LightningModule, name: str, num_samples: int) -> None:
-        """Book what was spent since."""
+        """Count what was spent since."""
         assert isinstance(module, RewardFineTuner)
         start, before = self._begun.pop(name)
         stage, spending = module.trainer.state.stage, module.meter.current
@@ -74,7 +74,7 @@ class CostMeter(Hooks):
         pl_module.log("cost/flops", float(pl_module.meter.training.flops * trainer.world_size))
 
     def report(self) -> dict[str, Any]:
-        """Return the books, and per sample of each arm in the test its calls, operations, time."""
+        """Return the counts and, per sample of each arm in the test, calls, operations, time."""
         arms = {
             name.removeprefix(_SAMPLE): spent
             for name, spent in self.books.get(_TEST, {}).items()

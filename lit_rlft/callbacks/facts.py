@@ -1,4 +1,4 @@
-"""What a run says in words: the facts at its start, and a line a round where no bar is shown."""
+"""Lines that a run prints: the facts at its start, and one a round where no bar is shown."""
 
 import sys
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ _MAX_LINES = 200
 
 
 class Facts(Callback):
-    """Prints one line at the start of a fit: what is trained, on what, and how long it will be."""
+    """Prints one line at the start of a fit: the model, the device and the length of the run."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the line."""

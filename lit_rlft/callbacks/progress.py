@@ -1,4 +1,4 @@
-"""How a run shows that it goes on: bars on a terminal, a line a round in a log."""
+"""How a run shows its progress: bars on a terminal, a line a round in a log."""
 
 import sys
 

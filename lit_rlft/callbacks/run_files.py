@@ -1,4 +1,4 @@
-"""What a run writes into its folder, and where that folder is."""
+"""The files that a run writes into its folder."""
 
 import json
 import math
@@ -96,7 +96,7 @@ class RunFiles(Callback):
         self._result = f"\n{title}\n\n{result_table(summary)}\n\n{paths}"
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep what `validate` is to show; within a fit validations are not shown."""
+        """Keep the result that `validate` shows; validations within a fit are not shown."""
         if trainer.state.fn == TrainerFn.VALIDATING:
             summary = _validation_summary(trainer.callback_metrics)
             self._result = f"\n{result_table(summary)}\n\npanels   {run_folder(trainer) / 'panels'}"

@@ -1,4 +1,4 @@
-"""Says what is wrong while it can still be fixed: ratios, rewards, losses, gradients."""
+"""Finds errors while they can still be fixed: in ratios, rewards, losses, gradients."""
 
 import math
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ _FEW_GROUPS = 0.9
 
 
 class SelfCheck(Hooks):
-    """Stops a run that cannot learn what it should, before weights change; warns of the rest.
+    """Stops a run that cannot learn, before its weights change; warns of lesser faults.
 
     It stops where a probability ratio is not 1 before the first update of a round, where a loss or
     a gradient is not finite, and where the loss has no gradient. It warns, once each, of rewards
@@ -106,7 +106,7 @@ class SelfCheck(Hooks):
             )
 
     def _check_ratios(self, module: RewardFineTuner, part: Experience, deviation: Tensor) -> None:
-        """Raise UsageError where a ratio is not 1 though policy and samples belong together."""
+        """Raise UsageError where a ratio is not 1 though the policy drew the samples."""
         clip = getattr(module, "clip_range", 2 * _MAX_TOLERANCE)
         tolerance = self.ratio_tolerance
         if tolerance is None:

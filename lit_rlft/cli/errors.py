@@ -19,7 +19,7 @@ _PLAIN = {
 
 
 def sentence(error: Exception, config: Namespace | None = None) -> str | None:
-    """Return what a user should read of an error that the user can fix, else None.
+    """Return one sentence for an error that the user can fix, None for any other.
 
     Parsing wraps errors: the innermost one says what is wrong.
 
@@ -43,7 +43,7 @@ def sentence(error: Exception, config: Namespace | None = None) -> str | None:
 
 
 def _with_key(error: BadArgument, config: Namespace) -> str:
-    """Return the problem of an argument under its key; its class stays where it has none."""
+    """Return an argument's problem under its key, or under its class where it has no key."""
     found = [key for key, name in _classes(config.as_dict()) if name == error.owner]
     prefix = found[0] if found else _PLAIN.get(error.owner)
     return str(error) if prefix is None else f"{prefix}.{error.argument} {error.problem}"

@@ -27,7 +27,7 @@ _CLASS = re.compile(r"^class \w+\(", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Entry:
-    """A class that can be used by its name.
+    """A class that a command line can name.
 
     Attributes:
         name: Its own name.
@@ -50,7 +50,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class _Module:
-    """What a file says: its classes, and what its names stand for."""
+    """A parsed file: its classes, and what its names stand for."""
 
     classes: Mapping[str, ast.ClassDef]
     members: Mapping[str, Mapping[str, str]]
@@ -58,7 +58,7 @@ class _Module:
 
 
 class _Sources:
-    """The parsed modules of several packages, and who inherits what from whom."""
+    """The parsed modules of several packages, and which class inherits from which."""
 
     def __init__(self, files: Mapping[str, Path]) -> None:
         self.modules = {name: _parsed(name, path) for name, path in files.items()}

@@ -157,7 +157,7 @@ def _classes(paths: Iterable[str]) -> str:
 
 
 def _comment(config: Path) -> str:
-    """Return what a config says of itself below the command in its first line."""
+    """Return the comment that describes a config, below the command in its first line."""
     lines = config.read_text().splitlines()
     end = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
     first = 1 if lines[0].startswith("# lit-rlft ") else 0

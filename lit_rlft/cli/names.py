@@ -23,7 +23,7 @@ _KINDS = {
     "data": ("data",),
     "model": ("algorithm",),
 }
-"""What the groups of a config hold; the first kind that has a name wins."""
+"""Kinds of classes in the groups of a config; the first kind that has a name wins."""
 _ITEM = "*"
 _WHOLE = {
     *((group,) for group in _KINDS if group != "metrics"),
@@ -40,7 +40,7 @@ Key = tuple[str, ...]
 
 
 class _Word(NamedTuple):
-    """A single word that may be a class's name: its key, and where it stands in a text."""
+    """A word that may be a class's name, with its key and its place in a text."""
 
     key: Key
     name: str
@@ -61,8 +61,8 @@ class _Word(NamedTuple):
 def with_class_paths(words: Sequence[str]) -> list[str]:
     """Return a command's words with full class paths in place of short names.
 
-    Configs with short names become configs as text. Where a word may be a name of a class, or
-    something else, the class is imported, so that the parser knows it if it is looked for.
+    Configs with short names become configs as text. Where a word may name a class or something
+    else, the class is imported, so that the parser can find it.
 
     Raises:
         UsageError: A name belongs to no class, or to several; the sentence lists them.
@@ -160,7 +160,7 @@ def _pipelines(prefix: Key, text: str) -> Iterator[str]:
 
 
 def _text(option: Option) -> tuple[Key, str]:
-    """Return where the value of an option belongs, and its text: of a config that of its file."""
+    """Return the key of an option's value, and its text; for a config, that of its file."""
     if option.key != "config":
         return tuple(option.key.split(".")), option.value
     path = Path(option.value)
@@ -176,7 +176,7 @@ def _words(prefix: Key, text: str) -> Iterator[_Word]:
 
 
 def _scalars(prefix: Key, text: str) -> Iterator[tuple[Key, yaml.ScalarNode]]:
-    """Iterate over the single values of a YAML text; of one that is broken the parser will tell."""
+    """Iterate over the single values of a YAML text; the parser reports a broken one."""
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError:

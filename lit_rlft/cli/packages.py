@@ -14,7 +14,7 @@ _ROOT = Path(__file__).parents[2]
 def domain_packages() -> dict[str, str]:
     """Return the module of each registered domain, by the domain's name.
 
-    A checkout's own pyproject.toml is read too: what is installed of it may be older.
+    A checkout's own pyproject.toml is read too: its installed metadata may be older.
     """
     return _of_checkout() | {point.name: point.value for point in entry_points(group=GROUP)}
 

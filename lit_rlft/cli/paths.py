@@ -1,4 +1,4 @@
-"""Configs that the package brings along, found by name and from any working directory."""
+"""Configs that ship with the package, found by name and from any working directory."""
 
 import re
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ def with_config_files(words: Sequence[str]) -> list[str]:
 def config_file(name: str) -> str:
     """Return the file of a config that is given by its bare name, such as `p_graft`.
 
-    A file in the working directory wins. What is no bare name is returned as it is.
+    A file in the working directory wins. Anything but a bare name is returned as it is.
 
     Raises:
         UsageError: No config has the name, or several have.

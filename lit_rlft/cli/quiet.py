@@ -1,4 +1,4 @@
-"""What other libraries print that does not concern the user of this one."""
+"""Silences messages of other libraries that do not concern this one's users."""
 
 import logging
 import os

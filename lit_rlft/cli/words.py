@@ -12,7 +12,7 @@ class Option:
     """An option that has a value.
 
     Attributes:
-        key: Its name, as in "reward.init_args.scale"; of what is appended without the "+".
+        key: Its name, as in "reward.init_args.scale"; without the "+" of what is appended.
         value: Its text.
         place: Number of the word that holds the value.
     """

@@ -5,8 +5,8 @@ r"""Advantages: how much better a sample's reward is than that of its peers.
 
 clipped on request, with the population's standard deviation. The rules differ in who the peers are.
 Everything is float64, whatever type the rewards have. A reward that is not finite marks a sample
-that could not be scored: it is nobody's peer and its advantage is 0, as is that of a sample whose
-peers all have the same reward.
+that could not be scored: it is nobody's peer and its advantage is 0. Where all peers have the same
+reward, the advantage is 0 too.
 
 References:
     Training Diffusion Models with Reinforcement Learning (Black et al., 2023; running statistics),
@@ -35,14 +35,14 @@ _EPSILON = 1e-6
 
 
 class Advantage(ABC):
-    """A rule that says which rewards a sample's own is compared with."""
+    """A rule that picks each sample's peers: the rewards that its own is compared with."""
 
     def check(self, num_candidates: int) -> None:
         """Raise UsageError where the rule cannot work with this many candidates."""
 
     @abstractmethod
     def peers(self, rewards: Tensor, conditions: Sequence[str]) -> list[Tensor]:
-        """Return, for each group, the finite rewards (1-D) that its own are compared with."""
+        """Return each group's peers: the finite rewards (1-D) that its own are compared with."""
 
     def __call__(
         self, rewards: Tensor, conditions: Sequence[str], clip: float | None = None
@@ -63,11 +63,11 @@ class Advantage(ABC):
         return advantages if clip is None else advantages.clamp(-clip, clip)
 
     def state_dict(self) -> dict[str, list[float]]:
-        """Return what a resumed run has to know; lists of floats by condition."""
+        """Return the state that a resumed run needs: lists of floats by condition."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Sequence[float]]) -> None:
-        """Go on from what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
 
 
 class GroupAdvantage(Advantage):
@@ -98,7 +98,7 @@ class RunningAdvantage(BatchAdvantage):
 
     Args:
         buffer_size: Rewards remembered per condition; 16 to 32 are usual.
-        min_count: Rewards from which on a condition's own statistics are used.
+        min_count: Rewards that a condition needs before its own statistics are used.
     """
 
     def __init__(self, buffer_size: int = 32, min_count: int = 16) -> None:

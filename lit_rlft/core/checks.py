@@ -14,7 +14,7 @@ class UsageError(ValueError):
 
 
 class BadArgument(UsageError):
-    """An argument that cannot be what it is: "TopK: k must be at least 1, got 0".
+    """An argument with an impossible value: "TopK: k must be at least 1, got 0".
 
     The command line writes the argument's key in the config in place of class and argument.
 
@@ -37,9 +37,9 @@ def require(holds: bool, owner: object, argument: str, rule: str) -> None:
 
 @contextmanager
 def loading(sentence: str) -> Iterator[None]:
-    """Raise UsageError, "<sentence> (<reason>)", for whatever reading a file of the user's raises.
+    """Turn any error while reading a user's file into UsageError, "<sentence> (<reason>)".
 
-    A UsageError of the block's own stays as it is.
+    A UsageError raised in the block stays as it is.
     """
     try:
         yield

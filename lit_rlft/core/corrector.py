@@ -1,4 +1,4 @@
-"""A flow as the prior of another one: what it makes of normal noise is where the other starts."""
+"""A flow as the prior of another flow: it turns normal noise into the other's initial noise."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -21,7 +21,7 @@ _NUM_FREQUENCIES = 8
 
 
 class Flow(Protocol):
-    """What generates states from noise; every `Pipeline` does.
+    """A generator of states from noise; every `Pipeline` is one.
 
     Attributes:
         denoiser: The network.
@@ -38,13 +38,13 @@ class Flow(Protocol):
 class FlowMLP(nn.Module):
     """A flow along arcs on continuous states of one size: an MLP over all of a sample's numbers.
 
-    Its velocity is zero at the start, where it hands on the noise that it gets, and small for noise
-    that is nearly normal: it need not carry all numbers through its hidden layers. What of a state
-    exists is the base's business (its processes' subspaces): elsewhere is neither noise nor loss,
-    and what the network says about it is dropped.
+    Its velocity is zero at the start, so that it hands noise on unchanged, and small for noise that
+    is nearly normal, so that its hidden layers need not carry all numbers. The subspaces of the
+    base's processes decide which entries of a state exist. The others have neither noise nor loss,
+    and the network's output for them is dropped.
 
     Args:
-        base: The process of the flow whose noise is made.
+        base: The process of the flow that starts from this one's samples.
         blank: A state of any number of samples, for their shape, dtype and device.
         features: From conditions to a fixed-size encoding [B, F].
         num_features: F.
@@ -76,7 +76,7 @@ class FlowMLP(nn.Module):
 
 
 class FlowPrior(Distribution):
-    """The distribution of what a flow makes of noise, without a density in closed form.
+    """The distribution of a flow's samples, without a density in closed form.
 
     Args:
         flow: The flow.
@@ -92,14 +92,14 @@ class FlowPrior(Distribution):
 
     @property
     def mean(self) -> State:
-        """What the flow makes of the mean of the noise."""
+        """The flow's sample from the mean of the noise."""
         return self._walk(self.start.mean, None)
 
     def rsample(self, noise: Generators = None) -> State:
         return self._walk(self.start.rsample(noise), noise)
 
     def log_prob(self, state: State, reduction: Reduction = "sum") -> Tensor:
-        """Raise TypeError: it would take the divergence of the flow all along its way."""
+        """Raise TypeError: it would need the divergence of the flow along the whole path."""
         raise TypeError("the density of a FlowPrior has no closed form")
 
     def kl(self, other: Distribution, reduction: Reduction = "sum") -> Tensor:

@@ -24,8 +24,8 @@ def path_kl(
 ) -> Tensor:
     """Estimate the KL of the ancestral sampler's paths, policy from reference, in nats, [B].
 
-    The KL of two Markov chains is the sum over steps of the transitions' KL. Each sample stands
-    for it with one step, drawn uniformly and weighted with the number of steps, at x_t noised from
+    The KL of two Markov chains is the sum over steps of the transitions' KL. Each sample estimates
+    it from one step, drawn uniformly and weighted with the number of steps, at x_t noised from
     `x_0`: two evaluations a sample, whatever the sampler. A step without noise counts 0.
 
     Args:

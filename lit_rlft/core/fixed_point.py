@@ -48,7 +48,7 @@ class Solution:
 
 @dataclass(frozen=True)
 class FixedPoint:
-    """How a fixed point is looked for.
+    """How to search for a fixed point.
 
     Attributes:
         tolerance: A sample is done when no entry of g(u) differs from u by more than this.
@@ -70,8 +70,8 @@ class FixedPoint:
         """Iterate from `start` until every sample is done or out of iterations.
 
         Args:
-            function: g; called with states and with the numbers [b] of the samples that they are,
-                of which there are fewer and fewer.
+            function: g; called with the states of the samples that are not done, and with their
+                numbers [b] in the batch.
             start: [B, ...], floating-point.
         """
         u, size = flatten(start), batch_size(start)

@@ -1,4 +1,4 @@
-"""What a domain hands over: conditions, and the pipeline of encoder, denoiser, process, decoder."""
+"""A domain's interface: conditions, and the pipeline of encoder, denoiser, process, decoder."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
@@ -122,7 +122,7 @@ class Pipeline(nn.Module, ABC):
 
     @abstractmethod
     def predict(self, x_t: State, t: Tensor, condition: Condition) -> State:
-        """Return the denoiser's own prediction, the one the native training loss is about."""
+        """Return the denoiser's own prediction, from which the native training loss is computed."""
 
     @abstractmethod
     def decode(self, x_0: State, condition: Condition) -> Any:
@@ -137,7 +137,7 @@ class Pipeline(nn.Module, ABC):
         return self.predict(x_t, t, condition)
 
     def example(self) -> Condition:
-        """Return the condition of one sample, any, to learn the shapes of states and features from.
+        """Return the condition of any one sample; it shows the shapes of states and features.
 
         The default fits domains whose batches need nothing but an index.
         """
@@ -158,7 +158,7 @@ class Pipeline(nn.Module, ABC):
     def given(self, condition: Condition) -> State | None:
         """Return which entries of a state the condition fixes, bool [B, ...]; None where none are.
 
-        Whatever such an entry is at the start of the sampler, at its end it is what was given.
+        Such an entry ends the sampler at its given value, whatever it started from.
         """
         return None
 
@@ -174,7 +174,7 @@ class Pipeline(nn.Module, ABC):
         )
 
     def describe(self, entry: Mapping[str, Any]) -> str:
-        """Return what a picture of a sample is labelled with, given its condition's record."""
+        """Return the label of a sample's picture, given its condition's record."""
         return " ".join(map(str, entry.values()))
 
     def index_samples(self, samples: Any, rows: Tensor) -> Any:

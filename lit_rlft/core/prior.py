@@ -4,9 +4,9 @@ r"""Learned priors: a network that moves and stretches the initial noise, given 
     z = \mu(c) + \sigma(c)\, e, \qquad e \sim N(0, I), \qquad
     KL(\pi \,\|\, N(0, I)) = \tfrac12 \sum_i (\mu_i^2 + \sigma_i^2 - 1 - \log \sigma_i^2).
 
-The network's output layer is zero at the start, where z is e to the last bit. How the numbers of
-:math:`\mu` and :math:`\log\sigma` come about is a choice (`Maps`): an average of d dimensions is
-learned from far fewer samples than each of them.
+The network's output layer is zero at the start: z then equals e to the last bit. How :math:`\mu`
+and :math:`\log\sigma` are parametrised is a choice (`Maps`): an average of d dimensions is learned
+from far fewer samples than each of them.
 
 References:
     Noise PPO (Miao et al., 2025), https://arxiv.org/abs/2506.12036
@@ -51,8 +51,7 @@ class FullResolution(Maps):
 class LowResolution(Maps):
     """Small maps, interpolated (bilinear) to the size of the state.
 
-    States that are no maps [C, H, W] have nothing to interpolate over: there it is
-    `FullResolution`.
+    States other than [C, H, W] have nothing to interpolate over and get `FullResolution`.
 
     Args:
         size: Height and width of the small maps, at most; 1 is one number per channel.
@@ -71,7 +70,7 @@ class LowResolution(Maps):
 
 
 class LowRank(Maps):
-    """Combinations of a few maps that are learned along, the same for all conditions.
+    """Combinations of a few learned maps, which all conditions share.
 
     Args:
         rank: Number of maps for mu, and for log sigma.

@@ -14,10 +14,10 @@ __all__ = ["Metric", "Metrics", "Reward", "SetMetric", "WeightedSum", "check_rew
 
 
 class Metric(nn.Module, ABC):
-    """Something measured on samples when a model is evaluated."""
+    """A measurement of samples when a model is evaluated."""
 
     def check(self, pipeline: Pipeline) -> None:
-        """Raise UsageError, before anything is sampled, where the pipeline's samples cannot do."""
+        """Raise UsageError, before anything is sampled, if the pipeline's samples do not fit."""
 
     @abstractmethod
     def evaluate(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
@@ -25,7 +25,7 @@ class Metric(nn.Module, ABC):
 
 
 class SetMetric(Metric):
-    """Something measured on all samples of an evaluation together, such as FID.
+    """A measurement of all samples of an evaluation together, such as FID.
 
     Attributes:
         num_draws: Bootstrap draws for the standard errors of a test; 0 leaves them out, as NaN.
@@ -39,7 +39,7 @@ class SetMetric(Metric):
 
     @abstractmethod
     def features(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
-        """Return what `compare` needs to know of each sample, [B, ...] each."""
+        """Return the features of each sample that `compare` needs, [B, ...] each."""
 
     @abstractmethod
     def compare(self, features: Mapping[str, Tensor]) -> dict[str, float]:
@@ -50,7 +50,7 @@ class SetMetric(Metric):
         """
 
     def compare_draw(self, features: Mapping[str, Tensor]) -> dict[str, float]:
-        """Return the same of one bootstrap draw; a faster way to about the same number will do."""
+        """Return `compare` of one bootstrap draw; a faster approximation will do."""
         return self.compare(features)
 
 
@@ -98,7 +98,7 @@ class Reward(Metric):
 
 
 class WeightedSum(Reward):
-    """r = sum_i w_i r_i; differentiable when every part is.
+    """A weighted sum of rewards, r = sum_i w_i r_i; differentiable where every part is.
 
     Args:
         rewards: The parts by name.
@@ -125,7 +125,7 @@ class WeightedSum(Reward):
         return self._total(self.parts(samples, condition))
 
     def evaluate(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
-        """Return the sum, each part, and what parts add, under "<part>/..."."""
+        """Return the sum, each part, and the details of parts under "<part>/..."."""
         values: dict[str, Tensor] = {}
         for name, reward in self.rewards.items():
             assert isinstance(reward, Reward)
@@ -141,7 +141,7 @@ class WeightedSum(Reward):
 def check_rewards(
     reward: Reward, values: Any, num_samples: int, *, may_fail: bool = False
 ) -> Tensor:
-    """Return rewards as float32 [B], or as float64 where they are.
+    """Return rewards as float32 [B]; float64 rewards stay float64.
 
     Raises:
         UsageError: They are no tensor [B], or a value is NaN although none `may_fail`; the

@@ -25,9 +25,10 @@ class Inverted:
 
     Attributes:
         x_1: [B, ...].
-        residuals: [B], the largest over the steps of what the state that was gone on from misses
-            backward Euler's equation by, in units of the state; infinite where numbers overflowed.
-            A solver without memory goes on from one evaluation later (`Solution`).
+        residuals: [B], the largest error in backward Euler's equation over all steps, in units of
+            the state, at the state that the next step started from; infinite where numbers
+            overflowed. A solver without memory starts the next step from one evaluation later
+            (`Solution`).
         iterations: [B] int64, evaluations of the denoiser over all steps.
     """
 
@@ -75,8 +76,8 @@ class Sampler:
     ) -> Inverted:
         """Return the x_1 that `sample` takes to `x_0` with as many steps.
 
-        Each step is undone by backward Euler, with the denoiser at the time t that the step from t
-        to s called it with; call this without gradients.
+        Each step from t to s is undone by backward Euler, with the denoiser at time t, as the step
+        called it. Call this without gradients.
 
         Raises:
             UsageError: The sampler draws noise, or the process is not invertible.
@@ -132,7 +133,7 @@ def walk(
 def _backward_euler(
     denoiser: Denoiser, process: Process, x_s: State, condition: Condition, t: Tensor, s: Tensor
 ) -> Callable[[State, Tensor], State]:
-    """Return the map of which the x_t that lead to `x_s` are fixed points."""
+    """Return a map whose fixed points are the x_t that lead to `x_s`."""
 
     def back(x_t: State, rows: Tensor) -> State:
         level, below = t.expand(len(rows)), s.expand(len(rows))

@@ -46,7 +46,7 @@ class Schedule(nn.Module, ABC):
     def draw_times(self, uniform: Tensor, low: float = 0.0) -> Tensor:
         """Map uniform numbers in [0, 1) to training times in (low, 1], float64.
 
-        The image of the uniform distribution is the distribution of t in the model's native loss.
+        Uniform numbers give the distribution of t in the model's native loss.
         """
         return 1 - (1 - low) * uniform.double()
 
@@ -169,7 +169,7 @@ class PolynomialVP(Schedule):
     away when it decodes, is left out of the sampler's grid.
 
     Args:
-        power: Of the time.
+        power: Exponent of the time.
         precision: p, in (0, 1/2): the smallest variance of noise and of signal.
 
     References:

@@ -55,7 +55,7 @@ class Selection(ABC):
 
 
 class TopK(Selection):
-    r"""Accept the K best of M, ties broken at random.
+    r"""Accept the K best of the M candidates of each condition, ties broken at random.
 
     :math:`a(x) = \sum_{k<K} \binom{M-1}{k} (1-F)^k F^{M-1-k}`, so E[a] = K / M; invariant to
     monotone rescaling of the reward.
@@ -85,7 +85,10 @@ class TopK(Selection):
 
 
 class BestOfM(TopK):
-    """Accept the best candidate: a(x) = F^(M-1), KL(p_acc || p_ref) = log M - (M-1)/M."""
+    """Accept the best candidate of each condition.
+
+    a(x) = F^(M-1) and KL(p_acc || p_ref) = log M - (M-1)/M.
+    """
 
     def __init__(self) -> None:
         super().__init__(k=1)
@@ -101,7 +104,7 @@ class RandomK(TopK):
 
 
 class Threshold(Selection):
-    """Accept every reward of at least `minimum`: conditioning on success for a binary reward.
+    """Accept every reward of at least `minimum`; on a binary reward this conditions on success.
 
     Args:
         minimum: Smallest accepted reward.
@@ -136,9 +139,10 @@ class Classical(Selection):
 
 
 class Preference(Selection):
-    """Bradley–Terry preference between pairs: a(x) = E_Y sigmoid(r(x) - r(Y)).
+    """Accept one of each pair of candidates, the better one more often (Bradley–Terry).
 
-    Candidates are paired in order (1 with 2, 3 with 4, ...); one of each pair is accepted.
+    a(x) = E_Y sigmoid(r(x) - r(Y)). Candidates are paired in order (1 with 2, 3 with 4, ...); one
+    of each pair is accepted.
     """
 
     def check(self, num_candidates: int) -> None:

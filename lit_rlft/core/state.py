@@ -1,7 +1,7 @@
 """States: a tensor or a dict of tensors, every leaf with the batch on dimension 0.
 
-Algorithms treat a state as opaque and only use the functions of this module; arithmetic on states
-is the business of a `Process`.
+Algorithms treat a state as opaque and only use the functions of this module; a `Process` does the
+arithmetic on states.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Streams of randomness: what a seed is for, so that no two uses draw the same numbers."""
+"""Streams of randomness: one for each use of a seed, so that no two draw the same numbers."""
 
 from enum import IntEnum
 
@@ -36,4 +36,4 @@ class Stream(IntEnum):
     DATA_NOISE = 20
     """Noise added to data before they are inverted."""
     BASE_PROBE = 21
-    """Noise whose samples a base sampler is recognised by."""
+    """Noise for the samples that give a base sampler's fingerprint."""

@@ -34,10 +34,10 @@ __all__ = ["PointCloudGaussian", "PointClouds", "Subspace", "occupied"]
 
 
 class Subspace(ABC):
-    """Which part of a tensor state exists; what does not carries no noise, loss or probability.
+    """The part of a tensor state that exists; the rest carries no noise, loss or probability.
 
-    Which part that is can differ between samples, and every state of a trajectory tells it (`like`
-    below): the blank that the pipeline returns, x_1, x_t and x_0.
+    The part can differ between samples. Every state of a trajectory shows it (`like` below): the
+    pipeline's blank, x_1, x_t and x_0.
     """
 
     @abstractmethod
@@ -53,7 +53,7 @@ class Subspace(ABC):
         """Return how many numbers of each sample are free, float64 [B]."""
 
     def couple(self, noise: Tensor, x: Tensor) -> Tensor:
-        """Return the noise that x is mixed with in training, equal in distribution by symmetry."""
+        """Return the noise to mix with x in training, of the same distribution by symmetry."""
         return noise
 
 

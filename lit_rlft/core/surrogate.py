@@ -50,7 +50,7 @@ def importance_sampling(
 def ratio_values(
     log_probs: Tensor, old_log_probs: Tensor, clip_range: float, *, on_policy: bool
 ) -> dict[str, Tensor]:
-    """Return what tells whether the policy has left its samples behind, each [P].
+    """Return measures of how far the policy has moved since it sampled, each [P].
 
     Args:
         log_probs: [P].

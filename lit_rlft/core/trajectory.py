@@ -100,7 +100,7 @@ class Trajectories:
         return self._log_probs
 
     def record(self, first: int, walk: Iterable[tuple[State, Tensor | None]]) -> State:
-        """Keep what is needed of the trajectories from number `first` on; return their x_0."""
+        """Keep the needed states of the trajectories from number `first` on; return their x_0."""
         for i, (x, log_prob) in enumerate(walk):
             rows = slice(first, first + batch_size(x))
             if i in self._slots:
@@ -158,7 +158,7 @@ class Trajectories:
 
 
 def rounded(x: State, like: State, dtype: torch.dtype | None) -> State:
-    """Return x in the types of `like`, its numbers rounded to what a state of `dtype` can hold."""
+    """Return x in the types of `like`, its numbers rounded to the precision of `dtype`."""
     return tree_map(lambda leaf, own: leaf.to(_stored_type(own, dtype)).to(own.dtype), x, like)
 
 

@@ -53,7 +53,7 @@ class Cost:
     counting_seconds: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the counters by name, but for what counting took."""
+        """Return the counters by name, without `counting_seconds`."""
         return {name: value for name, value in asdict(self).items() if name != "counting_seconds"}
 
 
@@ -74,10 +74,10 @@ def count_calls(
 def count_flops(network: nn.Module, cost: Callable[[], Cost]) -> None:
     """Count a network's operations into whatever `cost` returns at that time.
 
-    They are measured in a call of their own, without gradients and in evaluation mode, before the
-    first one with inputs of some shapes, and with an adapter switched on or off, and known from
-    then on for any number of rows, each of which costs the same. What that call takes, and
-    whatever else a first call of a shape takes, is no part of the call that is counted.
+    They are measured in an extra call, without gradients and in evaluation mode, before the first
+    call with inputs of new shapes or with an adapter newly switched on or off. From then on they
+    are known for any number of rows, since each row costs the same. The cost of the extra call, and
+    of anything else that only a first call does, is not counted.
     """
     adapters = [layer for layer in network.modules() if isinstance(layer, BaseTunerLayer)]
     known: dict[tuple[Any, ...], Fraction] = {}
@@ -97,7 +97,7 @@ def count_flops(network: nn.Module, cost: Callable[[], Cost]) -> None:
 
 
 def _measured(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Return the operations of a call, which draws no noise and leaves no trace."""
+    """Return the operations of a call; it draws no noise and leaves no trace."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
@@ -152,7 +152,7 @@ def _shapes(value: Any, rows: int) -> Iterator[tuple[int, ...]]:
 
 
 def now() -> float:
-    """Return a clock's seconds, when all that was begun on a GPU is done."""
+    """Return a clock's seconds, after waiting for all work begun on the GPU."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()  # kernels run on after their calls have returned
     return time.monotonic()

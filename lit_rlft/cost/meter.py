@@ -20,12 +20,12 @@ __all__ = ["Meter"]
 
 
 class Meter:
-    """The counters of training, and of what runs at present.
+    """The counters of training, and those that count at present.
 
     Attributes:
         training: What training has spent on this process, also before it was resumed.
         current: The counters that count at present: training's, or those of an evaluation.
-        flops_per_call: Operations of the denoiser on one row; 0 until it was looked at.
+        flops_per_call: Operations of the denoiser on one row; 0 until they are measured.
     """
 
     def __init__(self) -> None:
@@ -37,9 +37,9 @@ class Meter:
         """Count the calls and operations of networks from now on.
 
         Args:
-            pipeline: Its denoiser is one of them.
-            trained: Outside the pipeline it is the network of a learned prior.
-            reference: Its children are further denoisers.
+            pipeline: Its denoiser is counted.
+            trained: What is trained; outside the pipeline it is the network of a learned prior.
+            reference: Its children are counted as denoisers too.
         """
         for network in (pipeline.denoiser, *reference.children()):
             count_calls(network, lambda: self.current)
@@ -58,7 +58,7 @@ class Meter:
         self.training.seconds = self._seconds_before + time.monotonic() - self._started
 
     def spent(self, num_samples: int, world_size: int) -> dict[str, int]:
-        """Return what training has cost so far, over all processes, as the log has it.
+        """Return what training has cost so far, over all processes, for the log.
 
         Args:
             num_samples: Samples drawn by all processes.
@@ -84,7 +84,7 @@ class Meter:
 
     @contextmanager
     def unbilled(self) -> Iterator[None]:
-        """Bill nobody for what the block computes for the sake of looking."""
+        """Bill nobody for the block, which computes only to be looked at."""
         billed, self.current = self.current, Cost()
         try:
             yield
@@ -98,7 +98,7 @@ class Meter:
                 self.flops_per_call = flops_per_call(pipeline, condition)
 
     def report(self, world_size: int) -> dict[str, Any]:
-        """Return what training and the test spent, over all processes, as metrics.json has it."""
+        """Return what training and the test spent, over all processes, for metrics.json."""
         counts = ("denoiser_calls", "prior_calls", "reward_calls", "flops")
         training = {name: getattr(self.training, name) * world_size for name in counts}
         test = {f"test_{name}": getattr(self.current, name) * world_size for name in counts}

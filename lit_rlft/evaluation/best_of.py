@@ -1,7 +1,7 @@
 """Best-of-n baselines: spending reward calls when sampling, instead of when training.
 
-*Samples*: the best of n samples of a condition. *Noise*: the best x_1 of n, judged by one sample of
-each; what is reported is a fresh sample from it. With a deterministic sampler the two coincide.
+*Samples*: the best of n samples of a condition. *Noise*: a fresh sample from the best x_1 of n,
+judged by one sample of each. With a deterministic sampler the two coincide.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ def best_of(
 
     Args:
         rollouts: Draws and scores the candidates.
-        route: The reference's.
+        route: The reference's route.
         condition: B rows.
         seeds: B integers; the first candidate of a row is the route's own sample of that seed.
         num: n, candidates and reward calls per row.

@@ -1,4 +1,4 @@
-"""Numbers of whole sets of samples, with bootstrap standard errors.
+"""Metrics of whole sets of samples, with bootstrap standard errors.
 
 References:
     Bootstrap Methods: Another Look at the Jackknife (Efron, 1979),
@@ -17,7 +17,7 @@ from lit_rlft.core.reward import SetMetric
 __all__ = ["Features", "Moments", "compared"]
 
 Features = dict[str, Tensor]
-"""What a metric of whole sets knows of n samples, [n, ...] each."""
+"""Features of n samples for a metric of whole sets, [n, ...] each."""
 
 Moments = dict[str, float]
 """{"mean", "sem"}: a number and its standard error."""
@@ -39,7 +39,7 @@ def compared(
         metric: What is measured.
         arms: Features by model; samples of "tuned" and "reference" are pairs.
         num_draws: Sets drawn; below 2 there are no errors, NaN.
-        seed: Of the draws.
+        seed: Seed of the draws.
     """
     values = _with_gain({arm: metric.compare(features) for arm, features in arms.items()})
     draws: dict[tuple[str, str], list[float]] = defaultdict(list)

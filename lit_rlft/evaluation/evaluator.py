@@ -27,7 +27,7 @@ Phase = Callable[[str, int], AbstractContextManager[Any]]
 
 
 class Evaluator:
-    """Draws, measures and summarises.
+    """Draws samples, measures them and summarises the measurements.
 
     Args:
         rollouts: Draws samples of a pipeline; its reward is measured, and best-of-n chooses by it.
@@ -35,10 +35,10 @@ class Evaluator:
         num_samples: Samples per condition.
 
     Attributes:
-        measurements: Of the present evaluation.
-        num_pictures: Samples that are rendered; who shows them raises it.
+        measurements: Those of the present evaluation.
+        num_pictures: Samples to render; callbacks that show them raise it.
         shown: Whether this process renders any.
-        phase: Told what the time is spent on.
+        phase: Reports what the time is spent on.
     """
 
     def __init__(self, rollouts: Rollouts, metrics: Metric, num_samples: int) -> None:
@@ -64,7 +64,7 @@ class Evaluator:
         """Measure the models on one batch, the reference where it was not measured before.
 
         Args:
-            batch: Of conditions.
+            batch: The conditions.
             batch_idx: Its number.
             tuned: The tuned model's route.
             reference: The reference's.
@@ -131,7 +131,7 @@ class Evaluator:
     def _measure(
         self, arm: Arm, batch_idx: int, x_0: State, condition: Condition, **known: Tensor
     ) -> None:
-        """Decode and measure samples; `known` are values that are known already."""
+        """Decode and measure samples; `known` holds the values known already."""
         samples = self.pipeline.decode(x_0, condition)
         values = self.reward.evaluate(samples, condition)
         check_rewards(self.reward, values[self.reward.name], len(condition))
@@ -142,7 +142,7 @@ class Evaluator:
         self.measurements.add(arm, batch_idx, values, pictures, labels, features)
 
     def _pictures(self, arm: Arm, samples: Any, condition: Condition) -> Tensor | None:
-        """Render what is still to be shown of a model: some domains take longer than to sample."""
+        """Render only what is still to be shown: some domains render more slowly than sample."""
         if arm not in ("tuned", "reference") or not self.shown:
             return None
         missing = self.num_pictures - self.measurements.arms[arm].num_pictures

@@ -21,7 +21,7 @@ _Batches = dict[int, Tensor]
 
 @dataclass
 class Measured:
-    """What was measured of one model.
+    """The measurements of one model.
 
     Attributes:
         values: Per metric and batch, values [B].
@@ -51,7 +51,7 @@ class Measured:
         return _joined(self.values)
 
     def sets(self) -> dict[int, Features]:
-        """Return all features of each metric of whole sets, likewise."""
+        """Return all features of each metric of whole sets, in the order of the batches."""
         return {i: _joined(features) for i, features in self.features.items()}
 
 
@@ -80,15 +80,15 @@ class Measurements:
         labels: list[str],
         features: Sequence[Mapping[str, Tensor]] = (),
     ) -> None:
-        """Add the measurements of one batch; pictures, of as many as are shown, become bytes.
+        """Add the measurements of one batch, its pictures as bytes.
 
         Args:
-            arm: Of which model.
+            arm: The model measured.
             batch: Number of the batch.
             values: Per metric, [B].
             pictures: [b, 3, H, W] in [0, 1], or None.
             labels: What each sample was conditioned on.
-            features: Of each metric of whole sets.
+            features: Features of each metric of whole sets.
         """
         measured = self.arms.setdefault(arm, Measured())
         for name, value in values.items():

@@ -1,1 +1,1 @@
-"""What domains build on: data, caches, networks in folders, images, statistics."""
+"""Tools that domains build on: data, caches, networks in folders, images, statistics."""

@@ -43,7 +43,7 @@ class Report:
         strict: Whether the first bad entry stops the run.
         num_kept: Entries used.
         faults: Entries left out, in the file's order.
-        notes: What else there is to say, in phrases.
+        notes: Further remarks, in phrases.
     """
 
     source: str

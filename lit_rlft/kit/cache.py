@@ -29,7 +29,7 @@ def cached_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
     """Return a folder; where it is missing it is filled first, and appears whole or not at all.
 
     Args:
-        folder: Its name tells all that its files depend on.
+        folder: Its name depends on all that its files depend on.
         fill: Writes the files into the folder that it is given.
 
     Raises:
@@ -58,7 +58,7 @@ def cached_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
 def save_arrays(
     folder: Path, final: Path, arrays: Mapping[str, NDArray[Any]], report: Report
 ) -> None:
-    """Write arrays and what was left out of them.
+    """Write arrays and the report on entries that were left out.
 
     Args:
         folder: Where to write.

@@ -26,5 +26,5 @@ def reason(error: Exception) -> str:
 
 
 def stamps(files: Iterable[Path]) -> list[tuple[int, int]]:
-    """Return age in nanoseconds and size in bytes of files: a change of a file changes them."""
+    """Return each file's time of change (ns) and size (bytes), which tell a changed file."""
     return [(file.stat().st_mtime_ns, file.stat().st_size) for file in files]

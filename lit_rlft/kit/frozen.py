@@ -18,5 +18,5 @@ class Frozen(nn.Module):
 
 
 def frozen(network: N) -> N:
-    """Return the network in evaluation mode, none of its parameters with a gradient."""
+    """Return the network in evaluation mode, its parameters without gradients."""
     return network.requires_grad_(False).eval()

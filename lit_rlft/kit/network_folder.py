@@ -37,7 +37,7 @@ def load_pretrained(
     give: str,
     key: str = "pipeline.init_args.pretrained",
 ) -> T:
-    """Return what `read` makes of a folder or file, an embedded model's name, or a hub id.
+    """Load a network from a folder or file, by an embedded model's name, or by a hub id.
 
     Args:
         pretrained: What the user gave. A path that exists comes before an embedded model.

@@ -21,7 +21,7 @@ def vp_process(scheduler: Any, refusal: str) -> GaussianProcess:
 
     Args:
         scheduler: One of diffusers' schedulers; its `config` and `betas` are read.
-        refusal: What to say of one that is no such scheduler, for the message.
+        refusal: The message for a scheduler without such a table.
 
     Raises:
         UsageError: The scheduler has no betas, or a prediction type that is unknown here.

@@ -1,4 +1,4 @@
-"""What metrics of several domains share: distances from a source's data, sums over others."""
+"""Parts of several domains' metrics: distances from a source's data, sums over others."""
 
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ class RealFeatures:
 class SourceDistances(SetMetric, Generic[R]):
     """Distances of all samples of an evaluation from the data of a source.
 
-    What is compared with is computed when it is first needed, and kept.
+    The source's side of the comparison is computed when it is first needed, and kept.
 
     Args:
         num_draws: Bootstrap draws for the standard errors of a test; 0 leaves them out.
@@ -57,11 +57,11 @@ class SourceDistances(SetMetric, Generic[R]):
 
     @abstractmethod
     def read(self) -> R:
-        """Load the source and return what samples are compared with."""
+        """Load the source and return its side of the comparison."""
 
     @property
     def real(self) -> R:
-        """What samples are compared with."""
+        """The source's side of the comparison."""
         if self._real is None:
             with torch.no_grad():
                 self._real = self.read()

@@ -1,4 +1,4 @@
-"""Where a domain's data come from, and the DataModule over three splits of a source."""
+"""Sources of a domain's data, and the DataModule over three splits of a source."""
 
 import hashlib
 import json
@@ -112,7 +112,7 @@ class CachedSource(Source[P]):
 
 
 class SourceData(SplitData, Generic[P]):
-    """Three splits of a source, or of a source each; rows are the subclass's business.
+    """Three splits of one source, or one source per split; subclasses make the rows.
 
     Args:
         source: The data.
@@ -176,7 +176,7 @@ class SourceData(SplitData, Generic[P]):
         self._splits = splits
 
     def chosen(self, split: Split) -> tuple[P, NDArray[np.int64]]:
-        """Return the data that a split's rows come from, and their places in them."""
+        """Return the data of a split's rows, and the places of the rows in them."""
         packed, rows = self._splits[split]
         return packed, rows[: self.limits[split]]
 

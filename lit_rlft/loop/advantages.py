@@ -31,7 +31,7 @@ def compare(
             reward failed.
         condition: G rows.
         seeds: G integers, one per group, which order the groups of all processes.
-        advantage: Whose rewards a sample's is compared with.
+        advantage: The rule that picks each sample's peers.
         clip: Advantages are clamped to this size; None leaves them alone.
         source: Name of the reward.
         world_size: Number of processes.

@@ -1,4 +1,4 @@
-"""What a checkpoint holds: trained weights, counters, and which pretrained model they belong to."""
+"""Checkpoints: trained weights, counters, and the pretrained model that they belong to."""
 
 import hashlib
 import pickle
@@ -51,7 +51,7 @@ def trained_shapes(module: nn.Module, trained: Iterable[nn.Parameter]) -> dict[s
 
 
 def reduce(checkpoint: dict[str, Any], trained: Collection[str], ours: Mapping[str, Any]) -> None:
-    """Drop the frozen weights from a checkpoint; add what a resumed run has to know.
+    """Drop the frozen weights from a checkpoint; add what a resumed run needs.
 
     Args:
         checkpoint: As Lightning made it.
@@ -72,7 +72,7 @@ def read(
         checkpoint: As it was loaded.
         pretrained: Fingerprint of the pretrained denoiser.
         pipeline: Name of the pipeline.
-        shapes: Of what is trained, by name.
+        shapes: Shapes of the trained parameters, by name.
 
     Raises:
         UsageError: The checkpoint belongs to another pretrained model or another adapter.

@@ -1,4 +1,4 @@
-"""What a round collects, and what `predict` draws."""
+"""The experience that a round collects, and the draws of `predict`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +16,7 @@ __all__ = ["Draw", "Experience"]
 
 @dataclass(frozen=True)
 class Experience:
-    """What one collect returns and the updates train on: n samples and what is known of them.
+    """The n samples that one collect returns for the updates, and what is known of them.
 
     Attributes:
         states: Named states, each with n rows (e.g. the accepted x_tau).

@@ -15,12 +15,12 @@ __all__ = ["Audience", "Hooks"]
 
 
 class Hooks(Callback):
-    """A callback that also hears what a round collects, computes and is about to do.
+    """A callback that also sees a round's phases, experience, losses and gradients.
 
     Raising an error in any of these methods stops the run before the weights change again.
 
     Attributes:
-        enabled: Whether it is told anything.
+        enabled: Whether it is called.
     """
 
     enabled: bool = True
@@ -38,7 +38,7 @@ class Hooks(Callback):
         Args:
             module: Whose work it is.
             name: What it was.
-            num_samples: Samples that were drawn in it, where that is what it is for.
+            num_samples: Samples drawn in it; 0 for a phase that is not for drawing.
         """
 
     def on_experience(self, module: LightningModule, experience: Experience) -> None:
@@ -65,16 +65,16 @@ class Hooks(Callback):
 
         Args:
             module: Whose parameters have them.
-            norm: Over all of them.
+            norm: The norm over all of them.
         """
 
 
 class Audience:
-    """The callbacks of a trainer that are `Hooks`, told one after the other.
+    """The `Hooks` among a trainer's callbacks, called one after the other.
 
     Args:
-        module: What they are told of.
-        trainer: Whose callbacks; None has none.
+        module: The module that they watch.
+        trainer: Has the callbacks; None has none.
     """
 
     def __init__(self, module: LightningModule, trainer: Trainer | None) -> None:
@@ -88,7 +88,7 @@ class Audience:
 
     @contextmanager
     def phase(self, name: str, num_samples: int = 0) -> Iterator[None]:
-        """Tell what the time within the block is spent on."""
+        """Report the block as a phase of the work."""
         for hooks in self:
             hooks.on_phase_start(self.module, name)
         try:
@@ -98,12 +98,12 @@ class Audience:
                 hooks.on_phase_end(self.module, name, num_samples)
 
     def on_experience(self, experience: Experience) -> None:
-        """Tell what a round collected."""
+        """Report what a round collected."""
         for hooks in self:
             hooks.on_experience(self.module, experience)
 
     def watched(self, loss: Loss) -> Loss:
-        """Return a loss whose values are told whenever it is computed."""
+        """Return the loss, made to report its values whenever it is computed."""
 
         def told(part: Experience, noise: Generators) -> tuple[Tensor, dict[str, Tensor]]:
             losses, values = loss(part, noise)
@@ -114,6 +114,6 @@ class Audience:
         return told
 
     def on_gradients(self, norm: float) -> None:
-        """Tell the norm of an update's gradients."""
+        """Report the norm of an update's gradients."""
         for hooks in self:
             hooks.on_gradients(self.module, norm)

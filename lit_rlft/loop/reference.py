@@ -53,8 +53,8 @@ def attach_lora(pipeline: Pipeline, lora: LoRA) -> None:
     """Freeze the denoiser and add a LoRA whose update starts at zero, or as it was saved.
 
     Raises:
-        UsageError: No layer of the denoiser has one of the target names, or the saved LoRA is
-            another one than the settings describe.
+        UsageError: No layer of the denoiser has one of the target names, or the saved LoRA does not
+            match the settings.
     """
     targets = list(lora.targets or pipeline.lora_targets)
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets)
@@ -71,7 +71,7 @@ def attach_lora(pipeline: Pipeline, lora: LoRA) -> None:
 
 
 def _load(pipeline: Pipeline, lora: LoRA, path: str) -> None:
-    """Put a saved LoRA into the one that was just attached, which it must fit in every respect."""
+    """Load a saved LoRA into the one just attached; the two must match in every respect."""
     weights, alpha = pipeline.read_lora(Path(path))
     own = get_peft_model_state_dict(pipeline.denoiser)
     if odd := sorted(own.keys() ^ weights.keys()):
@@ -80,7 +80,7 @@ def _load(pipeline: Pipeline, lora: LoRA, path: str) -> None:
     ranks = sorted({value.shape[0] for name, value in weights.items() if ".lora_A." in name})
     if ranks != [lora.rank]:
         raise _misfit(path, f"has rank {', '.join(map(str, ranks))}, not {lora.rank}", "rank")
-    # Whoever saves no alpha means a scale of 1, as diffusers does.
+    # A file without alpha means a scale of 1, as in diffusers.
     alpha = lora.rank if alpha is None else alpha
     if alpha != lora.alpha:
         raise _misfit(path, f"has alpha {alpha:g}, not {lora.alpha}", "alpha")
@@ -150,7 +150,7 @@ def adapt(pipeline: Pipeline, lora: LoRA | None, seed: int) -> Reference:
     Args:
         pipeline: The pipeline.
         lora: The adapter; None for none.
-        seed: Of the adapter's first weights.
+        seed: Seed of the adapter's initial weights.
 
     Raises:
         UsageError: The adapter does not fit (`attach_lora`).

@@ -1,4 +1,4 @@
-"""Drawing and scoring samples in chunks that fit into memory, with noise that no chunk decides."""
+"""Draws and scores samples in chunks that fit into memory; chunks do not change the noise."""
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -50,8 +50,8 @@ class Rollouts:
         pipeline: Decodes what is drawn.
         reward: Scores it.
         chunk_size: Samples at a time, which bounds the memory.
-        seed: Of all noise.
-        meter: Pays for the reward.
+        seed: Seed of all noise.
+        meter: Counts the cost of the reward.
 
     Attributes:
         track: Shows the progress; shows nothing unless it is set.
@@ -104,7 +104,7 @@ class Rollouts:
         """Walk a route and keep the states at some indices of its grid.
 
         Args:
-            route: Who draws.
+            route: The route to walk.
             condition: One row per sample.
             seeds: One integer per sample; all its noise comes from it.
             keep: Indices into the grid [num_steps + 1]; num_steps is x_0.

@@ -42,7 +42,7 @@ def write_round(
     """Write a round's histograms, and its reward over samples and over reward calls.
 
     Args:
-        writer: Of TensorBoard.
+        writer: TensorBoard's.
         means: Of the round, by name.
         spent: "samples" and "reward_calls" so far.
         histograms: Values to show, by name.
@@ -59,11 +59,11 @@ def write_round(
 def round_means(
     metrics: Mapping[str, float], outcomes: Outcomes, world_size: int
 ) -> dict[str, float]:
-    """Average over updates and processes; one without samples has no losses, which counts as zeros.
+    """Average over updates and processes; losses of a process without samples count as zeros.
 
     Args:
-        metrics: Of the round; NaN where a process does not know.
-        outcomes: Of its updates; of names that end in `_max` the largest is taken.
+        metrics: Values of the round; NaN where a process has none.
+        outcomes: Values of its updates; the largest is taken where the name ends in `_max`.
         world_size: Number of processes, all of which take part.
     """
     parts = gather((dict(metrics), list(outcomes)), world_size)

@@ -81,7 +81,7 @@ def plan(
 
 
 class Shares(NamedTuple):
-    """How an update is shared out.
+    """How an update is split into microbatches and among processes.
 
     Attributes:
         microbatch_size: Terms per backward pass; None takes all.
@@ -105,10 +105,10 @@ def accumulate(
 
     Args:
         update: The minibatch.
-        loss: Of some of its terms.
+        loss: Returns the losses of some of its terms.
         backward: Called with each microbatch's share of the loss.
         parameters: What is trained; a process without samples takes part with zeros.
-        shares: Of microbatches and processes.
+        shares: How the update is split.
     """
     minibatch = update.minibatch
     scale = shares.world_size / update.total
@@ -147,8 +147,8 @@ def gradient_norm(
     """Return the norm of all gradients, in units of the loss.
 
     Args:
-        parameters: Whose gradients.
-        optimizer: Theirs.
+        parameters: The trained parameters.
+        optimizer: Their optimiser.
         precision: The trainer's plugin, which may have scaled them.
     """
     if isinstance(precision, MixedPrecision) and precision.scaler is not None:

@@ -1,4 +1,4 @@
-"""Where a run writes: its folder and its TensorBoard log."""
+"""The folder that a run writes to, and its TensorBoard log."""
 
 import os
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ def make_folder(config: Namespace, stage: str) -> Path:
 
     Raises:
         UsageError: The folder cannot be written, `fit` would mix a new run into an old one, or the
-            trainer is asked for what the model does.
+            trainer is asked for something that the model does itself.
     """
     for key, (default, remedy) in _OWN_SETTINGS.items():
         if config.trainer[key] != default:

@@ -1,1 +1,1 @@
-"""What is known of Gaussian mixtures in closed form."""
+"""Gaussian mixtures in closed form: their density and their exact denoiser."""

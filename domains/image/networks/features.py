@@ -1,4 +1,4 @@
-"""A small classifier of images; its features are what sets of images are compared by."""
+"""A small classifier of images; sets of images are compared by its features."""
 
 import hashlib
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ __all__ = ["EMBEDDED", "FeatureArchitecture", "FeatureNetwork", "features_of", "
 
 @dataclass(frozen=True)
 class FeatureArchitecture:
-    """What config.json holds.
+    """Sizes and classes of the network, as config.json holds them.
 
     Attributes:
         size: Height and width that pictures are brought to.
@@ -116,8 +116,8 @@ class FeatureNetwork(nn.Module):
 def load_features(pretrained: str) -> "FeatureNetwork | InceptionV3":
     """Return a frozen feature network.
 
-    Its `name` is part of every metric's: "digits_features" and the like for the embedded ones; any
-    other's carries the first digits of its weights' hash, so that no two are mistaken.
+    Its `name` is part of every metric's name: "digits_features" and the like for the embedded ones.
+    Any other name carries the first digits of the weights' hash, so that no two are confused.
 
     Args:
         pretrained: "digits_features", "shapes_features" (or the rewards' own, "digits_classifier",
@@ -157,7 +157,7 @@ def features_of(
     """Return the features of many pictures [n, C, H, W], [n, D] float32 on the CPU.
 
     Args:
-        network: Where it is, the work is done.
+        network: The network; the work is done on its device.
         pictures: uint8, or floating point in [0, 1].
         batch_size: Pictures at a time.
     """

@@ -76,7 +76,7 @@ class InceptionV3(nn.Module):
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read a file of weights; one that is not the published one has its hash in its name.
+        """Read a file of weights; the name of any but the published file carries its hash.
 
         Raises:
             ValueError: The file holds something else.
@@ -97,8 +97,8 @@ class InceptionV3(nn.Module):
 def resize_like_tensorflow_1(images: Tensor, size: int) -> Tensor:
     """Return images [B, C, H, W] at size x size as TensorFlow 1 resizes bilinearly.
 
-    Output pixel i lies at i H / size: corners are not aligned, half pixels not regarded, and
-    nothing is smoothed. It differs from what torch's and Pillow's bilinear filters do.
+    Output pixel i lies at i H / size: corners are not aligned, half pixels are ignored, and nothing
+    is smoothed. The bilinear filters of torch and Pillow differ from it.
     """
     down, across = (_weights(n, size).to(images) for n in images.shape[-2:])
     return down @ images @ across.T

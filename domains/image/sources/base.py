@@ -1,4 +1,4 @@
-"""What a source of images is."""
+"""The interface of sources of images."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -206,7 +206,7 @@ def _plain(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _fault(path: Path, error: BaseException) -> BadEntry:
-    """Return what is wrong with a file, in one of few kinds, by which files are counted."""
+    """Return what is wrong with a file, as one of a few kinds under which files are counted."""
     if isinstance(error, UnidentifiedImageError):
         return BadEntry(path.name, "no readable picture")
     if isinstance(error, Image.DecompressionBombError):

@@ -30,8 +30,8 @@ class ImageFolder(Source):
         cache_dir: Folder of the arrays; None takes `lit-rlft` in the user's cache folder.
 
     Raises:
-        UsageError: A setting is out of range; or, in `load`, there is no such folder, no picture
-            in it that can be read, or one that cannot where none may be.
+        UsageError: A setting is out of range; or, in `load`, there is no such folder, no readable
+            picture in it, or an unreadable one and `strict`.
     """
 
     def __init__(

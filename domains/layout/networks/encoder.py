@@ -2,8 +2,8 @@
 
 A transformer reads a token of its own and then a layout's elements, in any order. The token's
 output is the layout's feature vector. The network learns two tasks: to tell real layouts from
-jittered ones, which makes it a critic, and to reconstruct each element from the features, which
-keeps in them what the first task does not need.
+jittered ones, which makes it a critic, and to reconstruct each element from the features, so that
+they keep more than the first task needs.
 
 The architecture is that of the layout networks of the literature: their files of weights load.
 
@@ -53,7 +53,7 @@ _PUBLISHED = {
 
 @dataclass(frozen=True)
 class EncoderArchitecture:
-    """Sizes of the network, what config.json holds.
+    """Sizes of the network, as config.json holds them.
 
     Attributes:
         classes: A known class list, or names.
@@ -61,7 +61,7 @@ class EncoderArchitecture:
         width: Size of the features.
         depth: Number of layers of encoder and decoder.
         num_heads: Attention heads.
-        boxes: What a box is to the network: "ltrb" edges or "xywh" centre and size.
+        boxes: How the network reads a box: "ltrb" edges or "xywh" centre and size.
         num_octaves: Number of periods 1, 1/2, ... at which sines and cosines of each box value are
             inputs too: attention multiplies them, which resolves small distances. The literature
             has 0.
@@ -164,7 +164,7 @@ def load_encoder(pretrained: str, classes: str | Sequence[str] = "publaynet") ->
     Args:
         pretrained: A folder that `save` wrote, "encoder" or "critic", which are embedded, or the
             file of a published network (`load_published`).
-        classes: Of a published network, whose file does not name them.
+        classes: Classes of a published network, whose file does not name them.
 
     Raises:
         UsageError: `pretrained` is none of these.
@@ -185,7 +185,7 @@ def load_encoder(pretrained: str, classes: str | Sequence[str] = "publaynet") ->
 
 
 def load_published(path: str, classes: str | Sequence[str]) -> LayoutEncoder:
-    """Return a frozen published network from its file of weights, as LayoutFlow and LACE use.
+    """Return a frozen published network, such as LayoutFlow and LACE use, from its weights.
 
     All sizes but the number of heads, 4 in the literature, follow from the weights.
 

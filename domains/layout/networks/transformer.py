@@ -31,7 +31,7 @@ NUM_FLAGS = 3  # place given, size given, class given
 
 @dataclass(frozen=True)
 class Architecture:
-    """Sizes of the network and what its layouts are, what config.json holds.
+    """Sizes of the network and the form of its layouts, as config.json holds them.
 
     Attributes:
         state: "continuous", boxes and scores of the classes in one tensor [B, N, 4 + C + 1], or
@@ -103,7 +103,7 @@ class LayoutTransformer(nn.Module):
         self.out = zero(nn.Linear(a.width, 4 + num_classes))
 
     def forward(self, x_t: State, t: Tensor, flags: Tensor) -> State:
-        """Return the prediction, of the structure of a state but for logits [B, N, C + 1].
+        """Return the prediction, structured like a state except for logits [B, N, C + 1].
 
         Args:
             x_t: [B, N, 4 + C + 1], or "box" [B, N, 4] and "category" int64 [B, N] in [0, C + 1].

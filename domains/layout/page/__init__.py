@@ -1,1 +1,1 @@
-"""What is known of a page: its classes, and what can be measured of it."""
+"""Pages: the classes of their elements, and measures of them."""

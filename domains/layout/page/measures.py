@@ -1,4 +1,4 @@
-r"""What can be measured of one layout, [B] each, and smooth twins of it.
+r"""Measures of single layouts, [B] each, and their smooth twins.
 
 Every function takes `smooth`: without it, slots are full or empty and minima and pixels are hard;
 with it, elements count by their `presence`, minima and pixels are soft, and gradients reach boxes

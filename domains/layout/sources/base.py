@@ -1,4 +1,4 @@
-"""What a source of layouts is."""
+"""The interface of sources of layouts."""
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence

@@ -24,7 +24,7 @@ Entry = Page | BadEntry
 def read_coco(path: Path) -> Iterator[Entry]:
     """Iterate over the images of a COCO file such as PubLayNet's train.json, in its order.
 
-    Streams: of each annotation image, category and box are kept, 48 bytes.
+    The file is streamed: only image, category and box of each annotation are kept, 48 bytes.
 
     Raises:
         UsageError: The file is missing, cut off, or has no images, annotations and categories.
@@ -139,9 +139,9 @@ def read_json(path: Path) -> Iterator[Entry]:
 
 
 class _Coco:
-    """What is kept of a COCO file.
+    """The parts of a COCO file that are kept.
 
-    A fault of one annotation is kept too, as a category or box that no page can have.
+    A faulty annotation is kept too, with a category or box that no page can have.
 
     Attributes:
         images: Width and height by image id.

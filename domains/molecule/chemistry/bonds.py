@@ -112,7 +112,7 @@ def molecule_stability(molecules: Molecules, orders: Tensor | None = None) -> Te
 def fitting_valences(molecules: Molecules, orders: Tensor | None = None) -> Tensor:
     """Return which molecules have no atom with more bonds than its valence, bool [B].
 
-    What stability is for molecules with implicit hydrogens, which fill the rest in.
+    It replaces stability where hydrogens are implicit and fill the remaining valences.
 
     Args:
         molecules: B molecules.

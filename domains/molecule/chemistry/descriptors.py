@@ -1,4 +1,4 @@
-"""Numbers that chemists give a molecule, each a function of a sanitised RDKit molecule.
+"""Descriptors of molecules, each a function of a sanitised RDKit molecule.
 
 References:
     Quantifying the chemical beauty of drugs (Bickerton et al., 2012; QED),

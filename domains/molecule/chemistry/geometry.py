@@ -145,7 +145,7 @@ def electronic_of(mol: Chem.Mol) -> tuple[float, float]:
 def _fault(
     mol: Chem.Mol, elements: frozenset[str], max_atoms: int, charged: bool
 ) -> tuple[str, str]:
-    """Return what makes a molecule one that the model cannot have, or two empty strings."""
+    """Return why the model cannot have a molecule, with details; two empty strings if it can."""
     atoms = list(mol.GetAtoms())
     unknown = {atom.GetSymbol() for atom in atoms} - elements - {"H"}
     if unknown:

@@ -1,4 +1,4 @@
-"""Sizes of the domain's networks, and what their molecules are."""
+"""Sizes of the domain's networks, and the form of their molecules."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ __all__ = ["Architecture"]
 
 @dataclass(frozen=True)
 class Architecture:
-    """Sizes of the network and what its molecules are, what config.json holds.
+    """Sizes of the network and the form of its molecules, as config.json holds them.
 
     Attributes:
         state: "continuous", positions and scores of the types in one tensor [B, N, 3 + K], or
@@ -28,7 +28,7 @@ class Architecture:
         num_heads: Attention heads of the transformer; divides `width`.
         position_scale: Angstrom per unit of the state.
         position_std: Spread of the data's coordinates in Angstrom, by which inputs and outputs are
-            scaled to unit size; no limit of any kind.
+            scaled to unit size; it is not a limit.
         type_scale: Height of the one-hot types in the state: the lower, the later types are decided
             (EDM: 1 / 4).
         charge_scale: Height of the atomic number per unit in a channel of its own, as EDM has it
@@ -40,7 +40,7 @@ class Architecture:
             both lie near the data, where bond lengths are decided.
         coupled: Whether a flow is trained on noise that was reordered and rotated to be near the
             data (see `coupling`): better with few deterministic steps, but worse with samplers that
-            add noise (eta above 0), which take noise and data for independent.
+            add noise (eta above 0), which assume that noise and data are independent.
         num_sublayers: EDM's "inv_sublayers", updates of features per layer.
         tanh: EDM's bound on moves of positions.
         attention: EDM's gate on messages.

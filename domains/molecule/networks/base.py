@@ -1,4 +1,4 @@
-"""What the domain's networks have in common: their interface, their inputs, their files.
+"""The shared parts of the domain's networks: interface, inputs, files.
 
 B: batch, n: atoms, K: types, C: channels of a continuous state beside positions, W: width.
 """
@@ -38,7 +38,7 @@ class MoleculeNetwork(nn.Module, ABC):
     def forward(
         self, positions: Tensor, features: Tensor, t: Tensor, full: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return what is predicted for positions [B, n, 3] and for types [B, n, C].
+        """Return the predictions for positions [B, n, 3] and for types [B, n, C].
 
         Args:
             positions: [B, n, 3], in units in which bonds are about as long as in Angstrom.

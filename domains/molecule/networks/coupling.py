@@ -5,7 +5,7 @@ orientation of the points, and its paths bend. Both are symmetries. Noise :math:
 therefore be replaced by the reordering and rotation of its points that lies nearest to x_0. Up to
 these symmetries its distribution is still that of noise: a network that respects them learns a
 flow from the same noise to the same data, along straighter paths. Deterministic samplers are exact
-for it. Samplers that add noise are not: their steps suppose independent noise and data.
+for it. Samplers that add noise are not: their steps assume independent noise and data.
 
 References:
     Equivariant flow matching (Klein et al., 2023), https://arxiv.org/abs/2306.15030

@@ -159,11 +159,11 @@ class _Block(nn.Module):
 def load_edm(folder: Path) -> EDM:
     """Return the network of a published checkpoint, in single precision.
 
-    The arguments are unpickled with nothing but plain values allowed, the weights are read without
-    code. Averaged weights ("ema") are preferred.
+    Unpickling the arguments allows nothing but plain values; reading the weights runs no code.
+    Averaged weights ("ema") are preferred.
 
     Raises:
-        UsageError: A file is missing or damaged, or the model is not one that this network can be.
+        UsageError: A file is missing or damaged, or this network cannot represent the model.
     """
     args = _read_args(folder / ARGS)
     path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
@@ -210,7 +210,7 @@ def _read_args(path: Path) -> Mapping[str, Any]:
 
 
 def _architecture(args: Mapping[str, Any], folder: Path) -> Architecture:
-    """Return the sizes that the arguments describe; what old files lack had these defaults."""
+    """Return the sizes that the arguments describe; those that old files lack have defaults."""
     args = {"aggregation_method": "sum", "normalization_factor": 1, "remove_h": False, **args}
     for name, value in _SUPPORTED.items():
         if args.get(name, value) != value:

@@ -1,4 +1,4 @@
-"""What a source of molecules is."""
+"""The interface of sources of molecules."""
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence

@@ -1,4 +1,4 @@
-"""The enumerated molecules: small ones grown at random, of which one set ships."""
+"""The enumerated molecules: small ones grown at random; one set of them ships."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Small molecules grown at random, as SMILES, of which the default data set is made."""
+"""Small molecules grown at random, as SMILES: the default data set is made of them."""
 
 import random
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ REJECTED: dict[str, str] = {
     "acyl fluorides": "C(=O)F",
     "hydroxyls at amines": "[NX3][OX2H]",
 }
-"""SMARTS of what is not kept: unstable groups and impossible rings."""
+"""SMARTS of molecules that are left out: unstable groups and impossible rings."""
 
 _PATTERNS = [Chem.MolFromSmarts(smarts) for smarts in REJECTED.values()]
 

@@ -1,4 +1,4 @@
-"""A frozen CLIP: pictures and texts to unit vectors of one space, whose cosines say what fits."""
+"""A frozen CLIP: pictures and texts as unit vectors; their cosine tells how well they fit."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -13,7 +13,7 @@ __all__ = ["CLIPScore"]
 
 
 class CLIPScore(Reward):
-    """Cosine between CLIP's embeddings of picture and prompt: cos(f(x), g(c)), in [-1, 1].
+    """How well a picture fits its prompt: the cosine of their CLIP embeddings, in [-1, 1].
 
     Not scaled: CLIP's logits are about 100 times, torchmetrics' CLIPScore max(0, 100 times) this.
     That one is not used here because its processor rounds pictures to bytes on the CPU, which

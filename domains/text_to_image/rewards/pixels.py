@@ -52,7 +52,7 @@ class Colourfulness(Reward):
 
 
 class Symmetry(Reward):
-    """Minus the mean absolute difference of a picture and its mirror image, in [-1, 0].
+    """How symmetric a picture is: minus the mean difference from its mirror image, in [-1, 0].
 
     r(x) = -mean |x - flip(x)| over channels and pixels; the mirror swaps left and right.
     """

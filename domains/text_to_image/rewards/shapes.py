@@ -24,7 +24,7 @@ __all__ = ["ShapesClassifier", "ShapesEval"]
 
 
 class ShapesEval(Reward):
-    """Whether a picture of the shapes world shows what the prompt says, by detection.
+    """Whether a picture of the shapes world shows what the prompt says, by detection, in [0, 1].
 
     GenEval in miniature: a detector finds the figures and compares their shapes, number, colours
     and positions with the prompt. Pictures of other sizes are pooled or repeated to 64 x 64; they
@@ -80,7 +80,7 @@ class ShapesEval(Reward):
 
 
 class ShapesClassifier(Judge):
-    """How sure a small network is that a picture shows what the prompt says, and nothing else.
+    """How sure a small network is that a picture shows its prompt alone, in (-inf, 0] by default.
 
     VQAScore in miniature: P("yes" | picture, "does this show {prompt}?"), from a network that was
     trained on true pictures and near misses of the shapes world. Pictures of other sizes are pooled

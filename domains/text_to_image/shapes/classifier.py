@@ -28,7 +28,7 @@ _LOG_SCALE, _AREA_SCALE = 0.25, 10.0
 
 @dataclass(frozen=True)
 class Architecture:
-    """Widths of the network, what config.json holds.
+    """Widths of the network, as config.json holds them.
 
     Attributes:
         stem: Channels at 32 x 32.

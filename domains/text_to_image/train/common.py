@@ -1,4 +1,4 @@
-"""What the training scripts of the frozen parts share: pictures, learning rate, storage."""
+"""Shared parts of the training scripts: pictures, learning rate, storage."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-r"""Inverse noise correction: a small flow learns the noise that a frozen flow makes the data of.
+r"""Inverse noise correction: a small flow learns the noise that a frozen flow turns into data.
 
-The deterministic sampler of a flow is an invertible map T from noise to data. The distribution of
-:math:`T^{-1}(x_0)` over the data is the one that T takes to the data's own, whatever is wrong with
-the model, and
+The deterministic sampler of a flow is an invertible map T from noise to data. T takes the
+distribution of :math:`T^{-1}(x_0)` over the data to the data's own, whatever is wrong with the
+model, and
 
 .. math::
     KL(p_{data} \,\|\, T(q)) = KL(T^{-1}(p_{data}) \,\|\, q),
@@ -49,10 +49,10 @@ _CARD = "corrector.json"
 
 
 class InverseNoiseCorrection(RewardFineTuner):
-    """Inverts the training data through the frozen sampler once, then learns that noise's prior.
+    """Learns the noise that a frozen flow turns into the data, which are inverted once; no reward.
 
-    What is learned belongs to the base and its number of steps, which checkpoints and exported
-    correctors name and are held to; the corrector's own number of steps is free. The reward only
+    The corrector belongs to the base and its number of steps. Checkpoints and exported correctors
+    name both and refuse others; the corrector's own number of steps is free. The reward only
     evaluates.
 
     Args:
@@ -63,11 +63,12 @@ class InverseNoiseCorrection(RewardFineTuner):
         width: Units of the MLP's hidden layers.
         depth: Number of the MLP's hidden layers.
         solver: How each step of the sampler is inverted.
-        data_noise: Standard deviation of noise added to x_0 before it is inverted, for data on a
-            manifold, near which no noise leads (1e-3 for pictures); what conditions give is spared.
+        data_noise: Standard deviation of noise added to x_0 before it is inverted (1e-3 for
+            pictures), for data on a manifold, to which no noise leads. Values given by the
+            condition stay as they are.
         shard_size: Rows of data inverted and stored at a time.
         noise_folder: Where inverted noise is stored, seen by all processes; None takes the run's.
-        force_num_steps: Sample with another base than the corrector's, such as one of another
+        force_num_steps: Sample with another base than the corrector's, such as one with another
             number of steps.
         **base: Arguments of `RewardFineTuner`; `lora` must be None.
     """
@@ -147,7 +148,7 @@ class InverseNoiseCorrection(RewardFineTuner):
         return self.corrector.denoiser
 
     def prior(self, condition: Condition) -> FlowPrior:
-        """Return the distribution of what the corrector makes of the process's own noise."""
+        """Return the distribution of the corrector's samples from the process's own noise."""
         start = self.reference_prior(condition)
         return FlowPrior(self.corrector, start, condition, Sampler(self.corrector_steps))
 
@@ -155,7 +156,7 @@ class InverseNoiseCorrection(RewardFineTuner):
         return replace(self.reference_route(), prior=self.prior)
 
     def base_probe(self) -> list[float]:
-        """Return numbers by which the base sampler is known: of its samples from fixed noise."""
+        """Return a fingerprint of the base sampler: that of its samples from fixed noise."""
         if self._base_probe is None:
             condition = self.pipeline.example().repeat(_NUM_PROBES)
             noise = generators([seed_from(Stream.BASE_PROBE, i) for i in range(_NUM_PROBES)])
@@ -167,11 +168,11 @@ class InverseNoiseCorrection(RewardFineTuner):
         return self._base_probe
 
     def on_fit_start(self) -> None:
-        """Check that the corrector is one for this base; the model is on its device by now."""
+        """Check that the corrector belongs to this base; the model is on its device by now."""
         self._check_base()
 
     def on_train_start(self) -> None:
-        """Invert what of the training data is not inverted yet."""
+        """Invert the training data that are not inverted yet."""
         super().on_train_start()
         self.eval()
         loader = self.trainer.train_dataloader
@@ -195,15 +196,15 @@ class InverseNoiseCorrection(RewardFineTuner):
         return Inversion(data, store, self.reference, self.sampler, self.solver, size)
 
     def on_validation_start(self) -> None:
-        """Check that the corrector is one for this base."""
+        """Check that the corrector belongs to this base."""
         self._check_base()
 
     def on_test_start(self) -> None:
-        """Check that the corrector is one for this base."""
+        """Check that the corrector belongs to this base."""
         self._check_base()
 
     def on_predict_start(self) -> None:
-        """Check that the corrector is one for this base."""
+        """Check that the corrector belongs to this base."""
         self._check_base()
 
     def collect(self, batch: Batch, condition: Condition) -> Experience:
@@ -226,17 +227,17 @@ class InverseNoiseCorrection(RewardFineTuner):
         return flow.process.loss(flow.predict(x_t, t, experience.condition), x_1, x_t, s, t), {}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep, beside the rest, which base the corrector is for."""
+        """Keep, beside the rest, the base that the corrector belongs to."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["lit_rlft"] |= self._base()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore; whether the base is the corrector's is checked on the device, at the start."""
+        """Restore; the base is compared with the corrector's at the start, on the device."""
         super().on_load_checkpoint(checkpoint)
         self._held = checkpoint["lit_rlft"]
 
     def export(self, folder: Path) -> list[Path]:
-        """Write the corrector in the domain's format, and beside it which base it is for.
+        """Write the corrector in the domain's format, and beside it the base that it belongs to.
 
         An MLP is in the checkpoint alone.
         """
@@ -247,7 +248,7 @@ class InverseNoiseCorrection(RewardFineTuner):
         return [*written, folder / _CARD]
 
     def _identity(self) -> dict[str, Any]:
-        """Return what tells the frozen sampler from others, for noise on disk."""
+        """Return what identifies the frozen sampler, for noise on disk."""
         steps, probes = self.sampler.num_steps, self.base_probe()
         return {"pretrained": self.pretrained, "num_steps": steps, "sampler": probes}
 
@@ -288,7 +289,7 @@ class InverseNoiseCorrection(RewardFineTuner):
             )
 
     def _card(self) -> dict[str, Any] | None:
-        """Return what is written beside the corrector where it was loaded from a run's folder."""
+        """Return the notes beside a corrector that was loaded from a run's folder."""
         source = self.corrector.pretrained if isinstance(self.corrector, Pipeline) else None
         path = Path(source or "") / _CARD
         if source is None or not path.is_file():

@@ -69,7 +69,7 @@ class NoisyData:
         if not self.std:
             return x_0, condition
         keys = generators([seed_from(self.seed, Stream.DATA_NOISE, row) for row in rows])
-        # From the prior, which knows what of a state is noisy at all.
+        # From the prior, which knows which entries of a state are noisy at all.
         noise = pipeline.process.prior(pipeline.blank(condition)).sample(keys)
         noisy = tree_map(lambda x, e: x + self.std * e, x_0, noise)
         given = pipeline.given(condition)
@@ -78,7 +78,7 @@ class NoisyData:
         return noisy, condition
 
     def probe(self, rows: Sequence[int], chunk_size: int) -> list[float] | None:
-        """Return numbers that tell these rows from others; None where they differ each time."""
+        """Return a fingerprint of these rows; None where they differ each time they are read."""
         first, again = (self._probe(rows, chunk_size) for _ in range(2))
         return first if alike(first, again) else None
 
@@ -92,15 +92,15 @@ class NoisyData:
 
 
 class Inversion:
-    """From the rows of a data set to stored noise that the frozen sampler makes them of.
+    """Inverts the rows of a data set into stored noise that the frozen sampler turns into them.
 
     Noise on disk is reused where it belongs to the same sampler and the same data, and was made
     by the same solver or is as exact as the present one asks for.
 
-    Data are recognised by their number and by projections of x_0, with its condition's features, of
-    64 rows spread evenly, or of one row in each shard where there are more shards: another order,
-    flips and another scale are noticed, a change of a few rows between these is not. Data that
-    differ when they are read again are not compared at all.
+    Data are recognised by their number of rows and by fingerprints: projections of x_0, with its
+    condition's features, of 64 rows spread evenly, or of one row per shard where there are more
+    shards. They notice another order, flips and another scale, but not a change of a few rows in
+    between. Data that differ when they are read again are not compared at all.
 
     Args:
         data: What is inverted.
@@ -129,7 +129,7 @@ class Inversion:
         """Invert what is missing; wait for the other processes' shards, or stop with them.
 
         Args:
-            base: Values that JSON can hold, which tell the frozen sampler from others.
+            base: What identifies the frozen sampler: values that JSON can hold.
             rank: This process.
             world_size: Number of processes, all of which take part.
             track: Shows the progress.
@@ -143,7 +143,7 @@ class Inversion:
             lacking = [shard for shard in own if not self._usable(shard)]
         missing = sorted(chain.from_iterable(gather(lacking, world_size)))
         with together(world_size):
-            # Shared out only now: whoever has many finished shards has no less to do.
+            # Shared out only now, so that finished shards do not make the shares uneven.
             for i, shard in enumerate(track(missing[rank::world_size], "Inverting")):
                 x_1, notes = self.invert(store.rows(shard))
                 store.write(shard, x_1, notes, store.num_shards - len(missing) + i)
@@ -152,7 +152,7 @@ class Inversion:
     def identity(self) -> dict[str, Any]:
         """Return what inverted noise depends on beside the base: the data and their noise.
 
-        The solver is not part of it: how exact noise is, is known shard by shard.
+        The solver is not part of it: each shard notes how exact its noise is.
         """
         total = len(self.data)
         number = min(total, max(_NUM_PROBES, self.store.num_shards))

@@ -49,7 +49,7 @@ class InvertedNoise:
         return math.ceil(self.num_rows / self.shard_size)
 
     def claim(self, identity: Mapping[str, Any]) -> None:
-        """Note what the noise belongs to, or check that it belongs to just that.
+        """Note what the noise belongs to, or check that earlier noise belongs to the same.
 
         A damaged note is written again. Shards that were made for just this identity,
         to the last digit, count again then; others are inverted again.
@@ -79,7 +79,7 @@ class InvertedNoise:
         return range(first, min(first + self.shard_size, self.num_rows))
 
     def finished(self, shard: int) -> bool:
-        """Return whether a shard is there, to the last bit as it was written, and of this noise."""
+        """Return whether a shard is there, unchanged to the last bit, and belongs to this noise."""
         held = self._held(shard)
         if held is None or held["claim"] != _file_checksum(self._claim_path):
             return False
@@ -95,13 +95,13 @@ class InvertedNoise:
         return self._finished(shard)["notes"]
 
     def write(self, shard: int, x_1: State, notes: Mapping[str, Any], finished: int) -> None:
-        """Write a shard; whoever reads it before the end does not find it.
+        """Write a shard; readers find it only once it is complete.
 
         Args:
             shard: Its number.
             x_1: Its rows' states.
             notes: What to note of it, values that JSON can hold.
-            finished: Number of shards finished by now, to tell where the disk is full.
+            finished: Number of shards finished by now, for the message when the disk is full.
 
         Raises:
             UsageError: The disk is full; what was finished before stays.
@@ -169,7 +169,7 @@ class InvertedNoise:
 
     @contextmanager
     def _writing(self, finished: int) -> Iterator[None]:
-        """Make the folder; say in one sentence why the block cannot write into it."""
+        """Make the folder; turn the block's errors in writing to it into one sentence."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             yield

@@ -30,7 +30,8 @@ class MaskedProcess(Process):
         num_classes: Number of real classes, V.
         padded: Whether states may have empty positions, with the value `num_classes + 1`: they
             stay as they are and count in no loss and no mean.
-        power: Above 1, classes are decided late: next to another field, once that is known well.
+        power: Above 1, classes are decided late: beside another field, only once that field is
+            known well.
     """
 
     differentiable = False
@@ -55,7 +56,7 @@ class MaskedProcess(Process):
         return self.num_classes + 1
 
     def prior(self, blank: State) -> Categorical:
-        """Return the point mass on the all-masked state; where padded, `blank` says what is."""
+        """Return the point mass on the all-masked state; if padded, `blank` has the empty slots."""
         x = tensor_of(blank)
         start = torch.full_like(x, self.mask)
         if self.padded:
@@ -95,7 +96,7 @@ class MaskedProcess(Process):
         """Return cross-entropy on positions hidden at t and shown at s, times -alpha'/(1 - alpha).
 
         At s = 0 this is the negative evidence bound of masked diffusion per position. For s > 0
-        only some of the hidden positions, next to none as t -> s, are known, which bounds the
+        only some of the hidden positions are known, next to none as t -> s, which bounds the
         weight. [B].
         """
         source, x = tensor_of(x_s), tensor_of(x_t)

@@ -102,7 +102,7 @@ class GaussianProcess(Process):
         return self._law(mean, expand_as(std, x), x)
 
     def inverted(self, prediction: State, x_t: State, x_s: State, t: Tensor, s: Tensor) -> Tensor:
-        r"""Return x_t plus the error of its transition over the slope of a known one.
+        r"""Return x_t plus its transition's error divided by the slope of a known transition.
 
         With F the transition, :math:`x_t + (x_s - F(x_t)) / \gamma`. For velocities
         :math:`\gamma = (\alpha_s + \sigma_s) / (\alpha_t + \sigma_t)`: on the rectified flow it is
@@ -117,7 +117,7 @@ class GaussianProcess(Process):
         else:
             slope = (alpha_s * alpha_t + sigma_s * sigma_t) / (alpha_t**2 + sigma_t**2)
         error = tensor_of(x_s) - self.transition(prediction, x, t, s, 0.0).mean
-        # Projected: what iterations off the subspace add up to, no transition would take away.
+        # Projected: no transition would remove what iterations add up outside the subspace.
         return self._projected(x + error / expand_as(slope, x), x)
 
     def denoised(self, prediction: State, x_t: State, t: Tensor) -> Tensor:
