@@ -29,6 +29,8 @@ _PLACES = {
     "GroupAdvantage": "core.advantage",
     "RunningAdvantage": "core.advantage",
     "BestOfM": "core.selection",
+    "Classical": "core.selection",
+    "Preference": "core.selection",
     "RandomK": "core.selection",
     "Threshold": "core.selection",
     "TopK": "core.selection",
@@ -44,7 +46,12 @@ _PLACES = {
     "UsageError": "core.checks",
     "LoRA": "loop.reference",
     "SplitData": "kit.data",
+    "CostMeter": "callbacks.cost_meter",
+    "EMA": "callbacks.ema",
+    "LastCheckpoint": "callbacks.last_checkpoint",
     "RunFiles": "callbacks.run_files",
+    "SamplePanel": "callbacks.sample_panel",
+    "SelfCheck": "callbacks.self_check",
     "NoiseGenerator": "inference",
 }
 """Module of each public name within this package; `__init__.pyi` tells type checkers the same."""

@@ -8,7 +8,12 @@ from lit_rlft.algorithms.inverse_noise_correction import (
 from lit_rlft.algorithms.noise_ppo import NoisePPO as NoisePPO
 from lit_rlft.algorithms.pretrain import Pretrain as Pretrain
 from lit_rlft.algorithms.reward_gradient import RewardGradient as RewardGradient
+from lit_rlft.callbacks.cost_meter import CostMeter as CostMeter
+from lit_rlft.callbacks.ema import EMA as EMA
+from lit_rlft.callbacks.last_checkpoint import LastCheckpoint as LastCheckpoint
 from lit_rlft.callbacks.run_files import RunFiles as RunFiles
+from lit_rlft.callbacks.sample_panel import SamplePanel as SamplePanel
+from lit_rlft.callbacks.self_check import SelfCheck as SelfCheck
 from lit_rlft.core.advantage import BatchAdvantage as BatchAdvantage
 from lit_rlft.core.advantage import GroupAdvantage as GroupAdvantage
 from lit_rlft.core.advantage import RunningAdvantage as RunningAdvantage
@@ -27,6 +32,8 @@ from lit_rlft.core.reward import SetMetric as SetMetric
 from lit_rlft.core.reward import WeightedSum as WeightedSum
 from lit_rlft.core.sampling import Sampler as Sampler
 from lit_rlft.core.selection import BestOfM as BestOfM
+from lit_rlft.core.selection import Classical as Classical
+from lit_rlft.core.selection import Preference as Preference
 from lit_rlft.core.selection import RandomK as RandomK
 from lit_rlft.core.selection import Threshold as Threshold
 from lit_rlft.core.selection import TopK as TopK

@@ -183,9 +183,10 @@ class RewardFineTuner(LightningModule, ABC):
             if isinstance(part, Metric):
                 part.requires_grad_(False).check(self.pipeline)
         self.build()
-        self.pretrained = contents.fingerprint(self.pipeline.denoiser)
+        pretrained = contents.fingerprint(self.pipeline.denoiser)
         self.reference = adapt(self.pipeline, self.lora, self.seed)
         self.meter.watch(self.pipeline, self.trainable(), self.reference)
+        self.pretrained = pretrained
 
     def train(self, mode: bool = True) -> Self:
         """Set the training mode of what is trained; everything else stays in evaluation mode."""

@@ -55,6 +55,14 @@ class EMA(Callback):
         """Test the average."""
         self._swap_in(pl_module)
 
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the weights as they were."""
+        self.on_validation_end(trainer, pl_module)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the weights as they were."""
+        self.on_validation_end(trainer, pl_module)
+
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Predict with the average."""
         self._swap_in(pl_module)

@@ -46,7 +46,7 @@ class RoundLines(Callback):
     ) -> None:
         """Print the round's reward and loss."""
         assert isinstance(pl_module, RewardFineTuner)
-        done, total = pl_module.num_rounds, num_rounds(trainer)
+        done, total = num_rounds_done(trainer), num_rounds(trainer)
         if done % self.every and done != total:
             return
         values = _named(trainer.callback_metrics, "train/", ("reward", "loss"))
@@ -91,19 +91,27 @@ def num_rounds(trainer: Trainer) -> int | None:
     return int(epochs * batches)
 
 
+def num_rounds_done(trainer: Trainer) -> int:
+    """Return how many rounds of its fit a trainer has run, also before it was resumed."""
+    return int(trainer.fit_loop.epoch_loop.batch_progress.total.processed)  # type: ignore[attr-defined]
+
+
 @rank_zero_only
 def say(text: str) -> None:
     """Print on the main process, at once and above any progress bar."""
-    tqdm.write(text)
-    sys.stdout.flush()
+    # What a live display of rich puts in place of standard output never ends in a notebook.
+    out = getattr(sys.stdout, "rich_proxied_file", sys.stdout)
+    tqdm.write(text, file=out)
+    out.flush()
 
 
 def _lengths(trainer: Trainer, module: RewardFineTuner, conditions: int | None) -> list[str]:
     rounds = num_rounds(trainer)
     if rounds is None:
         return [f"up to {trainer.max_steps:,} updates"] if trainer.max_steps >= 0 else []
-    left = max(rounds - module.num_rounds, 0)
-    parts = [f"{left:,} rounds" if left == rounds else f"{left:,} of {rounds:,} rounds to come"]
+    left = max(rounds - num_rounds_done(trainer), 0)
+    noun = "round" if rounds == 1 else "rounds"
+    parts = [f"{left:,} {noun}" if left == rounds else f"{left:,} of {rounds:,} {noun} to come"]
     candidates = getattr(module, "num_candidates", None)
     if candidates is not None and conditions is not None:
         parts.append(f"{left * conditions * candidates:,} reward calls to come")

@@ -135,6 +135,8 @@ def run(words: Sequence[str]) -> None:
         reason = sentence(error, _CLI.parsed)
         if reason is None:
             raise
+        if _CLI.parsed is not None and sys.stderr.isatty():
+            print(file=sys.stderr)  # below whatever a progress bar has left
         raise SystemExit(f"lit-rlft: error: {reason}") from error
 
 

@@ -81,13 +81,18 @@ def _command(words: list[str]) -> None:
     if words[0] == "list":
         listing.run(words[1:])
         return
-    if not any(word in _RUNS for word in words):
+    if words[0].startswith("-"):
+        known = ", ".join(_COMMANDS)
+        raise UsageError(f"the command comes first, before {words[0]}; it is one of {known}")
+    if words[0] not in _RUNS:
         close = nearest(words[0], _COMMANDS)
         hint = f"did you mean {close}? " if close else ""
         raise UsageError(
             f"there is no command {words[0]!r}; {hint}the commands are {', '.join(_COMMANDS)}"
         )
     quieten()
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # classes of the user's own, as `python` finds them
     words = with_class_paths(with_config_files(words))
     from lit_rlft.cli.app import run  # seconds, which no other command should take
 

@@ -5,7 +5,7 @@ import re
 import shutil
 import sys
 import textwrap
-from argparse import ArgumentParser
+from argparse import ArgumentError, ArgumentParser
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -32,10 +32,19 @@ def run(words: Sequence[str]) -> None:
     Raises:
         UsageError: There is no such kind of thing, or no such domain.
     """
-    parser = ArgumentParser("lit-rlft list", description=__doc__)
+    about = "Show what there is to choose from: a name, a line, and the configs that use it."
+    parser = ArgumentParser("lit-rlft list", description=about, exit_on_error=False)
     parser.add_argument("what", nargs="?", metavar=" | ".join(_SECTIONS), help="all unless given")
     parser.add_argument("--domain", help="only what belongs to a domain, e.g. molecule")
-    asked = parser.parse_args(words)
+    try:
+        asked, odd = parser.parse_known_args(words)
+    except ArgumentError as error:
+        raise UsageError(f"lit-rlft list: {error}; `lit-rlft list --help` shows how") from error
+    if odd:
+        raise UsageError(
+            f"lit-rlft list: {' '.join(odd)} is one too many; give one of {', '.join(_SECTIONS)}, "
+            "and --domain NAME"
+        )
     print(listing(asked.what, asked.domain))
 
 
@@ -49,12 +58,14 @@ def listing(what: str | None = None, domain: str | None = None) -> str:
     Raises:
         UsageError: Either is unknown.
     """
-    _check("kind of thing", what, _SECTIONS)
+    _check("list of", what, _SECTIONS)
     _check("domain", domain, domain_packages())
     sections = [what] if what else list(_SECTIONS)
     tables = []
     for section in sections:
         header, rows = _SECTIONS[section](domain)
+        if what in ("algorithms", "selections"):  # which go with any domain
+            header, rows = _SECTIONS[section](None)
         if rows or what:
             title = "" if what else f"{section.upper()}\n"
             tables.append(title + _table(header, rows))

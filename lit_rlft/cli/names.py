@@ -11,6 +11,7 @@ import yaml
 
 from lit_rlft.cli.index import Entry, index
 from lit_rlft.cli.packages import domain_packages
+from lit_rlft.cli.paths import packaged_configs
 from lit_rlft.cli.words import Option, nearest, options, rewritten
 from lit_rlft.core.checks import UsageError
 
@@ -35,8 +36,14 @@ _WHOLE = {
 """Keys whose value names a class where it is a single word."""
 _BASES = {"RewardFineTuner", "Pipeline", "Metric", "LightningDataModule"}
 _NAME = re.compile(r"[A-Z]\w*")
+_LOWER = re.compile(r"[a-z][\w-]*")
+"""What a class may be mistyped as, or a config taken for one."""
+
+_CONFIGS = (".yaml", ".yml", ".json")
 
 Key = tuple[str, ...]
+Edit = tuple[int, int, str]
+"""Start and end of a part of a text, and what takes its place."""
 
 
 class _Word(NamedTuple):
@@ -74,14 +81,30 @@ def with_class_paths(words: Sequence[str]) -> list[str]:
         return list(words)
     resolver = _Resolver(_domain(names, texts))
     for option, text, own in found:
-        changed = text
-        for word in reversed(own):
-            path = resolver.path(word)
-            if path is not None:
-                changed = changed[: word.start] + path + changed[word.end :]
-        if changed != text:
-            words = rewritten(words, option, changed)
+        paths = [(word.start, word.end, resolver.path(word)) for word in own]
+        edits = [(start, end, path) for start, end, path in paths if path is not None]
+        if edits:
+            edits += _absolute_files(option, text)
+            words = rewritten(words, option, _edited(text, edits))
     return list(words)
+
+
+def _edited(text: str, edits: Sequence[Edit]) -> str:
+    for start, end, new in sorted(edits, reverse=True):
+        text = text[:start] + new + text[end:]
+    return text
+
+
+def _absolute_files(option: Option, text: str) -> list[Edit]:
+    """Return edits of the files that a config names beside itself: as a text it has no place."""
+    if option.key != "config" or "\n" in option.value:
+        return []
+    folder = Path(option.value).absolute().parent
+    return [
+        (node.start_mark.index, node.end_mark.index, str(folder / node.value))
+        for _, node in _scalars((), text)
+        if node.value.endswith(_CONFIGS) and (folder / node.value).is_file()
+    ]
 
 
 class _Resolver:
@@ -127,6 +150,8 @@ class _Resolver:
         what = "DataModule" if kinds[0] == "data" else kinds[0]
         close = nearest(word.name, [e.name for e in self.entries if e.kind in kinds])
         hint = f"did you mean {close}? " if close else ""
+        if any(path.stem == word.name for path in packaged_configs()):
+            hint = f"{word.name} is a config: write --config {word.name}; "
         listed = "domains" if kinds[0] in ("pipeline", "data") else f"{kinds[0]}s"
         return UsageError(
             f"{_flag(word)}: there is no {what} {word.name}; {hint}"
@@ -171,8 +196,12 @@ def _text(option: Option) -> tuple[Key, str]:
 
 def _words(prefix: Key, text: str) -> Iterator[_Word]:
     for key, node in _scalars(prefix, text):
-        if node.tag.endswith(":str") and _NAME.fullmatch(node.value):
-            yield _Word(key, node.value, node.start_mark.index, node.end_mark.index)
+        if not node.tag.endswith(":str"):
+            continue
+        word = _Word(key, node.value, node.start_mark.index, node.end_mark.index)
+        mistyped = word.is_top and _LOWER.fullmatch(node.value) and not Path(node.value).exists()
+        if mistyped or _NAME.fullmatch(node.value):
+            yield word
 
 
 def _scalars(prefix: Key, text: str) -> Iterator[tuple[Key, yaml.ScalarNode]]:
@@ -182,16 +211,19 @@ def _scalars(prefix: Key, text: str) -> Iterator[tuple[Key, yaml.ScalarNode]]:
     except yaml.YAMLError:
         return
     if root is not None and (prefix or not isinstance(root, yaml.ScalarNode)):
-        yield from _below(prefix, root)
+        yield from _below(prefix, root, set())
 
 
-def _below(key: Key, node: yaml.Node) -> Iterator[tuple[Key, yaml.ScalarNode]]:
+def _below(key: Key, node: yaml.Node, seen: set[int]) -> Iterator[tuple[Key, yaml.ScalarNode]]:
+    if id(node) in seen:  # an alias of what stands elsewhere
+        return
+    seen.add(id(node))
     if isinstance(node, yaml.MappingNode):
         for name, value in node.value:
-            yield from _below((*key, str(name.value).removesuffix("+")), value)
+            yield from _below((*key, str(name.value).removesuffix("+")), value, seen)
     elif isinstance(node, yaml.SequenceNode):
         for value in node.value:
-            yield from _below((*key, _ITEM), value)
+            yield from _below((*key, _ITEM), value, seen)
     elif isinstance(node, yaml.ScalarNode):
         yield key, node
 

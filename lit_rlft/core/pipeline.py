@@ -197,12 +197,10 @@ class Pipeline(nn.Module, ABC):
         """Read a LoRA that `save` wrote: its weights by peft's names, and its alpha if known.
 
         Raises:
-            UsageError: The file cannot be read, or the domain has no format for a LoRA.
+            UsageError: The file cannot be read.
+            NotImplementedError: The domain has no format for a LoRA.
         """
-        raise UsageError(
-            f"lora.pretrained must be null: {type(self).__name__} has no file format for a LoRA; "
-            "continue a run with --ckpt_path"
-        )
+        raise NotImplementedError(f"{type(self).__name__} has no file format for a LoRA")
 
     def save_samples(
         self, samples: Any, condition: Condition, folder: Path, names: Sequence[str]

@@ -5,6 +5,7 @@ References:
     https://doi.org/10.1214/aos/1176344552
 """
 
+import sys
 from collections import defaultdict
 from collections.abc import Mapping
 
@@ -45,7 +46,9 @@ def compared(
     draws: dict[tuple[str, str], list[float]] = defaultdict(list)
     generator = torch.Generator().manual_seed(seed)
     sizes = {arm: len(next(iter(features.values()))) for arm, features in arms.items()}
-    for _ in tqdm(range(num_draws), "Bootstrap", disable=num_draws < 2, leave=False):
+    # Not below a live display of rich, which would show it without end in a notebook.
+    hidden = num_draws < 2 or hasattr(sys.stderr, "rich_proxied_file")
+    for _ in tqdm(range(num_draws), "Bootstrap", disable=hidden, leave=False):
         rows = {n: torch.randint(n, (n,), generator=generator) for n in sorted({*sizes.values()})}
         drawn = {
             arm: metric.compare_draw({name: x[rows[sizes[arm]]] for name, x in features.items()})

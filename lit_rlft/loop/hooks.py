@@ -78,23 +78,24 @@ class Audience:
     """
 
     def __init__(self, module: LightningModule, trainer: Trainer | None) -> None:
-        self.module = module
-        callbacks = getattr(trainer, "callbacks", [])
-        self._hooks = [callback for callback in callbacks if isinstance(callback, Hooks)]
+        self.module, self.trainer = module, trainer
 
     def __iter__(self) -> Iterator[Hooks]:
         """Iterate over those that are enabled."""
-        return iter([hooks for hooks in self._hooks if hooks.enabled])
+        callbacks = getattr(self.trainer, "callbacks", [])
+        return iter([own for own in callbacks if isinstance(own, Hooks) and own.enabled])
 
     @contextmanager
     def phase(self, name: str, num_samples: int = 0) -> Iterator[None]:
         """Report the block as a phase of the work."""
-        for hooks in self:
-            hooks.on_phase_start(self.module, name)
+        started = []
         try:
+            for hooks in self:
+                hooks.on_phase_start(self.module, name)
+                started.append(hooks)
             yield
         finally:
-            for hooks in self:
+            for hooks in started:
                 hooks.on_phase_end(self.module, name, num_samples)
 
     def on_experience(self, experience: Experience) -> None:

@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from lit_rlft.core.checks import UsageError, require
+from lit_rlft.core.checks import BadArgument, UsageError, require
 from lit_rlft.core.pipeline import Condition, Pipeline
 from lit_rlft.core.state import State
 
@@ -58,10 +58,13 @@ def attach_lora(pipeline: Pipeline, lora: LoRA) -> None:
     """
     targets = list(lora.targets or pipeline.lora_targets)
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets)
+    trained = [p for p in pipeline.denoiser.parameters() if p.requires_grad]
     pipeline.denoiser.requires_grad_(False)
     try:
         inject_adapter_in_model(config, pipeline.denoiser)
     except ValueError as error:
+        for parameter in trained:  # as it was, for another try
+            parameter.requires_grad_(True)
         raise UsageError(
             f"no layer of the denoiser {type(pipeline.denoiser).__name__} is named {targets}; "
             "set model.init_args.lora.targets to layer names, or lora to null for full fine-tuning"
@@ -72,7 +75,11 @@ def attach_lora(pipeline: Pipeline, lora: LoRA) -> None:
 
 def _load(pipeline: Pipeline, lora: LoRA, path: str) -> None:
     """Load a saved LoRA into the one just attached; the two must match in every respect."""
-    weights, alpha = pipeline.read_lora(Path(path))
+    try:
+        weights, alpha = pipeline.read_lora(Path(path))
+    except NotImplementedError as error:
+        problem = f"must be null: {error}; continue a run with --ckpt_path"
+        raise BadArgument(lora, "pretrained", problem) from error
     own = get_peft_model_state_dict(pipeline.denoiser)
     if odd := sorted(own.keys() ^ weights.keys()):
         layer = odd[0].partition(".lora_")[0]

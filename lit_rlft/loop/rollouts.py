@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from lightning import Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -143,7 +144,10 @@ class Rollouts:
 
 
 def track(items: Iterable[T], label: str, *, trainer: Trainer | None) -> Iterable[T]:
-    """Show a progress bar over `items` on the main process, if the trainer shows any."""
-    shown = trainer is not None and trainer.progress_bar_callback is not None
-    shown = shown and trainer is not None and trainer.is_global_zero
+    """Show a progress bar over `items` on the main process, if the trainer shows tqdm's own.
+
+    The live display of rich fights further bars, in a notebook without end.
+    """
+    bar = None if trainer is None else trainer.progress_bar_callback
+    shown = isinstance(bar, TQDMProgressBar) and trainer is not None and trainer.is_global_zero
     return tqdm(items, label, leave=False, position=1, dynamic_ncols=True, disable=not shown)

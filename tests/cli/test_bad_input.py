@@ -135,7 +135,7 @@ def test_a_folder_that_is_no_pipeline(pictures: dict[str, Any]) -> None:
 SETTINGS = {
     "more accepted than drawn": (
         {"model.init_args.num_candidates": 2, "model.init_args.selection.init_args.k": 3},
-        "raise model.init_args.num_candidates or lower k",
+        "k is 3, more than the 2 candidates of a condition; lower it or raise num_candidates",
     ),
     "cut of all": ({"model.init_args.cut": 1.0}, "must be in [0, 1)"),
     "negative cut": ({"model.init_args.cut": -0.25}, "must be in [0, 1)"),

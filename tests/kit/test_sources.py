@@ -122,9 +122,9 @@ def test_sources_that_do_not_fit(tmp_path: Path) -> None:
     metres, feet = Kept(9, tmp_path), Kept(9, tmp_path, unit="ft")
     with pytest.raises(UsageError, match=r"val_source has numbers in ft, but source has .* in m"):
         Data(metres, val_source=feet).setup("fit")
-    with pytest.raises(UsageError, match="source has 2 numbers, too few for three splits"):
+    with pytest.raises(UsageError, match="has 2 numbers, too few for three splits"):
         Data(Kept(2, tmp_path)).setup("fit")
-    with pytest.raises(UsageError, match="source has 10 entries, too few"):
+    with pytest.raises(UsageError, match="Standard has 10 entries, too few"):
         Data(Standard(0)).setup("fit")
 
 

@@ -28,6 +28,10 @@ class PromptFile(Source[list[Record]]):
     def __init__(self, path: str, column: str = "prompt", *, once: bool = False) -> None:
         self.path, self.column, self.once = Path(path), column, once
 
+    @property
+    def label(self) -> str:
+        return str(self.path)
+
     def load(self) -> list[Record]:
         records = read_prompts(self.path, self.column)
         return _once(records) if self.once else records

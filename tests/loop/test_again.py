@@ -1,0 +1,87 @@
+"""One module in several fits, tests and predictions, as a notebook does it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from domains.gaussian_mixture.data import MixtureData
+from domains.gaussian_mixture.pipeline import GaussianMixturePipeline
+from domains.gaussian_mixture.rewards import Coordinate
+from lit_rlft.algorithms.graft import GRAFT
+from lit_rlft.callbacks.ema import EMA
+from lit_rlft.core.checks import UsageError
+from lit_rlft.core.sampling import Sampler
+from lit_rlft.loop.hooks import Hooks
+from lit_rlft.loop.reference import LoRA
+from tests.support import trainer_of
+
+DATA: dict[str, Any] = {"num_train": 8, "num_val": 4, "num_test": 4, "batch_size": 4}
+
+
+def module_of(**settings: Any) -> GRAFT:
+    pipeline = GaussianMixturePipeline(residual_width=8)
+    sampler = Sampler(3, 1.0)
+    return GRAFT(pipeline, Coordinate(), sampler=sampler, num_eval_samples=2, **settings)
+
+
+def weights(module: GRAFT) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in module.trainable().parameters() if p.requires_grad]
+
+
+def test_a_refused_module_can_be_tried_again(tmp_path: Path) -> None:
+    module = module_of(lora=LoRA(rank=2, targets=["nope"]))
+    for _ in range(2):
+        with pytest.raises(UsageError, match="no layer of the denoiser"):
+            trainer_of(default_root_dir=tmp_path).fit(module, MixtureData(**DATA))
+    module.lora = None
+    trainer_of(default_root_dir=tmp_path).fit(module, MixtureData(**DATA))
+    assert module.num_rounds == 2
+
+
+def test_predictions_cost_training_nothing(tmp_path: Path) -> None:
+    module, data = module_of(), MixtureData(**DATA)
+    trainer = trainer_of(default_root_dir=tmp_path)
+    trainer.fit(module, data)
+    before = module.meter.training.as_dict()
+    assert trainer.predict(module, data) and before["reward_calls"] == 8 * 4
+    assert module.meter.training.as_dict() == before
+    trainer_of(default_root_dir=tmp_path).fit(module, data)
+    assert module.num_rounds == 4 and module.meter.training.reward_calls == 2 * 8 * 4
+
+
+def test_a_test_of_the_average_leaves_the_weights(tmp_path: Path) -> None:
+    module, data, average = module_of(), MixtureData(**DATA), EMA(0.9)
+    trainer = trainer_of(default_root_dir=tmp_path, callbacks=[average])
+    trainer.fit(module, data)
+    with torch.no_grad():
+        for parameter in module.trainable().parameters():
+            parameter.add_(1.0)
+    before = weights(module)
+    for run in (trainer.test, trainer.predict):
+        run(module, data)
+        assert all(torch.equal(a, b) for a, b in zip(weights(module), before, strict=True))
+
+
+class _Told(Hooks):
+    def __init__(self, *, fails: bool = False) -> None:
+        self.fails, self.told = fails, []  # type: ignore[var-annotated]
+
+    def on_phase_start(self, module: Any, name: str) -> None:
+        self.told.append(("start", name))
+        if self.fails:
+            raise RuntimeError("in a hook")
+        self.enabled = False  # from here on not told of new phases, but of this one's end
+
+    def on_phase_end(self, module: Any, name: str, num_samples: int) -> None:
+        self.told.append(("end", name))
+
+
+def test_whoever_hears_a_phase_begin_hears_it_end(tmp_path: Path) -> None:
+    first, second = _Told(), _Told(fails=True)
+    trainer = trainer_of(default_root_dir=tmp_path, callbacks=[first, second])
+    with pytest.raises(RuntimeError, match="in a hook"):
+        trainer.fit(module_of(), MixtureData(**DATA))
+    assert first.told == [("start", "collect"), ("end", "collect")]
+    assert second.told == [("start", "collect")]
