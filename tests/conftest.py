@@ -23,6 +23,15 @@ if os.environ.get("LIT_RLFT_TEST_ROUNDING") == "1":
 TOKENIZER = Path(__file__).parents[1] / "domains/text_to_image/assets/shapes/tokenizer"
 
 
+HEAVY = ("test_documentation", "test_notebooks", "test_from_python", "test_runs", "test_configs")
+"""Files that take longest; begun last, one worker would end long after the others."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest."""
+    items.sort(key=lambda item: item.path.stem not in HEAVY)
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Make no test depend on what ran before it."""

@@ -77,6 +77,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.slow  # torchrun runs the same script
 def test_a_script() -> None:
     Path("script.py").write_text(GAUSSIAN.replace("DEVICES", "1"))
     run("script.py")

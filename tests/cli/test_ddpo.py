@@ -60,7 +60,7 @@ def fit(method: str, name: str, settings: dict[str, Any] | None = None) -> None:
     main(command("fit", method, name, settings or {}))
 
 
-@each_method
+@each_term
 def test_a_run_logs_and_resumes_bit_by_bit(method: str) -> None:
     """With its statistics, optimiser and weights; and it goes on training them."""
     fit(method, "whole", ROUNDS)

@@ -521,7 +521,7 @@ def test_reward_gradients_run_in_bf16(method: str) -> None:
 
 @pytest.mark.parametrize(
     "method",
-    ["drtune", *(pytest.param(m, marks=pytest.mark.slow) for m in METHODS if m != "drtune")],
+    [pytest.param(method, marks=pytest.mark.slow) for method in METHODS],
 )
 def test_reward_gradients_of_two_processes_are_those_of_one(method: str) -> None:
     gradients("fit", method, "one")
