@@ -26,7 +26,6 @@ from tests.support import (
 )
 
 METHODS = ("ddpo", "ddpo_sf", "dpok", "grpo")
-each_method = pytest.mark.parametrize("method", METHODS)
 # Between them they have both estimators, the divergence and both kinds of advantages.
 TERMS = ("ddpo_sf", "grpo")
 each_term = pytest.mark.parametrize(
