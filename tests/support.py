@@ -21,6 +21,28 @@ ROOT = Path(__file__).parents[1]
 SCRIPT = Path(sys.executable).with_name("lit-rlft")
 TWO_PROCESSES = {"trainer.accelerator": "cpu", "trainer.devices": 2, "trainer.strategy": "ddp"}
 
+TINY_RUN = [
+    "--trainer.accelerator=cpu",
+    "--trainer.limit_train_batches=1",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+    "--model.init_args.sampler.num_steps=2",
+    "--model.init_args.num_eval_samples=1",
+    "--data.init_args.batch_size=2",
+    "--data.init_args.eval_batch_size=2",
+]
+"""What makes a command quick, in every domain."""
+TINY_SPLITS = {
+    "MixtureData": ("num_train=4", "num_val=2", "num_test=2"),
+    "ShapesPrompts": ("num_train_prompts=4", "num_val_prompts=2", "num_test_prompts=2"),
+    "ShapesPictures": ("num_pictures=4", "num_val_prompts=2", "num_test_prompts=2"),
+    "LayoutData": ("num_train=4", "num_val=2", "num_test=2"),
+    "MoleculeData": ("num_train=4", "num_val=2", "num_test=2"),
+    "AtomCounts": ("num_train=4", "num_val=2", "num_test=2"),
+    "ImageData": ("num_train=4", "num_val=2", "num_test=2"),
+}
+"""What makes each DataModule's splits small, beside that."""
+
 
 def trainer_of(**settings: Any) -> Trainer:
     """Return a trainer that trains on the CPU and says, shows and keeps nothing."""

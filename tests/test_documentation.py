@@ -19,6 +19,7 @@ import yaml
 from PIL import Image
 
 from lit_rlft.cli import main
+from tests.support import TINY_RUN, TINY_SPLITS
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
@@ -49,26 +50,11 @@ SAME_KIND = ("--name darker", "--name longer", "--name pairs", "--name both")
 """Commands that run only among slow tests: others of the same page are of their kind."""
 
 TINY = [
-    "--trainer.accelerator=cpu",
-    "--trainer.limit_train_batches=1",
+    *TINY_RUN,
     "--trainer.limit_val_batches=0",
     "--trainer.limit_test_batches=1",
     "--trainer.limit_predict_batches=1",
-    "--trainer.enable_progress_bar=false",
-    "--trainer.enable_model_summary=false",
-    "--model.init_args.sampler.num_steps=2",
-    "--model.init_args.num_eval_samples=1",
-    "--data.init_args.batch_size=2",
-    "--data.init_args.eval_batch_size=2",
 ]
-TINY_DATA = {
-    "ShapesPrompts": ("num_train_prompts=4", "num_val_prompts=2", "num_test_prompts=2"),
-    "LayoutData": ("num_train=4", "num_val=2", "num_test=2"),
-    "MoleculeData": ("num_train=4", "num_val=2", "num_test=2"),
-    "AtomCounts": ("num_train=4", "num_val=2", "num_test=2"),
-    "ImageData": ("num_train=4", "num_val=2", "num_test=2"),
-    "MixtureData": ("num_train=4", "num_val=2", "num_test=2"),
-}
 TINY_PYTHON = {
     "batch_size=96": "batch_size=2",
     "batch_size=64": "batch_size=2",
@@ -128,7 +114,7 @@ def tiny(args: Sequence[str]) -> list[str]:
     loaded = [yaml.safe_load(path.read_text()) for path in config_files(args)]
     own = [value for option, value in pairwise(args) if option == "--data"]
     kinds = own or [config["data"]["class_path"] for config in loaded if "data" in config]
-    splits = TINY_DATA.get(kinds[-1].rpartition(".")[2], ())
+    splits = TINY_SPLITS.get(kinds[-1].rpartition(".")[2], ())
     flags = [*TINY, *(f"--data.init_args.{split}" for split in splits)]
     if "--trainer.max_epochs" not in args:
         flags.append("--trainer.max_epochs=1")

@@ -43,7 +43,7 @@ class ClassProbability(Frozen, Reward):
 
     The classifier is trained from another seed than the feature network of FID: a model that is
     trained for the classifier must be judged by another network. It is frozen, always in evaluation
-    mode, and computes in single precision whatever autocast says.
+    mode, and computes in single precision also under autocast.
 
     Args:
         label: The class by name: a digit, a shape or a colour, such as "3" or "red".

@@ -282,7 +282,7 @@ class Critic(Judge):
     """How real a layout looks to a trained critic: a logit, a log-probability or a probability.
 
     Differentiable with respect to boxes; classes and empty slots are taken as they are. The network
-    is frozen, always in evaluation mode, and computes in single precision whatever autocast says.
+    is frozen, always in evaluation mode, and computes in single precision also under autocast.
 
     Args:
         pretrained: A folder that `LayoutEncoder.save` wrote, or "critic", the embedded one.

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
 
 from lit_rlft.algorithms.base import RewardFineTuner
+from lit_rlft.kit.data import batches_seen
 
 __all__ = ["Facts", "RoundLines"]
 
@@ -46,7 +47,7 @@ class RoundLines(Callback):
     ) -> None:
         """Print the round's reward and loss."""
         assert isinstance(pl_module, RewardFineTuner)
-        done, total = num_rounds_done(trainer), num_rounds(trainer)
+        done, total = batches_seen(trainer), num_rounds(trainer)
         if done % self.every and done != total:
             return
         values = _named(trainer.callback_metrics, "train/", ("reward", "loss"))
@@ -91,11 +92,6 @@ def num_rounds(trainer: Trainer) -> int | None:
     return int(epochs * batches)
 
 
-def num_rounds_done(trainer: Trainer) -> int:
-    """Return how many rounds of its fit a trainer has run, also before it was resumed."""
-    return int(trainer.fit_loop.epoch_loop.batch_progress.total.processed)  # type: ignore[attr-defined]
-
-
 @rank_zero_only
 def say(text: str) -> None:
     """Print on the main process, at once and above any progress bar."""
@@ -109,7 +105,7 @@ def _lengths(trainer: Trainer, module: RewardFineTuner, conditions: int | None) 
     rounds = num_rounds(trainer)
     if rounds is None:
         return [f"up to {trainer.max_steps:,} updates"] if trainer.max_steps >= 0 else []
-    left = max(rounds - num_rounds_done(trainer), 0)
+    left = max(rounds - batches_seen(trainer), 0)
     noun = "round" if rounds == 1 else "rounds"
     parts = [f"{left:,} {noun}" if left == rounds else f"{left:,} of {rounds:,} {noun} to come"]
     candidates = getattr(module, "num_candidates", None)

@@ -19,17 +19,13 @@ from lit_rlft.callbacks.run_files import RunFiles, SaveConfig
 from lit_rlft.callbacks.sample_panel import SamplePanel
 from lit_rlft.callbacks.self_check import SelfCheck
 from lit_rlft.cli.errors import sentence
-from lit_rlft.cli.names import with_class_paths
-from lit_rlft.cli.paths import with_config_files
-from lit_rlft.cli.quiet import quieten
-from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Pipeline
 from lit_rlft.core.reward import Metrics, Reward
 from lit_rlft.kit.data import SplitData
 from lit_rlft.loop.checkpoint import check_file
 from lit_rlft.runs.folder import make_folder, trainer_settings
 
-__all__ = ["main", "run"]
+__all__ = ["run"]
 
 _ABOUT = {
     "fit": "Tune a pretrained model with a reward.",
@@ -106,21 +102,6 @@ class _CLI(LightningCLI):
         return trainer
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """Run a command that needs a model; `args` are those of the process unless given.
-
-    Raises:
-        SystemExit: Something is wrong that the user can change; the message is one sentence.
-    """
-    quieten()
-    words = list(sys.argv[1:] if args is None else args)
-    try:
-        words = with_class_paths(with_config_files(words))
-    except UsageError as error:
-        raise SystemExit(f"lit-rlft: error: {error}") from error
-    run(words)
-
-
 def run(words: Sequence[str]) -> None:
     """Run a command whose configs are files and whose classes have their full paths.
 
@@ -136,7 +117,7 @@ def run(words: Sequence[str]) -> None:
         if reason is None:
             raise
         if _CLI.parsed is not None and sys.stderr.isatty():
-            print(file=sys.stderr)  # below whatever a progress bar has left
+            print(file=sys.stderr)  # below what a progress bar has left
         raise SystemExit(f"lit-rlft: error: {reason}") from error
 
 

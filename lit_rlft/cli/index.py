@@ -165,13 +165,13 @@ def _parsed(module: str, path: Path) -> _Module:
         # Parsing takes time, and most files neither define such classes nor re-export them.
         wanted = path.name == "__init__.py" or _CLASS.search(text)
         tree = ast.parse(text if wanted else "")
+        stub = path.with_suffix(".pyi")  # says what a package re-exports that loads it lazily
+        body = [*tree.body, *(ast.parse(stub.read_text()).body if stub.is_file() else [])]
     except (SyntaxError, UnicodeDecodeError, OSError):
         return _Module({}, {}, {})  # somebody's file that Python could not import either
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     members = {name: dict(_own_members(node)) for name, node in classes.items()}
-    stub = path.with_suffix(".pyi")  # says what a package re-exports that loads it lazily
-    body = [*tree.body, *(ast.parse(stub.read_text()).body if stub.is_file() else [])]
     names = {name: full for node in body for name, full in _imported(node, package)}
     return _Module(classes, members, names)
 

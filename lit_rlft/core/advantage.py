@@ -4,7 +4,7 @@ r"""Advantages: how much better a sample's reward is than that of its peers.
     A_i = \frac{r_i - \mathrm{mean}(peers)}{\mathrm{std}(peers) + 10^{-6}},
 
 clipped on request, with the population's standard deviation. The rules differ in who the peers are.
-Everything is float64, whatever type the rewards have. A reward that is not finite marks a sample
+Everything is float64 for any type of rewards. A reward that is not finite marks a sample
 that could not be scored: it is nobody's peer and its advantage is 0. Where all peers have the same
 reward, the advantage is 0 too.
 

@@ -26,7 +26,7 @@ def path_kl(
 
     The KL of two Markov chains is the sum over steps of the transitions' KL. Each sample estimates
     it from one step, drawn uniformly and weighted with the number of steps, at x_t noised from
-    `x_0`: two evaluations a sample, whatever the sampler. A step without noise counts 0.
+    `x_0`: two evaluations a sample for any sampler. A step without noise counts 0.
 
     Args:
         process: Gives the transitions (eta = 1) and their KL in closed form.

@@ -158,7 +158,7 @@ class Pipeline(nn.Module, ABC):
     def given(self, condition: Condition) -> State | None:
         """Return which entries of a state the condition fixes, bool [B, ...]; None where none are.
 
-        Such an entry ends the sampler at its given value, whatever it started from.
+        Such an entry ends the sampler at its given value from any start.
         """
         return None
 

@@ -95,7 +95,7 @@ class BestOfM(TopK):
 
 
 class RandomK(TopK):
-    """Accept K candidates at random whatever their reward: the control that must gain nothing."""
+    """Accept K candidates at random for any reward: the control that must gain nothing."""
 
     def __call__(
         self, rewards: Tensor, keys: Keys | None = None, noise: Generators = None

@@ -68,7 +68,7 @@ def flatten(state: State) -> Tensor:
 
 
 def unflatten(vectors: Tensor, like: State) -> State:
-    """Undo `flatten` for samples of the shapes and types of `like`, whatever their number."""
+    """Undo `flatten` for samples of the shapes and types of `like`, any number of them."""
     sizes = [leaf[0].numel() for leaf in leaves(like)]
     parts = iter(vectors.split(sizes, dim=1))  # type: ignore[no-untyped-call]
     return tree_map(lambda leaf: next(parts).reshape(-1, *leaf.shape[1:]).to(leaf.dtype), like)

@@ -62,7 +62,7 @@ def count_calls(
     cost: Callable[[], Cost],
     counter: Literal["denoiser_calls", "prior_calls"] = "denoiser_calls",
 ) -> None:
-    """Count the rows a network is evaluated on into whatever `cost` returns at that time."""
+    """Count the rows a network is evaluated on into what `cost` returns at that time."""
 
     def count(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         spent = cost()
@@ -72,7 +72,7 @@ def count_calls(
 
 
 def count_flops(network: nn.Module, cost: Callable[[], Cost]) -> None:
-    """Count a network's operations into whatever `cost` returns at that time.
+    """Count a network's operations into what `cost` returns at that time.
 
     They are measured in an extra call, without gradients and in evaluation mode, before the first
     call with inputs of new shapes or with an adapter newly switched on or off. From then on they

@@ -6,14 +6,14 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from lightning import LightningDataModule
+from lightning import LightningDataModule, Trainer
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lit_rlft.core.checks import UsageError
 
-__all__ = ["Record", "Rows", "Split", "SplitData", "collate", "hold_out"]
+__all__ = ["Record", "Rows", "Split", "SplitData", "batches_seen", "collate", "hold_out"]
 
 Split = Literal["train", "val", "test"]
 Record = Mapping[str, Any]
@@ -160,15 +160,18 @@ class SplitData(LightningDataModule, ABC):
         )
 
     def _seen(self) -> int | None:
-        if self.trainer is None:
-            return None
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress
-        return progress.total.processed  # type: ignore[attr-defined]
+        return None if self.trainer is None else batches_seen(self.trainer)
 
     def _place(self) -> tuple[int, int]:
         if self.trainer is None:
             return 1, 0
         return self.trainer.world_size, self.trainer.global_rank
+
+
+def batches_seen(trainer: Trainer) -> int:
+    """Return how many batches a trainer's fit has trained on, also before it was resumed."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    return int(progress.total.processed)  # type: ignore[attr-defined]
 
 
 def hold_out(total: int, shares: Mapping[str, float], seed: int) -> dict[str, NDArray[np.int64]]:

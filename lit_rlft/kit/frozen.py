@@ -10,7 +10,7 @@ N = TypeVar("N", bound=nn.Module)
 
 
 class Frozen(nn.Module):
-    """A module that is always in evaluation mode, whatever its trainer asks for."""
+    """A module that is always in evaluation mode, also where its trainer asks for another."""
 
     def train(self, mode: bool = True) -> Self:
         """Stay in evaluation mode."""

@@ -56,7 +56,7 @@ def plan(
 ) -> list[Update]:
     """Split a round's experience into minibatches, `num_epochs` times, in an order from the seed.
 
-    Every process makes the same number of updates, whatever its share of the experience, and
+    Every process makes the same number of updates for any share of the experience, and
     knows the share of the others, so that gradients are those of the whole minibatch.
 
     Args:

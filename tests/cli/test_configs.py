@@ -11,6 +11,7 @@ import yaml
 
 import lit_rlft
 from lit_rlft.cli import main
+from tests.support import TINY_RUN, TINY_SPLITS
 
 CONFIGS = Path(lit_rlft.__file__).parents[1] / "configs"
 ASSETS = CONFIGS.parent / "domains/text_to_image/assets"
@@ -45,30 +46,14 @@ needs_weights = pytest.mark.skipif(
     not all(path.exists() for path in WEIGHTS), reason="the embedded models are not trained yet"
 )
 TINY = [
-    "--trainer.accelerator=cpu",
+    *TINY_RUN,
     "--trainer.devices=1",
     "--trainer.max_epochs=1",
-    "--trainer.limit_train_batches=1",
     "--trainer.limit_val_batches=1",
     "--trainer.val_check_interval=1",
-    "--trainer.enable_progress_bar=false",
-    "--trainer.enable_model_summary=false",
-    "--model.init_args.sampler.num_steps=2",
-    "--model.init_args.num_eval_samples=1",
-    "--data.init_args.batch_size=2",
-    "--data.init_args.eval_batch_size=2",
 ]
 # What makes a method fit into two sampling steps.
 TINY_METHODS = {"DRTune": ("k=1", "m=1"), "ReFL": ("m=1",)}
-TINY_SPLITS = {
-    "MixtureData": ("num_train=4", "num_val=2", "num_test=2"),
-    "ShapesPrompts": ("num_train_prompts=4", "num_val_prompts=2", "num_test_prompts=2"),
-    "ShapesPictures": ("num_pictures=4", "num_val_prompts=2", "num_test_prompts=2"),
-    "LayoutData": ("num_train=4", "num_val=2", "num_test=2"),
-    "MoleculeData": ("num_train=4", "num_val=2", "num_test=2"),
-    "AtomCounts": ("num_train=4", "num_val=2", "num_test=2"),
-    "ImageData": ("num_train=4", "num_val=2", "num_test=2"),
-}
 # What makes data that are generated quick to generate.
 TINY_SOURCES = {
     "Grammar": ("num_pages=64",),

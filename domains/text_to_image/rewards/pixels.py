@@ -1,4 +1,4 @@
-"""Rewards of a picture's colours and symmetry, whatever its prompt."""
+"""Rewards of a picture's colours and symmetry, for any prompt."""
 
 from typing import Any
 

@@ -91,7 +91,7 @@ class ShapesClassifier(Judge):
     and falls to 0 once the answer is yes, so there is little to gain from pushing further.
 
     The network is frozen, always in evaluation mode, and computes in the precision of its weights,
-    float32 unless they are converted, whatever autocast says.
+    float32 unless they are converted, also under autocast.
 
     Args:
         pretrained: A folder that `Classifier.save` wrote, or "shapes_classifier", the embedded one.
@@ -121,7 +121,7 @@ class ShapesClassifier(Judge):
         return self.verdict(self._logits(samples, condition))
 
     def evaluate(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
-        """Return the reward, and the probability of "yes" whatever `output` is.
+        """Return the reward, and the probability of "yes" for any `output`.
 
         Raises:
             UsageError: A prompt is outside the grammar, or the pictures are not square.

@@ -168,7 +168,7 @@ class Classifier(nn.Module):
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """Read what `save` wrote, in single precision whatever the default dtype."""
+        """Read what `save` wrote, in single precision under any default dtype."""
         return load_weights(cls(Architecture(**read_settings(folder))), folder)
 
 
