@@ -207,18 +207,28 @@ class RectifiedFlow(Schedule):
         logit_normal: Mean and standard deviation of the logit of the training times before the
             shift, where they are not uniform (the same, section 3.1): more of them lie where
             samples take their shape.
+        last: The last time of the sampler above 0, before the shift, as SD3's scheduler has it:
+            all others are then evenly spaced between 1 and this one. None spaces them evenly
+            between 1 and 0.
     """
 
-    def __init__(self, shift: float = 1.0, logit_normal: tuple[float, float] | None = None) -> None:
+    def __init__(
+        self,
+        shift: float = 1.0,
+        logit_normal: tuple[float, float] | None = None,
+        last: float | None = None,
+    ) -> None:
         super().__init__()
         if shift <= 0:
             raise UsageError(f"shift must be positive, got {shift}")
+        if last is not None and not 0 < last < 1:
+            raise UsageError(f"last must be between 0 and 1, got {last}")
         if logit_normal is not None and (len(logit_normal) != 2 or logit_normal[1] <= 0):
             raise UsageError(
                 "logit_normal must be a mean and a standard deviation above 0, got "
                 f"{list(logit_normal)}"
             )
-        self.shift, self.logit_normal = shift, logit_normal
+        self.shift, self.logit_normal, self.last = shift, logit_normal, last
 
     def alpha(self, t: Tensor) -> Tensor:
         return 1 - t.double()
@@ -227,7 +237,10 @@ class RectifiedFlow(Schedule):
         return t.double()
 
     def times(self, num_steps: int) -> Tensor:
-        return self._shifted(super().times(num_steps))
+        if self.last is None:
+            return self._shifted(super().times(num_steps))
+        above = torch.linspace(1, self.last, num_steps, dtype=torch.float64)
+        return self._shifted(torch.cat([above, above.new_zeros(1)]))
 
     def draw_times(self, uniform: Tensor, low: float = 0.0) -> Tensor:
         """Map uniform numbers to shifted times in (low, 1]."""

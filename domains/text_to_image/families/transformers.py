@@ -1,0 +1,152 @@
+"""Families with a transformer on a rectified flow: Stable Diffusion 3 and 3.5, FLUX.1."""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from domains.text_to_image.families.base import Family, Tables
+from lit_rlft.core.process import GaussianProcess
+from lit_rlft.kit.flow_schedulers import flow_process
+
+__all__ = ["Flux", "StableDiffusion3"]
+
+_JOINT = ("to_q", "to_k", "to_v", "to_out.0")
+_ADDED = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+_ATTENTION = tuple(f"attn.{name}" for name in (*_JOINT, *_ADDED))
+
+
+class StableDiffusion3(Family):
+    """Stable Diffusion 3 and 3.5: two CLIP encoders and, where the folder has it, T5.
+
+    Options:
+        max_sequence_length: Tokens of T5; 256 unless given.
+
+    References:
+        Scaling Rectified Flow Transformers (Esser et al., 2024), https://arxiv.org/abs/2403.03206
+    """
+
+    name = "Stable Diffusion 3"
+    pipeline_class = "StableDiffusion3Pipeline"
+    encoder_names = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    lora_targets = _ATTENTION
+    guidance_scale = 7.0
+    option_names: ClassVar[tuple[str, ...]] = ("max_sequence_length",)
+
+    @property
+    def multiple(self) -> int:
+        return self.factor * self.denoiser.config["patch_size"]
+
+    def native(self) -> tuple[int, int] | None:
+        size = self.denoiser.config["sample_size"]
+        return None if size is None else (size, size)
+
+    def process(self) -> GaussianProcess:
+        patch = self.denoiser.config["patch_size"]
+        height, width = self.latent_size
+        tokens = (height // patch) * (width // patch)
+        return flow_process(self.parts.scheduler, self.name, tokens, own_grid=True)
+
+    def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        embedding, _, pooled, _ = self.parts.encode_prompt(
+            list(prompts),
+            None,
+            None,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.options.get("max_sequence_length", 256),
+        )
+        return {"embedding": embedding, "pooled": pooled}
+
+    def denoise(self, x_t: Tensor, t: Tensor, tables: Tables, guidance: float) -> Tensor:
+        return self.denoiser(
+            hidden_states=x_t,
+            timestep=(t * 1000).float(),
+            encoder_hidden_states=tables["embedding"].to(x_t.dtype),
+            pooled_projections=tables["pooled"].to(x_t.dtype),
+            return_dict=False,
+        )[0]
+
+
+class Flux(Family):
+    """FLUX.1: CLIP's pooled output and T5; patches of 2 x 2 latents are the tokens.
+
+    In FLUX.1-dev `guidance_scale` is an input of the network, so guidance costs no second
+    evaluation. FLUX.1-schnell has none. Classifier-free guidance beside it is `true_cfg_scale`.
+
+    Options:
+        max_sequence_length: Tokens of T5; 512 unless given, 256 for a model without guidance.
+        true_cfg_scale: w of classifier-free guidance; 1 is none.
+    """
+
+    name = "FLUX.1"
+    pipeline_class = "FluxPipeline"
+    encoder_names = ("text_encoder", "text_encoder_2")
+    lora_targets = _ATTENTION
+    guidance_scale = 3.5
+    option_names: ClassVar[tuple[str, ...]] = ("max_sequence_length", "true_cfg_scale")
+
+    @property
+    def multiple(self) -> int:
+        return 2 * self.factor
+
+    @property
+    def channels(self) -> int:
+        return self.denoiser.config["in_channels"] // 4
+
+    def native(self) -> tuple[int, int] | None:
+        return self.parts.default_sample_size, self.parts.default_sample_size
+
+    def cfg_scale(self, guidance: float) -> float:
+        return self.options.get("true_cfg_scale", 1.0)
+
+    def process(self) -> GaussianProcess:
+        height, width = self.latent_size
+        tokens = (height // 2) * (width // 2)
+        return flow_process(self.parts.scheduler, self.name, tokens, own_grid=False)
+
+    def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        length = 512 if self.denoiser.config["guidance_embeds"] else 256
+        embedding, pooled, _ = self.parts.encode_prompt(
+            list(prompts),
+            max_sequence_length=self.options.get("max_sequence_length", length),
+        )
+        return {"embedding": embedding, "pooled": pooled}
+
+    def denoise(self, x_t: Tensor, t: Tensor, tables: Tables, guidance: float) -> Tensor:
+        height, width = x_t.shape[-2:]
+        embedding = tables["embedding"].to(x_t.dtype)
+        scale = torch.full((len(x_t),), guidance, device=x_t.device)
+        velocity = self.denoiser(
+            hidden_states=_packed(x_t),
+            timestep=t.float(),
+            guidance=scale if self.denoiser.config["guidance_embeds"] else None,
+            encoder_hidden_states=embedding,
+            pooled_projections=tables["pooled"].to(x_t.dtype),
+            txt_ids=embedding.new_zeros(embedding.shape[1], 3),
+            img_ids=_places(height // 2, width // 2, x_t),
+            return_dict=False,
+        )[0]
+        return _unpacked(velocity, height, width)
+
+
+def _packed(x: Tensor) -> Tensor:
+    """Return [B, C, h, w] as tokens [B, h w / 4, 4 C], each a patch of 2 x 2 latents."""
+    size, channels, height, width = x.shape
+    patches = x.view(size, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return patches.reshape(size, height * width // 4, 4 * channels)
+
+
+def _unpacked(tokens: Tensor, height: int, width: int) -> Tensor:
+    """Return tokens as [B, C, height, width]."""
+    size, _, depth = tokens.shape
+    patches = tokens.view(size, height // 2, width // 2, depth // 4, 2, 2)
+    return patches.permute(0, 3, 1, 4, 2, 5).reshape(size, depth // 4, height, width)
+
+
+def _places(height: int, width: int, like: Tensor) -> Tensor:
+    """Return (0, row, column) of every token, [height width, 3]."""
+    grid = torch.zeros(height, width, 3, dtype=like.dtype, device=like.device)
+    grid[..., 1] += torch.arange(height, device=like.device)[:, None]
+    grid[..., 2] += torch.arange(width, device=like.device)
+    return grid.flatten(0, 1)

@@ -1,0 +1,116 @@
+"""Families with a U-Net: Stable Diffusion 1.x and 2.x, and Stable Diffusion XL."""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from domains.text_to_image.families.base import Family, Tables
+from lit_rlft.core.process import GaussianProcess
+from lit_rlft.core.schedule import DiscreteVP
+from lit_rlft.kit.schedulers import PREDICTION_TYPES, vp_process
+
+__all__ = ["StableDiffusion", "StableDiffusionXL"]
+
+
+class _UNetFamily(Family):
+    denoiser_name = "unet"
+
+    def native(self) -> tuple[int, int] | None:
+        size = self.denoiser.config["sample_size"]
+        if size is None:
+            return None
+        return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+    def process(self) -> GaussianProcess:
+        return vp_process(
+            self.parts.scheduler,
+            f"is not a discrete VP schedule; {self.name} supports {sorted(PREDICTION_TYPES)}",
+        )
+
+    def timestep(self, t: Tensor) -> Tensor:
+        """Return the table indices of times."""
+        schedule = self._schedule
+        return schedule.timestep(t)
+
+    @property
+    def _schedule(self) -> DiscreteVP:
+        if not hasattr(self, "_kept"):
+            schedule = self.process().schedule
+            assert isinstance(schedule, DiscreteVP)
+            self._kept = schedule
+        return self._kept
+
+
+class StableDiffusion(_UNetFamily):
+    """Stable Diffusion 1.x and 2.x: one CLIP text encoder, cross-attention alone."""
+
+    name = "Stable Diffusion 1.x/2.x"
+    pipeline_class = "StableDiffusionPipeline"
+    guidance_scale = 7.5
+
+    def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        embedding, _ = self.parts.encode_prompt(list(prompts), None, 1, False)
+        return {"embedding": embedding}
+
+    def denoise(self, x_t: Tensor, t: Tensor, tables: Tables, guidance: float) -> Tensor:
+        embedding = tables["embedding"].to(x_t.dtype)
+        return self.denoiser(x_t, self.timestep(t), embedding, return_dict=False)[0]
+
+
+class StableDiffusionXL(_UNetFamily):
+    """Stable Diffusion XL: two CLIP text encoders, a pooled one, and the picture's size.
+
+    Options:
+        original_size: Height and width that the model is told the picture had before cropping.
+        crop: Top and left corner that it is told of.
+
+    References:
+        SDXL (Podell et al., 2023), section 2.2, https://arxiv.org/abs/2307.01952
+    """
+
+    name = "Stable Diffusion XL"
+    pipeline_class = "StableDiffusionXLPipeline"
+    encoder_names = ("text_encoder", "text_encoder_2")
+    guidance_scale = 5.0
+    option_names: ClassVar[tuple[str, ...]] = ("original_size", "crop")
+
+    def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        embedding, _, pooled, _ = self.parts.encode_prompt(
+            list(prompts), do_classifier_free_guidance=False
+        )
+        return {"embedding": embedding, "pooled": pooled}
+
+    def encode_null(self, prompt: str | None) -> dict[str, Tensor]:
+        """Return zeros where no prompt is given and the model was trained so."""
+        tables = self.encode([prompt or ""])
+        if prompt is None and self.parts.config["force_zeros_for_empty_prompt"]:
+            return {name: torch.zeros_like(table) for name, table in tables.items()}
+        return tables
+
+    def denoise(self, x_t: Tensor, t: Tensor, tables: Tables, guidance: float) -> Tensor:
+        embedding, pooled = (tables[name].to(x_t.dtype) for name in ("embedding", "pooled"))
+        original = self.options.get("original_size", self.pixels)
+        numbers = [*original, *self.options.get("crop", (0, 0)), *self.pixels]
+        sizes = torch.tensor([numbers], dtype=x_t.dtype, device=x_t.device)
+        added = {"text_embeds": pooled, "time_ids": sizes.expand(len(x_t), -1)}
+        return self.denoiser(
+            x_t, self.timestep(t), embedding, added_cond_kwargs=added, return_dict=False
+        )[0]
+
+    def to_vae(self, latents: Tensor) -> Tensor:
+        mean, std = self._statistics(latents)
+        return latents * std / self.parts.vae.config["scaling_factor"] + mean
+
+    def from_vae(self, encoded: Tensor) -> Tensor:
+        mean, std = self._statistics(encoded)
+        return (encoded - mean) * self.parts.vae.config["scaling_factor"] / std
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation of the latents, which some VAEs have per channel."""
+        config = self.parts.vae.config
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        if mean is None or std is None:
+            return like.new_zeros(()), like.new_ones(())
+        return tuple(like.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))

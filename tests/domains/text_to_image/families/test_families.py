@@ -1,0 +1,176 @@
+"""Each family beside its own pipeline in diffusers: same scheduler, steps, guidance and latents."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from domains.text_to_image.families import FAMILIES, Family
+from lit_rlft.core.checks import UsageError
+from lit_rlft.core.sampling import Sampler
+from tests.domains.text_to_image.families.tiny import tiny
+
+PROMPTS = ["a red ring", "a blue square below"]
+
+
+def family_of(name: str, size: tuple[int | None, int | None], **options: Any) -> Family:
+    """Return a tiny model's family."""
+    parts = tiny(name)
+    return FAMILIES[type(parts).__name__](parts, size, **options)
+
+
+def packed(latents: Tensor) -> Tensor:
+    """Return FLUX's tokens, by its own pipeline's function."""
+    from diffusers import FluxPipeline
+
+    size, channels, height, width = latents.shape
+    return FluxPipeline._pack_latents(latents, size, channels, height, width)
+
+
+def ours(family: Family, guidance: float, num_steps: int, negative: str | None = None) -> Tensor:
+    """Sample latents of the prompts."""
+    tables = family.encode(PROMPTS)
+    nothing = {
+        name: table.expand(len(PROMPTS), *table.shape[1:])
+        for name, table in family.encode_null(negative).items()
+    }
+
+    def denoiser(x: Tensor, t: Tensor, condition: object) -> Tensor:
+        w = family.cfg_scale(guidance)
+        c = family.denoise(x, t, tables, guidance)
+        return c if w <= 1 else (1 - w) * family.denoise(x, t, nothing, guidance) + w * c
+
+    with torch.no_grad():
+        return Sampler(num_steps=num_steps).sample(
+            denoiser, family.process(), start(family), [0, 1]
+        )
+
+
+def start(family: Family) -> Tensor:
+    """Return the initial noise."""
+    shape = (len(PROMPTS), family.channels, *family.latent_size)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+def theirs(family: Family, num_steps: int, **settings: Any) -> Tensor:
+    """Return the latents of the family's own pipeline, packed as it packs them."""
+    z = start(family)
+    height, width = family.pixels
+    return family.parts(
+        PROMPTS,
+        height=height,
+        width=width,
+        latents=packed(z) if family.name == "FLUX.1" else z.clone(),
+        num_inference_steps=num_steps,
+        output_type="latent",
+        **settings,
+    ).images
+
+
+@pytest.mark.parametrize("num_steps", [1, 7])
+@pytest.mark.parametrize(
+    ("name", "size", "settings"),
+    [
+        ("sdxl", (24, 16), {"guidance_scale": 3.5}),
+        ("sdxl", (16, 16), {"guidance_scale": 1.0}),
+        ("sd3", (32, 48), {"guidance_scale": 3.5}),
+        ("flux_dev", (32, 48), {"guidance_scale": 3.5, "max_sequence_length": 512}),
+        ("flux_schnell", (32, 32), {"guidance_scale": 0.0, "max_sequence_length": 256}),
+    ],
+)
+def test_latents_are_those_of_diffusers(
+    name: str, size: tuple[int, int], settings: dict[str, Any], num_steps: int
+) -> None:
+    family = family_of(name, size)
+    expected = theirs(family, num_steps, **settings)
+    latents = ours(family, settings["guidance_scale"], num_steps)
+    if name.startswith("flux"):
+        latents = packed(latents)
+    torch.testing.assert_close(latents, expected, atol=5e-5, rtol=1e-5)
+
+
+def test_flux_guides_classifier_free_beside_its_own_guidance() -> None:
+    family = family_of("flux_dev", (32, 32), true_cfg_scale=2.5)
+    expected = theirs(
+        family, 4, guidance_scale=3.5, true_cfg_scale=2.5, negative_prompt=["dull"] * 2
+    )
+    torch.testing.assert_close(packed(ours(family, 3.5, 4, "dull")), expected, atol=5e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sdxl_turbo"])
+def test_no_negative_prompt_is_what_sdxl_takes_for_none(name: str) -> None:
+    family = family_of(name, (16, 16))
+    _, embedding, _, pooled = family.parts.encode_prompt("a ring", negative_prompt=None)
+    null = family.encode_null(None)
+    torch.testing.assert_close(null["embedding"], embedding)
+    torch.testing.assert_close(null["pooled"], pooled)
+    assert bool((null["pooled"] == 0).all()) == (name == "sdxl")
+    assert not bool((family.encode_null("")["pooled"] == 0).all())
+
+
+def test_sdxl_is_told_sizes_and_crop() -> None:
+    family = family_of("sdxl", (16, 16), original_size=(32, 24), crop=(2, 1))
+    expected = theirs(
+        family,
+        3,
+        guidance_scale=2.0,
+        original_size=(32, 24),
+        crops_coords_top_left=(2, 1),
+        negative_original_size=(32, 24),
+        negative_crops_coords_top_left=(2, 1),
+        negative_target_size=(16, 16),
+    )
+    torch.testing.assert_close(ours(family, 2.0, 3), expected, atol=5e-5, rtol=1e-5)
+    assert (ours(family_of("sdxl", (16, 16)), 2.0, 3) - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux_dev"])
+def test_pictures_and_latents_in_the_units_of_the_vae(name: str) -> None:
+    family = family_of(name, (32, 32))
+    if name == "sdxl":
+        family.parts.vae.register_to_config(
+            latents_mean=[0.1, 0.2, -0.1, 0.0], latents_std=[1.0, 2.0, 0.5, 1.5]
+        )
+    latents = start(family)
+    torch.testing.assert_close(family.from_vae(family.to_vae(latents)), latents)
+    settings = {"height": 32, "width": 32, "num_inference_steps": 1, "guidance_scale": 1.0}
+    given = packed(latents) if name == "flux_dev" else latents.clone()
+    final = ours(family, 1.0, 1)
+    with torch.no_grad():
+        pictures = family.parts.vae.decode(family.to_vae(final)).sample / 2 + 0.5
+    expected = family.parts(PROMPTS, latents=given, output_type="pt", **settings).images
+    torch.testing.assert_close(pictures.clamp(0, 1), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "multiple"), [("sdxl", 15, 2), ("sd3", 34, 4), ("flux_dev", 34, 4)]
+)
+def test_sizes_that_do_not_fit_are_refused(name: str, size: int, multiple: int) -> None:
+    with pytest.raises(UsageError, match=rf"init_args\.width is {size}.*multiple of {multiple}"):
+        family_of(name, (None, size))
+
+
+def test_an_option_of_another_family_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"init_args\.crop does not apply to FLUX\.1"):
+        family_of("flux_dev", (32, 32), crop=(0, 0))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("shift_terminal", 0.1), ("use_karras_sigmas", True), ("stochastic_sampling", True)],
+)
+def test_options_that_change_the_grid_are_refused(setting: str, value: Any) -> None:
+    family = family_of("sd3", (32, 32))
+    family.parts.scheduler.register_to_config(**{setting: value})
+    with pytest.raises(UsageError, match=setting):
+        family.process()
+
+
+def test_another_scheduler_is_refused() -> None:
+    from diffusers import DDIMScheduler
+
+    family = family_of("flux_dev", (32, 32))
+    family.parts.scheduler = DDIMScheduler()
+    with pytest.raises(UsageError, match="DDIMScheduler.*FLUX.1"):
+        family.process()

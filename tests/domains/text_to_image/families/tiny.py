@@ -1,0 +1,223 @@
+"""Tiny random models of the real classes, one maker per family."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from torch import nn
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+from tests.conftest import TOKENIZER
+
+__all__ = ["MAKERS", "tiny"]
+
+_LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,'-"
+_WIDTH = 32
+
+
+def _clip(kind: type, **settings: Any) -> tuple[nn.Module, CLIPTokenizer]:
+    tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=_WIDTH,
+        intermediate_size=37,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        projection_dim=_WIDTH,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **settings,
+    )
+    return kind(config), tokenizer
+
+
+def _t5(width: int) -> tuple[T5EncoderModel, T5Tokenizer]:
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -10.0), ("▁", -2.0)]
+    pieces = [(letter, -3.0) for letter in _LETTERS] + [("▁" + c, -2.5) for c in _LETTERS]
+    tokenizer = T5Tokenizer(vocab=special + pieces, extra_ids=0, model_max_length=512)
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=width,
+        d_kv=width // 4,
+        d_ff=37,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+    )
+    return T5EncoderModel(config), tokenizer
+
+
+def _vae(channels: int, **settings: Any) -> AutoencoderKL:
+    """Return an autoencoder with two pixels per latent."""
+    return AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=channels,
+        norm_num_groups=4,
+        sample_size=32,
+        **settings,
+    )
+
+
+def sdxl(turbo: bool = False) -> DiffusionPipeline:
+    """Return Stable Diffusion XL, 16 pixels; or its Turbo's scheduler and settings."""
+    first, tokenizer = _clip(CLIPTextModel)
+    second, tokenizer_2 = _clip(CLIPTextModelWithProjection, hidden_act="gelu")
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        transformer_layers_per_block=(1, 2),
+        cross_attention_dim=2 * _WIDTH,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + _WIDTH,
+    )
+    kind = EulerAncestralDiscreteScheduler if turbo else EulerDiscreteScheduler
+    scheduler = kind(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+        timestep_spacing="trailing" if turbo else "leading",
+    )
+    return StableDiffusionXLPipeline(
+        vae=_vae(4, scaling_factor=0.13025, force_upcast=True),
+        text_encoder=first,
+        text_encoder_2=second,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer_2,
+        unet=unet,
+        scheduler=scheduler,
+        force_zeros_for_empty_prompt=not turbo,
+        add_watermarker=False,
+    )
+
+
+def sd3() -> DiffusionPipeline:
+    """Return Stable Diffusion 3.5 medium's kind, 32 pixels."""
+    first, tokenizer = _clip(CLIPTextModelWithProjection)
+    second, tokenizer_2 = _clip(CLIPTextModelWithProjection, hidden_act="gelu")
+    third, tokenizer_3 = _t5(2 * _WIDTH)
+    transformer = SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=16,
+        out_channels=16,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=2 * _WIDTH,
+        caption_projection_dim=32,
+        pooled_projection_dim=2 * _WIDTH,
+        pos_embed_max_size=24,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=_vae(
+            16,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            scaling_factor=1.5305,
+            shift_factor=0.0609,
+        ),
+        text_encoder=first,
+        tokenizer=tokenizer,
+        text_encoder_2=second,
+        tokenizer_2=tokenizer_2,
+        text_encoder_3=third,
+        tokenizer_3=tokenizer_3,
+    )
+
+
+def flux(schnell: bool = False) -> DiffusionPipeline:
+    """Return FLUX.1-dev, or FLUX.1-schnell without its guidance input and its dynamic shift."""
+    first, tokenizer = _clip(CLIPTextModel)
+    second, tokenizer_2 = _t5(_WIDTH)
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=64,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=_WIDTH,
+        pooled_projection_dim=_WIDTH,
+        axes_dims_rope=(4, 4, 8),
+        guidance_embeds=not schnell,
+    )
+    dynamic = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256}
+    scheduler = (
+        FlowMatchEulerDiscreteScheduler(shift=1.0)
+        if schnell
+        else FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, **dynamic)
+    )
+    return FluxPipeline(
+        transformer=transformer,
+        scheduler=scheduler,
+        vae=_vae(
+            16,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            scaling_factor=0.3611,
+            shift_factor=0.1159,
+        ),
+        text_encoder=first,
+        tokenizer=tokenizer,
+        text_encoder_2=second,
+        tokenizer_2=tokenizer_2,
+    )
+
+
+MAKERS: dict[str, Callable[[], DiffusionPipeline]] = {
+    "sdxl": sdxl,
+    "sdxl_turbo": lambda: sdxl(turbo=True),
+    "sd3": sd3,
+    "flux_dev": flux,
+    "flux_schnell": lambda: flux(schnell=True),
+}
+
+
+def tiny(name: str, seed: int = 0) -> DiffusionPipeline:
+    """Return a tiny model with seeded weights, in evaluation mode and without progress bars."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        pipeline = MAKERS[name]()
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            part.eval()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
