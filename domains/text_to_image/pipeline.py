@@ -1,65 +1,70 @@
-"""Text-to-image pipelines on diffusers: any SD 1.x / 2.x-style `StableDiffusionPipeline`."""
+"""The text-to-image pipeline on diffusers' models, whatever their family."""
 
 import copy
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
-from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from domains.text_to_image import EMBEDDED
-from lit_rlft.core.checks import UsageError
+from domains.text_to_image.families import FAMILIES
+from domains.text_to_image.loading import load_parts
+from domains.text_to_image.lora_files import read_lora, save_lora
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline, column
 from lit_rlft.core.process import GaussianProcess
-from lit_rlft.core.schedule import DiscreteVP
 from lit_rlft.core.state import State, tensor_of
 from lit_rlft.kit.frozen import frozen
 from lit_rlft.kit.images import save_pictures
-from lit_rlft.kit.network_folder import load_pretrained
-from lit_rlft.kit.schedulers import PREDICTION_TYPES, vp_process
 
 __all__ = ["EMBEDDED", "TextToImagePipeline"]
 
+Precision = Literal["float32", "float16", "bfloat16"]
+
 
 class TextToImagePipeline(Pipeline):
-    """A latent diffusion model with a CLIP text encoder, a U-Net and a VAE.
+    """A latent diffusion or flow model: text encoders, a denoiser and a VAE.
 
-    States are latents [B, 4, H / f, W / f]; samples are pictures [B, 3, H, W] in [0, 1]. The text
-    encoder and the VAE are frozen.
+    The family is that of the folder: Stable Diffusion 1.x and 2.x, XL, 3 and 3.5, FLUX.1. States
+    are latents [B, C, H / f, W / f] in single precision; samples are pictures [B, 3, H, W] in
+    [0, 1]. Text encoders and VAE are frozen.
 
     Args:
         pretrained: A folder saved by diffusers, a hub id, or the name of an embedded model
             ("shapes").
         guidance_scale: w of classifier-free guidance, u + w (c - u); no guidance at 1 or below.
+            In FLUX.1-dev it is an input of the network instead. None takes what diffusers takes.
         guidance_gradient: Where reward gradients go under guidance: "both" predictions, or the
             "conditional" one alone; u is then computed without a graph, at half the memory.
-        negative_prompt: What the unconditional prediction u is conditioned on.
+        negative_prompt: What the unconditional prediction u is conditioned on; None takes what
+            diffusers takes, an empty text or, for Stable Diffusion XL, zeros.
         height: Picture height in pixels; None takes the model's own size.
         width: Picture width in pixels; None takes the model's own size.
+        original_size: For Stable Diffusion XL: height and width in pixels that the model is told
+            the picture had before it was cropped; None is the size of the picture.
+        crop: For Stable Diffusion XL: top and left edge in pixels that it is told of.
+        max_sequence_length: For Stable Diffusion 3 and FLUX.1: tokens of the T5 encoder.
+        true_cfg_scale: For FLUX.1: w of classifier-free guidance beside its own.
+        dtype: Precision of the frozen weights. A LoRA is trained in single precision in any case.
+        checkpoint_denoiser: Keep only the inputs of the denoiser's blocks for the backward pass
+            and compute the blocks again there: less memory, about a third more time.
         decode_batch_size: Pictures decoded at a time, which bounds the VAE's memory.
         checkpoint_decoder: Where gradients flow through the VAE, keep only its input and decode
             again in the backward pass.
+        tile_decoder: Decode large pictures in overlapping tiles: less memory, and faint seams.
         from_scratch: Keep the architecture and draw new weights for U-Net and text encoder, to
-            pretrain them.
+            pretrain them; for Stable Diffusion 1.x and 2.x.
         save_dtype: Precision in which a fully trained pipeline is written.
 
     Raises:
-        UsageError: `pretrained` is neither a pipeline folder nor a loadable hub id.
+        UsageError: `pretrained` is neither a pipeline folder nor a loadable hub id, is of a family
+            that is not known, or a setting does not apply to its family.
     """
 
-    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
-    denoiser: UNet2DConditionModel
     process: GaussianProcess
     pretrained: str
 
@@ -67,39 +72,50 @@ class TextToImagePipeline(Pipeline):
         self,
         pretrained: str = "shapes",
         *,
-        guidance_scale: float = 7.5,
+        guidance_scale: float | None = None,
         guidance_gradient: Literal["both", "conditional"] = "both",
-        negative_prompt: str = "",
+        negative_prompt: str | None = None,
         height: int | None = None,
         width: int | None = None,
+        original_size: tuple[int, int] | None = None,
+        crop: tuple[int, int] | None = None,
+        max_sequence_length: int | None = None,
+        true_cfg_scale: float | None = None,
+        dtype: Precision = "float32",
+        checkpoint_denoiser: bool = False,
         decode_batch_size: int = 32,
         checkpoint_decoder: bool = True,
+        tile_decoder: bool = False,
         from_scratch: bool = False,
-        save_dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+        save_dtype: Precision = "float32",
     ) -> None:
         super().__init__()
         self.pretrained = pretrained
-        self.guidance_scale = guidance_scale
         self.guidance_gradient = guidance_gradient
         self.negative_prompt = negative_prompt
         self.decode_batch_size = decode_batch_size
         self.checkpoint_decoder = checkpoint_decoder
         self.save_dtype = getattr(torch, save_dtype)
-        self.diffusers = _load(pretrained, from_scratch=from_scratch)
-        self.denoiser = self.diffusers.unet
-        self.encoder = frozen(self.diffusers.text_encoder)
-        self.vae: AutoencoderKL = frozen(self.diffusers.vae)
-        self.process = vp_process(
-            self.diffusers.scheduler,
-            f"is not a discrete VP schedule; text_to_image supports {sorted(PREDICTION_TYPES)}",
+        self.diffusers = load_parts(pretrained, getattr(torch, dtype), from_scratch=from_scratch)
+        self.family = FAMILIES[type(self.diffusers).__name__](
+            self.diffusers,
+            (height, width),
+            original_size=original_size,
+            crop=crop,
+            max_sequence_length=max_sequence_length,
+            true_cfg_scale=true_cfg_scale,
         )
-        factor = self.diffusers.vae_scale_factor
-        native = self.denoiser.config["sample_size"]
-        native = (native, native) if isinstance(native, int) else tuple(native)
-        self.latent_size = (
-            _latents(height, factor, "height") or native[0],
-            _latents(width, factor, "width") or native[1],
-        )
+        default = self.family.guidance_scale
+        self.guidance_scale = default if guidance_scale is None else guidance_scale
+        self.denoiser = self.family.denoiser
+        self.encoder = self.family.encoders
+        self.vae: nn.Module = frozen(self.diffusers.vae)
+        self.process = self.family.process()
+        self.lora_targets = self.family.lora_targets
+        if checkpoint_denoiser:
+            self.denoiser.enable_gradient_checkpointing()
+        if tile_decoder:
+            self.vae.enable_tiling()
 
     @property
     def name(self) -> str:
@@ -109,6 +125,21 @@ class TextToImagePipeline(Pipeline):
     def device(self) -> torch.device:
         return next(self.denoiser.parameters()).device
 
+    @property
+    def precision(self) -> torch.dtype:
+        """Precision of the latents: single at least, also where the weights are in half."""
+        return torch.promote_types(self.denoiser.dtype, torch.float32)
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Height and width of the latents."""
+        return self.family.latent_size
+
+    @property
+    def cfg_scale(self) -> float:
+        """W of classifier-free guidance."""
+        return self.family.cfg_scale(self.guidance_scale)
+
     def encode(self, batch: Batch) -> Condition:
         """Encode `batch["prompt"]`, each unique prompt once, and the negative prompt last."""
         prompts = list(batch["prompt"])
@@ -117,12 +148,9 @@ class TextToImagePipeline(Pipeline):
         columns = [name for name in batch if name != "index"]
         entries = [{name: batch[name][first[prompt]] for name in columns} for prompt in unique]
         rows = {prompt: row for row, prompt in enumerate(unique)}
-        embedding, _ = self.diffusers.encode_prompt(
-            [*unique, self.negative_prompt], self.device, 1, do_classifier_free_guidance=False
-        )
         return Condition(
             entries=entries,
-            tables={"embedding": embedding},
+            tables=self.family.tables(unique, self.negative_prompt),
             rows=torch.tensor([rows[prompt] for prompt in prompts]),
             null=len(unique),
         )
@@ -132,22 +160,23 @@ class TextToImagePipeline(Pipeline):
         return self.encode({"prompt": ["an example"]})
 
     def blank(self, condition: Condition) -> Tensor:
-        channels = self.denoiser.config["in_channels"]
-        shape = (len(condition), channels, *self.latent_size)
-        return torch.empty(shape, dtype=self.denoiser.dtype, device=self.device)
+        shape = (len(condition), self.family.channels, *self.latent_size)
+        return torch.empty(shape, dtype=self.precision, device=self.device)
 
     def predict(self, x_t: State, t: Tensor, condition: Condition) -> Tensor:
-        x, schedule = tensor_of(x_t), self.process.schedule
-        assert isinstance(schedule, DiscreteVP)
-        embedding = condition.table("embedding").to(x.dtype)
-        return self.denoiser(x, schedule.timestep(t), embedding, return_dict=False)[0]
+        x = tensor_of(x_t)
+        tables = {name: condition.table(name).to(x.device) for name in condition.tables}
+        prediction = self.family.denoise(
+            self.denoiser, x.to(self.denoiser.dtype), t, tables, self.guidance_scale
+        )
+        return prediction.to(x.dtype)
 
     def forward(self, x_t: State, t: Tensor, condition: Condition) -> Tensor:
         """Return the guided prediction u + w (c - u); both halves go through in one call.
 
         Where only c carries gradient there are two calls, u's without a graph.
         """
-        if self.guidance_scale <= 1:
+        if self.cfg_scale <= 1:
             return self.predict(x_t, t, condition)
         null = condition.dropped(torch.ones_like(condition.rows, dtype=torch.bool))
         if self.guidance_gradient == "conditional" and torch.is_grad_enabled():
@@ -157,10 +186,10 @@ class TextToImagePipeline(Pipeline):
         else:
             both = replace(condition, rows=torch.cat([null.rows, condition.rows]))
             u, c = self.predict(torch.cat([tensor_of(x_t)] * 2), t.repeat(2), both).chunk(2)
-        return u + self.guidance_scale * (c - u)
+        return u + self.cfg_scale * (c - u)
 
     def decode(self, x_0: State, condition: Condition) -> Tensor:
-        latents = tensor_of(x_0) / self.vae.config["scaling_factor"]
+        latents = self.family.to_vae(tensor_of(x_0)).to(self.vae.dtype)
         parts = latents.split(self.decode_batch_size)
         pictures = torch.cat([self._decode(part) for part in parts])
         return (pictures.float() / 2 + 0.5).clamp(0, 1)
@@ -176,7 +205,7 @@ class TextToImagePipeline(Pipeline):
         with torch.no_grad():
             parts = pictures.split(self.decode_batch_size)
             modes = torch.cat([self.vae.encode(part).latent_dist.mode() for part in parts])
-        return modes * self.vae.config["scaling_factor"]
+        return self.family.from_vae(modes.to(self.precision))
 
     def render(self, samples: Any, condition: Condition) -> Tensor:
         return samples
@@ -191,77 +220,13 @@ class TextToImagePipeline(Pipeline):
         return save_pictures(samples, folder, names)
 
     def save(self, folder: Path) -> list[Path]:
-        """Write a LoRA that `StableDiffusionPipeline.load_lora_weights` reads, or all weights."""
-        if not any(isinstance(layer, BaseTunerLayer) for layer in self.denoiser.modules()):
-            whole = copy.deepcopy(self.diffusers).to(dtype=self.save_dtype)
-            whole.save_pretrained(folder)
-            return [folder]
-        StableDiffusionPipeline.save_lora_weights(
-            folder,
-            unet_lora_layers=convert_state_dict_to_diffusers(
-                get_peft_model_state_dict(self.denoiser)
-            ),
-            unet_lora_adapter_metadata=self.denoiser.peft_config["default"].to_dict(),
-        )
-        return sorted(folder.glob("*.safetensors"))
+        """Write a LoRA that `load_lora_weights` of the family's pipeline reads, or all weights."""
+        if any(isinstance(layer, BaseTunerLayer) for layer in self.denoiser.modules()):
+            return save_lora(self.diffusers, self.family.denoiser_name, folder)
+        whole = copy.deepcopy(self.diffusers).to(dtype=self.save_dtype)
+        whole.save_pretrained(folder)
+        return [folder]
 
     def read_lora(self, path: Path) -> tuple[dict[str, Tensor], float | None]:
-        """Read a LoRA of the U-Net in diffusers' format, from its file or the file's folder."""
-        path = path / LORA_WEIGHT_NAME_SAFE if path.is_dir() else path
-        key = "model.init_args.lora.pretrained"
-        if not path.is_file():
-            raise UsageError(f"{key}: there is no file {path}")
-        try:
-            with safe_open(path, "pt") as file:
-                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                saved = (file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}")
-        except SafetensorError as error:
-            raise UsageError(f"{key}: {path} is no safetensors file ({error})") from error
-        if not weights or any(not name.startswith("unet.") for name in weights):
-            raise UsageError(f"{key}: {path} is no LoRA in diffusers' format, of a U-Net alone")
-        config = json.loads(saved)
-        for kind in ("alpha_pattern", "use_rslora", "use_dora"):
-            if config.get(f"unet.{kind}"):
-                raise UsageError(f"{key}: {path} was trained with {kind}, which is not supported")
-        plain = {name.removeprefix("unet."): value for name, value in weights.items()}
-        return convert_unet_state_dict_to_peft(plain), config.get("unet.lora_alpha")
-
-
-def _load(pretrained: str, *, from_scratch: bool) -> StableDiffusionPipeline:
-    loaded = load_pretrained(
-        pretrained,
-        EMBEDDED,
-        lambda source: _read(source, from_scratch),
-        kind="a StableDiffusionPipeline",
-        give="'shapes', a folder that save_pretrained wrote or a hub id",
-    )
-    for part in (loaded.unet, loaded.vae, loaded.text_encoder):
-        part.float()
-    return loaded
-
-
-def _read(source: str, from_scratch: bool) -> StableDiffusionPipeline:
-    folder = Path(source)
-    if folder.exists() and not (folder / "model_index.json").is_file():
-        raise UsageError(
-            f"pipeline.init_args.pretrained: {folder} has no model_index.json, so it is no "
-            "diffusers pipeline; give a folder written by save_pretrained or a hub id"
-        )
-    fresh: dict[str, Any] = {}
-    if from_scratch:
-        unet = UNet2DConditionModel.load_config(source, subfolder="unet")
-        fresh["unet"] = UNet2DConditionModel.from_config(unet)
-        text = CLIPTextConfig.from_pretrained(source, subfolder="text_encoder")
-        fresh["text_encoder"] = CLIPTextModel(text)
-    return StableDiffusionPipeline.from_pretrained(source, safety_checker=None, **fresh)
-
-
-def _latents(pixels: int | None, factor: int, key: str) -> int | None:
-    if pixels is None:
-        return None
-    if pixels < 1 or pixels % factor:
-        raise UsageError(
-            f"pipeline.init_args.{key} is {pixels}, but this VAE needs a positive multiple of "
-            f"{factor}"
-        )
-    return pixels // factor
+        """Read a LoRA of the denoiser in diffusers' format, from its file or the file's folder."""
+        return read_lora(path, self.family.denoiser_name)

@@ -111,20 +111,27 @@ class Family(ABC):
     def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Return the encodings of prompts, one row each, by name."""
 
-    def encode_null(self, prompt: str | None) -> dict[str, Tensor]:
-        """Return what unconditional predictions are conditioned on, one row.
+    def tables(self, prompts: Sequence[str], negative: str | None) -> dict[str, Tensor]:
+        """Return the encodings of prompts and, last, what unconditional predictions are given.
 
         Args:
-            prompt: The negative prompt; None takes what the family's pipeline takes by itself.
+            prompts: U texts.
+            negative: The negative prompt; None takes what the family's pipeline takes by itself.
+
+        Returns:
+            [U + 1, ...] by name.
         """
-        return self.encode([prompt or ""])
+        return self.encode([*prompts, negative or ""])
 
     @abstractmethod
-    def denoise(self, x_t: Tensor, t: Tensor, tables: Tables, guidance: float) -> Tensor:
-        """Return the denoiser's prediction [B, C, h, w].
+    def denoise(
+        self, network: nn.Module, x_t: Tensor, t: Tensor, tables: Tables, guidance: float
+    ) -> Tensor:
+        """Return a denoiser's prediction [B, C, h, w].
 
         Args:
-            x_t: [B, C, h, w] in the denoiser's precision.
+            network: The denoiser, or a frozen copy of it.
+            x_t: [B, C, h, w] in the network's precision.
             t: [B] times in [0, 1].
             tables: As `encode` gives them, a row per sample.
             guidance: The pipeline's guidance scale, for denoisers that have it as an input.

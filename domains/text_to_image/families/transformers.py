@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from domains.text_to_image.families.base import Family, Tables
 from lit_rlft.core.process import GaussianProcess
@@ -58,8 +58,10 @@ class StableDiffusion3(Family):
         )
         return {"embedding": embedding, "pooled": pooled}
 
-    def denoise(self, x_t: Tensor, t: Tensor, tables: Tables, guidance: float) -> Tensor:
-        return self.denoiser(
+    def denoise(
+        self, network: nn.Module, x_t: Tensor, t: Tensor, tables: Tables, guidance: float
+    ) -> Tensor:
+        return network(
             hidden_states=x_t,
             timestep=(t * 1000).float(),
             encoder_hidden_states=tables["embedding"].to(x_t.dtype),
@@ -113,11 +115,13 @@ class Flux(Family):
         )
         return {"embedding": embedding, "pooled": pooled}
 
-    def denoise(self, x_t: Tensor, t: Tensor, tables: Tables, guidance: float) -> Tensor:
+    def denoise(
+        self, network: nn.Module, x_t: Tensor, t: Tensor, tables: Tables, guidance: float
+    ) -> Tensor:
         height, width = x_t.shape[-2:]
         embedding = tables["embedding"].to(x_t.dtype)
         scale = torch.full((len(x_t),), guidance, device=x_t.device)
-        velocity = self.denoiser(
+        velocity = network(
             hidden_states=_packed(x_t),
             timestep=t.float(),
             guidance=scale if self.denoiser.config["guidance_embeds"] else None,

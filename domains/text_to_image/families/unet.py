@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from domains.text_to_image.families.base import Family, Tables
 from lit_rlft.core.process import GaussianProcess
-from lit_rlft.core.schedule import DiscreteVP
 from lit_rlft.kit.schedulers import PREDICTION_TYPES, vp_process
 
 __all__ = ["StableDiffusion", "StableDiffusionXL"]
@@ -31,16 +30,8 @@ class _UNetFamily(Family):
 
     def timestep(self, t: Tensor) -> Tensor:
         """Return the table indices of times."""
-        schedule = self._schedule
-        return schedule.timestep(t)
-
-    @property
-    def _schedule(self) -> DiscreteVP:
-        if not hasattr(self, "_kept"):
-            schedule = self.process().schedule
-            assert isinstance(schedule, DiscreteVP)
-            self._kept = schedule
-        return self._kept
+        levels = self.parts.scheduler.config["num_train_timesteps"]
+        return (t.double() * levels).round().long().sub(1).clamp(min=0)
 
 
 class StableDiffusion(_UNetFamily):
@@ -54,9 +45,11 @@ class StableDiffusion(_UNetFamily):
         embedding, _ = self.parts.encode_prompt(list(prompts), None, 1, False)
         return {"embedding": embedding}
 
-    def denoise(self, x_t: Tensor, t: Tensor, tables: Tables, guidance: float) -> Tensor:
+    def denoise(
+        self, network: nn.Module, x_t: Tensor, t: Tensor, tables: Tables, guidance: float
+    ) -> Tensor:
         embedding = tables["embedding"].to(x_t.dtype)
-        return self.denoiser(x_t, self.timestep(t), embedding, return_dict=False)[0]
+        return network(x_t, self.timestep(t), embedding, return_dict=False)[0]
 
 
 class StableDiffusionXL(_UNetFamily):
@@ -82,20 +75,23 @@ class StableDiffusionXL(_UNetFamily):
         )
         return {"embedding": embedding, "pooled": pooled}
 
-    def encode_null(self, prompt: str | None) -> dict[str, Tensor]:
-        """Return zeros where no prompt is given and the model was trained so."""
-        tables = self.encode([prompt or ""])
-        if prompt is None and self.parts.config["force_zeros_for_empty_prompt"]:
-            return {name: torch.zeros_like(table) for name, table in tables.items()}
+    def tables(self, prompts: Sequence[str], negative: str | None) -> dict[str, Tensor]:
+        """Return zeros for no negative prompt where the model was trained so."""
+        tables = super().tables(prompts, negative)
+        if negative is None and self.parts.config["force_zeros_for_empty_prompt"]:
+            for table in tables.values():
+                table[-1] = 0
         return tables
 
-    def denoise(self, x_t: Tensor, t: Tensor, tables: Tables, guidance: float) -> Tensor:
+    def denoise(
+        self, network: nn.Module, x_t: Tensor, t: Tensor, tables: Tables, guidance: float
+    ) -> Tensor:
         embedding, pooled = (tables[name].to(x_t.dtype) for name in ("embedding", "pooled"))
         original = self.options.get("original_size", self.pixels)
         numbers = [*original, *self.options.get("crop", (0, 0)), *self.pixels]
         sizes = torch.tensor([numbers], dtype=x_t.dtype, device=x_t.device)
         added = {"text_embeds": pooled, "time_ids": sizes.expand(len(x_t), -1)}
-        return self.denoiser(
+        return network(
             x_t, self.timestep(t), embedding, added_cond_kwargs=added, return_dict=False
         )[0]
 

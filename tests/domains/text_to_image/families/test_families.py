@@ -30,16 +30,18 @@ def packed(latents: Tensor) -> Tensor:
 
 def ours(family: Family, guidance: float, num_steps: int, negative: str | None = None) -> Tensor:
     """Sample latents of the prompts."""
-    tables = family.encode(PROMPTS)
-    nothing = {
-        name: table.expand(len(PROMPTS), *table.shape[1:])
-        for name, table in family.encode_null(negative).items()
-    }
+    encoded = family.tables(PROMPTS, negative)
+    tables = {name: table[:-1] for name, table in encoded.items()}
+    nothing = {name: table[[-1] * len(PROMPTS)] for name, table in encoded.items()}
 
     def denoiser(x: Tensor, t: Tensor, condition: object) -> Tensor:
         w = family.cfg_scale(guidance)
-        c = family.denoise(x, t, tables, guidance)
-        return c if w <= 1 else (1 - w) * family.denoise(x, t, nothing, guidance) + w * c
+        c = family.denoise(family.denoiser, x, t, tables, guidance)
+        return (
+            c
+            if w <= 1
+            else (1 - w) * family.denoise(family.denoiser, x, t, nothing, guidance) + w * c
+        )
 
     with torch.no_grad():
         return Sampler(num_steps=num_steps).sample(
@@ -102,11 +104,11 @@ def test_flux_guides_classifier_free_beside_its_own_guidance() -> None:
 def test_no_negative_prompt_is_what_sdxl_takes_for_none(name: str) -> None:
     family = family_of(name, (16, 16))
     _, embedding, _, pooled = family.parts.encode_prompt("a ring", negative_prompt=None)
-    null = family.encode_null(None)
+    null = {key: table[-1:] for key, table in family.tables(["a ring"], None).items()}
     torch.testing.assert_close(null["embedding"], embedding)
     torch.testing.assert_close(null["pooled"], pooled)
     assert bool((null["pooled"] == 0).all()) == (name == "sdxl")
-    assert not bool((family.encode_null("")["pooled"] == 0).all())
+    assert not bool((family.tables([], "")["pooled"] == 0).all())
 
 
 def test_sdxl_is_told_sizes_and_crop() -> None:
@@ -172,5 +174,5 @@ def test_another_scheduler_is_refused() -> None:
 
     family = family_of("flux_dev", (32, 32))
     family.parts.scheduler = DDIMScheduler()
-    with pytest.raises(UsageError, match="DDIMScheduler.*FLUX.1"):
+    with pytest.raises(UsageError, match=r"DDIMScheduler.*FLUX\.1"):
         family.process()
