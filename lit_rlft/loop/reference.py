@@ -69,6 +69,9 @@ def attach_lora(pipeline: Pipeline, lora: LoRA) -> None:
             f"no layer of the denoiser {type(pipeline.denoiser).__name__} is named {targets}; "
             "set model.init_args.lora.targets to layer names, or lora to null for full fine-tuning"
         ) from error
+    for parameter in pipeline.denoiser.parameters():
+        if parameter.requires_grad:  # a frozen network in half precision learns in single
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
     if lora.pretrained is not None:
         _load(pipeline, lora, lora.pretrained)
 
@@ -151,6 +154,18 @@ class Reference(nn.Module):
             layer._disable_adapters = not enabled
 
 
+def _check_precision(denoiser: nn.Module) -> None:
+    """Raise UsageError where weights are trained in a precision that loses small updates."""
+    trained = {p.dtype for p in denoiser.parameters() if p.requires_grad}
+    if low := trained & {torch.float16, torch.bfloat16}:
+        name = str(low.pop()).removeprefix("torch.")
+        raise UsageError(
+            f"model.init_args.lora is null, so the denoiser's own weights are trained, but they "
+            f"are in {name}, where small updates vanish; set pipeline.init_args.dtype to float32 "
+            "(and trainer.precision to bf16-mixed for speed), or train a LoRA"
+        )
+
+
 def adapt(pipeline: Pipeline, lora: LoRA | None, seed: int) -> Reference:
     """Attach an adapter to a pipeline, or leave all of its denoiser to tune; return its reference.
 
@@ -160,10 +175,13 @@ def adapt(pipeline: Pipeline, lora: LoRA | None, seed: int) -> Reference:
         seed: Seed of the adapter's initial weights.
 
     Raises:
-        UsageError: The adapter does not fit (`attach_lora`).
+        UsageError: The adapter does not fit (`attach_lora`), or without one the weights are in
+            half precision.
     """
     if lora is not None:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             attach_lora(pipeline, lora)
+    else:
+        _check_precision(pipeline.denoiser)
     return Reference(pipeline, adapted=lora is not None)

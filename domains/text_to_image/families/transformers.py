@@ -62,7 +62,7 @@ class StableDiffusion3(Family):
         self, network: nn.Module, x_t: Tensor, t: Tensor, tables: Tables, guidance: float
     ) -> Tensor:
         return network(
-            hidden_states=x_t,
+            x_t,
             timestep=(t * 1000).float(),
             encoder_hidden_states=tables["embedding"].to(x_t.dtype),
             pooled_projections=tables["pooled"].to(x_t.dtype),
@@ -122,7 +122,7 @@ class Flux(Family):
         embedding = tables["embedding"].to(x_t.dtype)
         scale = torch.full((len(x_t),), guidance, device=x_t.device)
         velocity = network(
-            hidden_states=_packed(x_t),
+            _packed(x_t),
             timestep=t.float(),
             guidance=scale if self.denoiser.config["guidance_embeds"] else None,
             encoder_hidden_states=embedding,
