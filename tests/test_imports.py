@@ -23,7 +23,7 @@ LAYERS = (
     ("cli",),
 )
 HEIGHTS = {room: height for height, rooms in enumerate(LAYERS) for room in rooms}
-LOOSE = {"__init__", "distributed", "inference", "moved", "optimizers"}
+LOOSE = {"__init__", "distributed", "moved", "optimizers"}
 MAX_LINES, MAX_BASE = 50, 300
 
 

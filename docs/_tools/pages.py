@@ -45,7 +45,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def _packages() -> list[str]:
     """Return the packages below `lit_rlft`, its modules for users, and the domains."""
     folders = sorted(path.parent for path in (ROOT / "lit_rlft").glob("*/__init__.py"))
-    modules = ["lit_rlft.distributed", "lit_rlft.inference", "lit_rlft.optimizers"]
+    modules = ["lit_rlft.distributed", "lit_rlft.optimizers"]
     domains = sorted(path.parent for path in (ROOT / "domains").glob("*/__init__.py"))
     packages = [f"{folder.parent.name}.{folder.name}" for folder in folders]
     own = [name for name in modules if (ROOT / f"{name.replace('.', '/')}.py").is_file()]

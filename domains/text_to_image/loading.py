@@ -1,5 +1,6 @@
 """Loads a text-to-image model as its family, from a folder, by an embedded name or a hub id."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,12 @@ def _read(source: str, dtype: torch.dtype, from_scratch: bool) -> DiffusionPipel
         known = ", ".join(FAMILIES)
         raise UsageError(f"{_KEY}: {source} is a {kind}, which is not supported; known: {known}")
     new: dict[str, Any] = _new_networks(source, kind) if from_scratch else {}
-    loaded = getattr(diffusers, kind).from_pretrained(
-        source, torch_dtype=dtype, **_LEFT_OUT.get(kind, {}), **new
-    )
+    with warnings.catch_warnings():
+        # Older versions know this name of it alone.
+        warnings.filterwarnings("ignore", "`torch_dtype` is deprecated")
+        loaded = getattr(diffusers, kind).from_pretrained(
+            source, torch_dtype=dtype, **_LEFT_OUT.get(kind, {}), **new
+        )
     assert isinstance(loaded, DiffusionPipeline)
     return loaded
 

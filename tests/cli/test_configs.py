@@ -22,6 +22,8 @@ DOMAINS, ALGORITHMS, TRAINERS, EXPERIMENTS = (
 # Domains whose models are so small that every algorithm is run on them.
 SMALL = {"gaussian_mixture", "layout", "molecule_soft", "digits"}
 MIXED = {"layout_mixed", "molecule_mixed"}
+# Models of the hub: test_families.py runs tiny ones in their places.
+HUB = {"flux", "sd15", "sd2", "sd35", "sdxl"}
 WEIGHTS = [ASSETS / "shapes/unet/diffusion_pytorch_model.safetensors", ASSETS / "shapes_clip"]
 # What needs a continuous state.
 CONTINUOUS = {"RewardGradient", "NoisePPO", "InverseNoiseCorrection"}
@@ -231,7 +233,7 @@ def test_small_domains_run_or_are_refused_by_name(
     [
         pytest.param(domain, id=domain.stem, marks=slow(domain.stem not in IN_EXPERIMENTS))
         for domain in DOMAINS
-        if domain.stem not in SMALL | MIXED
+        if domain.stem not in SMALL | MIXED | HUB
     ],
 )
 def test_embedded_domains_run(

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    DDIMScheduler,
     DiffusionPipeline,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
@@ -14,6 +15,7 @@ from diffusers import (
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
@@ -81,6 +83,39 @@ def _vae(channels: int, **settings: Any) -> AutoencoderKL:
         norm_num_groups=4,
         sample_size=32,
         **settings,
+    )
+
+
+def sd() -> DiffusionPipeline:
+    """Return Stable Diffusion 1.5's kind, 16 pixels."""
+    encoder, tokenizer = _clip(CLIPTextModel)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=2,
+        cross_attention_dim=_WIDTH,
+    )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+        clip_sample=False,
+        set_alpha_to_one=False,
+    )
+    return StableDiffusionPipeline(
+        vae=_vae(4, scaling_factor=0.18215),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
 
 
@@ -203,6 +238,7 @@ def flux(schnell: bool = False) -> DiffusionPipeline:
 
 
 MAKERS: dict[str, Callable[[], DiffusionPipeline]] = {
+    "sd": sd,
     "sdxl": sdxl,
     "sdxl_turbo": lambda: sdxl(turbo=True),
     "sd3": sd3,

@@ -1,4 +1,4 @@
-"""Learned priors in files, and the initial noise that they give plain diffusers.
+"""Learned priors in files, and the initial noise that they give.
 
     generator = NoiseGenerator.load("runs/<name>/tuned/noise_generator.safetensors")
     embeds, _ = pipe.encode_prompt([prompt], device, 1, do_classifier_free_guidance=False)

@@ -1,0 +1,133 @@
+"""Tuned models as ordinary diffusers pipelines.
+
+pipe = StableDiffusionPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")
+pipe = load_tuned(pipe, "runs/<name>/tuned")
+picture = pipe("a red ring", num_inference_steps=50).images[0]
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from lit_rlft.core.checks import UsageError
+from lit_rlft.core.pipeline import pooled
+from lit_rlft.inference.card import read_card
+from lit_rlft.inference.noise_generator import NoiseGenerator
+
+__all__ = ["load_tuned"]
+
+P = TypeVar("P")
+_LORA, _NOISE = "pytorch_lora_weights.safetensors", "noise_generator.safetensors"
+_ENCODINGS = {
+    "StableDiffusionPipeline": (0,),
+    "StableDiffusionXLPipeline": (0, 2),
+    "StableDiffusion3Pipeline": (0, 2),
+    "FluxPipeline": (0, 1),
+}
+"""Where a pipeline's `encode_prompt` returns the prompts' embeddings and pooled embeddings."""
+
+
+def load_tuned(pipe: P, folder: str | Path) -> P:
+    """Make a diffusers pipeline draw as a tuned model does; return it.
+
+    Its call then runs the first steps with the LoRA and, after P-GRAFT's cut, the last ones
+    without; or it draws its initial noise from the prior that Noise PPO learned. All arguments of
+    the call stay as they are. Unless given, `num_inference_steps` is what the model was tuned with.
+
+    Args:
+        pipe: A pipeline of diffusers with the weights that were tuned; it is changed.
+        folder: The folder `tuned` of a run.
+
+    Raises:
+        UsageError: The folder is no tuned model of a LoRA or a prior.
+    """
+    folder = Path(folder)
+    card = read_card(folder)
+    has_lora, has_noise = ((folder / name).is_file() for name in (_LORA, _NOISE))
+    if not has_lora and not has_noise:
+        raise UsageError(
+            f"{folder} has neither {_LORA} nor {_NOISE}; a fully trained model is a pipeline of "
+            "its own: load it with from_pretrained"
+        )
+    if has_lora:
+        pipe.load_lora_weights(folder)  # type: ignore[attr-defined]
+    kind = type(pipe)
+    tuned = type(kind.__name__, (_Tuned, kind), {"__module__": kind.__module__})
+    pipe.__class__ = tuned
+    pipe._tuned_share = card["tuned_steps"] / card["num_steps"] if has_lora else 1.0  # type: ignore[attr-defined]
+    pipe._tuned_num_steps = card["num_steps"]  # type: ignore[attr-defined]
+    pipe._tuned_noise = NoiseGenerator.load(folder / _NOISE) if has_noise else None  # type: ignore[attr-defined]
+    return pipe
+
+
+class _Tuned:
+    """Mixed into a pipeline's class; everything else is the pipeline's own."""
+
+    _tuned_share: float
+    _tuned_num_steps: int
+    _tuned_noise: NoiseGenerator | None
+
+    def __call__(self, prompt: Any = None, *args: Any, **settings: Any) -> Any:
+        num_steps = settings.setdefault("num_inference_steps", self._tuned_num_steps)
+        if self._tuned_noise is not None and settings.get("latents") is None:
+            settings["latents"] = _latents(self, self._tuned_noise, prompt, settings)
+        last = round(self._tuned_share * num_steps)
+        if last == num_steps:
+            return super().__call__(prompt, *args, **settings)  # type: ignore[misc]
+        if not last:
+            raise UsageError(f"num_inference_steps {num_steps} leaves no step to the tuned model")
+        settings["callback_on_step_end"] = _switch(last, settings.get("callback_on_step_end"))
+        try:
+            return super().__call__(prompt, *args, **settings)  # type: ignore[misc]
+        finally:
+            self.enable_lora()  # type: ignore[attr-defined]
+
+
+def _switch(
+    last: int, further: Callable[..., dict[str, Any]] | None
+) -> Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]:
+    """Return a callback that switches the LoRA off after some steps, and calls a further one."""
+
+    def on_step_end(pipe: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step + 1 == last:
+            pipe.disable_lora()
+        return tensors if further is None else further(pipe, step, t, tensors)
+
+    return on_step_end
+
+
+@torch.no_grad()
+def _latents(pipe: Any, noise: NoiseGenerator, prompt: Any, settings: dict[str, Any]) -> Tensor:
+    """Draw initial noise for the prompts of a call, `num_images_per_prompt` of each."""
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    given = {"max_sequence_length": settings.get("max_sequence_length")}
+    given = {name: value for name, value in given.items() if value is not None}
+    encoded = _encode(pipe, prompts, **given)
+    if sum(part.shape[-1] for part in encoded) != noise.policy.num_features:
+        encoded = encoded[:1]  # the generator says what is wrong
+    features = torch.cat([pooled(part) for part in encoded], dim=1)
+    features = features.repeat_interleave(settings.get("num_images_per_prompt") or 1, dim=0)
+    latents = noise.to(features.device)(features, settings.get("generator"))
+    pack = getattr(pipe, "_pack_latents", None)
+    return latents if pack is None else pack(latents, *latents.shape)
+
+
+def _encode(pipe: Any, prompts: list[str], **settings: Any) -> list[Tensor]:
+    """Return the encodings of prompts that a prior was conditioned on."""
+    name = type(pipe).__name__
+    if name not in _ENCODINGS:
+        raise UsageError(f"a {name} has no known prompt encodings; known: {', '.join(_ENCODINGS)}")
+    if name == "FluxPipeline":
+        encoded = pipe.encode_prompt(prompts, **settings)
+    elif name == "StableDiffusion3Pipeline":
+        encoded = pipe.encode_prompt(
+            prompts, None, None, do_classifier_free_guidance=False, **settings
+        )
+    elif name == "StableDiffusionXLPipeline":
+        encoded = pipe.encode_prompt(prompts, do_classifier_free_guidance=False)
+    else:
+        encoded = pipe.encode_prompt(prompts, pipe._execution_device, 1, False)
+    return [encoded[i] for i in _ENCODINGS[name]]
