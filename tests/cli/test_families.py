@@ -17,7 +17,6 @@ ALGORITHMS = ("graft", "p_graft", "drtune", "draft", "ddpo", "grpo", "noise_ppo"
 DEFAULT = {
     ("sd15", "noise_ppo"),
     ("sdxl", "drtune"),
-    ("sdxl", "inverse_noise_correction"),
     ("sd35", "ddpo"),
     ("flux", "p_graft"),
 }
@@ -35,7 +34,10 @@ COMMON = [
     "--run_files.num_conditions=2",
     "--name=run",
 ]
-SETTINGS = {"drtune": ["--model.method.k=1", "--model.method.m=1"]}
+SETTINGS = {
+    "drtune": ["--model.method.k=1", "--model.method.m=1"],
+    "inverse_noise_correction": ["--model.solver.max_iterations=3"],
+}
 PROMPTS = ["--data.source=prompts.txt", "--data.batch_size=2", "--data.eval_batch_size=2"]
 PICTURES = [
     "--data=ShapesPictures",
@@ -105,4 +107,5 @@ def test_fits_tests_resumes_and_exports(
     )
     main(["test", *given, f"--ckpt_path={last}"])
     assert json.loads(Path("runs/run/metrics.json").read_text())["tuned"]["Brightness"]["mean"] > 0
-    assert any(Path("runs/run/tuned").iterdir())
+    if algorithm != "inverse_noise_correction":  # its corrector is in the checkpoint alone
+        assert any(Path("runs/run/tuned").iterdir())

@@ -1,0 +1,136 @@
+"""Tuned models in plain diffusers draw what this library's own sampler draws."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor
+
+from domains.text_to_image.pipeline import TextToImagePipeline
+from domains.text_to_image.rewards import Brightness
+from lit_rlft.algorithms.base import RewardFineTuner
+from lit_rlft.algorithms.graft import PGRAFT
+from lit_rlft.algorithms.noise_ppo import NoisePPO
+from lit_rlft.core.checks import UsageError
+from lit_rlft.core.sampling import Sampler
+from lit_rlft.inference import load_tuned
+from lit_rlft.inference.card import CARD
+from lit_rlft.loop.reference import LoRA
+from tests.domains.text_to_image.families.tiny import tiny
+
+SIZE = {"height": 32, "width": 32}
+STEPS = 5
+
+
+@pytest.fixture(scope="module", params=["sd", "sdxl", "sd3", "flux_dev"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a tiny model of a family."""
+    path = tmp_path_factory.mktemp("family") / request.param
+    tiny(request.param).save_pretrained(path)
+    return path
+
+
+def tuned(kind: type[RewardFineTuner], folder: Path, out: Path, **settings: Any) -> RewardFineTuner:
+    """Return a tuner whose trained weights are not zero, exported to a folder."""
+    pipeline = TextToImagePipeline(str(folder), guidance_scale=2.0, **SIZE)
+    tuner = kind(pipeline, Brightness(), sampler=Sampler(STEPS), **settings)
+    tuner.setup("fit")
+    generator = torch.Generator().manual_seed(1)
+    for parameter in tuner.trainable().parameters():
+        if parameter.requires_grad and not parameter.any():
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    tuner.export(out)
+    tuner.export_card(out)
+    return tuner
+
+
+def noise(tuner: RewardFineTuner, generators: list[torch.Generator]) -> Tensor:
+    condition = tuner.pipeline.encode({"prompt": PROMPTS})
+    blank = tuner.pipeline.blank(condition)
+    return torch.stack([torch.randn(blank.shape[1:], generator=own) for own in generators])
+
+
+PROMPTS = ["a red ring", "a blue square below"]
+
+
+def generators() -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+
+
+@torch.no_grad()
+def ours(tuner: RewardFineTuner, x_1: Tensor | None = None) -> Tensor:
+    """Draw pictures along the tuned model's route."""
+    condition = tuner.pipeline.encode({"prompt": PROMPTS})
+    route = replace(tuner.route(), eta=0.0)
+    *_, (_, x_0) = route.walk(condition, generators(), x_1)
+    return tuner.pipeline.decode(x_0, condition)
+
+
+def theirs(folder: Path) -> Any:
+    """Load the same model in plain diffusers."""
+    plain = diffusers.DiffusionPipeline.from_pretrained(folder)
+    plain.set_progress_bar_config(disable=True)
+    return plain
+
+
+def settings(pipe: Any) -> dict[str, Any]:
+    given: dict[str, Any] = {"guidance_scale": 2.0, "output_type": "pt", **SIZE}
+    return given
+
+
+def packed(pipe: Any, x: Tensor) -> Tensor:
+    return pipe._pack_latents(x, *x.shape) if hasattr(pipe, "_pack_latents") else x.clone()
+
+
+@pytest.mark.parametrize("cut", [0.0, 0.4])
+def test_p_graft_hands_over_at_the_cut(folder: Path, tmp_path: Path, cut: float) -> None:
+    tuner = tuned(PGRAFT, folder, tmp_path, cut=cut, lora=LoRA(rank=2, alpha=2))
+    z = noise(tuner, generators())
+    plain = theirs(folder)
+    untuned = plain(
+        PROMPTS, latents=packed(plain, z), num_inference_steps=STEPS, **settings(plain)
+    ).images
+    pipe = load_tuned(plain, tmp_path)
+    assert pipe is plain and isinstance(pipe, diffusers.DiffusionPipeline)
+    expected = ours(tuner, z)
+    assert (untuned - expected).abs().max() > 1e-3
+    for _ in range(2):  # the adapter is on again at the end of a call
+        pictures = pipe(PROMPTS, latents=packed(pipe, z), **settings(pipe)).images
+        torch.testing.assert_close(pictures, expected, atol=2e-4, rtol=0)
+
+
+def test_a_callback_of_the_callers_is_called_too(folder: Path, tmp_path: Path) -> None:
+    tuned(PGRAFT, folder, tmp_path, cut=0.4, lora=LoRA(rank=2, alpha=2))
+    pipe, steps = load_tuned(theirs(folder), tmp_path), []
+
+    def note(pipe: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        steps.append(step)
+        return tensors
+
+    pipe(PROMPTS[0], callback_on_step_end=note, **settings(pipe))
+    assert steps == list(range(STEPS))
+    with pytest.raises(UsageError, match="num_inference_steps 0 leaves no step|num_inference"):
+        pipe(PROMPTS[0], num_inference_steps=0, **settings(pipe))
+
+
+def test_noise_ppo_draws_from_its_prior(folder: Path, tmp_path: Path) -> None:
+    tuner = tuned(NoisePPO, folder, tmp_path)
+    pipe = load_tuned(theirs(folder), tmp_path)
+    pictures = pipe(PROMPTS, generator=generators(), **settings(pipe)).images
+    torch.testing.assert_close(pictures, ours(tuner), atol=2e-4, rtol=0)
+    twice = pipe(PROMPTS[0], num_images_per_prompt=2, **settings(pipe)).images
+    assert len(twice) == 2 and (twice[0] - twice[1]).abs().max() > 1e-3
+
+
+def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=CARD):
+        load_tuned(object(), tmp_path)
+    (tmp_path / CARD).write_text("[]")
+    with pytest.raises(UsageError, match="no JSON object"):
+        load_tuned(object(), tmp_path)
+    (tmp_path / CARD).write_text('{"num_steps": 4, "tuned_steps": 4}')
+    with pytest.raises(UsageError, match="from_pretrained"):
+        load_tuned(object(), tmp_path)
