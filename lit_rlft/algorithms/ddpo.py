@@ -46,7 +46,6 @@ from lit_rlft.core.trajectory import Trajectories, transition_of, walk_with_log_
 from lit_rlft.distributed import gather
 from lit_rlft.loop.advantages import compare
 from lit_rlft.loop.experience import Experience
-from lit_rlft.loop.updates import is_maximum
 
 __all__ = ["DDPO", "Rollout"]
 
@@ -75,6 +74,10 @@ class Rollout(Experience):
     def num_terms(self) -> int:
         return len(self._pairs)
 
+    @property
+    def terms_per_sample(self) -> Tensor:
+        return self.trained[:, self.rows].sum(dim=0)
+
     @cached_property
     def _pairs(self) -> Tensor:
         # Step by step: pairs of one step then meet in a batch, as they did in the sampler.
@@ -89,14 +92,13 @@ class Rollout(Experience):
         )
 
     def terms(self, rows: Tensor) -> Experience:
-        """Gather pairs: their states, and their weights in the loss and in logged means."""
+        """Gather pairs: their states, and their weights in the loss."""
         places, chosen = self._pairs[rows].unbind(dim=1)
         samples = self.rows[chosen]
         states = self.trajectories.pairs(places, samples)
         old = tensor_of(states["log_prob"])
         states["advantage"] = self.advantages[samples].to(old)
         states["weight"] = torch.full_like(old, 1 / self.num_steps)
-        states["share"] = torch.full_like(old, len(self) / max(self.num_terms, 1))
         seeds = [self.seeds[i] for i in chosen.tolist()]
         return Experience(states, self.condition.index(chosen), seeds)
 
@@ -238,8 +240,8 @@ class DDPO(RewardFineTuner):
     def loss(self, experience: Experience, noise: Generators) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the surrogate of some pairs, plus the KL to the reference, [P]."""
         pairs = experience.states
-        old, advantages, weight, share = (
-            tensor_of(pairs[name]) for name in ("log_prob", "advantage", "weight", "share")
+        old, advantages, weight = (
+            tensor_of(pairs[name]) for name in ("log_prob", "advantage", "weight")
         )
         policy = self._transition(self.pipeline, experience)
         new = policy.log_prob(pairs["x_s"], self.log_prob_reduction)
@@ -254,8 +256,7 @@ class DDPO(RewardFineTuner):
             kl = policy.kl(reference, self.log_prob_reduction)
             losses = losses + self.kl_coef * kl
             values["reference_kl"] = kl.detach()
-        logged = {n: v if is_maximum(n) else v * share for n, v in values.items()}
-        return losses * weight, logged
+        return losses * weight, values
 
     def statistics(self) -> Mapping[str, Advantage]:
         return {"advantage": self.advantage}

@@ -23,6 +23,7 @@ from lit_rlft.core.randomness import Generators, generators, rand_like, seed_fro
 from lit_rlft.core.selection import Selection, TopK
 from lit_rlft.core.state import State, expand_as, index, leaves, tensor_of, tree_map
 from lit_rlft.core.streams import Stream
+from lit_rlft.distributed import mean_of_all
 from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.route import Leg, Route
 
@@ -117,7 +118,7 @@ class PGRAFT(RewardFineTuner):
         route = self.route() if self.iterative else self.reference_route()
         keep = (self.cut_step, self.sampler.num_steps)
         x_tau, x_0 = self.rollouts.draw(route, candidates, seeds, keep=keep)
-        self.num_samples += len(candidates) * self.trainer.world_size
+        self.num_samples += len(candidates) * (world_size := self.trainer.world_size)
         rewards, keys = self.rollouts.score(x_0, candidates)
 
         shape = (-1, self.num_candidates)
@@ -139,11 +140,12 @@ class PGRAFT(RewardFineTuner):
             condition=candidates.index(trained),
             seeds=[seeds[i - i % self._noised_alike] for i in trained.tolist()],
             metrics={
-                "reward": float(rewards.mean()),
-                "accepted_reward": float(rewards[chosen.to(rewards.device)].mean()),
-                "acceptance_rate": float(accepted.float().mean()),
+                "reward": mean_of_all(rewards, world_size),
+                "accepted_reward": mean_of_all(rewards[chosen.to(rewards.device)], world_size),
+                "acceptance_rate": mean_of_all(accepted.float(), world_size),
             },
             histograms={"reward": rewards, "accepted_reward": rewards.cpu()[chosen]},
+            counts=weights.view(shape).count_nonzero(dim=1).tolist(),
         )
 
     @property

@@ -33,6 +33,5 @@ class Budget(Callback):
         """Stop the trainer where a limit is reached."""
         assert isinstance(pl_module, RewardFineTuner)
         for name, limit in self.limits.items():
-            spent = getattr(pl_module.meter.training, name) * trainer.world_size
-            if limit is not None and spent >= limit:
+            if limit is not None and pl_module.meter.total(name) >= limit:
                 trainer.should_stop = True

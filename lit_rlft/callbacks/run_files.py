@@ -74,10 +74,11 @@ class RunFiles(Callback):
         num_samples = sum(gather(sum(map(len, labels)), trainer.world_size))
         for name, values in summary["tuned"].items():
             pl_module.log(f"test/{name}", values["mean"], sync_dist=True)
+        meter = pl_module.meter
+        cost = meter.report(gather(meter.counts(), trainer.world_size))
         if not trainer.is_global_zero:
             return
         folder = run_folder(trainer)
-        cost = pl_module.meter.report(trainer.world_size)
         for hooks in pl_module.audience:
             cost |= hooks.report()
         report = {

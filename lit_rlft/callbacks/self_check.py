@@ -16,6 +16,7 @@ from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.state import tensor_of
 from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.hooks import Hooks
+from lit_rlft.loop.precision import check_weights
 
 __all__ = ["SelfCheck"]
 
@@ -78,7 +79,7 @@ class SelfCheck(Hooks):
             )
         if not losses.isfinite().all():
             wrong = int((~losses.isfinite()).sum())
-            raise _not_finite(f"{wrong} of {len(losses)} losses", module.num_updates)
+            raise _not_finite(module, f"{wrong} of {len(losses)} losses")
         if "first_ratio_deviation_max" in values:
             self._check_ratios(module, part, values["first_ratio_deviation_max"])
         self._check_constant(values.get("reward"), module.reward.name, module.num_rounds)
@@ -91,7 +92,7 @@ class SelfCheck(Hooks):
         scaled = isinstance(precision, MixedPrecision) and precision.scaler is not None
         if not math.isfinite(norm) and not scaled:  # a scaler skips such updates and goes on
             wrong = [n for n, p in named if p.grad is not None and not p.grad.isfinite().all()]
-            raise _not_finite("gradients", module.num_updates, f" (first in {wrong[0]})")
+            raise _not_finite(module, "gradients", f" (first in {wrong[0]})")
         if unreached := [n for n, p in named if p.grad is None]:
             self._warn(
                 "unreached",
@@ -141,10 +142,13 @@ class SelfCheck(Hooks):
             rank_zero_warn(text)
 
 
-def _not_finite(what: str, update: int, where: str = "") -> UsageError:
+def _not_finite(module: RewardFineTuner, what: str, where: str = "") -> UsageError:
+    """Return the error that ends the run, or raise that of weights that were not finite before."""
+    named = module.trainable().named_parameters()
+    check_weights({n: p for n, p in named if p.requires_grad}, module.num_updates)
     return UsageError(
-        f"{what} of update {update} are not finite{where}; the weights are those before it. Lower "
-        "the learning rate, or compute in trainer.precision 32-true"
+        f"{what} of update {module.num_updates} are not finite{where}; the weights are those "
+        "before it. Lower the learning rate, or compute in trainer.precision 32-true"
     )
 
 

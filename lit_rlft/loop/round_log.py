@@ -33,7 +33,7 @@ def log_round(
 
 
 def write_round(
-    writer: SummaryWriter,
+    writer: SummaryWriter | None,
     means: Mapping[str, float],
     spent: Mapping[str, int],
     histograms: Mapping[str, Tensor],
@@ -42,12 +42,14 @@ def write_round(
     """Write a round's histograms, and its reward over samples and over reward calls.
 
     Args:
-        writer: TensorBoard's.
+        writer: TensorBoard's; None writes nothing.
         means: Of the round, by name.
         spent: "samples" and "reward_calls" so far.
         histograms: Values to show, by name.
         num_updates: Optimiser steps so far.
     """
+    if writer is None:
+        return
     for name, values in histograms.items():
         if values.numel():
             writer.add_histogram(f"train/{name}", values.cpu(), num_updates)

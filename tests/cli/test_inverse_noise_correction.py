@@ -108,7 +108,7 @@ def test_a_run_resumes_bit_by_bit_and_inverts_once() -> None:
 
 def test_two_processes_learn_what_one_learns() -> None:
     settings = {"trainer.limit_val_batches": 0}
-    command("fit", "one", {**settings, "model.init_args.minibatch_size": 8})
+    command("fit", "one", settings)
     script(*words("fit", TINY, settings, {"name": "two"}, TWO_PROCESSES))
     one, two = checkpoint("one"), checkpoint("two")
     assert one["state_dict"].keys() == two["state_dict"].keys()
