@@ -102,12 +102,21 @@ class Rollout(Experience):
         seeds = [self.seeds[i] for i in chosen.tolist()]
         return Experience(states, self.condition.index(chosen), seeds)
 
+    def replace_log_probs(self, rows: Tensor, values: Tensor) -> None:
+        """Set the old log-probabilities of some terms, [P]."""
+        places, chosen = self._pairs[rows].unbind(dim=1)
+        self.trajectories.replace_log_probs(places, self.rows[chosen], values)
+
 
 class DDPO(RewardFineTuner):
     """DDPO, DPOK, GRPO: policy gradients on the sampler's random steps, for any reward.
 
     `minibatch_size` counts samples: an update trains all their trained steps, averaged.
     `microbatch_size` counts (step, sample) pairs and bounds the memory of the replay.
+
+    In half precision a prediction depends on the size of its batch, and ratios on that rounding.
+    The old log-probabilities are then taken again, in microbatches, once a round, and microbatches
+    that are not full are filled up: give `microbatch_size`, or batches have no one size.
 
     Args:
         *args: Pipeline and reward.
@@ -223,7 +232,7 @@ class DDPO(RewardFineTuner):
             world_size=self.trainer.world_size,
         )
         random = trajectories.log_probs.cpu() != 0
-        return Rollout(
+        rollout = Rollout(
             states={},
             condition=candidates,
             seeds=seeds,
@@ -236,6 +245,9 @@ class DDPO(RewardFineTuner):
             rows=torch.arange(len(candidates)),
             num_steps=self._num_random(random),
         )
+        if self._rounds_by_batch:
+            self._replay(rollout)
+        return rollout
 
     def loss(self, experience: Experience, noise: Generators) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the surrogate of some pairs, plus the KL to the reference, [P]."""
@@ -243,8 +255,9 @@ class DDPO(RewardFineTuner):
         old, advantages, weight = (
             tensor_of(pairs[name]) for name in ("log_prob", "advantage", "weight")
         )
-        policy = self._transition(self.pipeline, experience)
-        new = policy.log_prob(pairs["x_s"], self.log_prob_reduction)
+        filled, size = self._filled(experience), len(experience)
+        policy = self._transition(self.pipeline, filled)
+        new = policy.log_prob(filled.states["x_s"], self.log_prob_reduction)[:size]
         if self.estimator == "score_function":
             losses = score_function(new, advantages)
         else:
@@ -252,8 +265,8 @@ class DDPO(RewardFineTuner):
         values = ratio_values(new, old, self.clip_range, on_policy=self.on_policy)
         if self.kl_coef:
             with torch.no_grad():
-                reference = self._transition(self.reference, experience)
-            kl = policy.kl(reference, self.log_prob_reduction)
+                reference = self._transition(self.reference, filled)
+            kl = policy.kl(reference, self.log_prob_reduction)[:size]
             losses = losses + self.kl_coef * kl
             values["reference_kl"] = kl.detach()
         return losses * weight, values
@@ -280,6 +293,30 @@ class DDPO(RewardFineTuner):
             )
             x_0.append(kept.record(chunk.rows.start, walk))
         return kept, cat(x_0)
+
+    @property
+    def _rounds_by_batch(self) -> bool:
+        """Whether the denoiser computes in half precision."""
+        weight = next(self.pipeline.denoiser.parameters())
+        half = weight.dtype in (torch.float16, torch.bfloat16)
+        return half or torch.is_autocast_enabled(weight.device.type)
+
+    def _replay(self, rollout: Rollout) -> None:
+        """Take the old log-probabilities as the updates will take the new ones."""
+        pairs_of_update = rollout.num_terms * self.minibatch_size // max(len(rollout), 1)
+        size = self.microbatch_size or max(pairs_of_update, 1)
+        for rows in torch.arange(rollout.num_terms).split(size):
+            pairs = self._filled(rollout.terms(rows))
+            policy = self._transition(self.pipeline, pairs)
+            old = policy.log_prob(pairs.states["x_s"], self.log_prob_reduction)
+            rollout.replace_log_probs(rows, old[: len(rows)])
+
+    def _filled(self, pairs: Experience) -> Experience:
+        """Repeat the first pair up to a whole microbatch where rounding depends on its size."""
+        missing = (self.microbatch_size or 0) - len(pairs)
+        if missing <= 0 or not self._rounds_by_batch:
+            return pairs
+        return pairs.index(torch.cat([torch.arange(len(pairs)), torch.zeros(missing).long()]))
 
     def _draw_steps(self) -> list[int]:
         """Draw the trained steps of a round, the same on every process."""

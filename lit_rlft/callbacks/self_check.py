@@ -124,7 +124,8 @@ class SelfCheck(Hooks):
         raise UsageError(
             f"before the first update of round {module.num_rounds} a probability ratio{where} is "
             f"off 1 by {float(deviation[worst]):.2g}, more than {tolerance:.2g}, in {weights} "
-            f"(trainer.precision {precision}): {_cause(denoiser, str(precision))}"
+            f"(trainer.precision {precision}): "
+            + _cause(denoiser, str(precision), sized=module.microbatch_size is not None)
         )
 
     def _check_constant(self, rewards: Tensor | None, source: str, number: int) -> None:
@@ -158,8 +159,14 @@ def _step_of(level: float, process: Process, sampler: Sampler) -> str:
     return f" at step {step} (t = {level:.4g})"
 
 
-def _cause(denoiser: nn.Module, precision: str) -> str:
-    """Return the likely cause of ratios that are not 1, and what to do about it."""
+def _cause(denoiser: nn.Module, precision: str, *, sized: bool) -> str:
+    """Return the likely cause of ratios that are not 1, and what to do about it.
+
+    Args:
+        denoiser: The network.
+        precision: The trainer's.
+        sized: Whether all microbatches have one size in half precision.
+    """
     if any(isinstance(m, _DropoutNd) and m.p > 0 for m in denoiser.modules()):
         return (
             "the denoiser has dropout, which is active in training and not while sampling; set it "
@@ -167,9 +174,9 @@ def _cause(denoiser: nn.Module, precision: str) -> str:
         )
     if "32" not in precision and "64" not in precision:
         return (
-            "in half precision the denoiser rounds differently in batches of another size; give "
-            "model.init_args.sampling_batch_size and microbatch_size the same value, or set "
-            "trainer.precision to 32-true"
+            "in half precision the denoiser rounds differently in batches of another size; set "
+            + ("" if sized else "model.init_args.microbatch_size, which gives them one size, or ")
+            + "trainer.precision to 32-true"
         )
     return (
         "the denoiser does not return the same for the same input; look for noise, state or "

@@ -102,7 +102,7 @@ class RunningAdvantage(BatchAdvantage):
         buffer_size: Rewards remembered per condition; 16 to 32 are usual.
         min_count: Rewards that a condition needs before its own statistics are used.
         max_conditions: Conditions remembered; after a round those seen longest ago are forgotten.
-            They take 8 * `buffer_size` bytes each, 26 MB in all unless set otherwise.
+            They take 8 * `buffer_size` bytes each and some 150 more, about 40 MB in all by default.
     """
 
     def __init__(

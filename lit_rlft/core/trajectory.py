@@ -134,6 +134,11 @@ class Trajectories:
             "log_prob": self.log_probs[places, samples],
         }
 
+    def replace_log_probs(self, places: Tensor, samples: Tensor, values: Tensor) -> None:
+        """Set the log-probabilities of some pairs, [P], counted as in `pairs`."""
+        device = self.log_probs.device
+        self.log_probs[places.to(device), samples.to(device)] = values.to(self.log_probs)
+
     @property
     def num_bytes(self) -> int:
         """Bytes of the kept states."""

@@ -74,13 +74,14 @@ class Evaluator:
             The conditions, one row per sample.
         """
         condition, seeds = self._conditions(batch)
-        self._measure_route("tuned", batch_idx, condition, seeds, tuned, kl_from=reference)
+        rows = batch["index"].repeat_interleave(self.num_samples)
+        self._measure_route("tuned", batch_idx, rows, condition, seeds, tuned, kl_from=reference)
         if not self.measurements.reference.has(batch_idx):
-            self._measure_route("reference", batch_idx, condition, seeds, reference)
+            self._measure_route("reference", batch_idx, rows, condition, seeds, reference)
         if num_best:
             arms = best_of(self.rollouts, reference, condition, seeds, num_best)
             for arm, x_0 in arms.items():
-                self._measure(arm, batch_idx, x_0, condition)
+                self._measure(arm, batch_idx, rows, x_0, condition)
         return condition
 
     def predict(self, batch: Batch, route: Route) -> Draw:
@@ -117,6 +118,7 @@ class Evaluator:
         self,
         arm: Arm,
         batch_idx: int,
+        rows: Tensor,
         condition: Condition,
         seeds: Sequence[int],
         route: Route,
@@ -128,12 +130,18 @@ class Evaluator:
         if kl_from is not None:
             kl = self._divergence(x_0, condition, seeds, route, kl_from)
         with self.phase("measure", 0):
-            self._measure(arm, batch_idx, x_0, condition, kl=kl)
+            self._measure(arm, batch_idx, rows, x_0, condition, kl=kl)
 
     def _measure(
-        self, arm: Arm, batch_idx: int, x_0: State, condition: Condition, **known: Tensor
+        self,
+        arm: Arm,
+        batch_idx: int,
+        rows: Tensor,
+        x_0: State,
+        condition: Condition,
+        **known: Tensor,
     ) -> None:
-        """Decode and measure samples; `known` holds the values known already."""
+        """Decode and measure samples of some rows; `known` holds the values known already."""
         samples = self.pipeline.decode(x_0, condition)
         values = self.reward.evaluate(samples, condition)
         check_rewards(self.reward, values[self.reward.name], len(condition))
@@ -141,7 +149,7 @@ class Evaluator:
         pictures = self._pictures(arm, samples, condition)
         labels = [self.pipeline.describe(entry) for entry in condition.each()]
         features = [metric.features(samples, condition) for metric in self.set_metrics]
-        self.measurements.add(arm, batch_idx, values, pictures, labels, features)
+        self.measurements.add(arm, batch_idx, values, pictures, labels, features, rows)
 
     def _pictures(self, arm: Arm, samples: Any, condition: Condition) -> Tensor | None:
         """Render only what is still to be shown: some domains render more slowly than sample."""

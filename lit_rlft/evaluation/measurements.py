@@ -28,6 +28,7 @@ class Measured:
         features: Per metric of whole sets, name and batch, features [B, ...].
         pictures: Per batch, its first rendered samples [b, 3, H, W], where any are to be shown.
         labels: Per batch, what each sample was conditioned on.
+        rows: Per batch, the row of the data that each sample belongs to, int64 [B].
     """
 
     values: dict[str, _Batches] = field(default_factory=lambda: defaultdict(dict))
@@ -36,6 +37,7 @@ class Measured:
     )
     pictures: dict[int, Tensor] = field(default_factory=dict)
     labels: dict[int, list[str]] = field(default_factory=dict)
+    rows: _Batches = field(default_factory=dict)
 
     def has(self, batch: int) -> bool:
         """Return whether a batch was measured already."""
@@ -49,6 +51,10 @@ class Measured:
     def columns(self) -> dict[str, Tensor]:
         """Return all values of each metric, [n], in the order of the batches."""
         return _joined(self.values)
+
+    def all_rows(self) -> Tensor:
+        """Return the row of the data of each sample, [n], in the order of the batches."""
+        return torch.cat([self.rows[i] for i in sorted(self.rows)] or [torch.zeros(0).long()])
 
     def sets(self) -> dict[int, Features]:
         """Return all features of each metric of whole sets, in the order of the batches."""
@@ -79,6 +85,7 @@ class Measurements:
         pictures: Tensor | None,
         labels: list[str],
         features: Sequence[Mapping[str, Tensor]] = (),
+        rows: Tensor | None = None,
     ) -> None:
         """Add the measurements of one batch, its pictures as bytes.
 
@@ -89,6 +96,7 @@ class Measurements:
             pictures: [b, 3, H, W] in [0, 1], or None.
             labels: What each sample was conditioned on.
             features: Features of each metric of whole sets.
+            rows: The row of the data that each sample belongs to, [B]; None where all are in order.
         """
         measured = self.arms.setdefault(arm, Measured())
         for name, value in values.items():
@@ -99,6 +107,7 @@ class Measurements:
         if pictures is not None:
             measured.pictures[batch] = (pictures.detach().clamp(0, 1) * 255).round().byte().cpu()
         measured.labels[batch] = labels
+        measured.rows[batch] = torch.zeros(len(labels)).long() if rows is None else rows.cpu()
 
     def summary(
         self, world_size: int, sets: Sequence[SetMetric] = (), *, errors: bool = False
@@ -130,9 +139,13 @@ class Measurements:
             for arm in arms
         }
         features = gather({arm: m.sets() for arm, m in self.arms.items()}, world_size)
+        rows = gather({arm: m.all_rows() for arm, m in self.arms.items()}, world_size)
         for i, metric in enumerate(sets):
             own = {
-                arm: _concatenated([part[arm][i] for part in features if i in part[arm]])
+                arm: _in_order(
+                    [part[arm][i] for part in features if i in part[arm]],
+                    [part[arm] for part in rows],
+                )
                 for arm in self.arms
             }
             present = {arm: values for arm, values in own.items() if values}
@@ -146,8 +159,10 @@ def _joined(columns: Mapping[str, _Batches]) -> Features:
     return {name: torch.cat([v[i] for i in sorted(v)]) for name, v in columns.items()}
 
 
-def _concatenated(parts: Sequence[Features]) -> Features:
-    return {name: torch.cat([part[name] for part in parts]) for name in (parts or [{}])[0]}
+def _in_order(parts: Sequence[Features], rows: Sequence[Tensor]) -> Features:
+    """Join the features of all processes in the order of the data, whoever measured which."""
+    order = torch.cat(list(rows)).argsort(stable=True)
+    return {name: torch.cat([part[name] for part in parts])[order] for name in (parts or [{}])[0]}
 
 
 def moments(values: Tensor) -> Moments:
