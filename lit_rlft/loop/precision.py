@@ -9,8 +9,12 @@ from lit_rlft.core.checks import UsageError
 
 __all__ = ["check_precision", "check_weights"]
 
-_REFUSED = {"16-true": "16-mixed"}
-"""Precisions in which weights themselves are too coarse to be trained, and what to use instead."""
+_REFUSED = {"16-true": "16-mixed", "bf16-true": "bf16-mixed"}
+"""Precisions in which weights themselves are too coarse to be trained, and what to use instead.
+
+In fp16, Adam's 1e-8 is 0, and 0 / 0 ends the run. In bf16, at a learning rate of 1e-4, weights move
+half as far as they should: what is below 1/256 of a weight rounds to nothing.
+"""
 
 
 def check_precision(precision: object) -> None:

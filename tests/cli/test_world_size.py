@@ -144,7 +144,7 @@ def assert_trained_alike(world_size: int) -> None:
     print(
         f"{world_size} processes: weights moved by {moved:.2g}, differ by {apart / moved:.1e} of it"
     )
-    assert moved > 1e-3 and apart < 1e-4 * moved
+    assert moved > 1e-3 and apart < 1e-3 * moved
     for key in ("num_updates", "num_samples", "num_rounds"):
         assert own["lit_rlft"][key] == one["lit_rlft"][key]
     costs = [{**held["lit_rlft"]["cost"], "seconds": 0} for held in (one, own)]
@@ -158,7 +158,7 @@ def assert_trained_alike(world_size: int) -> None:
     ]
     assert logged[1].keys() == logged[0].keys()
     for tag, values in logged[0].items():
-        assert logged[1][tag] == pytest.approx(values, rel=1e-3, abs=1e-4), tag
+        assert logged[1][tag] == pytest.approx(values, rel=1e-3, abs=1e-4, nan_ok=True), tag
 
 
 @pytest.mark.parametrize(
