@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from lit_rlft.core.advantage import Advantage
-from lit_rlft.core.checks import require
+from lit_rlft.core.checks import at_least, positive, require
 from lit_rlft.core.distribution import Distribution
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline
 from lit_rlft.core.randomness import Generators
@@ -175,9 +175,11 @@ class RewardFineTuner(LightningModule, ABC):
         self.evaluator.shown = trainer is None or trainer.is_global_zero
 
     def _build(self) -> None:
-        for name in ("num_epochs", "minibatch_size", "sampling_batch_size", "num_eval_samples"):
-            require(getattr(self, name) >= 1, self, name, "at least 1")
-        require(self.best_of >= 0 and self.best_of != 1, self, "best_of", "0 for none, or above 1")
+        at_least(1, self, "num_epochs", "minibatch_size", "microbatch_size")
+        at_least(1, self, "sampling_batch_size", "num_eval_samples")
+        positive(self, "max_grad_norm")
+        at_least(0, self, "best_of", "seed")
+        require(self.best_of != 1, self, "best_of", "0 for none, or above 1")
         self.check()
         for part in (*self.reward.modules(), *self.metrics.modules()):
             if isinstance(part, Metric):

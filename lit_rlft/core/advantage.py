@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lit_rlft.core.checks import BadArgument, UsageError
+from lit_rlft.core.checks import BadArgument, UsageError, at_least
 
 __all__ = [
     "Advantage",
@@ -102,8 +102,9 @@ class RunningAdvantage(BatchAdvantage):
     """
 
     def __init__(self, buffer_size: int = 32, min_count: int = 16) -> None:
-        if not 2 <= min_count <= buffer_size:
-            rule = f"at least 2 and at most buffer_size ({buffer_size}), got {min_count}"
+        at_least(2, self, buffer_size=buffer_size, min_count=min_count)
+        if min_count > buffer_size:
+            rule = f"at most buffer_size ({buffer_size}), got {min_count}"
             raise BadArgument(self, "min_count", f"must be {rule}")
         self.buffer_size, self.min_count = buffer_size, min_count
         self._buffers: dict[str, deque[float]] = {}
