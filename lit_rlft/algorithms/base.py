@@ -12,7 +12,6 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
 
 from lit_rlft.core.advantage import Advantage
 from lit_rlft.core.checks import at_least, positive, require
@@ -27,6 +26,7 @@ from lit_rlft.evaluation.evaluator import Evaluator
 from lit_rlft.loop import checkpoint as contents
 from lit_rlft.loop.experience import Draw, Experience
 from lit_rlft.loop.hooks import Audience
+from lit_rlft.loop.learning_rate import after_round, after_update, after_validation, optimizer_of
 from lit_rlft.loop.reference import LoRA, adapt
 from lit_rlft.loop.rollouts import Rollouts, track
 from lit_rlft.loop.round_log import log_round, round_means, write_round
@@ -54,7 +54,8 @@ class RewardFineTuner(LightningModule, ABC):
         sampler: Discretisation of the sampler, in training and evaluation alike.
         lora: The adapter to train; None fine-tunes all of the denoiser.
         optimizer: From trainable parameters to an optimiser.
-        lr_scheduler: From the optimiser to a learning-rate schedule, stepped once per update.
+        lr_scheduler: From the optimiser to a learning-rate schedule, stepped once per update; a
+            ReduceLROnPlateau steps when its `monitor` is logged (train/loss; train/reward for max).
         num_epochs: Passes over the experience of each round.
         minibatch_size: Samples per update on each process, at most.
         microbatch_size: Samples per backward pass, which bounds the memory of training; None
@@ -92,18 +93,14 @@ class RewardFineTuner(LightningModule, ABC):
         self.pipeline = pipeline
         self.reward = reward
         self.metrics = metrics or Metrics()
-        self.sampler = sampler
-        self.lora = lora
+        self.sampler, self.lora = sampler, lora
         self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
         self.num_epochs, self.minibatch_size = num_epochs, minibatch_size
         self.microbatch_size, self.max_grad_norm = microbatch_size, max_grad_norm
         self.sampling_batch_size = sampling_batch_size
-        self.num_eval_samples, self.best_of = num_eval_samples, best_of
-        self.seed = seed
-        self.meter = Meter()
-        self.pretrained = ""
-        self.num_rounds = self.num_samples = self.num_updates = 0
-        self._collected_at = 0
+        self.num_eval_samples, self.best_of, self.seed = num_eval_samples, best_of, seed
+        self.meter, self.pretrained = Meter(), ""
+        self.num_rounds = self.num_samples = self.num_updates = self._collected_at = 0
 
     @property
     def algorithm(self) -> str:
@@ -198,8 +195,8 @@ class RewardFineTuner(LightningModule, ABC):
         return self
 
     def configure_optimizers(self) -> Any:
-        optimizer, scheduler = self.make_optimizer(self._trained()), self.make_lr_scheduler
-        return optimizer if scheduler is None else ([optimizer], [scheduler(optimizer)])
+        makers = (self.make_optimizer, self.make_lr_scheduler)
+        return optimizer_of(self._trained(), *makers, self.trainer)
 
     def on_train_start(self) -> None:
         """Set the modes, which Lightning leaves alone, and start the clock."""
@@ -225,8 +222,9 @@ class RewardFineTuner(LightningModule, ABC):
         means["learning_rate"] = self.trainer.optimizers[0].param_groups[0]["lr"]
         spent = self.meter.spent(self.num_samples, self.trainer.world_size)
         log_round(self.log, means, spent)
-        if (writer := summary_writer(self)) is not None:
-            write_round(writer, means, spent, experience.histograms, self.num_updates)
+        shown = experience.histograms
+        write_round(summary_writer(self), means, spent, shown, self.num_updates)
+        after_round(self.lr_schedulers(), means)
 
     def _update(self, update: Update) -> dict[str, float]:
         """Take one optimiser step; return what to log: the losses' means and the gradient norm."""
@@ -239,12 +237,10 @@ class RewardFineTuner(LightningModule, ABC):
         logged = accumulate(update, loss, self.manual_backward, trained, shares)
         norm = gradient_norm(trained, optimizer, trainer.precision_plugin)
         self.audience.on_gradients(norm)
-        if self.max_grad_norm is not None:
-            self.clip_gradients(optimizer.optimizer, self.max_grad_norm, "norm")
+        self.clip_gradients(optimizer.optimizer, self.max_grad_norm, "norm")
         optimizer.step()
         self.num_updates += 1
-        if isinstance(scheduler := self.lr_schedulers(), LRScheduler):
-            scheduler.step()
+        after_update(self.lr_schedulers())
         return {**logged, "grad_norm": norm}
 
     def on_validation_epoch_start(self) -> None:
@@ -256,8 +252,10 @@ class RewardFineTuner(LightningModule, ABC):
         self.evaluator.run(batch, batch_idx, self.route(), self.reference_route())
 
     def on_validation_epoch_end(self) -> None:
-        for name, mean in self.evaluator.means(self.trainer.world_size).items():
+        means = self.evaluator.means(self.trainer.world_size)
+        for name, mean in means.items():
             self.log(f"val{name}", mean, sync_dist=True)
+        after_validation(self.lr_schedulers(), means)
         self.meter.end_evaluation()
 
     def on_test_epoch_start(self) -> None:

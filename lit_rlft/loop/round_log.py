@@ -35,7 +35,7 @@ def log_round(
 
 
 def write_round(
-    writer: SummaryWriter,
+    writer: SummaryWriter | None,
     means: Mapping[str, float],
     spent: Mapping[str, int],
     histograms: Mapping[str, Tensor],
@@ -44,12 +44,14 @@ def write_round(
     """Write a round's histograms, and its reward over samples and over reward calls.
 
     Args:
-        writer: TensorBoard's.
+        writer: TensorBoard's; None writes nothing.
         means: Of the round, by name.
         spent: "samples" and "reward_calls" so far.
         histograms: Values to show, by name.
         num_updates: Optimiser steps so far.
     """
+    if writer is None:
+        return
     for name, values in histograms.items():
         if (shown := _shown(values)).numel():
             writer.add_histogram(f"train/{name}", shown, num_updates)

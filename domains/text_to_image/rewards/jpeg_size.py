@@ -21,6 +21,7 @@ from torch import Tensor
 from lit_rlft.core.checks import UsageError
 
 __all__ = [
+    "check_quality",
     "coded_bytes",
     "coefficients",
     "dc_differences",
@@ -60,6 +61,17 @@ _AC_ONSET_BITS, _DC_ONSET_BITS = 3.4, 0.5
 _ROUNDED_TO_ZERO = 0.5
 
 
+def check_quality(quality: int) -> int:
+    """Return a JPEG quality as it is.
+
+    Raises:
+        UsageError: It is not between 1 and 100.
+    """
+    if not 1 <= quality <= 100:
+        raise UsageError(f"the quality is {quality}; give 1 to 100")
+    return quality
+
+
 def quantisation_tables(quality: int) -> Tensor:
     """Return libjpeg's steps of the DCT coefficients, integers [2, 8, 8]: luma, chroma.
 
@@ -71,8 +83,7 @@ def quantisation_tables(quality: int) -> Tensor:
     Raises:
         UsageError: The quality is out of range.
     """
-    if not 1 <= quality <= 100:
-        raise UsageError(f"the quality is {quality}; give 1 to 100")
+    check_quality(quality)
     percent = 5000 // quality if quality < 50 else 200 - 2 * quality
     tables = torch.tensor([_LUMA, _CHROMA], dtype=torch.int64)
     return ((tables * percent + 50) // 100).clamp(1, 255)
