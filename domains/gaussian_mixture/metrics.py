@@ -8,7 +8,7 @@ from torch import Tensor
 
 from domains.gaussian_mixture.closed_form.mixture import MEANS, STDS, WEIGHTS, Mixture
 from domains.gaussian_mixture.samples import check_points
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, at_least
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import SetMetric
 from lit_rlft.kit.statistics import gaussian, median_distance, mmd, similarity
@@ -42,7 +42,9 @@ class MMD(SetMetric):
         num_draws: int = 20,
     ) -> None:
         super().__init__()
-        mixture = Mixture.of(weights, means, stds)
+        at_least(2, self, num_points=num_points)
+        at_least(0, self, num_draws=num_draws)
+        mixture = Mixture.of(weights, means, stds, self)
         self.exact = mixture.sample(num_points, torch.Generator().manual_seed(0))
         self.kernel = gaussian(median_distance(self.exact))
         self._similarity = similarity(self.exact, self.kernel)

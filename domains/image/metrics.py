@@ -11,6 +11,7 @@ from torch import Tensor
 from domains.image.networks.features import features_of, load_features
 from domains.image.samples import check_pictures
 from domains.image.sources import Digits, Source
+from lit_rlft.core.checks import at_least
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Metric
 from lit_rlft.kit.set_metrics import RealFeatures, SourceDistances, sums_over_others
@@ -52,6 +53,8 @@ class SetDistances(SourceDistances["_Real"]):
         num_draws: int = 20,
     ) -> None:
         super().__init__(num_draws)
+        at_least(2, self, max_images=max_images)
+        at_least(1, self, num_neighbours=num_neighbours)
         self.source = source or Digits()
         self.network = load_features(features)
         self.max_images, self.num_neighbours = max_images, num_neighbours

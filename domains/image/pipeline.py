@@ -10,7 +10,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteSchedul
 from torch import Tensor
 
 from domains.image import EMBEDDED
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, positive
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline, column
 from lit_rlft.core.process import GaussianProcess
 from lit_rlft.core.schedule import DiscreteVP, RectifiedFlow
@@ -74,6 +74,7 @@ class ImagePipeline(Pipeline):
                 "pipeline.init_args: give either pretrained or architecture; set pretrained to "
                 "null to train a network of your own"
             )
+        positive(self, shift=shift)
         self.pretrained = pretrained
         if architecture is not None:
             self.denoiser = _new(architecture)

@@ -21,6 +21,7 @@ from domains.layout.page.comparisons import (
 )
 from domains.layout.samples import Layouts, check_layouts
 from domains.layout.sources import Grammar, Source
+from lit_rlft.core.checks import at_least
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Metric
 from lit_rlft.kit.set_metrics import RealFeatures, SourceDistances
@@ -84,6 +85,7 @@ class SetDistances(SourceDistances["_Real"]):
         num_draws: int = 20,
     ) -> None:
         super().__init__(num_draws)
+        at_least(2, self, max_layouts=max_layouts)
         self.source = source or Grammar(num_pages=max_layouts, seed=1)
         self.encoder = load_encoder(pretrained, self.source.classes)
         self.max_layouts = max_layouts
@@ -132,6 +134,7 @@ class Diversity(Metric):
 
     def __init__(self, num_others: int = 8) -> None:
         super().__init__()
+        at_least(1, self, num_others=num_others)
         self.num_others = num_others
 
     def evaluate(self, samples: Any, condition: Condition) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from domains.molecule.chemistry.elements import EXPLICIT
 from domains.molecule.samples import EMPTY, Molecules, check_molecules
 from domains.molecule.sources import Enumerated, Source
 from domains.molecule.sources.packed import Packed, molecules_of
+from lit_rlft.core.checks import at_least
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Metric
 from lit_rlft.kit.set_metrics import SourceDistances
@@ -88,6 +89,7 @@ class Drugs(Metric):
 
     def __init__(self, strain: bool = True, num_workers: int = 0) -> None:
         super().__init__()
+        at_least(0, self, num_workers=num_workers)
         self.strain, self.num_workers = strain, num_workers
 
     def evaluate(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
@@ -141,6 +143,7 @@ class SetDistances(SourceDistances["_Statistics"]):
         self, source: Source | None = None, max_molecules: int = 2048, num_draws: int = 20
     ) -> None:
         super().__init__(num_draws)
+        at_least(2, self, max_molecules=max_molecules)
         self.source, self.max_molecules = source or Enumerated(), max_molecules
 
     def features(self, samples: Any, condition: Condition) -> dict[str, Tensor]:

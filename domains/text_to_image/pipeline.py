@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from domains.text_to_image import EMBEDDED
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, at_least
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline, column
 from lit_rlft.core.process import GaussianProcess
 from lit_rlft.core.schedule import DiscreteVP
@@ -78,6 +78,8 @@ class TextToImagePipeline(Pipeline):
         save_dtype: Literal["float32", "float16", "bfloat16"] = "float32",
     ) -> None:
         super().__init__()
+        at_least(0, self, guidance_scale=guidance_scale)
+        at_least(1, self, decode_batch_size=decode_batch_size)
         self.pretrained = pretrained
         self.guidance_scale = guidance_scale
         self.guidance_gradient = guidance_gradient

@@ -12,10 +12,9 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
 
 from lit_rlft.core.advantage import Advantage
-from lit_rlft.core.checks import require
+from lit_rlft.core.checks import at_least, positive, require
 from lit_rlft.core.distribution import Distribution
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline
 from lit_rlft.core.randomness import Generators
@@ -27,6 +26,7 @@ from lit_rlft.evaluation.evaluator import Evaluator
 from lit_rlft.loop import checkpoint as contents
 from lit_rlft.loop.experience import Draw, Experience
 from lit_rlft.loop.hooks import Audience
+from lit_rlft.loop.learning_rate import after_round, after_update, after_validation, optimizer_of
 from lit_rlft.loop.precision import check_precision, check_weights
 from lit_rlft.loop.reference import LoRA, adapt
 from lit_rlft.loop.rollouts import Rollouts, track
@@ -55,7 +55,8 @@ class RewardFineTuner(LightningModule, ABC):
         sampler: Discretisation of the sampler, in training and evaluation alike.
         lora: The adapter to train; None fine-tunes all of the denoiser.
         optimizer: From trainable parameters to an optimiser.
-        lr_scheduler: From the optimiser to a learning-rate schedule, stepped once per update.
+        lr_scheduler: From the optimiser to a learning-rate schedule, stepped once per update; a
+            ReduceLROnPlateau steps when its `monitor` is logged (train/loss; train/reward for max).
         num_epochs: Passes over the experience of each round.
         minibatch_size: Samples per update over all processes, at most.
         microbatch_size: Samples per backward pass on each process, which bounds the memory of
@@ -97,8 +98,7 @@ class RewardFineTuner(LightningModule, ABC):
         self.microbatch_size, self.max_grad_norm = microbatch_size, max_grad_norm
         self.sampling_batch_size = sampling_batch_size
         self.num_eval_samples, self.best_of, self.seed = num_eval_samples, best_of, seed
-        self.meter = Meter()
-        self.pretrained = ""
+        self.meter, self.pretrained = Meter(), ""
         self.num_rounds = self.num_samples = self.num_updates = self._collected_at = 0
 
     @property
@@ -171,9 +171,11 @@ class RewardFineTuner(LightningModule, ABC):
         self.evaluator.shown = trainer is None or trainer.is_global_zero
 
     def _build(self) -> None:
-        for name in ("num_epochs", "minibatch_size", "sampling_batch_size", "num_eval_samples"):
-            require(getattr(self, name) >= 1, self, name, "at least 1")
-        require(self.best_of >= 0 and self.best_of != 1, self, "best_of", "0 for none, or above 1")
+        at_least(1, self, "num_epochs", "minibatch_size", "microbatch_size")
+        at_least(1, self, "sampling_batch_size", "num_eval_samples")
+        positive(self, "max_grad_norm")
+        at_least(0, self, "best_of", "seed")
+        require(self.best_of != 1, self, "best_of", "0 for none, or above 1")
         self.check()
         for part in (*self.reward.modules(), *self.metrics.modules()):
             if isinstance(part, Metric):
@@ -193,8 +195,8 @@ class RewardFineTuner(LightningModule, ABC):
 
     def configure_optimizers(self) -> Any:
         check_precision(self.trainer.precision)
-        optimizer, make = self.make_optimizer([*self._trained().values()]), self.make_lr_scheduler
-        return optimizer if make is None else ([optimizer], [make(optimizer)])
+        makers = (self.make_optimizer, self.make_lr_scheduler)
+        return optimizer_of(list(self._trained().values()), *makers, self.trainer)
 
     def on_train_start(self) -> None:
         """Set the modes, which Lightning leaves alone, and start the clock."""
@@ -223,6 +225,7 @@ class RewardFineTuner(LightningModule, ABC):
         means["learning_rate"] = self.trainer.optimizers[0].param_groups[0]["lr"]
         log_round(self.log, means, spent := self.meter.spent(self.num_samples))
         write_round(summary_writer(self), means, spent, experience.histograms, self.num_updates)
+        after_round(self.lr_schedulers(), means)
 
     def _update(self, update: Update) -> dict[str, float]:
         """Take one optimiser step; return what to log: the losses' means and the gradient norm."""
@@ -235,12 +238,10 @@ class RewardFineTuner(LightningModule, ABC):
         logged = accumulate(update, loss, self.manual_backward, trained, shares)
         norm = gradient_norm(trained, optimizer, trainer.precision_plugin, trainer.world_size)
         self.audience.on_gradients(norm)
-        if self.max_grad_norm is not None:
-            self.clip_gradients(optimizer.optimizer, self.max_grad_norm, "norm")
+        self.clip_gradients(optimizer.optimizer, self.max_grad_norm, "norm")
         optimizer.step()
         self.num_updates += 1
-        if isinstance(scheduler := self.lr_schedulers(), LRScheduler):
-            scheduler.step()
+        after_update(self.lr_schedulers())
         return {**logged, "grad_norm": norm}
 
     def on_validation_epoch_start(self) -> None:
@@ -252,8 +253,10 @@ class RewardFineTuner(LightningModule, ABC):
         self.evaluator.run(batch, batch_idx, self.route(), self.reference_route())
 
     def on_validation_epoch_end(self) -> None:
-        for name, mean in self.evaluator.means(self.trainer.world_size).items():
+        means = self.evaluator.means(self.trainer.world_size)
+        for name, mean in means.items():
             self.log(f"val{name}", mean, sync_dist=True)
+        after_validation(self.lr_schedulers(), means)
         self.meter.end_evaluation()
 
     def on_test_epoch_start(self) -> None:

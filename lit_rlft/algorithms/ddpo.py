@@ -34,7 +34,7 @@ from torch import Tensor
 
 from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.core.advantage import Advantage, GroupAdvantage, RunningAdvantage
-from lit_rlft.core.checks import UsageError, require
+from lit_rlft.core.checks import UsageError, at_least, positive, require
 from lit_rlft.core.distribution import Distribution, Reduction
 from lit_rlft.core.pipeline import Batch, Condition
 from lit_rlft.core.randomness import Generators, generators, seed_from
@@ -174,7 +174,7 @@ class DDPO(RewardFineTuner):
         return "DPOK" if self.kl_coef else "DDPO"
 
     def check(self) -> None:
-        num_steps, clip = self.sampler.num_steps, self.advantage_clip
+        num_steps = self.sampler.num_steps
         first, last = self.window or (0, num_steps)
         require(
             self.sampler.eta > 0,
@@ -183,12 +183,9 @@ class DDPO(RewardFineTuner):
             f"above 0 for {self.algorithm}: steps without noise have no log-probability; set it "
             "to 1",
         )
-        require(self.num_candidates >= 1, self, "num_candidates", "at least 1")
-        require(
-            self.clip_range > 0, self, "clip_range", "above 0; 1e-4 is usual for mean log-probs"
-        )
-        require(clip is None or clip > 0, self, "advantage_clip", "above 0, or null for none")
-        require(self.kl_coef >= 0, self, "kl_coef", "0 or more")
+        at_least(1, self, "num_candidates", "num_train_steps")
+        positive(self, "clip_range", "advantage_clip")
+        at_least(0, self, "kl_coef", "window")
         require(
             0 <= first < last <= num_steps,
             self,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lit_rlft.algorithms.base import RewardFineTuner
-from lit_rlft.core.checks import require
+from lit_rlft.core.checks import at_least, below_one, require
 from lit_rlft.core.pipeline import Batch, Condition
 from lit_rlft.core.randomness import Generators, generators, rand_like, seed_from
 from lit_rlft.core.selection import Selection, TopK
@@ -80,14 +80,12 @@ class PGRAFT(RewardFineTuner):
         self.contrast = contrast
 
     def check(self) -> None:
-        require(self.num_candidates >= 1, self, "num_candidates", "at least 1")
+        at_least(1, self, "num_candidates")
+        at_least(0, self, "contrast")
+        below_one(self, "cut")
         steps = f"at least one of the sampler's {self.sampler.num_steps} steps"
-        leaves_one = 0 <= self.cut < 1 and self.cut_step >= 1
-        rule = f"in [0, 1) and leave {steps} to the tuned model, got {self.cut}"
-        require(leaves_one, self, "cut", rule)
-        require(
-            self.contrast >= 0, self, "contrast", "positive, or 0 to leave rejected candidates out"
-        )
+        rule = f"smaller, to leave {steps} to the tuned model, got {self.cut}"
+        require(self.cut_step >= 1, self, "cut", rule)
         self.selection.check(self.num_candidates)
 
     @property

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lit_rlft.algorithms.base import RewardFineTuner
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, at_least, finite
 from lit_rlft.core.gradient_plan import DRTune, GradientMethod, GradientPlan
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline
 from lit_rlft.core.randomness import Generators, generators, seed_from
@@ -91,6 +91,8 @@ class RewardGradient(RewardFineTuner):
                 "needs none (configs/algorithms/p_graft.yaml)"
             )
         self.method.check(self.sampler.num_steps)
+        at_least(0, self, "kl_coef")
+        finite(self, "reward_ceiling")
         enable = getattr(self.pipeline.denoiser, "enable_gradient_checkpointing", None)
         if self.gradient_checkpointing == "blocks" and enable is None:
             raise UsageError(

@@ -5,7 +5,7 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 
 from lit_rlft.algorithms.base import RewardFineTuner
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, at_least
 
 __all__ = ["Budget"]
 
@@ -25,6 +25,7 @@ class Budget(Callback):
     def __init__(self, denoiser_calls: int | None = None, reward_calls: int | None = None) -> None:
         if denoiser_calls is None and reward_calls is None:
             raise UsageError("Budget needs denoiser_calls or reward_calls")
+        at_least(1, self, denoiser_calls=denoiser_calls, reward_calls=reward_calls)
         self.limits = {"denoiser_calls": denoiser_calls, "reward_calls": reward_calls}
 
     def on_train_batch_end(

@@ -16,6 +16,7 @@ from torch import Tensor
 from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.callbacks.facts import say
 from lit_rlft.callbacks.result_table import result_table
+from lit_rlft.core.checks import at_least
 from lit_rlft.distributed import gather
 from lit_rlft.loop.experience import Draw
 from lit_rlft.runs.before_after import comparison
@@ -50,6 +51,7 @@ class RunFiles(Callback):
     """
 
     def __init__(self, num_conditions: int = 12) -> None:
+        at_least(1, self, num_conditions=num_conditions)
         self.num_conditions = num_conditions
         self._result = ""
 

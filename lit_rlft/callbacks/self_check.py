@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from lit_rlft.algorithms.base import RewardFineTuner
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, at_least
 from lit_rlft.core.process import Process
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.state import tensor_of
@@ -40,6 +40,7 @@ class SelfCheck(Hooks):
     """
 
     def __init__(self, enabled: bool = True, ratio_tolerance: float | None = None) -> None:
+        at_least(0, self, ratio_tolerance=ratio_tolerance)
         self.enabled, self.ratio_tolerance = enabled, ratio_tolerance
         self._said: set[str] = set()
 

@@ -11,6 +11,7 @@ from lit_rlft.core.checks import BadArgument, UsageError
 __all__ = ["sentence"]
 
 _PLAIN = {
+    "Architecture": "pipeline.init_args.architecture",
     "FixedPoint": "model.init_args.solver",
     "LoRA": "model.init_args.lora",
     "Sampler": "model.init_args.sampler",

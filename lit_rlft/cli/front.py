@@ -9,7 +9,7 @@ from lit_rlft.cli import listing
 from lit_rlft.cli.names import with_class_paths
 from lit_rlft.cli.paths import with_config_files
 from lit_rlft.cli.quiet import quieten
-from lit_rlft.cli.words import nearest
+from lit_rlft.cli.words import configs_first, nearest
 from lit_rlft.core.checks import UsageError
 
 __all__ = ["HELP", "main"]
@@ -38,7 +38,8 @@ Examples
   lit-rlft fit --config shapes --config drtune --reward CLIPScore --trainer.max_epochs 2
 
 A config is a YAML file or the name of one that comes with the package (`lit-rlft list configs`;
-a file here of that name wins). Later ones win over earlier ones, options over both.
+a file here of that name wins). Later ones win over earlier ones, options over both,
+wherever they stand.
 A class is given by its name, or by its path, such as my_module.MyReward.
 
 See the options of a class with   lit-rlft fit --model.help PGRAFT
@@ -93,7 +94,7 @@ def _command(words: list[str]) -> None:
     quieten()
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # classes of the user's own, as `python` finds them
-    words = with_class_paths(with_config_files(words))
+    words = with_class_paths(with_config_files(configs_first(words)))
     from lit_rlft.cli.app import run  # seconds, which no other command should take
 
     run(words)

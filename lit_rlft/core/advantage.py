@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_rlft.core.checks import BadArgument, UsageError, require
+from lit_rlft.core.checks import BadArgument, UsageError, at_least
 
 __all__ = [
     "Advantage",
@@ -108,10 +108,11 @@ class RunningAdvantage(BatchAdvantage):
     def __init__(
         self, buffer_size: int = 32, min_count: int = 16, max_conditions: int = 100_000
     ) -> None:
-        if not 2 <= min_count <= buffer_size:
-            rule = f"at least 2 and at most buffer_size ({buffer_size}), got {min_count}"
+        at_least(2, self, buffer_size=buffer_size, min_count=min_count)
+        at_least(1, self, max_conditions=max_conditions)
+        if min_count > buffer_size:
+            rule = f"at most buffer_size ({buffer_size}), got {min_count}"
             raise BadArgument(self, "min_count", f"must be {rule}")
-        require(max_conditions >= 1, self, "max_conditions", f"at least 1, got {max_conditions}")
         self.buffer_size, self.min_count = buffer_size, min_count
         self.max_conditions = max_conditions
         self._slots: dict[int, int] = {}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lit_rlft.core.checks import UsageError, require
+from lit_rlft.core.checks import UsageError, require, within
 from lit_rlft.core.fixed_point import FixedPoint
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.process import Process
@@ -17,6 +17,10 @@ __all__ = ["Denoiser", "Inverted", "Sampler", "walk"]
 
 Denoiser = Callable[[State, Tensor, Condition], State]
 """(x_t, t [B], condition) -> prediction."""
+
+
+_MOST_STEPS = 100_000
+"""Far more steps than any sampler needs; a slip of the keyboard would never end."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,8 @@ class Sampler:
     eta: float = 0.0
 
     def __post_init__(self) -> None:
-        require(self.num_steps >= 1, self, "num_steps", f"at least 1, got {self.num_steps}")
-        require(0 <= self.eta <= 1, self, "eta", f"in [0, 1], got {self.eta}")
+        within(1, _MOST_STEPS, self, "num_steps")
+        within(0, 1, self, "eta")
 
     def sample(
         self,

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, below_one, finite, positive, require
 
 __all__ = ["CosineVP", "DiscreteVP", "PolynomialVP", "RectifiedFlow", "Schedule", "vp_betas"]
 
@@ -150,8 +150,7 @@ class CosineVP(Schedule):
 
     def __init__(self, min_alpha: float = 0.0) -> None:
         super().__init__()
-        if not 0 <= min_alpha < 1:
-            raise UsageError(f"min_alpha must be in [0, 1), got {min_alpha}")
+        below_one(self, min_alpha=min_alpha)
         self.angle = math.acos(min_alpha)
 
     def alpha(self, t: Tensor) -> Tensor:
@@ -179,10 +178,8 @@ class PolynomialVP(Schedule):
 
     def __init__(self, power: float = 2.0, precision: float = 1e-5) -> None:
         super().__init__()
-        if power <= 0 or not 0 < precision < 0.5:
-            raise UsageError(
-                f"power must be above 0 and precision in (0, 0.5), got {power} and {precision}"
-            )
+        positive(self, power=power, precision=precision)
+        require(precision < 0.5, self, "precision", f"below 0.5, got {precision}")
         self.power, self.precision = power, precision
 
     def alpha(self, t: Tensor) -> Tensor:
@@ -211,8 +208,8 @@ class RectifiedFlow(Schedule):
 
     def __init__(self, shift: float = 1.0, logit_normal: tuple[float, float] | None = None) -> None:
         super().__init__()
-        if shift <= 0:
-            raise UsageError(f"shift must be positive, got {shift}")
+        positive(self, shift=shift)
+        finite(self, logit_normal=logit_normal)
         if logit_normal is not None and (len(logit_normal) != 2 or logit_normal[1] <= 0):
             raise UsageError(
                 "logit_normal must be a mean and a standard deviation above 0, got "

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_rlft.core.answers import unchanged
 from lit_rlft.core.divergence import path_kl
 from lit_rlft.core.pipeline import Batch, Condition
 from lit_rlft.core.randomness import seed_from
-from lit_rlft.core.reward import Metric, SetMetric, check_rewards
+from lit_rlft.core.reward import Metric, SetMetric, check_rewards, values_of
 from lit_rlft.core.state import State, index
 from lit_rlft.core.streams import Stream
 from lit_rlft.evaluation.best_of import best_of
@@ -143,12 +144,12 @@ class Evaluator:
     ) -> None:
         """Decode and measure samples of some rows; `known` holds the values known already."""
         samples = self.pipeline.decode(x_0, condition)
-        values = self.reward.evaluate(samples, condition)
-        check_rewards(self.reward, values[self.reward.name], len(condition))
-        values |= self.metrics.evaluate(samples, condition) | known
+        values = values_of(self.reward, samples, condition)
+        check_rewards(self.reward, values.get(self.reward.name), len(condition))
+        values |= values_of(self.metrics, samples, condition) | known
         pictures = self._pictures(arm, samples, condition)
         labels = [self.pipeline.describe(entry) for entry in condition.each()]
-        features = [metric.features(samples, condition) for metric in self.set_metrics]
+        features = [_features(metric, samples, condition) for metric in self.set_metrics]
         self.measurements.add(arm, batch_idx, values, pictures, labels, features, rows)
 
     def _pictures(self, arm: Arm, samples: Any, condition: Condition) -> Tensor | None:
@@ -181,3 +182,9 @@ class Evaluator:
                 args = (tuned[0], reference, x, chunk.condition, times, steps, chunk.noise)
                 parts.append(path_kl(route.process, *args))
         return prior + torch.cat(parts)
+
+
+def _features(metric: SetMetric, samples: Any, condition: Condition) -> dict[str, Tensor]:
+    """Return the features that a metric of whole sets needs, which must not change the samples."""
+    with unchanged(samples, type(metric).__name__):
+        return metric.features(samples, condition)

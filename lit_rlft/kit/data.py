@@ -11,7 +11,7 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, at_least
 
 __all__ = ["Record", "Rows", "Split", "SplitData", "batches_seen", "collate", "hold_out"]
 
@@ -109,6 +109,8 @@ class SplitData(LightningDataModule, ABC):
         self, batch_size: int = 32, eval_batch_size: int = 16, seed: int = 0, num_workers: int = 0
     ) -> None:
         super().__init__()
+        at_least(1, self, batch_size=batch_size, eval_batch_size=eval_batch_size)
+        at_least(0, self, seed=seed, num_workers=num_workers)
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.seed, self.num_workers = seed, num_workers
 

@@ -7,6 +7,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from lit_rlft.core.checks import at_least
 from lit_rlft.core.reward import SetMetric
 from lit_rlft.kit.statistics import frechet_distance, mmd, polynomial, similarity
 
@@ -52,6 +53,7 @@ class SourceDistances(SetMetric, Generic[R]):
 
     def __init__(self, num_draws: int = 20) -> None:
         super().__init__()
+        at_least(0, self, num_draws=num_draws)
         self.num_draws = num_draws
         self._real: R | None = None
 

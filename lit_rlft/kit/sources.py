@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, at_least, below_one
 from lit_rlft.kit.bad_entries import Report
 from lit_rlft.kit.cache import cached_folder, open_arrays, save_arrays, user_cache
 from lit_rlft.kit.data import Split, SplitData, hold_out
@@ -148,6 +148,8 @@ class SourceData(SplitData, Generic[P]):
         **loading: Any,
     ) -> None:
         super().__init__(**loading)
+        below_one(self, val_fraction=val_fraction, test_fraction=test_fraction)
+        at_least(1, self, num_train=num_train, num_val=num_val, num_test=num_test)
         self.own: Mapping[str, Source[P] | None] = {"val": val_source, "test": test_source}
         self.origin = source
         self.fractions = {"val": val_fraction, "test": test_fraction}

@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from lit_rlft.core.checks import BadArgument, UsageError, require
+from lit_rlft.core.checks import BadArgument, UsageError, at_least, positive
 from lit_rlft.core.pipeline import Condition, Pipeline
 from lit_rlft.core.state import State
 
@@ -46,7 +46,8 @@ class LoRA:
     pretrained: str | None = None
 
     def __post_init__(self) -> None:
-        require(self.rank >= 1, self, "rank", f"at least 1, got {self.rank}")
+        at_least(1, self, "rank")
+        positive(self, "alpha")
 
 
 def attach_lora(pipeline: Pipeline, lora: LoRA) -> None:

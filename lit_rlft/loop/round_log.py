@@ -12,6 +12,8 @@ from lit_rlft.loop.updates import is_maximum
 
 __all__ = ["Outcomes", "log_round", "round_means", "write_round"]
 
+_LARGEST_BIN = 1e19
+
 Outcomes = Sequence[Mapping[str, float]]
 """Values of each update of a round, by name."""
 
@@ -51,11 +53,17 @@ def write_round(
     if writer is None:
         return
     for name, values in histograms.items():
-        if values.numel():
-            writer.add_histogram(f"train/{name}", values.cpu(), num_updates)
+        if (shown := _shown(values)).numel():
+            writer.add_histogram(f"train/{name}", shown, num_updates)
     if "reward" in means:
         for axis in ("samples", "reward_calls"):
             writer.add_scalar(f"train/reward_by_{axis}", means["reward"], spent[axis])
+
+
+def _shown(values: Tensor) -> Tensor:
+    """Return the finite values, brought into the range of TensorBoard's bins, which end at 1e20."""
+    values = values.detach().double().cpu().flatten()
+    return values[values.isfinite()].clamp(-_LARGEST_BIN, _LARGEST_BIN)
 
 
 def round_means(

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
 
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, at_least
 from lit_rlft.kit.bad_entries import BadEntry, Report, usable
 from lit_rlft.kit.cache import cached_folder, save_report, user_cache
 
@@ -60,8 +60,7 @@ class Reading:
     channels: int = 3
 
     def __post_init__(self) -> None:
-        if self.height < 1 or self.width < 1:
-            raise UsageError(f"size must be at least 1, got {self.height} x {self.width}")
+        at_least(1, self, size=(self.height, self.width))
         for key, value, known in (
             ("fit", self.fit, get_args(Fit)),
             ("resample", self.resample, get_args(Resample)),
@@ -117,8 +116,7 @@ class Cache:
         num_threads: int = 4,
         cache_dir: str | None = None,
     ) -> None:
-        if num_threads < 1:
-            raise UsageError(f"num_threads must be at least 1, got {num_threads}")
+        at_least(1, self, num_threads=num_threads)
         self.folder, self.reading, self.strict = folder, reading, strict
         self.num_threads = num_threads
         self.cache_dir = user_cache("image", cache_dir)

@@ -46,7 +46,7 @@ class ImageFolder(Source):
         num_threads: int = 4,
         cache_dir: str | None = None,
     ) -> None:
-        height, width = (size, size) if isinstance(size, int) else size
+        height, width = (size, size) if isinstance(size, int | float) else size
         self.reading = Reading(height, width, fit, resample, channels)
         self.cache = Cache(Path(path), self.reading, strict, num_threads, cache_dir)
 

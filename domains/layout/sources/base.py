@@ -7,7 +7,7 @@ from typing import Any
 
 from domains.layout.page.classes import class_list
 from domains.layout.sources.packed import Packed, Page, pack
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, at_least
 from lit_rlft.kit import sources
 from lit_rlft.kit.bad_entries import BadEntry, Report
 from lit_rlft.kit.files import stamps
@@ -28,8 +28,7 @@ class Source(sources.Source[Packed]):
     noun = "layouts"
 
     def __init__(self, classes: str | Sequence[str], max_elements: int) -> None:
-        if max_elements < 1:
-            raise UsageError(f"max_elements must be at least 1, got {max_elements}")
+        at_least(1, self, max_elements=max_elements)
         self.classes = class_list(classes)
         self.max_elements = max_elements
 

@@ -30,7 +30,7 @@ from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.algorithms.inverse_noise_correction.fingerprint import alike, probe
 from lit_rlft.algorithms.inverse_noise_correction.inversion import Inversion, NoisyData
 from lit_rlft.algorithms.inverse_noise_correction.noise_store import InvertedNoise
-from lit_rlft.core.checks import UsageError, loading, require
+from lit_rlft.core.checks import UsageError, at_least, loading, require
 from lit_rlft.core.corrector import Flow, FlowMLP, FlowPrior
 from lit_rlft.core.fixed_point import FixedPoint
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline
@@ -117,9 +117,8 @@ class InverseNoiseCorrection(RewardFineTuner):
         require(
             self.lora is None, self, "lora", f"null: {self.algorithm} leaves the denoiser as it is"
         )
-        for name in ("corrector_steps", "width", "depth", "shard_size"):
-            require(getattr(self, name) >= 1, self, name, "at least 1")
-        require(self.data_noise >= 0, self, "data_noise", "0 or more")
+        at_least(1, self, "corrector_steps", "width", "depth", "shard_size")
+        at_least(0, self, "data_noise")
 
     def build(self) -> None:
         """Freeze the pipeline; make the corrector, or check that the given one fits."""

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, at_least
 from lit_rlft.core.distribution import Product
 from lit_rlft.core.process.base import Process
 from lit_rlft.core.randomness import Generators
@@ -36,6 +36,7 @@ class ProductProcess(Process):
         if unknown:
             raise UsageError(f"weights name {sorted(unknown)}, the fields are {self.names}")
         self.weights = {name: (weights or {}).get(name, 1.0) for name in self.names}
+        at_least(0, self, "weights")
         self.differentiable = all(self.field(name).differentiable for name in self.names)
         self.invertible = all(self.field(name).invertible for name in self.names)
 

@@ -165,7 +165,7 @@ def test_transparency_greys_palettes_and_rotations(tmp_path: Path, load: Any) ->
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"size": 0}, "size must be at least 1, got 0 x 0"),
+        ({"size": 0}, "size must be at least 1, got 0"),
         ({"fit": "zoom"}, "fit is 'zoom'; use one of"),
         ({"resample": "sinc"}, "resample is 'sinc'; use one of"),
         ({"channels": 4}, r"channels is 4; use one of \[1, 3\]"),
