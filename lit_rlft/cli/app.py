@@ -27,6 +27,7 @@ from lit_rlft.core.reward import Metrics, Reward
 from lit_rlft.kit.data import SplitData
 from lit_rlft.loop.checkpoint import check_file
 from lit_rlft.runs.checkpoint_file import WholeCheckpoints
+from lit_rlft.runs.events import quiet_event_writer
 from lit_rlft.runs.files import disk_trouble
 from lit_rlft.runs.folder import make_folder, trainer_settings
 
@@ -120,7 +121,7 @@ def run(words: Sequence[str]) -> None:
     _CLI.parsed, _CLI.command = None, words[0] if words and words[0] in _ABOUT else ""
     jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     try:
-        with ExitStack() as _CLI.lock, ended_by_signals():
+        with ExitStack() as _CLI.lock, quiet_event_writer(), ended_by_signals():
             _run(list(words))
     except Exception as error:
         reason = disk_trouble(error, _CLI.written, "then run the same command again")

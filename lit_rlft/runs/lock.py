@@ -1,6 +1,5 @@
 """A lock in a run's folder: two fits never write to it at the same time."""
 
-import contextlib
 import json
 import os
 import socket
@@ -15,6 +14,9 @@ __all__ = ["LOCK", "RunLock"]
 
 LOCK = "run.lock"
 """Its name in the folder."""
+_TRIES, _PAUSE = 100, 0.05
+_WRITTEN_WITHIN = 2.0
+"""Seconds; a lock that cannot be read is a damaged one after that."""
 
 
 class RunLock:
@@ -40,14 +42,17 @@ class RunLock:
         """
         own = {**_identity(os.getpid()), "key": uuid.uuid4().hex}
         own["since"] = time.strftime("%Y-%m-%d %H:%M:%S")
-        for _ in range(100):
-            if self._create(own):
+        for _ in range(_TRIES):
+            if self._create(self.path, own):
                 self._own = own
                 return
             held = _read(self.path)
             if held is not None and (reason := _alive(held)):
                 raise UsageError(_refusal(self.path, held, reason))
-            self._remove(held)
+            if (held is not None or _is_old(self.path)) and self._take_over(held, own):
+                self._own = own
+                return
+            time.sleep(_PAUSE)
         raise UsageError(f"{self.path} cannot be taken; delete it if no other fit writes there")
 
     def release(self) -> None:
@@ -56,39 +61,44 @@ class RunLock:
         if own is not None and own["pid"] == os.getpid() and _read(self.path) == own:
             self.path.unlink(missing_ok=True)
 
-    def _create(self, own: dict[str, Any]) -> bool:
-        """Write the file; return False where there is one."""
-        text = json.dumps(own)
-        draft = self.path.with_name(f".{LOCK}-{own['key']}")
+    def _create(self, path: Path, own: dict[str, Any]) -> bool:
+        """Write a file that says who made it; return False where there is one."""
+        draft = self._draft(own)
         try:
-            draft.write_text(text)
-            try:
-                os.link(draft, self.path)
-            except FileExistsError:
-                return False
-            except OSError:  # no hard links here
-                return self._create_exclusively(text)
-            return True
-        finally:
-            draft.unlink(missing_ok=True)
-
-    def _create_exclusively(self, text: str) -> bool:
-        try:
-            with self.path.open("x") as file:
-                file.write(text)
+            os.link(draft, path)
         except FileExistsError:
             return False
+        except OSError:  # no hard links here
+            try:
+                with path.open("x") as file:
+                    file.write(json.dumps(own))
+            except FileExistsError:
+                return False
+        finally:
+            draft.unlink(missing_ok=True)
         return True
 
-    def _remove(self, stale: dict[str, Any] | None) -> None:
-        """Remove a stale lock, and no other that has just taken its place."""
-        aside = self.path.with_name(f".{LOCK}-{uuid.uuid4().hex}")
-        with contextlib.suppress(FileNotFoundError):
-            self.path.replace(aside)
-            if _read(aside) != stale:
-                with contextlib.suppress(OSError):
-                    os.link(aside, self.path)
-            aside.unlink(missing_ok=True)
+    def _take_over(self, stale: dict[str, Any] | None, own: dict[str, Any]) -> bool:
+        """Put an own lock in a stale one's place, as the only one of those who try."""
+        name = "damaged" if stale is None else stale.get("key")
+        heir = self.path.with_name(f".{LOCK}-after-{name}")
+        if not self._create(heir, own):
+            other = _read(heir)
+            if other is None or not _alive(other):  # killed within these lines
+                heir.unlink(missing_ok=True)
+            return False
+        try:
+            if _read(self.path) != stale or not self.path.exists():
+                return False
+            self._draft(own).replace(self.path)
+            return True
+        finally:
+            heir.unlink(missing_ok=True)
+
+    def _draft(self, own: dict[str, Any]) -> Path:
+        draft = self.path.with_name(f".{LOCK}-{own['key']}")
+        draft.write_text(json.dumps(own))
+        return draft
 
 
 def _identity(pid: int) -> dict[str, Any]:
@@ -138,6 +148,13 @@ def _read(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return held if isinstance(held, dict) else None
+
+
+def _is_old(path: Path) -> bool:
+    try:
+        return time.time() - path.stat().st_mtime > _WRITTEN_WITHIN
+    except OSError:
+        return False
 
 
 def _boot() -> str | None:
