@@ -59,7 +59,7 @@ class LastCheckpoint(Hooks, ModelCheckpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove what a run that was killed while it saved has left."""
         super().setup(trainer, pl_module, stage)
-        if stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run:
+        if stage == "fit" and trainer.is_global_zero and not _trial(trainer):
             for partial in Path(str(self.dirpath)).glob(f"*.ckpt{PARTIAL}"):
                 partial.unlink(missing_ok=True)
 
@@ -165,8 +165,8 @@ class LastCheckpoint(Hooks, ModelCheckpoint):
             raise error
 
     def _saves(self, trainer: Trainer) -> bool:
-        fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.fast_dev_run
-        return bool(self.save_last) and fitting
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        return bool(self.save_last) and fitting and not _trial(trainer)
 
     def _finished(self, pl_module: LightningModule) -> None:
         self._untouched = True
@@ -221,21 +221,30 @@ class LastCheckpoint(Hooks, ModelCheckpoint):
 def _as_after_the_last_batch(trainer: Trainer) -> Iterator[None]:
     """Count the batches as Lightning does between two of them, with none begun.
 
-    What it restores at the start of a batch would count that batch as begun.
+    What it restores at the start of a batch would count that batch as begun. Where a validation
+    follows a batch, it counts the batch as logged after it: a resumed run does so again.
     """
-    progress = trainer.fit_loop.epoch_loop.batch_progress
-    counters = (progress.total, progress.current)
+    loop = trainer.fit_loop.epoch_loop
+    progress: Any = loop.batch_progress
+    counters, logged = (progress.total, progress.current), loop._batches_that_stepped
     held = [(one.ready, one.started, one.completed) for one in counters]
     last = progress.is_last_batch
     progress.is_last_batch = last and progress.total.ready == progress.total.processed
     for one in counters:
         one.ready = one.started = one.completed = one.processed
+    fetcher = trainer.fit_loop._data_fetcher
+    if fetcher is not None and loop._should_check_val_fx(fetcher):
+        loop._batches_that_stepped -= 1
     try:
         yield
     finally:
-        progress.is_last_batch = last
+        progress.is_last_batch, loop._batches_that_stepped = last, logged
         for one, before in zip(counters, held, strict=True):
             one.ready, one.started, one.completed = before
+
+
+def _trial(trainer: Trainer) -> bool:
+    return bool(getattr(trainer, "fast_dev_run", False))
 
 
 def _rounds(module: LightningModule) -> int:

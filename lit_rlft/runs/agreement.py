@@ -8,12 +8,11 @@ from datetime import timedelta
 from functools import cache
 from itertools import count
 
-from lightning.fabric.plugins.environments import (
-    ClusterEnvironment,
-    SLURMEnvironment,
-    TorchElasticEnvironment,
-)
-from torch.distributed import DistStoreError, TCPStore
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from torch.distributed import DistStoreError
+from torch.distributed.distributed_c10d import TCPStore  # type: ignore[attr-defined]
 
 from lit_rlft.core.checks import UsageError
 
@@ -86,7 +85,10 @@ def _choose(store: TCPStore, key: str, choose: Callable[[], str], size: int) -> 
 def _launcher() -> ClusterEnvironment | None:
     if TorchElasticEnvironment.detect():
         return TorchElasticEnvironment()
-    return SLURMEnvironment() if SLURMEnvironment.detect() else None
+    try:
+        return SLURMEnvironment() if SLURMEnvironment.detect() else None
+    except RuntimeError as error:  # it says which setting of the batch script is at fault
+        raise UsageError(" ".join(str(error).split())) from error
 
 
 @cache
@@ -95,7 +97,7 @@ def _store(address: str, port: int, first: bool) -> TCPStore:
     opens = first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
     settings = {"wait_for_workers": False, "multi_tenant": True, "timeout": _PATIENCE}
     try:
-        return TCPStore(address, port, is_master=opens, **settings)  # type: ignore[arg-type]
+        return TCPStore(address, port, is_master=opens, **settings)
     except (DistStoreError, RuntimeError) as error:
         raise UsageError(
             f"the first process cannot be reached at {address}:{port} ({error}); set MASTER_ADDR "

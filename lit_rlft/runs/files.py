@@ -230,7 +230,7 @@ class _Recorded(io.RawIOBase):
 
     def write(self, content: object) -> int:  # type: ignore[override]
         try:
-            return self.file.write(content)  # type: ignore[call-overload]
+            return self.file.write(content)
         except OSError as error:
             self.error = self.error or error
             raise

@@ -20,6 +20,7 @@ def place(launcher: str, rank: int, size: int, port: int) -> dict[str, str]:
         named = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "GROUP_RANK": 0}
         return meeting | {k: str(v) for k, v in named.items()} | {"TORCHELASTIC_RUN_ID": "none"}
     named = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_NTASKS": size, "SLURM_NODEID": 0}
+    named["SLURM_NTASKS_PER_NODE"] = size
     more = {"SLURM_JOB_ID": "1234", "SLURM_JOB_NAME": "fit", "SLURM_NODELIST": "127.0.0.1"}
     return meeting | more | {k: str(v) for k, v in named.items()}
 
