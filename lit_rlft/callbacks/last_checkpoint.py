@@ -35,6 +35,7 @@ class LastCheckpoint(Hooks, ModelCheckpoint):
     takes the place of `every_minutes`.
 
     Args:
+        dirpath: Where to; `checkpoints` in the run's folder unless given.
         every_minutes: Minutes of training after which last.ckpt is written again; null writes it
             at the other moments alone. Of several processes the first one's clock counts.
         max_share: Of the time that these further saves may take: where saving is slow, they are
@@ -43,9 +44,14 @@ class LastCheckpoint(Hooks, ModelCheckpoint):
     """
 
     def __init__(
-        self, every_minutes: float | None = 5.0, max_share: float = 0.01, **kwargs: Any
+        self,
+        dirpath: str | Path | None = None,
+        *,
+        every_minutes: float | None = 5.0,
+        max_share: float = 0.01,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(dirpath=dirpath, **kwargs)
         minutes = every_minutes
         require(minutes is None or minutes > 0, self, "every_minutes", "above 0, or null for never")
         require(0 < max_share <= 1, self, "max_share", "in (0, 1]")
@@ -54,7 +60,7 @@ class LastCheckpoint(Hooks, ModelCheckpoint):
         self.clock = SaveClock(given.total_seconds() if given else seconds, max_share)
         self.signals = Signals()
         self._saved_round = self._num_samples = 0
-        self._validated = self._held = self._untouched = False
+        self._training = self._untouched = self._validated = self._held = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove what a run that was killed while it saved has left."""
@@ -68,6 +74,7 @@ class LastCheckpoint(Hooks, ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
         self.clock.start()
         self.signals.install(trainer)
+        self._training = True
         self._finished(pl_module)
         # What a run was resumed from may lie elsewhere; before the first round there is nothing.
         self._saved_round = -1 if _rounds(pl_module) else 0
@@ -129,7 +136,7 @@ class LastCheckpoint(Hooks, ModelCheckpoint):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Save if the state is that of the end of a round; say how to go on."""
-        if not self._saves(trainer) or trainer.sanity_checking:
+        if not self._training or not self._saves(trainer):
             return
         if self._untouched and trainer.world_size == 1:
             # Of several processes the others would not come.

@@ -165,6 +165,9 @@ def disk_trouble(error: BaseException, path: Path | str, remedy: str) -> str | N
         path: What was being written, unless the error says.
         remedy: What to do once there is room.
     """
+    for one in _chain(error):
+        if isinstance(one, DiskError):  # closing other files may have failed after it
+            return str(one)
     number, named = _number(error)
     if number is None:
         return None
@@ -177,23 +180,28 @@ def disk_trouble(error: BaseException, path: Path | str, remedy: str) -> str | N
 
 def _number(error: BaseException) -> tuple[int | None, str | None]:
     """Return the number of the first disk trouble in an error's chain, and the file it names."""
-    seen: set[int] = set()
-    queue: list[BaseException | None] = [error]
-    while queue:
-        one = queue.pop(0)
-        if one is None or id(one) in seen:
-            continue
-        seen.add(id(one))
+    for one in _chain(error):
+        text = str(one)
         if isinstance(one, OSError) and one.errno in _TROUBLES:
             return one.errno, one.filename if isinstance(one.filename, str) else None
-        text = str(one)
         if isinstance(one, OSError) and one.errno is None and "written" in text:
             return errno.ENOSPC, None  # numpy: "1000 requested and 512 written"
         for words, number in _MESSAGES.items():
             if words in text and not isinstance(one, UsageError):
                 return number, None
-        queue += [one.__cause__, one.__context__]
     return None, None
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """Iterate over an error and all that led to it."""
+    seen: set[int] = set()
+    queue: list[BaseException | None] = [error]
+    while queue:
+        one = queue.pop(0)
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            yield one
+            queue += [one.__cause__, one.__context__]
 
 
 def _free(path: Path) -> str:
