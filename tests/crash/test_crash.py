@@ -1,7 +1,10 @@
 """A killed run, resumed, ends as if it had never stopped."""
 
+import os
 import resource
 import signal
+import subprocess
+import time
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -13,7 +16,7 @@ import lit_rlft.cli.app  # noqa: F401  (children find it imported)
 from lit_rlft.cli import main
 from lit_rlft.runs.lock import LOCK, RunLock
 from tests.crash.harness import EVERY_ROUND, LAST, Case, Kill, Outcome, difference, resumed, run
-from tests.support import working_directory
+from tests.support import ROOT, SCRIPT, working_directory
 
 NAME = "run"
 
@@ -149,3 +152,25 @@ def test_a_run_that_crashed_before_its_first_checkpoint_is_started_again() -> No
     main(words)
     with pytest.raises(SystemExit, match=f"--ckpt_path runs/{NAME}/{LAST}$"):
         main(words)
+
+
+@slow
+def test_a_signal_to_the_first_of_lightnings_processes_ends_both() -> None:
+    case = Case("p_graft", 2)
+    words = [*case.words(NAME, EVERY_ROUND), "--trainer.max_epochs=100000"]
+    path = os.pathsep.join((str(Path.cwd()), str(ROOT)))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    with Path("log.txt").open("w") as log:
+        process = subprocess.Popen([str(SCRIPT), *words], env=environment, stdout=log, stderr=log)
+    last, end = Path("runs", NAME, LAST), time.monotonic() + 200
+    while not last.is_file() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    try:
+        status = process.wait(60)
+    finally:
+        process.kill()
+    printed = Path("log.txt").read_text()
+    assert status == 143, printed
+    assert printed.count("stopped by SIGTERM; to go on") == 1 and "Traceback" not in printed
+    torch.load(last, weights_only=True)
