@@ -210,11 +210,11 @@ class LastCheckpoint(Hooks, ModelCheckpoint):
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         """Save; where the first process cannot write, all of them end with its sentence."""
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-                with writing(logger.log_dir):
-                    logger.experiment.flush()  # what a resumed run would not log again
         with together(trainer.world_size):
+            for logger in trainer.loggers if trainer.is_global_zero else []:
+                if isinstance(logger, TensorBoardLogger):
+                    with writing(logger.log_dir):
+                        logger.experiment.flush()  # what a resumed run would not log again
             checkpoint = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
             trainer.strategy.save_checkpoint(checkpoint, filepath)
         self._last_global_step_saved = trainer.global_step

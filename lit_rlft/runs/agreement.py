@@ -3,16 +3,15 @@
 import os
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from datetime import timedelta
 from functools import cache
 from itertools import count
+from typing import Any
 
+import torch
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from torch.distributed import DistStoreError
-from torch.distributed.distributed_c10d import TCPStore  # type: ignore[attr-defined]
 
 from lit_rlft.core.checks import UsageError
 
@@ -49,7 +48,7 @@ def agreed(choose: Callable[[], str]) -> str:
         return _choose(store, key, choose, size)
     try:
         answer = store.get(key).decode()
-    except (DistStoreError, RuntimeError) as error:
+    except RuntimeError as error:
         raise UsageError(
             f"process {rank} has not heard from the first one at {launched.main_address}:"
             f"{launched.main_port}; see its output"
@@ -68,13 +67,13 @@ def is_first() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
 
 
-def _choose(store: TCPStore, key: str, choose: Callable[[], str], size: int) -> str:
+def _choose(store: Any, key: str, choose: Callable[[], str], size: int) -> str:
     try:
         answer = choose()
     except Exception as error:
         store.set(key, f"{_ERROR}{error}")
         end = time.monotonic() + _FAREWELL
-        with suppress(DistStoreError, RuntimeError):  # the store may end with this process
+        with suppressRuntimeError:  # the store may end with this process
             while store.add(f"{key}/heard", 0) < size - 1 and time.monotonic() < end:
                 time.sleep(0.05)
         raise
@@ -92,13 +91,13 @@ def _launcher() -> ClusterEnvironment | None:
 
 
 @cache
-def _store(address: str, port: int, first: bool) -> TCPStore:
+def _store(address: str, port: int, first: bool) -> Any:
     """Return a client of the store; kept open, for the process group meets there too."""
     opens = first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
     settings = {"wait_for_workers": False, "multi_tenant": True, "timeout": _PATIENCE}
     try:
-        return TCPStore(address, port, is_master=opens, **settings)
-    except (DistStoreError, RuntimeError) as error:
+        return torch.distributed.TCPStore(address, port, is_master=opens, **settings)
+    except RuntimeError as error:
         raise UsageError(
             f"the first process cannot be reached at {address}:{port} ({error}); set MASTER_ADDR "
             "and MASTER_PORT to a free port of its machine"

@@ -132,5 +132,16 @@ def _free_name(config: Namespace) -> str:
         return os.environ[_NAME]
     algorithm = config.model.class_path.rpartition(".")[2].lower()
     names = [algorithm, *(f"{algorithm}-{i}" for i in range(2, 10_000))]
-    os.environ[_NAME] = next(n for n in names if not (Path(config.root) / n).exists())
+    os.environ[_NAME] = next(n for n in names if _is_new(Path(config.root) / n))
     return os.environ[_NAME]
+
+
+def _is_new(folder: Path) -> bool:
+    """Make a folder; return False where there is one, also where another run makes it just now."""
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    except OSError:  # for `_make` to explain
+        return not folder.exists()
+    return True
