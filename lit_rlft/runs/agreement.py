@@ -73,7 +73,7 @@ def _choose(store: Any, key: str, choose: Callable[[], str], size: int) -> str:
     except Exception as error:
         store.set(key, f"{_ERROR}{error}")
         end = time.monotonic() + _FAREWELL
-        with suppressRuntimeError:  # the store may end with this process
+        with suppress(RuntimeError):  # the store may end with this process
             while store.add(f"{key}/heard", 0) < size - 1 and time.monotonic() < end:
                 time.sleep(0.05)
         raise
