@@ -10,7 +10,6 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lit_rlft.core.advantage import Advantage
@@ -25,6 +24,7 @@ from lit_rlft.distributed import gather, together
 from lit_rlft.evaluation.evaluator import Evaluator
 from lit_rlft.loop import checkpoint as contents
 from lit_rlft.loop.experience import Draw, Experience
+from lit_rlft.loop.export import write_tuned
 from lit_rlft.loop.hooks import Audience
 from lit_rlft.loop.learning_rate import after_round, after_update, after_validation, optimizer_of
 from lit_rlft.loop.precision import check_precision, check_weights
@@ -295,9 +295,8 @@ class RewardFineTuner(LightningModule, ABC):
     def on_fit_end(self) -> None:
         """Write the tuned model in the format of the domain's own tools; it must be finite."""
         check_weights(self._trained(), self.num_updates)
-        if self.trainer.is_global_zero and self.num_updates:
-            for path in self.export(run_folder(self.trainer) / "tuned"):
-                rank_zero_info(f"tuned model: {path}")
+        export = self.export if self.trainer.is_global_zero and self.num_updates else None
+        write_tuned(run_folder(self.trainer) / "tuned", export, self.trainer.world_size)
 
     def _trained(self) -> dict[str, nn.Parameter]:
         return {n: p for n, p in self.trainable().named_parameters() if p.requires_grad}

@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,8 @@ from lit_rlft.callbacks.result_table import result_table
 from lit_rlft.core.checks import at_least
 from lit_rlft.distributed import gather
 from lit_rlft.loop.experience import Draw
-from lit_rlft.runs.before_after import comparison
+from lit_rlft.runs.before_after import comparison, png
+from lit_rlft.runs.files import write_whole, writing
 from lit_rlft.runs.folder import run_folder, summary_writer
 
 Summary = dict[str, dict[str, dict[str, float]]]
@@ -37,7 +37,8 @@ class SaveConfig(SaveConfigCallback):
         name = "config.yaml" if stage == "fit" else f"config_{stage}.yaml"
         folder = run_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
+        with writing(folder / name):
+            write_whole(folder / name, text)
         writer = summary_writer(pl_module)
         if writer is not None:
             writer.add_text(f"config/{stage}", f"```yaml\n{text}\n```")
@@ -91,9 +92,11 @@ class RunFiles(Callback):
             **{arm: _without_nan(metrics) for arm, metrics in summary.items()},
             "cost": cost,
         }
-        path = _write_text(folder / "metrics.json", json.dumps(report, indent=2) + "\n")
+        with writing(folder / "metrics.json"):
+            path = write_whole(folder / "metrics.json", json.dumps(report, indent=2) + "\n")
         picture = self._picture(pl_module, summary, num_samples)
-        picture.save(folder / "comparison.png")
+        with writing(folder / "comparison.png"):
+            write_whole(folder / "comparison.png", png(picture))
         title = f"{pl_module.algorithm} on {pl_module.pipeline.name}, {num_samples} samples each"
         paths = f"picture  {folder / 'comparison.png'}\nmetrics  {path}"
         self._result = f"\n{title}\n\n{result_table(summary)}\n\n{paths}"
@@ -141,7 +144,10 @@ class RunFiles(Callback):
         folder.mkdir(parents=True, exist_ok=True)
         indices = batch["index"].repeat_interleave(pl_module.num_eval_samples).tolist()
         names = [f"{i:05d}_{seed:019d}" for i, seed in zip(indices, outputs.seeds, strict=True)]
-        paths = pl_module.pipeline.save_samples(outputs.samples, outputs.condition, folder, names)
+        with writing(folder):
+            paths = pl_module.pipeline.save_samples(
+                outputs.samples, outputs.condition, folder, names
+            )
         rewards = outputs.rewards.tolist()
         lines = [
             json.dumps(
@@ -151,21 +157,25 @@ class RunFiles(Callback):
                 outputs.condition.each(), outputs.seeds, rewards, paths, strict=True
             )
         ]
-        rank = f"_{trainer.global_rank}" if trainer.world_size > 1 else ""
-        path = folder.parent / f"samples{rank}.jsonl"
-        with path.open("w" if batch_idx == 0 else "a") as file:
+        path = folder.parent / f"samples_{trainer.global_rank}.jsonl"
+        with writing(path), path.open("w" if batch_idx == 0 else "a") as file:
             file.write("\n".join(lines) + "\n")
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Join the lines of all processes; say where the samples are."""
+        """Join the lines of all processes; say where the samples are.
+
+        samples.jsonl is that of an earlier command until it is whole.
+        """
         folder = run_folder(trainer)
         trainer.strategy.barrier()
-        if trainer.world_size > 1 and trainer.is_global_zero:
+        if trainer.is_global_zero:
             paths = [folder / f"samples_{rank}.jsonl" for rank in range(trainer.world_size)]
             parts = [path for path in paths if path.is_file()]
             lines = [line for part in parts for line in part.read_text().splitlines()]
-            lines.sort(key=lambda line: json.loads(line)["file"])
-            _write_text(folder / "samples.jsonl", "\n".join(lines) + "\n")
+            if trainer.world_size > 1:
+                lines.sort(key=lambda line: json.loads(line)["file"])
+            with writing(folder / "samples.jsonl"):
+                write_whole(folder / "samples.jsonl", "".join(f"{line}\n" for line in lines))
             for part in parts:
                 part.unlink()
         say(f"samples: {folder / 'samples'}\nsamples.jsonl: {folder / 'samples.jsonl'}")
@@ -189,10 +199,3 @@ def _without_nan(metrics: dict[str, dict[str, float]]) -> dict[str, dict[str, fl
         name: {key: None if math.isnan(value) else value for key, value in values.items()}
         for name, values in metrics.items()
     }
-
-
-def _write_text(path: Path, text: str) -> Path:
-    # A half-written file never replaces a good one.
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    return partial.replace(path)

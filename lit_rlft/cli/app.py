@@ -2,12 +2,14 @@
 
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, ClassVar
 
 import jsonargparse
 from jsonargparse import Namespace
 from lightning import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lit_rlft.algorithms.base import RewardFineTuner
@@ -18,11 +20,15 @@ from lit_rlft.callbacks.progress import progress
 from lit_rlft.callbacks.run_files import RunFiles, SaveConfig
 from lit_rlft.callbacks.sample_panel import SamplePanel
 from lit_rlft.callbacks.self_check import SelfCheck
+from lit_rlft.callbacks.signals import ended_by_signals
 from lit_rlft.cli.errors import sentence
 from lit_rlft.core.pipeline import Pipeline
 from lit_rlft.core.reward import Metrics, Reward
 from lit_rlft.kit.data import SplitData
 from lit_rlft.loop.checkpoint import check_file
+from lit_rlft.runs.checkpoint_file import WholeCheckpoints
+from lit_rlft.runs.events import quiet_event_writer
+from lit_rlft.runs.files import disk_trouble
 from lit_rlft.runs.folder import make_folder, trainer_settings
 
 __all__ = ["run"]
@@ -45,6 +51,11 @@ class _CLI(LightningCLI):
     """The latest command's config, for errors to name its keys."""
     command: ClassVar[str] = ""
     """The command asked for: a parser for each of the others would take as long to build."""
+
+    lock: ClassVar[ExitStack] = ExitStack()
+    """Holds the lock of a fit's folder until the command is over."""
+    written: ClassVar[Path] = Path()
+    """The run's folder, for errors of a disk that takes no more."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -74,7 +85,8 @@ class _CLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[str(self.subcommand)]
-        self.folder = make_folder(config, str(self.subcommand))
+        self.folder = make_folder(config, str(self.subcommand), _CLI.lock)
+        _CLI.written = self.folder
         if self.subcommand == "predict":
             config.return_predictions = False  # they are written as they come
         elif self.subcommand in ("validate", "test"):
@@ -95,10 +107,8 @@ class _CLI(LightningCLI):
             "enable_progress_bar": bars,
         }
         trainer = super().instantiate_trainer(**settings, **kwargs)
-        # Of several processes the others would not come to the barrier of a save.
-        for callback in trainer.checkpoint_callbacks:
-            if isinstance(callback, ModelCheckpoint) and trainer.world_size == 1:
-                callback.save_on_exception = True
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeCheckpoints()
         return trainer
 
 
@@ -111,9 +121,11 @@ def run(words: Sequence[str]) -> None:
     _CLI.parsed, _CLI.command = None, words[0] if words and words[0] in _ABOUT else ""
     jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     try:
-        _run(list(words))
+        with ExitStack() as _CLI.lock, quiet_event_writer(), ended_by_signals():
+            _run(list(words))
     except Exception as error:
-        reason = sentence(error, _CLI.parsed)
+        reason = disk_trouble(error, _CLI.written, "then run the same command again")
+        reason = sentence(error, _CLI.parsed) or reason
         if reason is None:
             raise
         if _CLI.parsed is not None and sys.stderr.isatty():

@@ -64,6 +64,8 @@ def main(args: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # the reader has read enough, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     except UsageError as error:
         raise SystemExit(f"lit-rlft: error: {error}") from error
 

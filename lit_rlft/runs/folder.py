@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.tensorboard import SummaryWriter
 
 from lit_rlft.core.checks import UsageError
+from lit_rlft.runs.agreement import agreed, is_first
+from lit_rlft.runs.files import clean, writing
+from lit_rlft.runs.lock import RunLock
 
 _NAME = "LIT_RLFT_RUN_NAME"
 _OWN_SETTINGS = {
@@ -22,18 +26,26 @@ _OWN_SETTINGS = {
 __all__ = ["make_folder", "run_folder", "summary_writer", "trainer_settings"]
 
 
-def make_folder(config: Namespace, stage: str) -> Path:
+def make_folder(config: Namespace, stage: str, lock: ExitStack | None = None) -> Path:
     """Make and return the folder of the run that a command's config asks for.
 
+    Of several processes that a launcher started, the first one chooses and makes it.
+
+    Args:
+        config: Of the command.
+        stage: Which command it is.
+        lock: A fit holds the folder's lock until this is closed; None takes no lock.
+
     Raises:
-        UsageError: The folder cannot be written, `fit` would mix a new run into an old one, or the
-            trainer is asked for something that the model does itself.
+        UsageError: The folder cannot be written, `fit` would mix a new run into an old one,
+            another fit writes there, or the trainer is asked for something that the model does
+            itself.
     """
     for key, (default, remedy) in _OWN_SETTINGS.items():
         if config.trainer[key] != default:
             raise UsageError(f"trainer.{key} does not apply here; set model.init_args.{remedy}")
-    folder = Path(config.root) / (config.name or _free_name(config))
-    _check_folder(folder, fresh=stage == "fit" and config.ckpt_path is None)
+    folder = Path(config.root) / agreed(lambda: _prepare(config, stage, lock))
+    _make(folder)
     return folder
 
 
@@ -66,12 +78,45 @@ def summary_writer(module: LightningModule) -> SummaryWriter | None:
     return None
 
 
-def _check_folder(folder: Path, *, fresh: bool) -> None:
-    if fresh and (folder / "checkpoints").is_dir():
+def _prepare(config: Namespace, stage: str, lock: ExitStack | None) -> str:
+    """Choose the folder's name; make it, take its lock, and refuse one that holds a run."""
+    name = config.name or _free_name(config)
+    folder = Path(config.root) / name
+    if not is_first():  # started by Lightning: its first process has done all this
+        return str(name)
+    _make(folder)
+    if stage == "fit" and lock is not None and not config.trainer.fast_dev_run:
+        held = RunLock(folder)
+        with writing(held.path):
+            held.acquire()
+        lock.callback(held.release)
+        clean(folder)
+    if stage == "fit" and config.ckpt_path is None:
+        _check_fresh(folder)
+    return str(name)
+
+
+def _check_fresh(folder: Path) -> None:
+    """Raise UsageError where a new run would be mixed into an old one, and say how to resume it.
+
+    A run that was killed before its first checkpoint left nothing to resume: it starts again. So
+    does one that SLURM has requeued, from where Lightning saved it.
+    """
+    found = sorted((folder / "checkpoints").glob("*.ckpt"), key=_newest)
+    requeued = "SLURM_JOB_ID" in os.environ and any(folder.glob("hpc_ckpt_*.ckpt"))
+    if found and not requeued:
         raise UsageError(
             f"{folder} already holds a run; choose another --name, delete it, or resume it with "
-            f"--ckpt_path {folder}/checkpoints/last.ckpt"
+            f"--ckpt_path {found[-1]}"
         )
+
+
+def _newest(path: Path) -> tuple[bool, float]:
+    """Sort last.ckpt behind all others, and those by their time."""
+    return path.stem == "last", path.stat().st_mtime
+
+
+def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         writable = os.access(folder, os.W_OK)
@@ -87,5 +132,16 @@ def _free_name(config: Namespace) -> str:
         return os.environ[_NAME]
     algorithm = config.model.class_path.rpartition(".")[2].lower()
     names = [algorithm, *(f"{algorithm}-{i}" for i in range(2, 10_000))]
-    os.environ[_NAME] = next(n for n in names if not (Path(config.root) / n).exists())
+    os.environ[_NAME] = next(n for n in names if _is_new(Path(config.root) / n))
     return os.environ[_NAME]
+
+
+def _is_new(folder: Path) -> bool:
+    """Make a folder; return False where there is one, also where another run makes it just now."""
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    except OSError:  # for `_make` to explain
+        return not folder.exists()
+    return True
