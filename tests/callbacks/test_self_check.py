@@ -174,15 +174,14 @@ def test_the_tolerance_is_half_the_clip_range(
                 fit(tuner, tmp_path)
 
 
-@pytest.mark.parametrize("num_epochs", [1, 2])
-def test_rounding_by_batch_size_cancels_in_half_precision(num_epochs: int, tmp_path: Path) -> None:
+def test_rounding_by_batch_size_cancels_in_half_precision(tmp_path: Path) -> None:
     """Where microbatches have one size; where they have not, that is the remedy named."""
 
     def run(microbatch_size: int | None) -> RewardFineTuner:
         tuner = ddpo(
             log_prob_reduction="sum",
             clip_range=1e-6,
-            num_epochs=num_epochs,
+            num_epochs=2,
             minibatch_size=5,
             microbatch_size=microbatch_size,
         )
@@ -201,8 +200,8 @@ def test_rounding_by_batch_size_cancels_in_half_precision(num_epochs: int, tmp_p
         trainer.fit(tuner, MixtureData(num_train=8, batch_size=8))
         return tuner
 
-    for size in (1, 4, 6, 200):
-        assert run(size).num_updates == 2 * 7 * num_epochs
+    for size in (1, 6):
+        assert run(size).num_updates == 2 * 7 * 2
     with pytest.raises(UsageError, match=r"set model.init_args.microbatch_size, which gives them"):
         run(None)
 

@@ -43,6 +43,7 @@ TINY = {
     "model.init_args.num_eval_samples": 2,
     "model.init_args.optimizer.init_args.lr": 0.01,
     "trainer.accelerator": "cpu",
+    "trainer.precision": "64-true",
     "trainer.enable_progress_bar": False,
     "trainer.callbacks+": "tests.cli.test_world_size.Record",
 }
