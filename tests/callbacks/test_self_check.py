@@ -212,8 +212,10 @@ def test_rounding_by_batch_size_cancels_in_half_precision(tmp_path: Path) -> Non
         (lambda losses: losses * torch.nan, r"\d of \d losses of update 1 are not finite"),
         # Finite, but the root's slope at 0 is not.
         (lambda losses: (losses * 0).sqrt(), r"gradients of update 1 are not finite \(first in "),
+        # Finite, but their squares are not.
+        (lambda losses: losses * 1e30, r"gradients of update 1 are not finite; the weights are"),
     ],
-    ids=["loss", "gradient"],
+    ids=["loss", "gradient", "norm"],
 )
 def test_what_is_not_finite_never_reaches_the_weights(
     breaks: Callable[[Tensor], Tensor], message: str, tmp_path: Path
