@@ -39,7 +39,7 @@ from lit_rlft.core.distribution import Distribution, Reduction
 from lit_rlft.core.pipeline import Batch, Condition
 from lit_rlft.core.randomness import Generators, generators, seed_from
 from lit_rlft.core.sampling import Denoiser
-from lit_rlft.core.state import State, cat, tensor_of
+from lit_rlft.core.state import State, cat, slices, tensor_of
 from lit_rlft.core.streams import Stream
 from lit_rlft.core.surrogate import importance_sampling, ratio_values, score_function
 from lit_rlft.core.trajectory import Trajectories, transition_of, walk_with_log_probs
@@ -302,7 +302,8 @@ class DDPO(RewardFineTuner):
         """Take the old log-probabilities as the updates will take the new ones."""
         pairs_of_update = rollout.num_terms * self.minibatch_size // max(len(rollout), 1)
         size = self.microbatch_size or max(pairs_of_update, 1)
-        for rows in torch.arange(rollout.num_terms).split(size):
+        for part in slices(rollout.num_terms, size):
+            rows = torch.arange(part.start, part.stop)
             pairs = self._filled(rollout.terms(rows))
             policy = self._transition(self.pipeline, pairs)
             old = policy.log_prob(pairs.states["x_s"], self.log_prob_reduction)

@@ -93,7 +93,8 @@ class SelfCheck(Hooks):
         scaled = isinstance(precision, MixedPrecision) and precision.scaler is not None
         if not math.isfinite(norm) and not scaled:  # a scaler skips such updates and goes on
             wrong = [n for n, p in named if p.grad is not None and not p.grad.isfinite().all()]
-            raise _not_finite(module, "gradients", f" (first in {wrong[0]})")
+            # Finite ones can have a norm that is not.
+            raise _not_finite(module, "gradients", f" (first in {wrong[0]})" if wrong else "")
         if unreached := [n for n, p in named if p.grad is None]:
             self._warn(
                 "unreached",

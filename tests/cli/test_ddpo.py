@@ -14,13 +14,12 @@ from torch.testing import assert_close
 from lit_rlft.cli import main
 from tests.cli.test_runs import GAUSSIAN, TINY
 from tests.support import (
-    TWO_PROCESSES,
+    TWO_FORKS,
     arguments,
     assert_equal,
     checkpoint,
     report,
     scalars,
-    script,
     weights,
     working_directory,
 )
@@ -102,7 +101,7 @@ def test_statistics_matter_to_a_resumed_run() -> None:
 def test_two_processes_train_like_one(method: str) -> None:
     settings = {"trainer.limit_val_batches": 0, **ROUNDS}  # two minibatches a pass
     fit(method, "one", settings)
-    script(*command("fit", method, "two", {**settings, **TWO_PROCESSES}))
+    fit(method, "two", {**settings, **TWO_FORKS})
     one, two = checkpoint("one"), checkpoint("two")
     assert one["state_dict"].keys() == two["state_dict"].keys()
     assert_close(two["state_dict"], one["state_dict"], rtol=1e-5, atol=1e-7)

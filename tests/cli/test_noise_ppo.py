@@ -12,13 +12,13 @@ import torch
 from lit_rlft.cli import main
 from lit_rlft.inference import NoiseGenerator
 from tests.support import (
+    TWO_FORKS,
     TWO_PROCESSES,
     arguments,
     assert_equal,
     checkpoint,
     report,
     scalars,
-    script,
     write_picture_domain,
 )
 
@@ -132,7 +132,7 @@ def test_a_run_resumes_bit_by_bit(advantage: dict[str, Any]) -> None:
 def test_two_processes_learn_what_one_learns(advantage: dict[str, Any]) -> None:
     settings = {"trainer.limit_val_batches": 0, **advantage}
     command("fit", "one", settings)
-    script(*words("fit", TINY, {"name": "two"}, settings, TWO_PROCESSES))
+    command("fit", "two", {**settings, **TWO_FORKS})
     one, two = checkpoint("one"), checkpoint("two")
     assert one["state_dict"].keys() == two["state_dict"].keys()
     for key, value in one["state_dict"].items():

@@ -19,6 +19,7 @@ from domains.gaussian_mixture.pipeline import GaussianMixturePipeline
 from lit_rlft.callbacks.run_files import RunFiles
 from lit_rlft.cli import main
 from tests.support import (
+    TWO_FORKS,
     TWO_PROCESSES,
     arguments,
     assert_equal,
@@ -526,7 +527,7 @@ def test_reward_gradients_run_in_bf16(method: str) -> None:
 def test_reward_gradients_of_two_processes_are_those_of_one(method: str) -> None:
     several = {"model.init_args.minibatch_size": 3, "trainer.limit_val_batches": 0}
     gradients("fit", method, "one", several)
-    script(*by_gradient("fit", method, "two", {**several, **TWO_PROCESSES}))
+    gradients("fit", method, "two", {**several, **TWO_FORKS})
     one, two = weights("one"), weights("two")
     assert one.keys() == two.keys()
     for key in one:
