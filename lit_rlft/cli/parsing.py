@@ -21,7 +21,8 @@ _EXPECTED = re.compile(r"Expected an? (<class '.*?'>|typing\.\S+|List|list)")
 _NOISE = re.compile(
     r"Expected a path but|Does not validate against|Subtypes: |Errors:|Given value|Got value"
     r"|a class path|a dict|Parser key|Problem with given class_path|Subclass types expect"
-    r"|Expected an? <class|Expected an? typing|Type typing\.|Type collections\.|Not a valid subclass of"
+    r"|Expected an? <class|Expected an? typing"
+    r"|Type typing\.|Type collections\.|Not a valid subclass of"
 )
 _MOST = 60
 """Longest shown value."""
