@@ -11,6 +11,7 @@ from jsonargparse import Namespace
 from lightning import LightningDataModule, Trainer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.callbacks.cost_meter import CostMeter
@@ -21,7 +22,9 @@ from lit_rlft.callbacks.run_files import RunFiles, SaveConfig
 from lit_rlft.callbacks.sample_panel import SamplePanel
 from lit_rlft.callbacks.self_check import SelfCheck
 from lit_rlft.callbacks.signals import ended_by_signals
-from lit_rlft.cli.errors import sentence
+from lit_rlft.cli.errors import own_frames, sentence
+from lit_rlft.cli.same_domain import check_domains
+from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Pipeline
 from lit_rlft.core.reward import Metrics, Reward
 from lit_rlft.kit.data import SplitData
@@ -81,6 +84,7 @@ class _CLI(LightningCLI):
         # The base class warns wherever arguments are given, which here they always are.
         self.config = parser.parse_args(args)
         own = _CLI.parsed = self.config[self.config.subcommand]
+        check_domains(own.as_dict())
         check_file(own.ckpt_path)
 
     def before_instantiate_classes(self) -> None:
@@ -107,6 +111,11 @@ class _CLI(LightningCLI):
             "enable_progress_bar": bars,
         }
         trainer = super().instantiate_trainer(**settings, **kwargs)
+        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+            raise UsageError(
+                "trainer.strategy must be ddp, or auto: the others split the weights, of which the "
+                "reference, the clipping of gradients and checkpoints need all"
+            )
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpoints()
         return trainer
@@ -126,11 +135,12 @@ def run(words: Sequence[str]) -> None:
     except Exception as error:
         reason = disk_trouble(error, _CLI.written, "then run the same command again")
         reason = sentence(error, _CLI.parsed) or reason
-        if reason is None:
+        message = own_frames(error) if reason is None else f"lit-rlft: error: {reason}"
+        if message is None:
             raise
         if _CLI.parsed is not None and sys.stderr.isatty():
             print(file=sys.stderr)  # below what a progress bar has left
-        raise SystemExit(f"lit-rlft: error: {reason}") from error
+        raise SystemExit(message) from error
 
 
 def _run(words: list[str]) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lit_rlft.core.checks import UsageError, require, within
+from lit_rlft.core.checks import UsageError, at_least, require, within
 from lit_rlft.core.fixed_point import FixedPoint
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.process import Process
@@ -54,6 +54,7 @@ class Sampler:
     eta: float = 0.0
 
     def __post_init__(self) -> None:
+        at_least(1, self, "num_steps")
         within(1, _MOST_STEPS, self, "num_steps")
         within(0, 1, self, "eta")
 

@@ -196,7 +196,7 @@ class Whole(Reward):
 MISTAKES: dict[str, tuple[str, dict[str, Any], str]] = {
     "eta": ("ddpo", {"model.init_args.sampler.eta": 0.0}, "sampler.eta must be above 0"),
     "group": ("grpo", {"model.init_args.num_candidates": 1}, "raise it to 2 or more"),
-    "clip range": ("ddpo", {"model.init_args.clip_range": 0}, "clip_range must be above 0"),
+    "clip range": ("ddpo", {"model.init_args.clip_range": 0}, "clip_range must be positive"),
     "epochs": ("ddpo_sf", {"model.init_args.num_epochs": 2}, "set model.init_args.estimator"),
     "window": ("ddpo", {"model.init_args.window": [2, 9]}, "the sampler's num_steps"),
     "reward": ("ddpo", {"reward": "odd_rewards.Failing"}, "Failing failed for all 32 samples"),
