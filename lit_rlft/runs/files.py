@@ -42,6 +42,7 @@ _MESSAGES = {
     "os error 30": errno.EROFS,
     "No space left on device": errno.ENOSPC,
     "PytorchStreamWriter failed": errno.ENOSPC,
+    "iostream error": errno.ENOSPC,
 }
 """What libraries say that raise errors of their own: safetensors, and torch's writer."""
 
