@@ -109,9 +109,13 @@ def _launcher() -> ClusterEnvironment | None:
 def _store(address: str, port: int, first: bool) -> Any:
     """Return a client of the store; kept open, for the process group meets there too."""
     opens = first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
-    settings = {"wait_for_workers": False, "multi_tenant": True, "timeout": _PATIENCE}
+    settings: dict[str, Any] = {
+        "wait_for_workers": False,
+        "multi_tenant": True,
+        "timeout": _PATIENCE,
+    }
     try:
-        return torch.distributed.TCPStore(address, port, is_master=opens, **settings)
+        return vars(torch.distributed)["TCPStore"](address, port, is_master=opens, **settings)
     except RuntimeError as error:
         raise UsageError(
             f"the first process cannot be reached at {address}:{port} ({error}); set MASTER_ADDR "

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from lit_rlft.core.checks import UsageError
 
@@ -237,7 +237,7 @@ class _Recorded(io.RawIOBase):
         self.file = file
         self.error: OSError | None = None
 
-    def write(self, content: object) -> int:  # type: ignore[override]
+    def write(self, content: Any) -> int:
         try:
             return self.file.write(content)
         except OSError as error:
