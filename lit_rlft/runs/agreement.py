@@ -115,7 +115,9 @@ def _store(address: str, port: int, first: bool) -> Any:
         "timeout": _PATIENCE,
     }
     try:
-        return vars(torch.distributed)["TCPStore"](address, port, is_master=opens, **settings)
+        return vars(torch.distributed)["TCPStore"](
+            address, port, is_master=opens, timeout=_PATIENCE, **settings
+        )
     except RuntimeError as error:
         raise UsageError(
             f"the first process cannot be reached at {address}:{port} ({error}); set MASTER_ADDR "
