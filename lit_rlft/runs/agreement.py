@@ -54,7 +54,8 @@ def agreed(choose: Callable[[], str]) -> str:
             f"process {rank} has not heard from the first one at {launched.main_address}:"
             f"{launched.main_port}; see its output"
         ) from error
-    store.add(f"{key}/heard", 1)
+    with suppress(RuntimeError):  # the first process may be gone, having failed
+        store.add(f"{key}/heard", 1)
     if answer.startswith(_ERROR):
         raise UsageError(answer.removeprefix(_ERROR))
     return answer.removeprefix(_GOOD)
@@ -69,17 +70,30 @@ def is_first() -> bool:
 
 
 def _choose(store: Any, key: str, choose: Callable[[], str], size: int) -> str:
+    """Choose, and stay until all have heard: the store may end with this process."""
     try:
         answer = choose()
     except Exception as error:
         store.set(key, f"{_ERROR}{error}")
-        end = time.monotonic() + _FAREWELL
-        with suppress(RuntimeError):  # the store may end with this process
-            while store.add(f"{key}/heard", 0) < size - 1 and time.monotonic() < end:
-                time.sleep(0.05)
+        _wait(store, key, size, _FAREWELL)
         raise
     store.set(key, f"{_GOOD}{answer}")
+    heard = _wait(store, key, size, _PATIENCE.total_seconds())
+    if heard < size:
+        raise UsageError(
+            f"{heard} of {size} processes have come; start all of them, with torchrun or srun"
+        )
     return answer
+
+
+def _wait(store: Any, key: str, size: int, seconds: float) -> int:
+    """Wait until all processes have heard; return how many have, with this one."""
+    end = time.monotonic() + seconds
+    heard = 1
+    with suppress(RuntimeError):
+        while (heard := 1 + store.add(f"{key}/heard", 0)) < size and time.monotonic() < end:
+            time.sleep(0.05)
+    return heard
 
 
 def _launcher() -> ClusterEnvironment | None:
@@ -95,9 +109,15 @@ def _launcher() -> ClusterEnvironment | None:
 def _store(address: str, port: int, first: bool) -> Any:
     """Return a client of the store; kept open, for the process group meets there too."""
     opens = first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
-    settings = {"wait_for_workers": False, "multi_tenant": True, "timeout": _PATIENCE}
+    settings: dict[str, Any] = {
+        "wait_for_workers": False,
+        "multi_tenant": True,
+        "timeout": _PATIENCE,
+    }
     try:
-        return torch.distributed.TCPStore(address, port, is_master=opens, **settings)
+        return vars(torch.distributed)["TCPStore"](
+            address, port, is_master=opens, timeout=_PATIENCE, **settings
+        )
     except RuntimeError as error:
         raise UsageError(
             f"the first process cannot be reached at {address}:{port} ({error}); set MASTER_ADDR "

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from lit_rlft.core.checks import UsageError
 
@@ -42,6 +42,7 @@ _MESSAGES = {
     "os error 30": errno.EROFS,
     "No space left on device": errno.ENOSPC,
     "PytorchStreamWriter failed": errno.ENOSPC,
+    "iostream error": errno.ENOSPC,
 }
 """What libraries say that raise errors of their own: safetensors, and torch's writer."""
 
@@ -236,7 +237,7 @@ class _Recorded(io.RawIOBase):
         self.file = file
         self.error: OSError | None = None
 
-    def write(self, content: object) -> int:  # type: ignore[override]
+    def write(self, content: Any) -> int:
         try:
             return self.file.write(content)
         except OSError as error:

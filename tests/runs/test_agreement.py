@@ -2,6 +2,7 @@
 
 import os
 import time
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -62,6 +63,16 @@ def test_the_first_process_chooses_for_all(tmp_path: Path, launcher: str, size: 
 def test_all_end_with_the_first_ones_sentence(tmp_path: Path, launcher: str) -> None:
     sentences = answers(tmp_path, launcher, 3, refuse=True)
     assert sentences == ["the folder already holds a run"] * 3
+
+
+def test_processes_that_never_come_are_missed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in place("torchrun", 0, 3, free_port()).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("lit_rlft.runs.agreement._PATIENCE", timedelta(seconds=0.2))
+    with pytest.raises(UsageError, match="1 of 3 processes have come; start all of them"):
+        agreed(lambda: "own")
 
 
 def test_alone_it_is_what_is_chosen() -> None:
