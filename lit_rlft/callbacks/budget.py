@@ -27,10 +27,17 @@ class Budget(Callback):
             raise UsageError("Budget needs denoiser_calls or reward_calls")
         self.limits = {"denoiser_calls": denoiser_calls, "reward_calls": reward_calls}
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin no round where a resumed run has spent everything."""
+        self._stop(trainer, pl_module)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop the trainer where a limit is reached."""
+        self._stop(trainer, pl_module)
+
+    def _stop(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, RewardFineTuner)
         for name, limit in self.limits.items():
             spent = getattr(pl_module.meter.training, name) * trainer.world_size

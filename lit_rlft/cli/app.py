@@ -14,16 +14,17 @@ from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.callbacks.cost_meter import CostMeter
 from lit_rlft.callbacks.facts import Facts
 from lit_rlft.callbacks.last_checkpoint import LastCheckpoint
+from lit_rlft.callbacks.monitored import Monitored
 from lit_rlft.callbacks.progress import progress
 from lit_rlft.callbacks.run_files import RunFiles, SaveConfig
 from lit_rlft.callbacks.sample_panel import SamplePanel
 from lit_rlft.callbacks.self_check import SelfCheck
 from lit_rlft.cli.errors import sentence
+from lit_rlft.cli.which import NONE, choose
 from lit_rlft.core.pipeline import Pipeline
 from lit_rlft.core.reward import Metrics, Reward
 from lit_rlft.kit.data import SplitData
-from lit_rlft.loop.checkpoint import check_file
-from lit_rlft.runs.folder import make_folder, trainer_settings
+from lit_rlft.runs.folder import give_folder, make_folder, trainer_settings
 
 __all__ = ["run"]
 
@@ -70,7 +71,10 @@ class _CLI(LightningCLI):
         # The base class warns wherever arguments are given, which here they always are.
         self.config = parser.parse_args(args)
         own = _CLI.parsed = self.config[self.config.subcommand]
-        check_file(own.ckpt_path)
+        own.ckpt_path = choose(own, self.config.subcommand)
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the settings to the user: the base class takes a checkpoint's over them."""
 
     def before_instantiate_classes(self) -> None:
         config = self.config[str(self.subcommand)]
@@ -91,15 +95,26 @@ class _CLI(LightningCLI):
         own = own if isinstance(own, list) else [own]
         shown, bars = progress(own, given["enable_progress_bar"])
         settings = trainer_settings(given, self.folder) | {
-            "callbacks": [*own, *shown, Facts()],
+            "callbacks": [*own, *shown, Facts(), Monitored()],
             "enable_progress_bar": bars,
         }
         trainer = super().instantiate_trainer(**settings, **kwargs)
-        # Of several processes the others would not come to the barrier of a save.
+        give_folder(trainer, self.folder)
         for callback in trainer.checkpoint_callbacks:
-            if isinstance(callback, ModelCheckpoint) and trainer.world_size == 1:
+            if not isinstance(callback, ModelCheckpoint):
+                continue
+            # Else it would be the first logger's, wherever that writes.
+            callback.dirpath = callback.dirpath or str(self.folder / "checkpoints")
+            # Of several processes the others would not come to the barrier of a save.
+            if trainer.world_size == 1:
                 callback.save_on_exception = True
         return trainer
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        settings = super()._prepare_subcommand_kwargs(subcommand)
+        path = settings["ckpt_path"]
+        # None of the safe loader's business: it never loads more than weights.
+        return settings | {"ckpt_path": None if path == NONE else path, "weights_only": True}
 
 
 def run(words: Sequence[str]) -> None:

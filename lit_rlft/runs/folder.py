@@ -3,7 +3,10 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from shutil import rmtree
+from tempfile import mkdtemp
 from typing import Any
+from weakref import finalize
 
 from jsonargparse import Namespace
 from lightning import LightningModule, Trainer
@@ -19,22 +22,53 @@ _OWN_SETTINGS = {
 }
 """Lightning's settings of automatic optimisation: their defaults, and what takes their place."""
 
-__all__ = ["make_folder", "run_folder", "summary_writer", "trainer_settings"]
+_FOLDER, _SCRATCH = "_lit_rlft_run_folder", "_lit_rlft_scratch"
+"""Attributes of a trainer: the folder it was given, and that of a fast_dev_run."""
+
+__all__ = [
+    "check_name",
+    "checkpoints_of",
+    "give_folder",
+    "make_folder",
+    "run_folder",
+    "summary_writer",
+    "trainer_settings",
+    "writes_nothing",
+]
 
 
 def make_folder(config: Namespace, stage: str) -> Path:
     """Make and return the folder of the run that a command's config asks for.
 
+    A fast_dev_run makes none.
+
     Raises:
-        UsageError: The folder cannot be written, `fit` would mix a new run into an old one, or the
-            trainer is asked for something that the model does itself.
+        UsageError: The name is none of a folder, the folder cannot be written, `fit` would mix a
+            new run into an old one, or the trainer is asked for something that the model does
+            itself.
     """
     for key, (default, remedy) in _OWN_SETTINGS.items():
         if config.trainer[key] != default:
             raise UsageError(f"trainer.{key} does not apply here; set model.init_args.{remedy}")
+    check_name(config.name)
     folder = Path(config.root) / (config.name or _free_name(config))
-    _check_folder(folder, fresh=stage == "fit" and config.ckpt_path is None)
+    if config.trainer["fast_dev_run"]:
+        return folder
+    if stage == "fit" and config.ckpt_path is None:
+        _check_fresh(folder, checkpoints_of(config, folder))
+    _make(folder)
     return folder
+
+
+def checkpoints_of(config: Namespace, folder: Path) -> Path:
+    """Return where the checkpoints of a run lie."""
+    given = config.checkpoint["dirpath"]
+    return Path(given) if given else folder / "checkpoints"
+
+
+def give_folder(trainer: Trainer, folder: Path) -> None:
+    """Make a folder that of the trainer's run, whatever loggers it has."""
+    vars(trainer)[_FOLDER] = folder
 
 
 def trainer_settings(given: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -45,11 +79,25 @@ def trainer_settings(given: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return settings
 
 
-def run_folder(trainer: Trainer) -> Path:
-    """Return the folder of the run: the logger's, or the trainer's root without one.
+def writes_nothing(trainer: Trainer) -> bool:
+    """Return whether it is a fast_dev_run, which tries everything and leaves no file."""
+    return bool(vars(trainer).get("fast_dev_run", False))
 
-    Unlike `trainer.log_dir` it may be called on one process alone.
+
+def run_folder(trainer: Trainer) -> Path:
+    """Return the folder of the run: as given, else the logger's, else the trainer's root.
+
+    A fast_dev_run leaves nothing: its folder is a temporary one. Unlike `trainer.log_dir` this may
+    be called on one process alone.
     """
+    own = vars(trainer)
+    if writes_nothing(trainer):
+        if _SCRATCH not in own:
+            own[_SCRATCH] = mkdtemp(prefix="lit_rlft_")
+            finalize(trainer, rmtree, own[_SCRATCH], ignore_errors=True)
+        return Path(own[_SCRATCH])
+    if _FOLDER in own:
+        return Path(own[_FOLDER])
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger | CSVLogger):
             return Path(logger.log_dir)
@@ -66,12 +114,33 @@ def summary_writer(module: LightningModule) -> SummaryWriter | None:
     return None
 
 
-def _check_folder(folder: Path, *, fresh: bool) -> None:
-    if fresh and (folder / "checkpoints").is_dir():
+def check_name(name: str | None) -> None:
+    """Raise UsageError for a name that is not that of one folder below the root."""
+    if name is None:
+        return
+    if not name.strip() or name in (".", "..") or any(c in "/\\" or c < " " for c in name):
+        raise UsageError(
+            f"name must be that of a folder in root, without separators, got {name!r}; set root "
+            "to write elsewhere"
+        )
+
+
+def _check_fresh(folder: Path, checkpoints: Path) -> None:
+    """Raise UsageError where a new run would be mixed into an old one."""
+    if not any(checkpoints.glob("*.ckpt")):
+        return
+    if checkpoints.parent == folder:
         raise UsageError(
             f"{folder} already holds a run; choose another --name, delete it, or resume it with "
             f"--ckpt_path {folder}/checkpoints/last.ckpt"
         )
+    raise UsageError(
+        f"checkpoint.dirpath {checkpoints} already holds a run's checkpoints; choose another "
+        f"folder, or resume that run with --ckpt_path {checkpoints}/last.ckpt"
+    )
+
+
+def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         writable = os.access(folder, os.W_OK)
