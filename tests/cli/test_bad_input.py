@@ -226,7 +226,7 @@ def test_a_file_that_is_no_checkpoint_of_ours(finished: Path) -> None:
     torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.0"}, "foreign.ckpt")
     Path("text.ckpt").write_text("nothing")
     for path in ("foreign.ckpt", "text.ckpt"):
-        words = ("--ckpt_path", path, "is no checkpoint of lit-rlft")
+        words = (path, "is no checkpoint of lit-rlft")
         assert_refused(finished, {"ckpt_path": path}, "test", *words)
     assert_refused(finished, {"ckpt_path": "nowhere.ckpt"}, "fit", "there is no file nowhere.ckpt")
 
