@@ -3,7 +3,10 @@
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
+from lit_rlft.algorithms.base import RewardFineTuner
+from lit_rlft.callbacks.last_checkpoint import LastCheckpoint
 from lit_rlft.core.checks import UsageError
 from lit_rlft.runs.folder import writes_nothing
 
@@ -22,11 +25,18 @@ class Monitored(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that what validations log can come."""
-        for name in _monitors(trainer):
+        assert isinstance(pl_module, RewardFineTuner)
+        for key, name in _monitors(trainer):
             if name.startswith("test/"):
-                raise _never(name, "a test is no part of a fit; val/ is what fit can monitor")
+                raise _never(key, name, "a test is no part of a fit; val/ is what fit can monitor")
             if name.startswith(_OF_VALIDATION) and not trainer.enable_validation:
-                raise _never(name, "this fit has no validation (trainer.limit_val_batches)")
+                raise _never(key, name, "this fit has no validation (trainer.limit_val_batches)")
+            modes = [getattr(callback, "mode", None) for callback in trainer.checkpoint_callbacks]
+            if name == f"val/{pl_module.reward.name}" and "min" in modes:
+                rank_zero_warn(
+                    f"{key} {name} with mode min keeps the lowest rewards; set checkpoint.mode to "
+                    "max to keep the highest"
+                )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -42,21 +52,25 @@ class Monitored(Callback):
 
 def _check(trainer: Trainer, prefixes: tuple[str, ...]) -> None:
     logged = trainer.callback_metrics
-    for name in _monitors(trainer):
+    for owner, name in _monitors(trainer):
         if name.startswith(prefixes) and name not in logged:
             kind = tuple(p for p in (*_OF_ROUNDS, *_OF_VALIDATION) if name.startswith(p))
             known = sorted(key for key in logged if key.startswith(kind or _OF_VALIDATION))
-            raise _never(name, f"there are {', '.join(known)}")
+            raise _never(owner, name, f"there are {', '.join(known)}")
 
 
-def _monitors(trainer: Trainer) -> list[str]:
-    """Return the names that callbacks of a fit monitor."""
+def _monitors(trainer: Trainer) -> list[tuple[str, str]]:
+    """Return the names that callbacks of a fit monitor, each after its setting."""
     if writes_nothing(trainer) or not trainer.training:
         return []
     callbacks = vars(trainer).get("callbacks", [])
-    names = [getattr(callback, "monitor", None) for callback in callbacks]
-    return [name for name in names if isinstance(name, str) and name not in ("epoch", "step")]
+    found = []
+    for callback in callbacks:
+        name, own = getattr(callback, "monitor", None), isinstance(callback, LastCheckpoint)
+        if isinstance(name, str) and name not in ("epoch", "step"):
+            found.append((f"{'checkpoint' if own else type(callback).__name__}.monitor", name))
+    return found
 
 
-def _never(name: str, why: str) -> UsageError:
-    return UsageError(f"checkpoint.monitor {name} is never logged: {why}")
+def _never(key: str, name: str, why: str) -> UsageError:
+    return UsageError(f"{key} {name} is never logged: {why}")

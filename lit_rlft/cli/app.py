@@ -113,8 +113,7 @@ class _CLI(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         settings = super()._prepare_subcommand_kwargs(subcommand)
         path = settings["ckpt_path"]
-        # None of the safe loader's business: it never loads more than weights.
-        return settings | {"ckpt_path": None if path == NONE else path, "weights_only": True}
+        return settings | {"ckpt_path": None if path == NONE else path}
 
 
 def run(words: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ import pickle
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import IO, Any
 
@@ -39,6 +40,11 @@ _HYPER_PARAMETERS = (
     "datamodule_hparams_type",
 )
 """Where Lightning looks for settings and class paths. Settings are the user's, never a file's."""
+
+_PATHS = {"best_model_path", "kth_best_model_path", "last_model_path"}
+"""In the states of Lightning's checkpoint callbacks."""
+_ZIP = b"PK\x03\x04"
+"""How files of torch begin."""
 
 Source = str | Path | IO[bytes]
 
@@ -96,7 +102,9 @@ def secure(trainer: Trainer) -> None:
 def _safely(
     inner: Callable[..., Any], checkpoint_path: Source, weights_only: bool | None = None
 ) -> dict[str, Any]:
-    # Whatever the caller asks for.
+    # Whatever the caller asks for; Lightning 2.5 cannot be asked.
+    if "weights_only" not in signature(inner).parameters:
+        return load(checkpoint_path)
     with _reading(checkpoint_path):
         checkpoint = inner(checkpoint_path, weights_only=True)
     return _checked(checkpoint, checkpoint_path)
@@ -115,14 +123,17 @@ def _reading(path: Source) -> Iterator[None]:
     except PermissionError as error:
         raise UsageError(f"the checkpoint {path} cannot be read: permission denied") from error
     except Exception as error:  # a file can hold anything, and the reader has many errors
-        raise UsageError(f"{path} is no checkpoint of lit-rlft{_reason(error)}") from error
+        reason = _reason(path, error)
+        raise UsageError(f"{path} is no checkpoint of lit-rlft{reason}") from error
 
 
-def _reason(error: Exception) -> str:
+def _reason(path: Source, error: Exception) -> str:
     if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
         return "; it holds more than numbers and tensors, and such files are never loaded"
-    if isinstance(error, RuntimeError) and "zip" in str(error):
-        return ", or it is cut off or damaged; take another file of the run"
+    if isinstance(path, str | Path) and Path(path).is_file():
+        with Path(path).open("rb") as file:
+            if file.read(len(_ZIP)) == _ZIP:
+                return ", or it is cut off or damaged; take another file of the run"
     return ""
 
 
@@ -137,4 +148,23 @@ def _checked(checkpoint: Any, path: Source) -> dict[str, Any]:
         raise UsageError(f"the checkpoint {path} is damaged; take another file of the run")
     for key in _HYPER_PARAMETERS:
         checkpoint.pop(key, None)
+    states = checkpoint.get("callbacks")
+    for state in states.values() if isinstance(states, dict) else ():
+        if isinstance(state, dict):
+            _disarm(state)
     return checkpoint
+
+
+def _disarm(state: dict[str, Any]) -> None:
+    """Forget paths outside the folder of checkpoints: Lightning deletes what they name."""
+    folder = state.get("dirpath")
+
+    def within(path: Any) -> bool:
+        if not isinstance(path, str) or not isinstance(folder, str) or "://" in path:
+            return False
+        return Path(path).is_relative_to(folder) and ".." not in Path(path).parts
+
+    for key in _PATHS & state.keys():
+        state[key] = state[key] if within(state[key]) else ""
+    if isinstance(models := state.get("best_k_models"), dict):
+        state["best_k_models"] = {path: score for path, score in models.items() if within(path)}

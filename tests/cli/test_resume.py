@@ -190,3 +190,16 @@ def test_what_is_never_logged_is_not_monitored(
         # What was trained until then is not lost.
         kept = Path(LAST).exists()
         assert kept == (monitor in ("train/rewards", "val/Cordinate", "Coordinate"))
+
+
+def test_a_checkpoint_cannot_have_files_deleted(run: Path) -> None:
+    content, victim = checkpoint("run"), Path("victim").resolve()
+    (victim / "inner").mkdir(parents=True)
+    for name, state in content["callbacks"].items():
+        if name.startswith("LastCheckpoint"):
+            del state["dirpath"]  # then Lightning takes its own
+            # Not of the protocol "file", and so removed with all that is in it.
+            state["best_model_path"] = state["last_model_path"] = f"local://{victim}"
+    torch.save(content, LAST)
+    fit(GOING_ON)
+    assert (victim / "inner").is_dir()
