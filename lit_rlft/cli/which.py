@@ -106,14 +106,16 @@ def _number(path: Path) -> int:
 
 def _tell_untuned(config: Namespace, stage: str, *, asked: bool) -> None:
     """Say that a command takes the pretrained model as it is, and why."""
+    folder = Path(config.root) / (config.name or "")
+    checkpoints = checkpoints_of(config, folder)
     if stage == "fit":
         if config.ckpt_path == "last":
-            say(f"checkpoint: none yet in {Path(config.root) / config.name}; the fit starts anew")
+            say(f"checkpoint: none yet in {checkpoints}; the fit starts anew")
         return
     if asked:
         why = "as --ckpt_path none asks"
-    elif config.name:
-        why = f"{Path(config.root) / config.name} has none"
+    elif config.name or _elsewhere(config):
+        why = f"there is none in {checkpoints}"
     else:
         why = "give a run's --name to take its last one, or --ckpt_path"
     say(f"checkpoint: none, the model is untuned ({why})")

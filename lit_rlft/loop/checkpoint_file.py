@@ -26,8 +26,9 @@ _NEEDED = {
     "pretrained": str,
     "pipeline": str,
     "cost": dict,
+    "settings": dict,
 }
-"""What every checkpoint says of its run, and the types."""
+"""What every checkpoint says of its run, and the types; those of 0.2 have no settings."""
 _RESUMED = ("optimizer_states", "lr_schedulers", "loops", "callbacks")
 _HYPER_PARAMETERS = (
     "hyper_parameters",
@@ -143,7 +144,9 @@ def _checked(checkpoint: Any, path: Source) -> dict[str, Any]:
     if not isinstance(ours, dict):
         raise UsageError(f"{path} is no checkpoint of lit-rlft; it names no pipeline")
     weights = checkpoint.get("state_dict")
-    whole = all(isinstance(ours.get(name), kind) for name, kind in _NEEDED.items())
+    whole = all(
+        isinstance(({"settings": {}} | ours).get(name), kind) for name, kind in _NEEDED.items()
+    )
     if not whole or not isinstance(weights, dict):
         raise UsageError(f"the checkpoint {path} is damaged; take another file of the run")
     for key in _HYPER_PARAMETERS:
