@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from lightning import LightningModule
+from lightning import Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
@@ -22,7 +22,9 @@ from lit_rlft.core.sampling import Sampler
 from lit_rlft.cost.meter import Meter
 from lit_rlft.distributed import gather, together
 from lit_rlft.evaluation.evaluator import Evaluator
-from lit_rlft.loop import checkpoint as contents
+from lit_rlft.loop.checkpoint import fingerprint
+from lit_rlft.loop.checkpoint_file import secure
+from lit_rlft.loop.checkpointed import Checkpointed
 from lit_rlft.loop.experience import Draw, Experience
 from lit_rlft.loop.export import write_tuned
 from lit_rlft.loop.hooks import Audience
@@ -33,14 +35,12 @@ from lit_rlft.loop.rollouts import Rollouts, track
 from lit_rlft.loop.round_log import log_round, round_means, write_round
 from lit_rlft.loop.route import Leg, Route
 from lit_rlft.loop.updates import Shares, Update, accumulate, gradient_norm, layout, no_sync, plan
-from lit_rlft.runs.folder import run_folder, summary_writer
+from lit_rlft.runs.folder import run_folder, summary_writer, writes_nothing
 
 __all__ = ["RewardFineTuner"]
 
-_COUNTERS = ("num_rounds", "num_samples", "num_updates")
 
-
-class RewardFineTuner(LightningModule, ABC):
+class RewardFineTuner(Checkpointed, ABC):
     """Improves a pipeline under a reward; subclasses define what to collect and what to minimise.
 
     One training batch holds the conditions of one round: `collect` draws samples for them, then
@@ -162,13 +162,29 @@ class RewardFineTuner(LightningModule, ABC):
         """Check the settings and attach the adapter; the reference is the model as loaded."""
         if not self.pretrained:
             self._build()
-        trainer, size = self._trainer, self.sampling_batch_size
+        if self._trainer is not None:
+            secure(self._trainer)
+        self._listen(self._trainer)
+
+    def _listen(self, trainer: Trainer | None) -> None:
+        """Make what draws, measures and reports, for a trainer or for none."""
+        size = self.sampling_batch_size
         self.audience = Audience(self, trainer)
         self.rollouts = Rollouts(self.pipeline, self.reward, size, self.seed, self.meter)
         self.rollouts.track = partial(track, trainer=trainer)
         self.evaluator = Evaluator(self.rollouts, self.metrics, self.num_eval_samples)
         self.evaluator.phase = self.audience.phase
         self.evaluator.shown = trainer is None or trainer.is_global_zero
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles do not take the trainer along."""
+        held = {"audience", "rollouts", "evaluator"}
+        return {name: value for name, value in super().__getstate__().items() if name not in held}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.pretrained:
+            self._listen(None)
 
     def _build(self) -> None:
         at_least(1, self, "num_epochs", "minibatch_size", "microbatch_size")
@@ -181,7 +197,7 @@ class RewardFineTuner(LightningModule, ABC):
             if isinstance(part, Metric):
                 part.requires_grad_(False).check(self.pipeline)
         self.build()
-        pretrained = contents.fingerprint(self.pipeline.denoiser)
+        pretrained = fingerprint(self.pipeline.denoiser)
         self.reference = adapt(self.pipeline, self.lora, self.seed)
         self.meter.watch(self.pipeline, self.trainable(), self.reference)
         self.pretrained = pretrained
@@ -271,32 +287,10 @@ class RewardFineTuner(LightningModule, ABC):
     def predict_step(self, batch: Batch, batch_idx: int) -> Draw:
         return self.evaluator.predict(batch, self.route())
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what is trained, counters, statistics, and the pretrained model's fingerprint."""
-        check_weights(trained := self._trained(), self.num_updates)
-        ours = {
-            "pretrained": self.pretrained,
-            "pipeline": self.pipeline.name,
-            "cost": self.meter.as_dict(),
-            **{name: getattr(self, name) for name in _COUNTERS},
-            **{name: part.state_dict() for name, part in self.statistics().items()},
-        }
-        contents.reduce(checkpoint, contents.trained_shapes(self, trained.values()), ours)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore all but the weights; raise UsageError for a checkpoint of another model."""
-        shapes = contents.trained_shapes(self, self._trained().values())
-        ours = contents.read(checkpoint, self.pretrained, self.pipeline.name, shapes)
-        vars(self).update({name: ours[name] for name in _COUNTERS})
-        for name, part in self.statistics().items():
-            part.load_state_dict(ours.get(name, {}))
-        self.meter.restore(ours["cost"], first=self._trainer is None or self.global_rank == 0)
-
     def on_fit_end(self) -> None:
         """Write the tuned model in the format of the domain's own tools; it must be finite."""
         check_weights(self._trained(), self.num_updates)
-        export = self.export if self.trainer.is_global_zero and self.num_updates else None
-        write_tuned(run_folder(self.trainer) / "tuned", export, self.trainer.world_size)
-
-    def _trained(self) -> dict[str, nn.Parameter]:
-        return {n: p for n, p in self.trainable().named_parameters() if p.requires_grad}
+        trainer = self.trainer
+        writes = trainer.is_global_zero and self.num_updates and not writes_nothing(trainer)
+        export = self.export if writes else None
+        write_tuned(run_folder(trainer) / "tuned", export, trainer.world_size)

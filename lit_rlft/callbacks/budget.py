@@ -28,10 +28,17 @@ class Budget(Callback):
         at_least(1, self, denoiser_calls=denoiser_calls, reward_calls=reward_calls)
         self.limits = {"denoiser_calls": denoiser_calls, "reward_calls": reward_calls}
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin no round where a resumed run has spent everything."""
+        self._stop(trainer, pl_module)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop the trainer where a limit is reached."""
+        self._stop(trainer, pl_module)
+
+    def _stop(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, RewardFineTuner)
         for name, limit in self.limits.items():
             if limit is not None and pl_module.meter.total(name) >= limit:

@@ -19,7 +19,7 @@ from lit_rlft.distributed import together
 from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.hooks import Hooks
 from lit_rlft.runs.files import PARTIAL, DiskError, writing
-from lit_rlft.runs.folder import run_folder
+from lit_rlft.runs.folder import run_folder, writes_nothing
 from lit_rlft.runs.save_clock import SaveClock
 
 __all__ = ["LastCheckpoint"]
@@ -65,7 +65,7 @@ class LastCheckpoint(Hooks, ModelCheckpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove what a run that was killed while it saved has left."""
         super().setup(trainer, pl_module, stage)
-        if stage == "fit" and trainer.is_global_zero and not _trial(trainer):
+        if stage == "fit" and trainer.is_global_zero and not writes_nothing(trainer):
             for partial in Path(str(self.dirpath)).glob(f"*.ckpt{PARTIAL}"):
                 partial.unlink(missing_ok=True)
 
@@ -173,7 +173,7 @@ class LastCheckpoint(Hooks, ModelCheckpoint):
 
     def _saves(self, trainer: Trainer) -> bool:
         fitting = trainer.state.fn == TrainerFn.FITTING
-        return bool(self.save_last) and fitting and not _trial(trainer)
+        return bool(self.save_last) and fitting and not writes_nothing(trainer)
 
     def _finished(self, pl_module: LightningModule) -> None:
         self._untouched = True
@@ -248,10 +248,6 @@ def _as_after_the_last_batch(trainer: Trainer) -> Iterator[None]:
         progress.is_last_batch, loop._batches_that_stepped = last, logged
         for one, before in zip(counters, held, strict=True):
             one.ready, one.started, one.completed = before
-
-
-def _trial(trainer: Trainer) -> bool:
-    return bool(getattr(trainer, "fast_dev_run", False))
 
 
 def _rounds(module: LightningModule) -> int:

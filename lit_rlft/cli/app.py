@@ -10,6 +10,7 @@ import jsonargparse
 from jsonargparse import Namespace
 from lightning import LightningDataModule, Trainer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
@@ -17,6 +18,7 @@ from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.callbacks.cost_meter import CostMeter
 from lit_rlft.callbacks.facts import Facts
 from lit_rlft.callbacks.last_checkpoint import LastCheckpoint
+from lit_rlft.callbacks.monitored import Monitored
 from lit_rlft.callbacks.progress import progress
 from lit_rlft.callbacks.run_files import RunFiles, SaveConfig
 from lit_rlft.callbacks.sample_panel import SamplePanel
@@ -24,15 +26,15 @@ from lit_rlft.callbacks.self_check import SelfCheck
 from lit_rlft.callbacks.signals import ended_by_signals
 from lit_rlft.cli.errors import own_frames, sentence
 from lit_rlft.cli.same_domain import check_domains
+from lit_rlft.cli.which import NONE, choose
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Pipeline
 from lit_rlft.core.reward import Metrics, Reward
 from lit_rlft.kit.data import SplitData
-from lit_rlft.loop.checkpoint import check_file
 from lit_rlft.runs.checkpoint_file import WholeCheckpoints
 from lit_rlft.runs.events import quiet_event_writer
 from lit_rlft.runs.files import disk_trouble
-from lit_rlft.runs.folder import make_folder, trainer_settings
+from lit_rlft.runs.folder import give_folder, make_folder, trainer_settings
 
 __all__ = ["run"]
 
@@ -85,7 +87,10 @@ class _CLI(LightningCLI):
         self.config = parser.parse_args(args)
         own = _CLI.parsed = self.config[self.config.subcommand]
         check_domains(own.as_dict())
-        check_file(own.ckpt_path)
+        own.ckpt_path = choose(own, self.config.subcommand)
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the settings to the user: the base class takes a checkpoint's over them."""
 
     def before_instantiate_classes(self) -> None:
         config = self.config[str(self.subcommand)]
@@ -107,7 +112,7 @@ class _CLI(LightningCLI):
         own = own if isinstance(own, list) else [own]
         shown, bars = progress(own, given["enable_progress_bar"])
         settings = trainer_settings(given, self.folder) | {
-            "callbacks": [*own, *shown, Facts()],
+            "callbacks": [*own, *shown, Facts(), Monitored()],
             "enable_progress_bar": bars,
         }
         trainer = super().instantiate_trainer(**settings, **kwargs)
@@ -118,7 +123,17 @@ class _CLI(LightningCLI):
             )
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpoints()
+        give_folder(trainer, self.folder)
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint):
+                # Else it would be the first logger's, wherever that writes.
+                callback.dirpath = callback.dirpath or str(self.folder / "checkpoints")
         return trainer
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        settings = super()._prepare_subcommand_kwargs(subcommand)
+        path = settings["ckpt_path"]
+        return settings | {"ckpt_path": None if path == NONE else path}
 
 
 def run(words: Sequence[str]) -> None:

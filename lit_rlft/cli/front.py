@@ -20,7 +20,7 @@ HELP = """\
 lit-rlft fine-tunes pretrained diffusion and flow models with rewards.
 
   lit-rlft fit      --config DOMAIN --config ALGORITHM [--config TRAINER] [--any.key VALUE]
-  lit-rlft validate|test|predict  the same, and --ckpt_path runs/NAME/checkpoints/last.ckpt
+  lit-rlft validate|test|predict  the same; takes the run's last checkpoint, or --ckpt_path FILE
   lit-rlft list     [algorithms|domains|rewards|metrics|selections|configs] [--domain NAME]
 
 Commands
@@ -32,8 +32,7 @@ Commands
 
 Examples
   lit-rlft fit --config shapes --config p_graft --name demo
-  lit-rlft test --config shapes --config p_graft --name demo \\
-      --ckpt_path runs/demo/checkpoints/last.ckpt
+  lit-rlft test --config shapes --config p_graft --name demo
 
   lit-rlft fit --config shapes --config drtune --reward CLIPScore --trainer.max_epochs 2
 

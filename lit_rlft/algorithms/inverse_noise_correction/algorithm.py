@@ -267,7 +267,7 @@ class InverseNoiseCorrection(RewardFineTuner):
 
         One that was loaded from a folder may be the start of training for this base.
         """
-        held, where = self._held, "--ckpt_path"
+        held, where = self._held, "the checkpoint"
         if held is None and not self._fitting and not self.num_updates:
             held, where = self._card(), "model.init_args.corrector.init_args.pretrained"
         self._held = None
