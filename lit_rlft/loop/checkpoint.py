@@ -1,7 +1,6 @@
 """Checkpoints: trained weights, counters, and the pretrained model that they belong to."""
 
 import hashlib
-import pickle
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ def check_file(path: str | None) -> None:
         raise UsageError(f"--ckpt_path: there is no file {path}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # a damaged file can fail in any way
         raise UsageError(f"--ckpt_path: {path} is no checkpoint of lit-rlft") from error
     if not isinstance(checkpoint, dict) or "lit_rlft" not in checkpoint:
         raise UsageError(f"--ckpt_path: {path} is no checkpoint of lit-rlft; it names no pipeline")
