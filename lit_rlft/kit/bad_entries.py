@@ -98,13 +98,14 @@ class Report:
         """Return the report in one line; with details, what exactly the first of a kind has."""
         total = self.num_kept + len(self.faults)
         phrases = [f"{self.source}: {self.num_kept} of {total} {self.noun} used", *self.notes]
-        for what, faults in (("", self.faults), ("parts ", self.parts)):
+        for of_used, faults in ((False, self.faults), (True, self.parts)):
             for kind, count in Counter(bad.kind for bad in faults).items():
                 chosen = [bad for bad in faults if bad.kind == kind][:_MAX_LISTED]
                 names = [bad.name for bad in chosen]
                 if details and chosen[0].detail:
                     names[0] += f": {chosen[0].detail[:_MAX_DETAIL]}"
                 more = ", ..." if count > _MAX_LISTED else ""
+                what = f"{'part' if count == 1 else 'parts'} of these " if of_used else ""
                 phrases.append(f"{count} {what}left out with {kind} ({', '.join(names)}{more})")
         return "; ".join(phrases)
 

@@ -165,18 +165,19 @@ def read_arrays(path: Path) -> Iterator[Entry]:
         with np.load(existing(path), allow_pickle=False) as file:
             positions = file["positions"].astype(np.float64)
             numbers = file["atomic_numbers"].astype(np.int64)
-            sizes = (numbers > 0).cumprod(axis=-1).sum(axis=-1)
+            sizes = known = (numbers > 0).cumprod(axis=-1).sum(axis=-1)
             if "n_atoms" in file.files:
-                sizes = np.minimum(sizes, file["n_atoms"].astype(np.int64).clip(min=0))
+                sizes = file["n_atoms"].astype(np.int64)
     except (ValueError, KeyError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
         raise UsageError(
             f"{path} is no .npz file with arrays positions and atomic_numbers ({reason(error)})"
         ) from error
-    if positions.shape != (*numbers.shape, 3) or len(sizes) != len(numbers):
+    if positions.shape != (*numbers.shape, 3) or sizes.shape != numbers.shape[:1]:
         raise UsageError(
-            f"{path} has positions {positions.shape} and atomic_numbers {numbers.shape}; they must "
-            "be [n, N, 3] and [n, N]"
+            f"{path} has positions {positions.shape}, atomic_numbers {numbers.shape} and n_atoms "
+            f"{sizes.shape}; they must be [n, N, 3], [n, N] and [n]"
         )
+    sizes = np.minimum(sizes.clip(min=0), known)
     for row, (size, place, number) in enumerate(zip(sizes, positions, numbers, strict=True)):
         symbols = [_element(value) for value in number[:size].tolist()]
         yield Structure(f"row {row}", row, symbols, place[:size])
@@ -268,16 +269,16 @@ def _sdf_entry(block: list[str], name: str, number: int) -> Entry:
         return BadEntry(name, "an unreadable structure", block[0].strip())
     positions = mol.GetConformer().GetPositions()
     symbols = [atom.GetSymbol() for atom in mol.GetAtoms()]
-    if _is_whole(symbols, positions):
-        # What the file says besides, of bonds or radicals, is not used, and often wrong.
-        return Structure(name, number, symbols, positions)
     if any(atom.GetNumRadicalElectrons() for atom in mol.GetAtoms()):
         return BadEntry(name, "a radical")
     if block[1][20:22].upper() == "2D" and not positions[:, 2].any():
         return BadEntry(name, "no conformer", "its positions are those of a drawing")
     mol.UpdatePropertyCache(strict=False)
-    # Without a bond it says nothing of hydrogens.
-    missing = sum(atom.GetTotalNumHs() for atom in mol.GetAtoms()) if mol.GetNumBonds() else 0
+    missing = sum(atom.GetTotalNumHs() for atom in mol.GetAtoms())
+    # Orders and charges of the file are not used otherwise, and often wrong; without a bond it
+    # says nothing of hydrogens.
+    if missing and (not mol.GetNumBonds() or _is_whole(symbols, positions)):
+        missing = 0
     return Structure(name, number, symbols, positions, missing)
 
 
