@@ -5,6 +5,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sized
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -193,8 +194,12 @@ class SourceData(SplitData, Generic[P]):
 
     def left_out(self) -> str:
         """Return every entry of the sources that was left out, a sentence a line."""
-        sources = (self.origin, *self.own.values())
-        return "".join(source.left_out() for source in sources if source is not None)
+        lists: list[str] = []
+        for source in filter(None, (self.origin, *self.own.values())):
+            # A file that is missing is another error, and none of this list.
+            with suppress(UsageError):
+                lists.append(source.left_out())
+        return "".join(lists)
 
     def chosen(self, split: Split) -> tuple[P, NDArray[np.int64]]:
         """Return the data of a split's rows, and the places of the rows in them."""
