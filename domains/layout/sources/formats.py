@@ -102,7 +102,7 @@ def read_arrays(path: Path, classes: Sequence[str]) -> Iterator[Entry]:
         raise UsageError(
             f"{path} is no .npz file with arrays bbox_ltwh and label ({reason(error)})"
         ) from error
-    own = [str(name) for name in arrays.get("classes", [])][1:]
+    own = [str(name) for name in np.ravel(arrays.get("classes", []))][1:]
     if own and own != list(classes):
         raise UsageError(
             f"{path} has the classes {own}, but {list(classes)} were asked for; set classes to its "
@@ -116,7 +116,7 @@ def read_arrays(path: Path, classes: Sequence[str]) -> Iterator[Entry]:
     canvases = arrays.get("canvas_wh")
     if canvases is None or canvases.shape != (len(labels), 2):
         canvases = np.ones((len(labels), 2))
-    names = [str(name) for name in arrays.get("name", ())]
+    names = [str(name) for name in np.ravel(arrays.get("name", []))]
     names = names if len(names) == len(labels) else [f"row {i}" for i in range(len(labels))]
     for name, canvas, box, label in zip(names, canvases, boxes, labels, strict=True):
         width, height = canvas if np.isfinite(canvas).all() and (canvas > 0).all() else (1, 1)
