@@ -4,7 +4,7 @@ References:
     Demystifying MMD GANs (Binkowski et al., 2018; KID), https://arxiv.org/abs/1801.01401
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from domains.layout.networks.encoder import LayoutEncoder, load_encoder
 from domains.layout.page import measures
+from domains.layout.page.classes import number_of
 from domains.layout.page.comparisons import (
     box_wasserstein,
     class_total_variation,
@@ -45,18 +46,26 @@ class LayoutMeasures(Metric):
 
     Args:
         compat: Compute alignment with the mistake of the code that most papers use.
+        ignored: Names of classes that overlap leaves out, such as RICO's "Background Image".
     """
 
-    def __init__(self, compat: bool = False) -> None:
+    def __init__(self, compat: bool = False, ignored: Sequence[str] = ()) -> None:
         super().__init__()
-        self.compat = compat
+        self.compat, self.ignored = compat, tuple(ignored)
 
     def evaluate(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
-        """Return {"alignment_100", "overlap", "num_elements", "coverage"}, [B] each."""
+        """Return {"alignment_100", "overlap", "num_elements", "coverage"}, [B] each.
+
+        Raises:
+            UsageError: A class to be ignored is none of the layouts'.
+        """
         layouts = check_layouts(samples, condition)
+        key = "metrics: ignored of LayoutMeasures"
+        labels = [number_of(name, layouts.classes, key) for name in self.ignored]
+        ignored = torch.tensor(labels, device=layouts.labels.device) if labels else None
         return {
             "alignment_100": 100 * measures.alignment(layouts, compat=self.compat),
-            "overlap": measures.overlap(layouts),
+            "overlap": measures.overlap(layouts, ignored=ignored),
             "num_elements": measures.num_elements(layouts),
             "coverage": measures.coverage(layouts),
         }

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from domains.layout.networks.encoder import load_encoder
 from domains.layout.page import measures
+from domains.layout.page.classes import number_of
 from domains.layout.samples import Layouts, check_layouts
 from lit_rlft.core.checks import BadArgument, UsageError, at_least, positive, within
 from lit_rlft.core.pipeline import Condition
@@ -314,11 +315,7 @@ def _unless_few(rewards: Tensor, layouts: Layouts) -> Tensor:
 
 
 def _number(name: str, classes: Sequence[str], key: str) -> int:
-    if name not in classes:
-        raise UsageError(
-            f"reward.init_args.{key} names the class {name!r}, but the layouts have {list(classes)}"
-        )
-    return classes.index(name)
+    return number_of(name, classes, f"reward.init_args.{key}")
 
 
 def _along(axis: int, sign: float) -> Callable[[Tensor], Tensor]:

@@ -18,6 +18,7 @@ from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.callbacks.cost_meter import CostMeter
 from lit_rlft.callbacks.facts import Facts
 from lit_rlft.callbacks.last_checkpoint import LastCheckpoint
+from lit_rlft.callbacks.left_out import LeftOut
 from lit_rlft.callbacks.monitored import Monitored
 from lit_rlft.callbacks.progress import progress
 from lit_rlft.callbacks.run_files import RunFiles, SaveConfig
@@ -112,7 +113,7 @@ class _CLI(LightningCLI):
         own = own if isinstance(own, list) else [own]
         shown, bars = progress(own, given["enable_progress_bar"])
         settings = trainer_settings(given, self.folder) | {
-            "callbacks": [*own, *shown, Facts(), Monitored()],
+            "callbacks": [*own, *shown, Facts(), LeftOut(), Monitored()],
             "enable_progress_bar": bars,
         }
         trainer = super().instantiate_trainer(**settings, **kwargs)

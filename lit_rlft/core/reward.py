@@ -39,6 +39,7 @@ class SetMetric(Metric):
 
     Attributes:
         num_draws: Bootstrap draws for the standard errors of a test; 0 leaves them out, as NaN.
+            Metrics whose `errors` are known draw nothing.
     """
 
     num_draws: int = 20
@@ -58,6 +59,18 @@ class SetMetric(Metric):
         Args:
             features: [n, ...] each, of all batches and processes, on the CPU.
         """
+
+    def errors(
+        self, features: Mapping[str, Tensor], other: Mapping[str, Tensor] | None = None
+    ) -> dict[str, float] | None:
+        """Return the standard error of each number where it needs no draws; None where it does.
+
+        Args:
+            features: Those of `compare`.
+            other: Those of another model under the same conditions and noise. The errors are then
+                those of the differences.
+        """
+        return None
 
     def compare_draw(self, features: Mapping[str, Tensor]) -> dict[str, float]:
         """Return `compare` of one bootstrap draw; a faster approximation will do."""

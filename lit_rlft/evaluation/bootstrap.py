@@ -43,6 +43,14 @@ def compared(
         seed: Seed of the draws.
     """
     values = _with_gain({arm: metric.compare(features) for arm, features in arms.items()})
+    if num_draws and (known := _known_errors(metric, arms)) is not None:
+        return {
+            arm: {
+                name: {"mean": value, "sem": known[arm].get(name, float("nan"))}
+                for name, value in own.items()
+            }
+            for arm, own in values.items()
+        }
     draws: dict[tuple[str, str], list[float]] = defaultdict(list)
     generator = torch.Generator().manual_seed(seed)
     sizes = {arm: len(next(iter(features.values()))) for arm, features in arms.items()}
@@ -64,6 +72,23 @@ def compared(
         }
         for arm, own in values.items()
     }
+
+
+def _known_errors(
+    metric: SetMetric, arms: Mapping[str, Features]
+) -> dict[str, dict[str, float]] | None:
+    """Return the errors that a metric knows by itself, of the gain too; None where it does not."""
+    known: dict[str, dict[str, float]] = {}
+    for arm, features in arms.items():
+        errors = metric.errors(features)
+        if errors is None:
+            return None
+        known[arm] = errors
+    known["gain"] = {}
+    pair = [arms[arm] for arm in ("tuned", "reference") if arm in arms]
+    if len(pair) == 2 and len({len(next(iter(features.values()))) for features in pair}) == 1:
+        known["gain"] = metric.errors(*pair) or {}
+    return known
 
 
 def _with_gain(values: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:

@@ -39,6 +39,25 @@ def test_the_error_of_a_mean_is_the_textbooks() -> None:
     assert math.isnan(silent["other"]["average"]["sem"]) and "gain" not in silent
 
 
+class Known(Mean):
+    """The same, whose error needs no draws."""
+
+    def errors(
+        self, features: Mapping[str, Tensor], other: Mapping[str, Tensor] | None = None
+    ) -> dict[str, float]:
+        return {"average": 1.0 if other is None else 2.0}
+
+
+def test_errors_that_a_metric_knows_take_the_place_of_draws() -> None:
+    arms = {"tuned": {"points": torch.ones(3)}, "reference": {"points": torch.zeros(3)}}
+    found = compared(Known(), arms, num_draws=20)
+    assert found["gain"]["average"] == {"mean": 1.0, "sem": 2.0}
+    assert found["tuned"]["average"] == {"mean": 1.0, "sem": 1.0}
+    assert math.isnan(compared(Known(), arms, num_draws=0)["tuned"]["average"]["sem"])
+    unpaired = compared(Known(), {**arms, "reference": {"points": torch.zeros(4)}}, num_draws=20)
+    assert math.isnan(unpaired["gain"]["average"]["sem"])
+
+
 def test_an_evaluation_joins_the_batches_and_keeps_pairs() -> None:
     evaluation, metric = Measurements(), Mean()
     assert isinstance(metric, SetMetric) and metric.evaluate(torch.ones(2), None) == {}  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from lit_rlft.kit.files import stamps
 
 __all__ = ["MoleculePath", "Source"]
 
-_VERSION = 1  # of the cached arrays
+_VERSION = 2  # of the cached arrays
 
 
 class Source(sources.CachedSource[Packed]):
