@@ -25,7 +25,7 @@ from domains.image.sources import Digits, Generated, Images, Source
 from domains.text_to_image.shapes.pictures import paint
 from lit_rlft.core.randomness import generators
 from lit_rlft.core.sampling import Sampler
-from lit_rlft.evaluation.bootstrap import compared
+from lit_rlft.evaluation.jackknife import compared
 
 BATCH_SIZE = 100
 

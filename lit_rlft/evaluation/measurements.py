@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lit_rlft.core.reward import SetMetric
 from lit_rlft.distributed import gather
-from lit_rlft.evaluation.bootstrap import Features, Moments, compared
+from lit_rlft.evaluation.jackknife import Features, Moments, compared
 
 Arm = str
 """The "tuned" model, the "reference", or the name of a baseline."""
