@@ -39,6 +39,7 @@ __all__ = [
 ]
 
 _CHUNK = 1024  # rows of a matrix of pairs at a time
+_FEW_DIMENSIONS = 64  # up to these distances are not computed by a matrix product
 
 Kernel = Callable[[Tensor, Tensor], Tensor]
 """Of points [n, d] and [m, d], float64; returns [n, m]."""
@@ -263,5 +264,14 @@ def neighbour_distances(points: Tensor, num_neighbours: int) -> Tensor:
 
 def point_distances(x: Tensor, y: Tensor) -> Tensor:
     """Return the distance of every point [n, D] from every one [m, D], exactly 0 for equal ones."""
-    # Not by a matrix product, which makes equal points differ.
-    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+    exact = "donot_use_mm_for_euclid_dist"
+    if x.shape[1] <= _FEW_DIMENSIONS:
+        return torch.cdist(x, y, compute_mode=exact)
+    # A matrix product is far faster, but makes equal points differ: those near are done anew.
+    sizes = x.square().sum(dim=1, keepdim=True) + y.square().sum(dim=1)
+    squares = torch.addmm(sizes, x, y.T, alpha=-2)
+    rows, columns = (squares < 1e-6 * sizes).nonzero(as_tuple=True)
+    if len(rows) * x.shape[1] > 4 * squares.numel():
+        return torch.cdist(x, y, compute_mode=exact)
+    squares[rows, columns] = (x[rows] - y[columns]).square().sum(dim=1)
+    return squares.sqrt()

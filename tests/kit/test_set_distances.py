@@ -15,6 +15,7 @@ from lit_rlft.kit.statistics import (
     gaussian,
     kernel_distance,
     mmd,
+    point_distances,
     polynomial,
     precision_recall,
 )
@@ -100,6 +101,17 @@ def test_the_error_of_the_kernel_distance_by_repeated_sampling(shift: float) -> 
     values, errors = torch.tensor(found, dtype=torch.float64).unbind(dim=1)
     # Three times the deviation's own error, 1 / sqrt(2 repeats) of normal and 1.4 of it of others.
     assert float(errors.square().mean().sqrt() / values.std()) == pytest.approx(1, abs=0.15)
+
+
+@pytest.mark.parametrize("copies", [3, 40])
+def test_distances_in_many_dimensions_are_exact_for_equal_and_near_points(copies: int) -> None:
+    a, b = normal(50, 100, 0, 5.0), normal(60, 100, 1, 5.0)
+    b[:copies] = a[0]
+    b[copies] = a[1] + 1e-5
+    found = point_distances(a, b)
+    slow = (a.unsqueeze(1) - b).square().sum(dim=2).sqrt()
+    torch.testing.assert_close(found, slow, rtol=1e-7, atol=0)
+    assert not found[0, :copies].any()
 
 
 def test_precision_and_recall_by_hand() -> None:
