@@ -24,7 +24,7 @@ from domains.layout.samples import Layouts, check_layouts
 from domains.layout.sources import Grammar, Source
 from lit_rlft.core.checks import at_least
 from lit_rlft.core.pipeline import Condition
-from lit_rlft.core.reward import Metric
+from lit_rlft.core.reward import LeftOut, Metric
 from lit_rlft.kit.set_metrics import RealFeatures, SourceDistances
 from lit_rlft.kit.statistics import frechet_distance
 
@@ -83,7 +83,8 @@ class SetDistances(SourceDistances["_Real"]):
         pretrained: The encoder: "encoder", the embedded one, a folder, or the file of a published
             network for the source's classes.
         max_layouts: Compare with the first so many layouts.
-        num_draws: Bootstrap draws for the standard errors of a test; 0 leaves them out.
+        num_draws: Groups of layouts left out in turn for the standard errors of a test of class and
+            box distances; 0 leaves all errors out.
     """
 
     def __init__(
@@ -108,13 +109,23 @@ class SetDistances(SourceDistances["_Real"]):
 
     def compare(self, features: Mapping[str, Tensor]) -> dict[str, float]:
         """Return the four distances."""
-        layouts = Layouts.of(features["boxes"], features["labels"], self.source.classes)
         encoded = features["features"]
+        return self.compare_draw(features) | {
+            "fid": self.real.known.frechet_distance(encoded),
+            "kid": self.real.known.kernel_distance(encoded),
+        }
+
+    def left_out(self, features: Mapping[str, Tensor], pairs: Tensor) -> dict[str, LeftOut]:
+        """Return "fid" and "kid"."""
+        fid, kid = self.real.known.distances_left_out(features["features"], pairs)
+        return {"fid": fid, "kid": kid}
+
+    def compare_draw(self, features: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return "class_tv" and "box_wasserstein"."""
+        layouts = Layouts.of(features["boxes"], features["labels"], self.source.classes)
         return {
             "class_tv": class_total_variation(layouts, self.real.layouts),
             "box_wasserstein": box_wasserstein(layouts, self.real.layouts),
-            "fid": self.real.known.frechet_distance(encoded),
-            "kid": self.real.known.kernel_distance(encoded),
         }
 
     def read(self) -> "_Real":

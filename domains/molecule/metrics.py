@@ -194,7 +194,8 @@ class SetDistances(SourceDistances["_Statistics"]):
     Args:
         source: The molecules compared with; the enumerated ones unless given.
         max_molecules: Compare with so many of them, drawn at random once.
-        num_draws: Bootstrap draws for the standard errors of a test; 0 leaves them out.
+        num_draws: Groups of molecules left out in turn for the standard errors of a test; 0 leaves
+            them out.
     """
 
     def __init__(

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from lit_rlft.core.checks import BadArgument, UsageError, finite
 from lit_rlft.core.pipeline import Condition, Pipeline
 
 __all__ = [
+    "LeftOut",
     "Metric",
     "Metrics",
     "Reward",
@@ -34,12 +35,27 @@ class Metric(nn.Module, ABC):
         """Return named values [B], NaN where a value does not apply to a sample."""
 
 
+class LeftOut(NamedTuple):
+    """A number of n samples when some of them are left out, float64.
+
+    Attributes:
+        each: Without each of the samples, [n].
+        both: Without both of each of P pairs, [P].
+    """
+
+    each: Tensor
+    both: Tensor
+
+
 class SetMetric(Metric):
     """A measurement of all samples of an evaluation together, such as FID.
 
+    The standard errors of a test are the jackknife's: from the numbers when samples are left out.
+
     Attributes:
-        num_draws: Bootstrap draws for the standard errors of a test; 0 leaves them out, as NaN.
-            Metrics whose `errors` are known draw nothing.
+        num_draws: Groups of samples that are left out in turn for the errors of numbers that
+            neither `errors` nor `left_out` gives; their share of the error's own error is
+            1 / sqrt(2 groups). 0 leaves all errors out, as NaN.
     """
 
     num_draws: int = 20
@@ -63,7 +79,7 @@ class SetMetric(Metric):
     def errors(
         self, features: Mapping[str, Tensor], other: Mapping[str, Tensor] | None = None
     ) -> dict[str, float] | None:
-        """Return the standard error of each number where it needs no draws; None where it does.
+        """Return the standard error of each number where a formula gives all; None otherwise.
 
         Args:
             features: Those of `compare`.
@@ -72,8 +88,17 @@ class SetMetric(Metric):
         """
         return None
 
+    def left_out(self, features: Mapping[str, Tensor], pairs: Tensor) -> dict[str, LeftOut]:
+        """Return those numbers that are quick to have without each sample and without some pairs.
+
+        Args:
+            features: [n, ...] each, n at least 4.
+            pairs: Places of the samples of each pair, [P, 2].
+        """
+        return {}
+
     def compare_draw(self, features: Mapping[str, Tensor]) -> dict[str, float]:
-        """Return `compare` of one bootstrap draw; a faster approximation will do."""
+        """Return `compare` when a group is left out, without the numbers that `left_out` gives."""
         return self.compare(features)
 
 

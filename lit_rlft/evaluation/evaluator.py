@@ -15,7 +15,7 @@ from lit_rlft.core.reward import Metric, SetMetric, check_rewards, values_of
 from lit_rlft.core.state import State, index
 from lit_rlft.core.streams import Stream
 from lit_rlft.evaluation.best_of import best_of
-from lit_rlft.evaluation.bootstrap import Moments
+from lit_rlft.evaluation.jackknife import Moments
 from lit_rlft.evaluation.measurements import Arm, Measurements
 from lit_rlft.loop.experience import Draw
 from lit_rlft.loop.rollouts import Rollouts

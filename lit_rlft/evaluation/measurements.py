@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lit_rlft.core.reward import SetMetric
 from lit_rlft.distributed import gather
-from lit_rlft.evaluation.bootstrap import Features, Moments, compared
+from lit_rlft.evaluation.jackknife import Features, Moments, compared
 from lit_rlft.kit.ratios import error_of_mean, ratio, ratio_parts
 
 Arm = str
@@ -158,6 +158,8 @@ def _in_order(parts: Sequence[Features], rows: Sequence[Tensor]) -> Features:
     """Join the features of all processes in the order of the data, whoever measured which."""
     order = torch.cat(list(rows)).argsort(stable=True)
     return {name: torch.cat([part[name] for part in parts])[order] for name in (parts or [{}])[0]}
+
+
 def _concatenated(parts: Sequence[Features]) -> Features:
     names = dict.fromkeys(name for part in parts for name in part)
     return {name: torch.cat([part[name] for part in parts if name in part]) for name in names}
