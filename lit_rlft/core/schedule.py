@@ -295,10 +295,10 @@ def _trailing(total: int, num_steps: int) -> Tensor:
     """
     step = total / num_steps
     if math.ceil(total / step) != num_steps:
+        fits = [n for n in range(1, num_steps) if math.ceil(total / (total / n)) == n]
         raise UsageError(
             f"num_steps {num_steps} does not work with timestep_spacing 'trailing': rounding gives "
-            f"diffusers one timestep more, below the table; take {num_steps - 1} or "
-            f"{num_steps + 1}"
+            f"diffusers one timestep more, below the table; take {fits[-1]}"
         )
     steps = torch.arange(num_steps, dtype=torch.float64)
     return (total + steps * ((total - step) - total)).round() - 1

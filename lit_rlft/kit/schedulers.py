@@ -76,7 +76,7 @@ FAMILIES: dict[str, Family] = {
     "DDIMParallelScheduler": _DDIM,
     "DDPMScheduler": _DDPM,
     "DDPMParallelScheduler": _DDPM,
-    "EulerDiscreteScheduler": Family("0", _ALL, _SIGMA, _FINAL, scaled=True),
+    "EulerDiscreteScheduler": Family("0", _ALL, _SIGMA, _ZERO, scaled=True),
     "EulerAncestralDiscreteScheduler": Family("1", _NO_SAMPLE, _SIGMA, _ZERO, scaled=True),
     "PNDMScheduler": Family("", _NO_SAMPLE, _UNIT, _ALPHA, "strides"),
     "LMSDiscreteScheduler": Family("", _ALL, _SIGMA, _ZERO, scaled=True),
@@ -200,20 +200,14 @@ class Rule:
         values: These values in words.
         why: What is wrong with them.
         remedy: What to set instead.
-        but: Classes that do not use the option, though their config may have it.
-        only: Classes that use it; empty means all that have it.
+        only: Classes that use the option.
     """
 
     bad: Callable[[Config], bool]
     values: str
     why: str
     remedy: str = "false"
-    but: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
-
-    def applies(self, name: str) -> bool:
-        """Whether a class uses the option."""
-        return name not in self.but and (not self.only or name in self.only)
 
 
 _MULTI = (
@@ -243,6 +237,15 @@ RULES: dict[str, tuple[Rule, ...]] = {
             "continuous, with v_prediction",
             "the network is told log sigma / 4, not a timestep",
             "'discrete'",
+            only=("EulerDiscreteScheduler",),
+        ),
+    ),
+    "final_sigmas_type": (
+        Rule(
+            lambda c: c["final_sigmas_type"] != "zero",
+            "sigma_min",
+            "its samples keep noise, on the scale of x / alpha",
+            "'zero'",
             only=("EulerDiscreteScheduler",),
         ),
     ),
@@ -348,7 +351,7 @@ def _family(name: str, flows: bool, key: str) -> Family:
 def _check(name: str, config: Config, key: str) -> None:
     for option, rules in RULES.items():
         for rule in rules:
-            if rule.applies(name) and option in config and rule.bad(config):
+            if name in rule.only and option in config and rule.bad(config):
                 raise UsageError(
                     f"{key}: a {name} with {option} is not supported ({config[option]!r}: "
                     f"{rule.why}); set it to {rule.remedy} in scheduler_config.json"

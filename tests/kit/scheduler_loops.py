@@ -1,5 +1,6 @@
 """diffusers' own sampling loop, and ours, with a network that is a formula."""
 
+import copy
 import inspect
 from typing import Any
 
@@ -39,8 +40,12 @@ def noise(size: int = 2) -> Tensor:
 
 
 def theirs(scheduler: Any, num_steps: int, seed: int = 1, **step: Any) -> Tensor:
-    """Sample as a pipeline of diffusers does."""
+    """Sample as a pipeline of diffusers does, in double precision where the class lets it."""
     torch.manual_seed(seed)
+    scheduler = copy.deepcopy(scheduler)
+    for table in ("alphas_cumprod", "final_alpha_cumprod", "one"):
+        if hasattr(scheduler, table) and "Euler" not in type(scheduler).__name__:
+            setattr(scheduler, table, getattr(scheduler, table).double())
     scheduler.set_timesteps(num_steps)
     x = noise() * getattr(scheduler, "init_noise_sigma", 1.0)
     for t in scheduler.timesteps:

@@ -21,6 +21,7 @@ from lit_rlft.kit.schedulers import (
     saved_process,
 )
 from tests.kit.scheduler_loops import make, ours, theirs, timesteps
+from tests.kit.scheduler_table import PAGE, decided, written
 
 EVERY = (*range(1, 8), 20, 50, 999, 1000)
 SPACINGS = ("leading", "trailing", "linspace")
@@ -45,11 +46,15 @@ def visited(scheduler: Any, num_steps: int) -> Tensor:
 
 def assert_sampled_alike(scheduler: Any, num_steps: int) -> None:
     name = type(scheduler).__name__
+    scheduler.set_timesteps(num_steps)
     for eta in ETAS[FAMILIES[name].exact]:
         step = {"eta": eta} if FAMILIES[name].grid == "strides" else {}
         expected = theirs(scheduler, num_steps, **step)
         difference = (ours(scheduler, num_steps, eta) - expected).abs().max()
-        assert difference < 1e-5 * max(1, float(expected.abs().max())), (num_steps, eta)
+        # Euler's steps are single precision's, on states of the size of its largest sigma.
+        largest = float(scheduler.sigmas.max()) if FAMILIES[name].scaled else 0
+        scale = max(1, float(expected.abs().max()), largest / 50)
+        assert difference < 1e-5 * scale, (num_steps, eta)
 
 
 def test_every_class_is_decided() -> None:
@@ -68,9 +73,7 @@ def test_timesteps_are_those_of_set_timesteps(name: str, spacing: str) -> None:
     has_spacing = "timestep_spacing" in parameters(name)
     scheduler = make(name, **({"timestep_spacing": spacing} if has_spacing else {}))
     process = saved_process(scheduler)
-    for num_steps in EVERY:
-        if name == "KDPM2AncestralDiscreteScheduler" and num_steps == 1:
-            continue
+    for num_steps in EVERY[:9] if "KDPM2" in name else EVERY:  # it takes a second for 1,000
         try:
             told = timesteps(process, process.times(num_steps)[:-1])
         except UsageError:
@@ -105,7 +108,7 @@ def test_trailing_has_no_timestep_too_many() -> None:
         else:
             told = schedule.timestep(schedule.times(num_steps)[:-1])
             assert torch.equal(told, scheduler.timesteps), num_steps
-    assert min(refused) == 61 and len(refused) == 61
+    assert min(refused) == 61 and len(refused) == 62
 
 
 def test_a_grid_beyond_the_table_is_refused() -> None:
@@ -151,7 +154,6 @@ DDPM_OPTIONS = [
 EULER_OPTIONS: list[dict[str, Any]] = [
     *[kind | {"timestep_spacing": spacing} for kind in SIGMAS for spacing in SPACINGS],
     {"use_karras_sigmas": True, "sigma_min": 0.05, "sigma_max": 10.0},
-    {"final_sigmas_type": "sigma_min"},
     {"timestep_type": "continuous"},
     {"prediction_type": "sample"},
     ZERO_SNR | {"timestep_spacing": "trailing"},
@@ -198,7 +200,6 @@ def test_other_solvers_give_the_grid(name: str, options: dict[str, Any]) -> None
         if FAMILIES[name].scaled:
             levels = (1 / process.schedule.alpha(times[:-1]) ** 2 - 1).sqrt()
             own = torch.unique_consecutive(sigmas)[:-1]
-            own = own[::2] if "KDPM2" in name else own
             torch.testing.assert_close(levels, own.double(), rtol=2e-6, atol=0)
 
 
@@ -229,6 +230,7 @@ def test_one_step_of_pndm_is_ours(spacing: str) -> None:
 
 REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("EulerDiscreteScheduler", {"interpolation_type": "log_linear"}, "interpolation_type"),
+    ("EulerDiscreteScheduler", {"final_sigmas_type": "sigma_min"}, "final_sigmas_type"),
     (
         "EulerDiscreteScheduler",
         {"timestep_type": "continuous", "prediction_type": "v_prediction"},
@@ -350,3 +352,10 @@ def test_networks_of_flows_are_told_the_levels_of_their_scheduler() -> None:
     scheduler.set_timesteps(5)
     told: Any = schedule
     assert torch.equal(told.timestep(schedule.times(5)[:-1]), scheduler.timesteps)
+
+
+def test_the_documentation_has_the_table() -> None:
+    page = PAGE.read_text()
+    for name in FAMILIES:
+        assert all(decided(name, option) != "undecided" for option in parameters(name))
+    assert page == written(page), "run python -m tests.kit.scheduler_table"
