@@ -84,7 +84,7 @@ def test_ddpms_keep_their_schedule(prediction_type: str, tiny_unet: UNet, tmp_pa
 
 
 def test_ddpms_are_sampled_as_their_pipeline_samples_them(tiny_unet: UNet, tmp_path: Path) -> None:
-    """A cosine table with epsilon, clipped: diffusers' own pipeline is the reader, noise and all."""
+    """A cosine table with epsilon, clipped, with diffusers' noise of every step."""
     scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=True)
     DDPMPipeline(unet=tiny_unet(), scheduler=scheduler).save_pretrained(tmp_path / "ddpm")
     theirs = DDPMPipeline.from_pretrained(tmp_path / "ddpm")
