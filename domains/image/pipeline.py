@@ -181,7 +181,8 @@ def _new(architecture: dict[str, Any]) -> UNet2DModel:
 
 def _scheduler(schedule: str, shift: float = 1.0) -> Any:
     if schedule == "ddpm":
-        return DDPMScheduler()
+        # Clipping is left to folders that ask for it: clipped steps have no inverse.
+        return DDPMScheduler(clip_sample=False)
     return FlowMatchEulerDiscreteScheduler(num_train_timesteps=_FLOW_LEVELS, shift=shift)
 
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from lit_rlft.core.checks import UsageError
+from lit_rlft.core.pipeline import Condition
+from lit_rlft.core.trajectory import Trajectories, transition_of, walk_with_log_probs
 from lit_rlft.kit.saved_grids import SavedFlow, plain_flow
 from lit_rlft.kit.schedulers import (
     FAMILIES,
@@ -20,7 +22,8 @@ from lit_rlft.kit.schedulers import (
     UNUSED,
     saved_process,
 )
-from tests.kit.scheduler_loops import make, ours, theirs, timesteps
+from lit_rlft.loop.route import Leg, Route
+from tests.kit.scheduler_loops import make, network, noise, ours, theirs, timesteps
 from tests.kit.scheduler_table import PAGE, decided, written
 
 EVERY = (*range(1, 8), 20, 50, 999, 1000)
@@ -178,6 +181,33 @@ def test_options_are_honoured(name: str, options: dict[str, Any]) -> None:
     scheduler = make(name, **options)
     for num_steps in (4, 7):
         assert_sampled_alike(scheduler, num_steps)
+
+
+def test_all_walks_lead_where_the_steps_lead() -> None:
+    """A sampler, a route in two legs and recorded trajectories visit DDIM's own states."""
+    scheduler = make("DDIMScheduler", timestep_spacing="linspace")
+    process, expected = saved_process(scheduler), theirs(scheduler, 7)
+    condition = Condition([{}], {}, torch.zeros(2, dtype=torch.int64))
+
+    def denoiser(x: Any, t: Tensor, condition: Condition) -> Tensor:
+        return network(x, timesteps(process, t))
+
+    legs = [Leg(denoiser, 3, tuned=False), Leg(denoiser, 4, tuned=True)]
+    route = Route(process, lambda c: process.prior(noise()), legs, 0.0)
+    *_, (_, x) = route.walk(condition, None, noise())
+    torch.testing.assert_close(x, expected, rtol=0, atol=1e-6)
+    times, ends = process.times(7), process.ends(7)
+    assert (ends[:-1] != times[1:-1]).any() and ends[-1] == times[-1]
+    kept = Trajectories(2, times, range(7), ends=ends)
+    torch.manual_seed(1)
+    walk = walk_with_log_probs(denoiser, process, noise(), condition, times, 1.0, ends=ends)
+    x = kept.record(0, walk)
+    torch.testing.assert_close(x, theirs(scheduler, 7, eta=1.0), rtol=0, atol=1e-6)
+    pairs: Any = kept.pairs(torch.arange(7).repeat(2), torch.arange(2).repeat_interleave(7))
+    again = transition_of(
+        denoiser, process, pairs["x_t"], pairs["t"], pairs["s"], condition.repeat(7), 1.0
+    )
+    torch.testing.assert_close(again.log_prob(pairs["x_s"], "mean"), pairs["log_prob"])
 
 
 @pytest.mark.parametrize("options", [*SIGMAS, {}, {"final_sigmas_type": "sigma_min"}], ids=str)
