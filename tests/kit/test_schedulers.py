@@ -210,7 +210,20 @@ def test_all_walks_lead_where_the_steps_lead() -> None:
     torch.testing.assert_close(again.log_prob(pairs["x_s"], "mean"), pairs["log_prob"])
 
 
-@pytest.mark.parametrize("options", [*SIGMAS, {}, {"final_sigmas_type": "sigma_min"}], ids=str)
+SOLVER_OPTIONS: list[dict[str, Any]] = [
+    *SIGMAS,
+    *COMMON,
+    ZERO_SNR,
+    {"final_sigmas_type": "sigma_min"},
+    {"final_sigmas_type": "sigma_min", "use_karras_sigmas": True},
+    {"use_lu_lambdas": True},
+    {"lambda_min_clipped": -5.1, "beta_schedule": "squaredcos_cap_v2"},
+    {"set_alpha_to_one": True},
+    {"sigma_min": 0.05, "sigma_max": 10.0, "use_exponential_sigmas": True},
+]
+
+
+@pytest.mark.parametrize("options", SOLVER_OPTIONS, ids=str)
 @pytest.mark.parametrize("name", SOLVERS)
 def test_other_solvers_give_the_grid(name: str, options: dict[str, Any]) -> None:
     """Levels of the table at the class's own timesteps, whatever lays them."""
@@ -250,6 +263,16 @@ def test_other_solvers_of_first_order_are_ours(scheduler: Any) -> None:
     for num_steps in (4, 7):
         expected = theirs(scheduler, num_steps)
         assert (ours(scheduler, num_steps) - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("option", ["clip_sample", "thresholding"])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_other_solvers_bound_their_samples(name: str, option: str) -> None:
+    if option not in parameters(name):
+        pytest.skip("the class has no such option")
+    plain, bounded = (ours(make(name, **{option: value}), 6) for value in (False, True))
+    clean = float(saved_process(make(name)).times(6)[-1]) == 0
+    assert plain.abs().max() > 1.1 and bounded.abs().max() <= (1 if clean else 1.1)
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
