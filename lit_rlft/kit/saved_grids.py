@@ -11,10 +11,11 @@ from torch import Tensor
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.schedule import DiscreteVP, RectifiedFlow
 
-__all__ = ["Clip", "SavedFlow", "SavedVP", "Threshold", "plain_flow"]
+__all__ = ["CONVERSIONS", "Clip", "SavedFlow", "SavedVP", "Threshold", "plain_flow"]
 
 Blend = Literal["power", "linear", "log"]
-_CONVERSIONS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+CONVERSIONS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+"""Options that lay a grid by its sigmas."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class SavedVP(DiscreteVP):
         asked: Whether the grid is what its `set_timesteps` gives; otherwise it is computed.
         scaled: Whether it steps variance-exploding states, x_t / alpha_t: timesteps may then lie
             between the entries, and samplers start at its `init_noise_sigma`.
+        converted: Whether its timesteps follow from sigmas (karras, exponential, beta); then
+            log sigma is interpolated between the entries of a scaled one, sigma otherwise.
         strides: As in `DiscreteVP`.
         ends_at_zero: The same; where the grid is asked for, its last sigma decides.
     """
@@ -66,6 +69,7 @@ class SavedVP(DiscreteVP):
         *,
         asked: bool = False,
         scaled: bool = False,
+        converted: bool = False,
         strides: bool = False,
         ends_at_zero: bool = True,
     ) -> None:
@@ -82,7 +86,7 @@ class SavedVP(DiscreteVP):
         self.scaled = scaled
         self.blend: Blend = "power"
         if scaled:
-            self.blend = "log" if any(config.get(n) for n in _CONVERSIONS) else "linear"
+            self.blend = "log" if converted else "linear"
         self._scheduler = copy.deepcopy(scheduler) if asked else None
         if scaled:
             self._ask(2)
@@ -173,7 +177,7 @@ class SavedFlow(RectifiedFlow):
         super().__init__(config["shift"])
         self.num_levels: int = config["num_train_timesteps"]
         self.num_steps: int | None = None
-        asked = config.get("shift_terminal") or any(config.get(n) for n in _CONVERSIONS)
+        asked = config.get("shift_terminal") or any(config.get(n) for n in CONVERSIONS)
         self._scheduler = copy.deepcopy(scheduler) if asked else None
 
     def timestep(self, t: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.process import GaussianProcess, PredictionType
-from lit_rlft.kit.saved_grids import Clip, SavedFlow, SavedVP, Threshold
+from lit_rlft.kit.saved_grids import CONVERSIONS, Clip, SavedFlow, SavedVP, Threshold
 
 __all__ = [
     "FAMILIES",
@@ -321,6 +321,7 @@ def saved_process(
         scheduler,
         asked=family.grid == "asked",
         scaled=family.scaled,
+        converted=_converted(name, config),
         strides=family.grid == "strides",
         ends_at_zero=family.grid != "strides" or config["set_alpha_to_one"],
     )
@@ -358,11 +359,16 @@ def _check(name: str, config: Config, key: str) -> None:
                 )
 
 
+def _converted(name: str, config: Config) -> bool:
+    uses = FAMILIES[name].grid == "asked" and name != "EulerAncestralDiscreteScheduler"
+    return uses and any(config.get(option) for option in CONVERSIONS)
+
+
 def _check_ends(name: str, config: Config, schedule: SavedVP, key: str) -> None:
     """Refuse levels that the table does not have, and noise predicted from noise alone."""
     sigmas = (1 / schedule.alpha_bar[1:] - 1).sqrt()
     lowest, largest = float(sigmas[0]), float(sigmas[-1])
-    if any(config.get(f"use_{kind}_sigmas") for kind in ("karras", "exponential", "beta")):
+    if _converted(name, config):
         for option, bad in (
             ("sigma_min", lambda value: value < lowest * (1 - 1e-6)),
             ("sigma_max", lambda value: value > largest * (1 + 1e-6)),
