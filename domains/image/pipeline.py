@@ -6,23 +6,29 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from diffusers import (
+    DDIMPipeline,
+    DDPMPipeline,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DModel,
+)
 from torch import Tensor
 
 from domains.image import EMBEDDED
 from lit_rlft.core.checks import UsageError, positive
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline, column
 from lit_rlft.core.process import GaussianProcess
-from lit_rlft.core.schedule import DiscreteVP, RectifiedFlow
 from lit_rlft.core.state import State, tensor_of
 from lit_rlft.kit.images import save_pictures
 from lit_rlft.kit.network_folder import load_pretrained
-from lit_rlft.kit.schedulers import PREDICTION_TYPES, vp_process
+from lit_rlft.kit.saved_grids import SavedFlow, SavedVP, plain_flow
+from lit_rlft.kit.schedulers import saved_process
 
 __all__ = ["EMBEDDED", "ImagePipeline"]
 
 _FLOW_LEVELS = 1000
-"""A flow's network is given t times this, as diffusers' FlowMatchEulerDiscreteScheduler does."""
+"""A new flow's network is given t times this, diffusers' default."""
 _CHANNELS = (1, 3)
 _ADAPTED = ".base_layer"
 """How peft names the layer within an adapted one."""
@@ -35,8 +41,8 @@ class ImagePipeline(Pipeline):
     States are images [B, C, H, W] with pixels in about [-1, 1], C = 1 or 3; samples are pictures
     [B, 3, H, W] in [0, 1], grey ones with three equal channels. There is one condition, none.
 
-    A DDPM keeps the schedule and the prediction type that it was saved with. What its scheduler
-    does beyond a step, `clip_sample` and `thresholding`, is left out: it has no transition density.
+    A DDPM keeps the schedule and the prediction type that it was saved with. Its scheduler's
+    `clip_sample` and `thresholding` bound the estimate of x_0 within every step.
 
     Args:
         pretrained: A folder or hub id of a `DDPMPipeline` (or another of diffusers' pipelines of a
@@ -85,7 +91,7 @@ class ImagePipeline(Pipeline):
             assert pretrained is not None
             self.denoiser, self.scheduler = _load(pretrained, schedule)
         _check(self.denoiser)
-        self.process = _process(self.scheduler)
+        self.process = saved_process(self.scheduler, flows=True)
         self.save_dtype = getattr(torch, save_dtype)
 
     @property
@@ -113,11 +119,8 @@ class ImagePipeline(Pipeline):
 
     def predict(self, x_t: State, t: Tensor, condition: Condition) -> Tensor:
         schedule = self.process.schedule
-        if isinstance(schedule, DiscreteVP):
-            timestep = schedule.timestep(t)
-        else:
-            timestep = (t.double() * _FLOW_LEVELS).float()
-        return self.denoiser(tensor_of(x_t), timestep, return_dict=False)[0]
+        assert isinstance(schedule, SavedVP | SavedFlow)
+        return self.denoiser(tensor_of(x_t), schedule.timestep(t), return_dict=False)[0]
 
     def decode(self, x_0: State, condition: Condition) -> Tensor:
         """Return pictures [B, 3, H, W] in [0, 1]."""
@@ -154,9 +157,15 @@ class ImagePipeline(Pipeline):
         return save_pictures(samples, folder, names)
 
     def save(self, folder: Path) -> list[Path]:
-        """Write a `DDPMPipeline` folder, a LoRA merged into the weights."""
-        plain = _merged(self.denoiser).to(self.save_dtype)
-        DDPMPipeline(unet=plain, scheduler=self.scheduler).save_pretrained(folder)
+        """Write a `DDPMPipeline` folder, a LoRA merged into the weights.
+
+        A flow's scheduler is written so that diffusers lays the grid that was sampled last, for
+        the same number of steps.
+        """
+        plain, schedule = _merged(self.denoiser).to(self.save_dtype), self.process.schedule
+        flow = isinstance(schedule, SavedFlow)
+        scheduler = plain_flow(self.scheduler, schedule) if flow else self.scheduler
+        DDPMPipeline(unet=plain, scheduler=scheduler).save_pretrained(folder)
         return [folder]
 
 
@@ -173,14 +182,17 @@ def _new(architecture: dict[str, Any]) -> UNet2DModel:
 
 def _scheduler(schedule: str, shift: float = 1.0) -> Any:
     if schedule == "ddpm":
-        return DDPMScheduler()
+        # Clipping is left to folders that ask for it: clipped steps have no inverse.
+        return DDPMScheduler(clip_sample=False)
     return FlowMatchEulerDiscreteScheduler(num_train_timesteps=_FLOW_LEVELS, shift=shift)
 
 
 def _read(source: str) -> tuple[UNet2DModel, Any]:
     if (Path(source) / "config.json").is_file():  # a network alone
         return UNet2DModel.from_pretrained(source), None
-    loaded = DDPMPipeline.from_pretrained(source)
+    # A DDIMPipeline turns its scheduler into a DDIM one, as anyone who loads the folder gets it.
+    saved = DDPMPipeline.load_config(source).get("_class_name")
+    loaded = (DDIMPipeline if saved == "DDIMPipeline" else DDPMPipeline).from_pretrained(source)
     return loaded.unet, loaded.scheduler
 
 
@@ -223,22 +235,6 @@ def _check(denoiser: UNet2DModel) -> None:
         raise UsageError(
             "pipeline.init_args: the U-Net is conditioned on classes; give an unconditional one"
         )
-
-
-def _process(scheduler: Any) -> GaussianProcess:
-    config = scheduler.config
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        if config.get("use_dynamic_shifting"):
-            raise UsageError(
-                "a FlowMatchEulerDiscreteScheduler with use_dynamic_shifting is not supported; set "
-                "it to false and shift to a number in scheduler_config.json"
-            )
-        return GaussianProcess(RectifiedFlow(config["shift"]), "velocity")
-    return vp_process(
-        scheduler,
-        "is neither a rectified flow nor a discrete VP schedule; image supports "
-        f"FlowMatchEulerDiscreteScheduler and, with betas, {sorted(PREDICTION_TYPES)}",
-    )
 
 
 def _merged(denoiser: UNet2DModel) -> UNet2DModel:

@@ -27,7 +27,7 @@ from lit_rlft.core.state import State, tensor_of
 from lit_rlft.kit.frozen import frozen
 from lit_rlft.kit.images import save_pictures
 from lit_rlft.kit.network_folder import load_pretrained
-from lit_rlft.kit.schedulers import PREDICTION_TYPES, vp_process
+from lit_rlft.kit.schedulers import saved_process
 
 __all__ = ["EMBEDDED", "TextToImagePipeline"]
 
@@ -91,10 +91,7 @@ class TextToImagePipeline(Pipeline):
         self.denoiser = self.diffusers.unet
         self.encoder = frozen(self.diffusers.text_encoder)
         self.vae: AutoencoderKL = frozen(self.diffusers.vae)
-        self.process = vp_process(
-            self.diffusers.scheduler,
-            f"is not a discrete VP schedule; text_to_image supports {sorted(PREDICTION_TYPES)}",
-        )
+        self.process = saved_process(self.diffusers.scheduler)
         factor = self.diffusers.vae_scale_factor
         native = self.denoiser.config["sample_size"]
         native = (native, native) if isinstance(native, int) else tuple(native)

@@ -273,13 +273,14 @@ class DDPO(RewardFineTuner):
 
     def _sample(self, condition: Condition, seeds: Sequence[int]) -> tuple[Trajectories, State]:
         """Draw trajectories in chunks; return what is kept of them, and x_0."""
-        times = self.pipeline.process.times(self.sampler.num_steps)
-        kept = Trajectories(len(condition), times, self._draw_steps(), self.state_dtype)
+        process, num_steps = self.pipeline.process, self.sampler.num_steps
+        times, ends = process.times(num_steps), process.ends(num_steps)
+        kept = Trajectories(len(condition), times, self._draw_steps(), self.state_dtype, ends)
         x_0 = []
         for chunk in self.rollouts.chunks(condition, seeds, "Sampling"):
             walk = walk_with_log_probs(
                 self.pipeline,
-                self.pipeline.process,
+                process,
                 self.prior(chunk.condition).sample(chunk.noise),
                 chunk.condition,
                 times,
@@ -287,6 +288,7 @@ class DDPO(RewardFineTuner):
                 chunk.noise,
                 dtype=self.state_dtype,
                 reduction=self.log_prob_reduction,
+                ends=ends,
             )
             x_0.append(kept.record(chunk.rows.start, walk))
         return kept, cat(x_0)

@@ -189,7 +189,7 @@ class GradientWalk:
             n rows, or n * num_copies with the copies of a sample side by side.
         """
         process, sampler = self.pipeline.process, self.sampler
-        times = process.times(sampler.num_steps)
+        times, ends = process.times(sampler.num_steps), process.ends(sampler.num_steps)
         steps = iter(range(sampler.num_steps, 0, -1))
 
         def denoise(x_t: State, t: Tensor, condition: Condition) -> State:
@@ -200,9 +200,8 @@ class GradientWalk:
                 return self.pipeline(x_t, t, condition)
 
         stop = sampler.num_steps - (self.plan.stop or 0)  # where the walk ends, on the grid
-        *_, (_, x) = walk(
-            denoise, process, x_1, self.condition, times[: stop + 1], sampler.eta, noise
-        )
+        grid = (times[: stop + 1], sampler.eta, noise, ends[:stop])
+        *_, (_, x) = walk(denoise, process, x_1, self.condition, *grid)
         if self.plan.stop is not None:
             t = times[stop].to(leaves(x)[0].device).expand(len(self.condition))
             return process.denoised(denoise(x, t, self.condition), x, t)

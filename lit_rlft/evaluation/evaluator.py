@@ -180,7 +180,7 @@ class Evaluator:
             for chunk in self.rollouts.chunks(condition, own):
                 x = index(x_0, chunk.rows)
                 args = (tuned[0], reference, x, chunk.condition, times, steps, chunk.noise)
-                parts.append(path_kl(route.process, *args))
+                parts.append(path_kl(route.process, *args, route.ends))
         return prior + torch.cat(parts)
 
 

@@ -90,3 +90,6 @@ class ProductProcess(Process):
 
     def times(self, num_steps: int) -> Tensor:
         return self.field(self.names[0]).times(num_steps)
+
+    def ends(self, num_steps: int) -> Tensor:
+        return self.field(self.names[0]).ends(num_steps)

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    DDIMPipeline,
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     ScoreSdeVeScheduler,
     UNet2DModel,
@@ -79,6 +81,66 @@ def test_ddpms_keep_their_schedule(prediction_type: str, tiny_unet: UNet, tmp_pa
         for t in scheduler.timesteps:
             x = scheduler.step(unet(x, t).sample, t, x, eta=0.0, return_dict=False)[0]
     torch.testing.assert_close(sampled(pipeline, x_1, 10), x, rtol=1e-4, atol=1e-4)
+
+
+def test_ddpms_are_sampled_as_their_pipeline_samples_them(tiny_unet: UNet, tmp_path: Path) -> None:
+    """A cosine table with epsilon, clipped, with diffusers' noise of every step."""
+    scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=True)
+    DDPMPipeline(unet=tiny_unet(), scheduler=scheduler).save_pretrained(tmp_path / "ddpm")
+    theirs = DDPMPipeline.from_pretrained(tmp_path / "ddpm")
+    theirs.set_progress_bar_config(disable=True)
+    torch.manual_seed(3)
+    expected = theirs(batch_size=2, num_inference_steps=6, output_type="np").images
+    pipeline = ImagePipeline(str(tmp_path / "ddpm"))
+    condition = condition_of(pipeline, 2)
+    torch.manual_seed(3)
+    x_1 = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        x_0 = Sampler(6, 1.0).sample(pipeline, pipeline.process, x_1, condition)
+    pictures = pipeline.decode(x_0, condition).permute(0, 2, 3, 1).numpy()
+    np.testing.assert_allclose(pictures, expected, rtol=0, atol=1e-4)
+
+
+def test_a_ddim_pipeline_turns_its_scheduler_into_a_ddim_one(
+    tiny_unet: UNet, tmp_path: Path
+) -> None:
+    """It drops the other class's defaults: Euler's "linspace" becomes DDIM's "leading"."""
+    DDIMPipeline(unet=tiny_unet(), scheduler=DDIMScheduler()).save_pretrained(tmp_path / "ddim")
+    EulerDiscreteScheduler(beta_start=1e-4, beta_end=0.02).save_pretrained(
+        tmp_path / "ddim/scheduler"
+    )
+    index = tmp_path / "ddim/model_index.json"
+    index.write_text(index.read_text().replace("DDIMScheduler", "EulerDiscreteScheduler"))
+    theirs = DDIMPipeline.from_pretrained(tmp_path / "ddim")
+    assert isinstance(theirs.scheduler, DDIMScheduler)
+    theirs.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    expected = theirs(
+        batch_size=2, generator=generator, num_inference_steps=7, output_type="np"
+    ).images
+    pipeline = ImagePipeline(str(tmp_path / "ddim"))
+    x_0 = sampled(pipeline, noise(), 7)
+    pictures = pipeline.decode(x_0, condition_of(pipeline, 2)).permute(0, 2, 3, 1).numpy()
+    np.testing.assert_allclose(pictures, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_an_exported_flow_is_sampled_alike_by_diffusers(shift: float, tmp_path: Path) -> None:
+    """Its pipeline calls set_timesteps(N) alone; N is the number of steps of the run."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipeline = ImagePipeline(None, architecture=TINY, shift=shift)
+    ours = sampled(pipeline, noise(), 5)
+    pipeline.save(tmp_path / "saved")
+    theirs = DDPMPipeline.from_pretrained(tmp_path / "saved")
+    theirs.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    expected = theirs(
+        batch_size=2, generator=generator, num_inference_steps=5, output_type="np"
+    ).images
+    pictures = pipeline.decode(ours, condition_of(pipeline, 2)).permute(0, 2, 3, 1).numpy()
+    np.testing.assert_allclose(pictures, expected, rtol=0, atol=1e-5)
+    assert_close_in_rounding(sampled(ImagePipeline(str(tmp_path / "saved")), noise(), 5), ours)
 
 
 def test_networks_alone_need_a_schedule(tiny_unet: UNet, tmp_path: Path) -> None:
