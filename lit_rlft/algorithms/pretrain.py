@@ -45,6 +45,7 @@ class Pretrain(RewardFineTuner):
     def check(self) -> None:
         if self.lora is not None:
             raise UsageError("Pretrain trains the whole denoiser; set model.init_args.lora to null")
+        self.pipeline.check_states()
         encoder = self.pipeline.encoder
         if self.train_encoder and encoder is None:
             raise UsageError(
