@@ -190,9 +190,9 @@ class TextToImagePipeline(Pipeline):
     def check_states(self) -> None:
         if isinstance(self.vae, AutoencoderTiny):
             raise UsageError(
-                f"pipeline.init_args.pretrained: the VAE of {self.name!r}, a "
-                f"{type(self.vae).__name__}, only approximates latents and cannot train on "
-                "pictures; give a folder with an AutoencoderKL"
+                f"pipeline.init_args.pretrained: the VAE of {self.name!r} is an AutoencoderTiny, "
+                "which approximates another one's latents, so there is nothing to train on "
+                "pictures with; give a folder with an AutoencoderKL"
             )
 
     def states(self, batch: Batch) -> Tensor:

@@ -109,8 +109,8 @@ def _found(path: Path) -> Path:
         new = path.with_suffix(".safetensors").name
         raise UsageError(
             f"{_KEY}: {path} is a pickle, which can run code; convert it: "
-            'python -c "import torch, safetensors.torch as s; s.save_file('
-            f"torch.load('{path}', weights_only=True), '{new}')\""
+            'python -c "import torch,safetensors.torch as s;s.save_file('
+            f"torch.load('{path}',weights_only=True),'{new}')\""
         )
     return path
 
@@ -154,17 +154,24 @@ def _check(file: _File) -> None:
         )
     texts = [name for name in names if name.startswith(_TEXT)]
     if texts and len(texts) < len(names) and all("lora" in name for name in names):
-        prefix = "lora_unet_" if texts[0].startswith("lora_te") else "unet."
         raise UsageError(
-            f"{_KEY}: {path} tunes the text encoder too, which is frozen here; drop it: "
-            'python -c "from safetensors import safe_open as o, torch as t; '
-            f"f = o('{path}', 'pt'); t.save_file({{k: f.get_tensor(k) for k in f.keys() "
-            f"if k[:{len(prefix)}] == '{prefix}'}}, 'unet.safetensors', f.metadata())\""
+            f"{_KEY} tunes the text encoder too, frozen here; drop it: {_dropping(file)}"
         )
     if not names or texts or any("lora" not in name for name in names):
         raise UsageError(
             f"{_KEY}: {path} is no LoRA in diffusers' format, nor peft's or kohya's, of a U-Net"
         )
+
+
+def _dropping(file: _File) -> str:
+    """Return a command that writes the U-Net's part of a file, with its alpha, to a new one."""
+    start = 'python -c "from safetensors.torch import *;'
+    if LORA_ADAPTER_METADATA_KEY not in file.metadata:
+        kept = f"{{k:v for k,v in load_file('{file.path}').items() if 'unet' in k}}"
+        return f"{start} save_file({kept},'unet.safetensors')\""
+    kept = "{k:f.get_tensor(k) for k in f.keys() if 'unet' in k}"
+    opened = f"f=safe_open('{file.path}','pt')"
+    return f"{start} {opened}; save_file({kept},'unet.safetensors',f.metadata())\""
 
 
 def _of_kohya(file: _File, unet: Mapping[str, Any]) -> tuple[dict[str, Tensor], float | None]:
