@@ -1,6 +1,7 @@
 """LoRAs of a U-Net in files: written for diffusers, read as diffusers, peft or kohya write them."""
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,6 +158,11 @@ def _check(file: _File) -> None:
         raise UsageError(
             f"{_KEY} tunes the text encoder too, frozen here; drop it: {_dropping(file)}"
         )
+    if any(name.startswith("unet.") and name.endswith(".alpha") for name in names):
+        raise UsageError(
+            f"{_KEY}: {path} has alphas of single layers, which is not supported beside diffusers' "
+            "names; keep one alpha in the metadata, or take the file that kohya's scripts wrote"
+        )
     if not names or texts or any("lora" not in name for name in names):
         raise UsageError(
             f"{_KEY}: {path} is no LoRA in diffusers' format, nor peft's or kohya's, of a U-Net"
@@ -197,21 +203,20 @@ def _of_peft(file: _File) -> tuple[dict[str, Tensor], float | None]:
         )
     with loading(f"{_KEY}: {path} could not be read"):
         config = dict(json.loads(path.read_text()))
-    _check_settings(file, config)
+    alpha = _checked_alpha(file, config)
     plain = {name.removeprefix(_PEFT): value for name, value in file.weights.items()}
-    return plain, config.get("lora_alpha")
+    return plain, alpha
 
 
 def _of_diffusers(file: _File) -> tuple[dict[str, Tensor], float | None]:
     with loading(f"{_KEY}: the metadata of {file.path} could not be read"):
         saved = dict(json.loads(file.metadata.get(LORA_ADAPTER_METADATA_KEY, "{}")))
     config = {n.removeprefix("unet."): value for n, value in saved.items() if n.startswith("unet.")}
-    _check_settings(file, config)
-    return _plain(file.weights), config.get("lora_alpha")
+    return _plain(file.weights), _checked_alpha(file, config)
 
 
-def _check_settings(file: _File, config: Mapping[str, Any]) -> None:
-    """Raise UsageError where peft's config asks for more than W + (alpha / rank) B A."""
+def _checked_alpha(file: _File, config: Mapping[str, Any]) -> float | None:
+    """Return alpha from peft's config, which may ask for no more than W + (alpha / rank) B A."""
     odd = [name for name in _OTHER_SETTINGS if config.get(name)]
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start not in _STARTS:
@@ -224,6 +229,10 @@ def _check_settings(file: _File, config: Mapping[str, Any]) -> None:
         raise UsageError(
             f"{_KEY}: {file.path} was trained with {odd[0]}, which is not supported; {FUSE}"
         )
+    alpha = config.get("lora_alpha")
+    if alpha is not None and not (isinstance(alpha, int | float) and math.isfinite(alpha)):
+        raise UsageError(f"{_KEY}: {file.path} has alpha {alpha!r}, which is no number")
+    return alpha
 
 
 def _plain(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.utils import convert_state_dict_to_kohya
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
@@ -93,10 +92,12 @@ def predicted(network: Any) -> Tensor:
     return network(*INPUTS, TEXT).sample
 
 
-def tuned_unet(make: Callable[[], TextToImagePipeline], rank: int = 2) -> nn.Module:
-    """Return a U-Net with an attention LoRA of alpha 6, for other tools to write."""
+def tuned_unet(
+    make: Callable[[], TextToImagePipeline], targets: list[str] | None = None
+) -> nn.Module:
+    """Return a U-Net with a LoRA of rank 2 and alpha 6, for other tools to write."""
     pipeline = make()
-    attach_lora(pipeline, LoRA(rank=rank, alpha=6))
+    attach_lora(pipeline, LoRA(rank=2, alpha=6, targets=targets))
     randomised(pipeline.denoiser)
     return pipeline.denoiser
 
@@ -151,13 +152,14 @@ def _diffusers(unet: nn.Module, folder: Path) -> None:
 
 
 def _kohya(unet: nn.Module, folder: Path) -> None:
-    named = {f"unet.{n}": value for n, value in get_peft_model_state_dict(unet).items()}
-    weights = convert_state_dict_to_kohya(named)
-    weights = {n.replace("unet_", "lora_unet_", 1): v for n, v in weights.items()}
-    alphas = {f"{n.partition('.')[0]}.alpha": torch.tensor(6.0) for n in weights}
-    save_file(
-        {**{n: v.contiguous() for n, v in weights.items()}, **alphas}, folder / "k.safetensors"
-    )
+    """Names as sd-scripts make them: the path with underscores, then down, up and alpha."""
+    weights: dict[str, Tensor] = {}
+    for name, value in get_peft_model_state_dict(unet).items():
+        layer, _, half = name.partition(".lora_")
+        own = "lora_unet_" + layer.replace(".", "_")
+        weights[f"{own}.lora_{'down' if half == 'A.weight' else 'up'}.weight"] = value.clone()
+        weights[f"{own}.alpha"] = torch.tensor(6.0)
+    save_file(weights, folder / "k.safetensors")
 
 
 def _peft(unet: Any, folder: Path) -> None:
@@ -173,7 +175,14 @@ def _peft(unet: Any, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("write", "alpha"), [(_diffusers, 2), (_kohya, 6), (_peft, 6)], ids=lambda x: str(x)[:16]
+    ("write", "alpha", "kind"),
+    [
+        (_diffusers, 2, "attention"),
+        (_diffusers, 2, "nearly all"),
+        (_kohya, 6, "attention"),
+        (_kohya, 6, "nearly all"),
+        (_peft, 6, "attention"),
+    ],
 )
 def test_files_of_other_tools_are_read(
     fresh: Callable[[], TextToImagePipeline],
@@ -181,16 +190,17 @@ def test_files_of_other_tools_are_read(
     tmp_path: Path,
     write: Callable[[Any, Path], None],
     alpha: int,
+    kind: str,
 ) -> None:
     """A file without an alpha has the rank's, as diffusers takes it."""
-    unet = tuned_unet(fresh)
+    unet = tuned_unet(fresh, TARGETS[kind])
     for layer in unet.modules():
         if isinstance(layer, BaseTunerLayer):
             layer.scaling["default"] = alpha / 2  # type: ignore[attr-defined]
     expected = predicted(unet)
     write(unet, tmp_path)
     again = fresh()
-    attach_lora(again, LoRA(2, alpha, pretrained=str(tmp_path)))
+    attach_lora(again, LoRA(2, alpha, targets=TARGETS[kind], pretrained=str(tmp_path)))
     torch.testing.assert_close(predicted(again.denoiser), expected)
     if write is not _peft:
         plain.load_lora_weights(tmp_path)
@@ -265,8 +275,9 @@ REFUSED: dict[str, tuple[Callable[..., None], str]] = {
     "LoHa": (_names(lambda w: {"lora_unet_x.hada_w1_a": ODD[0]}), "has LoHa"),
     "alphas in names": (
         _names(lambda w: {**w, f"{_first(w)}.alpha": torch.tensor(1.0)}),
-        "is no LoRA in diffusers' format",
+        "has alphas of single layers, which is not supported",
     ),
+    "alpha": (_settings(lora_alpha="high"), "has alpha 'high', which is no number"),
     "transformer": (
         _names(lambda w: {n.replace("unet.", "transformer."): v for n, v in w.items()}),
         "is a LoRA of a transformer, as SD 3 and FLUX have",
