@@ -1,6 +1,5 @@
 """Unconditional image models in pixel space: any `UNet2DModel` that diffusers saved."""
 
-import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -21,17 +20,19 @@ from lit_rlft.core.pipeline import Batch, Condition, Pipeline, column
 from lit_rlft.core.process import GaussianProcess
 from lit_rlft.core.state import State, tensor_of
 from lit_rlft.kit.images import save_pictures
-from lit_rlft.kit.network_folder import load_pretrained
+from lit_rlft.kit.network_folder import found_variant, load_pretrained, merged
 from lit_rlft.kit.saved_grids import SavedFlow, SavedVP, plain_flow
 from lit_rlft.kit.schedulers import saved_process
+from lit_rlft.kit.shapes import output_shape
 
 __all__ = ["EMBEDDED", "ImagePipeline"]
 
 _FLOW_LEVELS = 1000
 """A new flow's network is given t times this, diffusers' default."""
 _CHANNELS = (1, 3)
-_ADAPTED = ".base_layer"
-"""How peft names the layer within an adapted one."""
+_KEY = "pipeline.init_args.pretrained"
+_PARTS = ("unet", "scheduler")
+_ELSEWHERE = "models with conditions or latents belong to other domains"
 Schedule = Literal["saved", "rectified_flow", "ddpm"]
 
 
@@ -48,6 +49,8 @@ class ImagePipeline(Pipeline):
         pretrained: A folder or hub id of a `DDPMPipeline` (or another of diffusers' pipelines of a
             `UNet2DModel` and a scheduler), the folder of a `UNet2DModel` alone, or the name of an
             embedded model ("digits", "shapes"); None takes `architecture`.
+        variant: Which files of weights to load, such as "fp16"; None takes plain ones, and of a
+            folder without them its only variant.
         architecture: Arguments of a `UNet2DModel` with new weights, to pretrain it: `sample_size`,
             `in_channels`, `block_out_channels` and so on.
         schedule: "saved" takes the saved scheduler's; "rectified_flow" and "ddpm" (diffusers'
@@ -69,6 +72,7 @@ class ImagePipeline(Pipeline):
         self,
         pretrained: str | None = "digits",
         *,
+        variant: str | None = None,
         architecture: dict[str, Any] | None = None,
         schedule: Schedule = "saved",
         shift: float = 1.0,
@@ -89,7 +93,7 @@ class ImagePipeline(Pipeline):
             )
         else:
             assert pretrained is not None
-            self.denoiser, self.scheduler = _load(pretrained, schedule)
+            self.denoiser, self.scheduler = _load(pretrained, variant, schedule)
         _check(self.denoiser)
         self.process = saved_process(self.scheduler, flows=True)
         self.save_dtype = getattr(torch, save_dtype)
@@ -162,7 +166,7 @@ class ImagePipeline(Pipeline):
         A flow's scheduler is written so that diffusers lays the grid that was sampled last, for
         the same number of steps.
         """
-        plain, schedule = _merged(self.denoiser).to(self.save_dtype), self.process.schedule
+        plain, schedule = merged(self.denoiser).to(self.save_dtype), self.process.schedule
         flow = isinstance(schedule, SavedFlow)
         scheduler = plain_flow(self.scheduler, schedule) if flow else self.scheduler
         DDPMPipeline(unet=plain, scheduler=scheduler).save_pretrained(folder)
@@ -187,35 +191,50 @@ def _scheduler(schedule: str, shift: float = 1.0) -> Any:
     return FlowMatchEulerDiscreteScheduler(num_train_timesteps=_FLOW_LEVELS, shift=shift)
 
 
-def _read(source: str) -> tuple[UNet2DModel, Any]:
-    if (Path(source) / "config.json").is_file():  # a network alone
-        return UNet2DModel.from_pretrained(source), None
+def _read(source: str, variant: str | None) -> tuple[UNet2DModel, Any]:
+    folder = Path(source)
+    if (folder / "config.json").is_file():  # a network alone
+        kind = UNet2DModel.load_config(source).get("_class_name", UNet2DModel.__name__)
+        if kind != UNet2DModel.__name__:
+            raise UsageError(f"{_KEY}: {source!r} has a {kind}, not a UNet2DModel; {_ELSEWHERE}")
+        return UNet2DModel.from_pretrained(source, variant=variant or found_variant(folder)), None
+    index = DDPMPipeline.load_config(source)
+    if odd := [name for name in index if name not in _PARTS and _is_part(index[name])]:
+        raise UsageError(
+            f"{_KEY}: {source!r}, a {index.get('_class_name')}, has a {odd[0]} beside its U-Net "
+            f"and scheduler; {_ELSEWHERE}"
+        )
+    if variant is None and folder.is_dir():
+        variant = found_variant(folder, ("unet",))
     # A DDIMPipeline turns its scheduler into a DDIM one, as anyone who loads the folder gets it.
-    saved = DDPMPipeline.load_config(source).get("_class_name")
-    loaded = (DDIMPipeline if saved == "DDIMPipeline" else DDPMPipeline).from_pretrained(source)
+    ddim = index.get("_class_name") == "DDIMPipeline"
+    loaded = (DDIMPipeline if ddim else DDPMPipeline).from_pretrained(source, variant=variant)
     return loaded.unet, loaded.scheduler
 
 
-def _load(pretrained: str, schedule: Schedule) -> tuple[UNet2DModel, Any]:
-    key = "pipeline.init_args.pretrained"
+def _is_part(entry: Any) -> bool:
+    """Return whether an entry of model_index.json is a part of the pipeline: library and class."""
+    return isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
+
+
+def _load(pretrained: str, variant: str | None, schedule: Schedule) -> tuple[UNet2DModel, Any]:
     denoiser, scheduler = load_pretrained(
         pretrained,
         EMBEDDED,
-        _read,
+        lambda source: _read(source, variant),
         kind="a DDPMPipeline or a UNet2DModel",
         give="'digits', 'shapes', a folder that save_pretrained wrote or a hub id",
-        key=key,
     )
     if not isinstance(denoiser, UNet2DModel):
         raise UsageError(
-            f"{key}: {pretrained!r} has a {type(denoiser).__name__}, not a UNet2DModel; models "
-            "with conditions belong to other domains"
+            f"{_KEY}: {pretrained!r} has a {type(denoiser).__name__}, not a UNet2DModel; "
+            f"{_ELSEWHERE}"
         )
     if schedule != "saved":
         scheduler = _scheduler(schedule)
     elif scheduler is None:
         raise UsageError(
-            f"{key}: {pretrained!r} is a network without a scheduler; set "
+            f"{_KEY}: {pretrained!r} is a network without a scheduler; set "
             "pipeline.init_args.schedule to 'rectified_flow' or 'ddpm', whichever it was trained as"
         )
     return denoiser.float(), scheduler
@@ -230,20 +249,18 @@ def _check(denoiser: UNet2DModel) -> None:
             "of both"
         )
     if config["sample_size"] is None:
-        raise UsageError("pipeline.init_args: the U-Net has no sample_size; give it one")
+        raise UsageError(
+            "pipeline.init_args: the U-Net has no sample_size; give it one, in its config.json or "
+            "in architecture"
+        )
     if denoiser.class_embedding is not None:
         raise UsageError(
             "pipeline.init_args: the U-Net is conditioned on classes; give an unconditional one"
         )
-
-
-def _merged(denoiser: UNet2DModel) -> UNet2DModel:
-    """Return a copy of a network with its LoRA, if it has one, added to the weights."""
-    plain = copy.deepcopy(denoiser)
-    inner = [name for name, _ in plain.named_modules() if name.endswith(_ADAPTED)]
-    for name in [name.removesuffix(_ADAPTED) for name in inner]:
-        layer: Any = plain.get_submodule(name)  # one of peft's
-        layer.merge()
-        parent, _, own = name.rpartition(".")
-        setattr(plain.get_submodule(parent), own, layer.get_base_layer())
-    return plain
+    size = config["sample_size"]
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    images = (1, config["in_channels"], *size)
+    sentence = f"pipeline.init_args: the U-Net cannot be called with images {list(images)}"
+    shape = output_shape(denoiser, images, torch.zeros(1, dtype=torch.int64), sentence=sentence)
+    if shape is not None and tuple(shape) != images:
+        raise UsageError(f"{sentence}: it returns {list(shape)}")

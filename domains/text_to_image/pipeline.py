@@ -1,24 +1,20 @@
 """Text-to-image pipelines on diffusers: any SD 1.x / 2.x-style `StableDiffusionPipeline`."""
 
 import copy
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
-from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from domains.text_to_image import EMBEDDED
+from domains.text_to_image.networks.lora import read_lora, save_lora
+from domains.text_to_image.networks.stable_diffusion import check_shapes, load_stable_diffusion
 from lit_rlft.core.checks import UsageError, at_least
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline, column
 from lit_rlft.core.process import GaussianProcess
@@ -26,7 +22,6 @@ from lit_rlft.core.schedule import DiscreteVP
 from lit_rlft.core.state import State, tensor_of
 from lit_rlft.kit.frozen import frozen
 from lit_rlft.kit.images import save_pictures
-from lit_rlft.kit.network_folder import load_pretrained
 from lit_rlft.kit.schedulers import saved_process
 
 __all__ = ["EMBEDDED", "TextToImagePipeline"]
@@ -40,7 +35,10 @@ class TextToImagePipeline(Pipeline):
 
     Args:
         pretrained: A folder saved by diffusers, a hub id, or the name of an embedded model
-            ("shapes").
+            ("shapes"). The kind of SD 1.x and 2.x is supported: a U-Net that needs noise and the
+            text features of a CLIP alone, with an AutoencoderKL or an AutoencoderTiny (TAESD).
+        variant: Which files of weights to load, such as "fp16"; None takes plain ones, and of a
+            folder without them its only variant. Weights are computed with in single precision.
         guidance_scale: w of classifier-free guidance, u + w (c - u); no guidance at 1 or below.
         guidance_gradient: Where reward gradients go under guidance: "both" predictions, or the
             "conditional" one alone; u is then computed without a graph, at half the memory.
@@ -50,12 +48,14 @@ class TextToImagePipeline(Pipeline):
         decode_batch_size: Pictures decoded at a time, which bounds the VAE's memory.
         checkpoint_decoder: Where gradients flow through the VAE, keep only its input and decode
             again in the backward pass.
+        encode_batch_size: Prompts encoded at a time, which bounds the text encoder's memory.
         from_scratch: Keep the architecture and draw new weights for U-Net and text encoder, to
             pretrain them.
         save_dtype: Precision in which a fully trained pipeline is written.
 
     Raises:
-        UsageError: `pretrained` is neither a pipeline folder nor a loadable hub id.
+        UsageError: `pretrained` is neither a pipeline folder nor a loadable hub id, or its model
+            is not supported.
     """
 
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
@@ -67,6 +67,7 @@ class TextToImagePipeline(Pipeline):
         self,
         pretrained: str = "shapes",
         *,
+        variant: str | None = None,
         guidance_scale: float = 7.5,
         guidance_gradient: Literal["both", "conditional"] = "both",
         negative_prompt: str = "",
@@ -74,31 +75,41 @@ class TextToImagePipeline(Pipeline):
         width: int | None = None,
         decode_batch_size: int = 32,
         checkpoint_decoder: bool = True,
+        encode_batch_size: int = 128,
         from_scratch: bool = False,
         save_dtype: Literal["float32", "float16", "bfloat16"] = "float32",
     ) -> None:
         super().__init__()
         at_least(0, self, guidance_scale=guidance_scale)
-        at_least(1, self, decode_batch_size=decode_batch_size)
+        at_least(1, self, decode_batch_size=decode_batch_size, encode_batch_size=encode_batch_size)
         self.pretrained = pretrained
         self.guidance_scale = guidance_scale
         self.guidance_gradient = guidance_gradient
         self.negative_prompt = negative_prompt
         self.decode_batch_size = decode_batch_size
+        self.encode_batch_size = encode_batch_size
         self.checkpoint_decoder = checkpoint_decoder
         self.save_dtype = getattr(torch, save_dtype)
-        self.diffusers = _load(pretrained, from_scratch=from_scratch)
+        self.diffusers = load_stable_diffusion(
+            pretrained, variant=variant, from_scratch=from_scratch
+        )
         self.denoiser = self.diffusers.unet
         self.encoder = frozen(self.diffusers.text_encoder)
-        self.vae: AutoencoderKL = frozen(self.diffusers.vae)
+        self.vae: AutoencoderKL | AutoencoderTiny = frozen(self.diffusers.vae)
         self.process = saved_process(self.diffusers.scheduler)
         factor = self.diffusers.vae_scale_factor
         native = self.denoiser.config["sample_size"]
-        native = (native, native) if isinstance(native, int) else tuple(native)
+        if native is None and None in (height, width):
+            raise UsageError(
+                f"pipeline.init_args: the U-Net of {pretrained!r} has no sample_size; set height "
+                "and width, in pixels"
+            )
+        native = tuple(native) if isinstance(native, list | tuple) else (native, native)
         self.latent_size = (
             _latents(height, factor, "height") or native[0],
             _latents(width, factor, "width") or native[1],
         )
+        check_shapes(self.diffusers, self.latent_size)
 
     @property
     def name(self) -> str:
@@ -111,20 +122,25 @@ class TextToImagePipeline(Pipeline):
     def encode(self, batch: Batch) -> Condition:
         """Encode `batch["prompt"]`, each unique prompt once, and the negative prompt last."""
         prompts = list(batch["prompt"])
-        unique = list(dict.fromkeys(prompts))
-        first = {prompt: prompts.index(prompt) for prompt in unique}
+        first: dict[str, int] = {}
+        for i, prompt in enumerate(prompts):
+            first.setdefault(prompt, i)
+        unique = list(first)
         columns = [name for name in batch if name != "index"]
-        entries = [{name: batch[name][first[prompt]] for name in columns} for prompt in unique]
+        entries = [{name: batch[name][i] for name in columns} for i in first.values()]
         rows = {prompt: row for row, prompt in enumerate(unique)}
-        embedding, _ = self.diffusers.encode_prompt(
-            [*unique, self.negative_prompt], self.device, 1, do_classifier_free_guidance=False
-        )
         return Condition(
             entries=entries,
-            tables={"embedding": embedding},
+            tables={"embedding": self._embed([*unique, self.negative_prompt])},
             rows=torch.tensor([rows[prompt] for prompt in prompts]),
             null=len(unique),
         )
+
+    def _embed(self, prompts: Sequence[str]) -> Tensor:
+        """Return the text features of prompts, [U, tokens, width]."""
+        size = self.encode_batch_size
+        parts = [list(prompts[i : i + size]) for i in range(0, len(prompts), size)]
+        return torch.cat([self.diffusers.encode_prompt(p, self.device, 1, False)[0] for p in parts])
 
     def example(self) -> Condition:
         # Not the negative prompt, under which guidance has no effect.
@@ -169,8 +185,17 @@ class TextToImagePipeline(Pipeline):
             return checkpoint(lambda x: self.vae.decode(x).sample, latents, use_reentrant=False)
         return self.vae.decode(latents).sample
 
+    def check_states(self) -> None:
+        if isinstance(self.vae, AutoencoderTiny):
+            raise UsageError(
+                f"pipeline.init_args.pretrained: the VAE of {self.name!r} is an AutoencoderTiny, "
+                "which approximates another one's latents, so there is nothing to train on "
+                "pictures with; give a folder with an AutoencoderKL"
+            )
+
     def states(self, batch: Batch) -> Tensor:
         """Return the latents of `batch["image"]`, uint8 [B, 3, H, W]: the VAE's mode, scaled."""
+        self.check_states()
         pictures = column(batch, "image").to(self.device, self.vae.dtype) / 127.5 - 1
         with torch.no_grad():
             parts = pictures.split(self.decode_batch_size)
@@ -195,64 +220,11 @@ class TextToImagePipeline(Pipeline):
             whole = copy.deepcopy(self.diffusers).to(dtype=self.save_dtype)
             whole.save_pretrained(folder)
             return [folder]
-        StableDiffusionPipeline.save_lora_weights(
-            folder,
-            unet_lora_layers=convert_state_dict_to_diffusers(
-                get_peft_model_state_dict(self.denoiser)
-            ),
-            unet_lora_adapter_metadata=self.denoiser.peft_config["default"].to_dict(),
-        )
-        return sorted(folder.glob("*.safetensors"))
+        return save_lora(self.denoiser, folder)
 
     def read_lora(self, path: Path) -> tuple[dict[str, Tensor], float | None]:
-        """Read a LoRA of the U-Net in diffusers' format, from its file or the file's folder."""
-        path = path / LORA_WEIGHT_NAME_SAFE if path.is_dir() else path
-        key = "model.init_args.lora.pretrained"
-        if not path.is_file():
-            raise UsageError(f"{key}: there is no file {path}")
-        try:
-            with safe_open(path, "pt") as file:
-                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                saved = (file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}")
-        except SafetensorError as error:
-            raise UsageError(f"{key}: {path} is no safetensors file ({error})") from error
-        if not weights or any(not name.startswith("unet.") for name in weights):
-            raise UsageError(f"{key}: {path} is no LoRA in diffusers' format, of a U-Net alone")
-        config = json.loads(saved)
-        for kind in ("alpha_pattern", "use_rslora", "use_dora"):
-            if config.get(f"unet.{kind}"):
-                raise UsageError(f"{key}: {path} was trained with {kind}, which is not supported")
-        plain = {name.removeprefix("unet."): value for name, value in weights.items()}
-        return convert_unet_state_dict_to_peft(plain), config.get("unet.lora_alpha")
-
-
-def _load(pretrained: str, *, from_scratch: bool) -> StableDiffusionPipeline:
-    loaded = load_pretrained(
-        pretrained,
-        EMBEDDED,
-        lambda source: _read(source, from_scratch),
-        kind="a StableDiffusionPipeline",
-        give="'shapes', a folder that save_pretrained wrote or a hub id",
-    )
-    for part in (loaded.unet, loaded.vae, loaded.text_encoder):
-        part.float()
-    return loaded
-
-
-def _read(source: str, from_scratch: bool) -> StableDiffusionPipeline:
-    folder = Path(source)
-    if folder.exists() and not (folder / "model_index.json").is_file():
-        raise UsageError(
-            f"pipeline.init_args.pretrained: {folder} has no model_index.json, so it is no "
-            "diffusers pipeline; give a folder written by save_pretrained or a hub id"
-        )
-    fresh: dict[str, Any] = {}
-    if from_scratch:
-        unet = UNet2DConditionModel.load_config(source, subfolder="unet")
-        fresh["unet"] = UNet2DConditionModel.from_config(unet)
-        text = CLIPTextConfig.from_pretrained(source, subfolder="text_encoder")
-        fresh["text_encoder"] = CLIPTextModel(text)
-    return StableDiffusionPipeline.from_pretrained(source, safety_checker=None, **fresh)
+        """Read a LoRA of the U-Net that diffusers, peft or kohya wrote, from its file or folder."""
+        return read_lora(path, self.denoiser.config)
 
 
 def _latents(pixels: int | None, factor: int, key: str) -> int | None:

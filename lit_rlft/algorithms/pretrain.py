@@ -46,6 +46,7 @@ class Pretrain(RewardFineTuner):
         within(0, 1, self, "condition_dropout")
         if self.lora is not None:
             raise UsageError("Pretrain trains the whole denoiser; set model.init_args.lora to null")
+        self.pipeline.check_states()
         encoder = self.pipeline.encoder
         if self.train_encoder and encoder is None:
             raise UsageError(

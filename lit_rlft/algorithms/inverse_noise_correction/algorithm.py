@@ -108,6 +108,7 @@ class InverseNoiseCorrection(RewardFineTuner):
                 f"{type(self.pipeline).__name__} is not invertible; use configs/algorithms/"
                 "pretrain.yaml to learn more from data, or p_graft.yaml to learn from a reward"
             )
+        self.pipeline.check_states()
         require(
             self.sampler.eta == 0,
             self,

@@ -1,5 +1,6 @@
 """The pipeline: what diffusers saved, sampled as diffusers samples it."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     ScoreSdeVeScheduler,
+    UNet2DConditionModel,
     UNet2DModel,
 )
 from PIL import Image
@@ -213,12 +215,18 @@ def test_what_is_saved_diffusers_samples(tmp_path: Path) -> None:
     assert again.process.prediction_type == "velocity" and again.name == "saved"
 
 
-def test_a_saved_lora_is_merged(tmp_path: Path, tiny_pipeline: Make) -> None:
+@pytest.mark.parametrize(
+    "targets", [None, ["conv_in", "conv_out"], ["to_q", "time_emb_proj", "linear_1", "conv"]]
+)
+def test_a_saved_lora_is_merged(
+    tmp_path: Path, tiny_pipeline: Make, targets: list[str] | None
+) -> None:
     pipeline = tiny_pipeline()
     plain = sampled(pipeline, noise(), 3)
-    attach_lora(pipeline, LoRA(rank=2))
+    attach_lora(pipeline, LoRA(rank=2, alpha=5, targets=targets))
     adapted = {n for n, p in pipeline.denoiser.named_parameters() if p.requires_grad}
-    assert any("attentions" in n for n in adapted) and any("conv1" in n for n in adapted)
+    if targets is None:
+        assert any("attentions" in n for n in adapted) and any("conv1" in n for n in adapted)
     torch.testing.assert_close(sampled(pipeline, noise(), 3), plain)  # it starts at zero
     generator = torch.Generator().manual_seed(0)
     for name, parameter in pipeline.denoiser.named_parameters():
@@ -230,6 +238,25 @@ def test_a_saved_lora_is_merged(tmp_path: Path, tiny_pipeline: Make) -> None:
     again = ImagePipeline(str(tmp_path / "saved"))
     torch.testing.assert_close(sampled(again, noise(), 3), tuned, rtol=1e-4, atol=1e-5)
     assert torch.equal(sampled(pipeline, noise(), 3), tuned)  # saving changes nothing
+    theirs = DDPMPipeline.from_pretrained(tmp_path / "saved").unet
+    inputs = noise(), torch.tensor([500, 100])
+    with torch.no_grad():
+        expected = pipeline.denoiser(*inputs).sample
+        torch.testing.assert_close(theirs(*inputs).sample, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_the_only_variant_is_found(tmp_path: Path, tiny_unet: UNet, alone: bool) -> None:
+    unet = tiny_unet()
+    if alone:
+        unet.save_pretrained(tmp_path / "m", variant="fp16")
+    else:
+        pipeline = DDPMPipeline(unet=unet, scheduler=DDPMScheduler(clip_sample=False))
+        pipeline.save_pretrained(tmp_path / "m", variant="fp16")
+    schedule: Any = "ddpm" if alone else "saved"
+    for variant in (None, "fp16"):
+        loaded = ImagePipeline(str(tmp_path / "m"), variant=variant, schedule=schedule)
+        assert torch.equal(loaded.denoiser.conv_in.weight, unet.conv_in.weight)
 
 
 def test_samples_are_written_as_png(tmp_path: Path, tiny_pipeline: Make) -> None:
@@ -267,8 +294,23 @@ def test_what_is_no_model_of_images(tiny_unet: UNet, tmp_path: Path) -> None:
     refused("no sample_size", pretrained=None, architecture={**TINY, "sample_size": None})
     classes = {**TINY, "num_class_embeds": 10}
     refused("conditioned on classes", pretrained=None, architecture=classes)
+    odd = {**TINY, "sample_size": 7}
+    refused(r"called with images \[1, 3, 7, 7\]", pretrained=None, architecture=odd)
     refused("from 3 to 6 channels", pretrained=None, architecture={**TINY, "out_channels": 6})
     unet = tiny_unet()
+    UNet2DConditionModel(
+        block_out_channels=(4,),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        attention_head_dim=4,
+    ).save_pretrained(tmp_path / "text")
+    refused("has a UNet2DConditionModel, not a UNet2DModel", pretrained=str(tmp_path / "text"))
+    DDPMPipeline(unet=unet, scheduler=DDPMScheduler()).save_pretrained(tmp_path / "latent")
+    index = json.loads((tmp_path / "latent" / "model_index.json").read_text())
+    index = {**index, "_class_name": "LDMPipeline", "vqvae": ["diffusers", "VQModel"]}
+    (tmp_path / "latent" / "model_index.json").write_text(json.dumps(index))
+    refused("LDMPipeline, has a vqvae beside its U-Net", pretrained=str(tmp_path / "latent"))
     DDPMPipeline(unet=unet, scheduler=ScoreSdeVeScheduler()).save_pretrained(tmp_path / "ve")
     refused("neither a rectified flow nor a discrete VP", pretrained=str(tmp_path / "ve"))
     dynamic = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)

@@ -269,6 +269,44 @@ def test_unique_prompts_are_encoded_once(tiny_stable_diffusion: Folder) -> None:
     torch.testing.assert_close(dropped.table("embedding")[1:2], alone)
 
 
+def test_prompts_are_encoded_in_chunks(tiny_stable_diffusion: Folder) -> None:
+    folder = str(tiny_stable_diffusion())
+    pipeline = TextToImagePipeline(folder, encode_batch_size=2)
+    sizes: list[int] = []
+    pipeline.encoder.register_forward_hook(lambda m, args, output: sizes.append(len(output[0])))
+    prompts = ["a", "b", "c", "d", "a"]
+    table = encoded(pipeline, prompts).tables["embedding"]
+    assert sizes == [2, 2, 1]
+    whole = TextToImagePipeline(folder)
+    torch.testing.assert_close(table, encoded(whole, prompts).tables["embedding"])
+    with pytest.raises(UsageError, match="encode_batch_size must be at least 1"):
+        TextToImagePipeline(folder, encode_batch_size=0)
+
+
+def test_work_on_prompts_grows_with_their_number(
+    tiny_stable_diffusion: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts are compared a few times each, not each with each other."""
+    compared = 0
+
+    class Counted(str):
+        __slots__ = ()
+
+        def __eq__(self, other: object) -> bool:
+            nonlocal compared
+            compared += 1
+            return str.__eq__(self, other)
+
+        __hash__ = str.__hash__
+
+    pipeline = TextToImagePipeline(str(tiny_stable_diffusion()))
+    monkeypatch.setattr(pipeline, "_embed", lambda prompts: torch.zeros(len(prompts), 1, 1))
+    prompts: list[str] = [Counted(f"prompt {i // 2}") for i in range(20_000)]
+    condition = encoded(pipeline, prompts)
+    assert condition.rows.tolist() == [i // 2 for i in range(20_000)]
+    assert compared < 10 * len(prompts)
+
+
 def test_columns_travel_with_their_prompts(tiny_stable_diffusion: Folder) -> None:
     pipeline = TextToImagePipeline(str(tiny_stable_diffusion()))
     batch = {"index": torch.arange(3), "prompt": ["b", "a", "b"], "tag": ["x", "y", "x"]}
