@@ -160,8 +160,14 @@ SETTINGS = {
         },
         "data.init_args.batch_size (3) is not divisible by the 2 processes",
     ),
-    "unknown key": ({"model.init_args.candidates": 2}, "model.init_args.candidates: PGRAFT has no such argument; did you mean num_candidates"),
-    "wrong type": ({"model.init_args.num_candidates": "few"}, "model.init_args.num_candidates is 'few', but must"),
+    "unknown key": (
+        {"model.init_args.candidates": 2},
+        "model.init_args.candidates: PGRAFT has no such argument; did you mean num_candidates",
+    ),
+    "wrong type": (
+        {"model.init_args.num_candidates": "few"},
+        "model.init_args.num_candidates is 'few', but must",
+    ),
     "unknown class": ({"reward": "nowhere.Nothing"}, "No module named 'nowhere'"),
     "missing config": ({"config": ["configs/nowhere.yaml"]}, "does not exist"),
     "NaN reward": ({"reward": "mistaken_rewards.Failing"}, "Failing returned NaN for 32 of 32"),

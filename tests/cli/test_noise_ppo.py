@@ -181,7 +181,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "eta": ({"model.init_args.sampler.eta": 1.0}, "model.init_args.sampler.eta must be 0"),
     "lora": ({"model.init_args.lora.rank": 4}, "model.init_args.lora must be null"),
     "group": ({"model.init_args.num_candidates": 1}, "a group of one has no peers"),
-    "clip range": ({"model.init_args.clip_range": 0}, "model.init_args.clip_range must be positive"),
+    "clip range": (
+        {"model.init_args.clip_range": 0},
+        "model.init_args.clip_range must be positive",
+    ),
     "size": ({"model.init_args.maps.init_args.size": 0}, "maps.init_args.size must be at least 1"),
     "beta": ({"model.init_args.beta": -0.1}, "model.init_args.beta must be at least 0"),
     "masked": (
