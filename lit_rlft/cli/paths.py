@@ -32,6 +32,10 @@ def with_config_files(words: Sequence[str]) -> list[str]:
             path = config_file(option.value)
             if Path(path).is_file():
                 check_config(path)
+            elif path.endswith((".yaml", ".yml", ".json")) and "\n" not in path:
+                raise UsageError(
+                    f"--config {path} does not exist; `lit-rlft list configs` has ours"
+                )
             words = rewritten(words, option, path)
     return words
 
