@@ -109,11 +109,7 @@ def _launcher() -> ClusterEnvironment | None:
 def _store(address: str, port: int, first: bool) -> Any:
     """Return a client of the store; kept open, for the process group meets there too."""
     opens = first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
-    settings: dict[str, Any] = {
-        "wait_for_workers": False,
-        "multi_tenant": True,
-        "timeout": _PATIENCE,
-    }
+    settings: dict[str, Any] = {"wait_for_workers": False, "multi_tenant": True}
     try:
         return vars(torch.distributed)["TCPStore"](
             address, port, is_master=opens, timeout=_PATIENCE, **settings

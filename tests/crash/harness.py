@@ -36,7 +36,6 @@ PHASES = ("start", "sampling", "update", "between", "validation", "saving", "sav
 SAVING = ("begin", "chunk", "sync", "replace")
 """Steps of writing a checkpoint at which a run may be killed."""
 LAST = Path("checkpoints/last.ckpt")
-ROUNDS = 6
 TINY = {
     # Three passes of two rounds; validations in their middle and at their ends.
     "data.init_args.num_train": 16,
