@@ -105,7 +105,10 @@ def test_samples_of_another_checkpoint_are_kept(
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"name": "new"}, "checkpoint: none, the model is untuned (there is none in runs/new/checkpoints)"),
+        (
+            {"name": "new"},
+            "checkpoint: none, the model is untuned (there is none in runs/new/checkpoints)",
+        ),
         ({"name": None}, "checkpoint: none, the model is untuned (give a run's --name"),
         ({"ckpt_path": "last"}, "checkpoint: runs/run/checkpoints/last.ckpt"),
         ({"ckpt_path": "best"}, "checkpoint: runs/run/checkpoints/epoch=0-step="),
