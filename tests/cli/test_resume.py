@@ -159,10 +159,8 @@ def test_last_starts_anew_where_there_is_none(
 ) -> None:
     with working_directory(tmp_path):
         fit({"ckpt_path": "last"})
-        assert (
-            "checkpoint: none yet in runs/run/checkpoints; the fit starts anew"
-            in capsys.readouterr().out
-        )
+        said = capsys.readouterr().out
+        assert "checkpoint: none yet in runs/run/checkpoints; the fit starts anew" in said
         assert checkpoint("run")["lit_rlft"]["num_rounds"] == 2
 
 
