@@ -4,8 +4,8 @@ Method: draws as many images as there are real ones to compare with, from the sa
 for every number of steps, and compares them with the first half of the real images; "real" is the
 second half. The digits' model was trained on most of both halves, so copies of its training data
 would score as well as "real"; the shapes are painted anew, with a seed of their own. All sets have
-the same size, errors are bootstrap errors (100 draws), and seconds are CPU time on one thread for
-sampling alone.
+the same size, errors are the jackknife's, and seconds are CPU time on one thread for sampling
+alone.
 
     python benchmarks/image_models.py --model digits
     python benchmarks/image_models.py --model shapes --num 1000
@@ -25,7 +25,7 @@ from domains.image.sources import Digits, Generated, Images, Source
 from domains.text_to_image.shapes.pictures import paint
 from lit_rlft.core.randomness import generators
 from lit_rlft.core.sampling import Sampler
-from lit_rlft.evaluation.bootstrap import compared
+from lit_rlft.evaluation.jackknife import compared
 
 BATCH_SIZE = 100
 
@@ -63,7 +63,6 @@ def main() -> None:
     parser.add_argument("--model", choices=["digits", "shapes"], default="digits")
     parser.add_argument("--num", type=int, default=898, help="images in each set")
     parser.add_argument("--steps", type=int, nargs="+", default=[2, 5, 10, 20, 50])
-    parser.add_argument("--draws", type=int, default=100)
     options = parser.parse_args()
     torch.set_num_threads(1)
     real = (
@@ -89,7 +88,7 @@ def main() -> None:
     print(f"{options.model}, {options.num} images a set, features {metric.name}")
     for name, (pictures, seconds) in rows.items():
         features = {"features": features_of(metric.network, pictures)}
-        values = compared(metric, {"all": features}, options.draws)["all"]
+        values = compared(metric, {"all": features}, metric.num_draws)["all"]
         text = ", ".join(
             f"{key.partition('_')[0]} {value['mean']:.4f} ± {value['sem']:.4f}"
             for key, value in values.items()

@@ -59,10 +59,10 @@ def speeds(molecules: Molecules, num_slow: int) -> dict[str, float]:
 def row(molecules: Molecules) -> dict[str, float]:
     """Return the means of the metrics over a set of molecules."""
     condition = Condition([{}], {}, torch.zeros(len(molecules), dtype=torch.int64))
-    values: dict[str, torch.Tensor] = {}
-    for metric in (MoleculeMeasures(), Drugs()):
-        values |= metric.evaluate(molecules, condition)
-    return {name: float(np.nanmean(value.numpy())) for name, value in values.items()}
+    measures = MoleculeMeasures()
+    values = measures.evaluate(molecules, condition) | Drugs().evaluate(molecules, condition)
+    means = {name: float(np.nanmean(value.numpy())) for name, value in values.items()}
+    return means | measures.compare(measures.features(molecules, condition))
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ measured on as many of the training molecules.
 """
 
 import argparse
+import math
 import time
 
 import numpy as np
@@ -22,6 +23,7 @@ from domains.molecule.sources import Enumerated
 from domains.molecule.sources.packed import molecules_of
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.sampling import Sampler
+from lit_rlft.evaluation.measurements import Measurements
 
 SAMPLERS = [Sampler(20, 0.0), Sampler(50, 0.0), Sampler(20, 0.5)]
 SAMPLERS += [Sampler(num_steps, 1.0) for num_steps in (20, 50, 100)]
@@ -52,16 +54,14 @@ def sample(pipeline: MoleculePipeline, sizes: Tensor, sampler: Sampler) -> tuple
 def row(label: str, molecules: Molecules, data: Molecules) -> str:
     """Return a line of the table; shares in percent."""
     condition = Condition([{}], {}, torch.zeros(len(molecules), dtype=torch.int64))
-    values = MoleculeMeasures().evaluate(molecules, condition)
+    metric, values = MoleculeMeasures(), Measurements()
+    columns, features = (f(molecules, condition) for f in (metric.evaluate, metric.features))
+    values.add("all", 0, columns, None, [], [features])
+    found = values.summary(1, [metric], errors=True)["all"]
     cells = []
     for name in COLUMNS:
-        known = values[name][values[name].isfinite()]
-        if not len(known):
-            cells.append("-")
-            continue
-        mean = float(known.mean())
-        error = float(known.std() / len(known) ** 0.5)
-        cells.append(f"{100 * mean:.1f} ± {100 * error:.1f}")
+        mean, error = 100 * found[name]["mean"], 100 * found[name]["sem"]
+        cells.append("-" if math.isnan(mean) else f"{mean:.1f} ± {error:.1f}")
     cells.append(f"{type_total_variation(molecules, data):.3f}")
     return f"| {label} | {' | '.join(cells)} |"
 

@@ -1,45 +1,74 @@
 """Values of all processes of a run in one place."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TypeVar
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from lit_rlft.core.checks import UsageError
 
-__all__ = ["gather", "together"]
+__all__ = ["gather", "mean_of_all", "together"]
 
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class _Failure:
+    """What a process that has failed hands over in place of its value."""
+
+    sentence: str
+
+
+class _FailedElsewhere(UsageError):
+    """Another process has failed, and all know of it."""
+
+
 def gather(value: T, world_size: int) -> list[T]:
-    """Return the value of every process, in order of rank; all of them must call it."""
+    """Return the value of every process, in order of rank; all of them must call it.
+
+    Raises:
+        UsageError: Another process has left its block of `together` by an error.
+    """
     if world_size == 1:
         return [value]
-    values = [value] * world_size
+    values: list[Any] = [None] * world_size
     torch.distributed.all_gather_object(values, value)
+    for other in values:
+        if isinstance(other, _Failure):
+            raise _FailedElsewhere(other.sentence)
     return values
+
+
+def mean_of_all(values: Tensor, world_size: int) -> float:
+    """Return the mean over the values of all processes; NaN where there are none."""
+    if world_size == 1:
+        return float(values.mean())
+    sums = gather((float(values.double().sum()), values.numel()), world_size)
+    number = sum(own for _, own in sums)
+    return sum(own for own, _ in sums) / number if number else float("nan")
 
 
 @contextmanager
 def together(world_size: int) -> Iterator[None]:
     """Leave the block when all processes do, so that none waits for one that has failed.
 
+    Within the block too: what is next gathered there tells the others. Blocks are not nested.
+
     Raises:
         UsageError: Another process's block raised an error; this one's went well.
     """
-    raised = None
     try:
         yield
+    except _FailedElsewhere:
+        raise
     except Exception as error:  # whatever it is, the others must hear of it
-        raised = error
-    problem = "" if raised is None else _sentence(raised)
-    problems = list(filter(None, gather(problem, world_size)))
-    if raised is not None:
-        raise raised
-    if problems:
-        raise UsageError(problems[0])
+        with suppress(_FailedElsewhere):
+            gather(_Failure(_sentence(error)), world_size)
+        raise
+    gather(None, world_size)
 
 
 def _sentence(error: Exception) -> str:

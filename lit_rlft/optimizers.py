@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, at_least, below_one
 
 __all__ = ["MuonAdamW"]
 
@@ -52,6 +52,8 @@ class MuonAdamW(Optimizer):
                 f"optimizer: MuonAdamW needs torch 2.9 or newer, found {torch.__version__}; update "
                 "torch, or choose torch.optim.AdamW"
             )
+        at_least(0, self, lr=lr, weight_decay=weight_decay)
+        below_one(self, momentum=momentum, betas=betas)
         params = list(params)
         wide = [p for p in params if p.dim() == 2 and min(p.shape) >= _NARROW]
         rest = [p for p in params if p.dim() != 2 or min(p.shape) < _NARROW]

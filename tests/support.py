@@ -20,6 +20,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 ROOT = Path(__file__).parents[1]
 SCRIPT = Path(sys.executable).with_name("lit-rlft")
 TWO_PROCESSES = {"trainer.accelerator": "cpu", "trainer.devices": 2, "trainer.strategy": "ddp"}
+TWO_FORKS = {**TWO_PROCESSES, "trainer.strategy": "ddp_fork"}
+"""Two processes that need no second import of everything, started by `main` in this one."""
 
 TINY_RUN = [
     "--trainer.accelerator=cpu",

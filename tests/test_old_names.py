@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 
-# What 0.1.0 had; names that only its own modules used are left out.
+# What 0.1.0 had, and modules of 0.2.0; names that only its own modules used are left out.
 NAMES = """
 adapters: LoRA Reference attach_lora
 algorithms.base: Draw Experience RewardFineTuner
@@ -15,6 +15,7 @@ algorithms.inverse_noise_correction: InverseNoiseCorrection
 array_cache: cached_folder open_arrays save_arrays user_cache
 best_of: best_of
 bootstrap: Features Moments compared
+evaluation.bootstrap: Features Moments compared
 checkpoint: check_file fingerprint reduce
 core.judge: Judge Output
 core.mmd: Kernel gaussian median_distance mmd polynomial similarity

@@ -7,6 +7,7 @@ import torch
 from torch.utils.data import Dataset
 
 from domains.gaussian_mixture.closed_form.mixture import MEANS, STDS, WEIGHTS, Mixture
+from lit_rlft.core.checks import at_least
 from lit_rlft.kit.data import Rows, Split, SplitData
 
 __all__ = ["MixtureData"]
@@ -40,7 +41,8 @@ class MixtureData(SplitData):
         **loading: Any,
     ) -> None:
         super().__init__(**loading)
-        self.mixture = Mixture.of(weights, means, stds)
+        self.mixture = Mixture.of(weights, means, stds, self)
+        at_least(1, self, num_train=num_train, num_val=num_val, num_test=num_test)
         self.sizes = {"train": num_train, "val": num_val, "test": num_test}
 
     def rows(self, split: Split) -> Dataset[dict[str, Any]]:

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from domains.gaussian_mixture.closed_form.mixture import MEANS, STDS, WEIGHTS, Mixture
 from domains.gaussian_mixture.samples import check_points
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, at_least
 from lit_rlft.core.pipeline import Condition
-from lit_rlft.core.reward import SetMetric
+from lit_rlft.core.reward import LeftOut, SetMetric
+from lit_rlft.kit.leave_out import mmd_left_out
 from lit_rlft.kit.statistics import gaussian, median_distance, mmd, similarity
 
 __all__ = ["MMD"]
@@ -27,7 +28,7 @@ class MMD(SetMetric):
         means: [K, d] means.
         stds: [K] standard deviations.
         num_points: Exact draws.
-        num_draws: Bootstrap draws for the standard errors of a test; 0 leaves them out.
+        num_draws: 0 leaves the standard errors of a test out; they have a closed form here.
 
     Raises:
         UsageError: The mixture's settings do not fit together.
@@ -42,7 +43,9 @@ class MMD(SetMetric):
         num_draws: int = 20,
     ) -> None:
         super().__init__()
-        mixture = Mixture.of(weights, means, stds)
+        at_least(2, self, num_points=num_points)
+        at_least(0, self, num_draws=num_draws)
+        mixture = Mixture.of(weights, means, stds, self)
         self.exact = mixture.sample(num_points, torch.Generator().manual_seed(0))
         self.kernel = gaussian(median_distance(self.exact))
         self._similarity = similarity(self.exact, self.kernel)
@@ -66,3 +69,8 @@ class MMD(SetMetric):
         """Return {"mmd"}, NaN for fewer than two points."""
         points = features["points"]
         return {"mmd": mmd(self.exact, points, self.kernel, self._similarity)}
+
+    def left_out(self, features: Mapping[str, Tensor], pairs: Tensor) -> dict[str, LeftOut]:
+        """Return "mmd"."""
+        args = (self.exact, features["points"], self.kernel, self._similarity, pairs)
+        return {"mmd": mmd_left_out(*args)}

@@ -12,7 +12,7 @@ from domains.gaussian_mixture.closed_form.denoiser import GaussianMixtureDenoise
 from domains.gaussian_mixture.closed_form.mixture import MEANS, STDS, WEIGHTS, Mixture
 from domains.gaussian_mixture.render import Plane
 from domains.gaussian_mixture.samples import save_points
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, at_least
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline, column
 from lit_rlft.core.process import GaussianProcess, PredictionType
 from lit_rlft.core.schedule import CosineVP, DiscreteVP, RectifiedFlow, Schedule, vp_betas
@@ -56,11 +56,8 @@ class GaussianMixturePipeline(Pipeline):
         residual_width: int = 64,
     ) -> None:
         super().__init__()
-        self.mixture = Mixture.of(weights, means, stds)
-        if residual_width < 0:
-            raise UsageError(
-                f"pipeline.init_args.residual_width must not be negative, got {residual_width}"
-            )
+        self.mixture = Mixture.of(weights, means, stds, self)
+        at_least(0, self, residual_width=residual_width)
         self.process = GaussianProcess(_schedule(schedule), prediction_type)
         self.denoiser = GaussianMixtureDenoiser(self.mixture, self.process, residual_width)
         self.plane = Plane(self.mixture)

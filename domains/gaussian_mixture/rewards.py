@@ -8,7 +8,7 @@ from torch import Tensor
 
 from domains.gaussian_mixture.closed_form.mixture import MEANS
 from domains.gaussian_mixture.samples import check_points
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, at_least, finite
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Reward
 
@@ -26,8 +26,7 @@ class Coordinate(Reward):
 
     def __init__(self, axis: int = 0) -> None:
         super().__init__()
-        if axis < 0:
-            raise UsageError(f"reward.init_args.axis must not be negative, got {axis}")
+        at_least(0, self, axis=axis)
         self.axis = axis
 
     def forward(self, samples: Any, condition: Condition) -> Tensor:
@@ -57,6 +56,7 @@ class Quadratic(Reward):
 
     def __init__(self, center: Sequence[float] = (0.0, 0.0)) -> None:
         super().__init__()
+        finite(self, center=center)
         self.register_buffer("center", torch.tensor(list(center)), persistent=False)
 
     def forward(self, samples: Any, condition: Condition) -> Tensor:
@@ -91,6 +91,7 @@ class ComponentIndicator(Reward):
         self, components: Sequence[int] = (4,), means: Sequence[Sequence[float]] = MEANS
     ) -> None:
         super().__init__()
+        finite(self, means=means)
         if not components or not set(components) <= set(range(len(means))):
             raise UsageError(
                 f"reward.init_args.components must name some of the {len(means)} components "

@@ -11,12 +11,12 @@ from torch import Tensor
 from domains.image.networks.features import features_of, load_features
 from domains.image.samples import check_pictures
 from domains.image.sources import Digits, Source
+from lit_rlft.core.checks import at_least
 from lit_rlft.core.pipeline import Condition
-from lit_rlft.core.reward import Metric
+from lit_rlft.core.reward import LeftOut, Metric
+from lit_rlft.kit.leave_out import precision_recall_left_out
 from lit_rlft.kit.set_metrics import RealFeatures, SourceDistances, sums_over_others
-from lit_rlft.kit.statistics import kernel_distance, neighbour_distances, precision_recall
-
-_NUM_SUBSETS = 10
+from lit_rlft.kit.statistics import neighbour_distances, precision_recall
 
 __all__ = ["Diversity", "SetDistances"]
 
@@ -36,8 +36,7 @@ class SetDistances(SourceDistances["_Real"]):
             torch-fidelity's format.
         max_images: Compare with so many of the real images, drawn at random; None takes all.
         num_neighbours: k of precision and recall.
-        num_draws: Bootstrap draws for the standard errors of a test; 0 leaves them out. With the
-            2,048 features of InceptionV3 each takes seconds.
+        num_draws: 0 leaves the standard errors of a test out; they all have closed forms here.
 
     Raises:
         UsageError: `features` is no feature network.
@@ -52,6 +51,8 @@ class SetDistances(SourceDistances["_Real"]):
         num_draws: int = 20,
     ) -> None:
         super().__init__(num_draws)
+        at_least(2, self, max_images=max_images)
+        at_least(1, self, num_neighbours=num_neighbours)
         self.source = source or Digits()
         self.network = load_features(features)
         self.max_images, self.num_neighbours = max_images, num_neighbours
@@ -68,14 +69,24 @@ class SetDistances(SourceDistances["_Real"]):
 
     def compare(self, features: Mapping[str, Tensor]) -> dict[str, float]:
         """Return the four distances; NaN where there are too few images."""
-        generated = features["features"]
-        kid, _ = kernel_distance(self.real_features(), generated, num_subsets=_NUM_SUBSETS)
-        return self._values(kid, generated)
+        known, radii, generated = self.real.known, self.real.radii, features["features"]
+        precision, recall = precision_recall(known.features, generated, self.num_neighbours, radii)
+        values = {
+            "fid": known.frechet_distance(generated),
+            "kid": known.kernel_distance(generated),
+            "precision": precision,
+            "recall": recall,
+        }
+        return {f"{key}_{self.name}": value for key, value in values.items()}
 
-    def compare_draw(self, features: Mapping[str, Tensor]) -> dict[str, float]:
-        """Return the same, but KID of every pair at once instead of over subsets."""
-        generated = features["features"]
-        return self._values(self.real.known.kernel_distance(generated), generated)
+    def left_out(self, features: Mapping[str, Tensor], pairs: Tensor) -> dict[str, LeftOut]:
+        """Return all four; precision and recall need three images more than neighbours."""
+        known, radii, generated = self.real.known, self.real.radii, features["features"]
+        values = dict(zip(("fid", "kid"), known.distances_left_out(generated, pairs), strict=True))
+        if min(len(generated) - 2, len(radii)) > self.num_neighbours:
+            args = (known.features, generated, pairs, self.num_neighbours, radii)
+            values["precision"], values["recall"] = precision_recall_left_out(*args)
+        return {f"{key}_{self.name}": value for key, value in values.items()}
 
     def real_features(self) -> Tensor:
         """Return the features of the real images, computed when first needed, [n, D]."""
@@ -88,17 +99,6 @@ class SetDistances(SourceDistances["_Real"]):
         features = features_of(self.network, images).cpu()
         radii = neighbour_distances(features.double(), self.num_neighbours)
         return _Real(RealFeatures.of(features), radii)
-
-    def _values(self, kid: float, generated: Tensor) -> dict[str, float]:
-        known, radii = self.real.known, self.real.radii
-        precision, recall = precision_recall(known.features, generated, self.num_neighbours, radii)
-        values = {
-            "fid": known.frechet_distance(generated),
-            "kid": kid,
-            "precision": precision,
-            "recall": recall,
-        }
-        return {f"{key}_{self.name}": value for key, value in values.items()}
 
 
 @dataclass(frozen=True)

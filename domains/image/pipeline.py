@@ -1,31 +1,38 @@
 """Unconditional image models in pixel space: any `UNet2DModel` that diffusers saved."""
 
-import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from diffusers import (
+    DDIMPipeline,
+    DDPMPipeline,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DModel,
+)
 from torch import Tensor
 
 from domains.image import EMBEDDED
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, positive
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline, column
 from lit_rlft.core.process import GaussianProcess
-from lit_rlft.core.schedule import DiscreteVP, RectifiedFlow
 from lit_rlft.core.state import State, tensor_of
 from lit_rlft.kit.images import save_pictures
-from lit_rlft.kit.network_folder import load_pretrained
-from lit_rlft.kit.schedulers import PREDICTION_TYPES, vp_process
+from lit_rlft.kit.network_folder import found_variant, load_pretrained, merged
+from lit_rlft.kit.saved_grids import SavedFlow, SavedVP, plain_flow
+from lit_rlft.kit.schedulers import saved_process
+from lit_rlft.kit.shapes import output_shape
 
 __all__ = ["EMBEDDED", "ImagePipeline"]
 
 _FLOW_LEVELS = 1000
-"""A flow's network is given t times this, as diffusers' FlowMatchEulerDiscreteScheduler does."""
+"""A new flow's network is given t times this, diffusers' default."""
 _CHANNELS = (1, 3)
-_ADAPTED = ".base_layer"
-"""How peft names the layer within an adapted one."""
+_KEY = "pipeline.init_args.pretrained"
+_PARTS = ("unet", "scheduler")
+_ELSEWHERE = "models with conditions or latents belong to other domains"
 Schedule = Literal["saved", "rectified_flow", "ddpm"]
 
 
@@ -35,13 +42,15 @@ class ImagePipeline(Pipeline):
     States are images [B, C, H, W] with pixels in about [-1, 1], C = 1 or 3; samples are pictures
     [B, 3, H, W] in [0, 1], grey ones with three equal channels. There is one condition, none.
 
-    A DDPM keeps the schedule and the prediction type that it was saved with. What its scheduler
-    does beyond a step, `clip_sample` and `thresholding`, is left out: it has no transition density.
+    A DDPM keeps the schedule and the prediction type that it was saved with. Its scheduler's
+    `clip_sample` and `thresholding` bound the estimate of x_0 within every step.
 
     Args:
         pretrained: A folder or hub id of a `DDPMPipeline` (or another of diffusers' pipelines of a
             `UNet2DModel` and a scheduler), the folder of a `UNet2DModel` alone, or the name of an
             embedded model ("digits", "shapes"); None takes `architecture`.
+        variant: Which files of weights to load, such as "fp16"; None takes plain ones, and of a
+            folder without them its only variant.
         architecture: Arguments of a `UNet2DModel` with new weights, to pretrain it: `sample_size`,
             `in_channels`, `block_out_channels` and so on.
         schedule: "saved" takes the saved scheduler's; "rectified_flow" and "ddpm" (diffusers'
@@ -63,6 +72,7 @@ class ImagePipeline(Pipeline):
         self,
         pretrained: str | None = "digits",
         *,
+        variant: str | None = None,
         architecture: dict[str, Any] | None = None,
         schedule: Schedule = "saved",
         shift: float = 1.0,
@@ -74,6 +84,7 @@ class ImagePipeline(Pipeline):
                 "pipeline.init_args: give either pretrained or architecture; set pretrained to "
                 "null to train a network of your own"
             )
+        positive(self, shift=shift)
         self.pretrained = pretrained
         if architecture is not None:
             self.denoiser = _new(architecture)
@@ -82,9 +93,9 @@ class ImagePipeline(Pipeline):
             )
         else:
             assert pretrained is not None
-            self.denoiser, self.scheduler = _load(pretrained, schedule)
+            self.denoiser, self.scheduler = _load(pretrained, variant, schedule)
         _check(self.denoiser)
-        self.process = _process(self.scheduler)
+        self.process = saved_process(self.scheduler, flows=True)
         self.save_dtype = getattr(torch, save_dtype)
 
     @property
@@ -112,11 +123,8 @@ class ImagePipeline(Pipeline):
 
     def predict(self, x_t: State, t: Tensor, condition: Condition) -> Tensor:
         schedule = self.process.schedule
-        if isinstance(schedule, DiscreteVP):
-            timestep = schedule.timestep(t)
-        else:
-            timestep = (t.double() * _FLOW_LEVELS).float()
-        return self.denoiser(tensor_of(x_t), timestep, return_dict=False)[0]
+        assert isinstance(schedule, SavedVP | SavedFlow)
+        return self.denoiser(tensor_of(x_t), schedule.timestep(t), return_dict=False)[0]
 
     def decode(self, x_0: State, condition: Condition) -> Tensor:
         """Return pictures [B, 3, H, W] in [0, 1]."""
@@ -153,9 +161,15 @@ class ImagePipeline(Pipeline):
         return save_pictures(samples, folder, names)
 
     def save(self, folder: Path) -> list[Path]:
-        """Write a `DDPMPipeline` folder, a LoRA merged into the weights."""
-        plain = _merged(self.denoiser).to(self.save_dtype)
-        DDPMPipeline(unet=plain, scheduler=self.scheduler).save_pretrained(folder)
+        """Write a `DDPMPipeline` folder, a LoRA merged into the weights.
+
+        A flow's scheduler is written so that diffusers lays the grid that was sampled last, for
+        the same number of steps.
+        """
+        plain, schedule = merged(self.denoiser).to(self.save_dtype), self.process.schedule
+        flow = isinstance(schedule, SavedFlow)
+        scheduler = plain_flow(self.scheduler, schedule) if flow else self.scheduler
+        DDPMPipeline(unet=plain, scheduler=scheduler).save_pretrained(folder)
         return [folder]
 
 
@@ -172,37 +186,55 @@ def _new(architecture: dict[str, Any]) -> UNet2DModel:
 
 def _scheduler(schedule: str, shift: float = 1.0) -> Any:
     if schedule == "ddpm":
-        return DDPMScheduler()
+        # Clipping is left to folders that ask for it: clipped steps have no inverse.
+        return DDPMScheduler(clip_sample=False)
     return FlowMatchEulerDiscreteScheduler(num_train_timesteps=_FLOW_LEVELS, shift=shift)
 
 
-def _read(source: str) -> tuple[UNet2DModel, Any]:
-    if (Path(source) / "config.json").is_file():  # a network alone
-        return UNet2DModel.from_pretrained(source), None
-    loaded = DDPMPipeline.from_pretrained(source)
+def _read(source: str, variant: str | None) -> tuple[UNet2DModel, Any]:
+    folder = Path(source)
+    if (folder / "config.json").is_file():  # a network alone
+        kind = UNet2DModel.load_config(source).get("_class_name", UNet2DModel.__name__)
+        if kind != UNet2DModel.__name__:
+            raise UsageError(f"{_KEY}: {source!r} has a {kind}, not a UNet2DModel; {_ELSEWHERE}")
+        return UNet2DModel.from_pretrained(source, variant=variant or found_variant(folder)), None
+    index = DDPMPipeline.load_config(source)
+    if odd := [name for name in index if name not in _PARTS and _is_part(index[name])]:
+        raise UsageError(
+            f"{_KEY}: {source!r}, a {index.get('_class_name')}, has a {odd[0]} beside its U-Net "
+            f"and scheduler; {_ELSEWHERE}"
+        )
+    if variant is None and folder.is_dir():
+        variant = found_variant(folder, ("unet",))
+    # A DDIMPipeline turns its scheduler into a DDIM one, as anyone who loads the folder gets it.
+    ddim = index.get("_class_name") == "DDIMPipeline"
+    loaded = (DDIMPipeline if ddim else DDPMPipeline).from_pretrained(source, variant=variant)
     return loaded.unet, loaded.scheduler
 
 
-def _load(pretrained: str, schedule: Schedule) -> tuple[UNet2DModel, Any]:
-    key = "pipeline.init_args.pretrained"
+def _is_part(entry: Any) -> bool:
+    """Return whether an entry of model_index.json is a part of the pipeline: library and class."""
+    return isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
+
+
+def _load(pretrained: str, variant: str | None, schedule: Schedule) -> tuple[UNet2DModel, Any]:
     denoiser, scheduler = load_pretrained(
         pretrained,
         EMBEDDED,
-        _read,
+        lambda source: _read(source, variant),
         kind="a DDPMPipeline or a UNet2DModel",
         give="'digits', 'shapes', a folder that save_pretrained wrote or a hub id",
-        key=key,
     )
     if not isinstance(denoiser, UNet2DModel):
         raise UsageError(
-            f"{key}: {pretrained!r} has a {type(denoiser).__name__}, not a UNet2DModel; models "
-            "with conditions belong to other domains"
+            f"{_KEY}: {pretrained!r} has a {type(denoiser).__name__}, not a UNet2DModel; "
+            f"{_ELSEWHERE}"
         )
     if schedule != "saved":
         scheduler = _scheduler(schedule)
     elif scheduler is None:
         raise UsageError(
-            f"{key}: {pretrained!r} is a network without a scheduler; set "
+            f"{_KEY}: {pretrained!r} is a network without a scheduler; set "
             "pipeline.init_args.schedule to 'rectified_flow' or 'ddpm', whichever it was trained as"
         )
     return denoiser.float(), scheduler
@@ -217,36 +249,18 @@ def _check(denoiser: UNet2DModel) -> None:
             "of both"
         )
     if config["sample_size"] is None:
-        raise UsageError("pipeline.init_args: the U-Net has no sample_size; give it one")
+        raise UsageError(
+            "pipeline.init_args: the U-Net has no sample_size; give it one, in its config.json or "
+            "in architecture"
+        )
     if denoiser.class_embedding is not None:
         raise UsageError(
             "pipeline.init_args: the U-Net is conditioned on classes; give an unconditional one"
         )
-
-
-def _process(scheduler: Any) -> GaussianProcess:
-    config = scheduler.config
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        if config.get("use_dynamic_shifting"):
-            raise UsageError(
-                "a FlowMatchEulerDiscreteScheduler with use_dynamic_shifting is not supported; set "
-                "it to false and shift to a number in scheduler_config.json"
-            )
-        return GaussianProcess(RectifiedFlow(config["shift"]), "velocity")
-    return vp_process(
-        scheduler,
-        "is neither a rectified flow nor a discrete VP schedule; image supports "
-        f"FlowMatchEulerDiscreteScheduler and, with betas, {sorted(PREDICTION_TYPES)}",
-    )
-
-
-def _merged(denoiser: UNet2DModel) -> UNet2DModel:
-    """Return a copy of a network with its LoRA, if it has one, added to the weights."""
-    plain = copy.deepcopy(denoiser)
-    inner = [name for name, _ in plain.named_modules() if name.endswith(_ADAPTED)]
-    for name in [name.removesuffix(_ADAPTED) for name in inner]:
-        layer: Any = plain.get_submodule(name)  # one of peft's
-        layer.merge()
-        parent, _, own = name.rpartition(".")
-        setattr(plain.get_submodule(parent), own, layer.get_base_layer())
-    return plain
+    size = config["sample_size"]
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    images = (1, config["in_channels"], *size)
+    sentence = f"pipeline.init_args: the U-Net cannot be called with images {list(images)}"
+    shape = output_shape(denoiser, images, torch.zeros(1, dtype=torch.int64), sentence=sentence)
+    if shape is not None and tuple(shape) != images:
+        raise UsageError(f"{sentence}: it returns {list(shape)}")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from domains.image.networks.features import FeatureNetwork, load_features
 from domains.image.samples import check_pictures, luminance
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, within
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Reward
 from lit_rlft.kit.frozen import Frozen
@@ -28,8 +28,7 @@ class Brightness(Reward):
 
     def __init__(self, target: float | None = None) -> None:
         super().__init__()
-        if target is not None and not 0 <= target <= 1:
-            raise UsageError(f"reward.init_args.target must be in [0, 1], got {target}")
+        within(0, 1, self, target=target)
         self.target = target
 
     def forward(self, samples: Any, condition: Condition) -> Tensor:

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from domains.layout.samples import EMPTY
 from domains.layout.sources import Grammar, Source
 from domains.layout.sources.packed import Packed
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, at_least
 from lit_rlft.kit.data import Record, Rows, Split
 from lit_rlft.kit.sources import SourceData
 
@@ -59,6 +59,8 @@ class LayoutData(SourceData[Packed]):
         source = source or Grammar()
         super().__init__(source, val_source=val_source, test_source=test_source, **rest)
         self.source = source
+        at_least(1, self, num_draws=num_draws)
+        at_least(0, self, tasks=tasks)
         self.shares = _shares(tasks or {"unconditional": 1.0})
         self.num_draws = num_draws
 

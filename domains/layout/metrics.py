@@ -4,7 +4,7 @@ References:
     Demystifying MMD GANs (Binkowski et al., 2018; KID), https://arxiv.org/abs/1801.01401
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from domains.layout.networks.encoder import LayoutEncoder, load_encoder
 from domains.layout.page import measures
+from domains.layout.page.classes import number_of
 from domains.layout.page.comparisons import (
     box_wasserstein,
     class_total_variation,
@@ -21,8 +22,9 @@ from domains.layout.page.comparisons import (
 )
 from domains.layout.samples import Layouts, check_layouts
 from domains.layout.sources import Grammar, Source
+from lit_rlft.core.checks import at_least
 from lit_rlft.core.pipeline import Condition
-from lit_rlft.core.reward import Metric
+from lit_rlft.core.reward import LeftOut, Metric
 from lit_rlft.kit.set_metrics import RealFeatures, SourceDistances
 from lit_rlft.kit.statistics import frechet_distance
 
@@ -44,18 +46,26 @@ class LayoutMeasures(Metric):
 
     Args:
         compat: Compute alignment with the mistake of the code that most papers use.
+        ignored: Names of classes that overlap leaves out, such as RICO's "Background Image".
     """
 
-    def __init__(self, compat: bool = False) -> None:
+    def __init__(self, compat: bool = False, ignored: Sequence[str] = ()) -> None:
         super().__init__()
-        self.compat = compat
+        self.compat, self.ignored = compat, tuple(ignored)
 
     def evaluate(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
-        """Return {"alignment_100", "overlap", "num_elements", "coverage"}, [B] each."""
+        """Return {"alignment_100", "overlap", "num_elements", "coverage"}, [B] each.
+
+        Raises:
+            UsageError: A class to be ignored is none of the layouts'.
+        """
         layouts = check_layouts(samples, condition)
+        key = "metrics: ignored of LayoutMeasures"
+        labels = [number_of(name, layouts.classes, key) for name in self.ignored]
+        ignored = torch.tensor(labels, device=layouts.labels.device) if labels else None
         return {
             "alignment_100": 100 * measures.alignment(layouts, compat=self.compat),
-            "overlap": measures.overlap(layouts),
+            "overlap": measures.overlap(layouts, ignored=ignored),
             "num_elements": measures.num_elements(layouts),
             "coverage": measures.coverage(layouts),
         }
@@ -73,7 +83,8 @@ class SetDistances(SourceDistances["_Real"]):
         pretrained: The encoder: "encoder", the embedded one, a folder, or the file of a published
             network for the source's classes.
         max_layouts: Compare with the first so many layouts.
-        num_draws: Bootstrap draws for the standard errors of a test; 0 leaves them out.
+        num_draws: Groups of layouts left out in turn for the standard errors of a test of class and
+            box distances; 0 leaves all errors out.
     """
 
     def __init__(
@@ -84,6 +95,7 @@ class SetDistances(SourceDistances["_Real"]):
         num_draws: int = 20,
     ) -> None:
         super().__init__(num_draws)
+        at_least(2, self, max_layouts=max_layouts)
         self.source = source or Grammar(num_pages=max_layouts, seed=1)
         self.encoder = load_encoder(pretrained, self.source.classes)
         self.max_layouts = max_layouts
@@ -97,13 +109,23 @@ class SetDistances(SourceDistances["_Real"]):
 
     def compare(self, features: Mapping[str, Tensor]) -> dict[str, float]:
         """Return the four distances."""
-        layouts = Layouts.of(features["boxes"], features["labels"], self.source.classes)
         encoded = features["features"]
+        return self.compare_draw(features) | {
+            "fid": self.real.known.frechet_distance(encoded),
+            "kid": self.real.known.kernel_distance(encoded),
+        }
+
+    def left_out(self, features: Mapping[str, Tensor], pairs: Tensor) -> dict[str, LeftOut]:
+        """Return "fid" and "kid"."""
+        fid, kid = self.real.known.distances_left_out(features["features"], pairs)
+        return {"fid": fid, "kid": kid}
+
+    def compare_draw(self, features: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return "class_tv" and "box_wasserstein"."""
+        layouts = Layouts.of(features["boxes"], features["labels"], self.source.classes)
         return {
             "class_tv": class_total_variation(layouts, self.real.layouts),
             "box_wasserstein": box_wasserstein(layouts, self.real.layouts),
-            "fid": self.real.known.frechet_distance(encoded),
-            "kid": self.real.known.kernel_distance(encoded),
         }
 
     def read(self) -> "_Real":
@@ -132,6 +154,7 @@ class Diversity(Metric):
 
     def __init__(self, num_others: int = 8) -> None:
         super().__init__()
+        at_least(1, self, num_others=num_others)
         self.num_others = num_others
 
     def evaluate(self, samples: Any, condition: Condition) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from domains.layout import EMBEDDED
 from domains.layout.networks.transformer import Architecture, LayoutTransformer, load_network
 from domains.layout.render import draw, save_layout
 from domains.layout.samples import EMPTY, Layouts
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, at_least
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline, column
 from lit_rlft.core.process import GaussianProcess, MaskedProcess, Process, ProductProcess
 from lit_rlft.core.schedule import RectifiedFlow
@@ -61,6 +61,7 @@ class LayoutPipeline(Pipeline):
     ) -> None:
         super().__init__()
         check_one_given(pretrained, architecture)
+        at_least(0, self, category_weight=category_weight)
         self.pretrained = pretrained
         if pretrained is None:
             self.denoiser = LayoutTransformer(architecture or Architecture())

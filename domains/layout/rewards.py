@@ -15,11 +15,11 @@ from torch import Tensor
 
 from domains.layout.networks.encoder import load_encoder
 from domains.layout.page import measures
+from domains.layout.page.classes import number_of
 from domains.layout.samples import Layouts, check_layouts
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import BadArgument, UsageError, at_least, positive, within
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Reward
-from lit_rlft.kit.arguments import positive
 from lit_rlft.kit.judge import Judge, Output
 
 __all__ = [
@@ -97,7 +97,9 @@ class Coverage(_Twinned):
 
     def __init__(self, target: float = 0.56, width: float = 0.15) -> None:
         super().__init__()
-        self.target, self.width = target, positive(self, "width", width)
+        within(0, 1, self, target=target)
+        positive(self, width=width)
+        self.target, self.width = target, width
 
     def value(self, layouts: Layouts, *, smooth: bool = False) -> Tensor:
         share = measures.coverage(layouts, smooth=smooth)
@@ -121,8 +123,8 @@ class MinimumSize(_Twinned):
 
     def __init__(self, min_width: float = 0.02, min_height: float = 0.006) -> None:
         super().__init__()
-        self.min_width = positive(self, "min_width", min_width)
-        self.min_height = positive(self, "min_height", min_height)
+        positive(self, min_width=min_width, min_height=min_height)
+        self.min_width, self.min_height = min_width, min_height
 
     def value(self, layouts: Layouts, *, smooth: bool = False) -> Tensor:
         return measures.share_of_size(layouts, self.min_width, self.min_height, smooth=smooth)
@@ -140,7 +142,9 @@ class Count(_Twinned):
 
     def __init__(self, target: float = 8.0, width: float = 3.0) -> None:
         super().__init__()
-        self.target, self.width = target, positive(self, "width", width)
+        at_least(0, self, target=target)
+        positive(self, width=width)
+        self.target, self.width = target, width
 
     def value(self, layouts: Layouts, *, smooth: bool = False) -> Tensor:
         count = measures.num_elements(layouts, smooth=smooth)
@@ -160,7 +164,8 @@ class GapRegularity(Reward):
 
     def __init__(self, width: float = 0.02) -> None:
         super().__init__()
-        self.width = positive(self, "width", width)
+        positive(self, width=width)
+        self.width = width
 
     def forward(self, samples: Any, condition: Condition) -> Tensor:
         """Return the reward of each layout, [B]."""
@@ -219,10 +224,9 @@ class ClassCounts(Reward):
 
     def __init__(self, counts: dict[str, int]) -> None:
         super().__init__()
-        if not counts or min(counts.values()) < 0:
-            raise UsageError(
-                f"reward.init_args.counts needs numbers of 0 or more by class, got {counts}"
-            )
+        at_least(0, self, counts=counts)
+        if not counts:
+            raise BadArgument(self, "counts", "must name at least one class")
         self.counts: Mapping[str, int] = dict(counts)
 
     def forward(self, samples: Any, condition: Condition) -> Tensor:
@@ -248,6 +252,8 @@ class GrammarRules(Reward):
 
     def __init__(self, distance: float = 0.03, flush: float = 0.02, common: float = 0.8) -> None:
         super().__init__()
+        at_least(0, self, distance=distance, flush=flush)
+        within(0, 1, self, common=common)
         self.distance, self.flush, self.common = distance, flush, common
 
     def forward(self, samples: Any, condition: Condition) -> Tensor:
@@ -309,11 +315,7 @@ def _unless_few(rewards: Tensor, layouts: Layouts) -> Tensor:
 
 
 def _number(name: str, classes: Sequence[str], key: str) -> int:
-    if name not in classes:
-        raise UsageError(
-            f"reward.init_args.{key} names the class {name!r}, but the layouts have {list(classes)}"
-        )
-    return classes.index(name)
+    return number_of(name, classes, f"reward.init_args.{key}")
 
 
 def _along(axis: int, sign: float) -> Callable[[Tensor], Tensor]:

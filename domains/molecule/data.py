@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from domains.molecule.sources import Enumerated, Source
 from domains.molecule.sources.packed import Packed
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, at_least
 from lit_rlft.kit.data import Record, Rows, Split, SplitData, collate
 from lit_rlft.kit.size_batches import Batches, FixedBatches, SizeBatches
 from lit_rlft.kit.sources import SourceData
@@ -157,6 +157,9 @@ class AtomCounts(SplitData):
                 f"data.init_args.counts: {counts!r} is unknown; use one of {sorted(_PUBLISHED)} or "
                 "numbers of molecules by numbers of atoms"
             )
+        at_least(1, self, num_train=num_train, num_val=num_val, num_test=num_test)
+        at_least(1, self, max_atoms=max_atoms)
+        at_least(0, self, counts=counts)
         self.counts, self.source, self.max_atoms = counts, source, max_atoms
         self.limits = {"train": num_train, "val": num_val, "test": num_test}
         self._histogram: tuple[NDArray[np.int64], NDArray[np.float64]] | None = None

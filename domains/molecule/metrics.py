@@ -1,4 +1,4 @@
-"""Measurements of molecules: of each, within a batch, and against a set of real ones.
+"""Measurements of molecules: of each, of all together, and against a set of real ones.
 
 RDKit's work on a batch is shared with the rewards. Report every number beside that of real
 molecules under the same tables: 98 to 99 of 100 B3LYP geometries are stable, fewer of a force
@@ -12,6 +12,7 @@ References:
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,11 @@ from domains.molecule.chemistry.elements import EXPLICIT
 from domains.molecule.samples import EMPTY, Molecules, check_molecules
 from domains.molecule.sources import Enumerated, Source
 from domains.molecule.sources.packed import Packed, molecules_of
+from lit_rlft.core.checks import at_least
 from lit_rlft.core.pipeline import Condition
-from lit_rlft.core.reward import Metric
+from lit_rlft.core.reward import Metric, SetMetric
+from lit_rlft.kit.distinct import KindCount, kind_error
+from lit_rlft.kit.ratios import error_of_mean, ratio, ratio_parts
 from lit_rlft.kit.set_metrics import SourceDistances
 
 __all__ = [
@@ -46,35 +50,67 @@ _CHUNK = 256  # molecules of which angles are found at a time
 _DESCRIPTORS = ("qed", "sa", "logp")
 
 
-class MoleculeMeasures(Metric):
+class MoleculeMeasures(SetMetric):
     """Stability, validity, connectedness and uniqueness.
 
-    "atom_stability" is each molecule's number of stable atoms over the batch's mean number of
-    atoms, so that its mean is the share of stable atoms; it and "molecule_stability" are NaN where
-    hydrogens are implicit. "validity" is whether RDKit sanitises the graph, "connected" whether it
-    is in one part, of valid ones only. "uniqueness", of valid ones, is 1 for the first of the
-    batch's molecules with the same canonical SMILES (of the largest part) and 0 for repeats: its
-    mean depends on the batch's size. "num_heavy" counts atoms other than hydrogen.
+    Of each molecule: "molecule_stability", "validity", whether RDKit sanitises the graph,
+    "connected", whether it is in one part, of valid ones only, and "num_heavy", which counts atoms
+    other than hydrogen. Of all molecules of an evaluation together: "atom_stability", stable atoms
+    over atoms; "uniqueness", different over all valid ones, by the canonical SMILES of the largest
+    part; "valid_unique", different valid ones over all, which papers call valid x unique. The
+    latter two depend on the number of molecules: compare equally many. Stabilities are NaN where
+    hydrogens are implicit.
     """
 
     def evaluate(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
-        """Return the measures, float64 [B] each."""
+        """Return the measures of each molecule, float64 [B] each."""
         chemistry = chemistry_of(check_molecules(samples, condition))
         molecules = chemistry.molecules
-        unknown = torch.full((len(molecules),), torch.nan, dtype=torch.float64)
-        atoms = chemistry.atom_stability.sum(dim=1) / molecules.num_atoms.double().mean()
-        whole = chemistry.molecule_stability.double()
+        stable = chemistry.molecule_stability.double()
         connected = np.where(chemistry.valid, chemistry.connected, np.nan)
         heavy = molecules.valid
         if not molecules.implicit_hydrogens:
             heavy = heavy & (molecules.types != molecules.elements.index("H"))
         return {
-            "atom_stability": unknown if molecules.implicit_hydrogens else atoms,
-            "molecule_stability": unknown if molecules.implicit_hydrogens else whole,
+            "molecule_stability": _explicit(stable, molecules),
             "validity": torch.from_numpy(chemistry.valid).double(),
             "connected": torch.from_numpy(connected),
-            "uniqueness": torch.from_numpy(_firsts(chemistry)),
             "num_heavy": heavy.sum(dim=1).double(),
+        }
+
+    def features(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
+        """Return numbers of atoms and of stable ones, and what tells molecules apart, [B] each."""
+        chemistry = chemistry_of(check_molecules(samples, condition))
+        molecules = chemistry.molecules
+        stable = chemistry.atom_stability.sum(dim=1).double()
+        return {
+            "num_stable": _explicit(stable, molecules),
+            "num_atoms": molecules.num_atoms.double(),
+            **_identities(chemistry),
+        }
+
+    def compare(self, features: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return {"atom_stability", "uniqueness", "valid_unique"}, NaN where nothing counts."""
+        valid = features["valid"]
+        num_different = len(features["identity"][valid].unique())  # type: ignore[no-untyped-call]
+        return {
+            "atom_stability": ratio(features["num_stable"], features["num_atoms"]),
+            "uniqueness": _share(num_different, int(valid.sum())),
+            "valid_unique": _share(num_different, len(valid)),
+        }
+
+    def errors(
+        self, features: Mapping[str, Tensor], other: Mapping[str, Tensor] | None = None
+    ) -> dict[str, float]:
+        """Return the standard errors of all three."""
+        arms = [features] if other is None else [features, other]
+        parts = [ratio_parts(arm["num_stable"], arm["num_atoms"]) for arm in arms]
+        counts = [_different(arm, self.compare(arm)["uniqueness"]) for arm in arms]
+        shares = [_different(arm) for arm in arms]
+        return {
+            "atom_stability": error_of_mean(*parts),
+            "uniqueness": kind_error(*counts),
+            "valid_unique": kind_error(*shares),
         }
 
 
@@ -88,6 +124,7 @@ class Drugs(Metric):
 
     def __init__(self, strain: bool = True, num_workers: int = 0) -> None:
         super().__init__()
+        at_least(0, self, num_workers=num_workers)
         self.strain, self.num_workers = strain, num_workers
 
     def evaluate(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
@@ -99,10 +136,11 @@ class Drugs(Metric):
         return {name: torch.from_numpy(value.copy()) for name, value in values.items()}
 
 
-class Novelty(Metric):
-    """Share of a batch's different valid molecules that are not among known ones.
+class Novelty(SetMetric):
+    """Share of an evaluation's different valid molecules that are not among known ones.
 
-    Both sides' SMILES come from positions by way of the bond tables.
+    "novelty", and "valid_unique_novel": their number over that of all molecules. Both sides' SMILES
+    come from positions by way of the bond tables.
 
     Args:
         source: The known molecules, those that were trained on; the enumerated ones unless given.
@@ -113,13 +151,35 @@ class Novelty(Metric):
         self.source = source or Enumerated()
         self._known: frozenset[str] | None = None
 
-    def evaluate(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
-        """Return {"novelty": [B]}, NaN for molecules that are invalid or repeat another."""
+    def features(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
+        """Return what tells molecules apart, and whether each is known, [B] each."""
         chemistry = chemistry_of(check_molecules(samples, condition))
         if self._known is None:
             self._known = known_smiles(self.source.load(), self.source.elements)
-        new = [smiles not in self._known for smiles in chemistry.smiles]
-        return {"novelty": torch.from_numpy(np.where(_firsts(chemistry) == 1, new, np.nan))}
+        known = [smiles in self._known for smiles in chemistry.smiles]
+        return {"known": torch.tensor(known), **_identities(chemistry)}
+
+    def compare(self, features: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return {"novelty", "valid_unique_novel"}, NaN where nothing counts."""
+        valid, identity = features["valid"], features["identity"]
+        num_different, num_new = (
+            len(identity[rows].unique())  # type: ignore[no-untyped-call]
+            for rows in (valid, valid & ~features["known"])
+        )
+        return {
+            "novelty": _share(num_new, num_different),
+            "valid_unique_novel": _share(num_new, len(valid)),
+        }
+
+    def errors(
+        self, features: Mapping[str, Tensor], other: Mapping[str, Tensor] | None = None
+    ) -> dict[str, float]:
+        """Return the standard errors of both."""
+        arms = [features] if other is None else [features, other]
+        return {
+            "novelty": kind_error(*(_novel(arm, self.compare(arm)["novelty"]) for arm in arms)),
+            "valid_unique_novel": kind_error(*map(_novel, arms)),
+        }
 
 
 class SetDistances(SourceDistances["_Statistics"]):
@@ -134,13 +194,15 @@ class SetDistances(SourceDistances["_Statistics"]):
     Args:
         source: The molecules compared with; the enumerated ones unless given.
         max_molecules: Compare with so many of them, drawn at random once.
-        num_draws: Bootstrap draws for the standard errors of a test; 0 leaves them out.
+        num_draws: Groups of molecules left out in turn for the standard errors of a test; 0 leaves
+            them out.
     """
 
     def __init__(
         self, source: Source | None = None, max_molecules: int = 2048, num_draws: int = 20
     ) -> None:
         super().__init__(num_draws)
+        at_least(2, self, max_molecules=max_molecules)
         self.source, self.max_molecules = source or Enumerated(), max_molecules
 
     def features(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
@@ -264,15 +326,44 @@ def mean_wasserstein(
     return float(np.average(distances, weights=[len(b[key]) for key in common]))
 
 
-def _firsts(chemistry: Chemistry) -> NDArray[np.float64]:
-    """Return 1 for the first molecule with its SMILES, 0 for repeats, NaN for invalid ones, [B]."""
-    seen: set[str] = set()
-    values = np.full(len(chemistry), np.nan)
-    for i, smiles in enumerate(chemistry.smiles):
-        if smiles is not None:
-            values[i] = smiles not in seen
-            seen.add(smiles)
-    return values
+def _explicit(values: Tensor, molecules: Molecules) -> Tensor:
+    """Return values, NaN where hydrogens are implicit."""
+    return torch.full_like(values, torch.nan) if molecules.implicit_hydrogens else values
+
+
+def _identities(chemistry: Chemistry) -> dict[str, Tensor]:
+    """Return a number per canonical SMILES, 0 for invalid molecules, and which are valid, [B]."""
+    numbers = [0 if smiles is None else _hash(smiles) for smiles in chemistry.smiles]
+    return {"identity": torch.tensor(numbers), "valid": torch.from_numpy(chemistry.valid)}
+
+
+def _different(features: Mapping[str, Tensor], uniqueness: float | None = None) -> KindCount:
+    """Return the different valid molecules over all; or, given the uniqueness, over valid ones."""
+    kinds, valid = features["identity"], features["valid"].double()
+    if uniqueness is None:
+        return KindCount(kinds, valid / len(valid), torch.zeros_like(valid))
+    # D / V moves with V too, by - uniqueness / V.
+    return KindCount(kinds, valid / valid.sum(), -uniqueness * valid / valid.sum())
+
+
+def _novel(features: Mapping[str, Tensor], novelty: float | None = None) -> KindCount:
+    """Return the new different molecules over all; or, given the novelty, over different ones."""
+    kinds, valid, new = features["identity"], features["valid"], ~features["known"]
+    if novelty is None:
+        weights = (valid & new).double() / len(valid)
+    else:
+        num_different = len(kinds[valid].unique())  # type: ignore[no-untyped-call]
+        weights = (new.double() - novelty) * valid / num_different
+    return KindCount(kinds, weights, torch.zeros_like(weights))
+
+
+def _hash(text: str) -> int:
+    # Of 64 bits, the same in every process: a million texts have one number twice in 4e7 sets.
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), signed=True)
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else float("nan")
 
 
 def _type_shares(molecules: Molecules) -> dict[str, float]:

@@ -32,7 +32,7 @@ from domains.molecule.networks.edm import ARGS, EDM, load_edm
 from domains.molecule.networks.preconditioning import Preconditioning
 from domains.molecule.render import draw, save_molecule
 from domains.molecule.samples import EMPTY, Molecules
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, at_least
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline, column
 from lit_rlft.core.process import GaussianProcess, MaskedProcess, Process, ProductProcess
 from lit_rlft.core.schedule import PolynomialVP, RectifiedFlow
@@ -84,6 +84,7 @@ class MoleculePipeline(Pipeline):
     ) -> None:
         super().__init__()
         check_one_given(pretrained, architecture)
+        at_least(0, self, type_weight=type_weight)
         self.pretrained = pretrained
         if pretrained is None:
             architecture = architecture or Architecture()

@@ -25,10 +25,9 @@ from domains.molecule.chemistry.elements import VALENCES, valences
 from domains.molecule.chemistry.graphs import to_smiles
 from domains.molecule.samples import Molecules, check_molecules
 from domains.molecule.sources.formats import read_smiles
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, at_least, finite, positive
 from lit_rlft.core.pipeline import Condition, Pipeline
 from lit_rlft.core.reward import Reward
-from lit_rlft.kit.arguments import positive
 
 __all__ = [
     "QED",
@@ -57,8 +56,7 @@ class _Chemical(Reward):
 
     def __init__(self, invalid: float = 0.0) -> None:
         super().__init__()
-        if not np.isfinite(invalid):
-            raise UsageError(f"reward.init_args.invalid must be finite, got {invalid}")
+        finite(self, invalid=invalid)
         self.invalid = invalid
 
     def forward(self, samples: Any, condition: Condition) -> Tensor:
@@ -102,8 +100,8 @@ class Stability(_Chemical):
 
     def __init__(self, graded: bool = False, power: float = 1.0, connected: bool = False) -> None:
         super().__init__()
-        self.graded, self.power = graded, positive(self, "power", power)
-        self.connected = connected
+        positive(self, power=power)
+        self.graded, self.power, self.connected = graded, power, connected
 
     def check(self, pipeline: Pipeline) -> None:
         self._check_hydrogens(getattr(pipeline, "implicit_hydrogens", False))
@@ -146,7 +144,8 @@ class QED(_Chemical):
 
     def __init__(self, scale: float = 1.0, invalid: float = 0.0) -> None:
         super().__init__(invalid)
-        self.scale = positive(self, "scale", scale)
+        positive(self, scale=scale)
+        self.scale = scale
 
     def values(self, chemistry: Chemistry) -> NDArray[np.float64]:
         return np.minimum(chemistry.values("qed") / self.scale, 1.0)
@@ -179,7 +178,9 @@ class _Target(_Chemical):
     def __init__(self, target: float, width: float | None = None, invalid: float = 0.0) -> None:
         super().__init__(invalid)
         width = self.default_width if width is None else width
-        self.target, self.width = target, positive(self, "width", width)
+        finite(self, target=target)
+        positive(self, width=width)
+        self.target, self.width = target, width
 
     def values(self, chemistry: Chemistry) -> NDArray[np.float64]:
         return np.exp(-((self.quantity(chemistry) - self.target) ** 2) / (2 * self.width**2))
@@ -298,7 +299,9 @@ class Strain(_Chemical):
 
     def __init__(self, scale: float = 10.0, num_workers: int = 0, invalid: float = 0.0) -> None:
         super().__init__(invalid)
-        self.scale, self.num_workers = positive(self, "scale", scale), num_workers
+        positive(self, scale=scale)
+        at_least(0, self, num_workers=num_workers)
+        self.scale, self.num_workers = scale, num_workers
 
     def values(self, chemistry: Chemistry) -> NDArray[np.float64]:
         return np.exp(-np.maximum(chemistry.strain(self.num_workers), 0) / self.scale)
@@ -352,6 +355,7 @@ class XTB(_Target):
         invalid: float = 0.0,
     ) -> None:
         super().__init__(target, width, invalid)
+        at_least(0, self, num_workers=num_workers)
         if importlib.util.find_spec("tblite") is None:
             raise UsageError("reward: XTB needs tblite; install it with pip install lit-rlft[xtb]")
         if quantity not in _ELECTRONIC:
@@ -376,7 +380,9 @@ class _Soft(Reward):
 
     def __init__(self, temperature: float = 0.03, invalid: float = -16.0) -> None:
         super().__init__()
-        self.temperature, self.invalid = positive(self, "temperature", temperature), invalid
+        positive(self, temperature=temperature)
+        finite(self, invalid=invalid)
+        self.temperature, self.invalid = temperature, invalid
 
     def forward(self, samples: Any, condition: Condition) -> Tensor:
         """Return the reward of each molecule, [B]."""

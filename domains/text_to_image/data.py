@@ -8,6 +8,7 @@ from torch.utils.data import Dataset
 
 from domains.text_to_image.shapes import world
 from domains.text_to_image.sources.prompts import PromptFile, read_prompts
+from lit_rlft.core.checks import at_least
 from lit_rlft.kit.data import Record, Rows, Split, SplitData
 from lit_rlft.kit.sources import SourceData
 
@@ -49,6 +50,7 @@ class PromptData(SourceData[list[Record]]):
         num_test_prompts: int | None = None,
         **loading: Any,
     ) -> None:
+        at_least(1, self, num_val_prompts=num_val_prompts, num_test_prompts=num_test_prompts)
         whole = val_source is not None and test_source is not None
 
         def file(path: str | None) -> PromptFile | None:
@@ -89,6 +91,8 @@ class ShapesPrompts(SplitData):
         **loading: Any,
     ) -> None:
         super().__init__(**loading)
+        at_least(1, self, num_train_prompts=num_train_prompts)
+        at_least(1, self, num_val_prompts=num_val_prompts, num_test_prompts=num_test_prompts)
         self.sizes = {"train": num_train_prompts, "val": num_val_prompts, "test": num_test_prompts}
 
     def rows(self, split: Split) -> Dataset[dict[str, Any]]:
@@ -114,6 +118,8 @@ class ShapesPictures(SplitData):
         **loading: Any,
     ) -> None:
         super().__init__(**loading)
+        at_least(1, self, num_pictures=num_pictures)
+        at_least(1, self, num_val_prompts=num_val_prompts, num_test_prompts=num_test_prompts)
         self.sizes = {"train": num_pictures, "val": num_val_prompts, "test": num_test_prompts}
 
     def rows(self, split: Split) -> Dataset[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Loads a text-to-image model as its family, from a folder, by an embedded name or a hub id."""
+"""Loads a text-to-image model of a known family: from a folder, by an embedded name, a hub id."""
 
 import warnings
 from pathlib import Path
@@ -7,16 +7,19 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from domains.text_to_image import EMBEDDED
 from domains.text_to_image.families import FAMILIES
 from lit_rlft.core.checks import UsageError
-from lit_rlft.kit.network_folder import load_pretrained
+from lit_rlft.kit.network_folder import found_variant, load_pretrained
 
 __all__ = ["load_parts"]
 
 _KEY = "pipeline.init_args.pretrained"
+_ALIKE = {"StableDiffusionImg2ImgPipeline": "StableDiffusionPipeline"}
+"""Pipelines of the same parts, used in the same way to generate pictures from prompts alone."""
 _LEFT_OUT = {
     "StableDiffusionPipeline": {"safety_checker": None},
     "StableDiffusionXLPipeline": {"add_watermarker": False},
@@ -24,12 +27,20 @@ _LEFT_OUT = {
 """What diffusers would add to a picture, or refuse one for; rewards are to see the model's own."""
 
 
-def load_parts(pretrained: str, dtype: torch.dtype, *, from_scratch: bool) -> DiffusionPipeline:
+def load_parts(
+    pretrained: str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    variant: str | None = None,
+    from_scratch: bool = False,
+) -> DiffusionPipeline:
     """Return the pipeline of diffusers that `pretrained` names.
 
     Args:
         pretrained: A folder, an embedded model's name or a hub id.
         dtype: Precision of all weights; a VAE that overflows in half precision stays in single.
+        variant: Which files of weights, such as "fp16"; None takes plain ones, and where a folder
+            has none the one variant that is there.
         from_scratch: Draw new weights for U-Net and text encoder.
 
     Raises:
@@ -38,7 +49,7 @@ def load_parts(pretrained: str, dtype: torch.dtype, *, from_scratch: bool) -> Di
     parts = load_pretrained(
         pretrained,
         EMBEDDED,
-        lambda source: _read(source, dtype, from_scratch),
+        lambda source: _read(source, dtype, variant, from_scratch),
         kind="a text-to-image model",
         give="'shapes', a folder that save_pretrained wrote or a hub id",
     )
@@ -47,34 +58,54 @@ def load_parts(pretrained: str, dtype: torch.dtype, *, from_scratch: bool) -> Di
     return parts
 
 
-def _read(source: str, dtype: torch.dtype, from_scratch: bool) -> DiffusionPipeline:
+def _read(
+    source: str, dtype: torch.dtype, variant: str | None, from_scratch: bool
+) -> DiffusionPipeline:
     folder = Path(source)
+    if folder.is_file():
+        raise UsageError(
+            f"{_KEY}: {folder} is a single file; make a folder of it with diffusers: "
+            f"StableDiffusionPipeline.from_single_file({source!r}).save_pretrained('folder')"
+        )
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise UsageError(
             f"{_KEY}: {folder} has no model_index.json, so it is no diffusers pipeline; give a "
             "folder written by save_pretrained or a hub id"
         )
-    kind = DiffusionPipeline.load_config(source)["_class_name"]
+    index = DiffusionPipeline.load_config(source)
+    saved = index.get("_class_name", "StableDiffusionPipeline")
+    kind = _ALIKE.get(saved, saved)
     if kind not in FAMILIES:
-        known = ", ".join(FAMILIES)
-        raise UsageError(f"{_KEY}: {source} is a {kind}, which is not supported; known: {known}")
-    new: dict[str, Any] = _new_networks(source, kind) if from_scratch else {}
+        raise UsageError(
+            f"{_KEY}: {source!r} is a {saved}, which is not supported; known are "
+            f"{', '.join(FAMILIES)}"
+        )
+    if variant is None and folder.is_dir():
+        variant = found_variant(folder, FAMILIES[kind].weighed())
+    new: dict[str, Any] = _new_networks(source, kind, dtype) if from_scratch else {}
     with warnings.catch_warnings():
         # Older versions know this name of it alone.
         warnings.filterwarnings("ignore", "`torch_dtype` is deprecated")
         loaded = getattr(diffusers, kind).from_pretrained(
-            source, torch_dtype=dtype, **_LEFT_OUT.get(kind, {}), **new
+            source, torch_dtype=dtype, variant=variant, **_LEFT_OUT.get(kind, {}), **new
         )
     assert isinstance(loaded, DiffusionPipeline)
+    for part in loaded.components.values():
+        if isinstance(part, nn.Module) and next(part.parameters()).dtype not in (
+            dtype,
+            torch.float32,
+        ):
+            part.to(dtype)
     return loaded
 
 
-def _new_networks(source: str, kind: str) -> dict[str, Any]:
+def _new_networks(source: str, kind: str, dtype: torch.dtype) -> dict[str, Any]:
     if kind != "StableDiffusionPipeline":
         raise UsageError(
-            "pipeline.init_args.from_scratch is for Stable Diffusion 1.x/2.x, not for a "
+            "pipeline.init_args.from_scratch is for Stable Diffusion 1.x and 2.x, not for a "
             f"{kind}; set it to false"
         )
     unet = UNet2DConditionModel.load_config(source, subfolder="unet")
     text = CLIPTextConfig.from_pretrained(source, subfolder="text_encoder")
-    return {"unet": UNet2DConditionModel.from_config(unet), "text_encoder": CLIPTextModel(text)}
+    new = {"unet": UNet2DConditionModel.from_config(unet), "text_encoder": CLIPTextModel(text)}
+    return {name: network.to(dtype) for name, network in new.items()}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from diffusers import AutoencoderTiny
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -14,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from domains.text_to_image import EMBEDDED
 from domains.text_to_image.families import FAMILIES
 from domains.text_to_image.loading import load_parts
-from domains.text_to_image.lora_files import read_lora, save_lora
+from domains.text_to_image.networks.lora import Home, read_lora, save_lora
+from lit_rlft.core.checks import UsageError, at_least
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline, column
 from lit_rlft.core.process import GaussianProcess
 from lit_rlft.core.state import State, tensor_of
@@ -36,6 +38,8 @@ class TextToImagePipeline(Pipeline):
     Args:
         pretrained: A folder saved by diffusers, a hub id, or the name of an embedded model
             ("shapes").
+        variant: Which files of weights to load, such as "fp16"; None takes plain ones, and of a
+            folder without them its only variant.
         guidance_scale: w of classifier-free guidance, u + w (c - u); no guidance at 1 or below.
             In FLUX.1-dev it is an input of the network instead. None takes what diffusers takes.
         guidance_gradient: Where reward gradients go under guidance: "both" predictions, or the
@@ -55,6 +59,7 @@ class TextToImagePipeline(Pipeline):
         decode_batch_size: Pictures decoded at a time, which bounds the VAE's memory.
         checkpoint_decoder: Where gradients flow through the VAE, keep only its input and decode
             again in the backward pass.
+        encode_batch_size: Prompts encoded at a time, which bounds the text encoders' memory.
         tile_decoder: Decode large pictures in overlapping tiles: less memory, and faint seams.
         from_scratch: Keep the architecture and draw new weights for U-Net and text encoder, to
             pretrain them; for Stable Diffusion 1.x and 2.x.
@@ -72,6 +77,7 @@ class TextToImagePipeline(Pipeline):
         self,
         pretrained: str = "shapes",
         *,
+        variant: str | None = None,
         guidance_scale: float | None = None,
         guidance_gradient: Literal["both", "conditional"] = "both",
         negative_prompt: str | None = None,
@@ -85,23 +91,32 @@ class TextToImagePipeline(Pipeline):
         checkpoint_denoiser: bool = False,
         decode_batch_size: int = 32,
         checkpoint_decoder: bool = True,
+        encode_batch_size: int = 128,
         tile_decoder: bool = False,
         from_scratch: bool = False,
         save_dtype: Precision = "float32",
     ) -> None:
         super().__init__()
+        at_least(0, self, guidance_scale=guidance_scale, true_cfg_scale=true_cfg_scale)
+        at_least(1, self, decode_batch_size=decode_batch_size, encode_batch_size=encode_batch_size)
+        at_least(1, self, max_sequence_length=max_sequence_length)
+        at_least(0, self, crop=crop)
+        at_least(1, self, original_size=original_size)
         self.pretrained = pretrained
         self.guidance_gradient = guidance_gradient
         self.negative_prompt = negative_prompt
         self.decode_batch_size = decode_batch_size
         self.checkpoint_decoder = checkpoint_decoder
         self.save_dtype = getattr(torch, save_dtype)
-        self.diffusers = load_parts(pretrained, getattr(torch, dtype), from_scratch=from_scratch)
+        self.diffusers = load_parts(
+            pretrained, getattr(torch, dtype), variant=variant, from_scratch=from_scratch
+        )
         self.family = FAMILIES[type(self.diffusers).__name__](
             self.diffusers,
             (height, width),
             original_size=original_size,
             crop=crop,
+            encode_batch_size=encode_batch_size,
             max_sequence_length=max_sequence_length,
             true_cfg_scale=true_cfg_scale,
         )
@@ -110,7 +125,7 @@ class TextToImagePipeline(Pipeline):
         self.denoiser = self.family.denoiser
         self.encoder = self.family.encoders
         self.vae: nn.Module = frozen(self.diffusers.vae)
-        self.process = self.family.process()
+        self.process = self.family.process
         self.lora_targets = self.family.lora_targets
         if checkpoint_denoiser:
             self.denoiser.enable_gradient_checkpointing()
@@ -143,10 +158,12 @@ class TextToImagePipeline(Pipeline):
     def encode(self, batch: Batch) -> Condition:
         """Encode `batch["prompt"]`, each unique prompt once, and the negative prompt last."""
         prompts = list(batch["prompt"])
-        unique = list(dict.fromkeys(prompts))
-        first = {prompt: prompts.index(prompt) for prompt in unique}
+        first: dict[str, int] = {}
+        for i, prompt in enumerate(prompts):
+            first.setdefault(prompt, i)
+        unique = list(first)
         columns = [name for name in batch if name != "index"]
-        entries = [{name: batch[name][first[prompt]] for name in columns} for prompt in unique]
+        entries = [{name: batch[name][i] for name in columns} for i in first.values()]
         rows = {prompt: row for row, prompt in enumerate(unique)}
         return Condition(
             entries=entries,
@@ -199,8 +216,17 @@ class TextToImagePipeline(Pipeline):
             return checkpoint(lambda x: self.vae.decode(x).sample, latents, use_reentrant=False)
         return self.vae.decode(latents).sample
 
+    def check_states(self) -> None:
+        if isinstance(self.vae, AutoencoderTiny):
+            raise UsageError(
+                f"pipeline.init_args.pretrained: the VAE of {self.name!r} is an AutoencoderTiny, "
+                "which approximates another one's latents, so there is nothing to train on "
+                "pictures with; give a folder with an AutoencoderKL"
+            )
+
     def states(self, batch: Batch) -> Tensor:
         """Return the latents of `batch["image"]`, uint8 [B, 3, H, W]: the VAE's mode, scaled."""
+        self.check_states()
         pictures = column(batch, "image").to(self.device, self.vae.dtype) / 127.5 - 1
         with torch.no_grad():
             parts = pictures.split(self.decode_batch_size)
@@ -222,11 +248,15 @@ class TextToImagePipeline(Pipeline):
     def save(self, folder: Path) -> list[Path]:
         """Write a LoRA that `load_lora_weights` of the family's pipeline reads, or all weights."""
         if any(isinstance(layer, BaseTunerLayer) for layer in self.denoiser.modules()):
-            return save_lora(self.diffusers, self.family.denoiser_name, folder)
+            return save_lora(self.denoiser, self._home, folder)
         whole = copy.deepcopy(self.diffusers).to(dtype=self.save_dtype)
         whole.save_pretrained(folder)
         return [folder]
 
     def read_lora(self, path: Path) -> tuple[dict[str, Tensor], float | None]:
-        """Read a LoRA of the denoiser in diffusers' format, from its file or the file's folder."""
-        return read_lora(path, self.family.denoiser_name)
+        """Read a LoRA that diffusers, peft or kohya wrote, from its file or folder."""
+        return read_lora(path, self._home)
+
+    @property
+    def _home(self) -> Home:
+        return Home(type(self.diffusers), self.family.denoiser_name, self.denoiser.config)

@@ -7,39 +7,40 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from lightning import LightningModule
+from lightning import Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
 
 from lit_rlft.core.advantage import Advantage
-from lit_rlft.core.checks import require
+from lit_rlft.core.checks import at_least, positive, require
 from lit_rlft.core.distribution import Distribution
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline
 from lit_rlft.core.randomness import Generators
 from lit_rlft.core.reward import Metric, Metrics, Reward
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.cost.meter import Meter
-from lit_rlft.distributed import gather
+from lit_rlft.distributed import gather, together
 from lit_rlft.evaluation.evaluator import Evaluator
-from lit_rlft.loop import checkpoint as contents
+from lit_rlft.loop.checkpoint import fingerprint
+from lit_rlft.loop.checkpoint_file import secure
+from lit_rlft.loop.checkpointed import Checkpointed
 from lit_rlft.loop.experience import Draw, Experience
+from lit_rlft.loop.export import write_tuned
 from lit_rlft.loop.hooks import Audience
+from lit_rlft.loop.learning_rate import after_round, after_update, after_validation, optimizer_of
+from lit_rlft.loop.precision import check_precision, check_weights
 from lit_rlft.loop.reference import LoRA, adapt
 from lit_rlft.loop.rollouts import Rollouts, track
 from lit_rlft.loop.round_log import log_round, round_means, write_round
 from lit_rlft.loop.route import Leg, Route
-from lit_rlft.loop.updates import Shares, Update, accumulate, gradient_norm, no_sync, plan
-from lit_rlft.runs.folder import run_folder, summary_writer
+from lit_rlft.loop.updates import Shares, Update, accumulate, gradient_norm, layout, no_sync, plan
+from lit_rlft.runs.folder import run_folder, summary_writer, writes_nothing
 
 __all__ = ["RewardFineTuner"]
 
-_COUNTERS = ("num_rounds", "num_samples", "num_updates")
 
-
-class RewardFineTuner(LightningModule, ABC):
+class RewardFineTuner(Checkpointed, ABC):
     """Improves a pipeline under a reward; subclasses define what to collect and what to minimise.
 
     One training batch holds the conditions of one round: `collect` draws samples for them, then
@@ -54,11 +55,12 @@ class RewardFineTuner(LightningModule, ABC):
         sampler: Discretisation of the sampler, in training and evaluation alike.
         lora: The adapter to train; None fine-tunes all of the denoiser.
         optimizer: From trainable parameters to an optimiser.
-        lr_scheduler: From the optimiser to a learning-rate schedule, stepped once per update.
+        lr_scheduler: From the optimiser to a learning-rate schedule, stepped once per update; a
+            ReduceLROnPlateau steps when its `monitor` is logged (train/loss; train/reward for max).
         num_epochs: Passes over the experience of each round.
-        minibatch_size: Samples per update on each process, at most.
-        microbatch_size: Samples per backward pass, which bounds the memory of training; None
-            takes the whole minibatch. Gradients do not depend on it.
+        minibatch_size: Samples per update over all processes, at most.
+        microbatch_size: Samples per backward pass on each process, which bounds the memory of
+            training; None takes all of the minibatch. Gradients do not depend on it.
         max_grad_norm: Gradients are clipped to this norm; None leaves them alone.
         sampling_batch_size: Samples drawn at a time, which bounds the sampler's memory.
         num_eval_samples: Samples per condition in `validate`, `test` and `predict`.
@@ -87,23 +89,17 @@ class RewardFineTuner(LightningModule, ABC):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.automatic_optimization = False
-        self.strict_loading = False
-        self.pipeline = pipeline
-        self.reward = reward
+        self.automatic_optimization = self.strict_loading = False
+        self.pipeline, self.reward = pipeline, reward
         self.metrics = metrics or Metrics()
-        self.sampler = sampler
-        self.lora = lora
+        self.sampler, self.lora = sampler, lora
         self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
         self.num_epochs, self.minibatch_size = num_epochs, minibatch_size
         self.microbatch_size, self.max_grad_norm = microbatch_size, max_grad_norm
         self.sampling_batch_size = sampling_batch_size
-        self.num_eval_samples, self.best_of = num_eval_samples, best_of
-        self.seed = seed
-        self.meter = Meter()
-        self.pretrained = ""
-        self.num_rounds = self.num_samples = self.num_updates = 0
-        self._collected_at = 0
+        self.num_eval_samples, self.best_of, self.seed = num_eval_samples, best_of, seed
+        self.meter, self.pretrained = Meter(), ""
+        self.num_rounds = self.num_samples = self.num_updates = self._collected_at = 0
 
     @property
     def algorithm(self) -> str:
@@ -166,7 +162,13 @@ class RewardFineTuner(LightningModule, ABC):
         """Check the settings and attach the adapter; the reference is the model as loaded."""
         if not self.pretrained:
             self._build()
-        trainer, size = self._trainer, self.sampling_batch_size
+        if self._trainer is not None:
+            secure(self._trainer)
+        self._listen(self._trainer)
+
+    def _listen(self, trainer: Trainer | None) -> None:
+        """Make what draws, measures and reports, for a trainer or for none."""
+        size = self.sampling_batch_size
         self.audience = Audience(self, trainer)
         self.rollouts = Rollouts(self.pipeline, self.reward, size, self.seed, self.meter)
         self.rollouts.track = partial(track, trainer=trainer)
@@ -174,16 +176,28 @@ class RewardFineTuner(LightningModule, ABC):
         self.evaluator.phase = self.audience.phase
         self.evaluator.shown = trainer is None or trainer.is_global_zero
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles do not take the trainer along."""
+        held = {"audience", "rollouts", "evaluator"}
+        return {name: value for name, value in super().__getstate__().items() if name not in held}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.pretrained:
+            self._listen(None)
+
     def _build(self) -> None:
-        for name in ("num_epochs", "minibatch_size", "sampling_batch_size", "num_eval_samples"):
-            require(getattr(self, name) >= 1, self, name, "at least 1")
-        require(self.best_of >= 0 and self.best_of != 1, self, "best_of", "0 for none, or above 1")
+        at_least(1, self, "num_epochs", "minibatch_size", "microbatch_size")
+        at_least(1, self, "sampling_batch_size", "num_eval_samples")
+        positive(self, "max_grad_norm")
+        at_least(0, self, "best_of", "seed")
+        require(self.best_of != 1, self, "best_of", "0 for none, or above 1")
         self.check()
         for part in (*self.reward.modules(), *self.metrics.modules()):
             if isinstance(part, Metric):
                 part.requires_grad_(False).check(self.pipeline)
         self.build()
-        pretrained = contents.fingerprint(self.pipeline.denoiser)
+        pretrained = fingerprint(self.pipeline.denoiser)
         self.reference = adapt(self.pipeline, self.lora, self.seed)
         self.meter.watch(self.pipeline, self.trainable(), self.reference)
         self.pretrained = pretrained
@@ -196,8 +210,9 @@ class RewardFineTuner(LightningModule, ABC):
         return self
 
     def configure_optimizers(self) -> Any:
-        optimizer, scheduler = self.make_optimizer(self._trained()), self.make_lr_scheduler
-        return optimizer if scheduler is None else ([optimizer], [scheduler(optimizer)])
+        check_precision(self.trainer.precision)
+        makers = (self.make_optimizer, self.make_lr_scheduler)
+        return optimizer_of(list(self._trained().values()), *makers, self.trainer)
 
     def on_train_start(self) -> None:
         """Set the modes, which Lightning leaves alone, and start the clock."""
@@ -208,41 +223,41 @@ class RewardFineTuner(LightningModule, ABC):
         """Run one round: collect, in evaluation mode, then update."""
         self.eval()
         self._collected_at = self.num_updates
-        with self.audience.phase("collect"), torch.no_grad():
-            experience = self.collect(batch, self.pipeline.encode(batch))
-        self.audience.on_experience(experience)
-        self.train()
-        with self.audience.phase("update"):
-            counts = gather(len(experience), self.trainer.world_size)
-            sizes = (self.num_epochs, self.minibatch_size)
-            updates = plan(experience, counts, *sizes, self.seed, self.num_rounds)
-            outcomes = [self._update(one) for one in self.rollouts.track(updates, "Training")]
+        with together(world_size := self.trainer.world_size):
+            with self.audience.phase("collect"), torch.no_grad():
+                condition = self.pipeline.encode(batch)
+                experience = self.collect(batch, condition)
+            self.audience.on_experience(experience)
+            self.train()
+            with self.audience.phase("update"):
+                layouts = gather(layout(experience, len(condition), world_size), world_size)
+                sizes = (self.num_epochs, self.minibatch_size, self.seed, self.num_rounds)
+                updates = plan(experience, layouts, self.global_rank, *sizes)
+                outcomes = [self._update(one) for one in self.rollouts.track(updates, "Training")]
+            check_weights(self._trained(), self.num_updates)
         self.num_rounds += 1
-        self.meter.end_round()
-        means = round_means(experience.metrics, outcomes, self.trainer.world_size)
+        self.meter.end_round(gather(self.meter.counts(), world_size))
+        means = round_means(experience.metrics, outcomes, world_size)
         means["learning_rate"] = self.trainer.optimizers[0].param_groups[0]["lr"]
-        spent = self.meter.spent(self.num_samples, self.trainer.world_size)
-        log_round(self.log, means, spent)
-        if (writer := summary_writer(self)) is not None:
-            write_round(writer, means, spent, experience.histograms, self.num_updates)
+        log_round(self.log, means, spent := self.meter.spent(self.num_samples))
+        write_round(summary_writer(self), means, spent, experience.histograms, self.num_updates)
+        after_round(self.lr_schedulers(), means)
 
     def _update(self, update: Update) -> dict[str, float]:
         """Take one optimiser step; return what to log: the losses' means and the gradient norm."""
-        optimizer, trained = self.optimizers(), self._trained()
+        optimizer, trainer = self.optimizers(), self.trainer
         assert isinstance(optimizer, LightningOptimizer)
         optimizer.zero_grad()
-        loss, trainer = self.audience.watched(self.loss), self.trainer
-        alone = partial(no_sync, trainer.strategy)
+        alone, loss = partial(no_sync, trainer.strategy), self.audience.watched(self.loss)
         shares = Shares(self.microbatch_size, trainer.world_size, alone)
+        trained = list(self._trained().values())
         logged = accumulate(update, loss, self.manual_backward, trained, shares)
-        norm = gradient_norm(trained, optimizer, trainer.precision_plugin)
+        norm = gradient_norm(trained, optimizer, trainer.precision_plugin, trainer.world_size)
         self.audience.on_gradients(norm)
-        if self.max_grad_norm is not None:
-            self.clip_gradients(optimizer.optimizer, self.max_grad_norm, "norm")
+        self.clip_gradients(optimizer.optimizer, self.max_grad_norm, "norm")
         optimizer.step()
         self.num_updates += 1
-        if isinstance(scheduler := self.lr_schedulers(), LRScheduler):
-            scheduler.step()
+        after_update(self.lr_schedulers())
         return {**logged, "grad_norm": norm}
 
     def on_validation_epoch_start(self) -> None:
@@ -254,8 +269,10 @@ class RewardFineTuner(LightningModule, ABC):
         self.evaluator.run(batch, batch_idx, self.route(), self.reference_route())
 
     def on_validation_epoch_end(self) -> None:
-        for name, mean in self.evaluator.means(self.trainer.world_size).items():
+        means = self.evaluator.means(self.trainer.world_size)
+        for name, mean in means.items():
             self.log(f"val{name}", mean, sync_dist=True)
+        after_validation(self.lr_schedulers(), means)
         self.meter.end_evaluation()
 
     def on_test_epoch_start(self) -> None:
@@ -270,31 +287,10 @@ class RewardFineTuner(LightningModule, ABC):
     def predict_step(self, batch: Batch, batch_idx: int) -> Draw:
         return self.evaluator.predict(batch, self.route())
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what is trained, counters, statistics, and the pretrained model's fingerprint."""
-        ours = {
-            "pretrained": self.pretrained,
-            "pipeline": self.pipeline.name,
-            "cost": self.meter.training.as_dict(),
-            **{name: getattr(self, name) for name in _COUNTERS},
-            **{name: part.state_dict() for name, part in self.statistics().items()},
-        }
-        contents.reduce(checkpoint, contents.trained_shapes(self, self._trained()), ours)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore all but the weights; raise UsageError for a checkpoint of another model."""
-        shapes = contents.trained_shapes(self, self._trained())
-        ours = contents.read(checkpoint, self.pretrained, self.pipeline.name, shapes)
-        vars(self).update({name: ours[name] for name in _COUNTERS})
-        for name, part in self.statistics().items():
-            part.load_state_dict(ours.get(name, {}))
-        vars(self.meter.training).update(ours["cost"])
-
     def on_fit_end(self) -> None:
-        """Write the tuned model in the format of the domain's own tools."""
-        if self.trainer.is_global_zero and self.num_updates:
-            for path in self.export(run_folder(self.trainer) / "tuned"):
-                rank_zero_info(f"tuned model: {path}")
-
-    def _trained(self) -> list[nn.Parameter]:
-        return [p for p in self.trainable().parameters() if p.requires_grad]
+        """Write the tuned model in the format of the domain's own tools; it must be finite."""
+        check_weights(self._trained(), self.num_updates)
+        trainer = self.trainer
+        writes = trainer.is_global_zero and self.num_updates and not writes_nothing(trainer)
+        export = self.export if writes else None
+        write_tuned(run_folder(trainer) / "tuned", export, trainer.world_size)

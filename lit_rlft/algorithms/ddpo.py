@@ -34,19 +34,18 @@ from torch import Tensor
 
 from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.core.advantage import Advantage, GroupAdvantage, RunningAdvantage
-from lit_rlft.core.checks import UsageError, require
+from lit_rlft.core.checks import UsageError, at_least, positive, require
 from lit_rlft.core.distribution import Distribution, Reduction
 from lit_rlft.core.pipeline import Batch, Condition
 from lit_rlft.core.randomness import Generators, generators, seed_from
 from lit_rlft.core.sampling import Denoiser
-from lit_rlft.core.state import State, cat, tensor_of
+from lit_rlft.core.state import State, cat, slices, tensor_of
 from lit_rlft.core.streams import Stream
 from lit_rlft.core.surrogate import importance_sampling, ratio_values, score_function
 from lit_rlft.core.trajectory import Trajectories, transition_of, walk_with_log_probs
 from lit_rlft.distributed import gather
 from lit_rlft.loop.advantages import compare
 from lit_rlft.loop.experience import Experience
-from lit_rlft.loop.updates import is_maximum
 
 __all__ = ["DDPO", "Rollout"]
 
@@ -75,6 +74,10 @@ class Rollout(Experience):
     def num_terms(self) -> int:
         return len(self._pairs)
 
+    @property
+    def terms_per_sample(self) -> Tensor:
+        return self.trained[:, self.rows].sum(dim=0)
+
     @cached_property
     def _pairs(self) -> Tensor:
         # Step by step: pairs of one step then meet in a batch, as they did in the sampler.
@@ -89,16 +92,20 @@ class Rollout(Experience):
         )
 
     def terms(self, rows: Tensor) -> Experience:
-        """Gather pairs: their states, and their weights in the loss and in logged means."""
+        """Gather pairs: their states, and their weights in the loss."""
         places, chosen = self._pairs[rows].unbind(dim=1)
         samples = self.rows[chosen]
         states = self.trajectories.pairs(places, samples)
         old = tensor_of(states["log_prob"])
         states["advantage"] = self.advantages[samples].to(old)
         states["weight"] = torch.full_like(old, 1 / self.num_steps)
-        states["share"] = torch.full_like(old, len(self) / max(self.num_terms, 1))
         seeds = [self.seeds[i] for i in chosen.tolist()]
         return Experience(states, self.condition.index(chosen), seeds)
+
+    def replace_log_probs(self, rows: Tensor, values: Tensor) -> None:
+        """Set the old log-probabilities of some terms, [P]."""
+        places, chosen = self._pairs[rows].unbind(dim=1)
+        self.trajectories.replace_log_probs(places, self.rows[chosen], values)
 
 
 class DDPO(RewardFineTuner):
@@ -106,6 +113,10 @@ class DDPO(RewardFineTuner):
 
     `minibatch_size` counts samples: an update trains all their trained steps, averaged.
     `microbatch_size` counts (step, sample) pairs and bounds the memory of the replay.
+
+    In half precision a prediction depends on the size of its batch, and ratios on that rounding.
+    The old log-probabilities are then taken again, in microbatches, once a round, and microbatches
+    that are not full are filled up: give `microbatch_size`, or batches have no one size.
 
     Args:
         *args: Pipeline and reward.
@@ -163,7 +174,7 @@ class DDPO(RewardFineTuner):
         return "DPOK" if self.kl_coef else "DDPO"
 
     def check(self) -> None:
-        num_steps, clip = self.sampler.num_steps, self.advantage_clip
+        num_steps = self.sampler.num_steps
         first, last = self.window or (0, num_steps)
         require(
             self.sampler.eta > 0,
@@ -172,12 +183,9 @@ class DDPO(RewardFineTuner):
             f"above 0 for {self.algorithm}: steps without noise have no log-probability; set it "
             "to 1",
         )
-        require(self.num_candidates >= 1, self, "num_candidates", "at least 1")
-        require(
-            self.clip_range > 0, self, "clip_range", "above 0; 1e-4 is usual for mean log-probs"
-        )
-        require(clip is None or clip > 0, self, "advantage_clip", "above 0, or null for none")
-        require(self.kl_coef >= 0, self, "kl_coef", "0 or more")
+        at_least(1, self, "num_candidates", "num_train_steps")
+        positive(self, "clip_range", "advantage_clip")
+        at_least(0, self, "kl_coef", "window")
         require(
             0 <= first < last <= num_steps,
             self,
@@ -221,7 +229,7 @@ class DDPO(RewardFineTuner):
             world_size=self.trainer.world_size,
         )
         random = trajectories.log_probs.cpu() != 0
-        return Rollout(
+        rollout = Rollout(
             states={},
             condition=candidates,
             seeds=seeds,
@@ -234,15 +242,19 @@ class DDPO(RewardFineTuner):
             rows=torch.arange(len(candidates)),
             num_steps=self._num_random(random),
         )
+        if self._rounds_by_batch:
+            self._replay(rollout)
+        return rollout
 
     def loss(self, experience: Experience, noise: Generators) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the surrogate of some pairs, plus the KL to the reference, [P]."""
         pairs = experience.states
-        old, advantages, weight, share = (
-            tensor_of(pairs[name]) for name in ("log_prob", "advantage", "weight", "share")
+        old, advantages, weight = (
+            tensor_of(pairs[name]) for name in ("log_prob", "advantage", "weight")
         )
-        policy = self._transition(self.pipeline, experience)
-        new = policy.log_prob(pairs["x_s"], self.log_prob_reduction)
+        filled, size = self._filled(experience), len(experience)
+        policy = self._transition(self.pipeline, filled)
+        new = policy.log_prob(filled.states["x_s"], self.log_prob_reduction)[:size]
         if self.estimator == "score_function":
             losses = score_function(new, advantages)
         else:
@@ -250,25 +262,25 @@ class DDPO(RewardFineTuner):
         values = ratio_values(new, old, self.clip_range, on_policy=self.on_policy)
         if self.kl_coef:
             with torch.no_grad():
-                reference = self._transition(self.reference, experience)
-            kl = policy.kl(reference, self.log_prob_reduction)
+                reference = self._transition(self.reference, filled)
+            kl = policy.kl(reference, self.log_prob_reduction)[:size]
             losses = losses + self.kl_coef * kl
             values["reference_kl"] = kl.detach()
-        logged = {n: v if is_maximum(n) else v * share for n, v in values.items()}
-        return losses * weight, logged
+        return losses * weight, values
 
     def statistics(self) -> Mapping[str, Advantage]:
         return {"advantage": self.advantage}
 
     def _sample(self, condition: Condition, seeds: Sequence[int]) -> tuple[Trajectories, State]:
         """Draw trajectories in chunks; return what is kept of them, and x_0."""
-        times = self.pipeline.process.times(self.sampler.num_steps)
-        kept = Trajectories(len(condition), times, self._draw_steps(), self.state_dtype)
+        process, num_steps = self.pipeline.process, self.sampler.num_steps
+        times, ends = process.times(num_steps), process.ends(num_steps)
+        kept = Trajectories(len(condition), times, self._draw_steps(), self.state_dtype, ends)
         x_0 = []
         for chunk in self.rollouts.chunks(condition, seeds, "Sampling"):
             walk = walk_with_log_probs(
                 self.pipeline,
-                self.pipeline.process,
+                process,
                 self.prior(chunk.condition).sample(chunk.noise),
                 chunk.condition,
                 times,
@@ -276,9 +288,35 @@ class DDPO(RewardFineTuner):
                 chunk.noise,
                 dtype=self.state_dtype,
                 reduction=self.log_prob_reduction,
+                ends=ends,
             )
             x_0.append(kept.record(chunk.rows.start, walk))
         return kept, cat(x_0)
+
+    @property
+    def _rounds_by_batch(self) -> bool:
+        """Whether the denoiser computes in half precision."""
+        weight = next(self.pipeline.denoiser.parameters())
+        half = weight.dtype in (torch.float16, torch.bfloat16)
+        return half or torch.is_autocast_enabled(weight.device.type)
+
+    def _replay(self, rollout: Rollout) -> None:
+        """Take the old log-probabilities as the updates will take the new ones."""
+        pairs_of_update = rollout.num_terms * self.minibatch_size // max(len(rollout), 1)
+        size = self.microbatch_size or max(pairs_of_update, 1)
+        for part in slices(rollout.num_terms, size):
+            rows = torch.arange(part.start, part.stop)
+            pairs = self._filled(rollout.terms(rows))
+            policy = self._transition(self.pipeline, pairs)
+            old = policy.log_prob(pairs.states["x_s"], self.log_prob_reduction)
+            rollout.replace_log_probs(rows, old[: len(rows)])
+
+    def _filled(self, pairs: Experience) -> Experience:
+        """Repeat the first pair up to a whole microbatch where rounding depends on its size."""
+        missing = (self.microbatch_size or 0) - len(pairs)
+        if missing <= 0 or not self._rounds_by_batch:
+            return pairs
+        return pairs.index(torch.cat([torch.arange(len(pairs)), torch.zeros(missing).long()]))
 
     def _draw_steps(self) -> list[int]:
         """Draw the trained steps of a round, the same on every process."""

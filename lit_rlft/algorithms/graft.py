@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from lit_rlft.algorithms.base import RewardFineTuner
-from lit_rlft.core.checks import require
+from lit_rlft.core.checks import at_least, below_one, require
 from lit_rlft.core.pipeline import Batch, Condition
 from lit_rlft.core.randomness import Generators, generators, rand_like, seed_from
 from lit_rlft.core.selection import Selection, TopK
 from lit_rlft.core.state import State, expand_as, index, leaves, tensor_of, tree_map
 from lit_rlft.core.streams import Stream
+from lit_rlft.distributed import mean_of_all
 from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.route import Leg, Route
 
@@ -79,14 +80,12 @@ class PGRAFT(RewardFineTuner):
         self.contrast = contrast
 
     def check(self) -> None:
-        require(self.num_candidates >= 1, self, "num_candidates", "at least 1")
+        at_least(1, self, "num_candidates")
+        at_least(0, self, "contrast")
+        below_one(self, "cut")
         steps = f"at least one of the sampler's {self.sampler.num_steps} steps"
-        leaves_one = 0 <= self.cut < 1 and self.cut_step >= 1
-        rule = f"in [0, 1) and leave {steps} to the tuned model, got {self.cut}"
-        require(leaves_one, self, "cut", rule)
-        require(
-            self.contrast >= 0, self, "contrast", "positive, or 0 to leave rejected candidates out"
-        )
+        rule = f"smaller, to leave {steps} to the tuned model, got {self.cut}"
+        require(self.cut_step >= 1, self, "cut", rule)
         self.selection.check(self.num_candidates)
 
     @property
@@ -117,7 +116,7 @@ class PGRAFT(RewardFineTuner):
         route = self.route() if self.iterative else self.reference_route()
         keep = (self.cut_step, self.sampler.num_steps)
         x_tau, x_0 = self.rollouts.draw(route, candidates, seeds, keep=keep)
-        self.num_samples += len(candidates) * self.trainer.world_size
+        self.num_samples += len(candidates) * (world_size := self.trainer.world_size)
         rewards, keys = self.rollouts.score(x_0, candidates)
 
         shape = (-1, self.num_candidates)
@@ -139,11 +138,12 @@ class PGRAFT(RewardFineTuner):
             condition=candidates.index(trained),
             seeds=[seeds[i - i % self._noised_alike] for i in trained.tolist()],
             metrics={
-                "reward": float(rewards.mean()),
-                "accepted_reward": float(rewards[chosen.to(rewards.device)].mean()),
-                "acceptance_rate": float(accepted.float().mean()),
+                "reward": mean_of_all(rewards, world_size),
+                "accepted_reward": mean_of_all(rewards[chosen.to(rewards.device)], world_size),
+                "acceptance_rate": mean_of_all(accepted.float(), world_size),
             },
             histograms={"reward": rewards, "accepted_reward": rewards.cpu()[chosen]},
+            counts=weights.view(shape).count_nonzero(dim=1).tolist(),
         )
 
     @property

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.core.advantage import Advantage, GroupAdvantage
-from lit_rlft.core.checks import UsageError, require
+from lit_rlft.core.checks import UsageError, at_least, positive, require
 from lit_rlft.core.distribution import Gaussian, Reduction
 from lit_rlft.core.pipeline import Batch, Condition
 from lit_rlft.core.prior import LowResolution, Maps, NoisePolicy
@@ -89,7 +89,7 @@ class NoisePPO(RewardFineTuner):
         self.noise_policy: NoisePolicy | None = None
 
     def check(self) -> None:
-        process, clip = self.pipeline.process, self.advantage_clip
+        process = self.pipeline.process
         if not isinstance(process, GaussianProcess):
             raise UsageError(
                 f"{self.algorithm} learns a Gaussian prior, but {type(self.pipeline).__name__} "
@@ -106,10 +106,9 @@ class NoisePPO(RewardFineTuner):
         require(
             self.lora is None, self, "lora", f"null: {self.algorithm} leaves the denoiser as it is"
         )
-        require(self.num_candidates >= 1, self, "num_candidates", "at least 1")
-        require(self.clip_range > 0, self, "clip_range", "above 0; 0.2 is usual for sums")
-        require(clip is None or clip > 0, self, "advantage_clip", "above 0, or null for none")
-        require(self.beta >= 0, self, "beta", "0 or more")
+        at_least(1, self, "num_candidates", "width")
+        positive(self, "clip_range", "advantage_clip")
+        at_least(0, self, "beta")
         self.advantage.check(self.num_candidates)
 
     def build(self) -> None:

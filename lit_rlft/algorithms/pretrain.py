@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_rlft.algorithms.base import RewardFineTuner
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, within
 from lit_rlft.core.pipeline import Batch, Condition
 from lit_rlft.core.randomness import Generators, rand_like
 from lit_rlft.core.state import State, cat, index, leaves, to
@@ -43,8 +43,10 @@ class Pretrain(RewardFineTuner):
         self._cache: dict[int, State] = {}
 
     def check(self) -> None:
+        within(0, 1, self, "condition_dropout")
         if self.lora is not None:
             raise UsageError("Pretrain trains the whole denoiser; set model.init_args.lora to null")
+        self.pipeline.check_states()
         encoder = self.pipeline.encoder
         if self.train_encoder and encoder is None:
             raise UsageError(

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lit_rlft.algorithms.base import RewardFineTuner
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, at_least, finite
 from lit_rlft.core.gradient_plan import DRTune, GradientMethod, GradientPlan
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline
 from lit_rlft.core.randomness import Generators, generators, seed_from
@@ -91,6 +91,8 @@ class RewardGradient(RewardFineTuner):
                 "needs none (configs/algorithms/p_graft.yaml)"
             )
         self.method.check(self.sampler.num_steps)
+        at_least(0, self, "kl_coef")
+        finite(self, "reward_ceiling")
         enable = getattr(self.pipeline.denoiser, "enable_gradient_checkpointing", None)
         if self.gradient_checkpointing == "blocks" and enable is None:
             raise UsageError(
@@ -187,7 +189,7 @@ class GradientWalk:
             n rows, or n * num_copies with the copies of a sample side by side.
         """
         process, sampler = self.pipeline.process, self.sampler
-        times = process.times(sampler.num_steps)
+        times, ends = process.times(sampler.num_steps), process.ends(sampler.num_steps)
         steps = iter(range(sampler.num_steps, 0, -1))
 
         def denoise(x_t: State, t: Tensor, condition: Condition) -> State:
@@ -198,9 +200,8 @@ class GradientWalk:
                 return self.pipeline(x_t, t, condition)
 
         stop = sampler.num_steps - (self.plan.stop or 0)  # where the walk ends, on the grid
-        *_, (_, x) = walk(
-            denoise, process, x_1, self.condition, times[: stop + 1], sampler.eta, noise
-        )
+        grid = (times[: stop + 1], sampler.eta, noise, ends[:stop])
+        *_, (_, x) = walk(denoise, process, x_1, self.condition, *grid)
         if self.plan.stop is not None:
             t = times[stop].to(leaves(x)[0].device).expand(len(self.condition))
             return process.denoised(denoise(x, t, self.condition), x, t)

@@ -5,7 +5,7 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 
 from lit_rlft.algorithms.base import RewardFineTuner
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, at_least
 
 __all__ = ["Budget"]
 
@@ -25,14 +25,21 @@ class Budget(Callback):
     def __init__(self, denoiser_calls: int | None = None, reward_calls: int | None = None) -> None:
         if denoiser_calls is None and reward_calls is None:
             raise UsageError("Budget needs denoiser_calls or reward_calls")
+        at_least(1, self, denoiser_calls=denoiser_calls, reward_calls=reward_calls)
         self.limits = {"denoiser_calls": denoiser_calls, "reward_calls": reward_calls}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin no round where a resumed run has spent everything."""
+        self._stop(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop the trainer where a limit is reached."""
+        self._stop(trainer, pl_module)
+
+    def _stop(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, RewardFineTuner)
         for name, limit in self.limits.items():
-            spent = getattr(pl_module.meter.training, name) * trainer.world_size
-            if limit is not None and spent >= limit:
+            if limit is not None and pl_module.meter.total(name) >= limit:
                 trainer.should_stop = True

@@ -71,7 +71,7 @@ class CostMeter(Hooks):
             seconds = spent["seconds"] - self._before.get(name, 0.0)
             if seconds > 0:
                 pl_module.log(f"time/{name}", seconds)
-        pl_module.log("cost/flops", float(pl_module.meter.training.flops * trainer.world_size))
+        pl_module.log("cost/flops", float(pl_module.meter.total("flops")))
 
     def report(self) -> dict[str, Any]:
         """Return the counts and, per sample of each arm in the test, calls, operations, time."""

@@ -7,7 +7,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lit_rlft.algorithms.base import RewardFineTuner
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import below_one
 
 __all__ = ["EMA"]
 
@@ -23,8 +23,7 @@ class EMA(Callback):
     """
 
     def __init__(self, decay: float = 0.999) -> None:
-        if not 0 <= decay < 1:
-            raise UsageError(f"EMA decay must be in [0, 1), got {decay}")
+        below_one(self, decay=decay)
         self.decay, self.num_updates = decay, 0
         self.average: list[Tensor] | None = None
         self._raw: list[Tensor] | None = None

@@ -19,10 +19,27 @@ _MAX_LINES = 200
 
 
 class Facts(Callback):
-    """Prints one line at the start of a fit: the model, the device and the length of the run."""
+    """Prints one line at the start of a fit: the model, the device and the length of the run.
+
+    A fit that has nothing left to do says so at its end.
+    """
+
+    def __init__(self) -> None:
+        self._begun = False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget earlier fits."""
+        self._begun = False
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say that the checkpoint was the end already, and what prolongs the run."""
+        assert isinstance(pl_module, RewardFineTuner)
+        if not self._begun and trainer.ckpt_path is not None:
+            say(_finished(trainer, pl_module))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the line."""
+        self._begun = True
         assert isinstance(pl_module, RewardFineTuner)
         data = getattr(trainer, "datamodule", None)
         say(facts(trainer, pl_module, getattr(data, "batch_size", None)))
@@ -82,6 +99,21 @@ def facts(trainer: Trainer, module: RewardFineTuner, conditions: int | None) -> 
         *_lengths(trainer, module, conditions),
     ]
     return "; ".join(parts)
+
+
+def _finished(trainer: Trainer, module: RewardFineTuner) -> str:
+    """Return why a fit that was resumed had nothing to do."""
+    epochs, limits = trainer.current_epoch, []
+    if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epochs:
+        limits.append(f"--trainer.max_epochs above {epochs}")
+    if 0 <= trainer.max_steps <= trainer.global_step:
+        limits.append(f"--trainer.max_steps above {trainer.global_step}")
+    if not limits:
+        limits.append("--trainer.max_time, or the limit of the callback that stopped it,")
+    return (
+        f"nothing left to train: {trainer.ckpt_path} is the end of its run (round "
+        f"{module.num_rounds}); raise {' and '.join(limits)} to go on"
+    )
 
 
 def num_rounds(trainer: Trainer) -> int | None:

@@ -1,20 +1,263 @@
-"""Keeps the end of a fit, which Lightning's own callback loses after a validation."""
+"""Keeps last.ckpt: never older than some minutes, never torn, and the end of the last fit."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from weakref import proxy
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
+
+from lit_rlft.algorithms.base import RewardFineTuner
+from lit_rlft.callbacks.facts import say
+from lit_rlft.callbacks.signals import Signals, Stopped
+from lit_rlft.core.checks import require
+from lit_rlft.distributed import together
+from lit_rlft.loop.experience import Experience
+from lit_rlft.loop.hooks import Hooks
+from lit_rlft.runs.files import PARTIAL, DiskError, writing
+from lit_rlft.runs.folder import run_folder, writes_nothing
+from lit_rlft.runs.save_clock import SaveClock
 
 __all__ = ["LastCheckpoint"]
 
 
-class LastCheckpoint(ModelCheckpoint):
-    """`ModelCheckpoint` whose last.ckpt is that of the last round.
+class LastCheckpoint(Hooks, ModelCheckpoint):
+    """`ModelCheckpoint` whose last.ckpt is written every few minutes as well.
 
-    Lightning's saves after validations and, at the end, only where it never saved: rounds after
-    the last validation would be missing.
+    last.ckpt is written between two rounds: where `every_minutes` have passed since the last time,
+    after each validation, at the end of each epoch and of the fit, before a signal ends the run,
+    and after an error that came before the round's experience was complete. All of Lightning's
+    options work as they do there and say which further checkpoints are kept; `train_time_interval`
+    takes the place of `every_minutes`.
+
+    Args:
+        dirpath: Where to; `checkpoints` in the run's folder unless given.
+        every_minutes: Minutes of training after which last.ckpt is written again; null writes it
+            at the other moments alone. Of several processes the first one's clock counts.
+        max_share: Of the time that these further saves may take: where saving is slow, they are
+            rarer.
+        **kwargs: Of `ModelCheckpoint`.
     """
+
+    def __init__(
+        self,
+        dirpath: str | Path | None = None,
+        *,
+        every_minutes: float | None = 5.0,
+        max_share: float = 0.01,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(dirpath=dirpath, **kwargs)
+        minutes = every_minutes
+        require(minutes is None or minutes > 0, self, "every_minutes", "above 0, or null for never")
+        require(0 < max_share <= 1, self, "max_share", "in (0, 1]")
+        given = self._train_time_interval
+        seconds = None if minutes is None else 60 * minutes
+        self.clock = SaveClock(given.total_seconds() if given else seconds, max_share)
+        self.signals = Signals()
+        self._saved_round = self._num_samples = 0
+        self._training = self._untouched = self._validated = self._held = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Remove what a run that was killed while it saved has left."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and trainer.is_global_zero and not writes_nothing(trainer):
+            for partial in Path(str(self.dirpath)).glob(f"*.ckpt{PARTIAL}"):
+                partial.unlink(missing_ok=True)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock and listen to signals."""
+        super().on_train_start(trainer, pl_module)
+        self.clock.start()
+        self.signals.install(trainer)
+        self._training = True
+        self._finished(pl_module)
+        # What a run was resumed from may lie elsewhere; before the first round there is nothing.
+        self._saved_round = -1 if _rounds(pl_module) else 0
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Save between two rounds, with all that was logged of the last one."""
+        if batch_idx:  # an epoch's end has its own
+            with _as_after_the_last_batch(trainer):
+                self._between_rounds(trainer, pl_module)
+
+    def on_experience(self, module: LightningModule, experience: Experience) -> None:
+        """Note that the round has changed what a checkpoint holds."""
+        self._untouched = False
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save what Lightning's options ask for."""
+        self._finished(pl_module)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note that the weights may be others until it ends."""
+        self._untouched = False
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self.signals.end_at_once(trainer)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listen to signals."""
+        self.signals.end_at_once(trainer)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listen to signals."""
+        self.signals.end_at_once(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save what Lightning's options ask for; last.ckpt follows when all is logged."""
+        self._held = True
+        super().on_validation_end(trainer, pl_module)
+        self._held = False
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._untouched = self._validated = True
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save what Lightning's options ask for, and last.ckpt."""
+        self._held = True
+        super().on_train_epoch_end(trainer, pl_module)
+        self._held = False
+        self._between_rounds(trainer, pl_module, epoch_end=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what came after the last save."""
-        super().on_train_end(trainer, pl_module)
-        if not self._should_skip_saving_checkpoint(trainer):
+        if self._saves(trainer) and self._saved_round != _rounds(pl_module):
+            self.save(trainer, pl_module)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Save if the state is that of the end of a round; say how to go on."""
+        if not self._training or not self._saves(trainer):
+            return
+        if self._untouched and trainer.world_size == 1:
+            # Of several processes the others would not come.
+            self._try_to_save(trainer, pl_module, exception)
+        path = self._last_path(trainer)
+        if path.is_file() and not isinstance(exception, Stopped | DiskError):
+            say(_how_to_resume(trainer, path))
+
+    def save(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write last.ckpt; all processes must call it.
+
+        Raises:
+            DiskError: It cannot be written; the one before it is intact.
+        """
+        with self.clock.saving():
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        self._validated = False
+
+    def _between_rounds(
+        self, trainer: Trainer, pl_module: LightningModule, *, epoch_end: bool = False
+    ) -> None:
+        """Save if it is time; then do what a signal asked for."""
+        due = self.signals.agree(trainer, self.clock.due())
+        lacking = self._saved_round != _rounds(pl_module)
+        stop = self.signals.stop
+        wanted = self._validated or (lacking and (due or epoch_end or bool(stop)))
+        if wanted and self._saves(trainer):
+            self.save(trainer, pl_module)
+        self.signals.obey_requeue()
+        if stop:
+            error, path = Stopped(stop, trainer), self._last_path(trainer)
+            say(f"stopped by {error.signal.name}; {_how_to_resume(trainer, path)}")
+            raise error
+
+    def _saves(self, trainer: Trainer) -> bool:
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        return bool(self.save_last) and fitting and not writes_nothing(trainer)
+
+    def _finished(self, pl_module: LightningModule) -> None:
+        self._untouched = True
+        self._num_samples = getattr(pl_module, "num_samples", 0)
+
+    def _try_to_save(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        if self._saved_round == _rounds(pl_module):
+            return
+        if isinstance(pl_module, RewardFineTuner):
+            pl_module.num_samples = self._num_samples  # those of the round that failed are lost
+        try:
+            with _as_after_the_last_batch(trainer):
+                self.save(trainer, pl_module)
+        except Exception as error:  # the first error is the one to see
+            say(f"the last rounds could not be saved ({error})")
+
+    def _last_path(self, trainer: Trainer) -> Path:
+        name = self.format_checkpoint_name(
+            self._monitor_candidates(trainer), self.CHECKPOINT_NAME_LAST
+        )
+        return Path(name)
+
+    def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:
+        if self._held:
+            return
+        # Another fit's last.ckpt is replaced: no last-v1.ckpt beside it.
+        self.last_model_path = self.format_checkpoint_name(
+            monitor_candidates, self.CHECKPOINT_NAME_LAST
+        )
+        super()._save_last_checkpoint(trainer, monitor_candidates)
+        self._saved_round = _rounds(trainer.lightning_module)
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        """Save; where the first process cannot write, all of them end with its sentence."""
+        with together(trainer.world_size):
+            for logger in trainer.loggers if trainer.is_global_zero else []:
+                if isinstance(logger, TensorBoardLogger):
+                    with writing(logger.log_dir):
+                        logger.experiment.flush()  # what a resumed run would not log again
+            checkpoint = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
+            trainer.strategy.save_checkpoint(checkpoint, filepath)
+        self._last_global_step_saved = trainer.global_step
+        self._last_checkpoint_saved = filepath
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.after_save_checkpoint(proxy(self))
+
+
+@contextmanager
+def _as_after_the_last_batch(trainer: Trainer) -> Iterator[None]:
+    """Count the batches as Lightning does between two of them, with none begun.
+
+    What it restores at the start of a batch would count that batch as begun. Where a validation
+    follows a batch, it counts the batch as logged after it: a resumed run does so again.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    progress: Any = loop.batch_progress
+    counters, logged = (progress.total, progress.current), loop._batches_that_stepped
+    held = [(one.ready, one.started, one.completed) for one in counters]
+    last = progress.is_last_batch
+    progress.is_last_batch = last and progress.total.ready == progress.total.processed
+    for one in counters:
+        one.ready = one.started = one.completed = one.processed
+    fetcher = trainer.fit_loop._data_fetcher
+    if fetcher is not None and loop._should_check_val_fx(fetcher):
+        loop._batches_that_stepped -= 1
+    try:
+        yield
+    finally:
+        progress.is_last_batch, loop._batches_that_stepped = last, logged
+        for one, before in zip(counters, held, strict=True):
+            one.ready, one.started, one.completed = before
+
+
+def _rounds(module: LightningModule) -> int:
+    return module.num_rounds if isinstance(module, RewardFineTuner) else module.global_step
+
+
+def _how_to_resume(trainer: Trainer, path: Path) -> str:
+    folder = run_folder(trainer)
+    if not path.is_file():
+        return "nothing is saved yet: run the same command again"
+    relative = folder / "checkpoints" / path.name
+    shown = relative if relative.is_file() else path
+    return f"to go on, run the same command with --name {folder.name} --ckpt_path {shown}"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image
 from torch import Tensor
@@ -16,10 +17,14 @@ from torch import Tensor
 from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.callbacks.facts import say
 from lit_rlft.callbacks.result_table import result_table
+from lit_rlft.core.checks import at_least
 from lit_rlft.distributed import gather
+from lit_rlft.loop.checkpoint_file import COUNTERS
 from lit_rlft.loop.experience import Draw
-from lit_rlft.runs.before_after import comparison
-from lit_rlft.runs.folder import run_folder, summary_writer
+from lit_rlft.runs.before_after import comparison, png
+from lit_rlft.runs.files import write_whole, writing
+from lit_rlft.runs.folder import run_folder, summary_writer, writes_nothing
+from lit_rlft.runs.results import Measured, keep_others, measured
 
 Summary = dict[str, dict[str, dict[str, float]]]
 
@@ -36,7 +41,8 @@ class SaveConfig(SaveConfigCallback):
         name = "config.yaml" if stage == "fit" else f"config_{stage}.yaml"
         folder = run_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
+        with writing(folder / name):
+            write_whole(folder / name, text)
         writer = summary_writer(pl_module)
         if writer is not None:
             writer.add_text(f"config/{stage}", f"```yaml\n{text}\n```")
@@ -50,6 +56,7 @@ class RunFiles(Callback):
     """
 
     def __init__(self, num_conditions: int = 12) -> None:
+        at_least(1, self, num_conditions=num_conditions)
         self.num_conditions = num_conditions
         self._result = ""
 
@@ -62,8 +69,13 @@ class RunFiles(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say where everything is."""
-        folder = run_folder(trainer)
-        say(f"run folder: {folder}\nTensorBoard log: tensorboard --logdir {folder}")
+        if writes_nothing(trainer):
+            say("fast_dev_run: nothing was written")
+            return
+        say(f"run folder: {run_folder(trainer)}")
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                say(f"TensorBoard log: tensorboard --logdir {Path(logger.log_dir)}")
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the metrics and the picture."""
@@ -74,32 +86,45 @@ class RunFiles(Callback):
         num_samples = sum(gather(sum(map(len, labels)), trainer.world_size))
         for name, values in summary["tuned"].items():
             pl_module.log(f"test/{name}", values["mean"], sync_dist=True)
+        meter = pl_module.meter
+        cost = meter.report(gather(meter.counts(), trainer.world_size))
         if not trainer.is_global_zero:
             return
         folder = run_folder(trainer)
-        cost = pl_module.meter.report(trainer.world_size)
         for hooks in pl_module.audience:
             cost |= hooks.report()
+        newer = _measured(trainer, pl_module)
         report = {
             "algorithm": pl_module.algorithm,
             "domain": pl_module.pipeline.name,
             "num_samples": num_samples,
             "seed": pl_module.seed,
+            "checkpoint": newer,
             **{arm: _without_nan(metrics) for arm, metrics in summary.items()},
             "cost": cost,
         }
-        path = _write_text(folder / "metrics.json", json.dumps(report, indent=2) + "\n")
+        path, shown = folder / "metrics.json", folder / "comparison.png"
         picture = self._picture(pl_module, summary, num_samples)
-        picture.save(folder / "comparison.png")
+        with writing(folder):
+            kept = keep_others(path, [shown], newer)
+            write_whole(path, json.dumps(report, indent=2) + "\n")
+            write_whole(shown, png(picture))
         title = f"{pl_module.algorithm} on {pl_module.pipeline.name}, {num_samples} samples each"
-        paths = f"picture  {folder / 'comparison.png'}\nmetrics  {path}"
+        paths = f"picture  {shown}\nmetrics  {path}"
+        if writes_nothing(trainer):
+            paths = "fast_dev_run: nothing was written"
         self._result = f"\n{title}\n\n{result_table(summary)}\n\n{paths}"
+        if kept:
+            self._result += f"\n{kept}"
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the result that `validate` shows; validations within a fit are not shown."""
         if trainer.state.fn == TrainerFn.VALIDATING:
             summary = _validation_summary(trainer.callback_metrics)
-            self._result = f"\n{result_table(summary)}\n\npanels   {run_folder(trainer) / 'panels'}"
+            panels = f"panels   {run_folder(trainer) / 'panels'}"
+            if writes_nothing(trainer):
+                panels = "fast_dev_run: nothing was written"
+            self._result = f"\n{result_table(summary)}\n\n{panels}"
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Show the result, when no progress bar is open any more."""
@@ -123,6 +148,17 @@ class RunFiles(Callback):
         arms = [torch.cat([arm.pictures[i] for i in batches]) for arm in (reference, tuned)]
         return comparison(arms[0], arms[1], labels, [*starts, min(size, 4)], title)
 
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the samples of another checkpoint before the first new one is written."""
+        assert isinstance(pl_module, RewardFineTuner)
+        folder = run_folder(trainer)
+        if trainer.is_global_zero:
+            newer = _measured(trainer, pl_module)
+            kept = keep_others(folder / "samples.jsonl", [folder / "samples"], newer)
+            if kept:
+                say(kept)
+        trainer.strategy.barrier()
+
     def on_predict_batch_end(
         self,
         trainer: Trainer,
@@ -138,34 +174,52 @@ class RunFiles(Callback):
         folder.mkdir(parents=True, exist_ok=True)
         indices = batch["index"].repeat_interleave(pl_module.num_eval_samples).tolist()
         names = [f"{i:05d}_{seed:019d}" for i, seed in zip(indices, outputs.seeds, strict=True)]
-        paths = pl_module.pipeline.save_samples(outputs.samples, outputs.condition, folder, names)
+        with writing(folder):
+            paths = pl_module.pipeline.save_samples(
+                outputs.samples, outputs.condition, folder, names
+            )
         rewards = outputs.rewards.tolist()
+        name, checkpoint = pl_module.reward.name, _measured(trainer, pl_module)
         lines = [
             json.dumps(
-                {**entry, "seed": seed, "rewards": {pl_module.reward.name: r}, "file": p.name}
+                {**entry, "seed": seed, "rewards": {name: r}, "file": p.name}
+                | {"checkpoint": checkpoint}
             )
             for entry, seed, r, p in zip(
                 outputs.condition.each(), outputs.seeds, rewards, paths, strict=True
             )
         ]
-        rank = f"_{trainer.global_rank}" if trainer.world_size > 1 else ""
-        path = folder.parent / f"samples{rank}.jsonl"
-        with path.open("w" if batch_idx == 0 else "a") as file:
+        path = folder.parent / f"samples_{trainer.global_rank}.jsonl"
+        with writing(path), path.open("w" if batch_idx == 0 else "a") as file:
             file.write("\n".join(lines) + "\n")
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Join the lines of all processes; say where the samples are."""
+        """Join the lines of all processes; say where the samples are.
+
+        samples.jsonl is that of an earlier command until it is whole.
+        """
         folder = run_folder(trainer)
         trainer.strategy.barrier()
-        if trainer.world_size > 1 and trainer.is_global_zero:
+        if trainer.is_global_zero:
             paths = [folder / f"samples_{rank}.jsonl" for rank in range(trainer.world_size)]
             parts = [path for path in paths if path.is_file()]
             lines = [line for part in parts for line in part.read_text().splitlines()]
-            lines.sort(key=lambda line: json.loads(line)["file"])
-            _write_text(folder / "samples.jsonl", "\n".join(lines) + "\n")
+            if trainer.world_size > 1:
+                lines.sort(key=lambda line: json.loads(line)["file"])
+            with writing(folder / "samples.jsonl"):
+                write_whole(folder / "samples.jsonl", "".join(f"{line}\n" for line in lines))
             for part in parts:
                 part.unlink()
+        if writes_nothing(trainer):
+            say("fast_dev_run: nothing was written")
+            return
         say(f"samples: {folder / 'samples'}\nsamples.jsonl: {folder / 'samples.jsonl'}")
+
+
+def _measured(trainer: Trainer, module: RewardFineTuner) -> Measured:
+    """Return which checkpoint the model is of."""
+    counters = {name: getattr(module, name) for name in COUNTERS}
+    return measured(trainer.ckpt_path, counters, run_folder(trainer))
 
 
 def _validation_summary(logged: Mapping[str, Tensor]) -> Summary:
@@ -186,10 +240,3 @@ def _without_nan(metrics: dict[str, dict[str, float]]) -> dict[str, dict[str, fl
         name: {key: None if math.isnan(value) else value for key, value in values.items()}
         for name, values in metrics.items()
     }
-
-
-def _write_text(path: Path, text: str) -> Path:
-    # A half-written file never replaces a good one.
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    return partial.replace(path)

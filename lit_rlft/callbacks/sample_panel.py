@@ -4,6 +4,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 from lit_rlft.algorithms.base import RewardFineTuner
+from lit_rlft.core.checks import at_least
 from lit_rlft.runs.before_after import before_after, write_png
 from lit_rlft.runs.folder import run_folder, summary_writer
 
@@ -21,6 +22,7 @@ class SamplePanel(Callback):
     """
 
     def __init__(self, num_samples: int = 24, num_columns: int = 12) -> None:
+        at_least(1, self, num_samples=num_samples, num_columns=num_columns)
         self.num_samples, self.num_columns = num_samples, num_columns
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

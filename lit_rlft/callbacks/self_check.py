@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from lit_rlft.algorithms.base import RewardFineTuner
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, at_least
 from lit_rlft.core.process import Process
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.state import tensor_of
 from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.hooks import Hooks
+from lit_rlft.loop.precision import check_weights
 
 __all__ = ["SelfCheck"]
 
@@ -39,6 +40,7 @@ class SelfCheck(Hooks):
     """
 
     def __init__(self, enabled: bool = True, ratio_tolerance: float | None = None) -> None:
+        at_least(0, self, ratio_tolerance=ratio_tolerance)
         self.enabled, self.ratio_tolerance = enabled, ratio_tolerance
         self._said: set[str] = set()
 
@@ -78,7 +80,7 @@ class SelfCheck(Hooks):
             )
         if not losses.isfinite().all():
             wrong = int((~losses.isfinite()).sum())
-            raise _not_finite(f"{wrong} of {len(losses)} losses", module.num_updates)
+            raise _not_finite(module, f"{wrong} of {len(losses)} losses")
         if "first_ratio_deviation_max" in values:
             self._check_ratios(module, part, values["first_ratio_deviation_max"])
         self._check_constant(values.get("reward"), module.reward.name, module.num_rounds)
@@ -91,7 +93,8 @@ class SelfCheck(Hooks):
         scaled = isinstance(precision, MixedPrecision) and precision.scaler is not None
         if not math.isfinite(norm) and not scaled:  # a scaler skips such updates and goes on
             wrong = [n for n, p in named if p.grad is not None and not p.grad.isfinite().all()]
-            raise _not_finite("gradients", module.num_updates, f" (first in {wrong[0]})")
+            # Finite ones can have a norm that is not.
+            raise _not_finite(module, "gradients", f" (first in {wrong[0]})" if wrong else "")
         if unreached := [n for n, p in named if p.grad is None]:
             self._warn(
                 "unreached",
@@ -123,7 +126,8 @@ class SelfCheck(Hooks):
         raise UsageError(
             f"before the first update of round {module.num_rounds} a probability ratio{where} is "
             f"off 1 by {float(deviation[worst]):.2g}, more than {tolerance:.2g}, in {weights} "
-            f"(trainer.precision {precision}): {_cause(denoiser, str(precision))}"
+            f"(trainer.precision {precision}): "
+            + _cause(denoiser, str(precision), sized=module.microbatch_size is not None)
         )
 
     def _check_constant(self, rewards: Tensor | None, source: str, number: int) -> None:
@@ -141,10 +145,13 @@ class SelfCheck(Hooks):
             rank_zero_warn(text)
 
 
-def _not_finite(what: str, update: int, where: str = "") -> UsageError:
+def _not_finite(module: RewardFineTuner, what: str, where: str = "") -> UsageError:
+    """Return the error that ends the run, or raise that of weights that were not finite before."""
+    named = module.trainable().named_parameters()
+    check_weights({n: p for n, p in named if p.requires_grad}, module.num_updates)
     return UsageError(
-        f"{what} of update {update} are not finite{where}; the weights are those before it. Lower "
-        "the learning rate, or compute in trainer.precision 32-true"
+        f"{what} of update {module.num_updates} are not finite{where}; the weights are those "
+        "before it. Lower the learning rate, or compute in trainer.precision 32-true"
     )
 
 
@@ -154,8 +161,14 @@ def _step_of(level: float, process: Process, sampler: Sampler) -> str:
     return f" at step {step} (t = {level:.4g})"
 
 
-def _cause(denoiser: nn.Module, precision: str) -> str:
-    """Return the likely cause of ratios that are not 1, and what to do about it."""
+def _cause(denoiser: nn.Module, precision: str, *, sized: bool) -> str:
+    """Return the likely cause of ratios that are not 1, and what to do about it.
+
+    Args:
+        denoiser: The network.
+        precision: The trainer's.
+        sized: Whether all microbatches have one size in half precision.
+    """
     if any(isinstance(m, _DropoutNd) and m.p > 0 for m in denoiser.modules()):
         return (
             "the denoiser has dropout, which is active in training and not while sampling; set it "
@@ -163,9 +176,9 @@ def _cause(denoiser: nn.Module, precision: str) -> str:
         )
     if "32" not in precision and "64" not in precision:
         return (
-            "in half precision the denoiser rounds differently in batches of another size; give "
-            "model.init_args.sampling_batch_size and microbatch_size the same value, or set "
-            "trainer.precision to 32-true"
+            "in half precision the denoiser rounds differently in batches of another size; set "
+            + ("" if sized else "model.init_args.microbatch_size, which gives them one size, or ")
+            + "trainer.precision to 32-true"
         )
     return (
         "the denoiser does not return the same for the same input; look for noise, state or "

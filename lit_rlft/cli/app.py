@@ -2,28 +2,40 @@
 
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, ClassVar
 
 import jsonargparse
 from jsonargparse import Namespace
 from lightning import LightningDataModule, Trainer
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.callbacks.cost_meter import CostMeter
 from lit_rlft.callbacks.facts import Facts
 from lit_rlft.callbacks.last_checkpoint import LastCheckpoint
+from lit_rlft.callbacks.left_out import LeftOut
+from lit_rlft.callbacks.monitored import Monitored
 from lit_rlft.callbacks.progress import progress
 from lit_rlft.callbacks.run_files import RunFiles, SaveConfig
 from lit_rlft.callbacks.sample_panel import SamplePanel
 from lit_rlft.callbacks.self_check import SelfCheck
-from lit_rlft.cli.errors import sentence
+from lit_rlft.callbacks.signals import ended_by_signals
+from lit_rlft.cli.errors import own_frames, sentence
+from lit_rlft.cli.same_domain import check_domains
+from lit_rlft.cli.which import NONE, choose
+from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Pipeline
 from lit_rlft.core.reward import Metrics, Reward
 from lit_rlft.kit.data import SplitData
-from lit_rlft.loop.checkpoint import check_file
-from lit_rlft.runs.folder import make_folder, trainer_settings
+from lit_rlft.runs.checkpoint_file import WholeCheckpoints
+from lit_rlft.runs.events import quiet_event_writer
+from lit_rlft.runs.files import disk_trouble
+from lit_rlft.runs.folder import give_folder, make_folder, trainer_settings
 
 __all__ = ["run"]
 
@@ -45,6 +57,11 @@ class _CLI(LightningCLI):
     """The latest command's config, for errors to name its keys."""
     command: ClassVar[str] = ""
     """The command asked for: a parser for each of the others would take as long to build."""
+
+    lock: ClassVar[ExitStack] = ExitStack()
+    """Holds the lock of a fit's folder until the command is over."""
+    written: ClassVar[Path] = Path()
+    """The run's folder, for errors of a disk that takes no more."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -70,11 +87,16 @@ class _CLI(LightningCLI):
         # The base class warns wherever arguments are given, which here they always are.
         self.config = parser.parse_args(args)
         own = _CLI.parsed = self.config[self.config.subcommand]
-        check_file(own.ckpt_path)
+        check_domains(own.as_dict())
+        own.ckpt_path = choose(own, self.config.subcommand)
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the settings to the user: the base class takes a checkpoint's over them."""
 
     def before_instantiate_classes(self) -> None:
         config = self.config[str(self.subcommand)]
-        self.folder = make_folder(config, str(self.subcommand))
+        self.folder = make_folder(config, str(self.subcommand), _CLI.lock)
+        _CLI.written = self.folder
         if self.subcommand == "predict":
             config.return_predictions = False  # they are written as they come
         elif self.subcommand in ("validate", "test"):
@@ -91,15 +113,28 @@ class _CLI(LightningCLI):
         own = own if isinstance(own, list) else [own]
         shown, bars = progress(own, given["enable_progress_bar"])
         settings = trainer_settings(given, self.folder) | {
-            "callbacks": [*own, *shown, Facts()],
+            "callbacks": [*own, *shown, Facts(), LeftOut(), Monitored()],
             "enable_progress_bar": bars,
         }
         trainer = super().instantiate_trainer(**settings, **kwargs)
-        # Of several processes the others would not come to the barrier of a save.
+        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+            raise UsageError(
+                "trainer.strategy must be ddp, or auto: the others split the weights, of which the "
+                "reference, the clipping of gradients and checkpoints need all"
+            )
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeCheckpoints()
+        give_folder(trainer, self.folder)
         for callback in trainer.checkpoint_callbacks:
-            if isinstance(callback, ModelCheckpoint) and trainer.world_size == 1:
-                callback.save_on_exception = True
+            if isinstance(callback, ModelCheckpoint):
+                # Else it would be the first logger's, wherever that writes.
+                callback.dirpath = callback.dirpath or str(self.folder / "checkpoints")
         return trainer
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        settings = super()._prepare_subcommand_kwargs(subcommand)
+        path = settings["ckpt_path"]
+        return settings | {"ckpt_path": None if path == NONE else path}
 
 
 def run(words: Sequence[str]) -> None:
@@ -111,14 +146,17 @@ def run(words: Sequence[str]) -> None:
     _CLI.parsed, _CLI.command = None, words[0] if words and words[0] in _ABOUT else ""
     jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     try:
-        _run(list(words))
+        with ExitStack() as _CLI.lock, quiet_event_writer(), ended_by_signals():
+            _run(list(words))
     except Exception as error:
-        reason = sentence(error, _CLI.parsed)
-        if reason is None:
+        reason = disk_trouble(error, _CLI.written, "then run the same command again")
+        reason = sentence(error, _CLI.parsed) or reason
+        message = own_frames(error) if reason is None else f"lit-rlft: error: {reason}"
+        if message is None:
             raise
         if _CLI.parsed is not None and sys.stderr.isatty():
             print(file=sys.stderr)  # below what a progress bar has left
-        raise SystemExit(f"lit-rlft: error: {reason}") from error
+        raise SystemExit(message) from error
 
 
 def _run(words: list[str]) -> None:

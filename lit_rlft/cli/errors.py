@@ -1,16 +1,22 @@
 """Errors as sentences, with the keys that a user typed or can type."""
 
-from collections.abc import Iterator, Mapping
+import re
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf.errors import OmegaConfBaseException
 
+from lit_rlft.cli.parsing import is_users, parser_sentence, short
 from lit_rlft.core.checks import BadArgument, UsageError
 
-__all__ = ["sentence"]
+__all__ = ["own_frames", "sentence"]
 
 _PLAIN = {
+    "Architecture": "pipeline.init_args.architecture",
     "FixedPoint": "model.init_args.solver",
     "LoRA": "model.init_args.lora",
     "Sampler": "model.init_args.sampler",
@@ -35,11 +41,93 @@ def sentence(error: Exception, config: Namespace | None = None) -> str | None:
             return _with_key(cause, config)
         if isinstance(cause, UsageError):
             return str(cause)
-    if not isinstance(error, ArgumentError | MisconfigurationException):
+        if isinstance(cause, OmegaConfBaseException):
+            return _interpolation(cause)
+    if isinstance(error, ArgumentError) and config is None:
+        return parser_sentence(causes)
+    if unborn := _unborn(causes):
+        return unborn
+    if memory := _memory(causes):
+        return memory
+    return _settings(causes, config)
+
+
+def _interpolation(error: OmegaConfBaseException) -> str:
+    """Return the sentence on a reference ${...} that leads nowhere."""
+    problem = str(error).partition("\n")[0]
+    key = str(error.full_key or "").partition(".")[2]
+    return short(f"{key or 'a config'}: {problem}; refer to a key that has a value", 250)
+
+
+def _memory(causes: Sequence[BaseException]) -> str | None:
+    """Return the sentence on a size for which there is no memory."""
+    for cause in causes:
+        text = str(cause)
+        if isinstance(cause, MemoryError) or re.search(
+            "out of memory|can't allocate memory|not enough memory|Storage size calculation", text
+        ):
+            wanted = re.search(r"(?:tried|tries) to allocate ([\d.]+ \w+)", text)
+            size = f" (for {wanted.group(1)})" if wanted else ""
+            return (
+                f"out of memory{size}; lower the sizes, such as data.init_args.batch_size, "
+                "model.init_args.num_candidates, sampling_batch_size or microbatch_size"
+            )
+    return None
+
+
+_UNBORN = re.compile(
+    r"before Module.__init__\(\) call|'(\w+)' object has no attribute "
+    r"'(?:_modules|_parameters|_buffers|prepare_data_per_node|_log_hyperparams|automatic_opt\w+)'"
+)
+
+
+def _unborn(causes: Sequence[BaseException]) -> str | None:
+    """Return the sentence on a class whose `__init__` does not call that of its base."""
+    for cause in reversed(causes):
+        if isinstance(cause, AttributeError) and (found := _UNBORN.search(str(cause))):
+            paths = re.findall(r"given class_path '([\w.]+)'", " ".join(map(str, causes)))
+            name = found.group(1) or (paths[-1] if paths else "a class of yours")
+            return f"{name}: its __init__ must begin with super().__init__()"
+    return None
+
+
+def _settings(causes: Sequence[BaseException], config: Namespace | None) -> str | None:
+    """Return the sentence on a setting of the trainer that Lightning refuses."""
+    error = causes[0]
+    frames = traceback.extract_tb(error.__traceback__)
+    misused = isinstance(error, MisconfigurationException)
+    if not misused and not (isinstance(error, ValueError | TypeError) and _lightnings(frames)):
         return None
-    # The innermost of these says what the parser's list of all alternatives buries.
-    texts = [str(error), *(t for t in map(str, causes) if t.startswith("Problem with given class"))]
-    return " ".join(texts[-1].split())
+    text = short(str(error), 200)
+    if "not in bounds" in text:
+        return f"seed_everything: {text}"
+    if "gpu backend" in text:
+        return f"trainer.accelerator: {text} Choose cpu or auto"
+    for group in ("trainer", "checkpoint"):
+        known = [] if config is None or group not in config else list(config[group].as_dict())
+        places = {name: re.search(rf"\b{name}\b", text) for name in known}
+        if named := [(found.start(), name) for name, found in places.items() if found]:
+            return f"{group}.{min(named)[1]}: {text}"
+    return text if misused else None
+
+
+def _lightnings(frames: traceback.StackSummary) -> bool:
+    return bool(frames) and "/lightning/" in frames[-1].filename
+
+
+def own_frames(error: BaseException) -> str | None:
+    """Return what an error of the user's own code came through, and a sentence; None for others.
+
+    The last line is the sentence; above it are the last frames in the user's files.
+    """
+    while error.__cause__ is not None:  # what the parser wraps
+        error = error.__cause__
+    own = [f for f in traceback.extract_tb(error.__traceback__) if is_users(f.filename)]
+    if not own:
+        return None
+    shown = "".join(traceback.format_list(own[-3:]))
+    place = f"{Path(own[-1].filename).name}, line {own[-1].lineno}, in {own[-1].name}"
+    return f"{shown}lit-rlft: error: {short(f'{type(error).__name__}: {error}', 180)} ({place})"
 
 
 def _with_key(error: BadArgument, config: Namespace) -> str:

@@ -9,7 +9,7 @@ from lit_rlft.cli import listing
 from lit_rlft.cli.names import with_class_paths
 from lit_rlft.cli.paths import with_config_files
 from lit_rlft.cli.quiet import quieten
-from lit_rlft.cli.words import nearest
+from lit_rlft.cli.words import configs_first, nearest
 from lit_rlft.core.checks import UsageError
 
 __all__ = ["HELP", "main"]
@@ -20,7 +20,7 @@ HELP = """\
 lit-rlft fine-tunes pretrained diffusion and flow models with rewards.
 
   lit-rlft fit      --config DOMAIN --config ALGORITHM [--config TRAINER] [--any.key VALUE]
-  lit-rlft validate|test|predict  the same, and --ckpt_path runs/NAME/checkpoints/last.ckpt
+  lit-rlft validate|test|predict  the same; takes the run's last checkpoint, or --ckpt_path FILE
   lit-rlft list     [algorithms|domains|rewards|metrics|selections|configs] [--domain NAME]
 
 Commands
@@ -32,13 +32,13 @@ Commands
 
 Examples
   lit-rlft fit --config shapes --config p_graft --name demo
-  lit-rlft test --config shapes --config p_graft --name demo \\
-      --ckpt_path runs/demo/checkpoints/last.ckpt
+  lit-rlft test --config shapes --config p_graft --name demo
 
   lit-rlft fit --config shapes --config drtune --reward CLIPScore --trainer.max_epochs 2
 
 A config is a YAML file or the name of one that comes with the package (`lit-rlft list configs`;
-a file here of that name wins). Later ones win over earlier ones, options over both.
+a file here of that name wins). Later ones win over earlier ones, options over both,
+wherever they stand.
 A class is given by its name, or by its path, such as my_module.MyReward.
 
 See the options of a class with   lit-rlft fit --model.help PGRAFT
@@ -63,6 +63,8 @@ def main(args: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # the reader has read enough, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     except UsageError as error:
         raise SystemExit(f"lit-rlft: error: {error}") from error
 
@@ -93,7 +95,7 @@ def _command(words: list[str]) -> None:
     quieten()
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # classes of the user's own, as `python` finds them
-    words = with_class_paths(with_config_files(words))
+    words = with_class_paths(with_config_files(configs_first(words)))
     from lit_rlft.cli.app import run  # seconds, which no other command should take
 
     run(words)

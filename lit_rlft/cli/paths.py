@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from lit_rlft.cli.config_text import check_config
 from lit_rlft.cli.words import nearest, options, rewritten
 from lit_rlft.core.checks import UsageError
 
@@ -28,7 +29,14 @@ def with_config_files(words: Sequence[str]) -> list[str]:
     words = [_installed(word) for word in words]
     for option in options(words):
         if option.key == "config":
-            words = rewritten(words, option, config_file(option.value))
+            path = config_file(option.value)
+            if Path(path).is_file():
+                check_config(path)
+            elif path.endswith((".yaml", ".yml", ".json")) and "\n" not in path:
+                raise UsageError(
+                    f"--config {path} does not exist; `lit-rlft list configs` has ours"
+                )
+            words = rewritten(words, option, path)
     return words
 
 

@@ -33,6 +33,8 @@ _WARNINGS = (
     "GPU available but not used",  # the configs say which device
     r"It is recommended to use `self\.log\(.*sync_dist=True\)`",  # values are gathered before
     r"Using `DistributedSampler` with the dataloaders",  # rows are shared out without repeats
+    # its counters start anew where other settings say when it saves
+    r"Be aware that when using `ckpt_path`, callbacks .*: \[\"LastCheckpoint\{[^\"]*\"\]",
     "Checkpoint directory .* exists and is not empty",  # after a run was resumed
     r"Trying to infer the `batch_size` from an ambiguous collection",
 )

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-__all__ = ["Option", "nearest", "options", "rewritten"]
+__all__ = ["Option", "configs_first", "nearest", "options", "rewritten"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,23 @@ def options(words: Sequence[str]) -> list[Option]:
         elif i + 1 < len(words) and not words[i + 1].startswith("--"):
             found.append(Option(key, words[i + 1], i + 1))
     return found
+
+
+def configs_first(words: Sequence[str]) -> list[str]:
+    """Return a command's words with its configs before its options, each in their own order.
+
+    The parser reads from left to right: a config would undo the options before it.
+    """
+    configs, others = [], list(words[:1])
+    rest = iter(words[1:])
+    for word in rest:
+        if word in ("--config", "-c"):
+            configs += [word, *([value] if (value := next(rest, None)) is not None else [])]
+        elif word.startswith(("--config=", "-c=")):
+            configs.append(word)
+        else:
+            others.append(word)
+    return [*others[:1], *configs, *others[1:]]
 
 
 def rewritten(words: Sequence[str], option: Option, value: str) -> list[str]:

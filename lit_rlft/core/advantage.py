@@ -14,14 +14,15 @@ References:
     DeepSeekMath (Shao et al., 2024; groups), https://arxiv.org/abs/2402.03300
 """
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lit_rlft.core.checks import BadArgument, UsageError
+from lit_rlft.core.checks import BadArgument, UsageError, at_least
 
 __all__ = [
     "Advantage",
@@ -62,11 +63,11 @@ class Advantage(ABC):
         advantages = advantages.where(rewards.isfinite() & (std > 0), 0)
         return advantages if clip is None else advantages.clamp(-clip, clip)
 
-    def state_dict(self) -> dict[str, list[float]]:
-        """Return the state that a resumed run needs: lists of floats by condition."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the state that a resumed run needs, tensors by name."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Sequence[float]]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
 
 
@@ -94,40 +95,119 @@ class BatchAdvantage(Advantage):
 class RunningAdvantage(BatchAdvantage):
     """Peers are the latest samples of the same condition, those of this round included.
 
-    A condition with few samples so far is compared with all samples of the round instead.
+    A condition with few samples so far is compared with all samples of the round instead. So is
+    one that was forgotten: it starts again like a new one.
 
     Args:
         buffer_size: Rewards remembered per condition; 16 to 32 are usual.
         min_count: Rewards that a condition needs before its own statistics are used.
+        max_conditions: Conditions remembered; after a round those seen longest ago are forgotten.
+            They take 8 * `buffer_size` bytes each and some 150 more, about 40 MB in all by default.
     """
 
-    def __init__(self, buffer_size: int = 32, min_count: int = 16) -> None:
-        if not 2 <= min_count <= buffer_size:
-            rule = f"at least 2 and at most buffer_size ({buffer_size}), got {min_count}"
+    def __init__(
+        self, buffer_size: int = 32, min_count: int = 16, max_conditions: int = 100_000
+    ) -> None:
+        at_least(2, self, buffer_size=buffer_size, min_count=min_count)
+        at_least(1, self, max_conditions=max_conditions)
+        if min_count > buffer_size:
+            rule = f"at most buffer_size ({buffer_size}), got {min_count}"
             raise BadArgument(self, "min_count", f"must be {rule}")
         self.buffer_size, self.min_count = buffer_size, min_count
-        self._buffers: dict[str, deque[float]] = {}
+        self.max_conditions = max_conditions
+        self._slots: dict[int, int] = {}
+        """From conditions, those seen longest ago first, to rows of the buffers."""
+        self._free: list[int] = []
+        self._rewards = torch.empty(0, buffer_size, dtype=torch.float64)
+        self._counts = torch.empty(0, dtype=torch.int64)
 
     def peers(self, rewards: Tensor, conditions: Sequence[str]) -> list[Tensor]:
-        for group, condition in zip(rewards, conditions, strict=True):
-            self._buffer(condition).extend(_finite(group).tolist())
-        batch = super().peers(rewards, conditions)
-        for i, condition in enumerate(conditions):
-            buffer = self._buffer(condition)
-            if len(buffer) >= self.min_count:
-                batch[i] = torch.tensor(list(buffer), dtype=torch.float64)
-        return batch
+        keys = [_key(condition) for condition in conditions]
+        for group, key in zip(rewards, keys, strict=True):
+            self._remember(key, _finite(group))
+        peers = super().peers(rewards, conditions)
+        for i, key in enumerate(keys):
+            own = self._buffer(self._slots[key])
+            if len(own) >= self.min_count:
+                peers[i] = own.clone()
+        while len(self._slots) > self.max_conditions:
+            self._free.append(self._slots.pop(next(iter(self._slots))))
+        return peers
 
-    def state_dict(self) -> dict[str, list[float]]:
-        return {condition: list(buffer) for condition, buffer in self._buffers.items()}
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the conditions' digests [C], their numbers of rewards [C], and all rewards [R].
 
-    def load_state_dict(self, state: Mapping[str, Sequence[float]]) -> None:
-        self._buffers = {}
-        for condition, rewards in state.items():
-            self._buffer(condition).extend(rewards)
+        Rewards are float32 where that changes none of them, float64 otherwise.
+        """
+        slots = torch.tensor([*self._slots.values()], dtype=torch.int64)
+        counts = self._counts[slots]
+        rewards = self._rewards[slots][self._filled(counts)]
+        single = rewards.float()
+        return {
+            "conditions": torch.tensor([*self._slots], dtype=torch.int64),
+            "counts": counts,
+            "rewards": single if torch.equal(single.double(), rewards) else rewards,
+        }
 
-    def _buffer(self, condition: str) -> deque[float]:
-        return self._buffers.setdefault(condition, deque(maxlen=self.buffer_size))
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned, or lists by condition, as older checkpoints."""
+        if not isinstance(state.get("counts"), Tensor):
+            state = _from_lists(state)
+        counts, num = state["counts"], len(state["counts"])
+        # The latest of each condition, where there are more than fit.
+        surplus = (counts - self.buffer_size).clamp(min=0)
+        first = (counts.cumsum(0) - counts).repeat_interleave(counts)
+        places = torch.arange(len(first)) - first
+        rewards = state["rewards"].double()[places >= surplus.repeat_interleave(counts)]
+        self._counts = counts - surplus
+        self._rewards = torch.zeros(num, self.buffer_size, dtype=torch.float64)
+        self._rewards[self._filled(self._counts)] = rewards
+        self._slots = {key: slot for slot, key in enumerate(state["conditions"].tolist())}
+        self._free = []
+
+    def _remember(self, key: int, rewards: Tensor) -> None:
+        """Append rewards to those of a condition, now the one seen last; drop its oldest."""
+        slot = self._slots.pop(key, None)
+        if slot is None:
+            slot = self._new_slot()
+        self._slots[key] = slot
+        latest = torch.cat([self._buffer(slot), rewards])[-self.buffer_size :]
+        self._rewards[slot, : len(latest)] = latest
+        self._counts[slot] = len(latest)
+
+    def _new_slot(self) -> int:
+        if not self._free:
+            num = len(self._counts)
+            more = max(64, min(num // 2, self.max_conditions - num))
+            self._free = list(range(num, num + more))
+            room = self._rewards.new_zeros(more, self.buffer_size)
+            self._rewards = torch.cat([self._rewards, room])
+            self._counts = torch.cat([self._counts, self._counts.new_zeros(more)])
+        slot = self._free.pop()
+        self._counts[slot] = 0
+        return slot
+
+    def _buffer(self, slot: int) -> Tensor:
+        """Return the rewards of a condition, the oldest first."""
+        return self._rewards[slot, : int(self._counts[slot])]
+
+    def _filled(self, counts: Tensor) -> Tensor:
+        return torch.arange(self.buffer_size) < counts.unsqueeze(1)
+
+
+def _key(condition: str) -> int:
+    """Return a digest of a condition's name, which 64-bit integers can hold."""
+    digest = hashlib.blake2b(condition.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True)
+
+
+def _from_lists(rewards: Mapping[str, Sequence[float]]) -> dict[str, Tensor]:
+    flat = [reward for own in rewards.values() for reward in own]
+    return {
+        "conditions": torch.tensor([_key(name) for name in rewards], dtype=torch.int64),
+        "counts": torch.tensor([len(own) for own in rewards.values()], dtype=torch.int64),
+        "rewards": torch.tensor(flat, dtype=torch.float64),
+    }
 
 
 def constant_groups(rewards: Tensor) -> float:

@@ -1,9 +1,21 @@
-"""Errors that the user can fix."""
+"""Errors that the user can fix, and the checks of settings that all classes share."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
-__all__ = ["BadArgument", "UsageError", "loading", "require"]
+__all__ = [
+    "BadArgument",
+    "UsageError",
+    "at_least",
+    "below_one",
+    "finite",
+    "loading",
+    "positive",
+    "require",
+    "within",
+]
 
 
 class UsageError(ValueError):
@@ -19,13 +31,14 @@ class BadArgument(UsageError):
     The command line writes the argument's key in the config in place of class and argument.
 
     Args:
-        owner: Whose argument it is.
+        owner: Whose argument it is: an instance or a class.
         argument: Its name.
         problem: What is wrong with it, and what to do.
     """
 
     def __init__(self, owner: object, argument: str, problem: str) -> None:
-        self.owner, self.argument, self.problem = type(owner).__name__, argument, problem
+        kind = owner if isinstance(owner, type) else type(owner)
+        self.owner, self.argument, self.problem = kind.__name__, argument, problem
         super().__init__(f"{self.owner}: {argument} {problem}")
 
 
@@ -33,6 +46,60 @@ def require(holds: bool, owner: object, argument: str, rule: str) -> None:
     """Raise BadArgument, "<class of owner>: <argument> must be <rule>", unless the rule holds."""
     if not holds:
         raise BadArgument(owner, argument, f"must be {rule}")
+
+
+def finite(owner: object, *names: str, **values: Any) -> None:
+    """Raise BadArgument unless settings of a class are finite numbers.
+
+    Here and in the checks below settings are given by the names of the owner's attributes, or with
+    their values. None passes, and of a list or a mapping each number is checked.
+    """
+    _each(owner, names, values, lambda value: True, "a finite number")
+
+
+def positive(owner: object, *names: str, **values: Any) -> None:
+    """Raise BadArgument unless settings are above 0 and finite."""
+    _each(owner, names, values, lambda value: value > 0, "positive")
+
+
+def at_least(low: float, owner: object, *names: str, **values: Any) -> None:
+    """Raise BadArgument unless settings are `low` or more and finite."""
+    _each(owner, names, values, lambda value: value >= low, f"at least {low}")
+
+
+def within(low: float, high: float, owner: object, *names: str, **values: Any) -> None:
+    """Raise BadArgument unless settings lie in [low, high]."""
+    _each(owner, names, values, lambda value: low <= value <= high, f"in [{low}, {high}]")
+
+
+def below_one(owner: object, *names: str, **values: Any) -> None:
+    """Raise BadArgument unless settings are shares that leave something: in [0, 1)."""
+    _each(owner, names, values, lambda value: 0 <= value < 1, "in [0, 1)")
+
+
+def _each(
+    owner: object,
+    names: tuple[str, ...],
+    values: Mapping[str, Any],
+    holds: Callable[[float], bool],
+    rule: str,
+) -> None:
+    for name, given in {**{name: getattr(owner, name) for name in names}, **values}.items():
+        for value in _numbers(given):
+            # An integer may be larger than any float.
+            known = isinstance(value, int) or math.isfinite(value)
+            require(known and holds(value), owner, name, f"{rule}, got {value}")
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """Iterate over the numbers in a setting; a word, such as the name of a preset, has none."""
+    if isinstance(value, int | float):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _numbers(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _numbers(part)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from lit_rlft.core.checks import require
+from lit_rlft.core.checks import at_least
 from lit_rlft.core.distribution import Distribution, Reduction
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.prior import bounded
@@ -63,8 +63,7 @@ class FlowMLP(nn.Module):
         depth: int = 3,
     ) -> None:
         super().__init__()
-        require(width >= 1, self, "width", f"at least 1, got {width}")
-        require(depth >= 1, self, "depth", f"at least 1, got {depth}")
+        at_least(1, self, num_features=num_features, width=width, depth=depth)
         self.process = _along_arcs(base)
         self.denoiser: nn.Module = _MLP(flatten(blank).shape[1], num_features, width, depth)
         self.denoiser.to(leaves(blank)[0])

@@ -21,6 +21,7 @@ def path_kl(
     times: Tensor,
     tuned: Tensor,
     noise: Generators = None,
+    ends: Tensor | None = None,
 ) -> Tensor:
     """Estimate the KL of the ancestral sampler's paths, policy from reference, in nats, [B].
 
@@ -37,13 +38,15 @@ def path_kl(
         times: [N + 1], the sampler's grid, decreasing.
         tuned: [N] bool, which steps the policy takes; the others count 0.
         noise: One generator per sample, or None for torch's global one.
+        ends: [N], where each step leads (`Process.ends`); None is the grid's next.
     """
     device = leaves(x_0)[0].device
     num_steps, size = len(times) - 1, len(condition)
     uniform = rand_like(torch.empty(size, dtype=torch.float64, device=device), noise)
     steps = (uniform * num_steps).long()
     times, tuned = times.to(device), tuned.to(device)
-    t, s = times[steps], times[steps + 1]
+    ends = times[1:] if ends is None else ends.to(device)
+    t, s = times[steps], ends[steps]
     x_t = process.noised(x_0, times[-1].expand(size), t, noise)
     ours, theirs = (
         process.transition(denoiser(x_t, t, condition), x_t, t, s, eta=1.0)

@@ -21,7 +21,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from lit_rlft.core.checks import require
+from lit_rlft.core.checks import at_least
 from lit_rlft.core.state import State, batch_size, flatten, unflatten
 
 __all__ = ["FixedPoint", "Solution"]
@@ -61,10 +61,8 @@ class FixedPoint:
     memory: int = 5
 
     def __post_init__(self) -> None:
-        require(self.tolerance >= 0, self, "tolerance", f"0 or more, got {self.tolerance}")
-        iterations = self.max_iterations
-        require(iterations >= 1, self, "max_iterations", f"at least 1, got {iterations}")
-        require(self.memory >= 0, self, "memory", f"0 or more, got {self.memory}")
+        at_least(0, self, "tolerance", "memory")
+        at_least(1, self, "max_iterations")
 
     def solve(self, function: Callable[[State, Tensor], State], start: State) -> Solution:
         """Iterate from `start` until every sample is done or out of iterations.

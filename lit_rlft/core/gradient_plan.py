@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lit_rlft.core.checks import BadArgument, UsageError
+from lit_rlft.core.checks import BadArgument, UsageError, at_least
 
 __all__ = ["AlignProp", "DRTune", "DRaFT", "DRaFTLV", "GradientMethod", "GradientPlan", "ReFL"]
 
@@ -70,6 +70,7 @@ class DRTune(GradientMethod):
     """
 
     def __init__(self, k: int = 2, m: int = 11, detach_input: bool = True) -> None:
+        at_least(1, self, k=k, m=m)
         self.k, self.m, self.detach_input = k, m, detach_input
 
     def draw(self, num_steps: int, generator: torch.Generator) -> GradientPlan:
@@ -100,6 +101,7 @@ class DRaFT(GradientMethod):
     """
 
     def __init__(self, k: int = 1) -> None:
+        at_least(1, self, k=k)
         self.k = k
 
     def draw(self, num_steps: int, generator: torch.Generator) -> GradientPlan:
@@ -122,14 +124,14 @@ class DRaFTLV(GradientMethod):
     """
 
     def __init__(self, num_copies: int = 2) -> None:
+        at_least(1, self, num_copies=num_copies)
         self.num_copies = num_copies
 
     def draw(self, num_steps: int, generator: torch.Generator) -> GradientPlan:
         return GradientPlan(frozenset(), num_copies=self.num_copies)
 
     def check(self, num_steps: int) -> None:
-        if self.num_copies < 1:
-            raise self._error("num_copies", self.num_copies, "at least 1 copy")
+        """Any number of steps will do."""
 
 
 class AlignProp(GradientMethod):
@@ -145,6 +147,7 @@ class AlignProp(GradientMethod):
     """
 
     def __init__(self, min_steps: int = 1, max_steps: int | None = None) -> None:
+        at_least(1, self, min_steps=min_steps, max_steps=max_steps)
         self.min_steps, self.max_steps = min_steps, max_steps
 
     def draw(self, num_steps: int, generator: torch.Generator) -> GradientPlan:
@@ -173,6 +176,7 @@ class ReFL(GradientMethod):
     detach_input = True
 
     def __init__(self, m: int = 6) -> None:
+        at_least(1, self, m=m)
         self.m = m
 
     def draw(self, num_steps: int, generator: torch.Generator) -> GradientPlan:

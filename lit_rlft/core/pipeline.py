@@ -162,6 +162,17 @@ class Pipeline(nn.Module, ABC):
         """
         return None
 
+    def check_states(self) -> None:
+        """Check, before training starts, that `states` can encode data.
+
+        Raises:
+            UsageError: It cannot.
+        """
+        if type(self).states is Pipeline.states:
+            raise UsageError(
+                f"{type(self).__name__} does not encode data samples; Pretrain cannot train it"
+            )
+
     def states(self, batch: Batch) -> State:
         """Return x_0 for the data in a batch.
 
@@ -169,9 +180,7 @@ class Pipeline(nn.Module, ABC):
             NotImplementedError: The domain's pipeline does not encode data.
             UsageError: The batch has conditions alone (`column`).
         """
-        raise NotImplementedError(
-            f"{type(self).__name__} does not encode data samples; Pretrain cannot train it"
-        )
+        raise NotImplementedError(f"{type(self).__name__} does not encode data samples")
 
     def describe(self, entry: Mapping[str, Any]) -> str:
         """Return the label of a sample's picture, given its condition's record."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from lit_rlft.core.checks import require
+from lit_rlft.core.checks import at_least
 from lit_rlft.core.distribution import Gaussian
 
 __all__ = ["FullResolution", "LowRank", "LowResolution", "Maps", "NoisePolicy", "bounded"]
@@ -58,7 +58,7 @@ class LowResolution(Maps):
     """
 
     def __init__(self, size: int = 4) -> None:
-        require(size >= 1, self, "size", f"at least 1, got {size}")
+        at_least(1, self, size=size)
         self.size = size
 
     def head(self, width: int, shape: Sequence[int]) -> nn.Module:
@@ -77,7 +77,7 @@ class LowRank(Maps):
     """
 
     def __init__(self, rank: int = 8) -> None:
-        require(rank >= 1, self, "rank", f"at least 1, got {rank}")
+        at_least(1, self, rank=rank)
         self.rank = rank
 
     def head(self, width: int, shape: Sequence[int]) -> nn.Module:
@@ -105,7 +105,7 @@ class NoisePolicy(nn.Module):
         conditional: bool = True,
     ) -> None:
         super().__init__()
-        require(width >= 1, self, "width", f"at least 1, got {width}")
+        at_least(1, self, num_features=num_features, width=width)
         self.num_features, self.shape = num_features, tuple(shape)
         self.maps, self.width, self.conditional = maps, width, conditional
         self.trunk = nn.Sequential(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lit_rlft.core.checks import UsageError, require
+from lit_rlft.core.checks import UsageError, at_least, require, within
 from lit_rlft.core.fixed_point import FixedPoint
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.process import Process
@@ -17,6 +17,10 @@ __all__ = ["Denoiser", "Inverted", "Sampler", "walk"]
 
 Denoiser = Callable[[State, Tensor, Condition], State]
 """(x_t, t [B], condition) -> prediction."""
+
+
+_MOST_STEPS = 100_000
+"""Far more steps than any sampler needs; a slip of the keyboard would never end."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,9 @@ class Sampler:
     eta: float = 0.0
 
     def __post_init__(self) -> None:
-        require(self.num_steps >= 1, self, "num_steps", f"at least 1, got {self.num_steps}")
-        require(0 <= self.eta <= 1, self, "eta", f"in [0, 1], got {self.eta}")
+        at_least(1, self, "num_steps")
+        within(1, _MOST_STEPS, self, "num_steps")
+        within(0, 1, self, "eta")
 
     def sample(
         self,
@@ -63,7 +68,8 @@ class Sampler:
     ) -> State:
         """Return x_0 of the trajectories that start at `x_1`."""
         times = process.times(self.num_steps)
-        *_, (_, x_0) = walk(denoiser, process, x_1, condition, times, self.eta, noise)
+        ends = process.ends(self.num_steps)
+        *_, (_, x_0) = walk(denoiser, process, x_1, condition, times, self.eta, noise, ends)
         return x_0
 
     def invert(
@@ -84,16 +90,15 @@ class Sampler:
         """
         if not process.invertible:
             raise UsageError(
-                f"the sampler of a {type(process).__name__} cannot be inverted: its steps draw "
-                "from distributions, and samples do not tell their noise; use a pipeline with a "
-                "continuous state"
+                f"the sampler of a {type(process).__name__} cannot be inverted: {process.one_way}"
             )
         require(not self.eta, self, "eta", "0: a sampler that draws noise has no inverse")
         x, times = x_0, process.times(self.num_steps).to(leaves(x_0)[0].device)
+        ends = process.ends(self.num_steps).to(times)
         residuals = torch.zeros(batch_size(x_0), device=times.device)
         iterations = torch.zeros_like(residuals, dtype=torch.int64)
         for i in reversed(range(self.num_steps)):
-            back = _backward_euler(denoiser, process, x, condition, times[i], times[i + 1])
+            back = _backward_euler(denoiser, process, x, condition, times[i], ends[i])
             solution = (solver or FixedPoint()).solve(back, x)
             x, iterations = solution.state, iterations + solution.iterations
             residuals = residuals.maximum(solution.residuals.to(residuals))
@@ -108,6 +113,7 @@ def walk(
     times: Tensor,
     eta: float,
     noise: Generators = None,
+    ends: Tensor | None = None,
 ) -> Iterator[tuple[int, State]]:
     """Iterate over (i, x at times[i]) from the start, i = 0, to the data, i = num_steps.
 
@@ -119,12 +125,14 @@ def walk(
         times: [num_steps + 1], decreasing.
         eta: Noise of the transitions.
         noise: One generator per sample, or None for torch's global one.
+        ends: [num_steps], where each step leads (`Process.ends`); None is the grid's next.
     """
     x, size = x_1, batch_size(x_1)
     times = times.to(leaves(x_1)[0].device)
+    ends = times[1:] if ends is None else ends.to(times)
     yield 0, x
     for i in range(len(times) - 1):
-        t, s = times[i].expand(size), times[i + 1].expand(size)
+        t, s = times[i].expand(size), ends[i].expand(size)
         transition = process.transition(denoiser(x, t, condition), x, t, s, eta)
         x = transition.mean if eta == 0 and process.differentiable else transition.rsample(noise)
         yield i + 1, x

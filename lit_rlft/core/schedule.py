@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, below_one, finite, positive, require
 
 __all__ = ["CosineVP", "DiscreteVP", "PolynomialVP", "RectifiedFlow", "Schedule", "vp_betas"]
 
@@ -25,7 +25,14 @@ Spacing = Literal["leading", "trailing", "linspace"]
 
 
 class Schedule(nn.Module, ABC):
-    """The signal scale alpha_t and the noise scale sigma_t, and the sampler's grid of times."""
+    """The signal scale alpha_t and the noise scale sigma_t, and the sampler's grid of times.
+
+    Attributes:
+        start_scale: Standard deviation of a sampler's first state; 1 unless a scheduler of
+            diffusers starts otherwise.
+    """
+
+    start_scale: float = 1.0
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
@@ -42,6 +49,13 @@ class Schedule(nn.Module, ABC):
     def times(self, num_steps: int) -> Tensor:
         """Return the sampler's grid [num_steps + 1], decreasing from noise to data, float64."""
         return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+
+    def ends(self, num_steps: int) -> Tensor:
+        """Return the level that each step leads to, [num_steps], float64: the next of the grid.
+
+        A schedule that steps past its own grid, as diffusers' DDIM can, says so here.
+        """
+        return self.times(num_steps)[1:]
 
     def draw_times(self, uniform: Tensor, low: float = 0.0) -> Tensor:
         """Map uniform numbers in [0, 1) to training times in (low, 1], float64.
@@ -63,6 +77,9 @@ class DiscreteVP(Schedule):
         steps_offset: Added to every timestep for "leading" spacing.
         ends_at_zero: Whether the last step goes to t = 0 exactly ("set_alpha_to_one"); otherwise
             it ends at table index 0, the level 1 / T, and that state is taken for data.
+        strides: Whether every step leads T // num_steps entries down, as diffusers' DDIM does,
+            wherever the next timestep lies; otherwise to the next timestep. The two agree for
+            "leading", and for "trailing" where num_steps divides T.
     """
 
     def __init__(
@@ -72,6 +89,7 @@ class DiscreteVP(Schedule):
         spacing: Spacing = "leading",
         steps_offset: int = 0,
         ends_at_zero: bool = True,
+        strides: bool = False,
     ) -> None:
         super().__init__()
         # cumprod in the dtype of the betas: diffusers' tables are float32 and must be met exactly.
@@ -79,6 +97,7 @@ class DiscreteVP(Schedule):
         table = torch.cat([torch.ones(1, dtype=torch.float64), alphas_bar.cpu()])
         self.register_buffer("alpha_bar", table, persistent=False)
         self.spacing, self.steps_offset, self.ends_at_zero = spacing, steps_offset, ends_at_zero
+        self.strides = strides
 
     alpha_bar: Tensor
 
@@ -116,23 +135,49 @@ class DiscreteVP(Schedule):
         return self.alpha_bar[below] ** (1 - share) * self.alpha_bar[below + 1] ** share
 
     def times(self, num_steps: int) -> Tensor:
+        starts = (self.timesteps(num_steps) + 1) / self.num_levels
+        if self.strides:
+            return torch.cat([starts, self.ends(num_steps)[-1:]])
+        # Where the timesteps end at 0, the level that not ends_at_zero asks for, the last step
+        # changes nothing; diffusers takes it, and so do we, to visit the same states.
+        return torch.cat([starts, self._last()])
+
+    def ends(self, num_steps: int) -> Tensor:
+        if not self.strides:
+            return super().ends(num_steps)
+        below = self.timesteps(num_steps) - self.num_levels // num_steps
+        return ((below + 1) / self.num_levels).where(below >= 0, self._last())
+
+    def timesteps(self, num_steps: int) -> Tensor:
+        """Return the table indices that a sampler visits, [num_steps], decreasing, float64.
+
+        Raises:
+            UsageError: The table has fewer levels, or the spacing leads past its ends.
+        """
         total = self.num_levels
         if not 1 <= num_steps <= total:
             raise UsageError(
                 f"num_steps must be in [1, {total}] for this schedule, got {num_steps}"
             )
-        steps = torch.arange(num_steps, dtype=torch.float64)
         if self.spacing == "leading":
+            steps = torch.arange(num_steps, dtype=torch.float64)
             timesteps = (steps * (total // num_steps)).flip(0) + self.steps_offset
+            if timesteps[0] > total - 1:
+                raise UsageError(
+                    f"num_steps {num_steps} with steps_offset {self.steps_offset} leads beyond "
+                    f"this schedule's {total} levels; take at most {total // 2} steps"
+                )
         elif self.spacing == "trailing":
-            timesteps = (total - steps * total / num_steps).round() - 1
+            timesteps = _trailing(total, num_steps)
         else:
-            timesteps = torch.linspace(0, total - 1, num_steps, dtype=torch.float64).round().flip(0)
-        timesteps = timesteps.clamp(max=total - 1)
-        # Where the timesteps end at 0, the level that not ends_at_zero asks for, the last step
-        # changes nothing; diffusers takes it, and so do we, to visit the same states.
-        last = torch.tensor([-1.0 if self.ends_at_zero else 0.0], dtype=torch.float64)
-        return (torch.cat([timesteps, last]) + 1) / total
+            steps = torch.arange(num_steps, dtype=torch.float64)
+            timesteps = (steps * ((total - 1) / max(num_steps - 1, 1))).round().flip(0)
+        return timesteps
+
+    def _last(self) -> Tensor:
+        """Return the level of the samples, [1]."""
+        level = 0.0 if self.ends_at_zero else 1 / self.num_levels
+        return torch.tensor([level], dtype=torch.float64)
 
     def draw_times(self, uniform: Tensor, low: float = 0.0) -> Tensor:
         """Map uniform numbers to table levels above `low`, each equally likely."""
@@ -150,8 +195,7 @@ class CosineVP(Schedule):
 
     def __init__(self, min_alpha: float = 0.0) -> None:
         super().__init__()
-        if not 0 <= min_alpha < 1:
-            raise UsageError(f"min_alpha must be in [0, 1), got {min_alpha}")
+        below_one(self, min_alpha=min_alpha)
         self.angle = math.acos(min_alpha)
 
     def alpha(self, t: Tensor) -> Tensor:
@@ -179,10 +223,8 @@ class PolynomialVP(Schedule):
 
     def __init__(self, power: float = 2.0, precision: float = 1e-5) -> None:
         super().__init__()
-        if power <= 0 or not 0 < precision < 0.5:
-            raise UsageError(
-                f"power must be above 0 and precision in (0, 0.5), got {power} and {precision}"
-            )
+        positive(self, power=power, precision=precision)
+        require(precision < 0.5, self, "precision", f"below 0.5, got {precision}")
         self.power, self.precision = power, precision
 
     def alpha(self, t: Tensor) -> Tensor:
@@ -219,10 +261,9 @@ class RectifiedFlow(Schedule):
         last: float | None = None,
     ) -> None:
         super().__init__()
-        if shift <= 0:
-            raise UsageError(f"shift must be positive, got {shift}")
-        if last is not None and not 0 < last < 1:
-            raise UsageError(f"last must be between 0 and 1, got {last}")
+        positive(self, shift=shift)
+        finite(self, logit_normal=logit_normal)
+        require(last is None or 0 < last < 1, self, "last", f"between 0 and 1, got {last}")
         if logit_normal is not None and (len(logit_normal) != 2 or logit_normal[1] <= 0):
             raise UsageError(
                 "logit_normal must be a mean and a standard deviation above 0, got "
@@ -254,6 +295,22 @@ class RectifiedFlow(Schedule):
 
     def _shifted(self, t: Tensor) -> Tensor:
         return self.shift * t / (1 + (self.shift - 1) * t)
+
+
+def _trailing(total: int, num_steps: int) -> Tensor:
+    """Return round(T - i T / N) - 1 in the arithmetic of numpy's `arange`, diffusers' own.
+
+    Where T / N is not exact its rounding decides ties, and whether there is one number too many.
+    """
+    step = total / num_steps
+    if math.ceil(total / step) != num_steps:
+        fits = [n for n in range(1, num_steps) if math.ceil(total / (total / n)) == n]
+        raise UsageError(
+            f"num_steps {num_steps} does not work with timestep_spacing 'trailing': rounding gives "
+            f"diffusers one timestep more, below the table; take {fits[-1]}"
+        )
+    steps = torch.arange(num_steps, dtype=torch.float64)
+    return (total + steps * ((total - step) - total)).round() - 1
 
 
 def vp_betas(

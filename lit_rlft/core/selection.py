@@ -17,7 +17,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
-from lit_rlft.core.checks import BadArgument, UsageError, require
+from lit_rlft.core.checks import BadArgument, UsageError, at_least, finite, positive
 from lit_rlft.core.randomness import Generators, rand_like
 
 __all__ = [
@@ -65,7 +65,7 @@ class TopK(Selection):
     """
 
     def __init__(self, k: int = 1) -> None:
-        require(k >= 1, self, "k", f"at least 1, got {k}")
+        at_least(1, self, k=k)
         self.k = k
 
     def check(self, num_candidates: int) -> None:
@@ -111,6 +111,7 @@ class Threshold(Selection):
     """
 
     def __init__(self, minimum: float = 1.0) -> None:
+        finite(self, minimum=minimum)
         self.minimum = minimum
 
     def __call__(
@@ -128,7 +129,8 @@ class Classical(Selection):
     """
 
     def __init__(self, alpha: float = 1.0, r_max: float = 1.0) -> None:
-        require(alpha > 0, self, "alpha", f"above 0, got {alpha}")
+        positive(self, alpha=alpha)
+        finite(self, r_max=r_max)
         self.alpha, self.r_max = alpha, r_max
 
     def __call__(

@@ -45,6 +45,7 @@ def walk_with_log_probs(
     *,
     dtype: torch.dtype | None = None,
     reduction: Reduction = "mean",
+    ends: Tensor | None = None,
 ) -> Iterator[tuple[State, Tensor | None]]:
     """Iterate over (x, log-probability [B] of the step that led to it), from x_1 with None.
 
@@ -58,12 +59,14 @@ def walk_with_log_probs(
         noise: One generator per sample, or None for torch's global one.
         dtype: Floating type that every state is rounded to; None takes x_1's own.
         reduction: Over the dimensions of a state.
+        ends: [num_steps], where each step leads (`Process.ends`); None is the grid's next.
     """
     x, size = rounded(x_1, x_1, dtype), batch_size(x_1)
     times = times.to(leaves(x_1)[0].device)
+    ends = times[1:] if ends is None else ends.to(times)
     yield x, None
     for i in range(len(times) - 1):
-        t, s = times[i].expand(size), times[i + 1].expand(size)
+        t, s = times[i].expand(size), ends[i].expand(size)
         transition = transition_of(denoiser, process, x, t, s, condition, eta)
         x = rounded(transition.rsample(noise), x_1, dtype)
         yield x, transition.log_prob(x, reduction)
@@ -77,15 +80,22 @@ class Trajectories:
         times: [T + 1], the sampler's grid.
         steps: The S trained steps, numbers in [0, T).
         dtype: Floating type of the kept states; None takes that of the states given.
+        ends: [T], where each step leads (`Process.ends`); None is the grid's next.
 
     Attributes:
         steps: The trained steps in order.
     """
 
     def __init__(
-        self, num: int, times: Tensor, steps: Iterable[int], dtype: torch.dtype | None = None
+        self,
+        num: int,
+        times: Tensor,
+        steps: Iterable[int],
+        dtype: torch.dtype | None = None,
+        ends: Tensor | None = None,
     ) -> None:
         self.num, self.times, self.dtype = num, times, dtype
+        self.ends = times[1:] if ends is None else ends
         self.steps = sorted(set(steps))
         needed = sorted({i + end for i in self.steps for end in (0, 1)})
         self._slots = {i: slot for slot, i in enumerate(needed)}
@@ -130,9 +140,14 @@ class Trajectories:
             "x_t": self._read(slots, samples),
             "x_s": self._read(slots + 1, samples),  # the next state has the next slot
             "t": self.times[steps].to(device),
-            "s": self.times[steps + 1].to(device),
+            "s": self.ends[steps].to(device),
             "log_prob": self.log_probs[places, samples],
         }
+
+    def replace_log_probs(self, places: Tensor, samples: Tensor, values: Tensor) -> None:
+        """Set the log-probabilities of some pairs, [P], counted as in `pairs`."""
+        device = self.log_probs.device
+        self.log_probs[places.to(device), samples.to(device)] = values.to(self.log_probs)
 
     @property
     def num_bytes(self) -> int:

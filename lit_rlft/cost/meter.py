@@ -1,7 +1,7 @@
 """Who pays for what is computed: training, an evaluation, or nobody."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,9 +18,13 @@ from lit_rlft.cost.counters import (
 
 __all__ = ["Meter"]
 
+_COUNTS = ("denoiser_calls", "prior_calls", "reward_calls", "flops")
+
 
 class Meter:
     """The counters of training, and those that count at present.
+
+    Processes need not spend the same, so what the others have spent is told at the end of a round.
 
     Attributes:
         training: What training has spent on this process, also before it was resumed.
@@ -31,6 +35,7 @@ class Meter:
     def __init__(self) -> None:
         self.training = self.current = Cost()
         self.flops_per_call = 0
+        self._others = dict.fromkeys(_COUNTS, 0)
         self._started = self._seconds_before = 0.0
 
     def watch(self, pipeline: Pipeline, trained: nn.Module, reference: nn.Module) -> None:
@@ -53,21 +58,49 @@ class Meter:
         self.current, self._started = self.training, time.monotonic()
         self._seconds_before = self.training.seconds
 
-    def end_round(self) -> None:
-        """Note how long training has taken so far."""
-        self.training.seconds = self._seconds_before + time.monotonic() - self._started
+    def counts(self) -> dict[str, int]:
+        """Return what the present bill has counted on this process, by name."""
+        return {name: getattr(self.current, name) for name in _COUNTS}
 
-    def spent(self, num_samples: int, world_size: int) -> dict[str, int]:
+    def end_round(self, everyone: Sequence[Mapping[str, int]]) -> None:
+        """Note how long training has taken so far, and what all processes have spent.
+
+        Args:
+            everyone: The `counts` of every process.
+        """
+        self.training.seconds = self._seconds_before + time.monotonic() - self._started
+        own = self.counts()
+        self._others = {n: sum(part[n] for part in everyone) - own[n] for n in _COUNTS}
+
+    def total(self, count: str) -> int:
+        """Return what training has spent over all processes.
+
+        Args:
+            count: "denoiser_calls", "prior_calls", "reward_calls" or "flops".
+        """
+        return int(getattr(self.training, count)) + self._others[count]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what training has spent over all processes, and its seconds, for a checkpoint."""
+        return {**self.training.as_dict(), **{name: self.total(name) for name in _COUNTS}}
+
+    def restore(self, cost: Mapping[str, Any], *, first: bool) -> None:
+        """Go on from what `as_dict` returned.
+
+        Args:
+            cost: What all processes had spent.
+            first: Whether this is the process that takes it on.
+        """
+        taken = cost if first else {**cost, **dict.fromkeys(_COUNTS, 0)}
+        vars(self.training).update(taken)
+
+    def spent(self, num_samples: int) -> dict[str, int]:
         """Return what training has cost so far, over all processes, for the log.
 
         Args:
             num_samples: Samples drawn by all processes.
-            world_size: Number of processes.
         """
-        calls = {
-            name: getattr(self.training, name) * world_size
-            for name in ("reward_calls", "denoiser_calls")
-        }
+        calls = {name: self.total(name) for name in ("reward_calls", "denoiser_calls")}
         return {"samples": num_samples, **calls}
 
     def start_evaluation(self) -> None:
@@ -97,11 +130,14 @@ class Meter:
             with self.unbilled():
                 self.flops_per_call = flops_per_call(pipeline, condition)
 
-    def report(self, world_size: int) -> dict[str, Any]:
-        """Return what training and the test spent, over all processes, for metrics.json."""
-        counts = ("denoiser_calls", "prior_calls", "reward_calls", "flops")
-        training = {name: getattr(self.training, name) * world_size for name in counts}
-        test = {f"test_{name}": getattr(self.current, name) * world_size for name in counts}
+    def report(self, everyone: Sequence[Mapping[str, int]]) -> dict[str, Any]:
+        """Return what training and the test spent, over all processes, for metrics.json.
+
+        Args:
+            everyone: The `counts` of every process.
+        """
+        training = {name: self.total(name) for name in _COUNTS}
+        test = {f"test_{name}": sum(part[name] for part in everyone) for name in _COUNTS}
         return {
             **training,
             "seconds": self.training.seconds,

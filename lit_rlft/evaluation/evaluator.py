@@ -7,14 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_rlft.core.answers import unchanged
 from lit_rlft.core.divergence import path_kl
 from lit_rlft.core.pipeline import Batch, Condition
 from lit_rlft.core.randomness import seed_from
-from lit_rlft.core.reward import Metric, SetMetric, check_rewards
+from lit_rlft.core.reward import Metric, SetMetric, check_rewards, values_of
 from lit_rlft.core.state import State, index
 from lit_rlft.core.streams import Stream
 from lit_rlft.evaluation.best_of import best_of
-from lit_rlft.evaluation.bootstrap import Moments
+from lit_rlft.evaluation.jackknife import Moments
 from lit_rlft.evaluation.measurements import Arm, Measurements
 from lit_rlft.loop.experience import Draw
 from lit_rlft.loop.rollouts import Rollouts
@@ -74,13 +75,14 @@ class Evaluator:
             The conditions, one row per sample.
         """
         condition, seeds = self._conditions(batch)
-        self._measure_route("tuned", batch_idx, condition, seeds, tuned, kl_from=reference)
+        rows = batch["index"].repeat_interleave(self.num_samples)
+        self._measure_route("tuned", batch_idx, rows, condition, seeds, tuned, kl_from=reference)
         if not self.measurements.reference.has(batch_idx):
-            self._measure_route("reference", batch_idx, condition, seeds, reference)
+            self._measure_route("reference", batch_idx, rows, condition, seeds, reference)
         if num_best:
             arms = best_of(self.rollouts, reference, condition, seeds, num_best)
             for arm, x_0 in arms.items():
-                self._measure(arm, batch_idx, x_0, condition)
+                self._measure(arm, batch_idx, rows, x_0, condition)
         return condition
 
     def predict(self, batch: Batch, route: Route) -> Draw:
@@ -117,6 +119,7 @@ class Evaluator:
         self,
         arm: Arm,
         batch_idx: int,
+        rows: Tensor,
         condition: Condition,
         seeds: Sequence[int],
         route: Route,
@@ -128,20 +131,26 @@ class Evaluator:
         if kl_from is not None:
             kl = self._divergence(x_0, condition, seeds, route, kl_from)
         with self.phase("measure", 0):
-            self._measure(arm, batch_idx, x_0, condition, kl=kl)
+            self._measure(arm, batch_idx, rows, x_0, condition, kl=kl)
 
     def _measure(
-        self, arm: Arm, batch_idx: int, x_0: State, condition: Condition, **known: Tensor
+        self,
+        arm: Arm,
+        batch_idx: int,
+        rows: Tensor,
+        x_0: State,
+        condition: Condition,
+        **known: Tensor,
     ) -> None:
-        """Decode and measure samples; `known` holds the values known already."""
+        """Decode and measure samples of some rows; `known` holds the values known already."""
         samples = self.pipeline.decode(x_0, condition)
-        values = self.reward.evaluate(samples, condition)
-        check_rewards(self.reward, values[self.reward.name], len(condition))
-        values |= self.metrics.evaluate(samples, condition) | known
+        values = values_of(self.reward, samples, condition)
+        check_rewards(self.reward, values.get(self.reward.name), len(condition))
+        values |= values_of(self.metrics, samples, condition) | known
         pictures = self._pictures(arm, samples, condition)
         labels = [self.pipeline.describe(entry) for entry in condition.each()]
-        features = [metric.features(samples, condition) for metric in self.set_metrics]
-        self.measurements.add(arm, batch_idx, values, pictures, labels, features)
+        features = [_features(metric, samples, condition) for metric in self.set_metrics]
+        self.measurements.add(arm, batch_idx, values, pictures, labels, features, rows)
 
     def _pictures(self, arm: Arm, samples: Any, condition: Condition) -> Tensor | None:
         """Render only what is still to be shown: some domains render more slowly than sample."""
@@ -171,5 +180,11 @@ class Evaluator:
             for chunk in self.rollouts.chunks(condition, own):
                 x = index(x_0, chunk.rows)
                 args = (tuned[0], reference, x, chunk.condition, times, steps, chunk.noise)
-                parts.append(path_kl(route.process, *args))
+                parts.append(path_kl(route.process, *args, route.ends))
         return prior + torch.cat(parts)
+
+
+def _features(metric: SetMetric, samples: Any, condition: Condition) -> dict[str, Tensor]:
+    """Return the features that a metric of whole sets needs, which must not change the samples."""
+    with unchanged(samples, type(metric).__name__):
+        return metric.features(samples, condition)

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from lit_rlft.core.reward import SetMetric
 from lit_rlft.distributed import gather
-from lit_rlft.evaluation.bootstrap import Features, Moments, compared
+from lit_rlft.evaluation.jackknife import Features, Moments, compared
+from lit_rlft.kit.ratios import error_of_mean, ratio, ratio_parts
 
 Arm = str
 """The "tuned" model, the "reference", or the name of a baseline."""
 
-__all__ = ["Arm", "Measured", "Measurements", "moments"]
+__all__ = ["Arm", "Measured", "Measurements", "moments", "paired_moments"]
 
 _Batches = dict[int, Tensor]
 
@@ -28,6 +29,7 @@ class Measured:
         features: Per metric of whole sets, name and batch, features [B, ...].
         pictures: Per batch, its first rendered samples [b, 3, H, W], where any are to be shown.
         labels: Per batch, what each sample was conditioned on.
+        rows: Per batch, the row of the data that each sample belongs to, int64 [B].
     """
 
     values: dict[str, _Batches] = field(default_factory=lambda: defaultdict(dict))
@@ -36,6 +38,7 @@ class Measured:
     )
     pictures: dict[int, Tensor] = field(default_factory=dict)
     labels: dict[int, list[str]] = field(default_factory=dict)
+    rows: _Batches = field(default_factory=dict)
 
     def has(self, batch: int) -> bool:
         """Return whether a batch was measured already."""
@@ -49,6 +52,10 @@ class Measured:
     def columns(self) -> dict[str, Tensor]:
         """Return all values of each metric, [n], in the order of the batches."""
         return _joined(self.values)
+
+    def all_rows(self) -> Tensor:
+        """Return the row of the data of each sample, [n], in the order of the batches."""
+        return torch.cat([self.rows[i] for i in sorted(self.rows)] or [torch.zeros(0).long()])
 
     def sets(self) -> dict[int, Features]:
         """Return all features of each metric of whole sets, in the order of the batches."""
@@ -79,6 +86,7 @@ class Measurements:
         pictures: Tensor | None,
         labels: list[str],
         features: Sequence[Mapping[str, Tensor]] = (),
+        rows: Tensor | None = None,
     ) -> None:
         """Add the measurements of one batch, its pictures as bytes.
 
@@ -89,6 +97,7 @@ class Measurements:
             pictures: [b, 3, H, W] in [0, 1], or None.
             labels: What each sample was conditioned on.
             features: Features of each metric of whole sets.
+            rows: The row of the data that each sample belongs to, [B]; None where all are in order.
         """
         measured = self.arms.setdefault(arm, Measured())
         for name, value in values.items():
@@ -99,40 +108,39 @@ class Measurements:
         if pictures is not None:
             measured.pictures[batch] = (pictures.detach().clamp(0, 1) * 255).round().byte().cpu()
         measured.labels[batch] = labels
+        measured.rows[batch] = torch.zeros(len(labels)).long() if rows is None else rows.cpu()
 
     def summary(
         self, world_size: int, sets: Sequence[SetMetric] = (), *, errors: bool = False
     ) -> dict[Arm, dict[str, Moments]]:
         """Return mean and standard error per arm and metric, over all processes.
 
-        "gain" holds the paired differences tuned - reference where both were measured.
+        "gain" is tuned - reference of what was measured of both, with the error of paired samples.
 
         Args:
             world_size: Number of processes; all of them must call this.
             sets: The metrics of whole sets, in the order in which `add` was given their features.
             errors: Whether these have standard errors, which takes a while; NaN otherwise.
         """
-        arms = {arm: measured.columns() for arm, measured in self.arms.items()}
-        tuned, reference = arms["tuned"], arms["reference"]
-        arms["gain"] = {
-            name: tuned[name] - reference[name]
-            for name in tuned
-            if name in reference and tuned[name].shape == reference[name].shape
+        gathered = gather({arm: m.columns() for arm, m in self.arms.items()}, world_size)
+        whole = {arm: _concatenated([part[arm] for part in gathered]) for arm in self.arms}
+        summary: dict[Arm, dict[str, Moments]] = {
+            arm: {name: moments(values) for name, values in columns.items()}
+            for arm, columns in whole.items()
         }
-        gathered = gather(arms, world_size)
-        summary = {
-            arm: {
-                name: moments(
-                    torch.cat([part[arm][name] for part in gathered if name in part[arm]])
-                )
-                for name in gathered[0][arm]
-            }
-            for arm in arms
+        summary["gain"] = {
+            name: paired_moments(values, whole["reference"][name])
+            for name, values in whole["tuned"].items()
+            if all(_are_pairs(part["tuned"], part["reference"], name) for part in gathered)
         }
         features = gather({arm: m.sets() for arm, m in self.arms.items()}, world_size)
+        rows = gather({arm: m.all_rows() for arm, m in self.arms.items()}, world_size)
         for i, metric in enumerate(sets):
             own = {
-                arm: _concatenated([part[arm][i] for part in features if i in part[arm]])
+                arm: _in_order(
+                    [part[arm][i] for part in features if i in part[arm]],
+                    [part[arm] for part in rows],
+                )
                 for arm in self.arms
             }
             present = {arm: values for arm, values in own.items() if values}
@@ -146,8 +154,41 @@ def _joined(columns: Mapping[str, _Batches]) -> Features:
     return {name: torch.cat([v[i] for i in sorted(v)]) for name, v in columns.items()}
 
 
+def _in_order(parts: Sequence[Features], rows: Sequence[Tensor]) -> Features:
+    """Join the features of all processes in the order of the data, whoever measured which."""
+    order = torch.cat(list(rows)).argsort(stable=True)
+    return {name: torch.cat([part[name] for part in parts])[order] for name in (parts or [{}])[0]}
+
+
 def _concatenated(parts: Sequence[Features]) -> Features:
-    return {name: torch.cat([part[name] for part in parts]) for name in (parts or [{}])[0]}
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: torch.cat([part[name] for part in parts if name in part]) for name in names}
+
+
+def _are_pairs(tuned: Features, reference: Features, name: str) -> bool:
+    """Return whether a process measured the same samples of both models, or neither."""
+    if name not in tuned or name not in reference:
+        return name not in tuned and name not in reference
+    return tuned[name].shape == reference[name].shape
+
+
+def paired_moments(tuned: Tensor, reference: Tensor) -> Moments:
+    """Return the difference of two means over what is not NaN, and its error for paired samples.
+
+    Where each arm counts other samples its mean is a ratio of two sums, and the error is that of
+    the ratios' linear parts: sample i moves the mean m of an arm by k_i (x_i - m) / mean(k), with
+    k_i = 1 where it counts and 0 elsewhere.
+
+    Args:
+        tuned: [n] values.
+        reference: [n] values of the same conditions and noise.
+    """
+    if torch.equal(tuned.isnan(), reference.isnan()):
+        return moments(tuned - reference)
+    ones = torch.ones_like(tuned)
+    own, other = (ratio_parts(values, ones) for values in (tuned, reference))
+    mean = ratio(tuned, ones) - ratio(reference, ones)
+    return {"mean": mean, "sem": error_of_mean(own, other)}
 
 
 def moments(values: Tensor) -> Moments:

@@ -7,11 +7,12 @@ from typing import TypeVar
 
 from lit_rlft.core.checks import UsageError
 
-__all__ = ["BadEntry", "Report", "usable"]
+__all__ = ["BadEntry", "NothingLeft", "Report", "usable"]
 
 E = TypeVar("E")
 
 _MAX_LISTED = 5  # names per kind of fault in the one-line report
+_MAX_DETAIL = 80  # characters of a detail where nothing is left
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,8 @@ class Report:
         num_kept: Entries used.
         faults: Entries left out, in the file's order.
         notes: Further remarks, in phrases.
+        parts: Parts that were left out of entries that are used, such as a page's elements.
+        remedies: What to do about a kind of fault, e.g. "set classes to the file's own".
     """
 
     source: str
@@ -52,6 +55,8 @@ class Report:
     num_kept: int = 0
     faults: list[BadEntry] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    parts: list[BadEntry] = field(default_factory=list)
+    remedies: dict[str, str] = field(default_factory=dict)
 
     def leave_out(self, bad: BadEntry) -> None:
         """Note an entry that cannot be used.
@@ -66,24 +71,59 @@ class Report:
             )
         self.faults.append(bad)
 
+    def leave_out_part(self, bad: BadEntry) -> None:
+        """Note a part of an entry that cannot be used, while the entry can.
+
+        Raises:
+            UsageError: None may be left out.
+        """
+        if self.strict:
+            self.leave_out(bad)
+        self.parts.append(bad)
+
     def check(self) -> None:
-        """Raise UsageError where no entry is left."""
-        if not self.num_kept:
-            raise UsageError(f"{self}; nothing is left to use")
+        """Raise NothingLeft where no entry is left: why, the first few, and what to do."""
+        if self.num_kept:
+            return
+        kinds = Counter(bad.kind for bad in self.faults)
+        found = [self.remedies[kind] for kind in kinds if kind in self.remedies]
+        remedy = f": {'; '.join(found)}" if found else ""
+        raise NothingLeft(f"{self._line(details=True)}; nothing is left to use{remedy}", self)
 
     def __str__(self) -> str:
         """Return the report in one line, with the first few entries of every kind of fault."""
+        return self._line(details=False)
+
+    def _line(self, *, details: bool) -> str:
+        """Return the report in one line; with details, what exactly the first of a kind has."""
         total = self.num_kept + len(self.faults)
-        parts = [f"{self.source}: {self.num_kept} of {total} {self.noun} used", *self.notes]
-        for kind, count in Counter(bad.kind for bad in self.faults).items():
-            names = [bad.name for bad in self.faults if bad.kind == kind][:_MAX_LISTED]
-            more = ", ..." if count > _MAX_LISTED else ""
-            parts.append(f"{count} left out with {kind} ({', '.join(names)}{more})")
-        return "; ".join(parts)
+        phrases = [f"{self.source}: {self.num_kept} of {total} {self.noun} used", *self.notes]
+        for of_used, faults in ((False, self.faults), (True, self.parts)):
+            for kind, count in Counter(bad.kind for bad in faults).items():
+                chosen = [bad for bad in faults if bad.kind == kind][:_MAX_LISTED]
+                names = [bad.name for bad in chosen]
+                if details and chosen[0].detail:
+                    names[0] += f": {chosen[0].detail[:_MAX_DETAIL]}"
+                more = ", ..." if count > _MAX_LISTED else ""
+                what = f"{'part' if count == 1 else 'parts'} of these " if of_used else ""
+                phrases.append(f"{count} {what}left out with {kind} ({', '.join(names)}{more})")
+        return "; ".join(phrases)
 
     def listing(self) -> str:
-        """Return every entry that was left out, a sentence a line."""
-        return "".join(f"{self.source}: {bad}.\n" for bad in self.faults)
+        """Return every entry and part that was left out, a sentence a line."""
+        return "".join(f"{self.source}: {bad}.\n" for bad in (*self.faults, *self.parts))
+
+
+class NothingLeft(UsageError):
+    """No entry of a data file can be used.
+
+    Attributes:
+        listing: Every entry that was left out, a sentence a line.
+    """
+
+    def __init__(self, message: str, report: Report | None = None) -> None:
+        super().__init__(message)
+        self.listing = report.listing() if report else ""
 
 
 def usable(

@@ -12,9 +12,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 
 from lit_rlft.core.checks import UsageError
-from lit_rlft.kit.bad_entries import Report
+from lit_rlft.kit.bad_entries import NothingLeft, Report
 
-__all__ = ["cached_folder", "open_arrays", "save_arrays", "save_report", "user_cache"]
+__all__ = ["cached_folder", "listing", "open_arrays", "save_arrays", "save_report", "user_cache"]
 
 _REPORT, _LISTING = "report.txt", "left_out.txt"
 
@@ -43,6 +43,11 @@ def cached_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
         partial = Path(mkdtemp(dir=folder.parent, prefix=".partial-"))
         fill(partial)
         partial.rename(folder)
+    except NothingLeft as error:
+        beside = folder.with_name(f"{folder.name}.{_LISTING}")
+        beside.write_text(error.listing, encoding="utf-8")
+        told = f"{error}; every one is listed in {beside}" if error.listing else str(error)
+        raise NothingLeft(told) from error
     except OSError as error:
         if not folder.is_dir():  # else another process was faster
             raise UsageError(
@@ -83,6 +88,14 @@ def save_report(folder: Path, final: Path, report: Report) -> None:
     more = f"; every one is listed in {final / _LISTING}" if listing else ""
     (folder / _LISTING).write_text(listing, encoding="utf-8")
     (folder / _REPORT).write_text(f"{report}{more}", encoding="utf-8")
+
+
+def listing(folder: Path) -> str:
+    """Return every entry that was left out of a cached folder, or of one in which none was left."""
+    for file in (folder / _LISTING, folder.with_name(f"{folder.name}.{_LISTING}")):
+        if file.is_file():
+            return file.read_text(encoding="utf-8")
+    return ""
 
 
 def open_arrays(folder: Path, names: Sequence[str]) -> list[NDArray[Any]]:

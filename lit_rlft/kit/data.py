@@ -11,7 +11,7 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, at_least
 
 __all__ = ["Record", "Rows", "Split", "SplitData", "batches_seen", "collate", "hold_out"]
 
@@ -41,6 +41,9 @@ class Rows(Dataset[dict[str, Any]]):
 class _TrainOrder(DistributedSampler[Any]):
     """Shuffled passes over this rank's share, one after the other, from any batch on.
 
+    Row j of a rank's batch is row rank + ranks * j of the whole batch: what the ranks see together
+    does not depend on their number.
+
     A resumed run goes on after the last batch that it has trained on, also in the middle of a pass.
     Lightning alone would not: it restarts its loaders, and an epoch that a limit on steps cut short
     counts as a whole one.
@@ -68,9 +71,19 @@ class _TrainOrder(DistributedSampler[Any]):
         super().__init__(rows, ranks, rank, shuffle=True, seed=seed)
         self.batch_size, self.seen = batch_size, seen
 
+    def __len__(self) -> int:
+        """Return the number of rows of a pass."""
+        return min(self.num_samples, self._num_batches * self.batch_size)
+
+    @property
+    def _num_batches(self) -> int:
+        # Of all ranks: a rank's padded share may have room for one that the data do not fill.
+        num_rows: int = len(self.dataset)  # type: ignore[arg-type]
+        return max(1, num_rows // (self.batch_size * self.num_replicas))
+
     def __iter__(self) -> Iterator[int]:
         epoch, seen = self.epoch, self.seen()
-        num_batches = max(1, self.num_samples // self.batch_size)
+        num_batches = self._num_batches
         done, first = divmod(epoch * num_batches if seen is None else seen, num_batches)
         cut, size = first * self.batch_size, num_batches * self.batch_size
         order = [*self._pass(done)[cut:size], *self._pass(done + 1)[:cut]]
@@ -96,6 +109,8 @@ class SplitData(LightningDataModule, ABC):
         self, batch_size: int = 32, eval_batch_size: int = 16, seed: int = 0, num_workers: int = 0
     ) -> None:
         super().__init__()
+        at_least(1, self, batch_size=batch_size, eval_batch_size=eval_batch_size)
+        at_least(0, self, seed=seed, num_workers=num_workers)
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.seed, self.num_workers = seed, num_workers
 
@@ -107,12 +122,20 @@ class SplitData(LightningDataModule, ABC):
         """Return shuffled batches; an incomplete last one is dropped.
 
         Raises:
-            UsageError: `batch_size` is not divisible by the number of processes.
+            UsageError: `batch_size`, or the number of rows where that is less, is not divisible by
+                the number of processes.
         """
         ranks, rank = self._place()
         self.check_batch_size(ranks)
         rows = self.rows("train")
-        size = self.batch_size // ranks
+        size, num_rows = self.batch_size // ranks, len(rows)  # type: ignore[arg-type]
+        if num_rows < self.batch_size and num_rows % ranks:
+            even = num_rows // ranks * ranks
+            remedy = f"data.init_args.batch_size to {even}" if even else "trainer.devices to 1"
+            raise UsageError(
+                f"the training data have {num_rows} rows, fewer than data.init_args.batch_size "
+                f"({self.batch_size}), which {ranks} processes cannot share evenly; set {remedy}"
+            )
         order = _TrainOrder(rows, ranks, rank, seed=self.seed, batch_size=size, seen=self._seen)
         return self._loader(rows, size, order, drop_last=True)
 

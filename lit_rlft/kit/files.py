@@ -1,11 +1,12 @@
 """Small helpers of readers of files."""
 
+import codecs
 from collections.abc import Iterable
 from pathlib import Path
 
 from lit_rlft.core.checks import UsageError
 
-__all__ = ["existing", "reason", "stamps"]
+__all__ = ["encoding", "existing", "reason", "stamps"]
 
 
 def existing(path: Path) -> Path:
@@ -17,6 +18,16 @@ def existing(path: Path) -> Path:
     if not path.is_file():
         raise UsageError(f"there is no file {path}")
     return path
+
+
+def encoding(path: Path) -> str:
+    """Return a text file's encoding: UTF-8, with or without a byte order mark, or UTF-16 by its.
+
+    Programs of Windows write marks, and spreadsheets UTF-16.
+    """
+    with path.open("rb") as file:
+        start = file.read(2)
+    return "utf-16" if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
 
 
 def reason(error: Exception) -> str:

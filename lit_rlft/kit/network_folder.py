@@ -1,14 +1,17 @@
 """Pretrained networks: found by name, folder or hub id; kept as JSON and safetensors."""
 
+import copy
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from lit_rlft.core.checks import UsageError, loading
 
@@ -16,13 +19,24 @@ __all__ = [
     "CONFIG",
     "WEIGHTS",
     "check_one_given",
+    "found_variant",
     "load_pretrained",
     "load_weights",
+    "merged",
     "read_settings",
     "save_network",
 ]
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+_ADAPTED = ".base_layer"
+"""How peft names the layer within an adapted one."""
+_PIECE = r"-\d{5}-of-\d{5}"
+_WEIGHT_FILE = re.compile(
+    rf"(?:diffusion_pytorch_model|pytorch_model|model)(?:{_PIECE})?"
+    rf"(?:\.(?P<variant>[A-Za-z0-9_]+)(?:{_PIECE})?)?\.(?:safetensors|bin)"
+)
+"""A file of weights as diffusers and transformers name it, whole or in pieces."""
 
 N = TypeVar("N", bound=nn.Module)
 T = TypeVar("T")
@@ -79,11 +93,10 @@ def save_network(network: nn.Module, folder: Path, dtype: torch.dtype) -> list[P
     architecture: Any = network.architecture
     with torch.device("meta"):
         plain = type(network)(architecture)
-    weights = network.state_dict()
-    merged = {name: _merged(network, name, weights) for name in plain.state_dict()}
+    weights = merged(network).state_dict()
     folder.mkdir(parents=True, exist_ok=True)
     save_file(
-        {name: value.to("cpu", dtype).contiguous() for name, value in merged.items()},
+        {name: weights[name].to("cpu", dtype).contiguous() for name in plain.state_dict()},
         folder / WEIGHTS,
     )
     (folder / CONFIG).write_text(json.dumps(asdict(architecture), indent=2) + "\n")
@@ -101,20 +114,45 @@ def load_weights(network: N, folder: Path) -> N:
     return network.float()
 
 
-def _merged(network: nn.Module, name: str, weights: dict[str, Tensor]) -> Tensor:
-    if name in weights:
-        return weights[name].detach()
-    # An adapted layer is linear, whatever it is made of: its values give its weight.
-    layer_name, _, kind = name.rpartition(".")
-    layer = network.get_submodule(layer_name)
-    weight = next(iter(layer.parameters()))
-    eye = torch.eye(_num_inputs(layer), dtype=weight.dtype, device=weight.device)
-    with torch.no_grad():
-        offset = layer(torch.zeros_like(eye[:1]))[0]
-        return offset if kind == "bias" else (layer(eye) - offset).T
+def merged(network: N) -> N:
+    """Return a copy of a network with its LoRA, if it has one, added to the weights."""
+    plain = copy.deepcopy(network)
+    inner = [name for name, _ in plain.named_modules() if name.endswith(_ADAPTED)]
+    for name in [name.removesuffix(_ADAPTED) for name in inner]:
+        layer: Any = plain.get_submodule(name)  # one of peft's
+        layer.merge()
+        parent, _, own = name.rpartition(".")
+        setattr(plain.get_submodule(parent), own, layer.get_base_layer())
+    return plain
 
 
-def _num_inputs(layer: nn.Module) -> int:
-    (inner,) = (m for n, m in layer.named_modules() if n.endswith("base_layer"))
-    assert isinstance(inner, nn.Linear)
-    return inner.in_features
+def found_variant(folder: Path, parts: Sequence[str] = ("",)) -> str | None:
+    """Return which variant of its weights, such as "fp16", to load from a diffusers folder.
+
+    Args:
+        folder: Holds files such as `unet/diffusion_pytorch_model.fp16.safetensors`.
+        parts: Sub-folders with weights, "" for the folder itself; those that are missing count
+            for nothing.
+
+    Returns:
+        None where no part lacks plain weights, or where there are none at all.
+
+    Raises:
+        UsageError: A part without plain weights has several variants.
+    """
+    common: set[str] | None = None
+    for part in parts:
+        names = [path.name for path in (folder / part).glob("*") if path.is_file()]
+        variants = {match["variant"] for name in names if (match := _WEIGHT_FILE.fullmatch(name))}
+        if variants and None not in variants:
+            common = variants if common is None else common & variants
+    if not common:
+        return None
+    if len(common) > 1:
+        raise UsageError(
+            f"pipeline.init_args.pretrained: {folder} has no plain weights but the variants "
+            f"{', '.join(sorted(common))}; set pipeline.init_args.variant to one of them"
+        )
+    (variant,) = common
+    rank_zero_info(f"{folder} holds the variant {variant} of its weights alone: loading it")
+    return variant

@@ -5,15 +5,16 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sized
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, at_least, below_one
 from lit_rlft.kit.bad_entries import Report
-from lit_rlft.kit.cache import cached_folder, open_arrays, save_arrays, user_cache
+from lit_rlft.kit.cache import cached_folder, listing, open_arrays, save_arrays, user_cache
 from lit_rlft.kit.data import Split, SplitData, hold_out
 
 __all__ = ["CachedSource", "Source", "SourceData", "Splits"]
@@ -58,6 +59,10 @@ class Source(ABC, Generic[P]):
     def splits(self, packed: P) -> Splits | None:
         """Return the rows of the data set's standard splits, or None where there are none."""
         return None
+
+    def left_out(self) -> str:
+        """Return every entry that cannot be used, a sentence a line; known once it was read."""
+        return ""
 
 
 class CachedSource(Source[P]):
@@ -105,9 +110,15 @@ class CachedSource(Source[P]):
         """Return a hash of all that the arrays depend on."""
         return hashlib.blake2b(json.dumps(self.identity()).encode(), digest_size=8).hexdigest()
 
-    def _folder(self) -> Path:
+    def left_out(self) -> str:
+        return listing(self._place())
+
+    def _place(self) -> Path:
         stem = re.sub(r"\W+", "-", Path(self.label).stem)
-        folder = self.cache_dir / f"{stem}-{self.digest()}"
+        return self.cache_dir / f"{stem}-{self.digest()}"
+
+    def _folder(self) -> Path:
+        folder = self._place()
 
         def fill(partial: Path) -> None:
             packed, report = self.pack()
@@ -148,6 +159,8 @@ class SourceData(SplitData, Generic[P]):
         **loading: Any,
     ) -> None:
         super().__init__(**loading)
+        below_one(self, val_fraction=val_fraction, test_fraction=test_fraction)
+        at_least(1, self, num_train=num_train, num_val=num_val, num_test=num_test)
         self.own: Mapping[str, Source[P] | None] = {"val": val_source, "test": test_source}
         self.origin = source
         self.fractions = {"val": val_fraction, "test": test_fraction}
@@ -180,6 +193,15 @@ class SourceData(SplitData, Generic[P]):
                 f"three splits; give val_source and test_source or more {noun}"
             )
         self._splits = splits
+
+    def left_out(self) -> str:
+        """Return every entry of the sources that was left out, a sentence a line."""
+        lists: list[str] = []
+        for source in filter(None, (self.origin, *self.own.values())):
+            # A file that is missing is another error, and none of this list.
+            with suppress(UsageError):
+                lists.append(source.left_out())
+        return "".join(lists)
 
     def chosen(self, split: Split) -> tuple[P, NDArray[np.int64]]:
         """Return the data of a split's rows, and the places of the rows in them."""

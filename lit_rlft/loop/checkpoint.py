@@ -1,38 +1,16 @@
-"""Checkpoints: trained weights, counters, and the pretrained model that they belong to."""
+"""What a checkpoint holds: trained weights, counters, and the pretrained model it belongs to."""
 
 import hashlib
-import pickle
 from collections.abc import Collection, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from lit_rlft.core.checks import UsageError
+from lit_rlft.loop.checkpoint_file import check_file
 
 __all__ = ["check_file", "fingerprint", "read", "reduce", "trained_shapes"]
-
-_LIGHTNING_NAMES = ("last", "best", "hpc")
-"""What Lightning looks up by itself."""
-
-
-def check_file(path: str | None) -> None:
-    """Check a checkpoint before anything else is loaded.
-
-    Raises:
-        UsageError: The file is missing, or it was not written by lit-rlft.
-    """
-    if path is None or path in _LIGHTNING_NAMES:
-        return
-    if not Path(path).is_file():
-        raise UsageError(f"--ckpt_path: there is no file {path}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise UsageError(f"--ckpt_path: {path} is no checkpoint of lit-rlft") from error
-    if not isinstance(checkpoint, dict) or "lit_rlft" not in checkpoint:
-        raise UsageError(f"--ckpt_path: {path} is no checkpoint of lit-rlft; it names no pipeline")
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -77,17 +55,17 @@ def read(
     Raises:
         UsageError: The checkpoint belongs to another pretrained model or another adapter.
     """
-    ours = checkpoint.get("lit_rlft")
+    ours: dict[str, Any] | None = checkpoint.get("lit_rlft")
     if ours is None:
-        raise UsageError("--ckpt_path is no checkpoint of lit-rlft: it names no pipeline")
+        raise UsageError("the checkpoint is none of lit-rlft: it names no pipeline")
     if ours["pretrained"] != pretrained:
         raise UsageError(
-            f"--ckpt_path was tuned from other weights ({ours['pipeline']!r}) than this pipeline "
-            f"has ({pipeline!r}); set pipeline.init_args to what it was tuned from"
+            f"the checkpoint was tuned from other weights ({ours['pipeline']!r}) than this "
+            f"pipeline has ({pipeline!r}); set pipeline.init_args to what it was tuned from"
         )
     if {name: value.shape for name, value in checkpoint["state_dict"].items()} != shapes:
         raise UsageError(
-            "--ckpt_path holds other trained weights than this model has; use the algorithm and "
+            "the checkpoint holds other trained weights than this model has; use the algorithm and "
             "the lora settings (rank, targets) it was trained with"
         )
     return ours

@@ -24,6 +24,8 @@ class Experience:
         seeds: n integers that seed each sample's noise during the updates.
         metrics: Numbers to log, averaged over the processes where they are not NaN.
         histograms: Values to show as histograms, by name.
+        counts: Number of samples of each row of the batch, in order, n in all; None where every
+            row has as many. The samples of a row lie side by side.
     """
 
     states: Mapping[str, State]
@@ -31,6 +33,7 @@ class Experience:
     seeds: Sequence[int]
     metrics: Mapping[str, float] = field(default_factory=dict)
     histograms: Mapping[str, Tensor] = field(default_factory=dict)
+    counts: Sequence[int] | None = field(default=None, kw_only=True)
 
     def __len__(self) -> int:
         """Return n."""
@@ -40,6 +43,11 @@ class Experience:
     def num_terms(self) -> int:
         """Number of terms of the loss, which microbatches share out: here one per sample."""
         return len(self)
+
+    @property
+    def terms_per_sample(self) -> Tensor:
+        """Number of terms of each sample, int64 [n]."""
+        return torch.ones(len(self), dtype=torch.int64)
 
     def terms(self, rows: Tensor) -> "Experience":
         """Select terms of the loss, as many rows."""

@@ -6,7 +6,8 @@ about this: the reference is the pretrained model without it.
 """
 
 import copy
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from lit_rlft.core.checks import BadArgument, UsageError, require
+from lit_rlft.core.checks import BadArgument, UsageError, at_least, positive
 from lit_rlft.core.pipeline import Condition, Pipeline
 from lit_rlft.core.state import State
 
 __all__ = ["LoRA", "Reference", "adapt", "attach_lora"]
+
+_ADAPTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+_PEFT_INNER = re.compile(r"\.(base_layer|lora_\w+)(\..*)?$")
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,8 @@ class LoRA:
     Attributes:
         rank: Rank of the update.
         alpha: Scale; the update is multiplied by alpha / rank.
-        targets: Name endings of the layers to adapt; None takes the pipeline's own choice.
+        targets: Name endings of the layers to adapt, such as `to_q` or `attn1.to_q`, or whole
+            names; each has to fit a layer. None takes the pipeline's own choice.
         pretrained: A saved LoRA to go on from, such as a run's folder `tuned`, of the same rank,
             alpha and layers; None starts from an update of zero. Either way the reference is the
             model without an adapter.
@@ -46,17 +51,20 @@ class LoRA:
     pretrained: str | None = None
 
     def __post_init__(self) -> None:
-        require(self.rank >= 1, self, "rank", f"at least 1, got {self.rank}")
+        at_least(1, self, "rank")
+        positive(self, "alpha")
 
 
 def attach_lora(pipeline: Pipeline, lora: LoRA) -> None:
     """Freeze the denoiser and add a LoRA whose update starts at zero, or as it was saved.
 
     Raises:
-        UsageError: No layer of the denoiser has one of the target names, or the saved LoRA does not
-            match the settings.
+        UsageError: No layer of the denoiser has one of the target names, one is of a kind without a
+            LoRA, or the saved LoRA does not match the settings.
     """
     targets = list(lora.targets or pipeline.lora_targets)
+    if lora.targets:
+        _check_targets(pipeline, targets)
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets)
     trained = [p for p in pipeline.denoiser.parameters() if p.requires_grad]
     pipeline.denoiser.requires_grad_(False)
@@ -65,15 +73,42 @@ def attach_lora(pipeline: Pipeline, lora: LoRA) -> None:
     except ValueError as error:
         for parameter in trained:  # as it was, for another try
             parameter.requires_grad_(True)
-        raise UsageError(
-            f"no layer of the denoiser {type(pipeline.denoiser).__name__} is named {targets}; "
-            "set model.init_args.lora.targets to layer names, or lora to null for full fine-tuning"
-        ) from error
+        raise _no_layer(pipeline, str(targets)) from error
     for parameter in pipeline.denoiser.parameters():
         if parameter.requires_grad:  # a frozen network in half precision learns in single
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
     if lora.pretrained is not None:
         _load(pipeline, lora, lora.pretrained)
+
+
+def _check_targets(pipeline: Pipeline, targets: list[str]) -> None:
+    """Raise UsageError where a target fits no layer, which peft overlooks, or one without a LoRA.
+
+    It comes before the layers are replaced: peft stops in the midst of them.
+    """
+    layers = dict(pipeline.denoiser.named_modules())
+    for target in targets:
+        fitting = [name for name in layers if _fits(name, target)]
+        if not fitting:
+            raise _no_layer(pipeline, repr(target))
+        for name in fitting:
+            if not isinstance(layers[name], _ADAPTABLE):
+                raise UsageError(
+                    f"model.init_args.lora.targets: {target!r} is the {type(layers[name]).__name__}"
+                    f" {name}, which takes no LoRA; name linear layers or convolutions, such as "
+                    f"{list(pipeline.lora_targets)}"
+                )
+
+
+def _fits(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _no_layer(pipeline: Pipeline, targets: str) -> UsageError:
+    return UsageError(
+        f"no layer of the denoiser {type(pipeline.denoiser).__name__} is named {targets}; "
+        "set model.init_args.lora.targets to layer names, or lora to null for full fine-tuning"
+    )
 
 
 def _load(pipeline: Pipeline, lora: LoRA, path: str) -> None:
@@ -85,13 +120,21 @@ def _load(pipeline: Pipeline, lora: LoRA, path: str) -> None:
         raise BadArgument(lora, "pretrained", problem) from error
     own = get_peft_model_state_dict(pipeline.denoiser)
     if odd := sorted(own.keys() ^ weights.keys()):
-        layer = odd[0].partition(".lora_")[0]
-        raise _misfit(path, f"adapts other layers than this model, such as {layer}", "targets")
+        raise _other_layers(pipeline, path, odd[0].partition(".lora_")[0], weights)
     ranks = sorted({value.shape[0] for name, value in weights.items() if ".lora_A." in name})
+    if len(ranks) > 1:
+        raise UsageError(
+            f"model.init_args.lora.pretrained: {path} has layers of the ranks "
+            f"{', '.join(map(str, ranks))}; only LoRAs of one rank can be trained further"
+        )
     if ranks != [lora.rank]:
         raise _misfit(path, f"has rank {', '.join(map(str, ranks))}, not {lora.rank}", "rank")
     # A file without alpha means a scale of 1, as in diffusers.
     alpha = lora.rank if alpha is None else alpha
+    if alpha != int(alpha):
+        raise UsageError(
+            f"model.init_args.lora.pretrained: {path} has alpha {alpha:g}, which is no whole number"
+        )
     if alpha != lora.alpha:
         raise _misfit(path, f"has alpha {alpha:g}, not {lora.alpha}", "alpha")
     if any(weights[name].shape != value.shape for name, value in own.items()):
@@ -100,6 +143,29 @@ def _load(pipeline: Pipeline, lora: LoRA, path: str) -> None:
             "set pipeline.init_args to what it was tuned from"
         )
     set_peft_model_state_dict(pipeline.denoiser, weights)
+
+
+def _other_layers(
+    pipeline: Pipeline, path: str, layer: str, weights: Mapping[str, Tensor]
+) -> UsageError:
+    """Return the error of a LoRA of other layers, with the targets to set where there are any."""
+    key = "model.init_args.lora"
+    # Within an adapted layer are layers of peft's; its name is still that of the model's.
+    names = {_PEFT_INNER.sub("", name) for name, _ in pipeline.denoiser.named_modules()}
+    wanted = {name.partition(".lora_")[0] for name in weights}
+    targets = sorted({_ending(name) for name in wanted})
+    fitting = {name for name in names if any(_fits(name, target) for target in targets)}
+    if fitting == wanted:
+        what = f"adapts other layers than targets, such as {layer}"
+        return UsageError(f"{key}.pretrained: {path} {what}; set {key}.targets to {targets}")
+    return _misfit(path, f"adapts other layers than this model, such as {layer}", "targets")
+
+
+def _ending(name: str) -> str:
+    """Return a layer's own name, with that of its list where it is a number, such as to_out.0."""
+    parts = name.split(".")
+    own = next(i for i in range(1, len(parts) + 1) if i == len(parts) or not parts[-i].isdigit())
+    return ".".join(parts[-own:])
 
 
 def _misfit(path: str, what: str, setting: str) -> UsageError:

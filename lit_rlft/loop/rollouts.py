@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline
 from lit_rlft.core.randomness import Generators, generators, seed_from
-from lit_rlft.core.reward import Reward, check_rewards
+from lit_rlft.core.reward import Reward, rewards_of
 from lit_rlft.core.state import State, cat, index, slices
 from lit_rlft.cost.meter import Meter
 from lit_rlft.loop.route import Route
@@ -126,7 +126,7 @@ class Rollouts:
         """Decode and score samples; those that could not be scored may have NaN if they `may_fail`.
 
         Raises:
-            UsageError: The reward returns something other than a number per sample, or NaN.
+            UsageError: The reward returns something other than a finite number per sample.
         """
         rewards: list[Tensor] = []
         keys: list[Hashable] = []
@@ -139,8 +139,7 @@ class Rollouts:
     def reward_of(self, samples: Any, condition: Condition, *, may_fail: bool = False) -> Tensor:
         """Return the rewards of decoded samples, [B], as `score` does."""
         self.meter.current.reward_calls += len(condition)
-        values = self.reward(samples, condition)
-        return check_rewards(self.reward, values, len(condition), may_fail=may_fail)
+        return rewards_of(self.reward, samples, condition, may_fail=may_fail)
 
 
 def track(items: Iterable[T], label: str, *, trainer: Trainer | None) -> Iterable[T]:

@@ -12,6 +12,8 @@ from lit_rlft.loop.updates import is_maximum
 
 __all__ = ["Outcomes", "log_round", "round_means", "write_round"]
 
+_LARGEST_BIN = 1e19
+
 Outcomes = Sequence[Mapping[str, float]]
 """Values of each update of a round, by name."""
 
@@ -33,7 +35,7 @@ def log_round(
 
 
 def write_round(
-    writer: SummaryWriter,
+    writer: SummaryWriter | None,
     means: Mapping[str, float],
     spent: Mapping[str, int],
     histograms: Mapping[str, Tensor],
@@ -42,18 +44,26 @@ def write_round(
     """Write a round's histograms, and its reward over samples and over reward calls.
 
     Args:
-        writer: TensorBoard's.
+        writer: TensorBoard's; None writes nothing.
         means: Of the round, by name.
         spent: "samples" and "reward_calls" so far.
         histograms: Values to show, by name.
         num_updates: Optimiser steps so far.
     """
+    if writer is None:
+        return
     for name, values in histograms.items():
-        if values.numel():
-            writer.add_histogram(f"train/{name}", values.cpu(), num_updates)
+        if (shown := _shown(values)).numel():
+            writer.add_histogram(f"train/{name}", shown, num_updates)
     if "reward" in means:
         for axis in ("samples", "reward_calls"):
             writer.add_scalar(f"train/reward_by_{axis}", means["reward"], spent[axis])
+
+
+def _shown(values: Tensor) -> Tensor:
+    """Return the finite values, brought into the range of TensorBoard's bins, which end at 1e20."""
+    values = values.detach().double().cpu().flatten()
+    return values[values.isfinite()].clamp(-_LARGEST_BIN, _LARGEST_BIN)
 
 
 def round_means(

@@ -61,6 +61,11 @@ class Route:
         return self.process.times(self.num_steps)
 
     @property
+    def ends(self) -> Tensor:
+        """The level that each step leads to, [num_steps]."""
+        return self.process.ends(self.num_steps)
+
+    @property
     def tuned_steps(self) -> Tensor:
         """Which steps the tuned denoiser runs, bool [num_steps]."""
         return torch.tensor([leg.tuned for leg in self.legs for _ in range(leg.num_steps)])
@@ -81,11 +86,12 @@ class Route:
             x_1: Where to start; drawn from the prior unless given.
         """
         x = self.prior(condition).sample(noise) if x_1 is None else x_1
-        times, first = self.times, 0
+        times, ends, first = self.times, self.ends, 0
         yield 0, x
         for leg in self.legs:
             part = times[first : first + leg.num_steps + 1]
-            for i, state in walk(leg.denoiser, self.process, x, condition, part, self.eta, noise):
+            args = (condition, part, self.eta, noise, ends[first : first + leg.num_steps])
+            for i, state in walk(leg.denoiser, self.process, x, *args):
                 if i:
                     yield first + i, (x := state)
             first += leg.num_steps

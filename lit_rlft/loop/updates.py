@@ -1,5 +1,6 @@
 """Minibatch updates by hand: the same gradients for any microbatch and number of processes."""
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -13,17 +14,21 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
+from lit_rlft.core.checks import UsageError
 from lit_rlft.core.randomness import Generators, generators, seed_from
 from lit_rlft.core.streams import Stream
+from lit_rlft.distributed import gather
 from lit_rlft.loop.experience import Experience
 
 __all__ = [
+    "Layout",
     "Loss",
     "Shares",
     "Update",
     "accumulate",
     "gradient_norm",
     "is_maximum",
+    "layout",
     "no_sync",
     "plan",
 ]
@@ -39,16 +44,62 @@ def is_maximum(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Update:
-    """A minibatch, the pass it belongs to, and its size summed over all processes."""
+    """A minibatch, of which this process has its own samples, and the pass it belongs to.
+
+    Attributes:
+        minibatch: The samples of this process, possibly none.
+        epoch: Number of the pass.
+        total: Number of samples of all processes.
+        total_terms: Number of terms of the loss of all processes.
+    """
 
     minibatch: Experience
     epoch: int
     total: int
+    total_terms: int
+
+
+class Layout(NamedTuple):
+    """What a process tells the others of its experience, a few integers.
+
+    Attributes:
+        counts: Number of samples of each row of its batch.
+        terms: Number of terms of each sample.
+    """
+
+    counts: list[int]
+    terms: list[int]
+
+
+def layout(experience: Experience, num_rows: int, world_size: int = 1) -> Layout:
+    """Return what the other processes have to know of an experience.
+
+    Args:
+        experience: This process's own.
+        num_rows: Rows of its batch.
+        world_size: Number of processes.
+
+    Raises:
+        UsageError: Its rows have unequal numbers of samples, and it does not say how many.
+    """
+    counts, num = experience.counts, len(experience)
+    if counts is None:
+        counts = [num // max(num_rows, 1)] * num_rows
+    if sum(counts) != num:
+        if world_size > 1:
+            raise UsageError(
+                f"a round collected {num} samples for {num_rows} conditions without saying in "
+                "Experience.counts how many each has, which several processes have to know; let "
+                "collect set it, or set trainer.devices to 1"
+            )
+        counts = [num]
+    return Layout(list(counts), experience.terms_per_sample.tolist())
 
 
 def plan(
     experience: Experience,
-    counts: Sequence[int],
+    layouts: Sequence[Layout],
+    rank: int,
     num_epochs: int,
     minibatch_size: int,
     seed: int,
@@ -56,28 +107,47 @@ def plan(
 ) -> list[Update]:
     """Split a round's experience into minibatches, `num_epochs` times, in an order from the seed.
 
-    Every process makes the same number of updates for any share of the experience, and
-    knows the share of the others, so that gradients are those of the whole minibatch.
+    The samples of all processes are split, in the order that one process would have: which of them
+    meet in a minibatch does not depend on the number of processes. They stay where they are, so a
+    process may have many samples of a minibatch, or none.
 
     Args:
         experience: This process's own.
-        counts: Number of samples of every process.
+        layouts: Of the experience of every process, in order of rank.
+        rank: This process.
         num_epochs: Passes over the experience.
-        minibatch_size: Samples per update on each process, at most.
+        minibatch_size: Samples per update over all processes, at most.
         seed: Of the run.
         round_index: Number of the round.
     """
-    num_updates = math.ceil(max(counts) / minibatch_size)
-    if not num_updates:
-        return []
+    owners, own_rows = _places(layouts)
+    terms = torch.tensor([layouts[r].terms[i] for r, i in zip(owners, own_rows, strict=True)])
+    mine, rows = torch.tensor(owners) == rank, torch.tensor(own_rows)
+    num_updates = math.ceil(len(owners) / minibatch_size)
     updates = []
-    for epoch in range(num_epochs):
+    for epoch in range(num_epochs if num_updates else 0):
         key = seed_from(seed, Stream.ORDER, round_index, epoch)
-        order = torch.randperm(len(experience), generator=generators([key])[0])
-        for i, rows in enumerate(order.tensor_split(num_updates)):
-            total = sum(n // num_updates + (i < n % num_updates) for n in counts)
-            updates.append(Update(experience.index(rows), epoch, total))
+        order = torch.randperm(len(owners), generator=generators([key])[0])
+        for places in order.tensor_split(num_updates):
+            own = experience.index(rows[places[mine[places]]])
+            updates.append(Update(own, epoch, len(places), int(terms[places].sum())))
     return updates
+
+
+def _places(layouts: Sequence[Layout]) -> tuple[list[int], list[int]]:
+    """Return the process of every sample and its row there, in the order of one process.
+
+    Row j of the batch of rank r of R is row r + R j of the whole batch, as loaders share it out.
+    """
+    ends = [list(itertools.accumulate(own.counts, initial=0)) for own in layouts]
+    owners: list[int] = []
+    rows: list[int] = []
+    for j in range(max(map(len, ends), default=1) - 1):
+        for rank, own in enumerate(ends):
+            if j + 1 < len(own):
+                rows += range(own[j], own[j + 1])
+                owners += [rank] * (own[j + 1] - own[j])
+    return owners, rows
 
 
 class Shares(NamedTuple):
@@ -101,24 +171,32 @@ def accumulate(
     parameters: Sequence[nn.Parameter],
     shares: Shares,
 ) -> dict[str, float]:
-    """Accumulate an update's gradients; return what to log, averaged over its samples.
+    """Accumulate an update's gradients; return what to log, averaged over its terms.
 
     Args:
         update: The minibatch.
-        loss: Returns the losses of some of its terms.
+        loss: Returns the losses of some of its terms. Where it raises an error, the gradients of
+            all processes become NaN, and the error is raised here.
         backward: Called with each microbatch's share of the loss.
         parameters: What is trained; a process without samples takes part with zeros.
         shares: How the update is split.
     """
     minibatch = update.minibatch
     scale = shares.world_size / update.total
+    # Values are means over terms: of samples with several each counts so much.
+    share = update.total / max(update.total_terms, 1)
     num_terms = max(minibatch.num_terms, 1)
     size = shares.microbatch_size or num_terms
     starts = range(0, num_terms, size)
     logged: dict[str, float] = defaultdict(float)
     for start in starts:
         rows = torch.arange(start, min(start + size, minibatch.num_terms))
-        total, values = _summed(minibatch.terms(rows), update.epoch, loss, parameters)
+        try:
+            total, values = _summed(minibatch.terms(rows), update.epoch, loss, parameters)
+        except Exception:
+            if shares.world_size > 1:  # the others wait in their all-reduce: let them hear of it
+                backward(_zeros(parameters) * math.nan)
+            raise
         # One all-reduce per update: only the last backward pass synchronises.
         with nullcontext() if start == starts[-1] else shares.no_sync():
             backward(total * scale)
@@ -126,7 +204,8 @@ def accumulate(
             if is_maximum(name):
                 logged[name] = max(logged[name], float(value.max()))
             else:
-                logged[name] += float(value.sum()) * scale
+                weight = 1.0 if name == "loss" else share
+                logged[name] += float((value * weight).sum()) * scale
     return dict(logged)
 
 
@@ -135,14 +214,21 @@ def _summed(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     if not len(part):
         # Other processes have samples: take part in their all-reduce with zeros.
-        return torch.stack([p.sum() * 0 for p in parameters]).sum(), {}
+        return _zeros(parameters), {}
     noise = generators([seed_from(seed, Stream.UPDATE, epoch) for seed in part.seeds])
     losses, values = loss(part, noise)
     return losses.sum(), {"loss": losses.detach(), **values}
 
 
+def _zeros(parameters: Sequence[nn.Parameter]) -> Tensor:
+    return torch.stack([p.sum() * 0 for p in parameters]).sum()
+
+
 def gradient_norm(
-    parameters: Iterable[nn.Parameter], optimizer: LightningOptimizer, precision: object
+    parameters: Iterable[nn.Parameter],
+    optimizer: LightningOptimizer,
+    precision: object,
+    world_size: int = 1,
 ) -> float:
     """Return the norm of all gradients, in units of the loss.
 
@@ -150,12 +236,19 @@ def gradient_norm(
         parameters: The trained parameters.
         optimizer: Their optimiser.
         precision: The trainer's plugin, which may have scaled them.
+        world_size: Number of processes, which all have the same gradients.
+
+    Raises:
+        UsageError: Another process has failed (`accumulate`).
     """
     if isinstance(precision, MixedPrecision) and precision.scaler is not None:
         # fp16 gradients are scaled until the scaler is told to undo it.
         precision.scaler.unscale_(optimizer.optimizer)
     grads = [p.grad for p in parameters if p.grad is not None]
-    return float(torch.nn.utils.get_total_norm(grads))
+    norm = float(torch.nn.utils.get_total_norm(grads))
+    if not math.isfinite(norm):
+        gather(None, world_size)  # a process that has failed says so here
+    return norm
 
 
 def no_sync(strategy: object) -> AbstractContextManager[Any]:

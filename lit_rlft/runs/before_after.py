@@ -1,5 +1,6 @@
 """The picture that shows a model before and after: same conditions, same noise."""
 
+import io
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +9,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-__all__ = ["before_after", "comparison", "write_png"]
+from lit_rlft.runs.files import write_whole, writing
+
+__all__ = ["before_after", "comparison", "png", "write_png"]
 
 _TILE, _GAP, _LABEL, _MARGIN = 96, 4, 34, 92
 
@@ -68,9 +71,20 @@ def comparison(
 
 
 def write_png(picture: Tensor, path: Path) -> None:
-    """Write a picture [3, H, W] uint8."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _image(picture).save(path)
+    """Write a picture [3, H, W] uint8.
+
+    Raises:
+        DiskError: The disk is full or broken.
+    """
+    with writing(path):
+        write_whole(path, png(_image(picture)))
+
+
+def png(picture: Image.Image) -> bytes:
+    """Return a picture as the content of a PNG file."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def _image(picture: Tensor) -> Image.Image:

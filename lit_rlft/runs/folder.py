@@ -2,8 +2,12 @@
 
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from shutil import rmtree
+from tempfile import mkdtemp
 from typing import Any
+from weakref import finalize
 
 from jsonargparse import Namespace
 from lightning import LightningModule, Trainer
@@ -11,6 +15,9 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.tensorboard import SummaryWriter
 
 from lit_rlft.core.checks import UsageError
+from lit_rlft.runs.agreement import agreed, is_first
+from lit_rlft.runs.files import clean, writing
+from lit_rlft.runs.lock import RunLock
 
 _NAME = "LIT_RLFT_RUN_NAME"
 _OWN_SETTINGS = {
@@ -19,22 +26,57 @@ _OWN_SETTINGS = {
 }
 """Lightning's settings of automatic optimisation: their defaults, and what takes their place."""
 
-__all__ = ["make_folder", "run_folder", "summary_writer", "trainer_settings"]
+_FOLDER, _SCRATCH = "_lit_rlft_run_folder", "_lit_rlft_scratch"
+"""Attributes of a trainer: the folder it was given, and that of a fast_dev_run."""
+
+__all__ = [
+    "check_name",
+    "checkpoints_of",
+    "give_folder",
+    "make_folder",
+    "run_folder",
+    "summary_writer",
+    "trainer_settings",
+    "writes_nothing",
+]
 
 
-def make_folder(config: Namespace, stage: str) -> Path:
+def make_folder(config: Namespace, stage: str, lock: ExitStack | None = None) -> Path:
     """Make and return the folder of the run that a command's config asks for.
 
+    Of several processes that a launcher started, the first one chooses and makes it. A
+    fast_dev_run makes none.
+
+    Args:
+        config: Of the command.
+        stage: Which command it is.
+        lock: A fit holds the folder's lock until this is closed; None takes no lock.
+
     Raises:
-        UsageError: The folder cannot be written, `fit` would mix a new run into an old one, or the
-            trainer is asked for something that the model does itself.
+        UsageError: The name is none of a folder, the folder cannot be written, `fit` would mix a
+            new run into an old one, another fit writes there, or the trainer is asked for
+            something that the model does
+            itself.
     """
     for key, (default, remedy) in _OWN_SETTINGS.items():
         if config.trainer[key] != default:
             raise UsageError(f"trainer.{key} does not apply here; set model.init_args.{remedy}")
-    folder = Path(config.root) / (config.name or _free_name(config))
-    _check_folder(folder, fresh=stage == "fit" and config.ckpt_path is None)
+    check_name(config.name)
+    folder = Path(config.root) / agreed(lambda: _prepare(config, stage, lock))
+    if not config.trainer["fast_dev_run"]:
+        _make(folder)
     return folder
+
+
+def checkpoints_of(config: Namespace, folder: Path) -> Path:
+    """Return where the checkpoints of a run lie."""
+    given = config.checkpoint["dirpath"]
+    return Path(given) if given else folder / "checkpoints"
+
+
+def give_folder(trainer: Trainer, folder: Path) -> None:
+    """Make a folder that of the trainer's run, whatever loggers it has."""
+    vars(trainer)[_FOLDER] = folder
 
 
 def trainer_settings(given: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -45,11 +87,25 @@ def trainer_settings(given: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return settings
 
 
-def run_folder(trainer: Trainer) -> Path:
-    """Return the folder of the run: the logger's, or the trainer's root without one.
+def writes_nothing(trainer: Trainer) -> bool:
+    """Return whether it is a fast_dev_run, which tries everything and leaves no file."""
+    return bool(vars(trainer).get("fast_dev_run", False))
 
-    Unlike `trainer.log_dir` it may be called on one process alone.
+
+def run_folder(trainer: Trainer) -> Path:
+    """Return the folder of the run: as given, else the logger's, else the trainer's root.
+
+    A fast_dev_run leaves nothing: its folder is a temporary one. Unlike `trainer.log_dir` this may
+    be called on one process alone.
     """
+    own = vars(trainer)
+    if writes_nothing(trainer):
+        if _SCRATCH not in own:
+            own[_SCRATCH] = mkdtemp(prefix="lit_rlft_")
+            finalize(trainer, rmtree, own[_SCRATCH], ignore_errors=True)
+        return Path(own[_SCRATCH])
+    if _FOLDER in own:
+        return Path(own[_FOLDER])
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger | CSVLogger):
             return Path(logger.log_dir)
@@ -66,12 +122,63 @@ def summary_writer(module: LightningModule) -> SummaryWriter | None:
     return None
 
 
-def _check_folder(folder: Path, *, fresh: bool) -> None:
-    if fresh and (folder / "checkpoints").is_dir():
+def check_name(name: str | None) -> None:
+    """Raise UsageError for a name that is not that of one folder below the root."""
+    if name is None:
+        return
+    if not name.strip() or name in (".", "..") or any(c in "/\\" or c < " " for c in name):
+        raise UsageError(
+            f"name must be that of a folder in root, without separators, got {name!r}; set root "
+            "to write elsewhere"
+        )
+
+
+def _prepare(config: Namespace, stage: str, lock: ExitStack | None) -> str:
+    """Choose the folder's name; make it, take its lock, and refuse one that holds a run."""
+    trial = bool(config.trainer["fast_dev_run"])
+    name = config.name or _free_name(config, make=not trial)
+    folder = Path(config.root) / name
+    if trial or not is_first():  # started by Lightning: its first process has done all this
+        return str(name)
+    _make(folder)
+    if stage == "fit" and lock is not None:
+        held = RunLock(folder)
+        with writing(held.path):
+            held.acquire()
+        lock.callback(held.release)
+        clean(folder)
+    if stage == "fit" and config.ckpt_path is None:
+        _check_fresh(folder, checkpoints_of(config, folder))
+    return str(name)
+
+
+def _check_fresh(folder: Path, checkpoints: Path) -> None:
+    """Raise UsageError where a new run would be mixed into an old one, and say how to resume it.
+
+    A run that was killed before its first checkpoint left nothing to resume: it starts again. So
+    does one that SLURM has requeued, from where Lightning saved it.
+    """
+    found = sorted(checkpoints.glob("*.ckpt"), key=_newest)
+    requeued = "SLURM_JOB_ID" in os.environ and any(folder.glob("hpc_ckpt_*.ckpt"))
+    if not found or requeued:
+        return
+    if checkpoints.parent == folder:
         raise UsageError(
             f"{folder} already holds a run; choose another --name, delete it, or resume it with "
-            f"--ckpt_path {folder}/checkpoints/last.ckpt"
+            f"--ckpt_path {found[-1]}"
         )
+    raise UsageError(
+        f"checkpoint.dirpath {checkpoints} already holds a run's checkpoints; choose another "
+        f"folder, or resume that run with --ckpt_path {found[-1]}"
+    )
+
+
+def _newest(path: Path) -> tuple[bool, float]:
+    """Sort last.ckpt behind all others, and those by their time."""
+    return path.stem == "last", path.stat().st_mtime
+
+
+def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         writable = os.access(folder, os.W_OK)
@@ -81,11 +188,24 @@ def _check_folder(folder: Path, *, fresh: bool) -> None:
         raise UsageError(f"the run folder {folder} cannot be written; choose another --root")
 
 
-def _free_name(config: Namespace) -> str:
+def _free_name(config: Namespace, *, make: bool) -> str:
     if "LOCAL_RANK" in os.environ and _NAME in os.environ:
         # A process that Lightning launched: the first one has chosen, and may have made the folder.
         return os.environ[_NAME]
     algorithm = config.model.class_path.rpartition(".")[2].lower()
     names = [algorithm, *(f"{algorithm}-{i}" for i in range(2, 10_000))]
-    os.environ[_NAME] = next(n for n in names if not (Path(config.root) / n).exists())
+    os.environ[_NAME] = next(n for n in names if _is_new(Path(config.root) / n, make=make))
     return os.environ[_NAME]
+
+
+def _is_new(folder: Path, *, make: bool) -> bool:
+    """Make a folder; return False where there is one, also where another run makes it just now."""
+    if not make:
+        return not folder.exists()
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    except OSError:  # for `_make` to explain
+        return not folder.exists()
+    return True

@@ -136,7 +136,6 @@ def guided(folder: Path, sign: int) -> tuple[DDPO, Experience]:
         "log_prob": torch.tensor(OLD),
         "advantage": sign * torch.tensor(ADVANTAGES),
         "weight": torch.ones(4),
-        "share": torch.ones(4),
     }
     tuner = DDPO(pipeline, Symmetry(), sampler=Sampler(STEPS, 1.0))
     return tuner, Experience(pairs, condition, range(4))

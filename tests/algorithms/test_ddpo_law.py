@@ -27,6 +27,7 @@ from lit_rlft.core.reward import Reward
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.schedule import DiscreteVP, vp_betas
 from lit_rlft.core.state import tensor_of
+from lit_rlft.loop.updates import Shares, Update, accumulate
 from tests.algorithms.ddpo_support import (
     CLASSES,
     MASKED,
@@ -168,8 +169,7 @@ def test_the_kl_is_that_of_torch_distributions(make: Any, reduction: Any) -> Non
     kl = getattr(kl_divergence(ours, theirs), reduction)(dim=1)
     assert kl.min() > 0
     losses, values = tuner.loss(part, None)
-    share = tensor_of(part.states["share"])
-    torch.testing.assert_close(values["reference_kl"], kl * share)
+    torch.testing.assert_close(values["reference_kl"], kl)
     tuner.kl_coef = 0
     free, without = tuner.loss(part, None)
     assert "reference_kl" not in without
@@ -194,7 +194,6 @@ def test_the_kl_of_masked_states_is_that_of_torch_distributions() -> None:
     ours, theirs = (Categorical(logits=log.clamp(min=-60)) for log in logs)
     kl = (kl_divergence(ours, theirs) * (x_t == CLASSES)).sum(dim=1)
     _, values = tuner.loss(part, None)
-    kl = kl * tensor_of(part.states["share"])
     torch.testing.assert_close(values["reference_kl"].double(), kl, rtol=1e-4, atol=1e-6)
     assert kl.max() > 1e-3 and tuner.loss(part, None)[0].isfinite().all()
     assert gradient(tuner, tuner.loss(part, None)[0]).isfinite().all()
@@ -211,18 +210,21 @@ def test_dropping_samples_without_advantage_changes_no_gradient() -> None:
     torch.testing.assert_close(replayed(tuner, whole)[0], replayed(tuner, rollout)[0])
 
 
-def test_logged_means_are_over_the_trained_pairs() -> None:
-    """Also in uneven chunks: what the updates sum up is divided by the number of samples."""
+@pytest.mark.parametrize("shares", [[NUM], [5, 3], [1, 0, 7]], ids=str)
+def test_logged_means_are_over_the_trained_pairs(shares: list[int]) -> None:
+    """Of all processes, which have unequally many, also in uneven microbatches."""
     tuner = tuner_of(advantage=GroupAdvantage(), reward=Pairs(), clip_range=6e-4)
     rollout = collected(tuner)
     moved(tuner, 1e-4)
+    ratios = [tuner.loss(part, None)[1]["ratio"] for part in pairs_of(rollout, 5)]
+    parameters = [p for p in tuner.trainable().parameters() if p.requires_grad]
     logged: dict[str, float] = {}
-    ratios = []
-    for part in pairs_of(rollout, 5):
-        _, values = tuner.loss(part, None)
-        ratios.append(values["ratio"] / tensor_of(part.states["share"]))
-        for name, value in values.items():
-            logged[name] = logged.get(name, 0.0) + float(value.sum()) / NUM
+    for rows in torch.arange(NUM).split(shares):
+        update = Update(rollout.index(rows), 0, NUM, rollout.num_terms)
+        sizes = Shares(5, world_size=len(shares))
+        own = accumulate(update, tuner.loss, torch.Tensor.backward, parameters, sizes)
+        for name, value in own.items():
+            logged[name] = logged.get(name, 0.0) + value / len(shares)
     assert logged["ratio"] == pytest.approx(float(torch.cat(ratios).mean()), rel=1e-5)
     deviations = (torch.cat(ratios) - 1).abs()
     assert logged["ratio_deviation"] == pytest.approx(float(deviations.mean()), rel=1e-4) != 0

@@ -71,7 +71,7 @@ def test_a_corrector_of_another_base_is_refused_unless_forced(tmp_path: Path) ->
 
     for stage in ("validate", "test", "predict"):
         run(stage, Biased())
-        with pytest.raises(UsageError, match=r"ckpt_path holds a corrector for another base.*forc"):
+        with pytest.raises(UsageError, match=r"holds a corrector for another base.*forc"):
             run(stage, MoreBiased())
         run(stage, MoreBiased(), force_num_steps=True)
     with pytest.raises(UsageError, match="another base"):

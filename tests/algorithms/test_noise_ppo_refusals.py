@@ -55,9 +55,9 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "adapter": ({"lora": LoRA()}, "lora must be null: NoisePPO leaves the denoiser as it is"),
     "group of one": ({"num_candidates": 1}, "a group of one has no peers"),
     "no candidates": ({"num_candidates": 0, "advantage": BatchAdvantage()}, "num_candidates must"),
-    "clip range": ({"clip_range": 0.0}, "clip_range must be above 0"),
-    "advantage clip": ({"advantage_clip": 0.0}, "advantage_clip must be above 0"),
-    "beta": ({"beta": -1.0}, "beta must be 0 or more"),
+    "clip range": ({"clip_range": 0.0}, "clip_range must be positive"),
+    "advantage clip": ({"advantage_clip": 0.0}, "advantage_clip must be positive"),
+    "beta": ({"beta": -1.0}, "beta must be at least 0"),
     "width": ({"width": 0}, "width must be at least 1"),
     "masked process": (
         {"pipeline": Masked(MaskedProcess(3))},

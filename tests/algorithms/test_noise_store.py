@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from lit_rlft.algorithms.inverse_noise_correction import noise_store
 from lit_rlft.algorithms.inverse_noise_correction.noise_store import InvertedNoise
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.state import index
 from lit_rlft.distributed import together
+from lit_rlft.runs.files import write_whole
 
 STATES = torch.arange(70, dtype=torch.float32).reshape(10, 7).reshape(10, 7, 1)
 IDENTITY = {"num_steps": 8, "data": [0.5, -1.0], "data_noise": 0.0, "pretrained": "abc"}
@@ -93,12 +95,11 @@ def test_a_file_that_is_not_what_was_to_be_written_does_not_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a failing disk: the checksum is that of the bytes before they are written."""
-    write = Path.write_bytes
 
-    def failing(path: Path, content: bytes) -> int:
-        return write(path, content if ".npy" not in path.name else content[:-1] + b"?")
+    def failing(path: Path, content: bytes) -> Path:
+        return write_whole(path, content if ".npy" not in path.name else content[:-1] + b"?")
 
-    monkeypatch.setattr(Path, "write_bytes", failing)
+    monkeypatch.setattr(noise_store, "write_whole", failing)
     store = stored(tmp_path)
     assert [store.finished(shard) for shard in range(3)] == [False] * 3
 

@@ -1,5 +1,6 @@
 """The self-check stops what cannot learn before weights change, and names cause and remedy."""
 
+import math
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from domains.gaussian_mixture.data import MixtureData
@@ -172,23 +174,36 @@ def test_the_tolerance_is_half_the_clip_range(
                 fit(tuner, tmp_path)
 
 
-def test_half_precision_is_named(tmp_path: Path) -> None:
-    """Replay in other batches than the sampler's rounds differently."""
-    tuner = ddpo(microbatch_size=1, log_prob_reduction="sum", clip_range=1e-5)
-    trainer = trainer_of(
-        default_root_dir=tmp_path, callbacks=[SelfCheck(ratio_tolerance=0)], precision="bf16-mixed"
-    )
-    own = tuner.pipeline.forward
+def test_rounding_by_batch_size_cancels_in_half_precision(tmp_path: Path) -> None:
+    """Where microbatches have one size; where they have not, that is the remedy named."""
 
-    def rounded(x: State, t: Tensor, condition: Condition) -> State:
-        prediction = own(x, t, condition)
-        assert isinstance(prediction, Tensor)
-        # What another kernel's rounding amounts to.
-        return prediction * (1 + 2**-8 * (len(condition) == 1))
+    def run(microbatch_size: int | None) -> RewardFineTuner:
+        tuner = ddpo(
+            log_prob_reduction="sum",
+            clip_range=1e-6,
+            num_epochs=2,
+            minibatch_size=5,
+            microbatch_size=microbatch_size,
+        )
+        trainer = trainer_of(
+            default_root_dir=tmp_path, callbacks=[SelfCheck()], precision="bf16-mixed", max_epochs=2
+        )
+        own = tuner.pipeline.forward
 
-    tuner.pipeline.forward = rounded  # type: ignore[method-assign]
-    with pytest.raises(UsageError, match=r"give model.init_args.sampling_batch_size and"):
+        def rounded(x: State, t: Tensor, condition: Condition) -> State:
+            prediction = own(x, t, condition)
+            assert isinstance(prediction, Tensor)
+            # What the rounding of a kernel for so many rows amounts to.
+            return prediction * (1 + 2**-8 * (len(condition) % 7))
+
+        tuner.pipeline.forward = rounded  # type: ignore[method-assign]
         trainer.fit(tuner, MixtureData(num_train=8, batch_size=8))
+        return tuner
+
+    for size in (1, 6):
+        assert run(size).num_updates == 2 * 7 * 2
+    with pytest.raises(UsageError, match=r"set model.init_args.microbatch_size, which gives them"):
+        run(None)
 
 
 @pytest.mark.parametrize(
@@ -197,8 +212,10 @@ def test_half_precision_is_named(tmp_path: Path) -> None:
         (lambda losses: losses * torch.nan, r"\d of \d losses of update 1 are not finite"),
         # Finite, but the root's slope at 0 is not.
         (lambda losses: (losses * 0).sqrt(), r"gradients of update 1 are not finite \(first in "),
+        # Finite, but their squares are not.
+        (lambda losses: losses * 1e30, r"gradients of update 1 are not finite; the weights are"),
     ],
-    ids=["loss", "gradient"],
+    ids=["loss", "gradient", "norm"],
 )
 def test_what_is_not_finite_never_reaches_the_weights(
     breaks: Callable[[Tensor], Tensor], message: str, tmp_path: Path
@@ -209,6 +226,64 @@ def test_what_is_not_finite_never_reaches_the_weights(
     assert tuner.num_updates == 1
     assert_unchanged(tuner.last, tuner)
     assert all(value.isfinite().all() for value in tuner.trainable().state_dict().values())
+
+
+class Overflows(torch.optim.SGD):
+    """Writes NaN, as Adam does in half precision, or infinity, in its third step."""
+
+    wrong = math.nan
+
+    def step(self, *args: Any, **more: Any) -> None:
+        super().step(*args, **more)
+        self.calls = getattr(self, "calls", 0) + 1
+        if self.calls == 3:
+            self.param_groups[0]["params"][-1].data.flatten()[-1] = self.wrong
+
+
+class OverflowsToInfinity(Overflows):
+    wrong = -math.inf
+
+
+@pytest.mark.parametrize("optimizer", [Overflows, OverflowsToInfinity])
+@pytest.mark.parametrize("checked", [True, False])
+@pytest.mark.parametrize("minibatch_size", [4, 8])
+def test_weights_that_are_not_finite_are_never_saved(
+    optimizer: type[Overflows], checked: bool, minibatch_size: int, tmp_path: Path
+) -> None:
+    """Whether a later update of the round would meet them or not; with and without the check."""
+    tuner = Broken(lambda losses: losses)
+    tuner.make_optimizer = lambda parameters: optimizer(parameters, lr=0.01)
+    tuner.minibatch_size = minibatch_size
+    check = SelfCheck(enabled=checked)
+    save = ModelCheckpoint(tmp_path / "kept", every_n_train_steps=1, save_last=True)
+    trainer = trainer_of(
+        default_root_dir=tmp_path, callbacks=[check, save], max_epochs=4, enable_checkpointing=True
+    )
+    with pytest.raises(UsageError, match=r"the weights are not finite after update \d \(first in "):
+        trainer.fit(tuner, MixtureData(num_train=8, batch_size=8))
+    held = torch.load(tmp_path / "kept/last.ckpt", weights_only=True)
+    assert held["lit_rlft"]["num_updates"] in (1, 2)
+    assert all(value.isfinite().all() for value in held["state_dict"].values())
+    before = (tmp_path / "kept/last.ckpt").read_bytes()
+    with pytest.raises(UsageError, match="neither saved nor exported"):
+        trainer.save_checkpoint(tmp_path / "kept/last.ckpt")
+    assert (tmp_path / "kept/last.ckpt").read_bytes() == before
+    with pytest.raises(UsageError, match="neither saved nor exported"):
+        tuner.on_fit_end()
+    assert not (tmp_path / "tuned").exists()
+
+
+@pytest.mark.parametrize(
+    ("precision", "remedy"), [("16-true", "16-mixed"), ("bf16-true", "bf16-mixed")]
+)
+def test_weights_of_16_bits_are_refused_before_anything_is_sampled(
+    precision: str, remedy: str, tmp_path: Path
+) -> None:
+    tuner = ddpo()
+    trainer = trainer_of(default_root_dir=tmp_path, precision=precision)
+    with pytest.raises(UsageError, match=f"trainer.precision {precision} .* set it to {remedy}"):
+        trainer.fit(tuner, MixtureData(num_train=8, batch_size=8))
+    assert tuner.num_samples == 0
 
 
 def test_a_loss_without_gradient_is_named(tmp_path: Path) -> None:

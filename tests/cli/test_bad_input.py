@@ -160,8 +160,14 @@ SETTINGS = {
         },
         "data.init_args.batch_size (3) is not divisible by the 2 processes",
     ),
-    "unknown key": ({"model.init_args.candidates": 2}, "'candidates' is not accepted"),
-    "wrong type": ({"model.init_args.num_candidates": "few"}, '"num_candidates"'),
+    "unknown key": (
+        {"model.init_args.candidates": 2},
+        "model.init_args.candidates: PGRAFT has no such argument; did you mean num_candidates",
+    ),
+    "wrong type": (
+        {"model.init_args.num_candidates": "few"},
+        "model.init_args.num_candidates is 'few', but must",
+    ),
     "unknown class": ({"reward": "nowhere.Nothing"}, "No module named 'nowhere'"),
     "missing config": ({"config": ["configs/nowhere.yaml"]}, "does not exist"),
     "NaN reward": ({"reward": "mistaken_rewards.Failing"}, "Failing returned NaN for 32 of 32"),
@@ -226,7 +232,7 @@ def test_a_file_that_is_no_checkpoint_of_ours(finished: Path) -> None:
     torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.0"}, "foreign.ckpt")
     Path("text.ckpt").write_text("nothing")
     for path in ("foreign.ckpt", "text.ckpt"):
-        words = ("--ckpt_path", path, "is no checkpoint of lit-rlft")
+        words = (path, "is no checkpoint of lit-rlft")
         assert_refused(finished, {"ckpt_path": path}, "test", *words)
     assert_refused(finished, {"ckpt_path": "nowhere.ckpt"}, "fit", "there is no file nowhere.ckpt")
 

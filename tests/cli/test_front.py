@@ -92,8 +92,9 @@ def test_an_unknown_command_is_refused_with_the_nearest(word: str, close: str | 
     assert "fit, validate, test, predict, list" in message
 
 
-def test_the_module_runs_as_a_program() -> None:
-    command = [sys.executable, "-m", "lit_rlft.cli", "--version"]
+@pytest.mark.parametrize("module", ["lit_rlft", "lit_rlft.cli"])
+def test_the_module_runs_as_a_program(module: str) -> None:
+    command = [sys.executable, "-m", module, "--version"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert result.stdout == f"lit-rlft {__version__}\n"
 

@@ -10,6 +10,7 @@ import torch
 
 from lit_rlft.cli import main
 from tests.support import (
+    TWO_FORKS,
     TWO_PROCESSES,
     arguments,
     assert_close_in_rounding,
@@ -108,8 +109,8 @@ def test_a_run_resumes_bit_by_bit_and_inverts_once() -> None:
 
 def test_two_processes_learn_what_one_learns() -> None:
     settings = {"trainer.limit_val_batches": 0}
-    command("fit", "one", {**settings, "model.init_args.minibatch_size": 8})
-    script(*words("fit", TINY, settings, {"name": "two"}, TWO_PROCESSES))
+    command("fit", "one", settings)
+    command("fit", "two", {**settings, **TWO_FORKS})
     one, two = checkpoint("one"), checkpoint("two")
     assert one["state_dict"].keys() == two["state_dict"].keys()
     for key, value in one["state_dict"].items():

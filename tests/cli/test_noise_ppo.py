@@ -12,13 +12,13 @@ import torch
 from lit_rlft.cli import main
 from lit_rlft.inference import NoiseGenerator
 from tests.support import (
+    TWO_FORKS,
     TWO_PROCESSES,
     arguments,
     assert_equal,
     checkpoint,
     report,
     scalars,
-    script,
     write_picture_domain,
 )
 
@@ -115,8 +115,10 @@ def test_a_run_resumes_bit_by_bit(advantage: dict[str, Any]) -> None:
         assert_equal(resumed[key], whole[key])
     for held in (whole, resumed):
         del held["lit_rlft"]["cost"]["seconds"]
+    assert_equal(resumed["lit_rlft"].pop("advantage"), remembered := whole["lit_rlft"]["advantage"])
+    del whole["lit_rlft"]["advantage"]
     assert resumed["lit_rlft"] == whole["lit_rlft"]
-    assert bool(whole["lit_rlft"]["advantage"]) is bool(advantage)
+    assert bool(remembered) is bool(advantage)
     assert len(scalars()["train/reward"]) == 6
 
 
@@ -128,10 +130,9 @@ def test_a_run_resumes_bit_by_bit(advantage: dict[str, Any]) -> None:
     ],
 )
 def test_two_processes_learn_what_one_learns(advantage: dict[str, Any]) -> None:
-    whole = {"model.init_args.minibatch_size": 16, "trainer.limit_val_batches": 0}
-    command("fit", "one", {**whole, **advantage})
-    halves = {**whole, "model.init_args.minibatch_size": 8}
-    script(*words("fit", TINY, {"name": "two"}, halves, TWO_PROCESSES, advantage))
+    settings = {"trainer.limit_val_batches": 0, **advantage}
+    command("fit", "one", settings)
+    command("fit", "two", {**settings, **TWO_FORKS})
     one, two = checkpoint("one"), checkpoint("two")
     assert one["state_dict"].keys() == two["state_dict"].keys()
     for key, value in one["state_dict"].items():
@@ -181,9 +182,12 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "eta": ({"model.init_args.sampler.eta": 1.0}, "model.init_args.sampler.eta must be 0"),
     "lora": ({"model.init_args.lora.rank": 4}, "model.init_args.lora must be null"),
     "group": ({"model.init_args.num_candidates": 1}, "a group of one has no peers"),
-    "clip range": ({"model.init_args.clip_range": 0}, "model.init_args.clip_range must be above"),
+    "clip range": (
+        {"model.init_args.clip_range": 0},
+        "model.init_args.clip_range must be positive",
+    ),
     "size": ({"model.init_args.maps.init_args.size": 0}, "maps.init_args.size must be at least 1"),
-    "beta": ({"model.init_args.beta": -0.1}, "model.init_args.beta must be 0 or more"),
+    "beta": ({"model.init_args.beta": -0.1}, "model.init_args.beta must be at least 0"),
     "masked": (
         {"pipeline": "masked_pipeline.Masked"},
         "NoisePPO learns a Gaussian prior, but Masked starts from that of a MaskedProcess",

@@ -19,6 +19,7 @@ from domains.gaussian_mixture.pipeline import GaussianMixturePipeline
 from lit_rlft.callbacks.run_files import RunFiles
 from lit_rlft.cli import main
 from tests.support import (
+    TWO_FORKS,
     TWO_PROCESSES,
     arguments,
     assert_equal,
@@ -397,9 +398,9 @@ def test_rounds_after_the_last_validation_are_kept_and_prolonged_bit_by_bit() ->
 
 
 def test_two_processes_train_and_test_like_one() -> None:
-    # One minibatch a round: 8 accepted samples on one process, 4 on each of two.
-    alone = {"model.init_args.minibatch_size": 8, "trainer.max_epochs": 2}
-    shared = {**TWO_PROCESSES, "model.init_args.minibatch_size": 4, "trainer.max_epochs": 2}
+    # Three minibatches a pass: of 8 accepted samples.
+    alone = {"model.init_args.minibatch_size": 3, "trainer.max_epochs": 2}
+    shared = {**alone, **TWO_PROCESSES}
     monitor = {"checkpoint.monitor": "val/Coordinate", "checkpoint.save_top_k": -1}
     gaussian("fit", "one", alone)
     script(*arguments("fit", GAUSSIAN, TINY, {"name": "two"}, shared, monitor))
@@ -524,9 +525,9 @@ def test_reward_gradients_run_in_bf16(method: str) -> None:
     [pytest.param(method, marks=pytest.mark.slow) for method in METHODS],
 )
 def test_reward_gradients_of_two_processes_are_those_of_one(method: str) -> None:
-    gradients("fit", method, "one")
-    halves = {**TWO_PROCESSES, "model.init_args.minibatch_size": 4, "trainer.limit_val_batches": 0}
-    script(*by_gradient("fit", method, "two", halves))
+    several = {"model.init_args.minibatch_size": 3, "trainer.limit_val_batches": 0}
+    gradients("fit", method, "one", several)
+    gradients("fit", method, "two", {**several, **TWO_FORKS})
     one, two = weights("one"), weights("two")
     assert one.keys() == two.keys()
     for key in one:

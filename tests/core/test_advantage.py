@@ -1,6 +1,9 @@
 import copy
-import json
+import io
 import math
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -93,11 +96,100 @@ def test_statistics_survive_a_checkpoint_exactly() -> None:
     rounds = torch.randn(4, 3, 4, generator=generator)
     for rewards in rounds[:2]:
         first(rewards, NAMES)
-    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    second.load_state_dict(through_a_file(first.state_dict()))
     for rewards in rounds[2:]:
         resumed = second(rewards, NAMES)
         assert torch.equal(first(rewards, NAMES), resumed)
         assert not torch.equal(fresh(rewards, NAMES), resumed)
+
+
+class Deques:
+    """Running statistics as they were kept before: a deque of floats per condition, for ever."""
+
+    def __init__(self, buffer_size: int, min_count: int) -> None:
+        self.buffer_size, self.min_count = buffer_size, min_count
+        self.buffers: dict[str, deque[float]] = {}
+
+    def __call__(self, rewards: Tensor, conditions: list[str]) -> Tensor:
+        for group, name in zip(rewards.double(), conditions, strict=True):
+            buffer = self.buffers.setdefault(name, deque(maxlen=self.buffer_size))
+            buffer.extend(group[group.isfinite()].tolist())
+        peers = BatchAdvantage().peers(rewards.double(), conditions)
+        for i, name in enumerate(conditions):
+            if len(self.buffers[name]) >= self.min_count:
+                peers[i] = torch.tensor(list(self.buffers[name]), dtype=torch.float64)
+        return Given(peers)(rewards, conditions)
+
+
+class Given(Advantage):
+    def __init__(self, peers: list[Tensor]) -> None:
+        self.given = peers
+
+    def peers(self, rewards: Tensor, conditions: Sequence[str]) -> list[Tensor]:
+        return self.given
+
+
+def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def drawn(num_rounds: int, num_conditions: int) -> Iterator[tuple[Tensor, list[str]]]:
+    """Rounds of 6 groups of 3, some of one condition, some rewards failed, not float32 numbers."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(num_rounds):
+        rewards = torch.randn(6, 3, generator=generator, dtype=torch.float64)
+        failed = torch.rand(6, 3, generator=generator) < 0.1
+        chosen = torch.randint(num_conditions, (6,), generator=generator)
+        yield rewards.masked_fill(failed, NAN), [f"c{i}" for i in chosen.tolist()]
+
+
+def test_tensors_hold_what_deques_held_to_the_last_bit() -> None:
+    """Also through a checkpoint of tensors, and from one of lists, into buffers of another size."""
+    tensors, deques = RunningAdvantage(8, 4), Deques(8, 4)
+    for i, (rewards, names) in enumerate(drawn(60, 100)):
+        if i == 20:
+            state = through_a_file(tensors.state_dict())
+            tensors = RunningAdvantage(8, 4)
+            tensors.load_state_dict(state)
+        if i == 40:
+            tensors, held = RunningAdvantage(5, 4), deques.buffers
+            tensors.load_state_dict({name: list(buffer) for name, buffer in held.items()})
+            deques = Deques(5, 4)
+            deques.buffers = {name: deque(buffer, maxlen=5) for name, buffer in held.items()}
+        assert torch.equal(tensors(rewards, names), deques(rewards, names))
+    assert len(deques.buffers) > 64 and tensors.state_dict()["rewards"].dtype == torch.float64
+
+
+def test_conditions_seen_longest_ago_are_forgotten_and_start_anew() -> None:
+    """Those of a round are kept until its end, however many; the memory stays as it is."""
+    advantage, sizes = RunningAdvantage(8, 4, max_conditions=20), set()
+    kept: OrderedDict[str, deque[float]] = OrderedDict()
+    for rewards, names in drawn(300, 200):
+        for group, name in zip(rewards, names, strict=True):
+            kept.setdefault(name, deque(maxlen=8)).extend(group[group.isfinite()].tolist())
+            kept.move_to_end(name)
+        peers = BatchAdvantage().peers(rewards, names)
+        own = [torch.tensor(kept[name], dtype=torch.float64) for name in names]
+        peers = [o if len(o) >= 4 else p for o, p in zip(own, peers, strict=True)]
+        assert torch.equal(advantage(rewards, names), Given(peers)(rewards, names))
+        while len(kept) > 20:
+            kept.popitem(last=False)
+        sizes.add(len(advantage.state_dict()["counts"]))
+    assert max(sizes) == 20 and advantage._rewards.shape == (64, 8)
+
+
+def test_a_checkpoint_holds_single_precision_where_that_is_exact() -> None:
+    advantage = RunningAdvantage()
+    advantage(REWARDS, NAMES)
+    state = advantage.state_dict()
+    assert state["rewards"].dtype == torch.float32 and state["counts"].tolist() == [4, 8]
+    again = RunningAdvantage()
+    again.load_state_dict(state)
+    more = torch.rand(3, 12, dtype=torch.float64)
+    assert torch.equal(again(more, NAMES), advantage(more, NAMES))
 
 
 def test_constant_groups() -> None:
@@ -114,3 +206,5 @@ def test_bad_settings() -> None:
     for sizes in ((16, 32), (16, 1)):
         with pytest.raises(UsageError, match="min_count must be"):
             RunningAdvantage(*sizes)
+    with pytest.raises(UsageError, match="max_conditions must be at least 1, got 0"):
+        RunningAdvantage(max_conditions=0)

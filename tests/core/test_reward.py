@@ -1,3 +1,4 @@
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -6,7 +7,15 @@ from torch import Tensor
 
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
-from lit_rlft.core.reward import Reward, WeightedSum, check_rewards
+from lit_rlft.core.reward import (
+    Metric,
+    Metrics,
+    Reward,
+    WeightedSum,
+    check_rewards,
+    rewards_of,
+    values_of,
+)
 
 CONDITION = Condition([{}], {}, torch.zeros(3, dtype=torch.int64))
 POINTS = torch.tensor([[1.0, 2.0], [3.0, -4.0], [0.0, 5.0]])
@@ -57,7 +66,16 @@ def test_weighted_sum_refuses_what_cannot_work() -> None:
 def test_rewards_are_checked_and_cast() -> None:
     values = check_rewards(First(), torch.tensor([1, 0, 1]), 3)
     assert values.dtype == torch.float32 and values.tolist() == [1, 0, 1]
-    assert check_rewards(First(), torch.tensor([-torch.inf, 0.0]), 2)[0] == -torch.inf
+    for given in (torch.tensor([True, False, True]), torch.tensor([1.0, 0.0, 1.0]).half()):
+        values = check_rewards(First(), given, 3)
+        assert values.dtype == torch.float32 and values.tolist() == [1, 0, 1]
+
+
+def test_rewards_carry_a_gradient_only_where_one_is_computed() -> None:
+    given = torch.ones(3, requires_grad=True) * 2
+    assert check_rewards(First(), given, 3).requires_grad
+    with torch.no_grad():
+        assert not check_rewards(First(), given, 3).requires_grad
 
 
 @pytest.mark.parametrize("shape", [(3, 1), (2,), ()])
@@ -66,6 +84,90 @@ def test_a_reward_of_the_wrong_shape_is_named(shape: tuple[int, ...]) -> None:
         check_rewards(First(), torch.zeros(shape), 3)
 
 
-def test_a_reward_that_is_not_a_number_is_named() -> None:
-    with pytest.raises(UsageError, match="First returned NaN for 1 of 3"):
-        check_rewards(First(), torch.tensor([0.0, torch.nan, 1.0]), 3)
+@pytest.mark.parametrize(
+    ("value", "dtype", "shown"),
+    [
+        (torch.nan, torch.float32, "NaN"),
+        (torch.inf, torch.float32, "inf"),
+        (-torch.inf, torch.float16, "-inf"),
+        (1e300, torch.float64, r"1e\+300"),
+    ],
+)
+def test_a_reward_that_is_no_finite_number_is_named(
+    value: float, dtype: torch.dtype, shown: str
+) -> None:
+    values = torch.tensor([0.0, value, 1.0], dtype=dtype)
+    with pytest.raises(UsageError, match=f"First returned {shown} for 1 of 3.*finite low reward"):
+        check_rewards(First(), values, 3)
+    failed = check_rewards(First(), values, 3, may_fail=True)
+    assert failed.isnan().tolist() == [False, True, False]
+
+
+def test_complex_rewards_are_refused() -> None:
+    with pytest.raises(UsageError, match="First returned complex numbers"):
+        check_rewards(First(), torch.zeros(3, dtype=torch.complex64), 3)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    left: Tensor
+    right: Tensor
+
+
+class InPlace(Reward):
+    """Changes a tensor of the samples, wherever it is."""
+
+    def forward(self, samples: Any, condition: Condition) -> Tensor:
+        tensor = samples.right if isinstance(samples, Pairs) else samples
+        return tensor[:, 0].mul_(2)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("form", [Tensor.clone, lambda points: Pairs(points, points.clone())])
+def test_samples_changed_in_place_are_refused(form: Any, inference: bool) -> None:
+    with torch.inference_mode(inference):
+        for look in (rewards_of, values_of):
+            with pytest.raises(UsageError, match=r"InPlace changes.*samples = samples\.clone\(\)"):
+                look(InPlace(), form(POINTS), CONDITION)
+        holes = POINTS.clone()
+        holes[2] = torch.nan
+        assert rewards_of(First(), holes[:2], CONDITION.index(slice(0, 2))).tolist() == [1, 3]
+        assert values_of(Second(), holes, CONDITION)["Second"].isnan().tolist() == [0, 0, 1]
+
+
+class Answer(Metric):
+    def __init__(self, answer: Any) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def evaluate(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
+        return self.answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "sentence"),
+    [
+        (torch.zeros(3), "Answer.evaluate returned a Tensor; return a dict"),
+        ({"a": [0.0, 1.0, 2.0]}, r"\['a'\] returned a list; a metric returns a tensor"),
+        ({"a": torch.zeros(3, 1)}, r"\['a'\] returned shape \(3, 1\) for 3 samples"),
+        ({"a": torch.zeros(3) * 1j}, r"\['a'\] returned complex numbers"),
+    ],
+)
+def test_a_metric_that_answers_something_else_is_named(answer: Any, sentence: str) -> None:
+    for metric in (Answer(answer), Metrics([Answer(answer)])):
+        with pytest.raises(UsageError, match=sentence):
+            values_of(metric, POINTS, CONDITION)
+
+
+def test_values_of_metrics_become_real_numbers() -> None:
+    values = values_of(Metrics([Answer({"a": POINTS[:, 0] > 0})]), POINTS, CONDITION)
+    assert values["a"].dtype == torch.float32 and values["a"].tolist() == [1, 1, 0]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
+def test_rewards_come_to_the_samples_device() -> None:
+    class Elsewhere(First):
+        def forward(self, samples: Any, condition: Condition) -> Tensor:
+            return samples[:, 0].cpu()
+
+    assert rewards_of(Elsewhere(), POINTS.cuda(), CONDITION).is_cuda

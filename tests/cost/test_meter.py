@@ -31,14 +31,32 @@ def test_calls_are_billed_to_whoever_runs() -> None:
     assert meter.current is meter.training and meter.training.denoiser_calls == 4
     meter.start_test()
     call(pipeline, 2)
-    report = meter.report(world_size=3)
-    assert report["denoiser_calls"] == 12 and report["test_denoiser_calls"] == 6
+    report = meter.report([meter.counts()])
+    assert report["denoiser_calls"] == 4 and report["test_denoiser_calls"] == 2
     assert report["flops"] == 2 * report["test_flops"] > 0
-    assert meter.spent(num_samples=7, world_size=3) == {
-        "samples": 7,
-        "reward_calls": 0,
-        "denoiser_calls": 12,
-    }
+    assert meter.spent(num_samples=7) == {"samples": 7, "reward_calls": 0, "denoiser_calls": 4}
+
+
+def test_processes_that_spend_unequally_are_summed() -> None:
+    meters = [Meter() for _ in range(3)]
+    for number, meter in enumerate(meters):
+        meter.start_training()
+        meter.training.denoiser_calls = 5 * number
+    everyone = [meter.counts() for meter in meters]
+    for meter in meters:
+        meter.end_round(everyone)
+        assert meter.total("denoiser_calls") == meter.spent(0)["denoiser_calls"] == 15
+    held = meters[1].as_dict()
+    # A run that goes on with two processes has spent the same so far.
+    resumed = [Meter() for _ in range(2)]
+    for number, meter in enumerate(resumed):
+        meter.restore(held, first=number == 0)
+        meter.start_training()
+        meter.training.denoiser_calls += 1
+    everyone = [meter.counts() for meter in resumed]
+    for meter in resumed:
+        meter.end_round(everyone)
+        assert meter.total("denoiser_calls") == 17
 
 
 def test_nobody_pays_for_looking_even_where_it_fails() -> None:
@@ -65,8 +83,8 @@ def test_trainings_clock_goes_on_after_a_resumption(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("lit_rlft.cost.meter.time.monotonic", lambda: next(seconds))
     meter = Meter()
     meter.start_training()
-    meter.end_round()
+    meter.end_round([meter.counts()])
     assert meter.training.seconds == 2.5
     meter.start_training()
-    meter.end_round()
+    meter.end_round([meter.counts()])
     assert meter.training.seconds == 3.5

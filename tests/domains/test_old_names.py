@@ -16,7 +16,7 @@ gaussian_mixture.pipeline: GaussianMixtureDenoiser GaussianMixturePipeline Sched
 gaussian_mixture.render: Plane
 gaussian_mixture.rewards: ComponentIndicator Coordinate Quadratic
 image.data: ImageData
-image.distances: Given frechet_distance kernel_distance neighbour_distances precision_recall
+image.distances: frechet_distance kernel_distance neighbour_distances precision_recall
 image.features: EMBEDDED FeatureArchitecture FeatureNetwork features_of load_features
 image.folder: Cache Fit Reading Report Resample SUFFIXES
 image.inception: InceptionV3 resize_like_tensorflow_1

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_rlft.evaluation.measurements import Measurements, moments
+from lit_rlft.evaluation.measurements import Measurements, moments, paired_moments
 from lit_rlft.runs.before_after import before_after, comparison
 
 NAN = float("nan")
@@ -55,15 +55,37 @@ def test_gain_is_the_paired_difference() -> None:
     assert summary["reference"]["r"]["sem"] == pytest.approx(50 / math.sqrt(3))
 
 
-def test_gain_is_over_pairs_known_in_both_arms() -> None:
+def test_gain_is_tuned_minus_reference_where_they_know_other_samples() -> None:
     evaluation = Measurements()
     added(evaluation, "reference", 0, r=[1.0, NAN, 3.0, NAN])
     added(evaluation, "tuned", 0, r=[2.0, 5.0, NAN, NAN])
-    assert evaluation.summary(1)["gain"]["r"]["mean"] == 1.0
+    summary = evaluation.summary(1)
+    assert summary["gain"]["r"]["mean"] == 1.5
+    means = [summary[arm]["r"]["mean"] for arm in ("tuned", "reference")]
+    assert means == [3.5, 2.0]
     other = Measurements()
     added(other, "reference", 0, r=[1.0])
     added(other, "tuned", 0, r=[2.0, 5.0])
     assert "r" not in other.summary(1)["gain"]
+
+
+def test_error_of_a_gain_where_some_do_not_count() -> None:
+    """The deviation over fresh sets; each arm knows 70 % of its samples, most of them the same."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn() -> dict[str, float]:
+        common = torch.randn(200, generator=generator, dtype=torch.float64)
+        arms = [common + 0.3 * torch.randn(200, generator=generator) + i for i in range(2)]
+        # The larger a value, the likelier it counts: the mean depends on which do.
+        known = [(x - i + torch.rand(200, generator=generator)) > 0 for i, x in enumerate(arms)]
+        reference, tuned = (x.where(k, NAN) for x, k in zip(arms, known, strict=True))
+        return paired_moments(tuned, reference)
+
+    found = [drawn() for _ in range(500)]
+    true = torch.tensor([gain["mean"] for gain in found]).std().item()
+    error = torch.tensor([gain["sem"] for gain in found]).square().mean().sqrt().item()
+    assert error == pytest.approx(true, rel=0.1)
+    assert math.isnan(paired_moments(torch.tensor([NAN]), torch.tensor([1.0]))["mean"])
 
 
 def test_reference_is_kept_for_the_next_evaluation() -> None:

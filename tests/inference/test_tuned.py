@@ -112,7 +112,7 @@ def test_a_callback_of_the_callers_is_called_too(folder: Path, tmp_path: Path) -
 
     pipe(PROMPTS[0], callback_on_step_end=note, **settings(pipe))
     assert steps == list(range(STEPS))
-    with pytest.raises(UsageError, match="num_inference_steps 0 leaves no step|num_inference"):
+    with pytest.raises(UsageError, match="num_inference_steps 0 leaves no step"):
         pipe(PROMPTS[0], num_inference_steps=0, **settings(pipe))
 
 

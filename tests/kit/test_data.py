@@ -69,6 +69,36 @@ def test_processes_share_a_round_and_every_evaluation_row_is_seen_once() -> None
     assert sorted(rows) == list(range(7))
 
 
+@pytest.mark.parametrize("num_rows", [12, 21, 23, 24, 35, 47])
+def test_rounds_do_not_depend_on_the_number_of_processes(num_rows: int) -> None:
+    """Row j of rank r of R is row r + R j of the round; no process has a round more."""
+
+    def rounds(ranks: int, batches: int) -> list[list[int]]:
+        loaders = []
+        for rank in range(ranks):
+            data = on(Numbers(batch_size=12), ranks, rank, batches)
+            data.sizes = {"train": num_rows}
+            loaders.append(data.train_dataloader())
+        shares = [seen(loader) for loader in loaders]
+        assert {len(loader) for loader in loaders} == {len(share) for share in shares}
+        return [
+            [row for rows in zip(*parts, strict=True) for row in rows]
+            for parts in zip(*shares, strict=True)
+        ]
+
+    for batches in (0, 5):
+        alone = rounds(1, batches)
+        assert len(alone) == num_rows // 12
+        assert all(rounds(ranks, batches) == alone for ranks in (2, 3, 4))
+
+
+def test_few_rows_are_shared_evenly_or_not_at_all() -> None:
+    shares = [seen(on(Numbers(batch_size=24), 3, r).train_dataloader()) for r in range(3)]
+    assert [[len(batch) for batch in share] for share in shares] == [[7]] * 3
+    with pytest.raises(UsageError, match=r"21 rows.* set data.init_args.batch_size to 20$"):
+        on(Numbers(batch_size=24), 2, 0).train_dataloader()
+
+
 def test_a_small_training_split_still_gives_a_batch() -> None:
     assert [len(batch) for batch in seen(Numbers(batch_size=64).train_dataloader())] == [21]
 

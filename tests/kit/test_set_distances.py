@@ -6,12 +6,16 @@ import numpy as np
 import pytest
 import torch
 from scipy.linalg import sqrtm
-from torch import Tensor
+from torch import Tensor, nn
+from torchmetrics.image.kid import KernelInceptionDistance
 
+from lit_rlft.kit import statistics
 from lit_rlft.kit.statistics import (
     frechet_distance,
+    gaussian,
     kernel_distance,
     mmd,
+    point_distances,
     polynomial,
     precision_recall,
 )
@@ -49,24 +53,65 @@ def slow_kid(a: Tensor, b: Tensor) -> float:
     return within - 2 * sum(k(x, y) for x in a for y in b) / (n * m)
 
 
-def test_kernel_distance_of_whole_sets_is_the_slow_one() -> None:
-    a, b = normal(15, 4, 0), normal(15, 4, 1, 0.5)
-    mean, deviation = kernel_distance(a, b)
-    assert mean == pytest.approx(slow_kid(a, b), rel=1e-9) and deviation == 0
-    assert mmd(a, b[:9], polynomial) == pytest.approx(slow_kid(a, b[:9]), rel=1e-9)
+class Given(nn.Module):
+    """torchmetrics' network for features that are already computed."""
+
+    num_features = 4
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+def test_kernel_distance_is_the_slow_one_and_the_mean_over_subsets() -> None:
+    a, b = normal(60, 4, 0), normal(40, 4, 1, 0.5)
+    assert kernel_distance(a, b)[0] == pytest.approx(slow_kid(a, b), rel=1e-9)
+    assert mmd(a, b, polynomial) == pytest.approx(slow_kid(a, b), rel=1e-9)
     assert math.isnan(mmd(a[:1], b, polynomial))
     assert all(math.isnan(value) for value in kernel_distance(a[:1], b))
+    assert math.isfinite(kernel_distance(a, b[:3])[0]) and math.isnan(kernel_distance(a, b[:3])[1])
+    subsets = KernelInceptionDistance(Given(), subsets=300, subset_size=20)
+    for features, real in ((a, True), (b, False)):
+        subsets.update(features, real=real)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        mean, deviation = subsets.compute()
+    assert float(mean) == pytest.approx(slow_kid(a, b), abs=4 * float(deviation) / 300**0.5)
+    whole = KernelInceptionDistance(Given(), subsets=1, subset_size=40)
+    whole.update(a[:40], real=True)
+    whole.update(b, real=False)
+    assert kernel_distance(a[:40], b)[0] == pytest.approx(float(whole.compute()[0]), rel=1e-5)
 
 
-def test_kernel_distance_over_subsets() -> None:
+def test_kernels_do_not_depend_on_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = normal(60, 4, 0), normal(40, 4, 1, 0.5)
-    state = torch.get_rng_state()
-    mean, deviation = kernel_distance(a, b, subset_size=20, num_subsets=300)
-    assert torch.equal(torch.get_rng_state(), state)  # no one else's noise changes
-    assert kernel_distance(a, b, subset_size=20, num_subsets=300) == (mean, deviation)
-    # Its expectation over subsets is the estimate of the whole sets.
-    assert mean == pytest.approx(slow_kid(a, b), abs=4 * deviation / 300**0.5)
-    assert deviation > 0
+
+    def found() -> list[float]:
+        return [*kernel_distance(a, b), mmd(a, b, gaussian(0.5)), *precision_recall(a, b)]
+
+    whole = found()
+    monkeypatch.setattr(statistics, "_CHUNK", 7)
+    assert found() == pytest.approx(whole)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.5])
+def test_the_error_of_the_kernel_distance_by_repeated_sampling(shift: float) -> None:
+    # Without a shift pairs of samples make the most of it, with one single samples do.
+    real, repeats = normal(500, 4, 0), 400
+    found = [kernel_distance(real, normal(30, 4, 1 + i, shift)) for i in range(repeats)]
+    values, errors = torch.tensor(found, dtype=torch.float64).unbind(dim=1)
+    # Three times the deviation's own error, 1 / sqrt(2 repeats) of normal and 1.4 of it of others.
+    assert float(errors.square().mean().sqrt() / values.std()) == pytest.approx(1, abs=0.15)
+
+
+@pytest.mark.parametrize("copies", [3, 40])
+def test_distances_in_many_dimensions_are_exact_for_equal_and_near_points(copies: int) -> None:
+    a, b = normal(50, 100, 0, 5.0), normal(60, 100, 1, 5.0)
+    b[:copies] = a[0]
+    b[copies] = a[1] + 1e-5
+    found = point_distances(a, b)
+    slow = (a.unsqueeze(1) - b).square().sum(dim=2).sqrt()
+    torch.testing.assert_close(found, slow, rtol=1e-7, atol=0)
+    assert not found[0, :copies].any()
 
 
 def test_precision_and_recall_by_hand() -> None:

@@ -1,5 +1,7 @@
-"""What checkpoints hold: what was trained, and nothing that was frozen."""
+"""What checkpoints hold: what was trained, nothing that was frozen, nothing that is run."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,14 +19,15 @@ from domains.gaussian_mixture.rewards import Coordinate
 from domains.text_to_image.pipeline import TextToImagePipeline
 from domains.text_to_image.rewards import Symmetry
 from lit_rlft.algorithms.base import RewardFineTuner
-from lit_rlft.algorithms.graft import GRAFT
+from lit_rlft.algorithms.graft import GRAFT, PGRAFT
 from lit_rlft.algorithms.pretrain import Pretrain
 from lit_rlft.callbacks.ema import EMA
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.loop.checkpoint import check_file, fingerprint
 from lit_rlft.loop.reference import LoRA
-from tests.support import trainer_of
+from lit_rlft.loop.settings import changes, settings
+from tests.support import assert_equal, trainer_of
 
 SHAPES = Path(domains.text_to_image.__file__).parent / "assets/shapes"
 STEPS = Sampler(num_steps=2)
@@ -127,8 +130,6 @@ def test_an_adapter_of_the_embedded_model_is_small(
 
 
 def test_foreign_files_are_refused(tmp_path: Path) -> None:
-    check_file(None)
-    check_file("last")
     with pytest.raises(UsageError, match="there is no file"):
         check_file(str(tmp_path / "missing.ckpt"))
     torch.save([1], tmp_path / "list.ckpt")
@@ -137,3 +138,130 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
     for name in ("list", "code", "empty"):
         with pytest.raises(UsageError, match="is no checkpoint of lit-rlft"):
             check_file(str(tmp_path / f"{name}.ckpt"))
+
+
+class Bomb:
+    """Leaves a file where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (self.path, "w")
+
+
+def tiny() -> PGRAFT:
+    lora = LoRA(rank=2, alpha=3)
+    return PGRAFT(GaussianMixturePipeline(), Coordinate(), sampler=STEPS, lora=lora, cut=0.5)
+
+
+@pytest.fixture(scope="module")
+def held(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the checkpoint of a run of P-GRAFT."""
+    folder = tmp_path_factory.mktemp("held")
+    trained(tiny(), folder)
+    return folder / "file.ckpt"
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict", "load_from_checkpoint"])
+def test_no_way_of_loading_runs_what_a_file_holds(held: Path, tmp_path: Path, stage: str) -> None:
+    trap, path = tmp_path / "trap", tmp_path / "bomb.ckpt"
+    torch.save(torch.load(held, weights_only=True) | {"bomb": Bomb(trap)}, path)
+    with pytest.raises(UsageError, match="never loaded"):
+        if stage == "load_from_checkpoint":
+            parts = {"pipeline": GaussianMixturePipeline(), "reward": Coordinate()}
+            PGRAFT.load_from_checkpoint(path, weights_only=False, **parts)
+        else:
+            run = getattr(trainer_of(default_root_dir=tmp_path), stage)
+            data = MixtureData(num_train=8, batch_size=8, num_val=2, num_test=2)
+            run(tiny(), datamodule=data, ckpt_path=str(path), weights_only=False)
+    assert not trap.exists()
+
+
+def test_a_callbacks_best_model_is_loaded_no_less_safely(held: Path, tmp_path: Path) -> None:
+    trap, path = tmp_path / "trap", tmp_path / "bomb.ckpt"
+    torch.save(torch.load(held, weights_only=True) | {"bomb": Bomb(trap)}, path)
+    best = ModelCheckpoint(tmp_path)
+    best.best_model_path = str(path)
+    trainer = trainer_of(callbacks=[best], enable_checkpointing=True, default_root_dir=tmp_path)
+    with pytest.raises(UsageError, match="never loaded"):
+        trainer.test(tiny(), MixtureData(num_test=2), ckpt_path="best", weights_only=False)
+    assert not trap.exists()
+
+
+def drawn(tuner: RewardFineTuner) -> torch.Tensor:
+    condition = tuner.pipeline.example().repeat(4)
+    seeds = [1, 2, 3, 4]
+    (x_0,) = tuner.rollouts.draw(tuner.route(), condition, seeds, keep=[STEPS.num_steps])
+    return x_0
+
+
+def test_a_checkpoint_gives_the_tuned_model_without_a_trainer(held: Path, tmp_path: Path) -> None:
+    original = tiny()
+    trained(original, tmp_path)
+    parts = {"pipeline": GaussianMixturePipeline(), "reward": Coordinate()}
+    loaded = PGRAFT.load_from_checkpoint(held, **parts)
+    assert (loaded.cut, loaded.sampler, loaded.lora) == (0.5, STEPS, LoRA(rank=2, alpha=3))
+    assert loaded.num_rounds == 1 and not loaded.training
+    original.eval()
+    assert_equal(drawn(loaded), drawn(original))
+    fresh = tiny()
+    fresh.setup("predict")
+    assert not torch.equal(drawn(fresh), drawn(loaded))
+
+
+def test_a_checkpoint_with_an_average_gives_the_average(tmp_path: Path) -> None:
+    average = EMA(decay=0.5)
+    trained(tiny(), tmp_path, callbacks=[average])
+    parts = {"pipeline": GaussianMixturePipeline(), "reward": Coordinate()}
+    loaded = PGRAFT.load_from_checkpoint(tmp_path / "file.ckpt", **parts)
+    assert_equal([p.data for p in loaded._trained()], average.average)
+
+
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        ({"pipeline": GaussianMixturePipeline(residual_width=8)}, "tuned from other weights"),
+        ({"lora": LoRA(rank=3)}, "holds other trained weights"),
+        ({"lora": LoRA(rank=2, alpha=4)}, "LoRA of alpha 3, not 4"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused(
+    held: Path, other: dict[str, Any], reason: str
+) -> None:
+    parts = {"pipeline": GaussianMixturePipeline(), "reward": Coordinate()} | other
+    with pytest.raises(UsageError, match=f"^the checkpoint .*{reason}"):
+        PGRAFT.load_from_checkpoint(held, **parts)
+    with pytest.raises(UsageError, match="needs reward="):
+        PGRAFT.load_from_checkpoint(held, pipeline=GaussianMixturePipeline())
+
+
+def test_hyper_parameters_of_a_file_are_not_used(held: Path, tmp_path: Path) -> None:
+    content = torch.load(held, weights_only=True)
+    content["hyper_parameters"] = {"_instantiator": "nowhere.make", "cut": 0.9, "seed": 7}
+    torch.save(content, tmp_path / "file.ckpt")
+    parts = {"pipeline": GaussianMixturePipeline(), "reward": Coordinate()}
+    loaded = PGRAFT.load_from_checkpoint(tmp_path / "file.ckpt", **parts)
+    assert (loaded.cut, loaded.seed) == (0.5, 0)
+
+
+def test_a_copy_of_a_tuner_does_not_take_the_trainer_along(tmp_path: Path) -> None:
+    tuner = tiny()
+    trained(tuner, tmp_path)
+    tuner.eval()
+    for twin in (copy.deepcopy(tuner), pickle.loads(pickle.dumps(tuner))):
+        assert twin.audience.trainer is None
+        assert_equal(drawn(twin), drawn(tuner))
+    assert b"lightning.pytorch.trainer.trainer" not in pickle.dumps(tuner)
+    assert tuner.audience.trainer is not None
+
+
+def test_settings_are_plain_and_tell_objects_apart() -> None:
+    first, second = settings(tiny(), "model", ("pipeline",)), settings(tiny(), "model")
+    assert all(isinstance(v, bool | int | float | str | None) for v in first.values())
+    assert first["model.sampler.num_steps"] == 2 and first["model.lora.alpha"] == 3
+    assert first["model.reward"].endswith("Coordinate")
+    assert changes(first, second) == []
+    other = PGRAFT(GaussianMixturePipeline(), Judged(), sampler=Sampler(num_steps=5), cut=0.5)
+    keys = [key for key, *_ in changes(first, settings(other, "model"))]
+    assert keys == ["model.lora", "model.reward", "model.sampler.num_steps"]

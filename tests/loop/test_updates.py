@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.randomness import Generators
 from lit_rlft.core.state import tensor_of
 from lit_rlft.loop.experience import Experience
-from lit_rlft.loop.updates import Shares, Update, accumulate, plan
+from lit_rlft.loop.updates import Shares, Update, accumulate, layout, plan
 
 
 def experience_of(num: int) -> Experience:
@@ -20,15 +21,16 @@ def experience_of(num: int) -> Experience:
     return Experience(states, Condition([{}], {}, rows), list(range(num)))
 
 
-def planned(
-    num: int, counts: Sequence[int], num_epochs: int, *, round_index: int = 0
-) -> list[Update]:
-    return plan(experience_of(num), counts, num_epochs, 4, seed=0, round_index=round_index)
+def planned(num: int, num_epochs: int, *, round_index: int = 0) -> list[Update]:
+    """Return the updates of one process alone."""
+    experience = experience_of(num)
+    sizes = (num_epochs, 4, 0, round_index)
+    return plan(experience, [layout(experience, num)], 0, *sizes)
 
 
 @pytest.mark.parametrize("num", [1, 4, 9, 10, 23])
 def test_each_epoch_covers_the_experience_once(num: int) -> None:
-    updates = planned(num, [num], 3)
+    updates = planned(num, 3)
     sizes = [len(update.minibatch) for update in updates]
     assert len(updates) == 3 * -(-num // 4) and max(sizes) <= 4
     assert max(sizes) - min(sizes) <= 1 and [update.total for update in updates] == sizes
@@ -43,21 +45,80 @@ def test_each_epoch_covers_the_experience_once(num: int) -> None:
         orders.append(order)
     if num > 4:
         assert orders[0] != orders[1] != orders[2]
-    again = planned(num, [num], 3)
+    again = planned(num, 3)
     assert [u.minibatch.seeds for u in again] == [u.minibatch.seeds for u in updates]
     if num > 4:
-        later = planned(num, [num], 3, round_index=1)
+        later = planned(num, 3, round_index=1)
         assert [u.minibatch.seeds for u in later] != [u.minibatch.seeds for u in updates]
 
 
-@pytest.mark.parametrize("counts", [(9, 2, 0), (4, 4, 5), (0, 0, 0), (1, 0, 0)])
-def test_processes_agree_on_the_number_and_sizes_of_updates(counts: tuple[int, ...]) -> None:
-    plans = [planned(num, counts, 2) for num in counts]
-    assert {len(updates) for updates in plans} == {2 * -(-max(counts) // 4)}
-    for updates in zip(*plans, strict=True):
-        assert {u.total for u in updates} == {sum(len(u.minibatch) for u in updates)}
-    for own, num in zip(plans, counts, strict=True):
-        assert sum(len(update.minibatch) for update in own) == 2 * num
+class Several(Experience):
+    """A loss with as many terms as the sample's number says, 0 to 3."""
+
+    @property
+    def terms_per_sample(self) -> Tensor:
+        return torch.tensor(self.seeds) % 4
+
+
+def shared(counts: Sequence[int], world_size: int, minibatch_size: int) -> list[list[Update]]:
+    """Return the updates of each process of a round whose rows have unequally many samples.
+
+    Row p of the round is with process p % world_size, as loaders share it out. Seeds number the
+    samples in the order of one process.
+    """
+    first = [sum(counts[:p]) for p in range(len(counts))]
+    experiences = []
+    for rank in range(world_size):
+        rows = range(rank, len(counts), world_size)
+        seeds = [first[p] + i for p in rows for i in range(counts[p])]
+        whole = experience_of(sum(counts))
+        part = whole.index(torch.tensor(seeds, dtype=torch.int64))
+        own = [counts[p] for p in rows]
+        experiences.append(Several(part.states, part.condition, part.seeds, counts=own))
+    layouts = [layout(own, len(own.counts or ()), world_size) for own in experiences]
+    return [
+        plan(own, layouts, rank, 3, minibatch_size, 5, 2) for rank, own in enumerate(experiences)
+    ]
+
+
+ROUNDS = {
+    "every row alike": [2] * 12,
+    "some rows without any": [0, 3, 1, 0, 0, 4, 2, 1, 0, 1, 5, 0],
+    "one row has all": [0] * 7 + [9] + [0] * 4,
+    "rows that do not divide": [1, 2, 0, 3, 1],
+    "nothing": [0] * 12,
+}
+
+
+@pytest.mark.parametrize("minibatch_size", [1, 4, 7, 100])
+@pytest.mark.parametrize("counts", ROUNDS.values(), ids=ROUNDS)
+def test_minibatches_do_not_depend_on_the_number_of_processes(
+    counts: list[int], minibatch_size: int
+) -> None:
+    (alone,) = shared(counts, 1, minibatch_size)
+    assert len(alone) == 3 * -(-sum(counts) // minibatch_size)
+    for world_size in (2, 3, 4):
+        plans = shared(counts, world_size, minibatch_size)
+        assert {len(updates) for updates in plans} == {len(alone)}
+        for whole, *parts in zip(alone, *plans, strict=True):
+            seeds = [seed for part in parts for seed in part.minibatch.seeds]
+            assert sorted(seeds) == sorted(whole.minibatch.seeds)
+            assert {part.total for part in parts} == {len(whole.minibatch)} == {whole.total}
+            terms = sum(seed % 4 for seed in seeds)
+            assert {part.total_terms for part in parts} == {terms} == {whole.total_terms}
+            for part in parts:
+                # In the order that one process has them in, states beside their seeds.
+                order = [s for s in whole.minibatch.seeds if s in part.minibatch.seeds]
+                assert list(part.minibatch.seeds) == order
+                assert tensor_of(part.minibatch.states["x"]).flatten().tolist() == order
+
+
+def test_several_processes_have_to_know_how_many_samples_a_row_has() -> None:
+    experience = experience_of(5)
+    with pytest.raises(UsageError, match=r"5 samples for 4 conditions.*Experience\.counts"):
+        layout(experience, 4, world_size=2)
+    # One process has them in order anyway.
+    assert len(plan(experience, [layout(experience, 4)], 0, 1, 2, 0, 0)) == 3
 
 
 def accumulated(
@@ -76,7 +137,7 @@ def accumulated(
             return (weight * x).square(), {"x": x, "x_max": x}  # noqa: B023
 
         rows = torch.arange(first, first := first + num)
-        update = Update(experience_of(total).index(rows), 0, total)
+        update = Update(experience_of(total).index(rows), 0, total, total)
         shares = Shares(microbatch_size, world_size=len(counts))
         logs.append(accumulate(update, loss, torch.Tensor.backward, [weight], shares))
         assert weight.grad is not None
@@ -95,3 +156,19 @@ def test_gradients_are_those_of_the_mean_whoever_has_the_samples(
     assert float(grad) == pytest.approx(float(2 * 2.0 * x.square().mean()))
     expected = {"loss": float(4 * x.square().mean()), "x": float(x.mean()), "x_max": 4.0}
     assert logged == pytest.approx(expected)
+
+
+def test_a_process_that_fails_makes_all_gradients_nan() -> None:
+    """The others hear of it in the all-reduce that they wait in."""
+    weight, calls = nn.Parameter(torch.tensor(2.0)), []
+
+    def loss(part: Experience, noise: Generators) -> tuple[Tensor, dict[str, Tensor]]:
+        calls.append(len(part))
+        if len(calls) == 2:
+            raise UsageError("no")
+        return weight * tensor_of(part.states["x"])[:, 0], {}
+
+    update = Update(experience_of(5), 0, 9, 9)
+    with pytest.raises(UsageError, match=r"^no$"):
+        accumulate(update, loss, torch.Tensor.backward, [weight], Shares(2, world_size=2))
+    assert calls == [2, 2] and weight.grad is not None and weight.grad.isnan()

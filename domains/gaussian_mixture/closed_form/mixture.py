@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, finite, positive
 
 __all__ = ["MEANS", "STDS", "WEIGHTS", "Mixture"]
 
@@ -33,9 +33,19 @@ class Mixture:
 
     @classmethod
     def of(
-        cls, weights: Sequence[float], means: Sequence[Sequence[float]], stds: Sequence[float]
+        cls,
+        weights: Sequence[float],
+        means: Sequence[Sequence[float]],
+        stds: Sequence[float],
+        owner: object = None,
     ) -> "Mixture":
         """Check the settings of a mixture and return it in float64.
+
+        Args:
+            weights: K numbers above 0.
+            means: K points of d numbers.
+            stds: K numbers above 0.
+            owner: Whose settings they are, for messages.
 
         Raises:
             UsageError: Lengths differ, a weight or std is not positive, or there is no component.
@@ -45,8 +55,8 @@ class Mixture:
                 "weights, means and stds need one entry per component, got "
                 f"{len(weights)}, {len(means)} and {len(stds)}"
             )
-        if min(weights) <= 0 or min(stds) <= 0:
-            raise UsageError("weights and stds must be positive")
+        positive(owner or cls, weights=weights, stds=stds)
+        finite(owner or cls, means=means)
         if len({len(mean) for mean in means}) != 1 or not means[0]:
             raise UsageError("means must all have the same number of coordinates, at least one")
         share = torch.tensor(list(weights), dtype=torch.float64)

@@ -13,6 +13,7 @@ from torch.nn import functional
 from domains.image import EMBEDDED
 from domains.image.networks.inception import InceptionV3
 from domains.image.samples import luminance
+from lit_rlft.core.checks import at_least
 from lit_rlft.kit.frozen import frozen
 from lit_rlft.kit.network_folder import (
     WEIGHTS,
@@ -44,6 +45,9 @@ class FeatureArchitecture:
     exclusive: bool = True
     widths: Sequence[int] = (32, 48, 64)
     num_features: int = 64
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "size", "widths", "num_features")
 
 
 class FeatureNetwork(nn.Module):

@@ -5,6 +5,7 @@ import json
 import os
 import struct
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -17,9 +18,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
 
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, at_least
 from lit_rlft.kit.bad_entries import BadEntry, Report, usable
-from lit_rlft.kit.cache import cached_folder, save_report, user_cache
+from lit_rlft.kit.cache import cached_folder, listing, save_report, user_cache
 
 __all__ = ["SUFFIXES", "Cache", "Fit", "Reading", "Report", "Resample"]
 
@@ -27,7 +28,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 Fit = Literal["crop", "pad", "stretch"]
 Resample = Literal["nearest", "box", "bilinear", "bicubic", "lanczos"]
 
-_VERSION = 1  # of the cached arrays
+_VERSION = 2  # of the cached arrays
 _CHUNK = 256  # files in flight, which bounds the memory of decoding
 # What Pillow's decoders raise for broken files.
 _BROKEN = (
@@ -60,8 +61,7 @@ class Reading:
     channels: int = 3
 
     def __post_init__(self) -> None:
-        if self.height < 1 or self.width < 1:
-            raise UsageError(f"size must be at least 1, got {self.height} x {self.width}")
+        at_least(1, self, size=(self.height, self.width))
         for key, value, known in (
             ("fit", self.fit, get_args(Fit)),
             ("resample", self.resample, get_args(Resample)),
@@ -117,8 +117,7 @@ class Cache:
         num_threads: int = 4,
         cache_dir: str | None = None,
     ) -> None:
-        if num_threads < 1:
-            raise UsageError(f"num_threads must be at least 1, got {num_threads}")
+        at_least(1, self, num_threads=num_threads)
         self.folder, self.reading, self.strict = folder, reading, strict
         self.num_threads = num_threads
         self.cache_dir = user_cache("image", cache_dir)
@@ -149,14 +148,24 @@ class Cache:
         """
         if not self.folder.is_dir():
             raise UsageError(f"there is no folder {self.folder}; give the folder of the pictures")
-        found = (p for p in self.folder.rglob("*") if p.suffix.lower() in SUFFIXES)
-        paths = sorted(p for p in found if p.is_file() and not p.name.startswith("."))
+        files = self._files()
+        paths = [path for path in files if path.suffix.lower() in SUFFIXES]
         if not paths:
+            others = f"; it has {_kinds(files)}" if files else ""
             raise UsageError(
-                f"{self.folder} has no picture files ({', '.join(SUFFIXES)}) in it or below; give "
-                "the folder of the pictures"
+                f"{self.folder} has no picture files ({', '.join(SUFFIXES)}) in it or below"
+                f"{others}; give the folder of the pictures"
             )
         return paths
+
+    def left_out(self) -> str:
+        """Return every picture that could not be read, a sentence a line."""
+        return listing(self.cache_dir / self._key(self.paths()))
+
+    def _files(self) -> list[Path]:
+        """Return all files below the folder but hidden ones, sorted."""
+        found = self.folder.rglob("*")
+        return sorted(p for p in found if p.is_file() and not p.name.startswith("."))
 
     def _key(self, paths: Sequence[Path]) -> str:
         """Name the array by all that it depends on: every file's name, age and size too."""
@@ -177,6 +186,8 @@ class Cache:
                 num_enlarged += enlarged
                 file.write(pixels.tobytes())
         report.notes += [f"{num_enlarged} enlarged"] if num_enlarged else []
+        unused = [path for path in self._files() if path.suffix.lower() not in SUFFIXES]
+        report.notes += [f"{_kinds(unused)} not looked at"] if unused else []
         report.check()
         size = (self.reading.channels, self.reading.height, self.reading.width)
         (folder / "shape.json").write_text(json.dumps([report.num_kept, *size]))
@@ -191,6 +202,15 @@ class Cache:
                 for outcome in pool.map(self.reading.read, paths[start : start + _CHUNK]):
                     bar.update()
                     yield outcome
+
+
+def _kinds(files: Sequence[Path]) -> str:
+    """Return the numbers of files by suffix, such as "2 other files (1 .gif, 1 .txt)"."""
+    counts = Counter(path.suffix.lower() or "without a suffix" for path in files)
+    kinds = [f"{count} {suffix}" for suffix, count in counts.most_common(5)]
+    more = ", ..." if len(counts) > len(kinds) else ""
+    noun = "file" if len(files) == 1 else "files"
+    return f"{len(files)} other {noun} ({', '.join(kinds)}{more})"
 
 
 def _plain(image: Image.Image, mode: str) -> Image.Image:

@@ -14,9 +14,9 @@ __all__ = ["ImageFolder"]
 class ImageFolder(Source):
     """The pictures below a folder, nested or not, decoded once and kept as a memory-mapped array.
 
-    PNG, JPEG and WebP files. When a file is added, removed or changed, or an option differs, a
-    new array is made. Transparent pixels are painted on white, 16-bit greys are scaled,
-    EXIF rotations are applied, and of several frames the first is taken.
+    PNG, JPEG and WebP files; others are counted in the report. When a file is added, removed or
+    changed, or an option differs, a new array is made. Transparent pixels are painted on white,
+    16-bit greys are scaled, EXIF rotations are applied, and of several frames the first is taken.
 
     Args:
         path: The folder.
@@ -46,7 +46,7 @@ class ImageFolder(Source):
         num_threads: int = 4,
         cache_dir: str | None = None,
     ) -> None:
-        height, width = (size, size) if isinstance(size, int) else size
+        height, width = (size, size) if isinstance(size, int | float) else size
         self.reading = Reading(height, width, fit, resample, channels)
         self.cache = Cache(Path(path), self.reading, strict, num_threads, cache_dir)
 
@@ -57,6 +57,9 @@ class ImageFolder(Source):
 
     def prepare(self) -> None:
         self.cache.fill()
+
+    def left_out(self) -> str:
+        return self.cache.left_out()
 
     def shape(self) -> tuple[int, ...]:
         return self.reading.channels, self.reading.height, self.reading.width

@@ -7,7 +7,7 @@ import numpy as np
 
 from domains.image import EMBEDDED
 from domains.image.sources.base import Images, Source
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, at_least
 
 __all__ = ["DIGITS", "Digits", "Generated"]
 
@@ -50,8 +50,8 @@ class Generated(Source):
         size: int = 32,
         seed: int = 0,
     ) -> None:
-        if num_images < 1 or size < 1:
-            raise UsageError(f"num_images and size must be at least 1, got {num_images} and {size}")
+        at_least(1, self, num_images=num_images, size=size)
+        at_least(0, self, seed=seed)
         self.paint, self.num_images, self.size, self.seed = paint, num_images, size, seed
         self._images: Images | None = None
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from domains.layout import EMBEDDED
 from domains.layout.page.classes import class_list
 from domains.layout.samples import EMPTY, Layouts
-from lit_rlft.core.checks import UsageError, loading
+from lit_rlft.core.checks import UsageError, at_least, loading
 from lit_rlft.kit.frozen import frozen
 from lit_rlft.kit.network_folder import (
     load_pretrained,
@@ -74,6 +74,10 @@ class EncoderArchitecture:
     num_heads: int = 4
     boxes: Literal["ltrb", "xywh"] = "ltrb"
     num_octaves: int = 7
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "max_elements", "width", "depth", "num_heads")
+        at_least(0, self, "num_octaves")
 
 
 class LayoutEncoder(nn.Module):

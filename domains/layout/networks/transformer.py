@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from domains.layout.page.classes import class_list
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, at_least, positive
 from lit_rlft.core.state import State
 from lit_rlft.kit.network_folder import load_weights, read_settings
 from lit_rlft.kit.time_layers import NUM_FREQUENCIES, TimedBlock, frequencies, normed, zero
@@ -55,9 +55,8 @@ class Architecture:
     canvas: tuple[int, int] = (612, 792)
 
     def __post_init__(self) -> None:
-        for name in ("num_slots", "width", "depth", "num_heads"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"architecture.{name} must be at least 1")
+        at_least(1, self, "num_slots", "width", "depth", "num_heads")
+        positive(self, "mlp_ratio", "canvas")
         if self.width % self.num_heads or self.width % 2:
             raise UsageError(
                 f"architecture.width ({self.width}) must be even and a multiple of num_heads "

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from lit_rlft.core.checks import UsageError
 
-__all__ = ["CLASS_LISTS", "class_list", "color_of"]
+__all__ = ["CLASS_LISTS", "class_list", "color_of", "number_of"]
 
 CLASS_LISTS: dict[str, tuple[str, ...]] = {
     "publaynet": ("text", "title", "list", "table", "figure"),
@@ -45,6 +45,22 @@ def class_list(classes: str | Sequence[str]) -> tuple[str, ...]:
     if not names or len(set(names)) != len(names):
         raise UsageError(f"classes must be names, all different, got {list(names)}")
     return names
+
+
+def number_of(name: str, classes: Sequence[str], key: str) -> int:
+    """Return the label of a class.
+
+    Args:
+        name: The class.
+        classes: The names of the layouts' labels.
+        key: Whose value the name is, for the message.
+
+    Raises:
+        UsageError: The layouts have no such class.
+    """
+    if name not in classes:
+        raise UsageError(f"{key} names the class {name!r}, but the layouts have {list(classes)}")
+    return classes.index(name)
 
 
 def color_of(label: int, classes: Sequence[str]) -> tuple[int, int, int]:

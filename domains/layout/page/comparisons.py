@@ -111,8 +111,9 @@ def _sorted_edges(layouts: Layouts, members: list[int]) -> Tensor:
     last = len(layouts.classes)
     order = part.labels.where(part.valid, last).argsort(dim=1, stable=True)
     count = int(part.num_elements[0])
-    edges = part.edges.gather(1, order.unsqueeze(-1).expand(-1, -1, 4))
-    return edges[:, :count].double()
+    # Single precision loses the edges of a box of a pixel.
+    edges = Layouts.of(part.boxes.double(), part.labels, part.classes).edges
+    return edges.gather(1, order.unsqueeze(-1).expand(-1, -1, 4))[:, :count]
 
 
 def _pair_scores(a: Tensor, b: Tensor, key: tuple[int, ...]) -> NDArray[np.float64]:
@@ -143,7 +144,7 @@ def _iou(a: Tensor, b: Tensor) -> Tensor:
     common = measures.intersections(a, b)
     areas = [(edges[..., 2:] - edges[..., :2]).clamp(min=0).prod(dim=-1) for edges in (a, b)]
     union = areas[0].unsqueeze(-1) + areas[1].unsqueeze(-2) - common
-    return common / union.clamp(min=1e-12)
+    return (common / union.where(union > 0, 1)).where(union > 0, 0)
 
 
 def _docsim_weights(a: Layouts, b: Layouts) -> NDArray[np.float64]:

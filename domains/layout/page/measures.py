@@ -47,7 +47,8 @@ def alignment(layouts: Layouts, *, smooth: bool = False, compat: bool = False) -
         A = \frac1N \sum_i -\log(1 - \min_{j \ne i} \min_k |e_k^i - e_k^j|),
         \qquad e = (l, xc, r, t, yc, b).
 
-    Papers print 100 A. A layout of fewer than two elements has 0.
+    Papers print 100 A. A layout of fewer than two elements has 0. Distances of a whole page and
+    more, which boxes on a page do not have, count as one of 1 - 1e-6: A stays finite.
 
     Args:
         layouts: B layouts.
@@ -77,6 +78,9 @@ def overlap(layouts: Layouts, *, smooth: bool = False, ignored: Tensor | None = 
 
     .. math:: O = \frac1N \sum_i \sum_{j \ne i} |b_i \cap b_j| / |b_i|
 
+    A box without area has no share of itself to give, and nothing in common with others: its term
+    is 0, and it counts in N.
+
     Args:
         layouts: B layouts.
         smooth: Count elements by their presence.
@@ -85,8 +89,8 @@ def overlap(layouts: Layouts, *, smooth: bool = False, ignored: Tensor | None = 
     weights = _weights(layouts, smooth)
     if ignored is not None:
         weights = weights * ~torch.isin(layouts.labels, ignored)
-    shared = (intersections(layouts.edges, layouts.edges) * _others(weights)).sum(dim=2)
-    return _mean(shared / _areas(layouts).clamp(min=_TINY), weights)
+    shared = (_shared(layouts.boxes) * _others(weights)).sum(dim=2)
+    return _mean(shared, weights)
 
 
 def coverage(layouts: Layouts, *, smooth: bool = False) -> Tensor:
@@ -102,10 +106,15 @@ def coverage(layouts: Layouts, *, smooth: bool = False) -> Tensor:
 
 
 def inside_page(layouts: Layouts, *, smooth: bool = False) -> Tensor:
-    """Return the mean share of an element's area that lies on the page, in [0, 1]."""
-    left, top, right, bottom = layouts.edges.clamp(0, 1).unbind(dim=-1)
-    inside = (right - left) * (bottom - top) / _areas(layouts).clamp(min=_TINY)
-    return _mean(inside.clamp(max=1), _weights(layouts, smooth))
+    """Return the mean share of an element's area that lies on the page, in [0, 1].
+
+    Of a box without area nothing does: its share is 0.
+    """
+    centre, size = layouts.boxes[..., :2], layouts.boxes[..., 2:]
+    # From each side of the page to the box's other end; a box within has its size, to the bit.
+    reach = torch.minimum(centre, 1 - centre) + size / 2
+    inside = torch.minimum(size, reach).clamp(0, 1)
+    return _mean(_of_sizes(inside, size), _weights(layouts, smooth))
 
 
 def share_of_size(
@@ -168,8 +177,23 @@ def _mean(values: Tensor, weights: Tensor) -> Tensor:
     return (values * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=_TINY)
 
 
-def _areas(layouts: Layouts) -> Tensor:
-    return layouts.boxes[..., 2] * layouts.boxes[..., 3]
+def _shared(boxes: Tensor) -> Tensor:
+    """Return the share of box i that lies in box j, in [0, 1], [B, N, N], from boxes [B, N, 4].
+
+    From centres and sizes: edges in single precision lose a box of a pixel, and areas one of less.
+    """
+    centres, sizes = boxes[..., :2], boxes[..., 2:]
+    first, second = sizes.unsqueeze(2), sizes.unsqueeze(1)
+    apart = (centres.unsqueeze(2) - centres.unsqueeze(1)).abs()
+    common = torch.minimum((first + second) / 2 - apart, torch.minimum(first, second))
+    return _of_sizes(common.clamp(min=0), first)
+
+
+def _of_sizes(parts: Tensor, sizes: Tensor) -> Tensor:
+    """Return the share of boxes that parts are, [...], from extents [..., 2]; 0 without area."""
+    full = sizes > 0
+    shares = (parts / sizes.where(full, 1)).clamp(max=1)
+    return shares.where(full, 0).prod(dim=-1)
 
 
 def _lines(layouts: Layouts) -> Tensor:

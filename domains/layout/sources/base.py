@@ -3,18 +3,18 @@
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from domains.layout.page.classes import class_list
-from domains.layout.sources.packed import Packed, Page, pack
-from lit_rlft.core.checks import UsageError
+from domains.layout.sources.packed import LeaveOut, Packed, Page, pack
+from lit_rlft.core.checks import UsageError, at_least
 from lit_rlft.kit import sources
 from lit_rlft.kit.bad_entries import BadEntry, Report
 from lit_rlft.kit.files import stamps
 
 __all__ = ["LayoutFile", "Source"]
 
-_VERSION = 1  # of the cached arrays
+_VERSION = 2  # of the cached arrays
 
 
 class Source(sources.Source[Packed]):
@@ -28,8 +28,7 @@ class Source(sources.Source[Packed]):
     noun = "layouts"
 
     def __init__(self, classes: str | Sequence[str], max_elements: int) -> None:
-        if max_elements < 1:
-            raise UsageError(f"max_elements must be at least 1, got {max_elements}")
+        at_least(1, self, max_elements=max_elements)
         self.classes = class_list(classes)
         self.max_elements = max_elements
 
@@ -44,7 +43,10 @@ class LayoutFile(Source, sources.CachedSource[Packed]):
         path: The file or folder.
         max_elements: Layouts with more elements are left out; the literature takes 9, 20 or 25.
         classes: A known list or the names of the labels that are used; None takes `usual_classes`.
-        strict: Stop at the first layout that cannot be used instead of leaving it out.
+        strict: Stop at the first element or layout that cannot be used instead of leaving it out.
+        leave_out: What an element costs that lies outside the canvas, has no size or a class that
+            is not in the list: "elements" leaves it out, as the code of LayoutGAN++ and LayoutDM
+            does; "layouts" leaves out its layout.
         cache_dir: Folder of the arrays; None takes `lit-rlft` in the user's cache folder.
     """
 
@@ -59,11 +61,14 @@ class LayoutFile(Source, sources.CachedSource[Packed]):
         classes: str | Sequence[str] | None = None,
         *,
         strict: bool = False,
+        leave_out: LeaveOut = "elements",
         cache_dir: str | None = None,
     ) -> None:
+        if leave_out not in get_args(LeaveOut):
+            raise UsageError(f"leave_out is {leave_out!r}; use one of {list(get_args(LeaveOut))}")
         Source.__init__(self, classes or self.usual_classes, max_elements)
         sources.CachedSource.__init__(self, "layout", cache_dir)
-        self.path, self.strict = Path(path), strict
+        self.path, self.strict, self.leave_out = Path(path), strict, leave_out
 
     @abstractmethod
     def entries(self) -> Iterable[Page | BadEntry]:
@@ -75,7 +80,12 @@ class LayoutFile(Source, sources.CachedSource[Packed]):
 
     def pack(self) -> tuple[Packed, Report]:
         return pack(
-            self.entries(), self.classes, self.max_elements, source=self.label, strict=self.strict
+            self.entries(),
+            self.classes,
+            self.max_elements,
+            source=self.label,
+            strict=self.strict,
+            leave_out=self.leave_out,
         )
 
     def identity(self) -> list[Any]:
@@ -83,4 +93,4 @@ class LayoutFile(Source, sources.CachedSource[Packed]):
             raise UsageError(f"there is no {self.path}; give the file or folder of the data set")
         files = sorted(self.path.glob("*.json")) if self.path.is_dir() else [self.path]
         settings = [type(self).__name__, str(self.path.resolve()), self.classes, self.max_elements]
-        return [_VERSION, *settings, self.strict, stamps(files)]
+        return [_VERSION, *settings, self.strict, self.leave_out, stamps(files)]

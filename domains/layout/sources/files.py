@@ -58,7 +58,7 @@ class JSONLayouts(LayoutFile):
         path: The file or folder.
         classes: A known list or the names of the labels.
         max_elements: Layouts with more elements are left out.
-        **file: `strict` and `cache_dir` of a file.
+        **file: `strict`, `leave_out` and `cache_dir` of a file.
     """
 
     def __init__(

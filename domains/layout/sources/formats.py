@@ -14,11 +14,13 @@ from domains.layout.sources.packed import Element, Page
 from domains.layout.sources.streaming import JSONStream
 from lit_rlft.core.checks import UsageError
 from lit_rlft.kit.bad_entries import BadEntry
-from lit_rlft.kit.files import existing, reason
+from lit_rlft.kit.files import encoding, existing, reason
 
 __all__ = ["read_arrays", "read_coco", "read_json", "read_rico"]
 
 Entry = Page | BadEntry
+
+_ARRAYS = ("bbox_ltwh", "label", "classes", "canvas_wh", "name")  # what is read of an .npz file
 
 
 def read_coco(path: Path) -> Iterator[Entry]:
@@ -60,8 +62,8 @@ def read_rico(folder: Path) -> Iterator[Entry]:
         raise UsageError(f"{folder} holds no .json files; give RICO's semantic annotations")
     for path in paths:
         try:
-            root = json.loads(path.read_text(encoding="utf-8"))
-            left, top, right, bottom = root["bounds"]
+            root = json.loads(path.read_text(encoding=encoding(path)))
+            left, top, right, bottom = map(_number, root["bounds"])
             nodes = list(_labelled(root))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             yield BadEntry(path.name, "no readable view hierarchy", reason(error))
@@ -80,32 +82,44 @@ def read_arrays(path: Path, classes: Sequence[str]) -> Iterator[Entry]:
     """Iterate over the layouts of an .npz file of arrays.
 
     It holds `bbox_ltwh` [n, N, 4] in fractions of the canvas, `label` [n, N] with 0 for padding,
-    and perhaps `classes` [C + 1] (the first for padding), `canvas_wh` [n, 2] and `name` [n].
+    and perhaps `classes` [C + 1] (the first for padding), `canvas_wh` [n, 2] and `name` [n]. The
+    latter two serve reports alone: where they do not fit the layouts, or a canvas has no size, a
+    page of 1 x 1 and the row's number stand in.
 
     Args:
         path: The file.
         classes: Names of the labels 1, 2, ...; the file's own must be the same.
 
     Raises:
-        UsageError: The file is missing or lacks an array, or its class list is another one.
+        UsageError: The file is missing or lacks an array, shapes do not fit, or its class list is
+            another one.
     """
     try:
         with np.load(existing(path), allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        boxes, labels = arrays["bbox_ltwh"], arrays["label"]
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            arrays = {name: file[name] for name in file.files if name in _ARRAYS}
+        boxes, labels = arrays["bbox_ltwh"].astype(np.float64), arrays["label"].astype(np.int64)
+    except (ValueError, KeyError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
         raise UsageError(
             f"{path} is no .npz file with arrays bbox_ltwh and label ({reason(error)})"
         ) from error
-    own = [str(name) for name in arrays.get("classes", [])][1:]
+    own = [str(name) for name in np.ravel(arrays.get("classes", []))][1:]
     if own and own != list(classes):
         raise UsageError(
             f"{path} has the classes {own}, but {list(classes)} were asked for; set classes to its "
             "own"
         )
-    canvases = arrays.get("canvas_wh", np.ones((len(labels), 2)))
-    names = [str(name) for name in arrays.get("name", range(len(labels)))]
-    for name, (width, height), box, label in zip(names, canvases, boxes, labels, strict=True):
+    if labels.ndim != 2 or boxes.shape != (*labels.shape, 4):
+        raise UsageError(
+            f"{path} has bbox_ltwh {boxes.shape} and label {labels.shape}; they must be [n, N, 4] "
+            "and [n, N]"
+        )
+    canvases = arrays.get("canvas_wh")
+    if canvases is None or canvases.shape != (len(labels), 2):
+        canvases = np.ones((len(labels), 2))
+    names = [str(name) for name in np.ravel(arrays.get("name", []))]
+    names = names if len(names) == len(labels) else [f"row {i}" for i in range(len(labels))]
+    for name, canvas, box, label in zip(names, canvases, boxes, labels, strict=True):
+        width, height = canvas if np.isfinite(canvas).all() and (canvas > 0).all() else (1, 1)
         scaled = box.astype(np.float64) * np.array([width, height, width, height], np.float64)
         elements = [
             Element(_class_of(number, classes), *values)
@@ -130,9 +144,9 @@ def read_json(path: Path) -> Iterator[Entry]:
         if not files:
             raise UsageError(f"{path} holds no .json files; give a .jsonl file or such a folder")
         for file in files:
-            yield _page(file.name, file.read_text(encoding="utf-8"))
+            yield _page(file.name, file.read_bytes().decode(encoding(file), errors="replace"))
         return
-    with existing(path).open(encoding="utf-8") as lines:
+    with existing(path).open(encoding=encoding(path), errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 yield _page(f"line {number}", line)
@@ -185,8 +199,7 @@ class _Coco:
         self.owners.append(entry["image_id"])
         category, box = entry.get("category_id"), entry.get("bbox")
         self.categories.append(category if isinstance(category, int) else -1)
-        whole = isinstance(box, list) and len(box) == 4
-        self.boxes.extend(map(_number, box if whole else [None] * 4))
+        self.boxes.extend(_four(box))
 
     def _category(self, entry: Any) -> None:
         self.names[entry["id"]] = entry["name"]
@@ -200,8 +213,7 @@ def _labelled(node: Any) -> Iterator[tuple[str, list[float]]]:
         if node is None:
             continue
         if "componentLabel" in node:
-            left, top, right, bottom = node["bounds"]
-            yield node["componentLabel"], [left, top, right, bottom]
+            yield str(node["componentLabel"]), _four(node.get("bounds"))
         stack.extend(reversed(node.get("children") or []))
 
 
@@ -211,16 +223,20 @@ def _page(name: str, text: str) -> Entry:
         width, height = record["canvas"]
         elements = []
         for element in record["elements"]:
-            left, top, right, bottom = element["box"]
-            numbers = [float(value) for value in (left, top, right, bottom)]
-            elements.append(Element(str(element["label"]), *numbers))
+            elements.append(Element(str(element["label"]), *_four(element.get("box"))))
         return Page(name, float(width), float(height), elements)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         return BadEntry(name, "no readable layout", reason(error))
 
 
 def _class_of(number: int, classes: Sequence[str]) -> str:
     return classes[number - 1] if 0 < number <= len(classes) else f"class {number}"
+
+
+def _four(values: Any) -> list[float]:
+    """Return four numbers, NaN for what is none."""
+    whole = isinstance(values, list) and len(values) == 4
+    return [*map(_number, values if whole else [None] * 4)]
 
 
 def _number(value: Any) -> float:

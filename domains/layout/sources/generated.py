@@ -5,7 +5,7 @@ import random
 from domains.layout.sources.base import Source
 from domains.layout.sources.grammar import CLASSES, draw_page
 from domains.layout.sources.packed import Packed, Page, pack
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import at_least
 
 __all__ = ["Grammar"]
 
@@ -28,8 +28,8 @@ class Grammar(Source):
         jitter: float = 0.0008,
     ) -> None:
         super().__init__(CLASSES, max_elements)
-        if num_pages < 1:
-            raise UsageError(f"num_pages must be at least 1, got {num_pages}")
+        at_least(1, self, num_pages=num_pages)
+        at_least(0, self, seed=seed, jitter=jitter)
         self.num_pages, self.seed, self.jitter = num_pages, seed, jitter
 
     def load(self) -> Packed:

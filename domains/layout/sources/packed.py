@@ -3,7 +3,8 @@
 import math
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,7 @@ from lit_rlft.kit.bad_entries import BadEntry, Report, usable
 
 __all__ = [
     "Element",
+    "LeaveOut",
     "Packed",
     "Page",
     "elements_of",
@@ -22,6 +24,11 @@ __all__ = [
 
 _TOLERANCE = 2e-3  # of the canvas, by which a box may stick out: rounding, about one pixel
 _WIDE, _COLUMN_GAP = 0.55, 0.1  # of the page
+_UNKNOWN = "a class that is not in the list"
+_MAX_NAMES = 5  # of classes in a message
+
+LeaveOut = Literal["elements", "layouts"]
+"""What a bad element costs: itself, or its layout."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,7 @@ def pack(
     *,
     source: str,
     strict: bool = False,
+    leave_out: LeaveOut = "layouts",
 ) -> tuple[Packed, Report]:
     """Check entries and pack the good ones.
 
@@ -80,6 +88,7 @@ def pack(
         max_elements: N.
         source: The file, for messages.
         strict: Stop at the first bad entry instead of leaving it out.
+        leave_out: What a bad element costs: itself, or its layout.
 
     Raises:
         UsageError: An entry is bad and `strict`, or no entry is good.
@@ -88,9 +97,22 @@ def pack(
     numbers = {name: i for i, name in enumerate(classes)}
     # Flat arrays: a Python object per page would take several times their memory.
     boxes, labels, canvases = array("f"), array("b"), array("f")
-    for page in usable(entries, lambda page: _fault(page, numbers, max_elements), report):
+    unknown: set[str] = set()
+
+    def sound(entry: Page | BadEntry) -> Page | BadEntry:
+        if isinstance(entry, BadEntry):
+            return entry
+        unknown.update(e.label for e in entry.elements if e.label not in numbers)
+        return _without_bad(entry, numbers, report) if leave_out == "elements" else entry
+
+    pages = map(sound, entries)
+    for page in usable(pages, lambda page: _fault(page, numbers, max_elements), report):
         _append(page, numbers, max_elements, boxes, labels)
         canvases.extend((page.width, page.height))
+    report.remedies = {
+        _UNKNOWN: f"set classes to the file's own names, such as {sorted(unknown)[:_MAX_NAMES]}",
+        f"more elements than the {max_elements} slots": "raise max_elements",
+    }
     report.check()
     packed = Packed(
         np.frombuffer(boxes, np.float32).reshape(-1, max_elements, 4),
@@ -126,20 +148,43 @@ def _fault(page: Page, numbers: dict[str, int], max_elements: int) -> BadEntry |
     if not page.elements:
         return BadEntry(page.name, "no elements")
     for i, element in enumerate(page.elements):
-        box = (element.left, element.top, element.width, element.height)
-        detail = f"element {i}: {element.label} at {[*box]}"
-        if element.label not in numbers:
-            return BadEntry(page.name, "a class that is not in the list", detail)
-        if not all(map(math.isfinite, box)):
-            return BadEntry(page.name, "a box that is not finite", detail)
-        if element.width <= 0 or element.height <= 0:
-            return BadEntry(page.name, "an empty box", detail)
-        if not _inside(element, page):
-            return BadEntry(page.name, "a box outside the canvas", detail)
+        bad = _element_fault(page, i, element, numbers)
+        if bad is not None:
+            return bad
     if len(page.elements) > max_elements:
         kind = f"more elements than the {max_elements} slots"
         return BadEntry(page.name, kind, f"{len(page.elements)} elements")
     return None
+
+
+def _element_fault(
+    page: Page, i: int, element: Element, numbers: dict[str, int]
+) -> BadEntry | None:
+    """Return what is wrong with an element of a page, or None."""
+    box = (element.left, element.top, element.width, element.height)
+    detail = f"element {i}: {element.label} at {[*box]}"
+    if element.label not in numbers:
+        return BadEntry(page.name, _UNKNOWN, detail)
+    if not all(map(math.isfinite, box)):
+        return BadEntry(page.name, "a box that is not finite", detail)
+    if element.width <= 0 or element.height <= 0:
+        return BadEntry(page.name, "an empty box", detail)
+    if not _inside(element, page):
+        return BadEntry(page.name, "a box outside the canvas", detail)
+    return None
+
+
+def _without_bad(page: Page, numbers: dict[str, int], report: Report) -> Page:
+    """Return a page without its bad elements; as it is where none or no other would be left."""
+    if not (_positive(page.width) and _positive(page.height)):
+        return page
+    faults = [_element_fault(page, i, e, numbers) for i, e in enumerate(page.elements)]
+    good = [e for e, bad in zip(page.elements, faults, strict=True) if bad is None]
+    if not good or len(good) == len(faults):
+        return page
+    for bad in filter(None, faults):
+        report.leave_out_part(bad)
+    return replace(page, elements=good)
 
 
 def _positive(size: float) -> bool:

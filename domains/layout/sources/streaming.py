@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from lit_rlft.core.checks import UsageError
+from lit_rlft.kit.files import encoding
 
 __all__ = ["JSONStream"]
 
@@ -35,8 +36,8 @@ class JSONStream:
         chunk: Characters read at a time.
 
     Raises:
-        UsageError: While reading: the file ends too early or is no such JSON; the sentence says
-            after how many entries of which key.
+        UsageError: While reading: the file ends too early, is no text or no such JSON; the sentence
+            says after how many entries of which key.
     """
 
     def __init__(self, path: Path, chunk: int = _CHUNK) -> None:
@@ -47,7 +48,7 @@ class JSONStream:
 
     def __enter__(self) -> Self:
         """Open the file."""
-        self._file = self.path.open(encoding="utf-8")
+        self._file = self.path.open(encoding=encoding(self.path))
         return self
 
     def __exit__(
@@ -61,6 +62,12 @@ class JSONStream:
 
     def keys(self) -> Iterator[str]:
         """Iterate over the keys of the outer object; read or skip each value in between."""
+        if self._next() != "{":
+            what = "list" if self._next() == "[" else "text or number"
+            raise UsageError(
+                f"{self.path} is a {what}, not a COCO file, and cannot be read as one; give an "
+                "object with images, annotations and categories"
+            )
         self._expect("{")
         while self._next() != "}":
             self._key, self._num_entries = str(self._value()), 0
@@ -120,7 +127,10 @@ class JSONStream:
 
     def _read(self) -> bool:
         """Move the window on; return whether there was more."""
-        more = "" if self._ended else self._file.read(self.chunk)
+        try:
+            more = "" if self._ended else self._file.read(self.chunk)
+        except UnicodeError as error:
+            raise UsageError(f"{self.path} is no UTF-8 text ({error}); save it as UTF-8") from error
         self._ended = not more
         self._text, self._place = self._text[self._place :] + more, 0
         return bool(more)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from domains.molecule.chemistry.elements import EXPLICIT, HEAVY, check_elements
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, at_least, finite, positive
 
 __all__ = ["Architecture"]
 
@@ -74,12 +74,11 @@ class Architecture:
     sin_embedding: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_atoms", "width", "depth", "num_heads", "num_sublayers"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"architecture.{name} must be at least 1")
-        for name in ("position_scale", "position_std", "type_scale", "type_power", "shift"):
-            if getattr(self, name) <= 0:
-                raise UsageError(f"architecture.{name} must be above 0")
+        at_least(1, self, "max_atoms", "width", "depth", "num_heads", "num_sublayers")
+        positive(self, "position_scale", "position_std", "type_scale", "type_power", "shift")
+        positive(self, "normalization_factor")
+        at_least(0, self, "charge_scale", "norm_constant")
+        finite(self, "logit_normal")
         choices: dict[str, tuple[str, ...]] = {
             "state": ("continuous", "mixed"),
             "network": ("egnn", "transformer", "edm"),

@@ -8,14 +8,14 @@ from typing import Any
 from domains.molecule.chemistry.elements import check_elements
 from domains.molecule.sources.formats import Entry
 from domains.molecule.sources.packed import Packed, pack
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, at_least
 from lit_rlft.kit import sources
 from lit_rlft.kit.bad_entries import Report
 from lit_rlft.kit.files import stamps
 
 __all__ = ["MoleculePath", "Source"]
 
-_VERSION = 1  # of the cached arrays
+_VERSION = 2  # of the cached arrays
 
 
 class Source(sources.CachedSource[Packed]):
@@ -49,8 +49,7 @@ class Source(sources.CachedSource[Packed]):
             cache_dir: Folder of the arrays; None takes `lit-rlft` in the user's cache folder.
         """
         super().__init__("molecule", cache_dir)
-        if max_atoms < 1:
-            raise UsageError(f"max_atoms must be at least 1, got {max_atoms}")
+        at_least(1, self, max_atoms=max_atoms)
         self.elements, self.max_atoms = check_elements(elements), max_atoms
         self.strict, self.only_stable = strict, only_stable
 

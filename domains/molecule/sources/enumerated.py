@@ -18,7 +18,7 @@ from domains.molecule.sources.embedded import embedded
 from domains.molecule.sources.enumeration import enumerate_smiles
 from domains.molecule.sources.formats import Entry
 from domains.molecule.sources.packed import Packed, molecules_of
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, at_least
 
 __all__ = ["ASSET", "Enumerated"]
 
@@ -52,10 +52,8 @@ class Enumerated(Source):
         num_workers: int = 0,
         **source: Any,
     ) -> None:
-        if max_heavy < 1 or num_attempts < 1:
-            raise UsageError(
-                f"max_heavy and num_attempts must be at least 1, got {max_heavy}, {num_attempts}"
-            )
+        at_least(1, self, max_heavy=max_heavy, num_attempts=num_attempts)
+        at_least(0, self, seed=seed, num_workers=num_workers)
         # A chain of n carbon atoms has 2 n + 2 hydrogens.
         max_atoms = 3 * max_heavy + 2 if "H" in elements else max_heavy
         super().__init__(elements, max_atoms, only_stable=True, **source)

@@ -21,7 +21,7 @@ from domains.molecule.sources.formats import (
     read_xyz,
 )
 from domains.molecule.sources.packed import Packed
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, at_least
 from lit_rlft.kit.bad_entries import BadEntry
 from lit_rlft.kit.files import stamps
 from lit_rlft.kit.sources import Splits
@@ -147,6 +147,7 @@ class SmilesFile(MoleculePath):
         **source: Any,
     ) -> None:
         super().__init__(path, elements, max_atoms, only_stable=only_stable, **source)
+        at_least(0, self, num_workers=num_workers)
         self.column, self.charged, self.num_workers = column, charged, num_workers
 
     def entries(self) -> Iterable[Entry]:

@@ -11,13 +11,17 @@ from pathlib import Path
 from typing import TextIO
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from rdkit import Chem
 
-from domains.molecule.chemistry.elements import SYMBOLS
+from domains.molecule.chemistry import bonds
+from domains.molecule.chemistry.elements import EXPLICIT, SYMBOLS
+from domains.molecule.samples import Molecules
 from domains.molecule.sources.packed import Structure
 from lit_rlft.core.checks import UsageError
 from lit_rlft.kit.bad_entries import BadEntry
-from lit_rlft.kit.files import existing, reason
+from lit_rlft.kit.files import encoding, existing, reason
 
 __all__ = [
     "read_arrays",
@@ -64,7 +68,7 @@ def read_uncharacterized(path: Path) -> frozenset[int]:
     Raises:
         UsageError: The file is missing or holds no numbers.
     """
-    lines = existing(path).read_text(encoding="utf-8").splitlines()[_UNCHARACTERIZED_HEADER:]
+    lines = _text(existing(path)).splitlines()[_UNCHARACTERIZED_HEADER:]
     first = [line.split()[0] for line in lines if line.strip()]
     numbers = frozenset(int(word) for word in first if word.isdigit())
     if not numbers:
@@ -80,7 +84,7 @@ def read_xyz(path: Path) -> Iterator[Entry]:
     Raises:
         UsageError: The file is missing.
     """
-    lines = existing(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = _text(existing(path)).splitlines()
     place = number = 0
     while place < len(lines):
         if not lines[place].strip():
@@ -108,7 +112,7 @@ def read_sdf(path: Path, titles: Path | None = None) -> Iterator[Entry]:
         UsageError: A file is missing.
     """
     known = _first_column(titles) if titles else None
-    with existing(path).open(encoding="utf-8", errors="replace") as file:
+    with existing(path).open(encoding=encoding(path), errors="replace") as file:
         for number, (line, block, ended) in enumerate(_blocks(file), 1):
             name = f"entry {number} at line {line}"
             if not ended:
@@ -133,7 +137,7 @@ def read_smiles(path: Path, column: str = "smiles") -> Iterator[tuple[str, int, 
     Raises:
         UsageError: The file is missing or has no such column.
     """
-    with existing(path).open(encoding="utf-8-sig", errors="replace", newline="") as file:
+    with existing(path).open(encoding=encoding(path), errors="replace", newline="") as file:
         if path.suffix.lower() != ".csv":
             for number, line in enumerate(file, 1):
                 if line.strip():
@@ -152,24 +156,28 @@ def read_arrays(path: Path) -> Iterator[Entry]:
     """Iterate over the molecules of an .npz file.
 
     It holds `positions` [n, N, 3] in Angstrom, `atomic_numbers` [n, N] with 0 or less for padding,
-    and perhaps `n_atoms` [n].
+    and perhaps `n_atoms` [n], which cuts off padding that is no 0.
 
     Raises:
         UsageError: The file is missing or lacks an array, or their shapes do not fit.
     """
     try:
         with np.load(existing(path), allow_pickle=False) as file:
-            positions, numbers = file["positions"], file["atomic_numbers"].astype(np.int64)
-            sizes = file["n_atoms"] if "n_atoms" in file.files else (numbers > 0).sum(axis=1)
-    except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
+            positions = file["positions"].astype(np.float64)
+            numbers = file["atomic_numbers"].astype(np.int64)
+            sizes = known = (numbers > 0).cumprod(axis=-1).sum(axis=-1)
+            if "n_atoms" in file.files:
+                sizes = file["n_atoms"].astype(np.int64)
+    except (ValueError, KeyError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
         raise UsageError(
             f"{path} is no .npz file with arrays positions and atomic_numbers ({reason(error)})"
         ) from error
-    if positions.shape != (*numbers.shape, 3) or len(sizes) != len(numbers):
+    if positions.shape != (*numbers.shape, 3) or sizes.shape != numbers.shape[:1]:
         raise UsageError(
-            f"{path} has positions {positions.shape} and atomic_numbers {numbers.shape}; they must "
-            "be [n, N, 3] and [n, N]"
+            f"{path} has positions {positions.shape}, atomic_numbers {numbers.shape} and n_atoms "
+            f"{sizes.shape}; they must be [n, N, 3], [n, N] and [n]"
         )
+    sizes = np.minimum(sizes.clip(min=0), known)
     for row, (size, place, number) in enumerate(zip(sizes, positions, numbers, strict=True)):
         symbols = [_element(value) for value in number[:size].tolist()]
         yield Structure(f"row {row}", row, symbols, place[:size])
@@ -177,7 +185,7 @@ def read_arrays(path: Path) -> Iterator[Entry]:
 
 def _folder_texts(folder: Path) -> Iterator[tuple[str, str]]:
     for path in sorted(folder.glob("*.xyz")):
-        yield path.name, path.read_text(encoding="utf-8", errors="replace")
+        yield path.name, _text(path)
 
 
 def _tar_texts(path: Path) -> Iterator[tuple[str, str]]:
@@ -259,22 +267,39 @@ def _sdf_entry(block: list[str], name: str, number: int) -> Entry:
     mol = Chem.MolFromMolBlock("\n".join(block), sanitize=False, removeHs=False)
     if mol is None or not mol.GetNumAtoms():
         return BadEntry(name, "an unreadable structure", block[0].strip())
+    positions = mol.GetConformer().GetPositions()
+    symbols = [atom.GetSymbol() for atom in mol.GetAtoms()]
     if any(atom.GetNumRadicalElectrons() for atom in mol.GetAtoms()):
         return BadEntry(name, "a radical")
-    positions = mol.GetConformer().GetPositions()
     if block[1][20:22].upper() == "2D" and not positions[:, 2].any():
         return BadEntry(name, "no conformer", "its positions are those of a drawing")
-    symbols = [atom.GetSymbol() for atom in mol.GetAtoms()]
     mol.UpdatePropertyCache(strict=False)
     missing = sum(atom.GetTotalNumHs() for atom in mol.GetAtoms())
+    # Orders and charges of the file are not used otherwise, and often wrong; without a bond it
+    # says nothing of hydrogens.
+    if missing and (not mol.GetNumBonds() or _is_whole(symbols, positions)):
+        missing = 0
     return Structure(name, number, symbols, positions, missing)
 
 
+def _is_whole(symbols: list[str], positions: NDArray[np.float64]) -> bool:
+    """Return whether every atom has the bonds of its valence by positions alone."""
+    if not set(symbols) <= set(EXPLICIT) or not np.isfinite(positions).all():
+        return False
+    types = torch.tensor([[EXPLICIT.index(symbol) for symbol in symbols]])
+    molecule = Molecules.of(torch.from_numpy(positions[None]).float(), types, EXPLICIT)
+    return bool(bonds.molecule_stability(molecule))
+
+
 def _first_column(path: Path) -> list[str]:
-    with existing(path).open(encoding="utf-8", newline="") as file:
+    with existing(path).open(encoding=encoding(path), errors="replace", newline="") as file:
         rows = csv.reader(file)
         next(rows, None)
         return [row[0].strip() for row in rows if row]
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding=encoding(path), errors="replace")
 
 
 def _number_of(title: str, number: int) -> int:

@@ -108,6 +108,14 @@ def pack(
             report.leave_out(BadEntry(names[row], fault))
         packed = packed.index(stable)
     report.num_kept = len(packed)
+    report.remedies = {
+        f"elements other than {', '.join(types_of)}": "name them in elements",
+        f"more atoms than {max_atoms}": "raise max_atoms",
+        "missing hydrogens": "add hydrogens, or set elements to heavy atoms alone",
+        "no conformer": "embed the molecules, as SmilesFile does",
+        "bonds that are not its valences": "set only_stable to false",
+        "bonds beyond a valence": "set only_stable to false",
+    }
     report.check()
     return packed, report
 

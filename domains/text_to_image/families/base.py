@@ -1,17 +1,21 @@
 """What one family of text-to-image models adds to the pipeline: text, sizes, the network's call."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.process import GaussianProcess
 from lit_rlft.kit.frozen import frozen
+from lit_rlft.kit.shapes import output_shape
 
 __all__ = ["Family", "Tables"]
+
+_KEY = "pipeline.init_args.pretrained"
 
 Tables = Mapping[str, Tensor]
 """Encodings by name, one row per prompt or one per sample."""
@@ -26,6 +30,7 @@ class Family(ABC):
     Args:
         parts: The loaded pipeline: its networks, tokenizers and scheduler.
         pixels: Height and width of the pictures; None for either takes the model's own.
+        encode_batch_size: Prompts encoded at a time.
         options: Settings that only some families have, by name; those that are None are not set.
 
     Attributes:
@@ -54,15 +59,27 @@ class Family(ABC):
         self,
         parts: DiffusionPipeline,
         pixels: tuple[int | None, int | None] = (None, None),
+        encode_batch_size: int = 128,
         **options: Any,
     ) -> None:
-        self.parts = parts
+        self.parts, self.encode_batch_size = parts, encode_batch_size
         given = {name: value for name, value in options.items() if value is not None}
         for name in given.keys() - set(self.option_names):
             raise UsageError(f"pipeline.init_args.{name} does not apply to {self.name}; leave it")
         self.options = given
-        self.check()
+        if problem := next(self.problems(), None):
+            raise UsageError(
+                f"{_KEY}: {parts.name_or_path!r} is not supported: {problem}; give a text-to-image "
+                f"model of the kind of {self.name}"
+            )
         self.pixels = self._pixels(pixels)
+        self.process = self.make_process()
+        self._rehearse()
+
+    @classmethod
+    def weighed(cls) -> tuple[str, ...]:
+        """Return the folders that hold weights."""
+        return (cls.denoiser_name, "vae", *cls.encoder_names)
 
     @property
     def denoiser(self) -> Any:
@@ -96,20 +113,33 @@ class Family(ABC):
         """Height and width of the latents."""
         return self.pixels[0] // self.factor, self.pixels[1] // self.factor
 
-    def check(self) -> None:
-        """Raise UsageError where the denoiser needs an input that this family does not give it."""
+    @abstractmethod
+    def problems(self) -> Iterator[str]:
+        """Iterate over what this family cannot supply to the loaded model, in words."""
 
     @abstractmethod
     def native(self) -> tuple[int, int] | None:
         """Return the model's own height and width in latents; None where its config has none."""
 
     @abstractmethod
-    def process(self) -> GaussianProcess:
+    def make_process(self) -> GaussianProcess:
         """Return the noising process that the folder's scheduler describes."""
 
     @abstractmethod
+    def encode_some(self, prompts: list[str]) -> dict[str, Tensor]:
+        """Return the encodings of a few prompts, one row each, by name."""
+
+    @abstractmethod
+    def encoded_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of one prompt's encodings, by name, without the row."""
+
     def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Return the encodings of prompts, one row each, by name."""
+        size = self.encode_batch_size
+        parts = [
+            self.encode_some(list(prompts[i : i + size])) for i in range(0, len(prompts), size)
+        ]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def tables(self, prompts: Sequence[str], negative: str | None) -> dict[str, Tensor]:
         """Return the encodings of prompts and, last, what unconditional predictions are given.
@@ -151,6 +181,28 @@ class Family(ABC):
         config = self.parts.vae.config
         return (encoded - (config.get("shift_factor") or 0.0)) * config["scaling_factor"]
 
+    def _rehearse(self) -> None:
+        """Predict and decode once, shapes alone; raise UsageError where parts do not fit."""
+        latents, encoded = (1, self.channels, *self.latent_size), self.encoded_shapes()
+        shapes = [(1, *shape) for shape in encoded.values()]
+        for part, network, inputs, expected in (
+            (
+                "denoiser",
+                _Denoiser(self, list(encoded)),
+                (latents, torch.ones(1), *shapes),
+                latents,
+            ),
+            ("VAE", _Decoder(self.parts.vae), (latents,), (1, 3, *self.pixels)),
+        ):
+            sentence = (
+                f"{_KEY}: the {part} of {self.parts.name_or_path!r} does not fit its other parts"
+            )
+            shape = output_shape(network, *inputs, sentence=sentence)
+            if shape is not None and tuple(shape) != expected:
+                raise UsageError(
+                    f"{sentence}: it returns {list(shape)} where {list(expected)} are needed"
+                )
+
     def _pixels(self, given: tuple[int | None, int | None]) -> tuple[int, int]:
         native = self.native()
         sizes = []
@@ -159,8 +211,8 @@ class Family(ABC):
             if pixels is None:
                 if native is None:
                     raise UsageError(
-                        f"pipeline.init_args.{key} must be given: this {self.name} model does not "
-                        "say which size it was trained for"
+                        f"pipeline.init_args: the denoiser of {self.parts.name_or_path!r} has no "
+                        "sample_size; set height and width, in pixels"
                     )
                 pixels = native[i] * self.factor
             if pixels < 1 or pixels % self.multiple:
@@ -170,3 +222,30 @@ class Family(ABC):
                 )
             sizes.append(pixels)
         return sizes[0], sizes[1]
+
+
+class _Denoiser(nn.Module):
+    """The denoiser as a family calls it, of tensors alone."""
+
+    def __init__(self, family: Family, names: list[str]) -> None:
+        super().__init__()
+        self.network = family.denoiser
+        self._family, self._names = (family,), names
+
+    def forward(self, x_t: Tensor, t: Tensor, *tables: Tensor) -> Tensor:
+        """Return the prediction."""
+        (family,) = self._family
+        named = dict(zip(self._names, tables, strict=True))
+        return family.denoise(self.network, x_t, t, named, 1.0)
+
+
+class _Decoder(nn.Module):
+    """What a VAE does in `TextToImagePipeline.decode`."""
+
+    def __init__(self, vae: nn.Module) -> None:
+        super().__init__()
+        self.vae: Any = vae
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Return pictures [B, 3, H, W]."""
+        return self.vae.decode(latents).sample

@@ -1,12 +1,13 @@
 """Families with a transformer on a rectified flow: Stable Diffusion 3 and 3.5, FLUX.1."""
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Iterator
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from domains.text_to_image.families.base import Family, Tables
+from domains.text_to_image.families.checks import clip_problems, latent_problems, missing
 from lit_rlft.core.process import GaussianProcess
 from lit_rlft.kit.flow_schedulers import flow_process
 
@@ -34,6 +35,37 @@ class StableDiffusion3(Family):
     guidance_scale = 7.0
     option_names: ClassVar[tuple[str, ...]] = ("max_sequence_length",)
 
+    def problems(self) -> Iterator[str]:
+        parts, config = self.parts, self.denoiser.config
+        names = [name for name in self.weighed() if name != "text_encoder_3"]
+        yield from missing(parts, (*names, "tokenizer", "tokenizer_2", "scheduler"))
+        yield from clip_problems(parts.text_encoder, parts.tokenizer, "first ")
+        yield from clip_problems(parts.text_encoder_2, parts.tokenizer_2, "second ")
+        own = sum(
+            encoder.config.projection_dim for encoder in (parts.text_encoder, parts.text_encoder_2)
+        )
+        if config["pooled_projection_dim"] != own:
+            yield (
+                f"its transformer takes pooled text features of {config['pooled_projection_dim']} "
+                f"numbers, its CLIPs make {own}"
+            )
+        if parts.text_encoder_3 is not None:
+            yield from _t5_problems(parts.text_encoder_3, config)
+        channels = (config["in_channels"], config["out_channels"])
+        yield from latent_problems(parts.vae, *channels, "transformer")
+
+    @property
+    def _length(self) -> int:
+        return self.options.get("max_sequence_length", 256)
+
+    def encoded_shapes(self) -> dict[str, tuple[int, ...]]:
+        config, clip = self.denoiser.config, self.parts.tokenizer.model_max_length
+        tokens = clip + (self._length if self.parts.text_encoder_3 is not None else clip)
+        return {
+            "embedding": (tokens, config["joint_attention_dim"]),
+            "pooled": (config["pooled_projection_dim"],),
+        }
+
     @property
     def multiple(self) -> int:
         return self.factor * self.denoiser.config["patch_size"]
@@ -42,19 +74,19 @@ class StableDiffusion3(Family):
         size = self.denoiser.config["sample_size"]
         return None if size is None else (size, size)
 
-    def process(self) -> GaussianProcess:
+    def make_process(self) -> GaussianProcess:
         patch = self.denoiser.config["patch_size"]
         height, width = self.latent_size
         tokens = (height // patch) * (width // patch)
         return flow_process(self.parts.scheduler, self.name, tokens, own_grid=True)
 
-    def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def encode_some(self, prompts: list[str]) -> dict[str, Tensor]:
         embedding, _, pooled, _ = self.parts.encode_prompt(
-            list(prompts),
+            prompts,
             None,
             None,
             do_classifier_free_guidance=False,
-            max_sequence_length=self.options.get("max_sequence_length", 256),
+            max_sequence_length=self._length,
         )
         return {"embedding": embedding, "pooled": pooled}
 
@@ -88,6 +120,32 @@ class Flux(Family):
     guidance_scale = 3.5
     option_names: ClassVar[tuple[str, ...]] = ("max_sequence_length", "true_cfg_scale")
 
+    def problems(self) -> Iterator[str]:
+        parts, config = self.parts, self.denoiser.config
+        yield from missing(parts, (*self.weighed(), "tokenizer", "tokenizer_2", "scheduler"))
+        yield from clip_problems(parts.text_encoder, parts.tokenizer, "first ")
+        if config["pooled_projection_dim"] != parts.text_encoder.config.hidden_size:
+            yield (
+                f"its transformer takes pooled text features of {config['pooled_projection_dim']} "
+                f"numbers, its CLIP makes {parts.text_encoder.config.hidden_size}"
+            )
+        yield from _t5_problems(parts.text_encoder_2, config)
+        read, returned = config["in_channels"], config["out_channels"] or config["in_channels"]
+        yield from latent_problems(parts.vae, read // 4, returned // 4, "transformer")
+
+    @property
+    def _length(self) -> int:
+        """Tokens of T5: schnell, without guidance, was trained for half of dev's."""
+        length = 512 if self.denoiser.config["guidance_embeds"] else 256
+        return self.options.get("max_sequence_length", length)
+
+    def encoded_shapes(self) -> dict[str, tuple[int, ...]]:
+        config = self.denoiser.config
+        return {
+            "embedding": (self._length, config["joint_attention_dim"]),
+            "pooled": (config["pooled_projection_dim"],),
+        }
+
     @property
     def multiple(self) -> int:
         return 2 * self.factor
@@ -102,17 +160,13 @@ class Flux(Family):
     def cfg_scale(self, guidance: float) -> float:
         return self.options.get("true_cfg_scale", 1.0)
 
-    def process(self) -> GaussianProcess:
+    def make_process(self) -> GaussianProcess:
         height, width = self.latent_size
         tokens = (height // 2) * (width // 2)
         return flow_process(self.parts.scheduler, self.name, tokens, own_grid=False)
 
-    def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        length = 512 if self.denoiser.config["guidance_embeds"] else 256
-        embedding, pooled, _ = self.parts.encode_prompt(
-            list(prompts),
-            max_sequence_length=self.options.get("max_sequence_length", length),
-        )
+    def encode_some(self, prompts: list[str]) -> dict[str, Tensor]:
+        embedding, pooled, _ = self.parts.encode_prompt(prompts, max_sequence_length=self._length)
         return {"embedding": embedding, "pooled": pooled}
 
     def denoise(
@@ -132,6 +186,15 @@ class Flux(Family):
             return_dict=False,
         )[0]
         return _unpacked(velocity, height, width)
+
+
+def _t5_problems(encoder: Any, config: Any) -> Iterator[str]:
+    """Iterate over what does not fit in T5 and the transformer's config."""
+    if config["joint_attention_dim"] != encoder.config.d_model:
+        yield (
+            f"its transformer attends to text features of {config['joint_attention_dim']} numbers, "
+            f"its T5 makes {encoder.config.d_model}"
+        )
 
 
 def _packed(x: Tensor) -> Tensor:

@@ -1,14 +1,21 @@
 """Families with a U-Net: Stable Diffusion 1.x and 2.x, and Stable Diffusion XL."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from domains.text_to_image.families.base import Family, Tables
+from domains.text_to_image.families.checks import (
+    clip_problems,
+    latent_problems,
+    missing,
+    unet_problems,
+)
 from lit_rlft.core.process import GaussianProcess
-from lit_rlft.kit.schedulers import PREDICTION_TYPES, vp_process
+from lit_rlft.core.schedule import DiscreteVP
+from lit_rlft.kit.schedulers import saved_process
 
 __all__ = ["StableDiffusion", "StableDiffusionXL"]
 
@@ -16,22 +23,24 @@ __all__ = ["StableDiffusion", "StableDiffusionXL"]
 class _UNetFamily(Family):
     denoiser_name = "unet"
 
+    @property
+    def factor(self) -> int:
+        return self.parts.vae_scale_factor
+
     def native(self) -> tuple[int, int] | None:
         size = self.denoiser.config["sample_size"]
         if size is None:
             return None
         return (size, size) if isinstance(size, int) else (size[0], size[1])
 
-    def process(self) -> GaussianProcess:
-        return vp_process(
-            self.parts.scheduler,
-            f"is not a discrete VP schedule; {self.name} supports {sorted(PREDICTION_TYPES)}",
-        )
+    def make_process(self) -> GaussianProcess:
+        return saved_process(self.parts.scheduler)
 
     def timestep(self, t: Tensor) -> Tensor:
-        """Return the table indices of times."""
-        levels = self.parts.scheduler.config["num_train_timesteps"]
-        return (t.double() * levels).round().long().sub(1).clamp(min=0)
+        """Return what the network is told of times."""
+        schedule = self.process.schedule
+        assert isinstance(schedule, DiscreteVP)
+        return schedule.timestep(t)
 
 
 class StableDiffusion(_UNetFamily):
@@ -41,9 +50,31 @@ class StableDiffusion(_UNetFamily):
     pipeline_class = "StableDiffusionPipeline"
     guidance_scale = 7.5
 
-    def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        embedding, _ = self.parts.encode_prompt(list(prompts), None, 1, False)
-        return {"embedding": embedding}
+    def problems(self) -> Iterator[str]:
+        parts, config = self.parts, self.denoiser.config
+        yield from missing(parts, (*self.weighed(), "tokenizer", "scheduler"))
+        yield from unet_problems(self.denoiser, (None, "text"))
+        yield from clip_problems(parts.text_encoder, parts.tokenizer)
+        own = parts.text_encoder.config.hidden_size
+        by_text = config["encoder_hid_dim_type"] == "text_proj"
+        widths = config["encoder_hid_dim" if by_text else "cross_attention_dim"]
+        for width in widths if isinstance(widths, list | tuple) else [widths]:
+            if width != own:
+                yield (
+                    f"its U-Net attends to text features of {width} numbers, its text encoder "
+                    f"makes {own}"
+                )
+        unused = ("shift_factor", "latents_mean", "latents_std")
+        channels = (config["in_channels"], config["out_channels"])
+        yield from latent_problems(parts.vae, *channels, "U-Net", unused)
+
+    def encoded_shapes(self) -> dict[str, tuple[int, ...]]:
+        tokens = self.parts.tokenizer.model_max_length
+        return {"embedding": (tokens, self.parts.text_encoder.config.hidden_size)}
+
+    def encode_some(self, prompts: list[str]) -> dict[str, Tensor]:
+        device = self.parts.text_encoder.device
+        return {"embedding": self.parts.encode_prompt(prompts, device, 1, False)[0]}
 
     def denoise(
         self, network: nn.Module, x_t: Tensor, t: Tensor, tables: Tables, guidance: float
@@ -69,9 +100,36 @@ class StableDiffusionXL(_UNetFamily):
     guidance_scale = 5.0
     option_names: ClassVar[tuple[str, ...]] = ("original_size", "crop")
 
-    def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def problems(self) -> Iterator[str]:
+        parts, config = self.parts, self.denoiser.config
+        tokenizers = ("tokenizer", "tokenizer_2")
+        yield from missing(parts, (*self.weighed(), *tokenizers, "scheduler"))
+        yield from unet_problems(self.denoiser, ("text_time",))
+        for which, encoder, tokenizer in zip(
+            ("first ", "second "), self.encoder_names, tokenizers, strict=True
+        ):
+            yield from clip_problems(getattr(parts, encoder), getattr(parts, tokenizer), which)
+        own = sum(self._widths)
+        if config["cross_attention_dim"] != own:
+            yield (
+                f"its U-Net attends to text features of {config['cross_attention_dim']} numbers, "
+                f"its text encoders make {own}"
+            )
+        channels = (config["in_channels"], config["out_channels"])
+        yield from latent_problems(parts.vae, *channels, "U-Net", ("shift_factor",))
+
+    @property
+    def _widths(self) -> list[int]:
+        return [getattr(self.parts, name).config.hidden_size for name in self.encoder_names]
+
+    def encoded_shapes(self) -> dict[str, tuple[int, ...]]:
+        tokens = self.parts.tokenizer.model_max_length
+        pooled = self.parts.text_encoder_2.config.projection_dim
+        return {"embedding": (tokens, sum(self._widths)), "pooled": (pooled,)}
+
+    def encode_some(self, prompts: list[str]) -> dict[str, Tensor]:
         embedding, _, pooled, _ = self.parts.encode_prompt(
-            list(prompts), do_classifier_free_guidance=False
+            prompts, do_classifier_free_guidance=False
         )
         return {"embedding": embedding, "pooled": pooled}
 

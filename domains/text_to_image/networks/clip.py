@@ -17,6 +17,8 @@ from lit_rlft.kit.network_folder import load_pretrained
 __all__ = ["CLIPEncoder", "Preprocessing"]
 
 _MAX_CACHED_TEXTS = 16384
+_CHUNK = 256
+"""Texts encoded at a time, which bounds the memory of the text tower."""
 _MODES: dict[int, Literal["bilinear", "bicubic"]] = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 
 
@@ -148,9 +150,10 @@ class CLIPEncoder(Frozen):
         if len(self._texts) + len(new) > _MAX_CACHED_TEXTS:
             self._texts.clear()
             new = list(dict.fromkeys(texts))
-        if new:
+        for i in range(0, len(new), _CHUNK):
+            part = new[i : i + _CHUNK]
             # Remembered on the CPU, so that moving the encoder leaves nothing behind.
-            self._texts.update(zip(new, self._encode(new).cpu(), strict=True))
+            self._texts.update(zip(part, self._encode(part).cpu(), strict=True))
         device = self.clip.text_projection.weight.device
         return torch.stack([self._texts[text] for text in texts]).to(device)
 

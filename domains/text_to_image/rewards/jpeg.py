@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from domains.text_to_image.rewards.jpeg_size import check_quality, coded_bytes, quantisation_tables
+from domains.text_to_image.rewards.jpeg_size import coded_bytes, quantisation_tables
 from domains.text_to_image.samples import check_pictures
+from lit_rlft.core.checks import within
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Reward
 from lit_rlft.kit.images import to_image
@@ -30,7 +31,8 @@ class JPEGCompressibility(Reward):
 
     def __init__(self, quality: int = 95) -> None:
         super().__init__()
-        self.quality = check_quality(quality)
+        within(1, 100, self, quality=quality)
+        self.quality = quality
 
     def forward(self, samples: Any, condition: Condition) -> Tensor:
         """Return minus the file size of each picture, [B], in kilobytes."""
@@ -75,6 +77,7 @@ class SmoothJPEGCompressibility(Reward):
 
     def __init__(self, quality: int = 95) -> None:
         super().__init__()
+        within(1, 100, self, quality=quality)
         # Integers, so that a module converted to half precision keeps them.
         self.register_buffer("tables", quantisation_tables(quality), persistent=False)
 

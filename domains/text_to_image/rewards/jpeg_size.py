@@ -68,7 +68,7 @@ def check_quality(quality: int) -> int:
         UsageError: It is not between 1 and 100.
     """
     if not 1 <= quality <= 100:
-        raise UsageError(f"reward.init_args.quality is {quality}; give 1 to 100")
+        raise UsageError(f"the quality is {quality}; give 1 to 100")
     return quality
 
 

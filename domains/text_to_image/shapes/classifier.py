@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from domains.text_to_image.shapes.world import COLORS, RELATIONS, SHAPES, Prompt, Requirement
+from lit_rlft.core.checks import at_least
 from lit_rlft.kit.network_folder import load_weights, read_settings, save_network
 
 __all__ = ["Architecture", "Classifier", "encode"]
@@ -43,6 +44,9 @@ class Architecture:
     width: int = 48
     joint: int = 32
     hidden: int = 48
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "stem", "middle", "width", "joint", "hidden")
 
 
 def encode(prompt: Prompt) -> Tensor:

@@ -7,8 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_info
+
 from lit_rlft.core.checks import UsageError
 from lit_rlft.kit.data import Record
+from lit_rlft.kit.files import encoding
 from lit_rlft.kit.sources import Source
 
 __all__ = ["PromptFile", "read_prompts"]
@@ -34,7 +37,14 @@ class PromptFile(Source[list[Record]]):
 
     def load(self) -> list[Record]:
         records = read_prompts(self.path, self.column)
-        return _once(records) if self.once else records
+        kept = _once(records) if self.once else records
+        if len(kept) < len(records):
+            repeats = len(records) - len(kept)
+            rank_zero_info(
+                f"{self.path}: {len(kept)} prompts used; {repeats} left out that repeat another, "
+                "so that no split sees another's"
+            )
+        return kept
 
     def kind(self) -> str:
         return self.noun  # columns may differ from file to file
@@ -61,8 +71,12 @@ def read_prompts(path: Path, column: str = "prompt") -> list[Record]:
     if not path.is_file():
         raise UsageError(f"data.init_args.source: there is no file {path}")
     try:
-        records = readers[path.suffix.lower()](path.read_text(encoding="utf-8-sig"))
-    except (ValueError, csv.Error) as error:
+        records = readers[path.suffix.lower()](path.read_text(encoding=encoding(path)))
+    except UnicodeError as error:
+        raise UsageError(
+            f"data.init_args.source: {path} is no UTF-8 text ({error}); save it as UTF-8"
+        ) from error
+    except (ValueError, csv.Error, RecursionError) as error:
         raise UsageError(f"data.init_args.source: {path} cannot be read ({error})") from error
     if not isinstance(records, list) or not all(isinstance(r, (str, dict)) for r in records):
         raise UsageError(f"data.init_args.source: {path} must hold a list of texts or of records")
@@ -82,6 +96,13 @@ def read_prompts(path: Path, column: str = "prompt") -> list[Record]:
     ]
     if not prompts:
         raise UsageError(f"data.init_args.source: {path} holds no prompts")
+    # The lines of a .txt that are empty part its prompts; an empty record is a hole.
+    if len(prompts) < len(records) and path.suffix.lower() != ".txt":
+        empty = [i + 1 for i, text in enumerate(texts) if not text]
+        rank_zero_info(
+            f"{path}: {len(prompts)} of {len(records)} prompts used; {len(empty)} left out as "
+            f"empty (record {', '.join(map(str, empty[:5]))}{', ...' if len(empty) > 5 else ''})"
+        )
     return prompts
 
 

@@ -30,7 +30,7 @@ from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.algorithms.inverse_noise_correction.fingerprint import alike, probe
 from lit_rlft.algorithms.inverse_noise_correction.inversion import Inversion, NoisyData
 from lit_rlft.algorithms.inverse_noise_correction.noise_store import InvertedNoise
-from lit_rlft.core.checks import UsageError, loading, require
+from lit_rlft.core.checks import UsageError, at_least, loading, require
 from lit_rlft.core.corrector import Flow, FlowMLP, FlowPrior
 from lit_rlft.core.fixed_point import FixedPoint
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline
@@ -108,6 +108,7 @@ class InverseNoiseCorrection(RewardFineTuner):
                 f"{type(self.pipeline).__name__} is not invertible; use configs/algorithms/"
                 "pretrain.yaml to learn more from data, or p_graft.yaml to learn from a reward"
             )
+        self.pipeline.check_states()
         require(
             self.sampler.eta == 0,
             self,
@@ -117,9 +118,8 @@ class InverseNoiseCorrection(RewardFineTuner):
         require(
             self.lora is None, self, "lora", f"null: {self.algorithm} leaves the denoiser as it is"
         )
-        for name in ("corrector_steps", "width", "depth", "shard_size"):
-            require(getattr(self, name) >= 1, self, name, "at least 1")
-        require(self.data_noise >= 0, self, "data_noise", "0 or more")
+        at_least(1, self, "corrector_steps", "width", "depth", "shard_size")
+        at_least(0, self, "data_noise")
 
     def build(self) -> None:
         """Freeze the pipeline; make the corrector, or check that the given one fits."""
@@ -268,7 +268,7 @@ class InverseNoiseCorrection(RewardFineTuner):
 
         One that was loaded from a folder may be the start of training for this base.
         """
-        held, where = self._held, "--ckpt_path"
+        held, where = self._held, "the checkpoint"
         if held is None and not self._fitting and not self.num_updates:
             held, where = self._card(), "model.init_args.corrector.init_args.pretrained"
         self._held = None

@@ -23,6 +23,7 @@ from torch import Tensor
 from lit_rlft.algorithms.inverse_noise_correction.fingerprint import alike
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.state import State
+from lit_rlft.runs.files import write_whole
 
 __all__ = ["InvertedNoise"]
 
@@ -64,7 +65,7 @@ class InvertedNoise:
         held = _read(self._claim_path)
         if held is None:
             with self._writing(finished=0):
-                _replace(self._claim_path, json.dumps(identity, indent=2).encode())
+                write_whole(self._claim_path, json.dumps(identity, indent=2).encode())
             return
         other = [name for name, value in identity.items() if not _same(held.get(name), value)]
         if other:
@@ -118,9 +119,9 @@ class InvertedNoise:
         with self._writing(finished):
             self._notes_path(shard).unlink(missing_ok=True)
             for name, content in files.items():
-                _replace(self.folder / name, content)
+                write_whole(self.folder / name, content)
             text = json.dumps({**held, "digest": _digest(held)})
-            _replace(self._notes_path(shard), text.encode())
+            write_whole(self._notes_path(shard), text.encode())
         self._open.pop(shard, None)
 
     def read(self, rows: Tensor) -> State:
@@ -181,17 +182,6 @@ class InvertedNoise:
                 "inverted noise, which are kept; make room and run the same command again, or "
                 "choose another model.init_args.noise_folder"
             ) from error
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file as a whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def _npy(values: NDArray[Any]) -> bytes:

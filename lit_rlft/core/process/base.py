@@ -20,10 +20,15 @@ class Process(nn.Module, ABC):
     Attributes:
         differentiable: Whether reverse transitions carry gradients from x_s to x_t.
         invertible: Whether the deterministic sampler can be run backwards.
+        one_way: Why it cannot, and what to do, where it cannot.
     """
 
     differentiable: bool
     invertible: bool
+    one_way: str = (
+        "its steps draw from distributions, and samples do not tell their noise; use a pipeline "
+        "with a continuous state"
+    )
 
     @abstractmethod
     def prior(self, blank: State) -> Distribution:
@@ -75,3 +80,10 @@ class Process(nn.Module, ABC):
     @abstractmethod
     def times(self, num_steps: int) -> Tensor:
         """Return the sampler's grid [num_steps + 1], decreasing; its last entry is data."""
+
+    def ends(self, num_steps: int) -> Tensor:
+        """Return the level that each step of the grid leads to, [num_steps].
+
+        It is the next of the grid, except under schedulers that step past it (`Schedule.ends`).
+        """
+        return self.times(num_steps)[1:]

@@ -12,7 +12,7 @@ References:
 import torch
 from torch import Tensor
 
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import at_least, positive
 from lit_rlft.core.distribution import Categorical
 from lit_rlft.core.process.base import Process
 from lit_rlft.core.randomness import Generators, rand_like
@@ -39,10 +39,8 @@ class MaskedProcess(Process):
 
     def __init__(self, num_classes: int, padded: bool = False, power: float = 1.0) -> None:
         super().__init__()
-        if num_classes < 1:
-            raise UsageError(f"num_classes must be at least 1, got {num_classes}")
-        if power <= 0:
-            raise UsageError(f"power must be above 0, got {power}")
+        at_least(1, self, num_classes=num_classes)
+        positive(self, power=power)
         self.num_classes, self.padded, self.power = num_classes, padded, power
 
     @property

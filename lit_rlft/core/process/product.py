@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, at_least
 from lit_rlft.core.distribution import Product
 from lit_rlft.core.process.base import Process
 from lit_rlft.core.randomness import Generators
@@ -36,6 +36,7 @@ class ProductProcess(Process):
         if unknown:
             raise UsageError(f"weights name {sorted(unknown)}, the fields are {self.names}")
         self.weights = {name: (weights or {}).get(name, 1.0) for name in self.names}
+        at_least(0, self, "weights")
         self.differentiable = all(self.field(name).differentiable for name in self.names)
         self.invertible = all(self.field(name).invertible for name in self.names)
 
@@ -89,3 +90,6 @@ class ProductProcess(Process):
 
     def times(self, num_steps: int) -> Tensor:
         return self.field(self.names[0]).times(num_steps)
+
+    def ends(self, num_steps: int) -> Tensor:
+        return self.field(self.names[0]).ends(num_steps)

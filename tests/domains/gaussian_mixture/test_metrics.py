@@ -7,7 +7,7 @@ from domains.gaussian_mixture.closed_form.mixture import MEANS, STDS, WEIGHTS, M
 from domains.gaussian_mixture.metrics import MMD
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
-from lit_rlft.evaluation.bootstrap import compared
+from lit_rlft.evaluation.jackknife import compared
 
 NOWHERE = Condition([{"name": "mixture"}], {}, torch.zeros(500, dtype=torch.int64))
 

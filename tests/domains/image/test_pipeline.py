@@ -1,5 +1,6 @@
 """The pipeline: what diffusers saved, sampled as diffusers samples it."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    DDIMPipeline,
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     ScoreSdeVeScheduler,
+    UNet2DConditionModel,
     UNet2DModel,
 )
 from PIL import Image
@@ -79,6 +83,66 @@ def test_ddpms_keep_their_schedule(prediction_type: str, tiny_unet: UNet, tmp_pa
         for t in scheduler.timesteps:
             x = scheduler.step(unet(x, t).sample, t, x, eta=0.0, return_dict=False)[0]
     torch.testing.assert_close(sampled(pipeline, x_1, 10), x, rtol=1e-4, atol=1e-4)
+
+
+def test_ddpms_are_sampled_as_their_pipeline_samples_them(tiny_unet: UNet, tmp_path: Path) -> None:
+    """A cosine table with epsilon, clipped, with diffusers' noise of every step."""
+    scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=True)
+    DDPMPipeline(unet=tiny_unet(), scheduler=scheduler).save_pretrained(tmp_path / "ddpm")
+    theirs = DDPMPipeline.from_pretrained(tmp_path / "ddpm")
+    theirs.set_progress_bar_config(disable=True)
+    torch.manual_seed(3)
+    expected = theirs(batch_size=2, num_inference_steps=6, output_type="np").images
+    pipeline = ImagePipeline(str(tmp_path / "ddpm"))
+    condition = condition_of(pipeline, 2)
+    torch.manual_seed(3)
+    x_1 = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        x_0 = Sampler(6, 1.0).sample(pipeline, pipeline.process, x_1, condition)
+    pictures = pipeline.decode(x_0, condition).permute(0, 2, 3, 1).numpy()
+    np.testing.assert_allclose(pictures, expected, rtol=0, atol=1e-4)
+
+
+def test_a_ddim_pipeline_turns_its_scheduler_into_a_ddim_one(
+    tiny_unet: UNet, tmp_path: Path
+) -> None:
+    """It drops the other class's defaults: Euler's "linspace" becomes DDIM's "leading"."""
+    DDIMPipeline(unet=tiny_unet(), scheduler=DDIMScheduler()).save_pretrained(tmp_path / "ddim")
+    EulerDiscreteScheduler(beta_start=1e-4, beta_end=0.02).save_pretrained(
+        tmp_path / "ddim/scheduler"
+    )
+    index = tmp_path / "ddim/model_index.json"
+    index.write_text(index.read_text().replace("DDIMScheduler", "EulerDiscreteScheduler"))
+    theirs = DDIMPipeline.from_pretrained(tmp_path / "ddim")
+    assert isinstance(theirs.scheduler, DDIMScheduler)
+    theirs.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    expected = theirs(
+        batch_size=2, generator=generator, num_inference_steps=7, output_type="np"
+    ).images
+    pipeline = ImagePipeline(str(tmp_path / "ddim"))
+    x_0 = sampled(pipeline, noise(), 7)
+    pictures = pipeline.decode(x_0, condition_of(pipeline, 2)).permute(0, 2, 3, 1).numpy()
+    np.testing.assert_allclose(pictures, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_an_exported_flow_is_sampled_alike_by_diffusers(shift: float, tmp_path: Path) -> None:
+    """Its pipeline calls set_timesteps(N) alone; N is the number of steps of the run."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipeline = ImagePipeline(None, architecture=TINY, shift=shift)
+    ours = sampled(pipeline, noise(), 5)
+    pipeline.save(tmp_path / "saved")
+    theirs = DDPMPipeline.from_pretrained(tmp_path / "saved")
+    theirs.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    expected = theirs(
+        batch_size=2, generator=generator, num_inference_steps=5, output_type="np"
+    ).images
+    pictures = pipeline.decode(ours, condition_of(pipeline, 2)).permute(0, 2, 3, 1).numpy()
+    np.testing.assert_allclose(pictures, expected, rtol=0, atol=1e-5)
+    assert_close_in_rounding(sampled(ImagePipeline(str(tmp_path / "saved")), noise(), 5), ours)
 
 
 def test_networks_alone_need_a_schedule(tiny_unet: UNet, tmp_path: Path) -> None:
@@ -151,12 +215,18 @@ def test_what_is_saved_diffusers_samples(tmp_path: Path) -> None:
     assert again.process.prediction_type == "velocity" and again.name == "saved"
 
 
-def test_a_saved_lora_is_merged(tmp_path: Path, tiny_pipeline: Make) -> None:
+@pytest.mark.parametrize(
+    "targets", [None, ["conv_in", "conv_out"], ["to_q", "time_emb_proj", "linear_1", "conv"]]
+)
+def test_a_saved_lora_is_merged(
+    tmp_path: Path, tiny_pipeline: Make, targets: list[str] | None
+) -> None:
     pipeline = tiny_pipeline()
     plain = sampled(pipeline, noise(), 3)
-    attach_lora(pipeline, LoRA(rank=2))
+    attach_lora(pipeline, LoRA(rank=2, alpha=5, targets=targets))
     adapted = {n for n, p in pipeline.denoiser.named_parameters() if p.requires_grad}
-    assert any("attentions" in n for n in adapted) and any("conv1" in n for n in adapted)
+    if targets is None:
+        assert any("attentions" in n for n in adapted) and any("conv1" in n for n in adapted)
     torch.testing.assert_close(sampled(pipeline, noise(), 3), plain)  # it starts at zero
     generator = torch.Generator().manual_seed(0)
     for name, parameter in pipeline.denoiser.named_parameters():
@@ -168,6 +238,25 @@ def test_a_saved_lora_is_merged(tmp_path: Path, tiny_pipeline: Make) -> None:
     again = ImagePipeline(str(tmp_path / "saved"))
     torch.testing.assert_close(sampled(again, noise(), 3), tuned, rtol=1e-4, atol=1e-5)
     assert torch.equal(sampled(pipeline, noise(), 3), tuned)  # saving changes nothing
+    theirs = DDPMPipeline.from_pretrained(tmp_path / "saved").unet
+    inputs = noise(), torch.tensor([500, 100])
+    with torch.no_grad():
+        expected = pipeline.denoiser(*inputs).sample
+        torch.testing.assert_close(theirs(*inputs).sample, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_the_only_variant_is_found(tmp_path: Path, tiny_unet: UNet, alone: bool) -> None:
+    unet = tiny_unet()
+    if alone:
+        unet.save_pretrained(tmp_path / "m", variant="fp16")
+    else:
+        pipeline = DDPMPipeline(unet=unet, scheduler=DDPMScheduler(clip_sample=False))
+        pipeline.save_pretrained(tmp_path / "m", variant="fp16")
+    schedule: Any = "ddpm" if alone else "saved"
+    for variant in (None, "fp16"):
+        loaded = ImagePipeline(str(tmp_path / "m"), variant=variant, schedule=schedule)
+        assert torch.equal(loaded.denoiser.conv_in.weight, unet.conv_in.weight)
 
 
 def test_samples_are_written_as_png(tmp_path: Path, tiny_pipeline: Make) -> None:
@@ -205,8 +294,23 @@ def test_what_is_no_model_of_images(tiny_unet: UNet, tmp_path: Path) -> None:
     refused("no sample_size", pretrained=None, architecture={**TINY, "sample_size": None})
     classes = {**TINY, "num_class_embeds": 10}
     refused("conditioned on classes", pretrained=None, architecture=classes)
+    odd = {**TINY, "sample_size": 7}
+    refused(r"called with images \[1, 3, 7, 7\]", pretrained=None, architecture=odd)
     refused("from 3 to 6 channels", pretrained=None, architecture={**TINY, "out_channels": 6})
     unet = tiny_unet()
+    UNet2DConditionModel(
+        block_out_channels=(4,),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        attention_head_dim=4,
+    ).save_pretrained(tmp_path / "text")
+    refused("has a UNet2DConditionModel, not a UNet2DModel", pretrained=str(tmp_path / "text"))
+    DDPMPipeline(unet=unet, scheduler=DDPMScheduler()).save_pretrained(tmp_path / "latent")
+    index = json.loads((tmp_path / "latent" / "model_index.json").read_text())
+    index = {**index, "_class_name": "LDMPipeline", "vqvae": ["diffusers", "VQModel"]}
+    (tmp_path / "latent" / "model_index.json").write_text(json.dumps(index))
+    refused("LDMPipeline, has a vqvae beside its U-Net", pretrained=str(tmp_path / "latent"))
     DDPMPipeline(unet=unet, scheduler=ScoreSdeVeScheduler()).save_pretrained(tmp_path / "ve")
     refused("neither a rectified flow nor a discrete VP", pretrained=str(tmp_path / "ve"))
     dynamic = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)

@@ -119,7 +119,7 @@ def test_batches_have_the_documented_columns() -> None:
     ("settings", "message"),
     [
         ({"tasks": {"colour": 1.0}}, r"names \['colour'\]"),
-        ({"tasks": {"category": -1.0, "completion": 2.0}}, "0 or more"),
+        ({"tasks": {"category": -1.0, "completion": 2.0}}, "tasks must be at least 0"),
         ({"tasks": {"category": 0.0}}, "not all 0"),
         ({"source": Grammar(2)}, "too few for three splits"),
         ({"val_source": Grammar(5, max_elements=9)}, "val_source has 9 slots.*source has 12"),

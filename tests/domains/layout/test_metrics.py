@@ -20,6 +20,7 @@ from domains.layout.metrics import (
 from domains.layout.networks.encoder import jittered
 from domains.layout.samples import EMPTY, Layouts
 from domains.layout.sources import Grammar, RicoArrays
+from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
 from tests.domains.layout import slow
 from tests.domains.layout.page.test_measures import NAMES, layout, noisy_pages
@@ -52,6 +53,25 @@ def test_max_iou_by_hand() -> None:
     assert max_iou(joined(a, other), b) == pytest.approx((1 + 1 / 3) / 2)
     assert max_iou(joined(a, a), joined(a, b)) == pytest.approx((1 + (1 + 1 / 3) / 2) / 2)
     assert max_iou(a, other) == 0 and max_iou(a, a) == pytest.approx(1)
+
+
+def test_max_iou_of_boxes_of_a_pixel() -> None:
+    size = (1 / 1440, 1 / 2560)
+    boxes = torch.tensor([[[0.6, 0.7, *size], [0.6, 0.2, 1e-8, 1e-8]]])
+    a = Layouts.of(boxes, torch.tensor([[0, 1]]), NAMES)
+    moved = boxes + torch.tensor([size[0] / 3, 0, 0, 0]) * torch.tensor([[1.0], [0.0]])
+    # Two thirds of each are common: IoU 2 / 3 / (4 / 3).
+    assert max_iou(a, Layouts.of(moved, a.labels, NAMES)) == pytest.approx(0.75, abs=1e-4)
+    assert max_iou(a, a) == pytest.approx(1)
+
+
+def test_background_classes_can_be_ignored() -> None:
+    pages = joined(layout((0, 0, 0, 1, 1), (1, 0.1, 0.1, 0.2, 0.2), (1, 0.3, 0.3, 0.4, 0.4)))
+    rows = conditions([0])
+    assert LayoutMeasures().evaluate(pages, rows)["overlap"].item() == pytest.approx(2.02 / 3)
+    assert LayoutMeasures(ignored=[NAMES[0]]).evaluate(pages, rows)["overlap"].item() == 0
+    with pytest.raises(UsageError, match="ignored of LayoutMeasures names the class 'page'"):
+        LayoutMeasures(ignored=["page"]).evaluate(pages, rows)
 
 
 def test_max_iou_matches_slow_loops() -> None:

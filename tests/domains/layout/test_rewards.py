@@ -185,7 +185,7 @@ def test_the_critic_knows_real_pages_and_has_a_gradient() -> None:
         (lambda: rewards.MinimumSize(min_width=-1), "min_width must be positive"),
         (lambda: rewards.Relations([("text", "near", "title")]), r"got \['near'\]"),
         (lambda: rewards.Relations([]), "needs triples"),
-        (lambda: rewards.ClassCounts({"text": -1}), "0 or more by class"),
+        (lambda: rewards.ClassCounts({"text": -1}), "counts must be at least 0"),
         (lambda: Critic(output="score"), "output is 'score'"),  # type: ignore[arg-type]
         (lambda: Critic("missing"), "could not be loaded as a layout encoder"),
     ],

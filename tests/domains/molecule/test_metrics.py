@@ -15,6 +15,7 @@ from domains.molecule.chemistry.batch import Chemistry
 from domains.molecule.chemistry.elements import EXPLICIT
 from domains.molecule.samples import EMPTY, Molecules
 from domains.molecule.sources import SmilesFile
+from lit_rlft.core.reward import SetMetric
 from tests.domains.molecule.chemistry.test_batch import overfull
 from tests.domains.molecule.known import conditions, from_atoms, from_smiles, geometry
 
@@ -34,21 +35,48 @@ def mixture() -> Molecules:
     return from_atoms([geometry("CCO"), geometry("CCO"), overfull(), parts, radical])
 
 
+def together(metric: SetMetric, *batches: Molecules) -> dict[str, float]:
+    """Return the numbers of all batches together."""
+    parts = [metric.features(batch, conditions(len(batch))) for batch in batches]
+    return metric.compare({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+
+
+def split(molecules: Molecules, *sizes: int) -> list[Molecules]:
+    ends = np.cumsum(sizes).tolist()
+    return [molecules.index(slice(e - n, e)) for n, e in zip(sizes, ends, strict=True)]
+
+
 def test_measures_by_hand() -> None:
     found = evaluate(metrics.MoleculeMeasures(), mixture())
     assert found["molecule_stability"] == [1, 1, 0, 1, 0]
-    # Of 9 + 9 + 6 + 11 + 4 atoms all are stable but the two carbons with the wrong valence.
-    assert np.mean(found["atom_stability"]) == pytest.approx((9 + 9 + 5 + 11 + 3) / 39)
     assert found["validity"] == [1, 1, 0, 1, 1]
     np.testing.assert_equal(found["connected"], [1, 1, math.nan, 0, 1])
-    np.testing.assert_equal(found["uniqueness"], [1, 0, math.nan, 1, 1])
     assert found["num_heavy"] == [3, 3, 1, 3, 1]
 
 
+@pytest.mark.parametrize("sizes", [(5,), (1, 4), (1, 1, 1, 1, 1), (3, 2)])
+def test_numbers_of_all_molecules_do_not_depend_on_batches(sizes: tuple[int, ...]) -> None:
+    found = together(metrics.MoleculeMeasures(), *split(mixture(), *sizes))
+    # Of 9 + 9 + 6 + 11 + 4 atoms all are stable but the two carbons with the wrong valence; the
+    # valid molecules are ethanol twice, ethane beside water, and a radical.
+    stable = (9 + 9 + 5 + 11 + 3) / 39
+    expected = {"atom_stability": stable, "uniqueness": 3 / 4, "valid_unique": 3 / 5}
+    assert found == pytest.approx(expected)
+
+
+def test_numbers_where_nothing_counts() -> None:
+    nothing = together(metrics.MoleculeMeasures(), mixture().index(slice(2, 3)))
+    assert math.isnan(nothing["uniqueness"]) and nothing["valid_unique"] == 0
+    assert nothing["atom_stability"] == pytest.approx(5 / 6)
+
+
 def test_measures_with_implicit_hydrogens() -> None:
-    found = evaluate(metrics.MoleculeMeasures(), from_smiles("CCO", "CC", heavy=True))
-    assert np.isnan(found["molecule_stability"]).all() and np.isnan(found["atom_stability"]).all()
+    molecules = from_smiles("CCO", "CC", heavy=True)
+    found = evaluate(metrics.MoleculeMeasures(), molecules)
+    assert np.isnan(found["molecule_stability"]).all()
     assert found["validity"] == [1, 1] and found["num_heavy"] == [3, 2]
+    whole = together(metrics.MoleculeMeasures(), molecules)
+    assert math.isnan(whole["atom_stability"]) and whole["uniqueness"] == 1
 
 
 def test_descriptors_of_valid_molecules() -> None:
@@ -70,9 +98,13 @@ def known(path: Path, *smiles: str) -> SmilesFile:
     return SmilesFile(str(file), cache_dir=str(path / "cache"))
 
 
-def test_novelty_of_different_valid_molecules(tmp_path: Path) -> None:
-    found = evaluate(metrics.Novelty(known(tmp_path, "OCC", "N")), mixture())
-    np.testing.assert_equal(found["novelty"], [0, math.nan, math.nan, 1, 1])
+@pytest.mark.parametrize("sizes", [(5,), (1, 4), (2, 3)])
+def test_novelty_of_different_valid_molecules(tmp_path: Path, sizes: tuple[int, ...]) -> None:
+    found = together(metrics.Novelty(known(tmp_path, "OCC", "N")), *split(mixture(), *sizes))
+    # Ethanol is known; ethane and the radical are not.
+    assert found == pytest.approx({"novelty": 2 / 3, "valid_unique_novel": 2 / 5})
+    invalid = together(metrics.Novelty(known(tmp_path, "OCC", "N")), mixture().index([2]))
+    assert math.isnan(invalid["novelty"]) and invalid["valid_unique_novel"] == 0
 
 
 def test_total_variations_by_hand() -> None:
@@ -128,22 +160,17 @@ def test_mean_distance_is_weighted_by_the_real_set() -> None:
     assert math.isnan(metrics.mean_wasserstein({}, b))
 
 
-def distances(metric: metrics.SetDistances, *batches: Molecules) -> dict[str, float]:
-    parts = [metric.features(batch, conditions(len(batch))) for batch in batches]
-    return metric.compare({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
-
-
 def test_set_distances(tmp_path: Path) -> None:
     smiles = ("CCO", "CC(C)=O", "C1CC1N", "CC")
     metric = metrics.SetDistances(known(tmp_path, *smiles))
     whole = from_smiles(*smiles)
-    same = distances(metric, whole.index(slice(0, 1)), whole.index(slice(1, 4)))
+    same = together(metric, whole.index(slice(0, 1)), whole.index(slice(1, 4)))
     assert same == pytest.approx(dict.fromkeys(same, 0.0), abs=1e-6)
     whole.positions.mul_(1.01)
-    other = distances(metric, whole)
+    other = together(metric, whole)
     assert other["type_tv"] == other["size_tv"] == 0
     assert 0.005 < other["bond_length_w1"] < 0.02 and other["angle_w1"] < 0.1
-    alone = distances(metric, from_atoms([(("C", "C"), [(0, 0, 0), (9, 0, 0)])]))
+    alone = together(metric, from_atoms([(("C", "C"), [(0, 0, 0), (9, 0, 0)])]))
     assert math.isnan(alone["bond_length_w1"]) and math.isnan(alone["qed_w1"])
     assert alone["size_tv"] == 1
 
@@ -152,5 +179,5 @@ def test_heavy_atoms_are_compared_with_heavy_atoms(tmp_path: Path) -> None:
     file = tmp_path / "known.smi"
     file.write_text("CCO\nCC\n")
     source = SmilesFile(str(file), elements=("C", "N", "O", "F"), cache_dir=str(tmp_path / "c"))
-    found = distances(metrics.SetDistances(source), from_smiles("CCO", "CC", heavy=True))
+    found = together(metrics.SetDistances(source), from_smiles("CCO", "CC", heavy=True))
     assert found["type_tv"] == 0 and found["bond_length_w1"] == pytest.approx(0, abs=1e-6)

@@ -140,7 +140,7 @@ def test_strain_and_novelty(tmp_path: Path) -> None:
 
 def test_invalid_molecules_get_the_number_that_is_stated() -> None:
     assert reward_of(rewards.QED(invalid=-0.5), broken())[1:] == [-0.5] * 3
-    with pytest.raises(UsageError, match="invalid must be finite"):
+    with pytest.raises(UsageError, match="invalid must be a finite number"):
         rewards.QED(invalid=float("nan"))
 
 

@@ -12,6 +12,8 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
@@ -156,16 +158,57 @@ def test_prompts_matter(tiny_stable_diffusion: Folder) -> None:
     assert (changed[:2] > 100 * TOLERANCE).all() and changed[2] < TOLERANCE
 
 
-@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("ends_at_zero", [True, False])
 def test_grids_are_those_of_diffusers(
     tiny_stable_diffusion: Folder, spacing: str, ends_at_zero: bool
 ) -> None:
-    """Not "linspace": there diffusers' DDIM takes steps of 1000 // n that miss its own grid."""
+    """With "linspace" too, where diffusers' DDIM takes steps that miss its own grid."""
     scheduler = {"timestep_spacing": spacing, "set_alpha_to_one": ends_at_zero}
     folder = tiny_stable_diffusion(prediction_type="v_prediction", scheduler=scheduler)
     latents = ours(TextToImagePipeline(str(folder)))
     close(latents, theirs(load(folder), output_type="latent"))
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_euler_folders_are_sampled_as_diffusers_samples_them(
+    tiny_stable_diffusion: Folder, tmp_path: Path, spacing: str
+) -> None:
+    """As SD-Turbo's: DDIM's leftover key is ignored, and x_T has Euler's scale."""
+    euler = EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing=spacing
+    )
+    folder = with_scheduler(tiny_stable_diffusion(), tmp_path / "euler", euler)
+    config = folder / "scheduler/scheduler_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "set_alpha_to_one": False}))
+    pipeline, plain = TextToImagePipeline(str(folder)), load(folder)
+    assert plain.scheduler.config["set_alpha_to_one"] is False
+    condition = encoded(pipeline)
+    z = torch.randn(pipeline.blank(condition).shape)
+    x_1 = pipeline.process.prior(z).std * z
+    with torch.no_grad():
+        latents = Sampler(4).sample(pipeline, pipeline.process, x_1, condition)
+    expected = plain(
+        PROMPTS, latents=z, num_inference_steps=4, guidance_scale=7.5, output_type="latent"
+    ).images
+    assert isinstance(latents, Tensor)
+    close(latents, expected)
+
+
+def test_missing_keys_have_the_defaults_of_the_class(
+    tiny_stable_diffusion: Folder, tmp_path: Path
+) -> None:
+    """A DPM++ folder without timestep_spacing is spaced by "linspace", and starts below T."""
+    folder = with_scheduler(
+        tiny_stable_diffusion(), tmp_path / "dpm", DPMSolverMultistepScheduler()
+    )
+    config = folder / "scheduler/scheduler_config.json"
+    config.write_text(json.dumps({"_class_name": "DPMSolverMultistepScheduler"}))
+    schedule = TextToImagePipeline(str(folder)).process.schedule
+    plain = load(folder).scheduler
+    plain.set_timesteps(7)
+    told: Any = schedule
+    assert torch.equal(told.timestep(schedule.times(7)[:-1]), plain.timesteps)
 
 
 def test_zero_terminal_snr(tiny_stable_diffusion: Folder) -> None:
@@ -224,6 +267,44 @@ def test_unique_prompts_are_encoded_once(tiny_stable_diffusion: Folder) -> None:
     torch.testing.assert_close(condition.tables["embedding"][-1:], alone)
     dropped = condition.dropped(torch.tensor([False, True, *[False] * 4]))
     torch.testing.assert_close(dropped.table("embedding")[1:2], alone)
+
+
+def test_prompts_are_encoded_in_chunks(tiny_stable_diffusion: Folder) -> None:
+    folder = str(tiny_stable_diffusion())
+    pipeline = TextToImagePipeline(folder, encode_batch_size=2)
+    sizes: list[int] = []
+    pipeline.encoder.register_forward_hook(lambda m, args, output: sizes.append(len(output[0])))
+    prompts = ["a", "b", "c", "d", "a"]
+    table = encoded(pipeline, prompts).tables["embedding"]
+    assert sizes == [2, 2, 1]
+    whole = TextToImagePipeline(folder)
+    torch.testing.assert_close(table, encoded(whole, prompts).tables["embedding"])
+    with pytest.raises(UsageError, match="encode_batch_size must be at least 1"):
+        TextToImagePipeline(folder, encode_batch_size=0)
+
+
+def test_work_on_prompts_grows_with_their_number(
+    tiny_stable_diffusion: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts are compared a few times each, not each with each other."""
+    compared = 0
+
+    class Counted(str):
+        __slots__ = ()
+
+        def __eq__(self, other: object) -> bool:
+            nonlocal compared
+            compared += 1
+            return str.__eq__(self, other)
+
+        __hash__ = str.__hash__
+
+    pipeline = TextToImagePipeline(str(tiny_stable_diffusion()))
+    monkeypatch.setattr(pipeline, "_embed", lambda prompts: torch.zeros(len(prompts), 1, 1))
+    prompts: list[str] = [Counted(f"prompt {i // 2}") for i in range(20_000)]
+    condition = encoded(pipeline, prompts)
+    assert condition.rows.tolist() == [i // 2 for i in range(20_000)]
+    assert compared < 10 * len(prompts)
 
 
 def test_columns_travel_with_their_prompts(tiny_stable_diffusion: Folder) -> None:

@@ -83,6 +83,8 @@ def test_broken_files_are_left_out_and_counted(
     content = (pictures / "cut.jpg").read_bytes()
     (pictures / "cut.jpg").write_bytes(content[: len(content) // 2])
     (pictures / "empty.png").write_bytes(b"")
+    (pictures / "moving.gif").write_bytes(b"")
+    (pictures / "readme.txt").write_text("no picture")
     (pictures / "text.webp").write_text("no picture")
     png = (pictures / "a/0.png").read_bytes()
     (pictures / "damaged.png").write_bytes(png[:60] + bytes(40) + png[100:])
@@ -94,6 +96,7 @@ def test_broken_files_are_left_out_and_counted(
     assert len(said) == 2 and said[0] == said[1]
     assert f"{pictures}: 5 of 9 pictures used; 1 enlarged" in said[0]
     assert "2 left out with no readable picture (empty.png, text.webp)" in said[0]
+    assert "1 .gif" in said[0] and "1 .txt" in said[0] and "not looked at" in said[0]
     assert "2 left out with damage or an early end (cut.jpg, damaged.png)" in said[0]
     with pytest.raises(UsageError, match=r"cut.jpg has damage or an early end; fix the file"):
         load(pictures, strict=True)
@@ -110,6 +113,9 @@ def test_folders_without_pictures(tmp_path: Path, load: Any) -> None:
     with pytest.raises(
         UsageError, match=r"1 left out with no readable picture .*; nothing is left to use"
     ):
+        load(tmp_path / "empty")
+    (tmp_path / "empty/text.png").rename(tmp_path / "empty/text.bmp")
+    with pytest.raises(UsageError, match=r"it has 1 other file \(1 \.bmp\)"):
         load(tmp_path / "empty")
 
 
@@ -165,7 +171,7 @@ def test_transparency_greys_palettes_and_rotations(tmp_path: Path, load: Any) ->
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"size": 0}, "size must be at least 1, got 0 x 0"),
+        ({"size": 0}, "size must be at least 1, got 0"),
         ({"fit": "zoom"}, "fit is 'zoom'; use one of"),
         ({"resample": "sinc"}, "resample is 'sinc'; use one of"),
         ({"channels": 4}, r"channels is 4; use one of \[1, 3\]"),

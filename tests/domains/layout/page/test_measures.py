@@ -88,6 +88,53 @@ def test_overlap_by_hand() -> None:
     assert measures.overlap(layout()).item() == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [(1 / 1440, 1 / 2560), (3e-4, 3e-4), (1e-7, 1e-7), (1e-12, 0.5)])
+def test_measures_of_boxes_of_a_pixel_and_less(
+    size: tuple[float, float], dtype: torch.dtype
+) -> None:
+    """Two of a kind overlap wholly, half-shifted ones by half, as boxes of any size do."""
+    width, height = size
+    places = [(0.3, 0.7, *size)] * 2 + [(0.5, 0.3, *size), (0.5, 0.3, 2 * width, height)]
+    labels = torch.tensor([[0, 0, 1, 1]])
+    pages = Layouts.of(torch.tensor([places], dtype=dtype), labels, NAMES)
+    # The narrow one lies wholly in the wide one, of which it is half.
+    assert measures.overlap(pages).item() == pytest.approx((1 + 1 + 1 + 0.5) / 4, rel=1e-6)
+    assert measures.overlap(pages, ignored=torch.tensor([1])).item() == pytest.approx(1, rel=1e-6)
+    assert measures.inside_page(pages).item() == pytest.approx(1, rel=1e-6)
+    assert measures.alignment(pages).item() == 0
+    edge = Layouts.of(torch.tensor([[(0.0, 0.5, *size)]], dtype=dtype), labels[:, :1], NAMES)
+    assert measures.inside_page(edge).item() == pytest.approx(0.5, rel=1e-6)
+
+
+def test_pixels_of_a_phone_overlap_as_on_a_grid() -> None:
+    """One and two pixels wide at every offset: the exact shares, in single precision."""
+    pixel = torch.tensor([1 / 1440, 1 / 2560])
+    for column, shared in ((700, 1.0), (701, 0.5), (702, 0.0)):
+        wide = torch.cat([torch.tensor([701.0, 2000.5]) * pixel, torch.tensor([2.0, 1.0]) * pixel])
+        other = torch.cat([torch.tensor([column + 1.0, 2000.5]) * pixel, wide[2:]])
+        pages = Layouts.of(torch.stack([wide, other])[None], torch.zeros(1, 2).long(), NAMES)
+        assert measures.overlap(pages).item() == pytest.approx(shared, abs=2e-4)
+
+
+@pytest.mark.parametrize("name", ["overlap", "inside_page"])
+def test_gradients_at_tiny_boxes_are_those_of_finite_differences(name: str) -> None:
+    pixel = torch.tensor([1 / 1440, 1 / 2560, 1 / 1440, 1 / 2560], dtype=torch.float64)
+    places = [[200.0, 100.0, 1.0, 1.0], [200.3, 100.2, 1.0, 2.0], [0.2, 0.3, 1.0, 1.0]]
+    grid = torch.tensor([places], dtype=torch.float64, requires_grad=True)
+    labels = torch.zeros(1, 3, dtype=torch.int64)
+
+    def value(grid: Tensor) -> Tensor:
+        measure: Callable[..., Tensor] = getattr(measures, name)
+        return measure(Layouts.of(grid * pixel, labels, NAMES), smooth=True)
+
+    assert torch.autograd.gradcheck(value, grid)
+    flat = torch.tensor([[[0.5, 0.5, 0.0, 0.1], [0.5, 0.5, 0.0, 0.1], [0.5, 0.5, 0.0, 0.0]]])
+    flat.requires_grad_()
+    none = getattr(measures, name)(Layouts.of(flat, labels, NAMES), smooth=True)
+    assert none.item() == 0 and torch.autograd.grad(none, flat)[0].isfinite().all()
+
+
 def test_measures_match_slow_loops() -> None:
     pages = noisy_pages(60)
     elements = slow.lists(pages)

@@ -83,12 +83,12 @@ def test_real_publaynet_pages_load(tmp_path: Path) -> None:
 
 def test_real_rico_arrays_load(tmp_path: Path) -> None:
     path = real("rico25_max20_val.npz")
-    packed = RicoArrays(str(path), **settings(tmp_path)).load()
+    packed = RicoArrays(str(path), leave_out="layouts", **settings(tmp_path)).load()
     with np.load(path) as file:
         boxes, labels, names = file["bbox_ltwh"], file["label"], file["classes"]
         canvases = file["canvas_wh"]
     assert tuple(map(str, names[1:])) == CLASS_LISTS["rico"]
-    # Screens with boxes of no size are left out; all others are there, in order.
+    # Screens with boxes of no size can be left out; all others are there, in order.
     sound = ((boxes[..., 2:] > 0).all(-1) | (labels == 0)).all(-1)
     assert len(packed) == sound.sum() > 1800
     np.testing.assert_array_equal(packed.canvases, canvases[sound])
@@ -97,6 +97,10 @@ def test_real_rico_arrays_load(tmp_path: Path) -> None:
     areas = (packed.boxes[..., 2] * packed.boxes[..., 3]).sum(axis=1)
     truth = (boxes[..., 2] * boxes[..., 3] * (labels > 0)).sum(axis=1)[sound]
     np.testing.assert_allclose(areas, truth, atol=1e-3)
+    # By default such a box alone is; a screen without any other box has nothing left.
+    whole = RicoArrays(str(path), **settings(tmp_path)).load()
+    full = (labels > 0) & (boxes[..., 2:] > 0).all(-1)
+    assert (whole.labels != EMPTY).sum() == full.sum() and len(whole) == full.any(1).sum()
 
 
 def test_coco_pages_keep_the_files_order_and_each_its_own_boxes(tmp_path: Path) -> None:
@@ -141,7 +145,8 @@ def test_a_coco_file_cut_off_is_refused_wherever_it_ends(tmp_path: Path, share: 
 def test_a_file_that_is_no_coco_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     for text, message in [
-        ("[1, 2]", "cannot be read"),
+        ("[1, 2]", "is a list, not a COCO file"),
+        ("<html>", "is a text or number, not a COCO file"),
         ('{"images": []}', "no annotations and no categories"),
         ('{"images": [{"width": 1}], "annotations": []}', "entry 0 of 'images'.*no 'id'"),
         ('{"annotations": [{"bbox": [1]}]}', "entry 0 of 'annotations'.*no 'image_id'"),
@@ -171,12 +176,82 @@ def test_bad_annotations_stop_or_are_left_out_and_counted(
     with pytest.raises(UsageError, match=sentence) as raised:
         PubLayNet(str(path), strict=True, **settings(tmp_path)).load()
     assert "\n" not in str(raised.value)
-    source = PubLayNet(str(path), **settings(tmp_path))
+    source = PubLayNet(str(path), leave_out="layouts", **settings(tmp_path))
     assert len(source.load()) == 1
     (report,) = (tmp_path / "cache").glob("*/report.txt")
     assert re.search(
         rf"1 of 2 layouts used; 1 left out with {kind} \(image 7\)", report.read_text()
     )
+
+
+@pytest.mark.parametrize("kind", BAD_ANNOTATIONS)
+def test_a_bad_element_costs_itself_by_default(tmp_path: Path, kind: str) -> None:
+    """As in the code of LayoutGAN++ and LayoutDM; more elements than slots are then others."""
+    bad = BAD_ANNOTATIONS[kind]
+    path = coco(tmp_path / "a.json", [annotation(3), annotation(7), bad, annotation(3)])
+    source = PubLayNet(str(path), max_elements=2, **settings(tmp_path))
+    assert (source.load().labels != EMPTY).sum(axis=1).tolist() == [1, 2]
+    (report,) = (tmp_path / "cache").glob("*/report.txt")
+    assert f"2 of 2 layouts used; 1 part of these left out with {kind} (image 7)" in (
+        report.read_text()
+    )
+    assert re.search(rf"image 7 has {kind} \(element 1: ", source.left_out())
+    alone = coco(tmp_path / "b.json", [annotation(3), bad])
+    assert len(PubLayNet(str(alone), **settings(tmp_path)).load()) == 1
+    with pytest.raises(UsageError, match="leave_out is 'pages'"):
+        PubLayNet(str(path), leave_out="pages", **settings(tmp_path))  # type: ignore[arg-type]
+
+
+def test_nothing_left_says_why_names_the_key_and_keeps_the_list(tmp_path: Path) -> None:
+    """Class names of another case, as DocLayNet has them; pages without elements besides."""
+    names = [{"id": 10, "name": "Text"}, {"id": 20, "name": "Title"}]
+    images = [{"id": i, "width": 100, "height": 200} for i in range(9)]
+    boxes = [annotation(0), annotation(0, category=20), annotation(1)]
+    path = coco(tmp_path / "a.json", boxes, images, categories=names)
+    source = PubLayNet(str(path), **settings(tmp_path))
+    with pytest.raises(UsageError, match=r"2 left out with a class that is not in the list") as e:
+        source.load()
+    sentence = str(e.value)
+    assert "(image 0: element 0: Text at [10.0, 20.0, 30.0, 40.0], image 1)" in sentence
+    assert "set classes to the file's own names, such as ['Text', 'Title']" in sentence
+    assert "7 left out with no elements (image 2, image 3" in sentence and "\n" not in sentence
+    (listing,) = (tmp_path / "cache").iterdir()
+    assert str(listing) in sentence and len(listing.read_text().splitlines()) == 9
+    assert source.left_out() == listing.read_text()
+    assert len(PubLayNet(str(path), classes=["Text", "Title"], **settings(tmp_path)).load()) == 2
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be"])
+def test_files_with_a_byte_order_mark(tmp_path: Path, encoding: str) -> None:
+    path = coco(tmp_path / "a.json", [annotation(3), annotation(7)])
+    mark = "\ufeff" if encoding.endswith("be") else ""
+    text = mark + path.read_text()
+    path.write_bytes(text.encode(encoding))
+    assert len(PubLayNet(str(path), **settings(tmp_path)).load()) == 2
+    line = json.dumps({"canvas": [100, 200], "elements": [{"label": "text", "box": BOX}]})
+    lines = tmp_path / "a.jsonl"
+    lines.write_bytes(f"{mark}{line}\r\n{line}\r\n".encode(encoding))
+    assert len(JSONLayouts(str(lines), **settings(tmp_path)).load()) == 2
+    path.write_bytes(text.lstrip("\ufeff").replace("text", "t\u00ebxt").encode("latin-1"))
+    with pytest.raises(UsageError, match="is no UTF-8 text"):
+        PubLayNet(str(path), **settings(tmp_path)).load()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"canvas_wh": np.array([[0, 5], [np.nan, 2]])},
+        {"canvas_wh": np.ones((7, 2))},
+        {"name": np.array(["only one"])},
+    ],
+)
+def test_arrays_that_no_model_sees_cost_no_layout(tmp_path: Path, changes: dict[str, Any]) -> None:
+    source = RicoArrays(
+        str(arrays(tmp_path / "a.npz", **changes)), 3, NAMES, strict=True, **settings(tmp_path)
+    )
+    assert len(source.load()) == 2
+    with pytest.raises(UsageError, match=r"label \(3,\); they must be"):
+        list(read_arrays(arrays(tmp_path / "b.npz", label=np.ones(3)), NAMES))
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ def test_architectures_that_cannot_be() -> None:
     for settings, message in [
         ({"network": "transformer", "width": 30, "num_heads": 4}, "multiple of num_heads"),
         ({"depth": 0}, "depth must be at least 1"),
-        ({"type_scale": 0.0}, "type_scale must be above 0"),
+        ({"type_scale": 0.0}, "type_scale must be positive"),
         ({"state": "discrete"}, "continuous or mixed"),
         ({"noise": "linear"}, "flow or polynomial"),
         ({"network": "edm", "state": "mixed"}, "edm has continuous states"),

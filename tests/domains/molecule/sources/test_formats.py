@@ -454,3 +454,70 @@ def test_packing_moves_molecules_to_their_mean() -> None:
     np.testing.assert_allclose(packed.positions[0, :3].mean(axis=0), 0, atol=1e-6)
     assert packed.types[0].tolist() == [3, 0, 0, EMPTY] and packed.numbers.tolist() == [4]
     assert str(report) == "a file: 1 of 1 molecules used"
+
+
+def single_bonds_sdf(text: str) -> str:
+    """Return an SDF entry with all its bonds written as single ones."""
+    lines = text.splitlines()
+    num_atoms, num_bonds = int(lines[3][:3]), int(lines[3][3:6])
+    for i in range(4 + num_atoms, 4 + num_atoms + num_bonds):
+        lines[i] = lines[i][:6] + "  1" + lines[i][9:]
+    return "\n".join(lines) + "\n"
+
+
+def without_bonds_sdf(text: str) -> str:
+    """Return an SDF entry without its bonds."""
+    lines = text.splitlines()
+    num_atoms, num_bonds = int(lines[3][:3]), int(lines[3][3:6])
+    lines[3] = lines[3][:3] + "  0" + lines[3][6:]
+    del lines[4 + num_atoms : 4 + num_atoms + num_bonds]
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize("change", [single_bonds_sdf, without_bonds_sdf])
+def test_bonds_that_a_file_has_wrong_cost_no_molecule(
+    tmp_path: Path, change: Callable[[str], str]
+) -> None:
+    path = tmp_path / "a.sdf"
+    path.write_text(change(block("CC=O")) + block("C"))
+    packed = MoleculeFile(str(path), strict=True, **settings(tmp_path)).load()
+    assert packed.num_atoms.tolist() == [7, 5]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("suffix", [".xyz", ".sdf", ".smi", ".csv"])
+def test_byte_order_marks_and_windows_lines(tmp_path: Path, suffix: str, encoding: str) -> None:
+    texts = {
+        ".xyz": "5\n\n" + "".join(block("C").splitlines(True)[4:9]),
+        ".sdf": block("C"),
+        ".smi": "C\nCC\n",
+        ".csv": "smiles\nC\nCC\n",
+    }
+    text = texts[suffix]
+    if suffix == ".xyz":
+        rows = [line.split() for line in text.splitlines()[2:]]
+        text = "5\n\n" + "".join(f"{row[3]} {' '.join(row[:3])}\n" for row in rows)
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(text.replace("\n", "\r\n").encode(encoding))
+    reader = SmilesFile if suffix in (".smi", ".csv") else MoleculeFile
+    assert len(reader(str(path), strict=True, **settings(tmp_path)).load()) >= 1
+
+
+def test_a_number_of_atoms_beyond_the_atoms_costs_nothing(tmp_path: Path) -> None:
+    positions, numbers = np.zeros((2, 6, 3)), np.zeros((2, 6), np.int64)
+    positions[:, :5], numbers[:, :5] = geometry("C")[1], (6, 1, 1, 1, 1)
+    path = tmp_path / "a.npz"
+    np.savez(path, positions=positions, atomic_numbers=numbers, n_atoms=np.array([6, 5]))
+    assert len(MoleculeFile(str(path), strict=True, **settings(tmp_path)).load()) == 2
+    np.savez(path, positions=positions, atomic_numbers=numbers, n_atoms=np.array([[1], [2]]))
+    with pytest.raises(UsageError, match=r"n_atoms \(2, 1\)"):
+        MoleculeFile(str(path), **settings(tmp_path)).load()
+
+
+def test_nothing_left_names_the_key_and_keeps_the_list(tmp_path: Path) -> None:
+    path = tmp_path / "a.sdf"
+    path.write_text(block("CCO") * 7)
+    source = MoleculeFile(str(path), max_atoms=3, **settings(tmp_path))
+    with pytest.raises(UsageError, match=r"entry 1 at line 1: 9 atoms.*raise max_atoms; every"):
+        source.load()
+    assert len(source.left_out().splitlines()) == 7

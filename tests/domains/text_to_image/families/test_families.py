@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from torch import Tensor
 
 from domains.text_to_image.families import FAMILIES, Family
@@ -44,9 +45,7 @@ def ours(family: Family, guidance: float, num_steps: int, negative: str | None =
         )
 
     with torch.no_grad():
-        return Sampler(num_steps=num_steps).sample(
-            denoiser, family.process(), start(family), [0, 1]
-        )
+        return Sampler(num_steps=num_steps).sample(denoiser, family.process, start(family), [0, 1])
 
 
 def start(family: Family) -> Tensor:
@@ -163,16 +162,38 @@ def test_an_option_of_another_family_is_refused() -> None:
     [("shift_terminal", 0.1), ("use_karras_sigmas", True), ("stochastic_sampling", True)],
 )
 def test_options_that_change_the_grid_are_refused(setting: str, value: Any) -> None:
-    family = family_of("sd3", (32, 32))
-    family.parts.scheduler.register_to_config(**{setting: value})
+    parts = tiny("sd3")
+    parts.scheduler.register_to_config(**{setting: value})
     with pytest.raises(UsageError, match=setting):
-        family.process()
+        FAMILIES["StableDiffusion3Pipeline"](parts, (32, 32))
 
 
 def test_another_scheduler_is_refused() -> None:
-    from diffusers import DDIMScheduler
-
-    family = family_of("flux_dev", (32, 32))
-    family.parts.scheduler = DDIMScheduler()
+    parts = tiny("flux_dev")
+    parts.scheduler = DDIMScheduler()
     with pytest.raises(UsageError, match=r"DDIMScheduler.*FLUX\.1"):
-        family.process()
+        FAMILIES["FluxPipeline"](parts, (32, 32))
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux_dev", "sdxl"])
+def test_parts_of_other_models_are_refused(name: str) -> None:
+    parts = tiny(name)
+    parts.vae = tiny("sdxl" if name == "sd3" else "sd3").vae
+    if name == "flux_dev":
+        parts.vae = tiny("sdxl").vae
+    with pytest.raises(UsageError, match=r"reads \d+ channels and its VAE has \d+"):
+        FAMILIES[type(parts).__name__](parts, (32, 32))
+    parts = tiny(name)
+    parts.text_encoder_2 = None
+    with pytest.raises(UsageError, match="it has no text_encoder_2"):
+        FAMILIES[type(parts).__name__](parts, (32, 32))
+
+
+def test_stable_diffusion_3_comes_without_t5_too() -> None:
+    family = family_of("sd3", (32, 32))
+    family.parts.text_encoder_3 = None
+    again = FAMILIES["StableDiffusion3Pipeline"](family.parts, (32, 32))
+    expected = theirs(again, 3, guidance_scale=2.0)
+    torch.testing.assert_close(ours(again, 2.0, 3), expected, atol=5e-5, rtol=1e-5)
+    (shape,) = {tuple(t.shape[1:]) for t in [again.encode(["a"])["embedding"]]}
+    assert shape == again.encoded_shapes()["embedding"]

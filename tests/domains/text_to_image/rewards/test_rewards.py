@@ -396,7 +396,7 @@ class TestJPEG:
 
     @pytest.mark.parametrize("quality", [0, 101])
     def test_quality_out_of_range_is_refused(self, quality: int):
-        with pytest.raises(UsageError, match=f"quality is {quality}; give 1 to 100"):
+        with pytest.raises(UsageError, match=rf"quality must be in \[1, 100\], got {quality}"):
             JPEGCompressibility(quality)
 
 
@@ -437,7 +437,7 @@ class TestSmoothJPEG:
 
     @pytest.mark.parametrize("quality", [0, 101])
     def test_quality_out_of_range_is_refused(self, quality: int):
-        with pytest.raises(UsageError, match=f"quality is {quality}; give 1 to 100"):
+        with pytest.raises(UsageError, match=rf"quality must be in \[1, 100\], got {quality}"):
             SmoothJPEGCompressibility(quality)
 
     def test_half_precision_module_changes_nothing(self):

@@ -1,4 +1,4 @@
-"""Bootstrap errors of a mean against the textbook, of a gain against paired differences."""
+"""Jackknife errors: of a mean against the textbook, of a variance, of a gain, by resampling."""
 
 import math
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Metrics, SetMetric
-from lit_rlft.evaluation.bootstrap import compared
+from lit_rlft.evaluation.jackknife import compared
 from lit_rlft.evaluation.measurements import Measurements
 
 
@@ -29,14 +29,40 @@ def test_the_error_of_a_mean_is_the_textbooks() -> None:
     points = 3 * torch.randn(400, generator=generator, dtype=torch.float64)
     shift = 0.1 * torch.randn(400, generator=generator, dtype=torch.float64) + 1
     arms = {"tuned": {"points": points + shift}, "reference": {"points": points}}
-    found = compared(Mean(), arms, num_draws=2000)
-    for arm, values in (("reference", points), ("gain", shift)):
-        assert found[arm]["average"]["mean"] == pytest.approx(float(values.mean()))
-        error = float(values.std()) / 400**0.5
-        assert found[arm]["average"]["sem"] == pytest.approx(error, rel=0.06)
-    assert compared(Mean(), arms, num_draws=2000) == found
+    for num_draws, tolerance in ((400, 1e-9), (40, 0.3)):
+        found = compared(Mean(), arms, num_draws)
+        for arm, values in (("reference", points), ("gain", shift)):
+            assert found[arm]["average"]["mean"] == pytest.approx(float(values.mean()))
+            error = float(values.std()) / 400**0.5
+            assert found[arm]["average"]["sem"] == pytest.approx(error, rel=tolerance)
+        assert compared(Mean(), arms, num_draws) == found
     silent = compared(Mean(), {"other": arms["tuned"]}, num_draws=0)
     assert math.isnan(silent["other"]["average"]["sem"]) and "gain" not in silent
+    few = compared(Mean(), {"other": {"points": points[:3]}}, num_draws=20)
+    assert math.isnan(few["other"]["average"]["sem"])
+    sizes = {"tuned": {"points": points[:300]}, "reference": {"points": points}}
+    found = compared(Mean(), sizes, 400)
+    apart = math.hypot(*(found[arm]["average"]["sem"] for arm in sizes))
+    assert found["gain"]["average"]["sem"] == pytest.approx(apart)
+
+
+class Known(Mean):
+    """The same, whose error needs no draws."""
+
+    def errors(
+        self, features: Mapping[str, Tensor], other: Mapping[str, Tensor] | None = None
+    ) -> dict[str, float]:
+        return {"average": 1.0 if other is None else 2.0}
+
+
+def test_errors_that_a_metric_knows_take_the_place_of_draws() -> None:
+    arms = {"tuned": {"points": torch.ones(3)}, "reference": {"points": torch.zeros(3)}}
+    found = compared(Known(), arms, num_draws=20)
+    assert found["gain"]["average"] == {"mean": 1.0, "sem": 2.0}
+    assert found["tuned"]["average"] == {"mean": 1.0, "sem": 1.0}
+    assert math.isnan(compared(Known(), arms, num_draws=0)["tuned"]["average"]["sem"])
+    unpaired = compared(Known(), {**arms, "reference": {"points": torch.zeros(4)}}, num_draws=20)
+    assert math.isnan(unpaired["gain"]["average"]["sem"])
 
 
 def test_an_evaluation_joins_the_batches_and_keeps_pairs() -> None:

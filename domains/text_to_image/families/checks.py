@@ -1,0 +1,101 @@
+"""What a model must be like for its family to supply all that it needs; each in words."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from diffusers import AutoencoderKL, AutoencoderTiny
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+__all__ = ["clip_problems", "latent_problems", "missing", "unet_problems"]
+
+
+def missing(parts: Any, names: Sequence[str]) -> Iterator[str]:
+    """Iterate over the parts that a pipeline lacks."""
+    for name in names:
+        if getattr(parts, name, None) is None:
+            yield f"it has no {name}"
+
+
+def unet_problems(unet: Any, added: tuple[str | None, ...]) -> Iterator[str]:
+    """Iterate over what else than latents, timesteps and text a U-Net has to be given.
+
+    Args:
+        unet: The U-Net.
+        added: The kinds of added conditions that are supplied.
+    """
+    config = unet.config
+    if config["addition_embed_type"] not in added:
+        kind = config["addition_embed_type"]
+        family = ", as SDXL's has" if kind == "text_time" else ""
+        yield f"its U-Net has added conditions{family} (addition_embed_type {kind!r})"
+    projected = config["encoder_hid_dim_type"]
+    if projected not in (None, "text_proj"):
+        yield f"its U-Net needs embeddings of images (encoder_hid_dim_type {projected!r})"
+    if unet.class_embedding is not None:
+        found = {name: config[name] for name in ("class_embed_type", "num_class_embeds")}
+        given = ", ".join(f"{name} {value!r}" for name, value in found.items() if value is not None)
+        yield f"its U-Net is conditioned on classes ({given})"
+    if config["time_cond_proj_dim"] is not None:
+        yield (
+            "its U-Net is given the guidance scale, as latent consistency models are "
+            f"(time_cond_proj_dim {config['time_cond_proj_dim']})"
+        )
+    if config["dual_cross_attention"]:
+        yield "its U-Net attends to text and images (dual_cross_attention)"
+
+
+def clip_problems(encoder: Any, tokenizer: Any, which: str = "") -> Iterator[str]:
+    """Iterate over what does not fit in a CLIP text encoder and its tokenizer.
+
+    Args:
+        encoder: The text encoder.
+        tokenizer: Its tokenizer.
+        which: Which of several they are, such as "second ".
+    """
+    if not isinstance(encoder, CLIPTextModel | CLIPTextModelWithProjection):
+        yield f"its {which}text encoder is a {type(encoder).__name__}, not a CLIPTextModel"
+        return
+    own = encoder.config
+    if not 2 < len(tokenizer) <= own.vocab_size:
+        yield (
+            f"its {which}tokenizer has {len(tokenizer)} tokens, its text encoder {own.vocab_size}; "
+            "they must be of one model"
+        )
+    if tokenizer.model_max_length > own.max_position_embeddings:
+        yield (
+            f"its {which}tokenizer's model_max_length {tokenizer.model_max_length} exceeds the "
+            f"{own.max_position_embeddings} positions of its text encoder"
+        )
+
+
+def latent_problems(
+    vae: Any, read: int, returned: int, denoiser: str, unused: Sequence[str] = ()
+) -> Iterator[str]:
+    """Iterate over what does not fit in the latents of a denoiser and a VAE.
+
+    Args:
+        vae: The VAE.
+        read: Channels of latents that the denoiser reads.
+        returned: Channels that it returns.
+        denoiser: What it is, "U-Net" or "transformer".
+        unused: Settings of a VAE that the family leaves out.
+    """
+    if not isinstance(vae, AutoencoderKL | AutoencoderTiny):
+        yield f"its VAE is a {type(vae).__name__}, not an AutoencoderKL or AutoencoderTiny"
+        return
+    own = vae.config
+    if read != own["latent_channels"]:
+        yield (
+            f"its {denoiser} reads {read} channels and its VAE has {own['latent_channels']}, so "
+            "that it needs a picture or mask beside the noise, as for inpainting, depth or editing"
+        )
+    if returned != read:
+        yield f"its {denoiser} returns {returned} channels of {read}"
+    for name in unused:
+        if own.get(name):
+            yield f"its VAE has a {name}, which its family's pipeline leaves out"
+    if not own.get("scaling_factor"):
+        yield "its VAE has no scaling_factor"
+    for name in ("in_channels", "out_channels"):
+        if own[name] != 3:
+            yield f"its VAE is for pictures of {own[name]} channels, not 3 ({name})"

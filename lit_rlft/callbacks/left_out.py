@@ -1,0 +1,40 @@
+"""The list of what a run's data leave out, kept in its folder."""
+
+from lightning import Callback, LightningModule, Trainer
+
+from lit_rlft.kit.bad_entries import NothingLeft
+from lit_rlft.kit.sources import SourceData
+from lit_rlft.runs.folder import run_folder
+
+__all__ = ["LeftOut"]
+
+
+class LeftOut(Callback):
+    """Writes left_out.txt, a sentence for every entry that the run's data leave out.
+
+    Also where nothing is left and the run ends before it begins.
+    """
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the list."""
+        _write(trainer)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the list."""
+        _write(trainer)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Write the list of data of which nothing is left."""
+        if isinstance(exception, NothingLeft):
+            _write(trainer)
+
+
+def _write(trainer: Trainer) -> None:
+    data = getattr(trainer, "datamodule", None)
+    listing = data.left_out() if isinstance(data, SourceData) and trainer.is_global_zero else ""
+    if listing:
+        folder = run_folder(trainer)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "left_out.txt").write_text(listing, encoding="utf-8")

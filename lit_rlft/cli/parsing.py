@@ -1,0 +1,150 @@
+"""What the parser says, brought down to key, value and what is expected."""
+
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+from inspect import signature
+from pathlib import Path
+
+from lit_rlft.cli.index import index
+from lit_rlft.cli.words import nearest
+
+__all__ = ["is_users", "parser_sentence", "short"]
+
+_KEY = re.compile(r'Parser key "([^"]+)"')
+_CLASS = re.compile(r"Problem with given class_path '([^']+)'")
+_OPTION = re.compile(r"[Oo]ption '([^']+)'")
+_VALUE = re.compile(r"(?:Given value|Got value): (.*)")
+_SUBTYPES = re.compile(r"Subtypes: \[(.*)\]")
+_EXPECTED = re.compile(r"Expected an? (<class '.*?'>|typing\.\S+|List|list)")
+_NOISE = re.compile(
+    r"Expected a path but|Does not validate against|Subtypes: |Errors:|Given value|Got value"
+    r"|a class path|a dict|Parser key|Problem with given class_path|Subclass types expect"
+    r"|Expected an? <class|Expected an? typing"
+    r"|Type typing\.|Type collections\.|Not a valid subclass of"
+)
+_MOST = 60
+"""Longest shown value."""
+
+
+def short(text: str, most: int = _MOST) -> str:
+    """Return a text on one line, cut to a length."""
+    text = " ".join(text.split())
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def parser_sentence(causes: Sequence[BaseException]) -> str:
+    """Return one sentence for an error of the parser.
+
+    Args:
+        causes: The error and what it was raised from, the last of which knows best.
+    """
+    texts = [str(cause) for cause in causes]
+    whole, last = texts[0], _innermost(texts)
+    keys = [name for text in texts for name in _KEY.findall(text.partition("\n")[0])]
+    keys = [name for i, name in enumerate(keys) if i == 0 or keys[i - 1] != name]
+    key = ".init_args.".join(keys).replace(".lora.init_args.", ".lora.")
+    key = key.replace(".sampler.init_args.", ".sampler.").replace(".solver.init_args.", ".solver.")
+    classes = _CLASS.findall(whole)
+    if option := _OPTION.search(last):
+        return _unknown(key, option.group(1), classes[-1] if classes else "")
+    if not keys:
+        return _without_key(last)
+    values = _VALUE.findall(last) or re.findall("import path string: (.*)", last) or classes
+    value = values[-1] if values else ""
+    if own := _own_code(causes):
+        return f"{key}: {short(value)} cannot be imported: {own}"
+    reasons = [line.strip(" -") for line in last.splitlines()]
+    reasons = [line for line in reasons if line and not _NOISE.match(line)]
+    if reasons and "Expected a dot import path" not in reasons[0]:
+        return f"{key}: {_plain(reasons[0], classes)}{_hint(value)}"
+    if re.search("import path string", last) and re.fullmatch(r"[A-Z]\w*", value):
+        close = nearest(value, [entry.name for entry in index()])
+        meant = f"did you mean {close}? " if close else ""
+        return f"{key}: there is no class {value}; {meant}Give a name of ours or a full class path"
+    types = _SUBTYPES.findall(last) or _EXPECTED.findall(last)
+    expected = _types(types[0]) if types else "something else"
+    return f"{key} is {short(value)!r}, but must be {short(expected, 120)}"
+
+
+def _innermost(texts: Sequence[str]) -> str:
+    """Return the text of the innermost error that names a key, an option or a class."""
+    known = [text for text in texts if re.search(r"Parser key|ption '|given class_path", text)]
+    named = [text for text in known if not text.startswith("Does not validate")]
+    return (named or known or texts)[-1]
+
+
+def _unknown(key: str, option: str, path: str) -> str:
+    """Return the sentence on a key that nothing takes."""
+    if not path:
+        return f"there is no key {option}; lit-rlft COMMAND --help shows them all"
+    name = path.rpartition(".")[2]
+    group = key.partition(".")[0] or "model"
+    close = nearest(option, _arguments(path))
+    hint = f"did you mean {close}?" if close else f"see --{group}.help {name}"
+    return f"{key}.init_args.{option}: {name} has no such argument; {hint}"
+
+
+def _arguments(path: str) -> list[str]:
+    """Return the names of a class's arguments, those of its bases included."""
+    module, _, name = path.rpartition(".")
+    found = getattr(sys.modules.get(module), name, None)
+    bases = found.__mro__ if isinstance(found, type) else ()
+    return [
+        arg for base in bases if base is not object for arg in signature(base.__init__).parameters
+    ]
+
+
+def _without_key(text: str) -> str:
+    """Return the sentence of an error that names no key of the parser's."""
+    if found := re.search("following arguments are required: (.*)", text):
+        keys = re.sub(r"\b(?:fit|validate|test|predict)\.", "", found.group(1))
+        return f"{short(keys, 120)} must be given, by an option or in a config"
+    if found := re.search("[Uu]nrecognized arguments: (.*)", text):
+        return f"there is no option {short(found.group(1), 120)}; lit-rlft COMMAND --help shows all"
+    return short(text, 250)
+
+
+def _plain(reason: str, classes: Sequence[str]) -> str:
+    """Return a reason without the parser's own words."""
+    if "is abstract" in reason:
+        return "the class is abstract; give one that defines all of its methods"
+    if found := re.search(r"does not correspond to a subclass of (\w+)", reason):
+        return f"the class is no {found.group(1)}"
+    if classes and reason.startswith(("No module named", "module ")):
+        return f"{classes[-1]} cannot be imported: {short(reason, 120)}"
+    return short(reason, 160)
+
+
+def _hint(value: str) -> str:
+    return f" (got {short(value)})" if value else ""
+
+
+def _types(text: str) -> str:
+    """Return types in words: "int or null"."""
+    text = re.sub(r"<class '([\w.]+)'>", r"\1", text)
+    text = re.sub(r"typing\.Literal\[([^\]]*)\]", r"one of \1", text)
+    text = re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", text)
+    return text.replace("NoneType", "null").replace(", null", " or null")
+
+
+def _own_code(causes: Sequence[BaseException]) -> str:
+    """Return what failed where, if an error was raised by a module that was being imported."""
+    error = causes[-1]
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if is_users(frame.filename):
+            place = f"{Path(frame.filename).name}, line {frame.lineno}"
+            return short(f"{type(error).__name__}: {error} ({place})", 160)
+    if isinstance(error, SyntaxError) and is_users(error.filename or "<"):
+        return short(f"SyntaxError: {error.msg} ({Path(error.filename).name}, line {error.lineno})")
+    return ""
+
+
+def is_users(filename: str) -> bool:
+    """Return whether code is the user's own: neither an installed package's, Python's, nor ours."""
+    if filename.startswith("<") or "site-packages" in filename or "/lib/python3" in filename:
+        return False
+    ours = Path(__file__).parents[2]
+    folder = Path(filename).resolve()
+    return not any(folder.is_relative_to(ours / name) for name in ("lit_rlft", "domains"))

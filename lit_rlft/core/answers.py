@@ -1,0 +1,87 @@
+"""What rewards and metrics answer, checked before it is used."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_rlft.core.checks import UsageError
+
+__all__ = ["numbers", "tensors", "unchanged"]
+
+
+def tensors(samples: Any) -> Iterator[Tensor]:
+    """Iterate over the tensors of samples: a tensor, a dataclass, or a list or dict of these."""
+    if isinstance(samples, Tensor):
+        yield samples
+    elif is_dataclass(samples) and not isinstance(samples, type):
+        for field in fields(samples):
+            yield from tensors(getattr(samples, field.name))
+    elif isinstance(samples, Mapping):
+        for part in samples.values():
+            yield from tensors(part)
+    elif isinstance(samples, list | tuple):
+        for part in samples:
+            yield from tensors(part)
+
+
+@contextmanager
+def unchanged(samples: Any, name: str) -> Iterator[None]:
+    """Within the block a reward or a metric looks at samples.
+
+    Torch counts the changes of a tensor; those of inference mode, which it does not count, are
+    compared with a copy. Changes through `.data` or numpy are not seen outside inference mode.
+
+    Args:
+        samples: As they were decoded.
+        name: Who looks at them.
+
+    Raises:
+        UsageError: They were changed in place: others would score something that nobody drew.
+    """
+    before = [(one, _state(one)) for one in tensors(samples)]
+    yield
+    if not all(_same(one, state) for one, state in before):
+        raise UsageError(
+            f"{name} changes the samples in place, but others read them too; begin its method with "
+            "samples = samples.clone(), or compute new tensors"
+        )
+
+
+def numbers(name: str, values: Any, num_samples: int, what: str) -> Tensor:
+    """Return values as a real floating-point tensor [B]: float64 as it is, all others as float32.
+
+    Args:
+        name: Who returned them.
+        values: What was returned.
+        num_samples: B.
+        what: What is returned: "reward" or "metric".
+
+    Raises:
+        UsageError: They are no tensor [B], or complex.
+    """
+    rule = f"a {what} returns a tensor with one number per sample, shape ({num_samples},)"
+    if not isinstance(values, Tensor):
+        raise UsageError(f"{name} returned a {type(values).__name__}; {rule}")
+    if values.shape != (num_samples,):
+        raise UsageError(
+            f"{name} returned shape {tuple(values.shape)} for {num_samples} samples; {rule}"
+        )
+    if values.is_complex():
+        raise UsageError(f"{name} returned complex numbers; return their .real or .abs()")
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def _state(tensor: Tensor) -> int | Tensor:
+    return tensor.clone() if tensor.is_inference() else tensor._version
+
+
+def _same(tensor: Tensor, before: int | Tensor) -> bool:
+    if isinstance(before, int):
+        return tensor._version == before
+    if tensor.is_floating_point():  # NaN differs from itself
+        return torch.equal(tensor.nan_to_num(), before.nan_to_num())
+    return torch.equal(tensor, before)

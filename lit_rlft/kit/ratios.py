@@ -1,0 +1,34 @@
+"""Ratios of two sums over samples, such as stable atoms over atoms, and their standard errors."""
+
+import math
+
+from torch import Tensor
+
+__all__ = ["error_of_mean", "ratio", "ratio_parts"]
+
+
+def ratio(parts: Tensor, wholes: Tensor) -> float:
+    """Return the sum of parts [n] over that of wholes [n].
+
+    Samples with NaN do not count. NaN where nothing is left to divide by.
+    """
+    known = ~(parts.isnan() | wholes.isnan())
+    whole = float(wholes[known].double().sum())
+    return float(parts[known].double().sum()) / whole if whole else math.nan
+
+
+def ratio_parts(parts: Tensor, wholes: Tensor) -> Tensor:
+    """Return how far each sample moves the ratio R, n (p_i - R w_i) / sum w, [n], mean 0.
+
+    The ratio's error is that of the mean of these, to first order. NaN where there is no ratio.
+    """
+    known = ~(parts.isnan() | wholes.isnan())
+    p, w = (values.double().where(known, 0) for values in (parts, wholes))
+    return (p - ratio(parts, wholes) * w) / w.mean()
+
+
+def error_of_mean(values: Tensor, other: Tensor | None = None) -> float:
+    """Return the standard error of the mean of values [n], or of values - other; NaN for n < 2."""
+    differences = values.double() if other is None else values.double() - other.double()
+    n = len(differences)
+    return float(differences.std()) / math.sqrt(n) if n > 1 else math.nan

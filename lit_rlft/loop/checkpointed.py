@@ -1,0 +1,210 @@
+"""The part of a tuner that writes and reads its checkpoints, with a trainer and without one."""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+
+from lit_rlft.core.advantage import Advantage
+from lit_rlft.core.checks import UsageError
+from lit_rlft.core.pipeline import Pipeline
+from lit_rlft.core.reward import Reward
+from lit_rlft.core.sampling import Sampler
+from lit_rlft.cost.meter import Meter
+from lit_rlft.loop import checkpoint as contents
+from lit_rlft.loop import resume
+from lit_rlft.loop.checkpoint_file import COUNTERS, check_resumable, load
+from lit_rlft.loop.learning_rate import optimizer_of
+from lit_rlft.loop.precision import check_weights
+from lit_rlft.loop.reference import LoRA
+from lit_rlft.loop.settings import Plain, arguments, changes, settings
+
+__all__ = ["Checkpointed"]
+
+_PARTS = ("pipeline", "reward", "metrics")
+_WITH_THE_WEIGHTS = "pretrained"
+_TAKEN = {bool, int, float, type(None)}
+
+
+class Checkpointed(LightningModule):
+    """A tuner whose checkpoints hold what was trained and the settings it was trained with."""
+
+    pipeline: Pipeline
+    reward: Reward
+    meter: Meter
+    pretrained: str
+    num_updates: int
+    make_optimizer: Any
+    make_lr_scheduler: Any
+
+    @property
+    @abstractmethod
+    def algorithm(self) -> str:
+        """The name under which results are reported."""
+
+    @abstractmethod
+    def trainable(self) -> nn.Module:
+        """Return what is trained, checkpointed and exported."""
+
+    @abstractmethod
+    def statistics(self) -> Mapping[str, Advantage]:
+        """Return the advantages whose state a resumed run needs, by name in the checkpoint."""
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **init_args: Any,
+    ) -> Self:
+        """Return the tuned model of a checkpoint, ready to sample from, without a trainer.
+
+        Numbers, sampler and LoRA that are not given are those that the checkpoint names. Nothing
+        else of the checkpoint's settings is used, and none of its code is run. Of a run with an
+        average of its weights (`EMA`) the model has the average.
+
+        Args:
+            checkpoint_path: The file.
+            map_location: Device of the model; None leaves it where the pipeline is.
+            hparams_file: Not used: settings are given by name.
+            strict: Not used: a checkpoint that does not fit is refused.
+            weights_only: Not used: only weights and plain values are ever loaded.
+            **init_args: Arguments of the class: `pipeline` and `reward` at least.
+
+        Raises:
+            UsageError: The file is no checkpoint of lit-rlft, or belongs to another model.
+        """
+        for name in ("pipeline", "reward"):
+            if name not in init_args:
+                raise UsageError(f"{cls.__name__}.load_from_checkpoint needs {name}=...")
+        checkpoint = load(checkpoint_path)
+        recorded: dict[str, Plain] = checkpoint["lit_rlft"].get("settings", {})
+        module = cls(**{**_plain_arguments(cls, recorded), **init_args})
+        module.setup(TrainerFn.PREDICTING.value)
+        module.on_load_checkpoint(checkpoint)
+        module.load_state_dict(checkpoint["state_dict"], strict=False)
+        module._take_average(checkpoint.get("callbacks", {}))
+        given = tuple(f"model.{name}" for name in init_args)
+        module._tell_other_settings(recorded, given)
+        if map_location is not None:
+            module = module.to(map_location)
+        return module.eval()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what is trained, counters, statistics, settings, and the pretrained model's name."""
+        check_weights(trained := self._trained(), self.num_updates)
+        ours = {
+            "pretrained": self.pretrained,
+            "pipeline": self.pipeline.name,
+            "algorithm": self.algorithm,
+            "settings": self._settings() | self._optimizer_settings(),
+            "cost": self.meter.as_dict(),
+            **{name: getattr(self, name) for name in COUNTERS},
+            **{name: part.state_dict() for name, part in self.statistics().items()},
+        }
+        contents.reduce(checkpoint, contents.trained_shapes(self, trained.values()), ours)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore all but the weights; raise UsageError for a checkpoint of another model."""
+        trainer = self._trainer
+        fitting = trainer is not None and trainer.state.fn == TrainerFn.FITTING
+        shapes = contents.trained_shapes(self, self._trained().values())
+        if fitting:
+            resume.check_same_run(checkpoint["lit_rlft"], self.algorithm)
+        ours = contents.read(checkpoint, self.pretrained, self.pipeline.name, shapes)
+        resume.check_adapter(ours.get("settings", {}), self._settings())
+        if fitting:
+            self._check_resume(checkpoint, ours.get("settings"))
+        vars(self).update({name: ours[name] for name in COUNTERS})
+        for name, part in self.statistics().items():
+            part.load_state_dict(ours.get(name, {}))
+        self.meter.restore(ours["cost"], first=trainer is None or self.global_rank == 0)
+
+    def _check_resume(self, checkpoint: dict[str, Any], old: dict[str, Plain] | None) -> None:
+        check_resumable(checkpoint)
+        epochs, limit = checkpoint.get("epoch", 0), self.trainer.max_epochs
+        if limit is not None and 0 <= limit < epochs:
+            # Lightning's is an error; this is a run that has nothing left to do.
+            self.trainer.fit_loop.max_epochs = epochs
+        # The trainer makes its own after this; these show what they will be.
+        trained = list(self._trained().values())
+        optimizer = optimizer_of(trained, self.make_optimizer, None, self.trainer)
+        scheduler = self.make_lr_scheduler and self.make_lr_scheduler(optimizer)
+        resume.check_optimizer(checkpoint, old or {}, optimizer, scheduler)
+        new = self._settings() | resume.optimizer_settings(optimizer, scheduler)
+        resume.list_changes(checkpoint, old, new)
+
+    def _settings(self) -> dict[str, Plain]:
+        """Return the settings of the model, its reward, its pipeline and its data."""
+        found = settings(self, "model", _PARTS)
+        found |= settings(self.reward, "reward")
+        found |= settings(self.pipeline, "pipeline", (_WITH_THE_WEIGHTS,))
+        data = getattr(self._trainer, "datamodule", None)
+        return found if data is None else found | settings(data, "data")
+
+    def _optimizer_settings(self) -> dict[str, Plain]:
+        trainer = self._trainer
+        if trainer is None or not trainer.optimizers:
+            return {}
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        scheduler = schedulers[0] if schedulers else None
+        return resume.optimizer_settings(trainer.optimizers[0], scheduler)
+
+    def _take_average(self, callbacks: Mapping[str, Any]) -> None:
+        """Take the average of the weights, where the run kept one."""
+        averages = [s for name, s in callbacks.items() if name.startswith("EMA")]
+        average = averages[0].get("average") if averages else None
+        trained = list(self._trained().values())
+        if not average or [a.shape for a in average] != [p.shape for p in trained]:
+            return
+        with torch.no_grad():
+            for parameter, value in zip(trained, average, strict=True):
+                parameter.copy_(value)
+        rank_zero_info("the weights are the run's average (EMA)")
+
+    def _tell_other_settings(self, recorded: Mapping[str, Plain], given: tuple[str, ...]) -> None:
+        """Say which settings could not be taken from the checkpoint and differ from it."""
+        own = {k: v for k, v in self._settings().items() if k.startswith("model.")}
+        rest = [
+            f"{key} {now} instead of {before}"
+            for key, before, now in changes(recorded, own)
+            if not any(key == name or key.startswith(f"{name}.") for name in given)
+        ]
+        if rest:
+            rank_zero_info(f"loaded with other settings than the run's: {', '.join(rest)}")
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {n: p for n, p in self.trainable().named_parameters() if p.requires_grad}
+
+
+def _plain_arguments(cls: type, recorded: Mapping[str, Plain]) -> dict[str, Any]:
+    """Return the recorded arguments of a tuner that are plain values, its sampler and its LoRA."""
+    found: dict[str, Any] = {}
+    for name, parameter in arguments(cls).items():
+        value = recorded.get(f"model.{name}", parameter.empty)
+        # Text can be the class of an object, or a path of somebody else's.
+        if value is not parameter.empty and type(value) in _TAKEN | {type(parameter.default)}:
+            found[name] = value
+    for name, kind in (("sampler", Sampler), ("lora", LoRA)):
+        if isinstance(recorded.get(f"model.{name}"), str):
+            found[name] = kind(**_fields(kind, recorded, f"model.{name}"))
+    return found
+
+
+def _fields(kind: type, recorded: Mapping[str, Plain], key: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in arguments(kind):
+        length = recorded.get(f"{key}.{name}.length")
+        if isinstance(length, int):
+            found[name] = [recorded[f"{key}.{name}.{i}"] for i in range(length)]
+        elif type(recorded.get(f"{key}.{name}", "")) in _TAKEN:
+            found[name] = recorded[f"{key}.{name}"]
+    return found

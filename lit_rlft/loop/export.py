@@ -1,0 +1,30 @@
+"""The folder of the tuned model, replaced as a whole."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from lightning.pytorch.utilities import rank_zero_info
+
+from lit_rlft.distributed import together
+from lit_rlft.runs.files import write_folder, writing
+
+__all__ = ["write_tuned"]
+
+
+def write_tuned(folder: Path, export: Callable[[Path], list[Path]] | None, world_size: int) -> None:
+    """Write the tuned model; an earlier one stays until the new one is whole.
+
+    Args:
+        folder: Where it belongs.
+        export: Writes it into the folder it is given, and returns its files; None on processes
+            that write nothing.
+        world_size: Number of processes; all of them must call this.
+
+    Raises:
+        DiskError: The disk is full or broken; the earlier model and the checkpoints are intact.
+    """
+    last = folder.with_name("checkpoints") / "last.ckpt"
+    remedy = f"then run the same command again with --ckpt_path {last}, which is intact"
+    with together(world_size), writing(folder, remedy):
+        for path in write_folder(folder, export) if export is not None else []:
+            rank_zero_info(f"tuned model: {path}")

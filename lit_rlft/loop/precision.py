@@ -1,0 +1,59 @@
+"""Numbers that training can rely on: its precision, and weights that are finite."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lit_rlft.core.checks import UsageError
+
+__all__ = ["check_precision", "check_weights"]
+
+_REFUSED = {"16-true": "16-mixed", "bf16-true": "bf16-mixed"}
+"""Precisions in which weights themselves are too coarse to be trained, and what to use instead.
+
+In fp16, Adam's 1e-8 is 0, and 0 / 0 ends the run. In bf16, at a learning rate of 1e-4, weights move
+half as far as they should: what is below 1/256 of a weight rounds to nothing.
+"""
+
+
+def check_precision(precision: object) -> None:
+    """Check that weights can be trained in a precision.
+
+    Args:
+        precision: The trainer's, such as "bf16-mixed".
+
+    Raises:
+        UsageError: They would be kept in 16 bits.
+    """
+    if instead := _REFUSED.get(str(precision)):
+        raise UsageError(
+            f"trainer.precision {precision} keeps the trained weights in 16 bits, where updates "
+            f"overflow or round to nothing; set it to {instead}, or to 32-true"
+        )
+
+
+def check_weights(weights: Mapping[str, Tensor], num_updates: int) -> None:
+    """Check that trained weights are finite, before they are saved; waits for the device once.
+
+    Args:
+        weights: By name; the same on all processes.
+        num_updates: Updates so far.
+
+    Raises:
+        UsageError: One is NaN or infinite.
+    """
+    if not weights:
+        return
+    with torch.no_grad():
+        # The largest size of each is NaN where a number is: one wait for all of them together.
+        sizes = torch._foreach_norm(list(weights.values()), torch.inf)
+        finite = torch.stack([size.float() for size in sizes]).isfinite()
+    if finite.all():
+        return
+    first = list(weights)[int(finite.int().argmin())]
+    raise UsageError(
+        f"the weights are not finite after update {num_updates - 1} (first in {first}), so they "
+        "are neither saved nor exported; checkpoints from before are as they were. Lower the "
+        "learning rate, or compute in trainer.precision 32-true, and resume with --ckpt_path"
+    )

@@ -1,0 +1,84 @@
+"""Results of a run by checkpoint: those of another one are kept under a name of their own."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["checkpoint_of", "keep_others", "measured"]
+
+Measured = Mapping[str, Any] | str | None
+"""A checkpoint's file and counters, None for the untuned model; text where nothing is known."""
+
+_UNKNOWN = "an unnamed checkpoint"
+
+
+def measured(path: str | Path | None, counters: Mapping[str, int], folder: Path) -> Measured:
+    """Return what a result says of the model it is of.
+
+    Args:
+        path: The checkpoint's file; None where the model is in memory alone.
+        counters: Of the model's training.
+        folder: The run's; files within are named relative to it.
+    """
+    if path is None and not any(counters.values()):
+        return None
+    if path is not None:
+        full, root = os.path.abspath(path), os.path.abspath(folder)
+        inside = os.path.commonpath([full, root]) == root
+        path = os.path.relpath(full, root) if inside else full
+    return {"path": path, **counters}
+
+
+def checkpoint_of(path: Path) -> Measured:
+    """Return what a result (JSON, or JSON lines) says of its checkpoint."""
+    try:
+        text = path.read_text()
+        found = json.loads(text.partition("\n")[0] if path.suffix == ".jsonl" else text)
+        return found.get("checkpoint", _UNKNOWN)
+    except (OSError, ValueError, AttributeError):
+        return _UNKNOWN
+
+
+def keep_others(result: Path, beside: Sequence[Path], newer: Measured) -> str | None:
+    """Rename a result of another checkpoint, and what belongs to it.
+
+    Args:
+        result: The file that says which checkpoint it is of.
+        beside: Files and folders that are renamed with it.
+        newer: What is to be written there.
+
+    Returns:
+        One line that names both, or None where nothing had to be kept.
+    """
+    older = checkpoint_of(result)
+    if not result.exists() or older == newer:
+        return None
+    label, number = _label(older), 1
+    while any(_renamed(path, label).exists() for path in (result, *beside)):
+        number += 1
+        label = f"{_label(older)}-{number}"
+    for path in (result, *beside):
+        if path.exists():
+            path.rename(_renamed(path, label))
+    kept = _renamed(result, label).name
+    return f"{result} is now of {_told(newer)}; that of {_told(older)} is kept as {kept}"
+
+
+def _renamed(path: Path, label: str) -> Path:
+    return path.with_name(f"{path.stem}.{label}{path.suffix}")
+
+
+def _label(of: Measured) -> str:
+    if of is None:
+        return "untuned"
+    return "earlier" if isinstance(of, str) else f"{of.get('num_rounds', 'earlier')}"
+
+
+def _told(of: Measured) -> str:
+    if of is None:
+        return "the untuned model"
+    if isinstance(of, str):
+        return of
+    return f"{of.get('path') or 'the model in memory'} (round {of.get('num_rounds')})"

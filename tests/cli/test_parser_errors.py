@@ -1,0 +1,171 @@
+"""What the parser, Lightning and one's own code say, as one sentence with key and remedy."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lit_rlft.cli import main
+from lit_rlft.cli.words import configs_first
+from tests.support import checkpoint, scalars
+
+TINY = [
+    "--config=gaussian_mixture", "--config=p_graft", "--data.num_train=8", "--data.batch_size=4",
+    "--data.num_val=2", "--data.num_test=2", "--model.sampler.num_steps=4", "--name=run",
+    "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false",
+]  # fmt: skip
+OWN = """
+import torch
+from lit_rlft import Reward
+
+class Fails(Reward):
+    calls = 0
+
+    def forward(self, samples, condition):
+        Fails.calls += 1
+        if Fails.calls > 1:
+            return self.inner(samples)
+        return samples[:, 0] > 0
+
+    def inner(self, samples):
+        return {}["score"]
+
+class Unborn(Reward):
+    def __init__(self):
+        self.layer = torch.nn.Linear(1, 1)
+
+    def forward(self, samples, condition):
+        return samples[:, 0]
+
+class Unfinished(Reward):
+    pass
+"""
+FILES = {
+    "list.yaml": (b"- 1\n", "holds a list"),
+    "empty.yaml": (b"", "is empty"),
+    "tab.yaml": (b"model:\n\tx: 1\n", "line 2 is indented with a tab"),
+    "latin.yaml": (b"model:\n  x: caf\xe9\n", "is no text in UTF-8"),
+    "binary.yaml": (bytes(range(32)), "is no YAML"),
+    "twice.yaml": (b"data:\n  a: 1\n  a: 2\n", "line 3: a stands twice"),
+    "broken.yaml": (b"data: {a: [1", "line 1 is no YAML"),
+    "deep.json": (b"[" * 5000 + b"]" * 5000, "nested too deeply"),
+    "circle.yaml": (b"root: ${seed_everything}\nseed_everything: ${root}\n", ".*ecursive interpolation"),
+    "nowhere.yaml": (b"model: {init_args: {cut: '${no.where}'}}", r"model.init_args.cut: .*no\.w"),
+    "typo.yaml": (b"modle: {init_args: {cut: 1}}", "there is no key modle.init_args.cut"),
+}  # fmt: skip
+MISTAKES = {
+    "model.cutt=1": "model.init_args.cutt: PGRAFT has no such argument; did you mean cut",
+    "model.cut=[1]": r"model.init_args.cut is '\[1\]', but must be float",
+    "model.selection=TopKK": "selection: there is no class TopKK; did you mean TopK",
+    "model.selection.k=x": "model.init_args.selection.init_args.k is 'x', but must be int",
+    "model.lora.rank=x": "model.init_args.lora.rank is 'x', but must be int",
+    "trainer.max_epochs=many": "trainer.max_epochs is 'many', but must be int or null",
+    "trainer.accelerator=quantum": "trainer.accelerator: .*'quantum'",
+    "trainer.strategy=warp": "trainer.strategy: .*'warp'",
+    "trainer.val_check_interval=99": "trainer.val_check_interval: .*99",
+    "seed_everything=-1": "seed_everything: -1",
+    "model.optimizer.lr=-1": "model.init_args.optimizer.init_args.lr: .*-1",
+    "data=LayoutData": "data: LayoutData is of the domain layout, but .* such as MixtureData",
+    "reward=Symmetry": "reward: Symmetry is of the domain text_to_image, but .* such as Coordinate",
+    "metrics.parts=[LayoutMeasures]": "metrics.parts.0: LayoutMeasures is of the domain layout",
+    "reward=LayoutPipeline": "reward",
+    "reward=own.Unborn": r"Unborn: its __init__ must begin with super\(\)",
+    "reward=own.Unfinished": "reward: the class is abstract",
+    "reward=raises.Any": r"reward: raises.Any cannot be imported: ZeroDivision.*raises.py, line 2",
+    "nothing=1": "there is no option --nothing=1",
+}
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "raises.py").write_text("import torch\nx = 1 / 0\n")
+
+
+def error(*words: str) -> str:
+    with pytest.raises(SystemExit) as raised:
+        main(["fit", *TINY, *words])
+    message = raised.value.code
+    assert isinstance(message, str)
+    return message
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_configs_that_are_none(name: str) -> None:
+    content, sentence = FILES[name]
+    Path(name).write_bytes(content)
+    message = error(f"--config={name}")
+    assert re.match(f"lit-rlft: error: .*{sentence}", message) and len(message) < 300, message
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_one_sentence_with_the_key(mistake: str) -> None:
+    message = error(f"--{mistake}")
+    assert re.fullmatch(f"lit-rlft: error: .*{MISTAKES[mistake]}.*", message), message
+    assert len(message) < 300 and not list(Path().rglob("*.ckpt"))
+
+
+def test_an_error_in_ones_own_reward_shows_its_place_and_keeps_the_state() -> None:
+    message = error("--reward=own.Fails", "--trainer.limit_val_batches=0")
+    *frames, last = message.splitlines()
+    assert re.fullmatch(r"lit-rlft: error: KeyError: 'score' \(own.py, line \d+, in inner\)", last)
+    assert 'return {}["score"]' in message and all("site-packages" not in line for line in frames)
+    assert checkpoint()["lit_rlft"]["num_rounds"] == 1
+
+
+def test_configs_come_before_options() -> None:
+    words = ["fit", "--a", "1", "--config", "x", "--b=2", "-c=y", "--flag", "--config=z"]
+    expected = ["fit", "--config", "x", "-c=y", "--config=z", "--a", "1", "--b=2", "--flag"]
+    assert configs_first(words) == expected
+    assert configs_first(["fit", "--config"]) == ["fit", "--config"]
+
+
+TORCHS, LIGHTNINGS = (
+    "torch.optim.lr_scheduler.ReduceLROnPlateau",
+    "lightning.pytorch.cli.ReduceLROnPlateau",
+)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "settings", "monitored", "times"),
+    [
+        (TORCHS, ["mode=max"], "train/reward", 4),  # two rounds in each of two epochs
+        (TORCHS, ["mode=min"], "train/loss", 4),
+        (LIGHTNINGS, ["monitor=val/kl", "mode=max"], "val/kl", 2),
+    ],
+)
+def test_a_plateau_lowers_the_learning_rate(
+    scheduler: str,
+    settings: list[str],
+    monitored: str,
+    times: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[float] = []
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
+    taken = plateau.step
+
+    def step(self: Any, value: float) -> None:
+        seen.append(value)
+        taken(self, 0.0)  # nothing gets better after the first
+
+    monkeypatch.setattr(plateau, "step", step)
+    words = ["--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=0.001"]
+    words += [f"--model.lr_scheduler={scheduler}", "--model.lr_scheduler.patience=0"]
+    words += [f"--model.lr_scheduler.{setting}" for setting in settings]
+    main(["fit", *words, *TINY, "--trainer.max_epochs=2"])  # options before configs
+    assert seen == pytest.approx(scalars()[monitored]) and len(seen) == times
+    rate = checkpoint()["optimizer_states"][0]["param_groups"][0]["lr"]
+    assert rate == pytest.approx(0.001 * 0.1 ** (times - 1))
+
+
+def test_a_plateau_of_what_is_never_logged_is_refused() -> None:
+    words = [f"--model.lr_scheduler={LIGHTNINGS}", "--model.lr_scheduler.monitor=kl"]
+    key = r"model\.init_args\.lr_scheduler\.init_args\.monitor"
+    assert re.search(f"{key}: nothing is logged as 'kl'", error(*words))
+    words[1] = "--model.lr_scheduler.monitor=val/kl"
+    assert re.search(f"{key} is val/kl", error(*words, "--trainer.limit_val_batches=0"))

@@ -1,0 +1,206 @@
+"""What a resumed fit must share with the run before it, and what it says of the rest."""
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lit_rlft.cli import main
+from tests.support import arguments, checkpoint, working_directory
+
+DOMAIN = "gaussian_mixture"
+LAST = "runs/run/checkpoints/last.ckpt"
+TINY = {
+    "name": "run",
+    "data.init_args.num_train": 16,
+    "data.init_args.num_val": 2,
+    "data.init_args.num_test": 2,
+    "data.init_args.batch_size": 8,
+    "model.init_args.sampler.num_steps": 3,
+    "model.init_args.num_eval_samples": 2,
+    "trainer.accelerator": "cpu",
+    "trainer.enable_progress_bar": False,
+}
+GOING_ON = {"trainer.max_epochs": 2, "ckpt_path": LAST}
+
+
+def fit(settings: dict[str, Any], algorithm: str = "p_graft") -> None:
+    main(arguments("fit", (DOMAIN, algorithm), TINY, settings))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("resume")
+    with working_directory(folder):
+        fit({})
+    return folder / "runs"
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Iterator[Path]:
+    """Work beside a copy of the finished run; return its folder."""
+    shutil.copytree(finished, tmp_path / "runs")
+    with working_directory(tmp_path):
+        yield Path("runs/run")
+
+
+SCHEDULE = {
+    "model.init_args.lr_scheduler": "torch.optim.lr_scheduler.LinearLR",
+    "model.init_args.lr_scheduler.total_iters": 10,
+}
+
+
+@pytest.mark.parametrize(
+    ("settings", "algorithm", "reason"),
+    [
+        ({}, "graft", "is of a run of PGRAFT, which GRAFT cannot go on with"),
+        ({"model.lora.alpha": 16}, "p_graft", r"LoRA of alpha 8, not 16; set .*lora\.alpha to 8"),
+        ({"model.lora.rank": 4}, "p_graft", "holds other trained weights"),
+        ({"pipeline.residual_width": 8}, "p_graft", "was tuned from other weights"),
+        ({"model.optimizer": "torch.optim.SGD"}, "p_graft", "state of AdamW .*SGD cannot go on"),
+        (SCHEDULE, "p_graft", "had no learning-rate schedule and this one has one"),
+    ],
+)
+def test_what_would_mix_two_runs_is_refused(
+    run: Path, settings: dict[str, Any], algorithm: str, reason: str
+) -> None:
+    before = (run / "checkpoints/last.ckpt").read_bytes()
+    with pytest.raises(SystemExit, match=f"^lit-rlft: error: the checkpoint [^\n]*{reason}"):
+        fit(GOING_ON | settings, algorithm)
+    assert (run / "checkpoints/last.ckpt").read_bytes() == before
+
+
+def test_other_settings_are_listed_and_apply(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    other = {
+        "reward": "Quadratic",
+        "data.batch_size": 4,
+        "model.num_candidates": 8,
+        "model.optimizer.lr": 0.01,
+        "model.seed": 3,
+        "model.num_eval_samples": 1,  # changes no update, and is not listed
+    }
+    fit(GOING_ON | other)
+    said = "".join(capfd.readouterr())
+    (line,) = [one for one in said.splitlines() if "resuming with other settings" in one]
+    assert line.partition("settings: ")[2] == (
+        "data.batch_size 8 -> 4, model.num_candidates 4 -> 8, model.optimizer.lr 0.0001 -> 0.01, "
+        "model.seed 0 -> 3, reward Coordinate -> Quadratic"
+    )
+    (group,) = checkpoint("run")["optimizer_states"][0]["param_groups"]
+    assert group["lr"] == 0.01
+    assert checkpoint("run")["lit_rlft"]["settings"]["model.num_candidates"] == 8
+
+
+def test_the_same_settings_are_no_news(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    fit(GOING_ON)
+    said = "".join(capfd.readouterr())
+    assert "settings" not in said and "nothing left" not in said
+
+
+def test_a_scheduled_rate_keeps_its_place(run: Path) -> None:
+    start = SCHEDULE | {"model.init_args.lr_scheduler.start_factor": 0.5}
+    fit(start | {"name": "slow"})
+    (before,) = checkpoint("slow")["optimizer_states"][0]["param_groups"]
+    twice = {"name": "slow", "model.optimizer.lr": 0.0002, "trainer.max_epochs": 2}
+    last = {"ckpt_path": "runs/slow/checkpoints/last.ckpt", "trainer.limit_train_batches": 0}
+    fit(start | twice | last | {"trainer.limit_train_batches": 1.0})
+    (after,) = checkpoint("slow")["optimizer_states"][0]["param_groups"]
+    assert (before["initial_lr"], after["initial_lr"]) == (1e-4, 2e-4)
+    updates = [2, 4]
+    rates = [base * (0.5 + 0.05 * n) for base, n in zip((1e-4, 2e-4), updates, strict=True)]
+    assert [before["lr"], after["lr"]] == pytest.approx(rates)
+
+
+def test_an_older_checkpoint_resumes_and_that_is_said(
+    run: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    content = checkpoint("run")
+    for name in ("settings", "algorithm"):  # new in 0.3.0
+        del content["lit_rlft"][name]
+    torch.save(content, LAST)
+    fit(GOING_ON)
+    assert "an older version, which does not name its settings" in "".join(capfd.readouterr())
+    assert checkpoint("run")["lit_rlft"]["num_rounds"] == 4
+
+
+@pytest.mark.parametrize(
+    ("limit", "named"),
+    [
+        ({"trainer.max_epochs": 1}, "--trainer.max_epochs above 1"),
+        ({"trainer.max_epochs": 0}, "--trainer.max_epochs above 1"),
+        ({"trainer.max_epochs": -1, "trainer.max_steps": 2}, "--trainer.max_steps above "),
+        ({"trainer.max_epochs": 9, "trainer.max_time": "00:00:00:00"}, "--trainer.max_time"),
+        (
+            {
+                "trainer.max_epochs": 9,
+                "trainer.callbacks+": "lit_rlft.callbacks.budget.Budget",
+                "trainer.callbacks.reward_calls": 64,
+            },
+            "the limit of the callback",
+        ),
+    ],
+)
+def test_a_finished_run_says_so(
+    run: Path, capsys: pytest.CaptureFixture[str], limit: dict[str, Any], named: str
+) -> None:
+    fit({"ckpt_path": LAST} | limit)
+    said = capsys.readouterr().out
+    pattern = rf"nothing left to train: {LAST} is the end of its run \(round 2\); raise .*{named}"
+    assert re.search(pattern, said), said
+    assert checkpoint("run")["lit_rlft"]["num_rounds"] == 2
+
+
+def test_last_starts_anew_where_there_is_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with working_directory(tmp_path):
+        fit({"ckpt_path": "last"})
+        said = capsys.readouterr().out
+        assert "checkpoint: none yet in runs/run/checkpoints; the fit starts anew" in said
+        assert checkpoint("run")["lit_rlft"]["num_rounds"] == 2
+
+
+def test_weights_alone_are_tested_but_not_resumed(tmp_path: Path) -> None:
+    with working_directory(tmp_path):
+        fit({"checkpoint.save_weights_only": True})
+        main(arguments("test", (DOMAIN, "p_graft"), TINY))
+        with pytest.raises(SystemExit, match=r"holds weights alone .*save_weights_only false"):
+            fit(GOING_ON)
+
+
+@pytest.mark.parametrize(
+    ("monitor", "more", "reason"),
+    [
+        ("test/Coordinate", {}, "a test is no part of a fit"),
+        ("val/Coordinate", {"trainer.limit_val_batches": 0}, "this fit has no validation"),
+        ("train/rewards", {}, "there are .*train/reward,"),
+        ("val/Cordinate", {}, "there are val/Coordinate, "),
+        ("Coordinate", {}, "there are val/Coordinate, "),
+    ],
+)
+def test_what_is_never_logged_is_not_monitored(
+    tmp_path: Path, monitor: str, more: dict[str, Any], reason: str
+) -> None:
+    with working_directory(tmp_path):
+        with pytest.raises(SystemExit, match=f"monitor {monitor} is never logged: {reason}"):
+            fit({"checkpoint.monitor": monitor} | more)
+        # What was trained until then is not lost.
+        kept = Path(LAST).exists()
+        assert kept == (monitor in ("train/rewards", "val/Cordinate", "Coordinate"))
+
+
+def test_a_checkpoint_cannot_have_files_deleted(run: Path) -> None:
+    content, victim = checkpoint("run"), Path("victim").resolve()
+    (victim / "inner").mkdir(parents=True)
+    for name, state in content["callbacks"].items():
+        if name.startswith("LastCheckpoint"):
+            del state["dirpath"]  # then Lightning takes its own
+            # Not of the protocol "file", and so removed with all that is in it.
+            state["best_model_path"] = state["last_model_path"] = f"local://{victim}"
+    torch.save(content, LAST)
+    fit(GOING_ON)
+    assert (victim / "inner").is_dir()
