@@ -74,7 +74,7 @@ def _read(
         )
     index = DiffusionPipeline.load_config(source)
     saved = index.get("_class_name", "StableDiffusionPipeline")
-    kind = _ALIKE.get(saved, saved)
+    kind = _ALIKE.get(str(saved), str(saved))
     if kind not in FAMILIES:
         raise UsageError(
             f"{_KEY}: {source!r} is a {saved}, which is not supported; known are "

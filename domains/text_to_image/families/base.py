@@ -236,7 +236,7 @@ class _Denoiser(nn.Module):
         """Return the prediction."""
         (family,) = self._family
         named = dict(zip(self._names, tables, strict=True))
-        return family.denoise(self.network, x_t, t, named, 1.0)
+        return family.denoise(self.network, x_t.to(family.denoiser.dtype), t, named, 1.0)
 
 
 class _Decoder(nn.Module):
@@ -248,4 +248,4 @@ class _Decoder(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         """Return pictures [B, 3, H, W]."""
-        return self.vae.decode(latents).sample
+        return self.vae.decode(latents.to(self.vae.dtype)).sample

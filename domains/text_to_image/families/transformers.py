@@ -60,9 +60,8 @@ class StableDiffusion3(Family):
 
     def encoded_shapes(self) -> dict[str, tuple[int, ...]]:
         config, clip = self.denoiser.config, self.parts.tokenizer.model_max_length
-        tokens = clip + (self._length if self.parts.text_encoder_3 is not None else clip)
-        return {
-            "embedding": (tokens, config["joint_attention_dim"]),
+        return {  # without T5 its tokens are zeros
+            "embedding": (clip + self._length, config["joint_attention_dim"]),
             "pooled": (config["pooled_projection_dim"],),
         }
 
