@@ -77,8 +77,8 @@ MISTAKES = {
     "reward=own.Unborn": r"Unborn: its __init__ must begin with super\(\)",
     "reward=own.Unfinished": "reward: the class is abstract",
     "reward=raises.Any": r"reward: raises.Any cannot be imported: ZeroDivision.*raises.py, line 2",
-    "trainer=3": "trainer is 3, but must hold keys",
-    "metrics=3": "metrics is 3, but must hold keys",
+    "trainer=3": "trainer",
+    "metrics=3": "metrics",
     "nothing=1": "there is no option --nothing=1",
 }
 
