@@ -53,7 +53,11 @@ def assert_sampled_alike(scheduler: Any, num_steps: int) -> None:
     for eta in ETAS[FAMILIES[name].exact]:
         step = {"eta": eta} if FAMILIES[name].grid == "strides" else {}
         expected = theirs(scheduler, num_steps, **step)
-        difference = (ours(scheduler, num_steps, eta) - expected).abs().max()
+        mine = ours(scheduler, num_steps, eta)
+        if expected.isnan().any():  # diffusers' root of a variance that rounding made negative
+            assert eta == 1 and mine.isfinite().all()
+            continue
+        difference = (mine - expected).abs().max()
         # Euler's steps are single precision's, on states of the size of its largest sigma.
         largest = float(scheduler.sigmas.max()) if FAMILIES[name].scaled else 0
         scale = max(1, float(expected.abs().max()), largest / 50)
@@ -243,7 +247,9 @@ def test_other_solvers_give_the_grid(name: str, options: dict[str, Any]) -> None
         if FAMILIES[name].scaled:
             levels = (1 / process.schedule.alpha(times[:-1]) ** 2 - 1).sqrt()
             own = torch.unique_consecutive(sigmas)[:-1]
-            torch.testing.assert_close(levels, own.double(), rtol=2e-6, atol=0)
+            # KDPM2 rounds karras' timesteps, and we take the table's levels there.
+            rounded = "KDPM2" in name and "use_karras_sigmas" in options
+            torch.testing.assert_close(levels, own.double(), rtol=5e-3 if rounded else 2e-6, atol=0)
 
 
 @pytest.mark.parametrize(
