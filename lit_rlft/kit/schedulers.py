@@ -368,13 +368,13 @@ def _check_ends(name: str, config: Config, schedule: SavedVP, key: str) -> None:
     """Refuse levels that the table does not have, and noise predicted from noise alone."""
     sigmas = (1 / schedule.alpha_bar[1:] - 1).sqrt()
     lowest, largest = float(sigmas[0]), float(sigmas[-1])
-    if _converted(name, config):
-        for option, bad in (
-            ("sigma_min", lambda value: value < lowest * (1 - 1e-6)),
-            ("sigma_max", lambda value: value > largest * (1 + 1e-6)),
+    if _converted(name, config) and name in _WITH_SIGMA_ENDS:
+        low, high = config["sigma_min"], config["sigma_max"]
+        for option, value, bad in (
+            ("sigma_min", low, low is not None and low < lowest * (1 - 1e-6)),
+            ("sigma_max", high, high is not None and high > largest * (1 + 1e-6)),
         ):
-            value = config.get(option) if name in _WITH_SIGMA_ENDS else None
-            if value is not None and bad(value):
+            if bad:
                 raise UsageError(
                     f"{key}: a {name} with {option} is not supported ({value!r}: its table has "
                     f"{lowest:.4g} to {largest:.4g}); set it to null in scheduler_config.json"
