@@ -327,6 +327,23 @@ def test_options_are_refused_by_name(name: str, options: dict[str, Any], named: 
     assert "scheduler_config.json" in str(caught.value) and len(str(caught.value)) < 300
 
 
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        ({"clip_sample": True, "clip_sample_range": -1.0}, "clip_sample_range .* be positive"),
+        ({"thresholding": True, "sample_max_value": np.nan}, "sample_max_value .* be positive"),
+        (
+            {"thresholding": True, "dynamic_thresholding_ratio": 1.5},
+            r"dynamic_thresholding_ratio .* must be in \[0, 1\], got 1.5",
+        ),
+    ],
+    ids=str,
+)
+def test_bounds_that_mean_nothing_are_refused_by_name(options: dict[str, Any], rule: str) -> None:
+    with pytest.raises(UsageError, match=f"^pipeline.init_args.pretrained: {rule}"):
+        saved_process(make("DDIMScheduler", **options))
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_classes_are_refused_by_name(name: str) -> None:
     scheduler = type(name, (), {"config": {}})()
