@@ -92,7 +92,7 @@ class _CLI(LightningCLI):
         self.config = parser.parse_args(args)
         own = _CLI.parsed = self.config[self.config.subcommand]
         for group in ("trainer", "metrics", *_CALLBACKS):
-            if not isinstance(own.get(group, Namespace()), Namespace):
+            if group in own and not isinstance(own[group], Namespace):
                 raise UsageError(f"{group} is {own[group]!r}, but must hold keys with values")
         check_domains(own.as_dict())
         own.ckpt_path = choose(own, self.config.subcommand)

@@ -31,12 +31,26 @@ SPACINGS = ("leading", "trailing", "linspace")
 EXACT = [name for name, family in FAMILIES.items() if family.exact and family.grid != "flow"]
 SOLVERS = [name for name, family in FAMILIES.items() if not family.exact]
 FLOW = "FlowMatchEulerDiscreteScheduler"
+REPEATS = ("Parallel", "KDPM2")
+"""In names of classes that do what others do, DDIM, DDPM and Heun; KDPM2's grids take long."""
 ETAS = {"0 and 1": (0.0, 1.0), "0": (0.0,), "1": (1.0,)}
 
 
 def parameters(name: str) -> dict[str, Any]:
     own = inspect.signature(getattr(diffusers, name).__init__).parameters
     return {key: p.default for key, p in own.items() if key not in ("self", "args", "kwargs")}
+
+
+def slow_repeats(names: list[str], options: Any = None) -> list[Any]:
+    """Return parameters of tests, those of classes that repeat others as slow ones."""
+    return [
+        pytest.param(
+            *((name,) if options is None else (name, own)),
+            marks=[pytest.mark.slow] if any(word in name for word in REPEATS) else [],
+        )
+        for name in names
+        for own in ([None] if options is None else options(name))
+    ]
 
 
 def visited(scheduler: Any, num_steps: int) -> Tensor:
@@ -75,7 +89,7 @@ def test_every_class_is_decided() -> None:
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("name", [*EXACT, *SOLVERS])
+@pytest.mark.parametrize("name", slow_repeats([*EXACT, *SOLVERS]))
 def test_timesteps_are_those_of_set_timesteps(name: str, spacing: str) -> None:
     has_spacing = "timestep_spacing" in parameters(name)
     scheduler = make(name, **({"timestep_spacing": spacing} if has_spacing else {}))
@@ -91,7 +105,7 @@ def test_timesteps_are_those_of_set_timesteps(name: str, spacing: str) -> None:
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("name", slow_repeats(EXACT))
 def test_whole_sampling_is_diffusers(name: str, spacing: str) -> None:
     scheduler = make(name, timestep_spacing=spacing, steps_offset=int(spacing == "leading"))
     first = 2 if spacing == "linspace" and FAMILIES[name].scaled else 1
@@ -176,7 +190,7 @@ EXACT_OPTIONS = {
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [(name, options) for name in EXACT for options in (*COMMON, *EXACT_OPTIONS[name])],
+    slow_repeats(EXACT, lambda name: (*COMMON, *EXACT_OPTIONS[name])),
     ids=str,
 )
 def test_options_are_honoured(name: str, options: dict[str, Any]) -> None:
@@ -226,7 +240,7 @@ SOLVER_OPTIONS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("options", SOLVER_OPTIONS, ids=str)
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", slow_repeats(SOLVERS))
 def test_other_solvers_give_the_grid(name: str, options: dict[str, Any]) -> None:
     """Levels of the table at the class's own timesteps, whatever lays them."""
     if options.keys() - parameters(name).keys():
@@ -325,6 +339,23 @@ def test_options_are_refused_by_name(name: str, options: dict[str, Any], named: 
     with pytest.raises(UsageError, match=f"^pipeline.*{name} with .*{named}.*; set ") as caught:
         saved_process(make(name, **options), flows=True)
     assert "scheduler_config.json" in str(caught.value) and len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        ({"clip_sample": True, "clip_sample_range": -1.0}, "clip_sample_range .* be positive"),
+        ({"thresholding": True, "sample_max_value": np.nan}, "sample_max_value .* be positive"),
+        (
+            {"thresholding": True, "dynamic_thresholding_ratio": 1.5},
+            r"dynamic_thresholding_ratio .* must be in \[0, 1\], got 1.5",
+        ),
+    ],
+    ids=str,
+)
+def test_bounds_that_mean_nothing_are_refused_by_name(options: dict[str, Any], rule: str) -> None:
+    with pytest.raises(UsageError, match=f"^pipeline.init_args.pretrained: {rule}"):
+        saved_process(make("DDIMScheduler", **options))
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -105,11 +105,19 @@ def _read(source: str, variant: str | None, from_scratch: bool) -> StableDiffusi
             f"{_KEY}: {folder} has no model_index.json, so it is no "
             "diffusers pipeline; give a folder written by save_pretrained or a hub id"
         )
-    kind = StableDiffusionPipeline.load_config(source).get("_class_name", _KINDS[0])
+    index = StableDiffusionPipeline.load_config(source)
+    kind = index.get("_class_name", _KINDS[0])
     if kind not in _KINDS:
         raise UsageError(
             f"{_KEY}: {source!r} is a {kind}, which is not supported; give a "
             "StableDiffusionPipeline of the kind of SD 1.x or 2.x"
+        )
+    # diffusers stops at such a part, with a sentence about its own arguments.
+    absent = [name for name in _PARTS if index.get(name) in (None, [None, None])]
+    if absent:
+        raise UsageError(
+            f"{_KEY}: {source!r} is not supported: it has no {' and no '.join(absent)}; give a "
+            "text-to-image model of the kind of SD 1.x or 2.x"
         )
     if variant is None and folder.is_dir():
         variant = found_variant(folder, _WEIGHED)
@@ -126,9 +134,6 @@ def _read(source: str, variant: str | None, from_scratch: bool) -> StableDiffusi
 
 def _problems(loaded: StableDiffusionPipeline) -> Iterator[str]:
     """Iterate over what is not supported, in words."""
-    for name in _PARTS:
-        if getattr(loaded, name) is None:
-            yield f"it has no {name}"
     if not isinstance(loaded.unet, UNet2DConditionModel):
         yield f"its U-Net is a {type(loaded.unet).__name__}, not a UNet2DConditionModel"
     yield from _inputs(loaded.unet)
