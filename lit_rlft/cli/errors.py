@@ -89,8 +89,8 @@ def _unmade(causes: Sequence[BaseException], config: Namespace | None) -> str | 
         if found := _UNMADE.search(str(cause)):
             name = found["path"].rpartition(".")[2]
             keys = [] if config is None else [k for k, n in _classes(config.as_dict()) if n == name]
-            where = keys[0] if keys else name
-            return f"{where}: {name} cannot be made with these settings ({short(found['why'], 120)})"
+            why = short(found["why"], 120)
+            return f"{keys[0] if keys else name}: {name} cannot be made with these settings ({why})"
     return None
 
 
