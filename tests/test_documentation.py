@@ -32,7 +32,11 @@ RUN = [
     if page.name == "README.md" or page.parent.name in ("start", "how_to")
 ]
 PARSED = [page for page in PAGES if page not in RUN]
-MADE = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
+MADE = {
+    "contributing.md": "CONTRIBUTING.md",
+    "changelog.md": "CHANGELOG.md",
+    "security.md": "SECURITY.md",
+}
 """Pages that the site makes of documents at the repository's root."""
 
 NOT_RUN = {

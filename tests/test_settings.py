@@ -25,16 +25,17 @@ from lit_rlft.core.gradient_plan import DRaFT
 from lit_rlft.core.prior import LowRank
 from lit_rlft.core.process import MaskedProcess
 from lit_rlft.core.sampling import Sampler
+from lit_rlft.core.schedule import CosineVP
 from lit_rlft.core.selection import TopK
 
 BAD = (math.nan, math.inf, -math.inf, -1, 0)
 
 INTERNAL = {
     "Batches", "BadArgument", "Bars", "Chunk", "Categorical", "Condition", "FixedBatches",
-    "Gaussian", "GaussianMixtureDenoiser", "Generated", "Given", "GradientPlan", "Images",
+    "Gaussian", "GaussianMixtureDenoiser", "Generated", "GradientPlan", "Images",
     "PointCloudGaussian", "PointClouds", "RealFeatures", "Residual", "Rollout",
     "Rollouts", "Route", "Rows", "SizeBatches", "TimedBlock", "Update", "Preprocessing",
-    "CoupledPointClouds", "FlowMLP", "DiscreteVP", "NoisePolicy",
+    "CoupledPointClouds", "FlowMLP", "DiscreteVP", "NoisePolicy", "Report", "Stopped",
 }  # fmt: skip
 """Made by other classes, from settings that those have checked, or from files."""
 
@@ -44,8 +45,10 @@ LIGHTNINGS = {"LastCheckpoint"}
 NEEDED: Mapping[str, Mapping[str, Any]] = {
     "lit_rlft.Unique": {"inner": TopK()},
     "lit_rlft.WeightedSum": {"rewards": {"a": Coordinate()}},
+    "lit_rlft.core.process.GaussianProcess": {"schedule": CosineVP(0.01)},
     "lit_rlft.core.process.MaskedProcess": {"num_classes": 3},
     "lit_rlft.core.process.ProductProcess": {"fields": {"a": MaskedProcess(3)}},
+    "lit_rlft.kit.saved_grids.Threshold": {"ratio": 0.995, "limit": 1.0},
     "lit_rlft.optimizers.MuonAdamW": {"params": [torch.zeros(2, 2, requires_grad=True)]},
     "lit_rlft.callbacks.budget.Budget": {"denoiser_calls": 1, "reward_calls": 1},
     "domains.image.networks.features.FeatureArchitecture": {
@@ -89,7 +92,8 @@ ALLOWED: Mapping[str, tuple[Sequence[float], set[str]]] = {
             "Brightness.target", "ClassCounts.counts", "Count.target", "Coverage.target",
             "GrammarRules.distance", "GrammarRules.flush", "GrammarRules.common",
             "SelfCheck.ratio_tolerance", "CosineVP.min_alpha", "FixedPoint.tolerance",
-            "FixedPoint.memory", "AtomCounts.counts",
+            "FixedPoint.memory", "AtomCounts.counts", "GaussianProcess.wide_above",
+            "Threshold.ratio",
         },
     ),
     "a reward, or a place, may be any number": (

@@ -167,8 +167,9 @@ class ImagePipeline(Pipeline):
         the same number of steps.
         """
         plain, schedule = merged(self.denoiser).to(self.save_dtype), self.process.schedule
-        flow = isinstance(schedule, SavedFlow)
-        scheduler = plain_flow(self.scheduler, schedule) if flow else self.scheduler
+        scheduler = self.scheduler
+        if isinstance(schedule, SavedFlow):
+            scheduler = plain_flow(scheduler, schedule)
         DDPMPipeline(unet=plain, scheduler=scheduler).save_pretrained(folder)
         return [folder]
 

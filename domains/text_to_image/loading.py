@@ -80,8 +80,15 @@ def _read(
             f"{_KEY}: {source!r} is a {saved}, which is not supported; known are "
             f"{', '.join(FAMILIES)}"
         )
+    family = FAMILIES[kind]
+    absent = [name for name in family.needed() if index.get(name) in (None, [None, None])]
+    if absent:  # diffusers would stop at them, with a sentence about its own arguments
+        raise UsageError(
+            f"{_KEY}: {source!r} is not supported: it has no {' and no '.join(absent)}; give a "
+            f"text-to-image model of the kind of {family.name}"
+        )
     if variant is None and folder.is_dir():
-        variant = found_variant(folder, FAMILIES[kind].weighed())
+        variant = found_variant(folder, family.weighed())
     new: dict[str, Any] = _new_networks(source, kind, dtype) if from_scratch else {}
     with warnings.catch_warnings():
         # Older versions know this name of it alone.

@@ -177,7 +177,7 @@ class RewardFineTuner(Checkpointed, ABC):
         self.evaluator.shown = trainer is None or trainer.is_global_zero
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles do not take the trainer along."""
+        """Copies do not take the trainer along."""
         held = {"audience", "rollouts", "evaluator"}
         return {name: value for name, value in super().__getstate__().items() if name not in held}
 

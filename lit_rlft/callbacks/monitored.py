@@ -3,6 +3,7 @@
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_rlft.algorithms.base import RewardFineTuner
@@ -38,11 +39,12 @@ class Monitored(Callback):
                     "max to keep the highest"
                 )
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Check the names of rounds."""
-        _check(trainer, _OF_ROUNDS)
+        """Check the names of rounds, once there was one: then its end can be saved."""
+        if batch_idx:
+            _check(trainer, _OF_ROUNDS)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check all names, after the first validation within a fit."""
@@ -61,7 +63,7 @@ def _check(trainer: Trainer, prefixes: tuple[str, ...]) -> None:
 
 def _monitors(trainer: Trainer) -> list[tuple[str, str]]:
     """Return the names that callbacks of a fit monitor, each after its setting."""
-    if writes_nothing(trainer) or not trainer.training:
+    if writes_nothing(trainer) or trainer.state.fn != TrainerFn.FITTING:
         return []
     callbacks = vars(trainer).get("callbacks", [])
     found = []

@@ -105,9 +105,10 @@ class RunFiles(Callback):
         }
         path, shown = folder / "metrics.json", folder / "comparison.png"
         picture = self._picture(pl_module, summary, num_samples)
-        with writing(folder):
+        with writing(path):
             kept = keep_others(path, [shown], newer)
             write_whole(path, json.dumps(report, indent=2) + "\n")
+        with writing(shown):
             write_whole(shown, png(picture))
         title = f"{pl_module.algorithm} on {pl_module.pipeline.name}, {num_samples} samples each"
         paths = f"picture  {shown}\nmetrics  {path}"

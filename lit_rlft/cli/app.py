@@ -52,6 +52,10 @@ CLIPScore, and likewise --pipeline.help, --data.help. The whole config of a run:
 The options below are those that every run has."""
 
 
+_CALLBACKS = ("checkpoint", "run_files", "sample_panel", "self_check", "cost_meter")
+"""Groups of the callbacks that every run has."""
+
+
 class _CLI(LightningCLI):
     parsed: ClassVar[Namespace | None] = None
     """The latest command's config, for errors to name its keys."""
@@ -87,6 +91,9 @@ class _CLI(LightningCLI):
         # The base class warns wherever arguments are given, which here they always are.
         self.config = parser.parse_args(args)
         own = _CLI.parsed = self.config[self.config.subcommand]
+        for group in ("trainer", "metrics", *_CALLBACKS):
+            if group in own and not isinstance(own[group], Namespace):
+                raise UsageError(f"{group} is {own[group]!r}, but must hold keys with values")
         check_domains(own.as_dict())
         own.ckpt_path = choose(own, self.config.subcommand)
 

@@ -49,6 +49,8 @@ def sentence(error: Exception, config: Namespace | None = None) -> str | None:
         return unborn
     if memory := _memory(causes):
         return memory
+    if unmade := _unmade(causes, config):
+        return unmade
     return _settings(causes, config)
 
 
@@ -72,6 +74,23 @@ def _memory(causes: Sequence[BaseException]) -> str | None:
                 f"out of memory{size}; lower the sizes, such as data.init_args.batch_size, "
                 "model.init_args.num_candidates, sampling_batch_size or microbatch_size"
             )
+    return None
+
+
+_UNMADE = re.compile(
+    r"any of the Union subtypes.*?Errors:\s*- (?P<why>[^\n]+).*?class_path='(?P<path>[\w.]+)'",
+    re.DOTALL,
+)
+
+
+def _unmade(causes: Sequence[BaseException], config: Namespace | None) -> str | None:
+    """Return the sentence on a class that failed to be made, as the parser tells it."""
+    for cause in reversed(causes):
+        if found := _UNMADE.search(str(cause)):
+            name = found["path"].rpartition(".")[2]
+            keys = [] if config is None else [k for k, n in _classes(config.as_dict()) if n == name]
+            why = short(found["why"], 120)
+            return f"{keys[0] if keys else name}: {name} cannot be made with these settings ({why})"
     return None
 
 

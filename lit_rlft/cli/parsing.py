@@ -91,9 +91,8 @@ def _arguments(path: str) -> list[str]:
     module, _, name = path.rpartition(".")
     found = getattr(sys.modules.get(module), name, None)
     bases = found.__mro__ if isinstance(found, type) else ()
-    return [
-        arg for base in bases if base is not object for arg in signature(base.__init__).parameters
-    ]
+    made = [vars(base)["__init__"] for base in bases[:-1] if "__init__" in vars(base)]
+    return [argument for init in made for argument in signature(init).parameters]
 
 
 def _without_key(text: str) -> str:
@@ -136,7 +135,7 @@ def _own_code(causes: Sequence[BaseException]) -> str:
         if is_users(frame.filename):
             place = f"{Path(frame.filename).name}, line {frame.lineno}"
             return short(f"{type(error).__name__}: {error} ({place})", 160)
-    if isinstance(error, SyntaxError) and is_users(error.filename or "<"):
+    if isinstance(error, SyntaxError) and error.filename and is_users(error.filename):
         return short(f"SyntaxError: {error.msg} ({Path(error.filename).name}, line {error.lineno})")
     return ""
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, positive, within
 from lit_rlft.core.schedule import DiscreteVP, RectifiedFlow
 
 __all__ = ["CONVERSIONS", "Clip", "SavedFlow", "SavedVP", "Threshold", "plain_flow"]
@@ -23,6 +23,9 @@ class Clip:
     """Clipping of x_0 to [-limit, limit] ("clip_sample")."""
 
     limit: float
+
+    def __post_init__(self) -> None:
+        positive(self, "limit")
 
     def __call__(self, x_0: Tensor) -> Tensor:
         return x_0.clamp(-self.limit, self.limit)
@@ -42,6 +45,10 @@ class Threshold:
 
     ratio: float
     limit: float
+
+    def __post_init__(self) -> None:
+        within(0, 1, self, "ratio")
+        positive(self, "limit")
 
     def __call__(self, x_0: Tensor) -> Tensor:
         sizes = x_0.flatten(start_dim=1).abs().quantile(self.ratio, dim=1)

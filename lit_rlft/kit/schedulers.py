@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import BadArgument, UsageError
 from lit_rlft.core.process import GaussianProcess, PredictionType
 from lit_rlft.kit.saved_grids import CONVERSIONS, Clip, SavedFlow, SavedVP, Threshold
 
@@ -330,7 +330,7 @@ def saved_process(
     return GaussianProcess(
         schedule,
         PREDICTION_TYPES[prediction_type],
-        bound=_bound(name, config),
+        bound=_bound(name, config, key),
         keeps_noise=family.keeps_noise,
         wide_above=1.5 / schedule.num_levels if wide else None,  # none at table index 0
     )
@@ -368,13 +368,13 @@ def _check_ends(name: str, config: Config, schedule: SavedVP, key: str) -> None:
     """Refuse levels that the table does not have, and noise predicted from noise alone."""
     sigmas = (1 / schedule.alpha_bar[1:] - 1).sqrt()
     lowest, largest = float(sigmas[0]), float(sigmas[-1])
-    if _converted(name, config):
-        for option, bad in (
-            ("sigma_min", lambda value: value < lowest * (1 - 1e-6)),
-            ("sigma_max", lambda value: value > largest * (1 + 1e-6)),
+    if _converted(name, config) and name in _WITH_SIGMA_ENDS:
+        low, high = config["sigma_min"], config["sigma_max"]
+        for option, value, bad in (
+            ("sigma_min", low, low is not None and low < lowest * (1 - 1e-6)),
+            ("sigma_max", high, high is not None and high > largest * (1 + 1e-6)),
         ):
-            value = config.get(option) if name in _WITH_SIGMA_ENDS else None
-            if value is not None and bad(value):
+            if bad:
                 raise UsageError(
                     f"{key}: a {name} with {option} is not supported ({value!r}: its table has "
                     f"{lowest:.4g} to {largest:.4g}); set it to null in scheduler_config.json"
@@ -392,10 +392,27 @@ _WITH_CLIP = ("DDIMScheduler", "DDIMParallelScheduler", *_DDPMS, "HeunDiscreteSc
 _WITH_THRESHOLD = ("DDIMScheduler", "DDIMParallelScheduler", *_DDPMS, *_MULTI)
 
 
-def _bound(name: str, config: Config) -> Clip | Threshold | None:
+_BOUNDS = {
+    "Clip": {"limit": "clip_sample_range"},
+    "Threshold": {"ratio": "dynamic_thresholding_ratio", "limit": "sample_max_value"},
+}
+"""Which options our own arguments are."""
+
+
+def _bound(name: str, config: Config, key: str) -> Clip | Threshold | None:
     """Return what the scheduler does to its estimates of x_0."""
+    kind: type[Clip | Threshold]
     if name in _WITH_THRESHOLD and config.get("thresholding"):
-        return Threshold(config["dynamic_thresholding_ratio"], config["sample_max_value"])
-    if name in _WITH_CLIP and config.get("clip_sample"):
-        return Clip(config["clip_sample_range"])
-    return None
+        kind = Threshold
+    elif name in _WITH_CLIP and config.get("clip_sample"):
+        kind = Clip
+    else:
+        return None
+    options = _BOUNDS[kind.__name__]
+    try:
+        return kind(**{argument: config[option] for argument, option in options.items()})
+    except BadArgument as error:
+        raise UsageError(
+            f"{key}: {options[error.argument]} of the model's {name} {error.problem}; mend it in "
+            "scheduler_config.json"
+        ) from error

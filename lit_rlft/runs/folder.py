@@ -29,6 +29,9 @@ _OWN_SETTINGS = {
 _FOLDER, _SCRATCH = "_lit_rlft_run_folder", "_lit_rlft_scratch"
 """Attributes of a trainer: the folder it was given, and that of a fast_dev_run."""
 
+_WRITTEN = ("panels", "samples", "tuned")
+"""Folders in a run's own, beside that of the checkpoints."""
+
 __all__ = [
     "check_name",
     "checkpoints_of",
@@ -54,9 +57,8 @@ def make_folder(config: Namespace, stage: str, lock: ExitStack | None = None) ->
 
     Raises:
         UsageError: The name is none of a folder, the folder cannot be written, `fit` would mix a
-            new run into an old one, another fit writes there, or the trainer is asked for
-            something that the model does
-            itself.
+            new run into an old one, another fit writes there, a file stands where it writes a
+            folder, or the trainer is asked for something that the model does itself.
     """
     for key, (default, remedy) in _OWN_SETTINGS.items():
         if config.trainer[key] != default:
@@ -141,6 +143,7 @@ def _prepare(config: Namespace, stage: str, lock: ExitStack | None) -> str:
     if trial or not is_first():  # started by Lightning: its first process has done all this
         return str(name)
     _make(folder)
+    _check_folders(folder, checkpoints_of(config, folder))
     if stage == "fit" and lock is not None:
         held = RunLock(folder)
         with writing(held.path):
@@ -150,6 +153,16 @@ def _prepare(config: Namespace, stage: str, lock: ExitStack | None) -> str:
     if stage == "fit" and config.ckpt_path is None:
         _check_fresh(folder, checkpoints_of(config, folder))
     return str(name)
+
+
+def _check_folders(folder: Path, checkpoints: Path) -> None:
+    """Raise UsageError where a file stands in the place of a folder that the run writes to."""
+    for path in (checkpoints, *(folder / name for name in _WRITTEN)):
+        if os.path.lexists(path) and not path.is_dir():
+            raise UsageError(
+                f"{path} is no folder, but the run writes one there; move it away, or choose "
+                f"another {'--name' if path.parent == folder else 'checkpoint.dirpath'}"
+            )
 
 
 def _check_fresh(folder: Path, checkpoints: Path) -> None:

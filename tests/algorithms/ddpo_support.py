@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 
 from domains.gaussian_mixture.pipeline import GaussianMixturePipeline
@@ -112,7 +113,12 @@ def tuner_of(pipeline: Pipeline | None = None, *, setup: bool = True, **settings
     base = {"sampler": Sampler(STEPS, 1.0), "num_candidates": M, "advantage": BatchAdvantage()}
     tuner = DDPO(pipeline, reward, **{**base, **settings})
     # As much of a trainer as `collect` looks at.
-    trainer: Any = SimpleNamespace(world_size=1, progress_bar_callback=None, is_global_zero=True)
+    trainer: Any = SimpleNamespace(
+        world_size=1,
+        progress_bar_callback=None,
+        is_global_zero=True,
+        strategy=SingleDeviceStrategy(),
+    )
     tuner.trainer = trainer
     if setup:
         tuner.setup("fit")

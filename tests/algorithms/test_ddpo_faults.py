@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -87,7 +88,12 @@ def tuner_of(folder: Path, reward: Reward, offset: int = 1) -> DDPO:
         lora=LoRA(2, 6),
     )
     # As much of a trainer as `collect` looks at.
-    trainer: Any = SimpleNamespace(world_size=1, progress_bar_callback=None, is_global_zero=True)
+    trainer: Any = SimpleNamespace(
+        world_size=1,
+        progress_bar_callback=None,
+        is_global_zero=True,
+        strategy=SingleDeviceStrategy(),
+    )
     tuner.trainer = trainer
     tuner.setup("fit")
     return tuner

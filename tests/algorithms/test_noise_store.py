@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -124,17 +125,19 @@ def test_a_damaged_claim_is_written_anew_and_shards_are_trusted_by_their_own(
 
 
 def test_what_one_process_raises_stops_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    problems: list[str] = []
+    others: list[Any] = [None]
+    handed: list[Any] = []
 
-    def gathered(value: str, world_size: int) -> list[str]:
-        problems.append(value)
-        return ["", *problems]
+    def all_gather(values: list[Any], value: Any) -> None:
+        handed.append(value)
+        values[:] = [others[-1], value]
 
-    monkeypatch.setattr("lit_rlft.distributed.gather", gathered)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", all_gather)
     with together(2):
         pass
     with pytest.raises(KeyError, match="atoms"), together(2):
         raise KeyError("atoms")
+    others += handed[-1:]
     with (
         pytest.raises(UsageError, match=r"another process failed \(KeyError: 'atoms'\)"),
         together(2),

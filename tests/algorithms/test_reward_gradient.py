@@ -329,11 +329,9 @@ def test_refl_trains_its_stop() -> None:
 @pytest.mark.parametrize(
     ("method", "named"),
     [
-        (DRTune(k=0), "DRTune: k is 0"),
         (DRTune(k=16, m=11), "1 <= k <= 15"),
         (DRTune(m=25), "1 <= m < the sampler's 25 steps"),
         (DRaFT(26), "1 <= k <= the sampler's 25 steps"),
-        (DRaFTLV(0), "at least 1 copy"),
         (AlignProp(3, 2), "1 <= min_steps <= 2"),
         (AlignProp(1, 26), "at most the sampler's 25 steps"),
         (ReFL(m=25), "1 <= m < the sampler's 25 steps"),

@@ -190,6 +190,16 @@ def test_a_folder_that_cannot_be_written(root: str) -> None:
     assert f"the run folder {root}/run cannot be written; choose another --root" in message
 
 
+@pytest.mark.parametrize("name", ["checkpoints", "panels", "samples", "tuned"])
+def test_a_file_in_the_place_of_a_folder(name: str) -> None:
+    path = Path("runs/run") / name
+    path.parent.mkdir(parents=True)
+    path.write_text("in the way")
+    message = error({**GAUSSIAN, "name": "run"})
+    assert f"{path} is no folder, but the run writes one there; move it away" in message
+    assert path.read_text() == "in the way" and [*path.parent.iterdir()] == [path]
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the root folder of a finished run."""

@@ -35,6 +35,10 @@ def test_python_reads_the_class_and_its_argument(make: object, message: str) -> 
         ("model.sampler.num_steps=0", r"model\.init_args\.sampler\.num_steps must be at least 1"),
         ("model.lora.rank=0", r"model\.init_args\.lora\.rank must be at least 1"),
         ("model.num_candidates=0", r"model\.init_args\.num_candidates must be at least 1"),
+        (
+            "pipeline.stds=[1e300, 0.25, 0.2, 0.25, 0.2]",
+            r"pipeline\.init_args: GaussianMixturePipeline cannot be made with these settings",
+        ),
         ("model.selection.k=9", r"selection\.init_args\.k is 9, more than the 4 candidates"),
     ],
 )

@@ -51,7 +51,10 @@ FILES = {
     "twice.yaml": (b"data:\n  a: 1\n  a: 2\n", "line 3: a stands twice"),
     "broken.yaml": (b"data: {a: [1", "line 1 is no YAML"),
     "deep.json": (b"[" * 5000 + b"]" * 5000, "nested too deeply"),
-    "circle.yaml": (b"root: ${seed_everything}\nseed_everything: ${root}\n", ".*ecursive interpolation"),
+    "circle.yaml": (
+        b"root: ${seed_everything}\nseed_everything: ${root}\n",
+        ".*ecursive interpolation",
+    ),
     "nowhere.yaml": (b"model: {init_args: {cut: '${no.where}'}}", r"model.init_args.cut: .*no\.w"),
     "typo.yaml": (b"modle: {init_args: {cut: 1}}", "there is no key modle.init_args.cut"),
 }  # fmt: skip
@@ -74,6 +77,8 @@ MISTAKES = {
     "reward=own.Unborn": r"Unborn: its __init__ must begin with super\(\)",
     "reward=own.Unfinished": "reward: the class is abstract",
     "reward=raises.Any": r"reward: raises.Any cannot be imported: ZeroDivision.*raises.py, line 2",
+    "trainer=3": "trainer",
+    "metrics=3": "metrics",
     "nothing=1": "there is no option --nothing=1",
 }
 

@@ -25,6 +25,9 @@ FEW = 24
 QUICK_DOMAINS = ("gaussian_mixture", "layout", "molecule_soft")
 DOMAINS = (*QUICK_DOMAINS, "layout_mixed", "molecule_mixed", "digits", "shapes")
 ALGORITHMS = sorted(path.stem for path in (ROOT / "configs/algorithms").glob("*.yaml"))
+GRADIENTS = ("align_prop", "draft", "draft_lv", "drtune", "refl")
+FROM_NOISE = ("inverse_noise_correction", "noise_ppo")
+FROM_DATA = ("inverse_noise_correction", "pretrain")
 KINDS = ("typo", "drop", "type", "number", "number", "class", "text", "add")
 NUMBERS = (math.nan, math.inf, -math.inf, -1, -0.5, 0, 10**15, 1e300)
 OTHERS = ("x", [], {}, None, True, [1, "a"], 3.7, "", "${nowhere.key}", "nowhere.Class", -3)
@@ -66,6 +69,18 @@ def places(value: Any, path: Path_ = ()) -> Iterator[Path_]:
         yield from places(part, (*path, name))
 
 
+def refusals(domain: str, algorithm: str) -> list[str]:
+    """Return the words of a refusal that comes whatever the mistake, if it is not found first."""
+    words = []
+    if algorithm in GRADIENTS and domain == "shapes":
+        words.append("differentiable reward")
+    if algorithm in (*GRADIENTS, *FROM_NOISE) and domain.endswith("_mixed"):
+        words.append("ProductProcess")
+    if algorithm in FROM_DATA and domain == "shapes":
+        words.append("the data have no")
+    return words
+
+
 def at(config: Any, path: Path_) -> Any:
     for name in path:
         config = config[name]
@@ -75,7 +90,8 @@ def at(config: Any, path: Path_) -> Any:
 @st.composite
 def mistakes(draw: st.DrawFn, domains: tuple[str, ...]) -> tuple[str, list[str]]:
     """Draw the text of a config with a mistake, and what a message may name."""
-    config = copy.deepcopy(whole(draw(st.sampled_from(domains)), draw(st.sampled_from(ALGORITHMS))))
+    domain, algorithm = draw(st.sampled_from(domains)), draw(st.sampled_from(ALGORITHMS))
+    config = copy.deepcopy(whole(domain, algorithm))
     kind = draw(st.sampled_from(KINDS))
     known = list(places(config))
     if kind == "class":
@@ -117,7 +133,8 @@ def mistakes(draw: st.DrawFn, domains: tuple[str, ...]) -> tuple[str, list[str]]
         text = text[:cut] + filling + (text[cut:] if filling else "")
         # Where the cut comes between two keys, what is missing is named.
         names += ["case.yaml", "must be given", "there is no key", *map(str, config), "argument"]
-    return text, [*names, *(["memory", "sizes"] if "000000" in text else [])]
+    names += [*(["memory", "sizes"] if "000000" in text else []), *refusals(domain, algorithm)]
+    return text, names
 
 
 def check(case: tuple[str, list[str]], folder: Path) -> None:

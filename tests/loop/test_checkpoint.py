@@ -1,7 +1,6 @@
 """What checkpoints hold: what was trained, nothing that was frozen, nothing that is run."""
 
 import copy
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -215,7 +214,7 @@ def test_a_checkpoint_with_an_average_gives_the_average(tmp_path: Path) -> None:
     trained(tiny(), tmp_path, callbacks=[average])
     parts = {"pipeline": GaussianMixturePipeline(), "reward": Coordinate()}
     loaded = PGRAFT.load_from_checkpoint(tmp_path / "file.ckpt", **parts)
-    assert_equal([p.data for p in loaded._trained()], average.average)
+    assert_equal([p.data for p in loaded._trained().values()], average.average)
 
 
 @pytest.mark.parametrize(
@@ -249,10 +248,9 @@ def test_a_copy_of_a_tuner_does_not_take_the_trainer_along(tmp_path: Path) -> No
     tuner = tiny()
     trained(tuner, tmp_path)
     tuner.eval()
-    for twin in (copy.deepcopy(tuner), pickle.loads(pickle.dumps(tuner))):
-        assert twin.audience.trainer is None
-        assert_equal(drawn(twin), drawn(tuner))
-    assert b"lightning.pytorch.trainer.trainer" not in pickle.dumps(tuner)
+    twin = copy.deepcopy(tuner)
+    assert twin.audience.trainer is None and twin._trainer is None
+    assert_equal(drawn(twin), drawn(tuner))
     assert tuner.audience.trainer is not None
 
 

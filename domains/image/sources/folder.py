@@ -28,7 +28,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 Fit = Literal["crop", "pad", "stretch"]
 Resample = Literal["nearest", "box", "bilinear", "bicubic", "lanczos"]
 
-_VERSION = 2  # of the cached arrays
+_VERSION = 1  # of the cached arrays
 _CHUNK = 256  # files in flight, which bounds the memory of decoding
 # What Pillow's decoders raise for broken files.
 _BROKEN = (

@@ -130,7 +130,9 @@ class JSONStream:
         try:
             more = "" if self._ended else self._file.read(self.chunk)
         except UnicodeError as error:
-            raise UsageError(f"{self.path} is no UTF-8 text ({error}); save it as UTF-8") from error
+            raise UsageError(
+                f"{self.path} cannot be read as text ({error}); save it as UTF-8"
+            ) from error
         self._ended = not more
         self._text, self._place = self._text[self._place :] + more, 0
         return bool(more)

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from domains.molecule.chemistry.elements import check_elements
 from domains.molecule.sources.formats import Entry
@@ -15,17 +15,18 @@ from lit_rlft.kit.files import stamps
 
 __all__ = ["MoleculePath", "Source"]
 
-_VERSION = 2  # of the cached arrays
-
 
 class Source(sources.CachedSource[Packed]):
     """A collection of molecules, kept as memory-mapped arrays.
 
     Attributes:
+        version: Of the cached arrays. A class whose reader takes other molecules than before has a
+            new one; the caches of all others, and the molecules that ship, stay in use.
         elements: Symbols of the types.
         max_atoms: Most atoms that a molecule has; those with more are left out.
     """
 
+    version: ClassVar[int] = 1
     noun = "molecules"
     packed = Packed
     names = ("positions", "types", "numbers")
@@ -81,7 +82,7 @@ class Source(sources.CachedSource[Packed]):
 
     def identity(self) -> list[Any]:
         own = [type(self).__name__, self.elements, self.max_atoms, self.strict, self.only_stable]
-        return [_VERSION, *own, *self.settings()]
+        return [self.version, *own, *self.settings()]
 
 
 class MoleculePath(Source):

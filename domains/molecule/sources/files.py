@@ -50,6 +50,8 @@ class QM9(MoleculePath):
         2014), https://doi.org/10.1038/sdata.2014.22
     """
 
+    version = 2  # of SDF entries with wrong bonds
+
     def __init__(
         self,
         path: str,
@@ -100,6 +102,8 @@ class MoleculeFile(MoleculePath):
         max_atoms: Molecules with more atoms are left out.
         **source: `strict`, `only_stable` and `cache_dir` of a source.
     """
+
+    version = 2  # of SDF entries with wrong bonds, of n_atoms, of byte order marks
 
     def __init__(
         self,

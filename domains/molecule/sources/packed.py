@@ -108,16 +108,21 @@ def pack(
             report.leave_out(BadEntry(names[row], fault))
         packed = packed.index(stable)
     report.num_kept = len(packed)
-    report.remedies = {
-        f"elements other than {', '.join(types_of)}": "name them in elements",
+    report.remedies = _remedies(elements, max_atoms)
+    report.check()
+    return packed, report
+
+
+def _remedies(elements: Sequence[str], max_atoms: int) -> dict[str, str]:
+    """Return what to do about kinds of faults."""
+    return {
+        f"elements other than {', '.join(elements)}": "name them in elements",
         f"more atoms than {max_atoms}": "raise max_atoms",
         "missing hydrogens": "add hydrogens, or set elements to heavy atoms alone",
         "no conformer": "embed the molecules, as SmilesFile does",
         "bonds that are not its valences": "set only_stable to false",
         "bonds beyond a valence": "set only_stable to false",
     }
-    report.check()
-    return packed, report
 
 
 def molecules_of(

@@ -81,6 +81,12 @@ class Family(ABC):
         """Return the folders that hold weights."""
         return (cls.denoiser_name, "vae", *cls.encoder_names)
 
+    @classmethod
+    def needed(cls) -> tuple[str, ...]:
+        """Return the parts that a model of this family cannot come without."""
+        tokenizers = (name.replace("text_encoder", "tokenizer") for name in cls.encoder_names)
+        return (*cls.weighed(), *tokenizers, "scheduler")
+
     @property
     def denoiser(self) -> Any:
         """The network that is trained."""

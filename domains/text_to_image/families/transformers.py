@@ -35,10 +35,13 @@ class StableDiffusion3(Family):
     guidance_scale = 7.0
     option_names: ClassVar[tuple[str, ...]] = ("max_sequence_length",)
 
+    @classmethod
+    def needed(cls) -> tuple[str, ...]:
+        return tuple(name for name in super().needed() if not name.endswith("_3"))
+
     def problems(self) -> Iterator[str]:
         parts, config = self.parts, self.denoiser.config
-        names = [name for name in self.weighed() if name != "text_encoder_3"]
-        yield from missing(parts, (*names, "tokenizer", "tokenizer_2", "scheduler"))
+        yield from missing(parts, self.needed())
         yield from clip_problems(parts.text_encoder, parts.tokenizer, "first ")
         yield from clip_problems(parts.text_encoder_2, parts.tokenizer_2, "second ")
         own = sum(
@@ -121,7 +124,7 @@ class Flux(Family):
 
     def problems(self) -> Iterator[str]:
         parts, config = self.parts, self.denoiser.config
-        yield from missing(parts, (*self.weighed(), "tokenizer", "tokenizer_2", "scheduler"))
+        yield from missing(parts, self.needed())
         yield from clip_problems(parts.text_encoder, parts.tokenizer, "first ")
         if config["pooled_projection_dim"] != parts.text_encoder.config.hidden_size:
             yield (

@@ -52,7 +52,7 @@ class StableDiffusion(_UNetFamily):
 
     def problems(self) -> Iterator[str]:
         parts, config = self.parts, self.denoiser.config
-        yield from missing(parts, (*self.weighed(), "tokenizer", "scheduler"))
+        yield from missing(parts, self.needed())
         yield from unet_problems(self.denoiser, (None, "text"))
         yield from clip_problems(parts.text_encoder, parts.tokenizer)
         own = parts.text_encoder.config.hidden_size
@@ -103,7 +103,7 @@ class StableDiffusionXL(_UNetFamily):
     def problems(self) -> Iterator[str]:
         parts, config = self.parts, self.denoiser.config
         tokenizers = ("tokenizer", "tokenizer_2")
-        yield from missing(parts, (*self.weighed(), *tokenizers, "scheduler"))
+        yield from missing(parts, self.needed())
         yield from unet_problems(self.denoiser, ("text_time",))
         for which, encoder, tokenizer in zip(
             ("first ", "second "), self.encoder_names, tokenizers, strict=True

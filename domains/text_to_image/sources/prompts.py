@@ -56,6 +56,28 @@ def read_prompts(path: Path, column: str = "prompt") -> list[Record]:
     Raises:
         UsageError: The file is missing, empty, of an unknown type, or lacks the column.
     """
+    records = _records(path, column)
+    columns = dict.fromkeys(name for record in records for name in record)
+    texts = ["" if record[column] is None else str(record[column]).strip() for record in records]
+    prompts: list[Record] = [
+        {**columns, **record, "prompt": text}
+        for record, text in zip(records, texts, strict=True)
+        if text
+    ]
+    if not prompts:
+        raise UsageError(f"data.init_args.source: {path} holds no prompts")
+    # The lines of a .txt that are empty part its prompts; an empty record is a hole.
+    if len(prompts) < len(records) and path.suffix.lower() != ".txt":
+        empty = [i + 1 for i, text in enumerate(texts) if not text]
+        rank_zero_info(
+            f"{path}: {len(prompts)} of {len(records)} prompts used; {len(empty)} left out as "
+            f"empty (record {', '.join(map(str, empty[:5]))}{', ...' if len(empty) > 5 else ''})"
+        )
+    return prompts
+
+
+def _records(path: Path, column: str) -> list[Record]:
+    """Return the records of a prompt file as they are, each with the column."""
     # Not splitlines(), which also splits at characters that JSON strings may hold.
     readers: dict[str, Callable[[str], Sequence[Any]]] = {
         ".txt": lambda text: text.split("\n"),
@@ -74,7 +96,7 @@ def read_prompts(path: Path, column: str = "prompt") -> list[Record]:
         records = readers[path.suffix.lower()](path.read_text(encoding=encoding(path)))
     except UnicodeError as error:
         raise UsageError(
-            f"data.init_args.source: {path} is no UTF-8 text ({error}); save it as UTF-8"
+            f"data.init_args.source: {path} cannot be read as text ({error}); save it as UTF-8"
         ) from error
     except (ValueError, csv.Error, RecursionError) as error:
         raise UsageError(f"data.init_args.source: {path} cannot be read ({error})") from error
@@ -87,23 +109,7 @@ def read_prompts(path: Path, column: str = "prompt") -> list[Record]:
             f"data.init_args.column: record {missing + 1} of {path} has no {column!r}, only "
             f"{sorted(map(str, records[missing]))}; set column to the one that holds the prompt"
         )
-    columns = dict.fromkeys(name for record in records for name in record)
-    texts = ["" if record[column] is None else str(record[column]).strip() for record in records]
-    prompts: list[Record] = [
-        {**columns, **record, "prompt": text}
-        for record, text in zip(records, texts, strict=True)
-        if text
-    ]
-    if not prompts:
-        raise UsageError(f"data.init_args.source: {path} holds no prompts")
-    # The lines of a .txt that are empty part its prompts; an empty record is a hole.
-    if len(prompts) < len(records) and path.suffix.lower() != ".txt":
-        empty = [i + 1 for i, text in enumerate(texts) if not text]
-        rank_zero_info(
-            f"{path}: {len(prompts)} of {len(records)} prompts used; {len(empty)} left out as "
-            f"empty (record {', '.join(map(str, empty[:5]))}{', ...' if len(empty) > 5 else ''})"
-        )
-    return prompts
+    return records
 
 
 def _once(records: list[Record]) -> list[Record]:

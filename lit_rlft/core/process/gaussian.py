@@ -23,7 +23,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, at_least
 from lit_rlft.core.distribution import Gaussian
 from lit_rlft.core.process.base import Process
 from lit_rlft.core.randomness import Generators, randn_like
@@ -95,6 +95,7 @@ class GaussianProcess(Process):
                 f"{type(schedule).__name__} starts at pure noise, where prediction_type 'epsilon' "
                 "says nothing about x_0; use 'v', 'velocity' or 'sample' (or CosineVP's min_alpha)"
             )
+        at_least(0, self, wide_above=wide_above)
         self.schedule = schedule
         self.prediction_type: PredictionType = prediction_type
         self.subspace = subspace

@@ -11,12 +11,13 @@ from rdkit import Chem
 from domains.molecule.chemistry import bonds
 from domains.molecule.chemistry.batch import Chemistry
 from domains.molecule.chemistry.elements import EXPLICIT, HEAVY, VALENCES
-from domains.molecule.sources import Enumerated
+from domains.molecule.sources import Enumerated, SmilesFile
 from domains.molecule.sources import enumerated as sources
 from domains.molecule.sources.enumeration import REJECTED, enumerate_smiles, grow
 from domains.molecule.sources.packed import Packed, molecules_of
 from domains.molecule.train import make_data
 from lit_rlft.core.checks import UsageError
+from lit_rlft.kit.files import stamps
 
 SMALL: dict[str, Any] = {"max_heavy": 3, "num_attempts": 300}
 
@@ -135,6 +136,16 @@ def test_the_molecules_that_ship(tmp_path: Path) -> None:
     smiles = Chemistry(molecules).smiles
     assert len(set(smiles)) == len(smiles) > 5000 and None not in smiles
     np.testing.assert_allclose(packed.positions.sum(axis=1), 0, atol=1e-4)
+
+
+def test_caches_that_were_made_before_are_used(tmp_path: Path) -> None:
+    """Their readers take the same molecules as those of 0.2.0, whose folders had these names."""
+    assert Enumerated(3, 300).digest() == "25fd188c34efb51a"
+    path = tmp_path / "a.smi"
+    path.write_text("C\n")
+    source = SmilesFile(str(path))
+    settings = [1, "SmilesFile", EXPLICIT, 29, False, True]
+    assert source.identity() == [*settings, str(path.resolve()), stamps([path]), "smiles", False]
 
 
 def test_settings_that_cannot_work() -> None:

@@ -86,7 +86,8 @@ def test_unets_that_need_more_are_refused(changed: Callable[..., Path], kind: st
         ),
         ("index", {"_class_name": "StableDiffusionInpaintPipeline"}, "InpaintPipeline, which"),
         ("index", {"_class_name": ["mine", "Pipeline"]}, r"is a \['mine', 'Pipeline'\], which"),
-        ("index", {"text_encoder": [None, None]}, "it has no text_encoder"),
+        ("index", {"text_encoder": [None, None]}, "it has no text_encoder; give"),
+        ("index", {"vae": None, "tokenizer": [None, None]}, "it has no vae and no tokenizer"),
     ],
 )
 def test_other_parts_are_refused(
