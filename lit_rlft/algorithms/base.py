@@ -290,7 +290,9 @@ class RewardFineTuner(Checkpointed, ABC):
     def on_fit_end(self) -> None:
         """Write the tuned model in the format of the domain's own tools; it must be finite."""
         check_weights(self._trained(), self.num_updates)
-        trainer = self.trainer
+        trainer, steps = self.trainer, self.route().tuned_steps
         writes = trainer.is_global_zero and self.num_updates and not writes_nothing(trainer)
+        facts = {"algorithm": self.algorithm, "pipeline": self.pipeline.name}
+        facts |= {"num_steps": len(steps), "tuned_steps": int(steps.sum())}
         export = self.export if writes else None
-        write_tuned(run_folder(trainer) / "tuned", export, trainer.world_size)
+        write_tuned(run_folder(trainer) / "tuned", export, trainer.world_size, facts)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import pooled
-from lit_rlft.inference.card import read_card
 from lit_rlft.inference.noise_generator import NoiseGenerator
+from lit_rlft.runs.card import read_card
 
 __all__ = ["load_tuned"]
 

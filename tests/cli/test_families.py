@@ -108,4 +108,5 @@ def test_fits_tests_resumes_and_exports(
     main(["test", *given, f"--ckpt_path={last}"])
     assert json.loads(Path("runs/run/metrics.json").read_text())["tuned"]["Brightness"]["mean"] > 0
     if algorithm != "inverse_noise_correction":  # its corrector is in the checkpoint alone
-        assert any(Path("runs/run/tuned").iterdir())
+        card = json.loads(Path("runs/run/tuned/lit_rlft.json").read_text())
+        assert 0 < card["tuned_steps"] <= card["num_steps"] == 3

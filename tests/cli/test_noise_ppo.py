@@ -82,8 +82,9 @@ def test_all_commands(tmp_path: Path) -> None:
     mean = sum(line["rewards"]["Coordinate"] for line in lines) / len(lines)
     assert mean == pytest.approx(metrics["tuned"]["Coordinate"]["mean"], abs=1e-6)
     assert all(key.startswith("noise_policy.") for key in checkpoint()["state_dict"])
-    assert [path.name for path in Path("runs/run/tuned").iterdir()] == [
-        "noise_generator.safetensors"
+    assert sorted(path.name for path in Path("runs/run/tuned").iterdir()) == [
+        "lit_rlft.json",
+        "noise_generator.safetensors",
     ]
     generator = NoiseGenerator.load("runs/run/tuned/noise_generator.safetensors")
     assert generator.notes == {"pipeline": "gaussian_mixture", "num_steps": 3}

@@ -17,8 +17,8 @@ from lit_rlft.algorithms.noise_ppo import NoisePPO
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.inference import load_tuned
-from lit_rlft.inference.card import CARD
 from lit_rlft.loop.reference import LoRA
+from lit_rlft.runs.card import CARD, write_card
 from tests.domains.text_to_image.families.tiny import tiny
 
 SIZE = {"height": 32, "width": 32}
@@ -43,7 +43,8 @@ def tuned(kind: type[RewardFineTuner], folder: Path, out: Path, **settings: Any)
         if parameter.requires_grad and not parameter.any():
             parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
     tuner.export(out)
-    tuner.export_card(out)
+    steps = tuner.route().tuned_steps
+    write_card(out, {"num_steps": len(steps), "tuned_steps": int(steps.sum())})
     return tuner
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_rlft.core.checks import UsageError, loading
+from lit_rlft.runs.files import write_whole
 
 __all__ = ["CARD", "read_card", "write_card"]
 
@@ -14,10 +15,7 @@ CARD = "lit_rlft.json"
 
 def write_card(folder: Path, facts: Mapping[str, Any]) -> Path:
     """Write facts that JSON can hold into a folder; return the file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / CARD
-    path.write_text(json.dumps(dict(facts), indent=2) + "\n")
-    return path
+    return write_whole(folder / CARD, json.dumps(dict(facts), indent=2) + "\n")
 
 
 def read_card(folder: Path) -> dict[str, Any]:
