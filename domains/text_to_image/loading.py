@@ -20,7 +20,7 @@ __all__ = ["load_parts"]
 _KEY = "pipeline.init_args.pretrained"
 _ALIKE = {"StableDiffusionImg2ImgPipeline": "StableDiffusionPipeline"}
 """Pipelines of the same parts, used in the same way to generate pictures from prompts alone."""
-_LEFT_OUT = {
+_LEFT_OUT: dict[str, dict[str, Any]] = {
     "StableDiffusionPipeline": {"safety_checker": None},
     "StableDiffusionXLPipeline": {"add_watermarker": False},
 }

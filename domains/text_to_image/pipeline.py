@@ -9,11 +9,11 @@ from typing import Any, Literal
 import torch
 from diffusers import AutoencoderTiny
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from domains.text_to_image import EMBEDDED
-from domains.text_to_image.families import FAMILIES
+from domains.text_to_image.families import FAMILIES, Family
 from domains.text_to_image.loading import load_parts
 from domains.text_to_image.networks.lora import Home, read_lora, save_lora
 from lit_rlft.core.checks import UsageError, at_least
@@ -70,6 +70,8 @@ class TextToImagePipeline(Pipeline):
             that is not known, or a setting does not apply to its family.
     """
 
+    denoiser: Any
+    vae: Any
     process: GaussianProcess
     pretrained: str
 
@@ -122,11 +124,13 @@ class TextToImagePipeline(Pipeline):
         )
         default = self.family.guidance_scale
         self.guidance_scale = default if guidance_scale is None else guidance_scale
-        self.denoiser = self.family.denoiser
-        self.encoder = self.family.encoders
-        self.vae: nn.Module = frozen(self.diffusers.vae)
-        self.process = self.family.process
-        self.lora_targets = self.family.lora_targets
+        self._adopt(self.family, checkpoint_denoiser, tile_decoder)
+
+    def _adopt(self, family: Family, checkpoint_denoiser: bool, tile_decoder: bool) -> None:
+        """Take over the parts of the model."""
+        self.denoiser, self.encoder = family.denoiser, family.encoders
+        self.vae = frozen(self.diffusers.vae)
+        self.process, self.lora_targets = family.process, family.lora_targets
         if checkpoint_denoiser:
             self.denoiser.enable_gradient_checkpointing()
         if tile_decoder:
@@ -206,7 +210,7 @@ class TextToImagePipeline(Pipeline):
         return u + self.cfg_scale * (c - u)
 
     def decode(self, x_0: State, condition: Condition) -> Tensor:
-        latents = self.family.to_vae(tensor_of(x_0)).to(self.vae.dtype)
+        latents: Tensor = self.family.to_vae(tensor_of(x_0)).to(self.vae.dtype)
         parts = latents.split(self.decode_batch_size)
         pictures = torch.cat([self._decode(part) for part in parts])
         return (pictures.float() / 2 + 0.5).clamp(0, 1)

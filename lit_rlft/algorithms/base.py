@@ -293,6 +293,6 @@ class RewardFineTuner(Checkpointed, ABC):
         trainer, steps = self.trainer, self.route().tuned_steps
         writes = trainer.is_global_zero and self.num_updates and not writes_nothing(trainer)
         facts = {"algorithm": self.algorithm, "pipeline": self.pipeline.name}
-        facts |= {"num_steps": len(steps), "tuned_steps": int(steps.sum())}
+        counts = {"num_steps": len(steps), "tuned_steps": int(steps.sum())}
         export = self.export if writes else None
-        write_tuned(run_folder(trainer) / "tuned", export, trainer.world_size, facts)
+        write_tuned(run_folder(trainer) / "tuned", export, trainer.world_size, facts | counts)

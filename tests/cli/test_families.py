@@ -14,12 +14,7 @@ CONFIGS = Path(lit_rlft.__file__).parents[1] / "configs"
 FAMILIES = {"sd15": "sd", "sdxl": "sdxl", "sd35": "sd3", "flux": "flux_dev"}
 """Tiny models by the configs that they stand in for."""
 ALGORITHMS = ("graft", "p_graft", "drtune", "draft", "ddpo", "grpo", "noise_ppo")
-DEFAULT = {
-    ("sd15", "noise_ppo"),
-    ("sdxl", "drtune"),
-    ("sd35", "ddpo"),
-    ("flux", "p_graft"),
-}
+DEFAULT = {("sdxl", "drtune")}
 SIZE = 32
 COMMON = [
     "--reward=Brightness",

@@ -113,8 +113,15 @@ def test_a_callback_of_the_callers_is_called_too(folder: Path, tmp_path: Path) -
 
     pipe(PROMPTS[0], callback_on_step_end=note, **settings(pipe))
     assert steps == list(range(STEPS))
-    with pytest.raises(UsageError, match="num_inference_steps 0 leaves no step"):
-        pipe(PROMPTS[0], num_inference_steps=0, **settings(pipe))
+
+
+def test_a_call_that_leaves_the_tuned_model_no_step_is_refused(
+    folder: Path, tmp_path: Path
+) -> None:
+    tuned(PGRAFT, folder, tmp_path, cut=0.8, lora=LoRA(rank=2, alpha=2))
+    pipe = load_tuned(theirs(folder), tmp_path)
+    with pytest.raises(UsageError, match="num_inference_steps 2 leaves no step"):
+        pipe(PROMPTS[0], num_inference_steps=2, **settings(pipe))
 
 
 def test_noise_ppo_draws_from_its_prior(folder: Path, tmp_path: Path) -> None:

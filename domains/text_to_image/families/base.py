@@ -191,15 +191,16 @@ class Family(ABC):
         """Predict and decode once, shapes alone; raise UsageError where parts do not fit."""
         latents, encoded = (1, self.channels, *self.latent_size), self.encoded_shapes()
         shapes = [(1, *shape) for shape in encoded.values()]
-        for part, network, inputs, expected in (
+        checks: list[tuple[str, nn.Module, list[Any], tuple[int, ...]]] = [
             (
                 "denoiser",
                 _Denoiser(self, list(encoded)),
-                (latents, torch.ones(1), *shapes),
+                [latents, torch.ones(1), *shapes],
                 latents,
             ),
-            ("VAE", _Decoder(self.parts.vae), (latents,), (1, 3, *self.pixels)),
-        ):
+            ("VAE", _Decoder(self.parts.vae), [latents], (1, 3, *self.pixels)),
+        ]
+        for part, network, inputs, expected in checks:
             sentence = (
                 f"{_KEY}: the {part} of {self.parts.name_or_path!r} does not fit its other parts"
             )

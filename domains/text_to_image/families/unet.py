@@ -167,4 +167,5 @@ class StableDiffusionXL(_UNetFamily):
         mean, std = config.get("latents_mean"), config.get("latents_std")
         if mean is None or std is None:
             return like.new_zeros(()), like.new_ones(())
-        return tuple(like.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
+        per_channel = [like.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std)]
+        return per_channel[0], per_channel[1]

@@ -95,7 +95,7 @@ def save_lora(denoiser: Any, home: Home, folder: Path) -> list[Path]:
         "target_modules": sorted({name.rpartition(".lora_")[0] for name in weights}),
     }
     given = {f"{home.name}_lora_layers": weights, f"{home.name}_lora_adapter_metadata": metadata}
-    home.kind.save_lora_weights(folder, **given)  # type: ignore[attr-defined]
+    home.kind.save_lora_weights(folder, **given)
     return sorted(folder.glob("*.safetensors"))
 
 
@@ -207,9 +207,7 @@ def _converted(file: _File, home: Home) -> tuple[dict[str, Tensor], float | None
     """Read a file of kohya's, or of the tools that write as it does, by diffusers' converter."""
     options = {"unet_config": home.config} if home.name == "unet" else {"return_alphas": True}
     with loading(f"{_KEY}: diffusers cannot convert {file.path}, which another tool wrote"):
-        weights, found = home.kind.lora_state_dict(  # type: ignore[attr-defined]
-            dict(file.weights), **options
-        )
+        weights, found = home.kind.lora_state_dict(dict(file.weights), **options)
     plain = _plain(weights, home)
     alphas = list((found or {}).values())
     if alphas and len(alphas) != len({name.rpartition(".lora_")[0] for name in plain}):
