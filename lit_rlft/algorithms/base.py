@@ -187,6 +187,8 @@ class RewardFineTuner(Checkpointed, ABC):
             self._listen(None)
 
     def _build(self) -> None:
+        for name in ("num_epochs", "minibatch_size", "num_eval_samples", "best_of", "seed"):
+            require(getattr(self, name) is not None, self, name, "a whole number, not null")
         at_least(1, self, "num_epochs", "minibatch_size", "microbatch_size")
         at_least(1, self, "sampling_batch_size", "num_eval_samples")
         positive(self, "max_grad_norm")

@@ -90,8 +90,19 @@ def _unmade(causes: Sequence[BaseException], config: Namespace | None) -> str | 
             name = found["path"].rpartition(".")[2]
             keys = [] if config is None else [k for k, n in _classes(config.as_dict()) if n == name]
             why = short(found["why"], 120)
+            nulls = [] if not keys or config is None else _nulls(config, keys[0])
+            if nulls and "NoneType" in why:
+                why = f"null is no value of {', '.join(nulls)}"
             return f"{keys[0] if keys else name}: {name} cannot be made with these settings ({why})"
     return None
+
+
+def _nulls(config: Namespace, key: str) -> list[str]:
+    """Return the settings of a class that are null."""
+    value: Any = config.as_dict()
+    for name in key.split("."):
+        value = value[int(name)] if isinstance(value, list) else value[name]
+    return [name for name, own in value.items() if own is None]
 
 
 _UNBORN = re.compile(

@@ -66,8 +66,13 @@ def load_pretrained(
     """
     shipped = embedded / pretrained
     source = str(shipped) if not Path(pretrained).exists() and shipped.exists() else pretrained
-    with loading(f"{key}: {pretrained!r} could not be loaded as {kind}; give {give}"):
-        return read(source)
+    try:
+        with loading(f"{key}: {pretrained!r} could not be loaded as {kind}; give {give}"):
+            return read(source)
+    except UsageError as error:
+        if pretrained in str(error):
+            raise
+        raise UsageError(f"{key}: {pretrained!r} is damaged: {error}") from None
 
 
 def check_one_given(pretrained: str | None, architecture: object | None) -> None:

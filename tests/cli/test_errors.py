@@ -34,6 +34,8 @@ def test_python_reads_the_class_and_its_argument(make: object, message: str) -> 
         ("model.selection.k=0", r"model\.init_args\.selection\.init_args\.k must be at least 1"),
         ("model.sampler.num_steps=0", r"model\.init_args\.sampler\.num_steps must be at least 1"),
         ("model.lora.rank=0", r"model\.init_args\.lora\.rank must be at least 1"),
+        ("pipeline.stds=null", r"cannot be made .*\(null is no value of stds\)"),
+        ("model.init_args.seed=null", r"model\.init_args\.seed must be a whole number, not null"),
         ("model.num_candidates=0", r"model\.init_args\.num_candidates must be at least 1"),
         (
             "pipeline.stds=[1e300, 0.25, 0.2, 0.25, 0.2]",

@@ -202,7 +202,7 @@ def test_known_noise_of_the_shapes_model_is_found() -> None:
     ("model", "num_steps", "invertible"),
     [
         ("digits", 20, False),
-        ("digits", 100, True),
+        pytest.param("digits", 100, True, marks=pytest.mark.slow),
         pytest.param("shapes", 100, True, marks=pytest.mark.slow),
     ],
 )

@@ -67,3 +67,11 @@ def test_sums_over_others_leave_out_the_sample_itself_and_other_conditions() -> 
     distances = torch.tensor([[9.0, 1, 2, 4], [1, 9, 3, 5], [2, 3, 9, 6], [4, 5, 6, 9]])
     totals, counts = sums_over_others(distances, torch.tensor([0, 0, 0, 1]))
     assert totals.tolist() == [3, 4, 5, 0] and counts.tolist() == [2, 2, 2, 0]
+
+
+def test_settings_of_a_damaged_folder_name_the_folder(tmp_path: Path) -> None:
+    def read(source: str) -> None:
+        raise UsageError("architecture.state must be continuous or mixed, got 'conti*uous'")
+
+    with pytest.raises(UsageError, match=r"pretrained: 'small' is damaged: architecture\.state"):
+        load_pretrained("small", tmp_path, read, kind="a model", give="another")

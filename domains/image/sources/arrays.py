@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,7 +42,7 @@ class Arrays(Source):
             raise UsageError(f"there is no file {self.path}; give a .npy or .npz of images")
         try:
             loaded = np.load(self.path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError, BadZipFile) as error:
+        except Exception as error:  # numpy reads headers as Python, which fails in many ways
             raise self._unreadable(error) from error
         if isinstance(loaded, np.ndarray):
             return Images(self._bytes(self._channels_first(loaded)))
@@ -51,7 +50,7 @@ class Arrays(Source):
             name = self._name(loaded.files)
             try:
                 pixels, labels = loaded[name], loaded.get("labels")
-            except (OSError, ValueError, EOFError, BadZipFile) as error:
+            except Exception as error:  # numpy reads headers as Python, which fails in many ways
                 raise self._unreadable(error) from error
         if labels is not None and len(labels) != len(pixels):
             raise UsageError(f"{self.path} has {len(pixels)} images but {len(labels)} labels")

@@ -2,7 +2,6 @@
 
 import json
 import math
-import zipfile
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -94,11 +93,12 @@ def read_arrays(path: Path, classes: Sequence[str]) -> Iterator[Entry]:
         UsageError: The file is missing or lacks an array, shapes do not fit, or its class list is
             another one.
     """
+    source = existing(path)
     try:
-        with np.load(existing(path), allow_pickle=False) as file:
+        with np.load(source, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files if name in _ARRAYS}
         boxes, labels = arrays["bbox_ltwh"].astype(np.float64), arrays["label"].astype(np.int64)
-    except (ValueError, KeyError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
+    except Exception as error:  # numpy reads headers as Python, which fails in many ways
         raise UsageError(
             f"{path} is no .npz file with arrays bbox_ltwh and label ({reason(error)})"
         ) from error

@@ -116,6 +116,11 @@ def test_files_that_cannot_be_used(tmp_path: Path, pixels: NDArray[np.uint8]) ->
     (tmp_path / "text.npz").write_text("not an archive")
     with pytest.raises(UsageError, match="cannot be read as an array file"):
         Arrays(str(tmp_path / "text.npz")).load()
+    np.save(tmp_path / "header.npy", pixels)
+    content = (tmp_path / "header.npy").read_bytes()
+    (tmp_path / "header.npy").write_bytes(content.replace(b"'descr': ", b"'$escr'$0", 1))
+    with pytest.raises(UsageError, match="cannot be read as an array file"):
+        Arrays(str(tmp_path / "header.npy")).load()
     np.savez(tmp_path / "two.npz", a=pixels, b=pixels)
     with pytest.raises(UsageError, match=r"holds \['a', 'b'\]; set key"):
         Arrays(str(tmp_path / "two.npz")).load()

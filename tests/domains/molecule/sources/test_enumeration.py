@@ -78,6 +78,7 @@ def test_rules_match_what_they_are_about() -> None:
         assert not any(mol.HasSubstructMatch(pattern) for pattern in patterns), smiles
 
 
+@pytest.mark.slow
 def test_smiles_depend_on_the_seed_alone() -> None:
     first = enumerate_smiles(4, 5500)
     assert len(set(first)) == len(first) > 100
