@@ -31,6 +31,7 @@ from lit_rlft.core.selection import TopK
 BAD = (math.nan, math.inf, -math.inf, -1, 0)
 
 INTERNAL = {
+    "Flux", "StableDiffusion", "StableDiffusion3", "StableDiffusionXL",
     "Batches", "BadArgument", "Bars", "Chunk", "Categorical", "Condition", "FixedBatches",
     "Gaussian", "GaussianMixtureDenoiser", "Generated", "GradientPlan", "Images",
     "PointCloudGaussian", "PointClouds", "RealFeatures", "Residual", "Rollout",

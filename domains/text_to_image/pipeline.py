@@ -210,9 +210,10 @@ class TextToImagePipeline(Pipeline):
         return u + self.cfg_scale * (c - u)
 
     def decode(self, x_0: State, condition: Condition) -> Tensor:
-        latents: Tensor = self.family.to_vae(tensor_of(x_0)).to(self.vae.dtype)
-        parts = latents.split(self.decode_batch_size)
-        pictures = torch.cat([self._decode(part) for part in parts])
+        latents = self.family.to_vae(tensor_of(x_0)).to(self.vae.dtype)
+        size = self.decode_batch_size
+        starts = range(0, len(latents), size)
+        pictures = torch.cat([self._decode(latents[i : i + size]) for i in starts])
         return (pictures.float() / 2 + 0.5).clamp(0, 1)
 
     def _decode(self, latents: Tensor) -> Tensor:
