@@ -220,18 +220,6 @@ class Reference(nn.Module):
             layer._disable_adapters = not enabled
 
 
-def _check_precision(denoiser: nn.Module) -> None:
-    """Raise UsageError where weights are trained in a precision that loses small updates."""
-    trained = {p.dtype for p in denoiser.parameters() if p.requires_grad}
-    if low := trained & {torch.float16, torch.bfloat16}:
-        name = str(low.pop()).removeprefix("torch.")
-        raise UsageError(
-            f"model.init_args.lora is null, so the denoiser's own weights are trained, but they "
-            f"are in {name}, where small updates vanish; set pipeline.init_args.dtype to float32 "
-            "(and trainer.precision to bf16-mixed for speed), or train a LoRA"
-        )
-
-
 def adapt(pipeline: Pipeline, lora: LoRA | None, seed: int) -> Reference:
     """Attach an adapter to a pipeline, or leave all of its denoiser to tune; return its reference.
 
@@ -241,13 +229,10 @@ def adapt(pipeline: Pipeline, lora: LoRA | None, seed: int) -> Reference:
         seed: Seed of the adapter's initial weights.
 
     Raises:
-        UsageError: The adapter does not fit (`attach_lora`), or without one the weights are in
-            half precision.
+        UsageError: The adapter does not fit (`attach_lora`).
     """
     if lora is not None:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             attach_lora(pipeline, lora)
-    else:
-        _check_precision(pipeline.denoiser)
     return Reference(pipeline, adapted=lora is not None)

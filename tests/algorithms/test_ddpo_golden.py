@@ -112,6 +112,8 @@ def test_log_probabilities_are_trls(kind: PredictionType, eta: float) -> None:
 class ClosedForm(nn.Module):
     """weight * x plus what depends on the embedding and on the timestep."""
 
+    dtype = torch.float32
+
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.tensor(0.6))
