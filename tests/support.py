@@ -34,6 +34,18 @@ TINY_RUN = [
     "--data.init_args.eval_batch_size=2",
 ]
 """What makes a command quick, in every domain."""
+TINY_MIXTURE = {
+    "name": "run",
+    "data.init_args.num_train": 16,
+    "data.init_args.num_val": 2,
+    "data.init_args.num_test": 2,
+    "data.init_args.batch_size": 8,
+    "model.init_args.sampler.num_steps": 3,
+    "model.init_args.num_eval_samples": 2,
+    "trainer.accelerator": "cpu",
+    "trainer.enable_progress_bar": False,
+}
+"""A run of two rounds on the Gaussian mixture: what `arguments` takes."""
 TINY_SPLITS = {
     "MixtureData": ("num_train=4", "num_val=2", "num_test=2"),
     "ShapesPrompts": ("num_train_prompts=4", "num_val_prompts=2", "num_test_prompts=2"),

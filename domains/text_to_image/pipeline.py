@@ -1,4 +1,4 @@
-"""The text-to-image pipeline on diffusers' models, whatever their family."""
+"""The text-to-image pipeline on diffusers' models, of all families."""
 
 import copy
 from collections.abc import Mapping, Sequence

@@ -155,7 +155,7 @@ def _joined(columns: Mapping[str, _Batches]) -> Features:
 
 
 def _in_order(parts: Sequence[Features], rows: Sequence[Tensor]) -> Features:
-    """Join the features of all processes in the order of the data, whoever measured which."""
+    """Join the features of all processes in the order of the data."""
     order = torch.cat(list(rows)).argsort(stable=True)
     return {name: torch.cat([part[name] for part in parts])[order] for name in (parts or [{}])[0]}
 

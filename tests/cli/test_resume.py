@@ -10,26 +10,15 @@ import pytest
 import torch
 
 from lit_rlft.cli import main
-from tests.support import arguments, checkpoint, working_directory
+from tests.support import TINY_MIXTURE, arguments, checkpoint, working_directory
 
 DOMAIN = "gaussian_mixture"
 LAST = "runs/run/checkpoints/last.ckpt"
-TINY = {
-    "name": "run",
-    "data.init_args.num_train": 16,
-    "data.init_args.num_val": 2,
-    "data.init_args.num_test": 2,
-    "data.init_args.batch_size": 8,
-    "model.init_args.sampler.num_steps": 3,
-    "model.init_args.num_eval_samples": 2,
-    "trainer.accelerator": "cpu",
-    "trainer.enable_progress_bar": False,
-}
 GOING_ON = {"trainer.max_epochs": 2, "ckpt_path": LAST}
 
 
 def fit(settings: dict[str, Any], algorithm: str = "p_graft") -> None:
-    main(arguments("fit", (DOMAIN, algorithm), TINY, settings))
+    main(arguments("fit", (DOMAIN, algorithm), TINY_MIXTURE, settings))
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +163,7 @@ def test_last_starts_anew_where_there_is_none(
 def test_weights_alone_are_tested_but_not_resumed(tmp_path: Path) -> None:
     with working_directory(tmp_path):
         fit({"checkpoint.save_weights_only": True})
-        main(arguments("test", (DOMAIN, "p_graft"), TINY))
+        main(arguments("test", (DOMAIN, "p_graft"), TINY_MIXTURE))
         with pytest.raises(SystemExit, match=r"holds weights alone .*save_weights_only false"):
             fit(GOING_ON)
 

@@ -11,24 +11,17 @@ import pytest
 import torch
 
 from lit_rlft.cli import main
-from tests.support import arguments, checkpoint, report, weights, working_directory
+from tests.support import TINY_MIXTURE, arguments, checkpoint, report, weights, working_directory
 
 CONFIGS = ("gaussian_mixture", "p_graft")
-TINY = {
-    "name": "run",
-    "data.init_args.num_train": 16,
-    "data.init_args.num_val": 2,
-    "data.init_args.num_test": 2,
-    "data.init_args.batch_size": 8,
-    "model.init_args.sampler.num_steps": 3,
-    "model.init_args.num_eval_samples": 2,
-    "trainer.accelerator": "cpu",
-    "trainer.enable_progress_bar": False,
-}
 
 
 def command(stage: str, **settings: Any) -> None:
-    main(arguments(stage, CONFIGS, TINY, {k.replace("__", "."): v for k, v in settings.items()}))
+    main(
+        arguments(
+            stage, CONFIGS, TINY_MIXTURE, {k.replace("__", "."): v for k, v in settings.items()}
+        )
+    )
 
 
 class Bomb:

@@ -62,7 +62,8 @@ class Family(ABC):
         encode_batch_size: int = 128,
         **options: Any,
     ) -> None:
-        self.parts, self.encode_batch_size = parts, encode_batch_size
+        self.parts: Any = parts
+        self.encode_batch_size = encode_batch_size
         given = {name: value for name, value in options.items() if value is not None}
         for name in given.keys() - set(self.option_names):
             raise UsageError(f"pipeline.init_args.{name} does not apply to {self.name}; leave it")
@@ -102,7 +103,7 @@ class Family(ABC):
     @property
     def factor(self) -> int:
         """Pixels per latent, in each direction."""
-        return 2 ** (len(self.parts.vae.config["block_out_channels"]) - 1)
+        return self.parts.vae_scale_factor
 
     @property
     def multiple(self) -> int:

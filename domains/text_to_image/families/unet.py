@@ -23,10 +23,6 @@ __all__ = ["StableDiffusion", "StableDiffusionXL"]
 class _UNetFamily(Family):
     denoiser_name = "unet"
 
-    @property
-    def factor(self) -> int:
-        return self.parts.vae_scale_factor
-
     def native(self) -> tuple[int, int] | None:
         size = self.denoiser.config["sample_size"]
         if size is None:

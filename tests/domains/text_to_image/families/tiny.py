@@ -86,6 +86,11 @@ def _vae(channels: int, **settings: Any) -> AutoencoderKL:
     )
 
 
+def _flow_vae(**settings: float) -> AutoencoderKL:
+    """Return the autoencoder of a flow model: more channels, no convolutions around latents."""
+    return _vae(16, use_quant_conv=False, use_post_quant_conv=False, **settings)
+
+
 def sd() -> DiffusionPipeline:
     """Return Stable Diffusion 1.5's kind, 16 pixels."""
     encoder, tokenizer = _clip(CLIPTextModel)
@@ -182,13 +187,7 @@ def sd3() -> DiffusionPipeline:
     return StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=_vae(
-            16,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-            scaling_factor=1.5305,
-            shift_factor=0.0609,
-        ),
+        vae=_flow_vae(scaling_factor=1.5305, shift_factor=0.0609),
         text_encoder=first,
         tokenizer=tokenizer,
         text_encoder_2=second,
@@ -223,13 +222,7 @@ def flux(schnell: bool = False) -> DiffusionPipeline:
     return FluxPipeline(
         transformer=transformer,
         scheduler=scheduler,
-        vae=_vae(
-            16,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-            scaling_factor=0.3611,
-            shift_factor=0.1159,
-        ),
+        vae=_flow_vae(scaling_factor=0.3611, shift_factor=0.1159),
         text_encoder=first,
         tokenizer=tokenizer,
         text_encoder_2=second,
