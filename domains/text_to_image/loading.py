@@ -12,8 +12,10 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from domains.text_to_image import EMBEDDED
 from domains.text_to_image.families import FAMILIES
+from domains.text_to_image.networks.weightless import bare_pipeline
 from lit_rlft.core.checks import UsageError
 from lit_rlft.kit.network_folder import found_variant, load_pretrained
+from lit_rlft.kit.weightless import check_cached, weightless
 
 __all__ = ["load_parts"]
 
@@ -72,7 +74,11 @@ def _read(
             f"{_KEY}: {folder} has no model_index.json, so it is no diffusers pipeline; give a "
             "folder written by save_pretrained or a hub id"
         )
-    index = DiffusionPipeline.load_config(source)
+    if weightless():
+        with check_cached(source, _KEY):
+            index = DiffusionPipeline.load_config(source, local_files_only=True)
+    else:
+        index = DiffusionPipeline.load_config(source)
     saved = index.get("_class_name", "StableDiffusionPipeline")
     kind = _ALIKE.get(str(saved), str(saved))
     if kind not in FAMILIES:
@@ -80,6 +86,8 @@ def _read(
             f"{_KEY}: {source!r} is a {saved}, which is not supported; known are "
             f"{', '.join(FAMILIES)}"
         )
+    if weightless():
+        return bare_pipeline(source, kind, dtype, _KEY)
     if variant is None and folder.is_dir():
         variant = found_variant(folder, FAMILIES[kind].weighed())
     new: dict[str, Any] = _new_networks(source, kind, dtype) if from_scratch else {}
