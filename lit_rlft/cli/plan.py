@@ -1,9 +1,9 @@
-"""`lit-rlft plan`: rehearses one round of a fit without weights, and says what the fit will take."""
+"""`lit-rlft plan`: rehearses a round of a fit without weights, and says what it will take."""
 
 import re
 from argparse import ArgumentParser
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -20,7 +20,7 @@ from lit_rlft.core.reward import Metric, Reward
 from lit_rlft.cost.counters import count_calls
 from lit_rlft.cost.meter import Meter
 from lit_rlft.cost.plan import GB, Part, Plan, report
-from lit_rlft.cost.rehearsal import Ledger, rehearsal, remembered
+from lit_rlft.cost.rehearsal import Ledger, backward, rehearsal, remembered
 from lit_rlft.kit.weightless import without_weights
 from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.updates import Shares, Update, accumulate, layout
@@ -127,6 +127,12 @@ def rehearse(
     Raises:
         UsageError: The settings cannot work together.
     """
+    if type(tuner).on_train_start is not RewardFineTuner.on_train_start:
+        raise UsageError(
+            f"plan cannot rehearse {tuner.algorithm}, which prepares its data when a fit starts; "
+            "run one round of the fit instead: --trainer.max_epochs 1 "
+            "--trainer.limit_train_batches 1"
+        )
     data.prepare_data()
     data.setup("fit")
     loader = data.train_dataloader()
@@ -235,7 +241,7 @@ class _Round:
         with ledger.phase("update", whole=True):
             tuner.train()
             shares = Shares(tuner.microbatch_size, 1, nullcontext)
-            accumulate(updates[0], self._loss, lambda loss: loss.backward(), self.trained, shares)
+            accumulate(updates[0], self._loss, backward, self.trained, shares)
         update = [now - then for now, then in zip(self._spent(), before, strict=True)]
         gradients = sum(_size(p.grad) for p in self.trained if p.grad is not None)
         optimizer = self._step()
@@ -320,5 +326,3 @@ def _settings(config: Namespace) -> dict[str, Any]:
         given = config[group].init_args
         found |= {f"{group}.{name}": given[name] for name in names if name in given}
     return found
-
-

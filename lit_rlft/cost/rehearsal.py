@@ -21,9 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-__all__ = ["Ledger", "remembered", "rehearsal"]
+__all__ = ["Ledger", "backward", "rehearsal", "remembered"]
 
 _ATEN = torch.ops.aten
+_INDEXING = {_ATEN.index.Tensor, _ATEN.index_put.default, _ATEN.index_put_.default}
 _SMALL = 100_000
 """Numbers of a tensor of integers whose values are remembered on their way to the device."""
 
@@ -127,15 +128,18 @@ class Ledger(TorchDispatchMode):
         if func is _ATEN.nonzero.default and args[0].is_meta:
             shape = (args[0].numel(), args[0].dim())  # as if everything were chosen
             return torch.empty(shape, dtype=torch.int64, device="meta")
-        tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
-        if not any(tensor.is_meta for tensor in tensors):
-            return func(*args, **kwargs)
+        tensors = list(_tensors((args, kwargs)))
+        on_device = [tensor.is_meta for tensor in tensors]
+        if not any(on_device) or (all(on_device) and func not in _INDEXING):
+            return self._called(func, args, kwargs)
         if func._schema.is_mutable and not tensors[0].is_meta:
             args, kwargs = tree_map(self._to_host, (args, kwargs))
             return func(*args, **kwargs)
-        if func in (_ATEN.index.Tensor, _ATEN.index_put.default, _ATEN.index_put_.default):
+        if func in _INDEXING:
             args = (args[0], _without_masks(args[1]), *args[2:])
-        args, kwargs = tree_map(_to_device, (args, kwargs))
+        return self._called(func, *tree_map(_to_device, (args, kwargs)))
+
+    def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
             return func(*args, **kwargs)
         except NotImplementedError:  # its shape depends on values: as it is for made-up ones
@@ -167,6 +171,17 @@ class Ledger(TorchDispatchMode):
         # Neither constant nor zero: advantages of equal rewards would leave nothing to train on.
         spread = torch.linspace(0.25, 0.75, max(value.numel(), 1))
         return spread[: value.numel()].reshape(shape).to(value.dtype)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Iterate over the tensors in an operation's arguments."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from _tensors(part)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
 
 
 def _to_device(value: Any) -> Any:
@@ -241,7 +256,8 @@ class _Functions(TorchFunctionMode):
         elif self.enabled and func in _RAISED:
             wanted = torch.float32
         if wanted is not None:
-            args, kwargs = tree_map(lambda value: _cast(value, wanted), (args, kwargs))
+            args = tuple(_cast(value, wanted) for value in args)
+            kwargs = {name: _cast(value, wanted) for name, value in kwargs.items()}
         if func is F.scaled_dot_product_attention and _on_meta(args, kwargs):
             return self._attend(*args, **kwargs)
         return func(*args, **kwargs)
@@ -302,6 +318,16 @@ def _autocast_of_meta(functions: _Functions) -> Iterator[None]:
 
     with patch("torch.is_autocast_enabled", enabled), patch("torch.autocast", made):
         yield
+
+
+def backward(loss: Tensor) -> None:
+    """Run a backward pass of a scalar, in which a rehearsal also sees what is computed again.
+
+    `Tensor.backward` is itself a function that modes are asked about: they are off within it.
+    """
+    engine: Any = torch.autograd.Variable._execution_engine
+    flags = {"allow_unreachable": True, "accumulate_grad": True}
+    engine.run_backward((loss,), (torch.ones_like(loss),), False, False, (), **flags)
 
 
 def remembered(network: nn.Module, ledger: Ledger, state: Callable[[], Any]) -> None:

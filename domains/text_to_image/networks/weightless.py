@@ -2,7 +2,6 @@
 
 import importlib
 import inspect
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -71,7 +70,7 @@ def bare_pipeline(source: str, kind: str, dtype: torch.dtype, key: str) -> Diffu
     loaded.register_to_config(_name_or_path=source)
     for part in parts.values():
         if isinstance(part, nn.Module):
-            part.to(dtype)
+            nn.Module.to(part, dtype)  # diffusers' own warns of modules that it would not cast
     return loaded
 
 
