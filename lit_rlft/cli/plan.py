@@ -56,11 +56,12 @@ def plan_words(words: Sequence[str]) -> None:
         SystemExit: Something is wrong that the user can change; the message is one sentence.
     """
     own = ArgumentParser("lit-rlft plan", add_help=False, allow_abbrev=False)
-    own.add_argument("--memory", type=_bytes, default=None)
-    own.add_argument("--flops", type=_positive, default=_FLOPS)
-    own.add_argument("--share", type=_positive, default=_SHARE)
+    for name in ("--memory", "--flops", "--share"):
+        own.add_argument(name)  # texts: argparse has sentences of its own for what it converts
     card, rest = own.parse_known_args(words)
-    memory = card.memory or _memory()
+    memory = _memory() if card.memory is None else _bytes(card.memory)
+    flops = _positive(card.flops or str(_FLOPS))
+    share = _positive(card.share or str(_SHARE))
 
     class PlanCommand(Command):
         """The command fit, up to the point where it would begin."""
@@ -74,7 +75,7 @@ def plan_words(words: Sequence[str]) -> None:
         def _run_subcommand(self, subcommand: str) -> None:
             settings = self.config[subcommand]
             made = rehearse(self.model, self.datamodule, self.trainer, settings)
-            print(report(made, memory, card.flops, card.share))
+            print(report(made, memory, flops, share))
 
     with without_weights():
         run(["fit", *rest], PlanCommand)
@@ -106,7 +107,7 @@ def _memory() -> int:
 
 def _trainer(given: Namespace) -> Trainer:
     """Return a trainer that is never run; it knows what the algorithms ask theirs."""
-    quiet = dict.fromkeys(
+    quiet: dict[str, Any] = dict.fromkeys(
         ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
     )
     kept = {name: given[name] for name in ("max_epochs", "max_steps", "limit_train_batches")}
