@@ -21,7 +21,7 @@ CASES = {
         "--data.batch_size=8",
         "--model.minibatch_size=4",
         "--model.microbatch_size=2",
-        "--model.method.m=2",
+        "--model.method.m=1",
     ],
     "ddpo": ["--data.batch_size=4", "--model.minibatch_size=8", "--model.microbatch_size=4"],
 }
