@@ -12,8 +12,10 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from domains.text_to_image import EMBEDDED
 from domains.text_to_image.families import FAMILIES
+from domains.text_to_image.networks.weightless import bare_pipeline
 from lit_rlft.core.checks import UsageError
 from lit_rlft.kit.network_folder import found_variant, load_pretrained
+from lit_rlft.kit.weightless import check_cached, weightless
 
 __all__ = ["load_parts"]
 
@@ -72,23 +74,11 @@ def _read(
             f"{_KEY}: {folder} has no model_index.json, so it is no diffusers pipeline; give a "
             "folder written by save_pretrained or a hub id"
         )
-    index = DiffusionPipeline.load_config(source)
-    saved = index.get("_class_name", "StableDiffusionPipeline")
-    kind = _ALIKE.get(str(saved), str(saved))
-    if kind not in FAMILIES:
-        raise UsageError(
-            f"{_KEY}: {source!r} is a {saved}, which is not supported; known are "
-            f"{', '.join(FAMILIES)}"
-        )
-    family = FAMILIES[kind]
-    absent = [name for name in family.needed() if index.get(name) in (None, [None, None])]
-    if absent:  # diffusers would stop at them, with a sentence about its own arguments
-        raise UsageError(
-            f"{_KEY}: {source!r} is not supported: it has no {' and no '.join(absent)}; give a "
-            f"text-to-image model of the kind of {family.name}"
-        )
+    kind = _known_kind(source)
+    if weightless():
+        return bare_pipeline(source, kind, dtype, _KEY)
     if variant is None and folder.is_dir():
-        variant = found_variant(folder, family.weighed())
+        variant = found_variant(folder, FAMILIES[kind].weighed())
     new: dict[str, Any] = _new_networks(source, kind, dtype) if from_scratch else {}
     with warnings.catch_warnings():
         # Older versions know this name of it alone.
@@ -104,6 +94,30 @@ def _read(
         ):
             part.to(dtype)
     return loaded
+
+
+def _known_kind(source: str) -> str:
+    """Return the class of diffusers that a folder or hub id is of; one of a known family."""
+    if weightless():
+        with check_cached(source, _KEY):
+            index = DiffusionPipeline.load_config(source, local_files_only=True)
+    else:
+        index = DiffusionPipeline.load_config(source)
+    saved = index.get("_class_name", "StableDiffusionPipeline")
+    kind = _ALIKE.get(str(saved), str(saved))
+    if kind not in FAMILIES:
+        raise UsageError(
+            f"{_KEY}: {source!r} is a {saved}, which is not supported; known are "
+            f"{', '.join(FAMILIES)}"
+        )
+    family = FAMILIES[kind]
+    absent = [name for name in family.needed() if index.get(name) in (None, [None, None])]
+    if absent:  # diffusers would stop at them, with a sentence about its own arguments
+        raise UsageError(
+            f"{_KEY}: {source!r} is not supported: it has no {' and no '.join(absent)}; give a "
+            f"text-to-image model of the kind of {family.name}"
+        )
+    return kind
 
 
 def _new_networks(source: str, kind: str, dtype: torch.dtype) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from lit_rlft.runs.events import quiet_event_writer
 from lit_rlft.runs.files import disk_trouble
 from lit_rlft.runs.folder import give_folder, make_folder, trainer_settings
 
-__all__ = ["run"]
+__all__ = ["Command", "run"]
 
 _ABOUT = {
     "fit": "Tune a pretrained model with a reward.",
@@ -56,7 +56,9 @@ _CALLBACKS = ("checkpoint", "run_files", "sample_panel", "self_check", "cost_met
 """Groups of the callbacks that every run has."""
 
 
-class _CLI(LightningCLI):
+class Command(LightningCLI):
+    """A command that needs a model; made of its words, it runs."""
+
     parsed: ClassVar[Namespace | None] = None
     """The latest command's config, for errors to name its keys."""
     command: ClassVar[str] = ""
@@ -70,7 +72,7 @@ class _CLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         known = LightningCLI.subcommands()
-        return {name: own for name, own in known.items() if _CLI.command in (name, "")}
+        return {name: own for name, own in known.items() if Command.command in (name, "")}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_subclass_arguments(Pipeline, "pipeline", required=True)
@@ -90,7 +92,7 @@ class _CLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         # The base class warns wherever arguments are given, which here they always are.
         self.config = parser.parse_args(args)
-        own = _CLI.parsed = self.config[self.config.subcommand]
+        own = Command.parsed = self.config[self.config.subcommand]
         for group in ("trainer", "metrics", *_CALLBACKS):
             if group in own and not isinstance(own[group], Namespace):
                 raise UsageError(f"{group} is {own[group]!r}, but must hold keys with values")
@@ -102,8 +104,8 @@ class _CLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[str(self.subcommand)]
-        self.folder = make_folder(config, str(self.subcommand), _CLI.lock)
-        _CLI.written = self.folder
+        self.folder = make_folder(config, str(self.subcommand), Command.lock)
+        Command.written = self.folder
         if self.subcommand == "predict":
             config.return_predictions = False  # they are written as they come
         elif self.subcommand in ("validate", "test"):
@@ -144,37 +146,41 @@ class _CLI(LightningCLI):
         return settings | {"ckpt_path": None if path == NONE else path}
 
 
-def run(words: Sequence[str]) -> None:
+def run(words: Sequence[str], kind: type[Command] = Command) -> None:
     """Run a command whose configs are files and whose classes have their full paths.
+
+    Args:
+        words: The command and its options.
+        kind: What to do with them.
 
     Raises:
         SystemExit: Something is wrong that the user can change; the message is one sentence.
     """
-    _CLI.parsed, _CLI.command = None, words[0] if words and words[0] in _ABOUT else ""
+    Command.parsed, Command.command = None, words[0] if words and words[0] in _ABOUT else ""
     jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     try:
-        with ExitStack() as _CLI.lock, quiet_event_writer(), ended_by_signals():
-            _run(list(words))
+        with ExitStack() as Command.lock, quiet_event_writer(), ended_by_signals():
+            _run(list(words), kind)
     except Exception as error:
-        reason = disk_trouble(error, _CLI.written, "then run the same command again")
-        reason = sentence(error, _CLI.parsed) or reason
+        reason = disk_trouble(error, Command.written, "then run the same command again")
+        reason = sentence(error, Command.parsed) or reason
         message = own_frames(error) if reason is None else f"lit-rlft: error: {reason}"
         if message is None:
             raise
-        if _CLI.parsed is not None and sys.stderr.isatty():
+        if Command.parsed is not None and sys.stderr.isatty():
             print(file=sys.stderr)  # below what a progress bar has left
         raise SystemExit(message) from error
 
 
-def _run(words: list[str]) -> None:
+def _run(words: list[str], kind: type[Command]) -> None:
     usage = "lit-rlft {} --config DOMAIN --config ALGORITHM [--config TRAINER] [--any.key VALUE]"
     commands = {
         name: {"description": about + _HOW, "usage": usage.format(name)}
         for name, about in _ABOUT.items()
-        if _CLI.command in (name, "")
+        if Command.command in (name, "")
     }
     shared = {"parser_mode": "omegaconf+", "exit_on_error": False}
-    _CLI(
+    kind(
         RewardFineTuner,
         LightningDataModule,
         trainer_defaults={

@@ -15,12 +15,13 @@ from lit_rlft.core.checks import UsageError
 __all__ = ["HELP", "main"]
 
 _RUNS = ("fit", "validate", "test", "predict")
-_COMMANDS = (*_RUNS, "list")
+_COMMANDS = (*_RUNS, "plan", "list")
 HELP = """\
 lit-rlft fine-tunes pretrained diffusion and flow models with rewards.
 
   lit-rlft fit      --config DOMAIN --config ALGORITHM [--config TRAINER] [--any.key VALUE]
   lit-rlft validate|test|predict  the same; takes the run's last checkpoint, or --ckpt_path FILE
+  lit-rlft plan     the same as fit, and [--memory 24GB] [--flops 165e12] [--share 0.3]
   lit-rlft list     [algorithms|domains|rewards|metrics|selections|configs] [--domain NAME]
 
 Commands
@@ -28,6 +29,7 @@ Commands
   validate  measure the tuned model beside the pretrained one on the validation data
   test      the same on the test data; writes metrics.json and a picture, before and after
   predict   draw samples from the tuned model and write them, with their rewards
+  plan      what a fit would take: memory by part, calls, hours; loads no weights
   list      what there is to choose from, in one line each
 
 Examples
@@ -86,7 +88,7 @@ def _command(words: list[str]) -> None:
     if words[0].startswith("-"):
         known = ", ".join(_COMMANDS)
         raise UsageError(f"the command comes first, before {words[0]}; it is one of {known}")
-    if words[0] not in _RUNS:
+    if words[0] not in (*_RUNS, "plan"):
         close = nearest(words[0], _COMMANDS)
         hint = f"did you mean {close}? " if close else ""
         raise UsageError(
@@ -96,6 +98,11 @@ def _command(words: list[str]) -> None:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # classes of the user's own, as `python` finds them
     words = with_class_paths(with_config_files(configs_first(words)))
+    if words[0] == "plan":
+        from lit_rlft.cli.plan import plan_words
+
+        plan_words(words[1:])
+        return
     from lit_rlft.cli.app import run  # seconds, which no other command should take
 
     run(words)

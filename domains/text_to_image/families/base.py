@@ -8,6 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from domains.text_to_image.networks.weightless import NoTokenizer
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.process import GaussianProcess
 from lit_rlft.kit.frozen import frozen
@@ -142,6 +143,11 @@ class Family(ABC):
 
     def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Return the encodings of prompts, one row each, by name."""
+        names = [name.replace("text_encoder", "tokenizer") for name in self.encoder_names]
+        if any(isinstance(getattr(self.parts, name), NoTokenizer) for name in names):
+            like = next(self.denoiser.parameters())  # without weights there are shapes alone
+            shapes = self.encoded_shapes().items()
+            return {name: like.new_empty(len(prompts), *shape) for name, shape in shapes}
         size = self.encode_batch_size
         parts = [
             self.encode_some(list(prompts[i : i + size])) for i in range(0, len(prompts), size)

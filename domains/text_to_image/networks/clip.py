@@ -10,9 +10,11 @@ from torch import Tensor
 from transformers import AutoConfig, CLIPModel, CLIPTokenizer, ImageProcessingMixin
 
 from domains.text_to_image import EMBEDDED
+from domains.text_to_image.networks.weightless import NoTokenizer, bare_clip
 from lit_rlft.core.checks import UsageError
 from lit_rlft.kit.frozen import Frozen, frozen
 from lit_rlft.kit.network_folder import load_pretrained
+from lit_rlft.kit.weightless import weightless
 
 __all__ = ["CLIPEncoder", "Preprocessing"]
 
@@ -162,6 +164,8 @@ class CLIPEncoder(Frozen):
     @torch.no_grad()
     def _encode(self, texts: Sequence[str]) -> Tensor:
         weight = self.clip.text_projection.weight
+        if isinstance(self.tokenizer, NoTokenizer):
+            return weight.new_empty(len(texts), weight.shape[0], dtype=torch.float32)
         tokens = self.tokenizer(
             list(texts),
             padding=True,
@@ -199,6 +203,8 @@ def _load(source: str) -> tuple[Any, Any, dict[str, Any]]:
 
     transformers fills what a folder lacks with fresh weights or an empty vocabulary.
     """
+    if weightless():
+        return bare_clip(source)
     kind = AutoConfig.from_pretrained(source).model_type
     if kind != "clip":
         raise ValueError(f"its config.json has model_type {kind!r}, not 'clip'")
