@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lit_rlft.core.checks import UsageError
 
-__all__ = ["gather", "mean_of_all", "together"]
+__all__ = ["gather", "mean_of_all", "telling", "together"]
 
 T = TypeVar("T")
 
@@ -30,7 +30,7 @@ def gather(value: T, world_size: int) -> list[T]:
     """Return the value of every process, in order of rank; all of them must call it.
 
     Raises:
-        UsageError: Another process has left its block of `together` by an error.
+        UsageError: Another process has left its block of `together` or `telling` by an error.
     """
     if world_size == 1:
         return [value]
@@ -52,13 +52,10 @@ def mean_of_all(values: Tensor, world_size: int) -> float:
 
 
 @contextmanager
-def together(world_size: int) -> Iterator[None]:
-    """Leave the block when all processes do, so that none waits for one that has failed.
+def telling(world_size: int) -> Iterator[None]:
+    """Tell the other processes of an error of the block, at what they gather next.
 
-    Within the block too: what is next gathered there tells the others. Blocks are not nested.
-
-    Raises:
-        UsageError: Another process's block raised an error; this one's went well.
+    The blocks of processes need not end at the same time, nor be equally many.
     """
     try:
         yield
@@ -68,7 +65,20 @@ def together(world_size: int) -> Iterator[None]:
         with suppress(_FailedElsewhere):
             gather(_Failure(_sentence(error)), world_size)
         raise
-    gather(None, world_size)
+
+
+@contextmanager
+def together(world_size: int) -> Iterator[None]:
+    """Leave the block when all processes do, so that none waits for one that has failed.
+
+    Within the block too: what is next gathered there tells the others. Blocks are not nested.
+
+    Raises:
+        UsageError: Another process's block raised an error; this one's went well.
+    """
+    with telling(world_size):
+        yield
+        gather(None, world_size)
 
 
 def _sentence(error: Exception) -> str:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lit_rlft.core.checks import UsageError
-from lit_rlft.distributed import gather, mean_of_all, together
+from lit_rlft.distributed import gather, mean_of_all, telling, together
 
 
 def processes(
@@ -74,6 +74,20 @@ def test_all_leave_when_one_fails(
         else:
             assert isinstance(error, UsageError)
             assert str(error) == f"another process failed (KeyError: 'of {min(failing)}')"
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_is_told_at_what_is_gathered_next(
+    monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    def work(rank: int) -> None:
+        for step in range(2 + rank):  # processes with unequal numbers of batches
+            with telling(2):
+                if rank == failing and step == 1:
+                    raise UsageError("set x to 1")
+        gather("the means of an evaluation", 2)
+
+    assert [str(error) for error in processes(monkeypatch, 2, work)] == ["set x to 1"] * 2
 
 
 def test_a_sentence_is_told_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

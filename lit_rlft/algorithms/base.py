@@ -264,21 +264,21 @@ class RewardFineTuner(Checkpointed, ABC):
 
     def on_validation_epoch_start(self) -> None:
         """Start a fresh evaluation, not on training's bill; the reference's first one is kept."""
-        self.evaluator.start(keep_reference=True)
+        self.evaluator.start(self.trainer.world_size, keep_reference=True)
         self.meter.start_evaluation()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self.evaluator.run(batch, batch_idx, self.route(), self.reference_route())
 
     def on_validation_epoch_end(self) -> None:
-        means = self.evaluator.means(self.trainer.world_size)
+        means = self.evaluator.means()
         for name, mean in means.items():
             self.log(f"val{name}", mean, sync_dist=True)
         after_validation(self.lr_schedulers(), means)
         self.meter.end_evaluation()
 
     def on_test_epoch_start(self) -> None:
-        self.evaluator.start()
+        self.evaluator.start(self.trainer.world_size)
         self.meter.start_test()
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:

@@ -81,7 +81,7 @@ class RunFiles(Callback):
         """Write the metrics and the picture."""
         assert isinstance(pl_module, RewardFineTuner)
         evaluator = pl_module.evaluator
-        summary = evaluator.summary(trainer.world_size, errors=True)
+        summary = evaluator.summary(errors=True)
         labels = evaluator.measurements.tuned.labels.values()
         num_samples = sum(gather(sum(map(len, labels)), trainer.world_size))
         for name, values in summary["tuned"].items():

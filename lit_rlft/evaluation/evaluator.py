@@ -14,6 +14,7 @@ from lit_rlft.core.randomness import seed_from
 from lit_rlft.core.reward import Metric, SetMetric, check_rewards, values_of
 from lit_rlft.core.state import State, index
 from lit_rlft.core.streams import Stream
+from lit_rlft.distributed import telling
 from lit_rlft.evaluation.best_of import best_of
 from lit_rlft.evaluation.jackknife import Moments
 from lit_rlft.evaluation.measurements import Arm, Measurements
@@ -37,6 +38,7 @@ class Evaluator:
 
     Attributes:
         measurements: Those of the present evaluation.
+        world_size: Processes that share it; one that fails tells the others.
         num_pictures: Samples to render; callbacks that show them raise it.
         shown: Whether this process renders any.
         phase: Reports what the time is spent on.
@@ -45,7 +47,7 @@ class Evaluator:
     def __init__(self, rollouts: Rollouts, metrics: Metric, num_samples: int) -> None:
         self.rollouts, self.metrics, self.num_samples = rollouts, metrics, num_samples
         self.pipeline, self.reward = rollouts.pipeline, rollouts.reward
-        self.measurements, self.num_pictures = Measurements(), 0
+        self.measurements, self.num_pictures, self.world_size = Measurements(), 0, 1
         self.shown = True
         self.phase: Phase = lambda name, num_samples: nullcontext()
 
@@ -54,8 +56,9 @@ class Evaluator:
         """The metrics of all samples of an evaluation together."""
         return [part for part in self.metrics.modules() if isinstance(part, SetMetric)]
 
-    def start(self, *, keep_reference: bool = False) -> None:
-        """Start a fresh evaluation; the reference's measurements can be kept."""
+    def start(self, world_size: int = 1, *, keep_reference: bool = False) -> None:
+        """Start a fresh evaluation by all processes; the reference's measurements can be kept."""
+        self.world_size = world_size
         kept = self.measurements.reference if keep_reference else None
         self.measurements = Measurements(kept)
 
@@ -74,15 +77,17 @@ class Evaluator:
         Returns:
             The conditions, one row per sample.
         """
-        condition, seeds = self._conditions(batch)
-        rows = batch["index"].repeat_interleave(self.num_samples)
-        self._measure_route("tuned", batch_idx, rows, condition, seeds, tuned, kl_from=reference)
-        if not self.measurements.reference.has(batch_idx):
-            self._measure_route("reference", batch_idx, rows, condition, seeds, reference)
-        if num_best:
-            arms = best_of(self.rollouts, reference, condition, seeds, num_best)
-            for arm, x_0 in arms.items():
-                self._measure(arm, batch_idx, rows, x_0, condition)
+        with telling(self.world_size):
+            condition, seeds = self._conditions(batch)
+            rows = batch["index"].repeat_interleave(self.num_samples)
+            common = batch_idx, rows, condition, seeds
+            self._measure_route("tuned", *common, tuned, kl_from=reference)
+            if not self.measurements.reference.has(batch_idx):
+                self._measure_route("reference", *common, reference)
+            if num_best:
+                arms = best_of(self.rollouts, reference, condition, seeds, num_best)
+                for arm, x_0 in arms.items():
+                    self._measure(arm, batch_idx, rows, x_0, condition)
         return condition
 
     def predict(self, batch: Batch, route: Route) -> Draw:
@@ -94,15 +99,15 @@ class Evaluator:
             rewards = self.rollouts.reward_of(samples, condition)
         return Draw(samples, condition, seeds, rewards)
 
-    def summary(self, world_size: int, *, errors: bool = False) -> dict[Arm, dict[str, Moments]]:
+    def summary(self, *, errors: bool = False) -> dict[Arm, dict[str, Moments]]:
         """Return mean and standard error per arm and metric (`Measurements.summary`)."""
-        return self.measurements.summary(world_size, self.set_metrics, errors=errors)
+        return self.measurements.summary(self.world_size, self.set_metrics, errors=errors)
 
-    def means(self, world_size: int) -> dict[str, float]:
+    def means(self) -> dict[str, float]:
         """Return the means of `summary` by "/<metric>", and by "_<arm>/<metric>" of other arms."""
         return {
             f"{'' if arm == 'tuned' else f'_{arm}'}/{name}": moments["mean"]
-            for arm, summary in self.summary(world_size).items()
+            for arm, summary in self.summary().items()
             for name, moments in summary.items()
         }
 

@@ -209,7 +209,7 @@ def test_the_reported_kl_is_that_of_the_priors() -> None:
     tuner.on_test_epoch_start()
     with torch.no_grad():
         tuner.validation_step({"index": torch.arange(3)}, 0)
-    values = tuner.evaluator.summary(1)["tuned"]["kl"]
+    values = tuner.evaluator.summary()["tuned"]["kl"]
     expected = 0.5 + 0.5 * (4 - 1 - math.log(4))
     assert values["mean"] == pytest.approx(expected) and values["sem"] == pytest.approx(0, abs=1e-6)
     # Sampling alone was paid for.

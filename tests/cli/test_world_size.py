@@ -231,20 +231,26 @@ class Faulty(Reward):
             FAULT
         return samples[:, 0]
 """
+LOST = "raise RuntimeError('lost')"
 FAULTS = {
-    "an error while collecting": ("P-GRAFT", "raise RuntimeError('lost')", "RuntimeError: lost"),
-    "an error while updating": ("DRTune", "raise RuntimeError('lost')", "RuntimeError: lost"),
-    "a loss that is not finite": ("DRTune", "return samples[:, 0] * 1e39", "losses of update"),
+    "an error while collecting": ("fit", "P-GRAFT", LOST, "RuntimeError: lost"),
+    "an error while updating": ("fit", "DRTune", LOST, "RuntimeError: lost"),
+    "an error while testing": ("test", "P-GRAFT", LOST, "RuntimeError: lost"),
+    "gradients that are not finite": (
+        *("fit", "DRTune", "return samples[:, 0] + (0 * samples[:, 0]).sqrt()"),
+        "gradients of update",
+    ),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_process_that_fails_stops_the_others_with_its_sentence(fault: str) -> None:
-    algorithm, code, sentence = FAULTS[fault]
+    stage, algorithm, code, sentence = FAULTS[fault]
     Path("faulty.py").write_text(FAULTY.replace("FAULT", code))
     settings = {"reward": "faulty.Faulty", "trainer.strategy": "ddp"}
-    done = run([str(SCRIPT), *words("fit", algorithm, 2, settings)])
+    own = {"ckpt_path": "none"} if stage == "test" else {}
+    done = run([str(SCRIPT), *words(stage, algorithm, 2, settings, own)])
     assert done.returncode != 0
     # On the first process, which has no fault of its own.
     assert f"lit-rlft: error: {'another process failed' if 'lost' in code else ''}" in done.stderr
