@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import jsonargparse
-from jsonargparse import Namespace
+import lightning
+from jsonargparse import ActionConfigFile, Namespace
 from lightning import LightningDataModule, Trainer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -56,6 +57,13 @@ _CALLBACKS = ("checkpoint", "run_files", "sample_panel", "self_check", "cost_met
 """Groups of the callbacks that every run has."""
 
 
+class _Parser(LightningArgumentParser):
+    """Takes whole names alone: what a half of one stands for changes with the options there are."""
+
+    def __init__(self, *args: Any, allow_abbrev: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=allow_abbrev, **kwargs)
+
+
 class Command(LightningCLI):
     """A command that needs a model; made of its words, it runs."""
 
@@ -73,6 +81,14 @@ class Command(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         known = LightningCLI.subcommands()
         return {name: own for name, own in known.items() if Command.command in (name, "")}
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        # Not by the argument parser_class, which Lightning 2.5.0 does not have.
+        parser = _Parser(
+            **{"dump_header": [f"lightning.pytorch=={lightning.__version__}"], **kwargs}
+        )
+        parser.add_argument("-c", "--config", action=ActionConfigFile, help="a config, in YAML")
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_subclass_arguments(Pipeline, "pipeline", required=True)

@@ -111,6 +111,8 @@ def _plain(reason: str, classes: Sequence[str]) -> str:
         return "the class is abstract; give one that defines all of its methods"
     if found := re.search(r"does not correspond to a subclass of (\w+)", reason):
         return f"the class is no {found.group(1)}"
+    if found := re.search(r"[Uu]nrecognized arguments: --([\w.]+)", reason):
+        return f"it has no argument {found.group(1)}; see --model.help"
     if classes and reason.startswith(("No module named", "module ")):
         return f"{classes[-1]} cannot be imported: {short(reason, 120)}"
     return short(reason, 160)

@@ -17,6 +17,9 @@ __all__ = [
     "within",
 ]
 
+_LONGEST = 280
+"""Characters of a sentence with a file reader's reason; 60 of the reason are kept in any case."""
+
 
 class UsageError(ValueError):
     """Settings or input that cannot work; the message names the key and the remedy.
@@ -106,6 +109,8 @@ def _numbers(value: Any) -> Iterator[float]:
 def loading(sentence: str) -> Iterator[None]:
     """Turn any error while reading a user's file into UsageError, "<sentence> (<reason>)".
 
+    Long reasons are cut: readers of files have some of several hundred characters.
+
     A UsageError raised in the block stays as it is.
     """
     try:
@@ -113,5 +118,6 @@ def loading(sentence: str) -> Iterator[None]:
     except UsageError:
         raise
     except Exception as error:  # a file can hold anything, and every reader has its own errors
-        reason = str(error).strip().partition("\n")[0]
+        reason, room = str(error).strip().partition("\n")[0], max(60, _LONGEST - len(sentence))
+        reason = reason if len(reason) <= room else f"{reason[: room - 3]}..."
         raise UsageError(f"{sentence} ({reason})") from error

@@ -61,6 +61,8 @@ FILES = {
 MISTAKES = {
     "model.cutt=1": "model.init_args.cutt: PGRAFT has no such argument; did you mean cut",
     "model.cut=[1]": r"model.init_args.cut is '\[1\]', but must be float",
+    "model.sampler.num_st=3": r"model: it has no argument sampler.num_st; see --model.help",
+    "trainer.max_ep=1": "there is no option --trainer.max_ep=1",
     "model.selection=TopKK": "selection: there is no class TopKK; did you mean TopK",
     "model.selection.k=x": "model.init_args.selection.init_args.k is 'x', but must be int",
     "model.lora.rank=x": "model.init_args.lora.rank is 'x', but must be int",

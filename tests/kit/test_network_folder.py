@@ -1,5 +1,6 @@
 """Pretrained networks: what a name finds, and the sentence where it finds nothing."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,16 @@ def test_one_sentence_where_nothing_can_be_read(embedded: Path) -> None:
     check_one_given("small", None)
     with pytest.raises(UsageError, match="pretrained and architecture exclude each other"):
         check_one_given("small", object())
+
+
+def test_a_long_reason_is_cut(embedded: Path) -> None:
+    def read(source: str) -> str:
+        raise OSError("what the reader met " * 30)
+
+    with pytest.raises(UsageError) as error:
+        load_pretrained("own", embedded, read, kind="a toy model", give="'small'")
+    assert re.search(r"give 'small' \(what the reader met .*\.\.\.\)$", str(error.value))
+    assert len(f"lit-rlft: error: {error.value}") <= 300
 
 
 def test_frozen_modules_stay_in_evaluation_mode() -> None:
