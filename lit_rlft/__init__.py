@@ -37,6 +37,7 @@ _PLACES = {
     "Unique": "core.selection",
     "Metric": "core.reward",
     "Metrics": "core.reward",
+    "Product": "core.reward",
     "Reward": "core.reward",
     "SetMetric": "core.reward",
     "WeightedSum": "core.reward",

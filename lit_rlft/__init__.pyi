@@ -27,6 +27,7 @@ from lit_rlft.core.pipeline import Condition as Condition
 from lit_rlft.core.pipeline import Pipeline as Pipeline
 from lit_rlft.core.reward import Metric as Metric
 from lit_rlft.core.reward import Metrics as Metrics
+from lit_rlft.core.reward import Product as Product
 from lit_rlft.core.reward import Reward as Reward
 from lit_rlft.core.reward import SetMetric as SetMetric
 from lit_rlft.core.reward import WeightedSum as WeightedSum

@@ -32,7 +32,8 @@ BAD = (math.nan, math.inf, -math.inf, -1, 0)
 
 INTERNAL = {
     "Flux", "StableDiffusion", "StableDiffusion3", "StableDiffusionXL",
-    "Batches", "BadArgument", "Bars", "Chunk", "Categorical", "Condition", "FixedBatches",
+    "Batches", "BadArgument", "Bars", "Chunk", "Categorical", "Command", "Condition",
+    "FixedBatches",
     "Gaussian", "GaussianMixtureDenoiser", "Generated", "GradientPlan", "Images",
     "PointCloudGaussian", "PointClouds", "RealFeatures", "Residual", "Rollout",
     "Rollouts", "Route", "Rows", "SizeBatches", "TimedBlock", "Update", "Preprocessing",
@@ -45,6 +46,7 @@ LIGHTNINGS = {"LastCheckpoint"}
 
 NEEDED: Mapping[str, Mapping[str, Any]] = {
     "lit_rlft.Unique": {"inner": TopK()},
+    "lit_rlft.Product": {"rewards": {"a": Coordinate()}},
     "lit_rlft.WeightedSum": {"rewards": {"a": Coordinate()}},
     "lit_rlft.core.process.GaussianProcess": {"schedule": CosineVP(0.01)},
     "lit_rlft.core.process.MaskedProcess": {"num_classes": 3},

@@ -25,7 +25,7 @@ from lit_rlft.core.checks import UsageError, at_least, finite
 from lit_rlft.core.gradient_plan import DRTune, GradientMethod, GradientPlan
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline
 from lit_rlft.core.randomness import Generators, generators, seed_from
-from lit_rlft.core.reward import Reward, WeightedSum
+from lit_rlft.core.reward import Combination, Reward
 from lit_rlft.core.sampling import Denoiser, Sampler, walk
 from lit_rlft.core.state import State, batch_size, cat, detach, index, leaves
 from lit_rlft.core.streams import Stream
@@ -280,8 +280,7 @@ def _mean_square(prediction: State, reference: State) -> Tensor:
 
 def _opaque(reward: Reward) -> str:
     """Name the part of a reward that has no gradient."""
-    if isinstance(reward, WeightedSum):
-        parts = [part for part in reward.rewards.values() if isinstance(part, Reward)]
-        named = [_opaque(part) for part in parts if not part.differentiable]
+    if isinstance(reward, Combination):
+        named = [_opaque(part) for part in reward.counted.values() if not part.differentiable]
         return f"{reward.name}'s {' and '.join(named)}"
     return reward.name

@@ -1,20 +1,22 @@
 """Rewards and metrics: functions of decoded samples and their conditions."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lit_rlft.core.answers import numbers, tensors, unchanged
-from lit_rlft.core.checks import BadArgument, UsageError, finite
+from lit_rlft.core.checks import BadArgument, UsageError, finite, require
 from lit_rlft.core.pipeline import Condition, Pipeline
 
 __all__ = [
+    "Combination",
     "LeftOut",
     "Metric",
     "Metrics",
+    "Product",
     "Reward",
     "SetMetric",
     "WeightedSum",
@@ -145,50 +147,135 @@ class Reward(Metric):
         return {self.name: self(samples, condition)}
 
 
-class WeightedSum(Reward):
-    """A weighted sum of rewards, r = sum_i w_i r_i; differentiable where every part is.
+class Combination(Reward):
+    """Several rewards as one number; differentiable where every part that counts is.
 
     Args:
         rewards: The parts by name.
-        weights: Their weights; 1 where absent. Use a negative weight for a cost.
+        ranges: Two values of a part by its name, which become 0 and 1; the first one of a cost is
+            the larger. Published ranges bring parts of different units together.
+        limits: Least and largest value of a part that count, by its name, in the part's own units;
+            None is no limit. A part that has reached its limit cannot make up for another one.
+        held_out: Names of parts that are measured in evaluations and never trained on. When the
+            reward rises and they fall, the model games the reward.
+
+    Raises:
+        BadArgument: A name is not that of a part, no part counts, or a pair is not in order.
     """
 
-    def __init__(self, rewards: dict[str, Reward], weights: dict[str, float] | None = None) -> None:
+    def __init__(
+        self,
+        rewards: dict[str, Reward],
+        ranges: dict[str, tuple[float, float]] | None = None,
+        limits: dict[str, tuple[float | None, float | None]] | None = None,
+        held_out: list[str] | None = None,
+    ) -> None:
         super().__init__()
         if not rewards:
             raise BadArgument(self, "rewards", "must name at least one reward")
-        unknown = sorted(set(weights or {}) - set(rewards))
-        if unknown:
-            problem = f"names {unknown}, but rewards has {sorted(rewards)}"
-            raise BadArgument(self, "weights", problem)
         self.rewards = nn.ModuleDict(rewards)
-        self.weights: Mapping[str, float] = {n: (weights or {}).get(n, 1.0) for n in rewards}
-        finite(self, "weights")
-        self.differentiable = all(reward.differentiable for reward in rewards.values())
+        self.ranges, self.limits = dict(ranges or {}), dict(limits or {})
+        self.held_out = tuple(held_out or ())
+        for argument in ("ranges", "limits", "held_out"):
+            self._check_names(argument)
+        self._check_pairs("ranges", lambda a, b: None not in (a, b) and a != b, "different numbers")
+        self._check_pairs("limits", lambda a, b: None in (a, b) or a < b, "a smaller number first")
+        if len(set(self.held_out)) == len(rewards):
+            raise BadArgument(self, "held_out", "must leave a reward to train on")
+        self.differentiable = all(reward.differentiable for reward in self.counted.values())
+
+    @property
+    def counted(self) -> dict[str, Reward]:
+        """The parts that are not held out, by name."""
+        return {
+            name: part
+            for name, part in self.rewards.items()
+            if isinstance(part, Reward) and name not in self.held_out
+        }
 
     def parts(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
-        """Return each part's unweighted reward, [B]."""
+        """Return the values of each part that counts, [B], in its own units."""
         return {
             name: rewards_of(reward, samples, condition, may_fail=True)
-            for name, reward in self.rewards.items()
-            if isinstance(reward, Reward)
+            for name, reward in self.counted.items()
         }
 
     def forward(self, samples: Any, condition: Condition) -> Tensor:
-        return self._total(self.parts(samples, condition))
+        return self._combined(self.parts(samples, condition))
 
     def evaluate(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
-        """Return the sum, each part, and the details of parts under "<part>/..."."""
+        """Return the combination, each part, and the details of parts under "<part>/..."."""
         values: dict[str, Tensor] = {}
         for name, reward in self.rewards.items():
             assert isinstance(reward, Reward)
             for key, value in values_of(reward, samples, condition).items():
                 detail = key.removeprefix(reward.name).removeprefix("/")
                 values[f"{name}/{detail}" if detail else name] = value
-        return {self.name: self._total({name: values[name] for name in self.rewards}), **values}
+        return {self.name: self._combined({name: values[name] for name in self.counted}), **values}
 
-    def _total(self, parts: Mapping[str, Tensor]) -> Tensor:
+    @abstractmethod
+    def combine(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """Return the combination of parts within their limits and in units of their ranges, [B]."""
+
+    def _combined(self, parts: Mapping[str, Tensor]) -> Tensor:
+        scaled = {}
+        for name, part in parts.items():
+            low, high = self.limits.get(name, (None, None))
+            part = part if low is None and high is None else part.clamp(low, high)
+            start, end = self.ranges.get(name, (0.0, 1.0))
+            scaled[name] = (part - start) / (end - start)
+        return self.combine(scaled)
+
+    def _check_names(self, argument: str) -> None:
+        if unknown := sorted(set(getattr(self, argument)) - set(self.rewards)):
+            problem = f"names {unknown}, but rewards has {sorted(self.rewards)}"
+            raise BadArgument(self, argument, problem)
+
+    def _check_pairs(self, argument: str, right: Callable[[Any, Any], bool], words: str) -> None:
+        finite(self, argument)
+        for name, pair in getattr(self, argument).items():
+            known = isinstance(pair, list | tuple) and len(pair) == 2 and right(*pair)
+            require(known, self, argument, f"pairs, {words}, got {name}: {pair}")
+
+
+class WeightedSum(Combination):
+    """A weighted sum of rewards, r = sum_i w_i r_i.
+
+    Args:
+        rewards: The parts by name.
+        weights: Their weights; 1 where absent. Use a negative weight for a cost.
+        ranges: As in `Combination`.
+        limits: As in `Combination`.
+        held_out: As in `Combination`.
+    """
+
+    def __init__(
+        self,
+        rewards: dict[str, Reward],
+        weights: dict[str, float] | None = None,
+        ranges: dict[str, tuple[float, float]] | None = None,
+        limits: dict[str, tuple[float | None, float | None]] | None = None,
+        held_out: list[str] | None = None,
+    ) -> None:
+        super().__init__(rewards, ranges, limits, held_out)
+        self.weights: Mapping[str, float] = dict(weights or {})
+        self._check_names("weights")
+        self.weights = {name: self.weights.get(name, 1.0) for name in rewards}
+        finite(self, "weights")
+
+    def combine(self, parts: Mapping[str, Tensor]) -> Tensor:
         return torch.stack([self.weights[name] * part for name, part in parts.items()]).sum(dim=0)
+
+
+class Product(Combination):
+    """A product of rewards, for parts of which none can do without the others.
+
+    Values below 0 count as 0: two of them would have a product above 0. Give ranges to parts that
+    can be negative. Where a part is 0, the gradients of all others are.
+    """
+
+    def combine(self, parts: Mapping[str, Tensor]) -> Tensor:
+        return torch.stack([part.clamp(min=0) for part in parts.values()]).prod(dim=0)
 
 
 def rewards_of(

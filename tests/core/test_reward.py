@@ -10,6 +10,7 @@ from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import (
     Metric,
     Metrics,
+    Product,
     Reward,
     WeightedSum,
     check_rewards,
@@ -61,6 +62,60 @@ def test_weighted_sum_refuses_what_cannot_work() -> None:
         WeightedSum({})
     with pytest.raises(UsageError, match=r"\['c'\]"):
         WeightedSum({"a": First()}, {"c": 1.0})
+
+
+def test_parts_are_limited_in_their_units_and_then_brought_to_their_ranges() -> None:
+    settings: dict[str, Any] = {
+        "ranges": {"a": (1.0, 3.0), "b": (10.0, 0.0)},
+        "limits": {"a": (None, 2.0), "b": (-1.0, 4.0)},
+    }
+    total = WeightedSum({"a": First(), "b": Second()}, {"b": 2.0}, **settings)
+    a, b = torch.tensor([0.0, 0.5, -0.5]), torch.tensor([0.8, 1.1, 0.6])
+    torch.testing.assert_close(total(POINTS, CONDITION), a + 2 * b)
+    values = total.evaluate(POINTS, CONDITION)
+    torch.testing.assert_close(values["WeightedSum"], a + 2 * b)
+    assert torch.equal(values["a"], POINTS[:, 0])  # reported in their own units
+    product = Product({"a": First(), "b": Second()}, **settings)
+    torch.testing.assert_close(product(POINTS, CONDITION), a.clamp(min=0) * b)
+
+
+def test_held_out_parts_are_measured_and_not_trained_on() -> None:
+    class Counted(Second):
+        calls = 0
+
+        def forward(self, samples: Any, condition: Condition) -> Tensor:
+            self.calls += 1
+            return super().forward(samples, condition)
+
+    held = Counted()
+    total = WeightedSum({"a": First(), "b": held}, held_out=["b"])
+    assert total.differentiable and torch.equal(total(POINTS, CONDITION), POINTS[:, 0])
+    assert held.calls == 0
+    values = total.evaluate(POINTS, CONDITION)
+    assert torch.equal(values["b"], POINTS[:, 1]) and torch.equal(
+        values["WeightedSum"], values["a"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"held_out": ["a", "b"]}, "held_out must leave a reward to train on"),
+        ({"held_out": ["c"]}, r"held_out names \['c'\]"),
+        ({"ranges": {"a": (1.0, 1.0)}}, "ranges must be pairs, different numbers, got a"),
+        ({"ranges": {"a": (0.0, float("nan"))}}, "ranges must be a finite number, got nan"),
+        (
+            {"limits": {"b": (2.0, 1.0)}},
+            "limits must be pairs, a smaller number first, got b",
+        ),
+        ({"limits": {"b": 2.0}}, "limits must be pairs, a smaller number first, got b: 2"),
+        ({"limits": {"x": (0.0, 1.0)}}, r"limits names \['x'\]"),
+    ],
+)
+def test_combinations_refuse_what_cannot_work(settings: dict[str, Any], sentence: str) -> None:
+    for kind in (WeightedSum, Product):
+        with pytest.raises(UsageError, match=sentence):
+            kind({"a": First(), "b": Second()}, **settings)
 
 
 def test_rewards_are_checked_and_cast() -> None:
