@@ -44,7 +44,7 @@ from lit_rlft.core.streams import Stream
 from lit_rlft.core.surrogate import importance_sampling, ratio_values, score_function
 from lit_rlft.core.trajectory import Trajectories, transition_of, walk_with_log_probs
 from lit_rlft.distributed import gather
-from lit_rlft.loop.advantages import compare
+from lit_rlft.loop.advantages import check_parts, judge
 from lit_rlft.loop.experience import Experience
 
 __all__ = ["DDPO", "Rollout"]
@@ -126,6 +126,8 @@ class DDPO(RewardFineTuner):
         advantage: The rule that picks each sample's peers, the rewards that its own is compared
             with; running statistics per condition unless given.
         advantage_clip: Advantages are clamped to this size; None leaves them alone.
+        decoupled_rewards: Compare each part of a `WeightedSum` for itself and add the advantages,
+            weighted (GDPO): parts of any units then count by their weights alone.
         clip_range: Ratios count up to 1 ± this. The published 1e-4 belongs to the mean.
         log_prob_reduction: Log-probabilities are the "mean" over the dimensions of a state, as
             DDPO publishes, or their "sum", whose ratios grow with the number of dimensions.
@@ -146,6 +148,7 @@ class DDPO(RewardFineTuner):
         estimator: Literal["importance_sampling", "score_function"] = "importance_sampling",
         advantage: Advantage | None = None,
         advantage_clip: float | None = 5.0,
+        decoupled_rewards: bool = False,
         clip_range: float = 1e-4,
         log_prob_reduction: Reduction = "mean",
         kl_coef: float = 0.0,
@@ -159,6 +162,7 @@ class DDPO(RewardFineTuner):
         self.estimator = estimator
         self.advantage = advantage or RunningAdvantage()
         self.advantage_clip, self.clip_range = advantage_clip, clip_range
+        self.decoupled_rewards = decoupled_rewards
         self.log_prob_reduction: Reduction = log_prob_reduction
         self.kl_coef = kl_coef
         self.window, self.num_train_steps = window, num_train_steps
@@ -206,6 +210,8 @@ class DDPO(RewardFineTuner):
             "model.init_args.estimator to importance_sampling",
         )
         self.advantage.check(self.num_candidates)
+        if self.decoupled_rewards:
+            check_parts(self.reward, self)
 
     def collect(self, batch: Batch, condition: Condition) -> Rollout:
         """Draw M trajectories per condition with the current policy and compare their rewards.
@@ -218,14 +224,14 @@ class DDPO(RewardFineTuner):
         seeds = self.rollouts.seeds(batch, self.num_candidates, *stream)
         trajectories, x_0 = self._sample(candidates, seeds)
         self.num_samples += len(candidates) * self.trainer.world_size
-        rewards = self.rollouts.score(x_0, candidates, may_fail=True).rewards
-        advantages, metrics = compare(
-            rewards,
+        judged = judge(
+            self.rollouts,
+            x_0,
             condition,
-            seeds[:: self.num_candidates],
+            seeds,
             advantage=self.advantage,
             clip=self.advantage_clip,
-            source=self.reward.name,
+            decoupled=self.decoupled_rewards,
             world_size=self.trainer.world_size,
         )
         random = trajectories.log_probs.cpu() != 0
@@ -233,12 +239,12 @@ class DDPO(RewardFineTuner):
             states={},
             condition=candidates,
             seeds=seeds,
-            metrics=metrics,
-            histograms={"reward": rewards[rewards.isfinite()], "advantage": advantages},
+            metrics=judged.metrics,
+            histograms=judged.histograms,
             trajectories=trajectories,
             # Without a KL term a pair without advantage has no gradient either.
-            trained=random if self.kl_coef else random & (advantages != 0),
-            advantages=advantages,
+            trained=random if self.kl_coef else random & (judged.advantages != 0),
+            advantages=judged.advantages,
             rows=torch.arange(len(candidates)),
             num_steps=self._num_random(random),
         )

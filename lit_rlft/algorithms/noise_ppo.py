@@ -34,7 +34,7 @@ from lit_rlft.core.state import tensor_of
 from lit_rlft.core.streams import Stream
 from lit_rlft.core.surrogate import importance_sampling, ratio_values
 from lit_rlft.inference import NoiseGenerator
-from lit_rlft.loop.advantages import compare
+from lit_rlft.loop.advantages import check_parts, judge
 from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.route import Route
 
@@ -53,6 +53,8 @@ class NoisePPO(RewardFineTuner):
         advantage: The rule that picks each sample's peers, the rewards that its own is compared
             with; its group's unless given.
         advantage_clip: Advantages are clamped to this size; None leaves them alone.
+        decoupled_rewards: Compare each part of a `WeightedSum` for itself and add the advantages,
+            weighted (GDPO): parts of any units then count by their weights alone.
         clip_range: Ratios count up to 1 ± this; for the "mean" about 1 / d of what suits the "sum".
         log_prob_reduction: Log-probabilities and KL are the "sum" over the d dimensions of x_1, or
             their "mean".
@@ -71,6 +73,7 @@ class NoisePPO(RewardFineTuner):
         num_candidates: int = 8,
         advantage: Advantage | None = None,
         advantage_clip: float | None = 5.0,
+        decoupled_rewards: bool = False,
         clip_range: float = 0.2,
         log_prob_reduction: Reduction = "sum",
         beta: float = 0.05,
@@ -83,6 +86,7 @@ class NoisePPO(RewardFineTuner):
         self.num_candidates = num_candidates
         self.advantage = advantage or GroupAdvantage()
         self.advantage_clip, self.clip_range = advantage_clip, clip_range
+        self.decoupled_rewards = decoupled_rewards
         self.log_prob_reduction: Reduction = log_prob_reduction
         self.beta = beta
         self.maps, self.width, self.condition_free = maps or LowResolution(), width, condition_free
@@ -110,6 +114,8 @@ class NoisePPO(RewardFineTuner):
         positive(self, "clip_range", "advantage_clip")
         at_least(0, self, "beta")
         self.advantage.check(self.num_candidates)
+        if self.decoupled_rewards:
+            check_parts(self.reward, self)
 
     def build(self) -> None:
         """Freeze the pipeline and size the policy for its states and features."""
@@ -156,26 +162,29 @@ class NoisePPO(RewardFineTuner):
         ends = (0, self.sampler.num_steps)
         x_1, x_0 = self.rollouts.draw(self.route(), candidates, seeds, keep=ends)
         self.num_samples += len(candidates) * self.trainer.world_size
-        rewards = self.rollouts.score(x_0, candidates, may_fail=True).rewards
-        advantages, metrics = compare(
-            rewards,
+        judged = judge(
+            self.rollouts,
+            x_0,
             condition,
-            seeds[:: self.num_candidates],
+            seeds,
             advantage=self.advantage,
             clip=self.advantage_clip,
-            source=self.reward.name,
+            decoupled=self.decoupled_rewards,
             world_size=self.trainer.world_size,
         )
         prior = _precise(self.prior(candidates))
         old = prior.log_prob(x_1, self.log_prob_reduction)
         squares = tensor_of(x_1).double().square().flatten(start_dim=1).sum(dim=1)
         return Experience(
-            states={"x_1": x_1, "log_prob": old, "advantage": advantages.to(old)},
+            states={"x_1": x_1, "log_prob": old, "advantage": judged.advantages.to(old)},
             condition=candidates,
             seeds=seeds,
             # ||x_1||^2 / d: the denoiser was trained where it is 1, give or take 3 %.
-            metrics={**metrics, "noise_power": float((squares / prior.num_dimensions).mean())},
-            histograms={"reward": rewards[rewards.isfinite()], "advantage": advantages},
+            metrics={
+                **judged.metrics,
+                "noise_power": float((squares / prior.num_dimensions).mean()),
+            },
+            histograms=judged.histograms,
         )
 
     def loss(self, experience: Experience, noise: Generators) -> tuple[Tensor, dict[str, Tensor]]:

@@ -194,14 +194,16 @@ class Combination(Reward):
         }
 
     def parts(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
-        """Return the values of each part that counts, [B], in its own units."""
-        return {
-            name: rewards_of(reward, samples, condition, may_fail=True)
-            for name, reward in self.counted.items()
-        }
+        """Return each part that counts, [B], within its limits and in units of its range."""
+        return self._scaled(
+            {
+                name: rewards_of(reward, samples, condition, may_fail=True)
+                for name, reward in self.counted.items()
+            }
+        )
 
     def forward(self, samples: Any, condition: Condition) -> Tensor:
-        return self._combined(self.parts(samples, condition))
+        return self.combine(self.parts(samples, condition))
 
     def evaluate(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
         """Return the combination, each part, and the details of parts under "<part>/..."."""
@@ -211,20 +213,21 @@ class Combination(Reward):
             for key, value in values_of(reward, samples, condition).items():
                 detail = key.removeprefix(reward.name).removeprefix("/")
                 values[f"{name}/{detail}" if detail else name] = value
-        return {self.name: self._combined({name: values[name] for name in self.counted}), **values}
+        counted = self._scaled({name: values[name] for name in self.counted})
+        return {self.name: self.combine(counted), **values}
 
     @abstractmethod
     def combine(self, parts: Mapping[str, Tensor]) -> Tensor:
-        """Return the combination of parts within their limits and in units of their ranges, [B]."""
+        """Return the combination [B] of what `parts` returns."""
 
-    def _combined(self, parts: Mapping[str, Tensor]) -> Tensor:
+    def _scaled(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         scaled = {}
         for name, part in parts.items():
             low, high = self.limits.get(name, (None, None))
             part = part if low is None and high is None else part.clamp(low, high)
             start, end = self.ranges.get(name, (0.0, 1.0))
             scaled[name] = (part - start) / (end - start)
-        return self.combine(scaled)
+        return scaled
 
     def _check_names(self, argument: str) -> None:
         if unknown := sorted(set(getattr(self, argument)) - set(self.rewards)):

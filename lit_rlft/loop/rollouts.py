@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline
 from lit_rlft.core.randomness import Generators, generators, seed_from
-from lit_rlft.core.reward import Reward, rewards_of
+from lit_rlft.core.reward import Combination, Reward, rewards_of
 from lit_rlft.core.state import State, cat, index, slices
 from lit_rlft.cost.meter import Meter
 from lit_rlft.loop.route import Route
@@ -38,7 +38,12 @@ class Chunk(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Rewards [B], NaN where scoring failed, and the samples' de-duplication keys if any."""
+    """What samples are worth.
+
+    Attributes:
+        rewards: [B], NaN where scoring failed; of several rewards [B, P] where asked for.
+        keys: The samples' de-duplication keys if any.
+    """
 
     rewards: Tensor
     keys: list[Hashable] | None
@@ -122,8 +127,16 @@ class Rollouts:
                         states.append(x)
         return [cat(states) for states in kept]
 
-    def score(self, x_0: State, condition: Condition, *, may_fail: bool = False) -> Scores:
-        """Decode and score samples; those that could not be scored may have NaN if they `may_fail`.
+    def score(
+        self, x_0: State, condition: Condition, *, may_fail: bool = False, by_part: bool = False
+    ) -> Scores:
+        """Decode and score samples.
+
+        Args:
+            x_0: The samples, one per row of `condition`.
+            condition: One row per sample.
+            may_fail: Samples that could not be scored have NaN.
+            by_part: Score them by the parts of a combined reward, each for itself; they may fail.
 
         Raises:
             UsageError: The reward returns something other than a finite number per sample.
@@ -132,7 +145,10 @@ class Rollouts:
         keys: list[Hashable] = []
         for chunk in self.chunks(condition, label="Scoring"):
             samples = self.pipeline.decode(index(x_0, chunk.rows), chunk.condition)
-            rewards.append(self.reward_of(samples, chunk.condition, may_fail=may_fail))
+            if by_part:
+                rewards.append(self._parts_of(samples, chunk.condition))
+            else:
+                rewards.append(self.reward_of(samples, chunk.condition, may_fail=may_fail))
             keys.extend(self.pipeline.keys(samples, chunk.condition) or [])
         return Scores(torch.cat(rewards), keys or None)
 
@@ -140,6 +156,11 @@ class Rollouts:
         """Return the rewards of decoded samples, [B], as `score` does."""
         self.meter.current.reward_calls += len(condition)
         return rewards_of(self.reward, samples, condition, may_fail=may_fail)
+
+    def _parts_of(self, samples: Any, condition: Condition) -> Tensor:
+        assert isinstance(self.reward, Combination)
+        self.meter.current.reward_calls += len(condition)
+        return torch.stack([*self.reward.parts(samples, condition).values()], dim=1)
 
 
 def track(items: Iterable[T], label: str, *, trainer: Trainer | None) -> Iterable[T]:
