@@ -10,6 +10,8 @@ References:
     P-GRAFT (2025), https://arxiv.org/abs/2510.02692
 """
 
+import math
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -20,6 +22,7 @@ from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.core.checks import at_least, below_one, require
 from lit_rlft.core.pipeline import Batch, Condition
 from lit_rlft.core.randomness import Generators, generators, rand_like, seed_from
+from lit_rlft.core.reward import all_failed
 from lit_rlft.core.selection import Selection, TopK
 from lit_rlft.core.state import State, expand_as, index, leaves, tensor_of, tree_map
 from lit_rlft.core.streams import Stream
@@ -117,34 +120,42 @@ class PGRAFT(RewardFineTuner):
         keep = (self.cut_step, self.sampler.num_steps)
         x_tau, x_0 = self.rollouts.draw(route, candidates, seeds, keep=keep)
         self.num_samples += len(candidates) * (world_size := self.trainer.world_size)
-        rewards, keys = self.rollouts.score(x_0, candidates)
-
-        shape = (-1, self.num_candidates)
-        starts = range(0, len(candidates), self.num_candidates)
-        grouped = [keys[i : i + self.num_candidates] for i in starts] if keys else None
-        noise = generators(
-            [seed_from(seed, Stream.SELECT) for seed in seeds[:: self.num_candidates]]
-        )
-        accepted = self.selection(rewards.cpu().view(shape), grouped, noise).flatten()
-        chosen = accepted.nonzero().flatten()
-        weights = self._weights(accepted.view(shape).float()).flatten()
-        trained = weights.nonzero().flatten()
+        rewards, keys = self.rollouts.score(x_0, candidates, may_fail=True)
+        known = rewards[rewards.isfinite()]
+        if math.isnan(reward := mean_of_all(known, world_size)):
+            raise all_failed(self.reward.name, len(candidates) * world_size)
+        accepted = self._accept(rewards.cpu(), keys, seeds)
+        chosen = accepted.flatten().nonzero().flatten()
+        weights = self._weights(accepted.float(), rewards.cpu().view(accepted.shape).isfinite())
+        trained = weights.flatten().nonzero().flatten()
         source = x_tau if self.train_from == "intermediate" else x_0
         return Experience(
             states={
                 "x_s": index(source, trained.to(leaves(source)[0].device)),
-                "weight": weights[trained].to(rewards.device),
+                "weight": weights.flatten()[trained].to(rewards.device),
             },
             condition=candidates.index(trained),
             seeds=[seeds[i - i % self._noised_alike] for i in trained.tolist()],
             metrics={
-                "reward": mean_of_all(rewards, world_size),
+                "reward": reward,
+                "failed_rewards": mean_of_all(1 - rewards.isfinite().float(), world_size),
                 "accepted_reward": mean_of_all(rewards[chosen.to(rewards.device)], world_size),
                 "acceptance_rate": mean_of_all(accepted.float(), world_size),
             },
-            histograms={"reward": rewards, "accepted_reward": rewards.cpu()[chosen]},
-            counts=weights.view(shape).count_nonzero(dim=1).tolist(),
+            histograms={"reward": known, "accepted_reward": rewards.cpu()[chosen]},
+            counts=weights.count_nonzero(dim=1).tolist(),
         )
+
+    def _accept(
+        self, rewards: Tensor, keys: Sequence[Hashable] | None, seeds: Sequence[int]
+    ) -> Tensor:
+        """Return accept bits [G, M]; candidates that could not be scored are never accepted."""
+        starts = range(0, len(seeds), self.num_candidates)
+        grouped = [keys[i : i + self.num_candidates] for i in starts] if keys else None
+        noise = generators([seed_from(seeds[i], Stream.SELECT) for i in starts])
+        groups = rewards.view(-1, self.num_candidates)
+        known = groups.isfinite()
+        return self.selection(groups.where(known, -math.inf), grouped, noise) & known
 
     @property
     def _noised_alike(self) -> int:
@@ -165,9 +176,12 @@ class PGRAFT(RewardFineTuner):
             prediction = self._mirrored(prediction, x_t, t, experience.condition, weight.sign())
         return weight.abs() * process.loss(prediction, x_s, x_t, s, t), {}
 
-    def _weights(self, accepted: Tensor) -> Tensor:
+    def _weights(self, accepted: Tensor, known: Tensor) -> Tensor:
         """Return each candidate's weight, [G, M], negative for rejected; 0 costs nothing."""
-        return accepted - accepted.mean(dim=1, keepdim=True) if self.contrast else accepted
+        if not self.contrast:
+            return accepted
+        mean = accepted.sum(dim=1, keepdim=True) / known.sum(dim=1, keepdim=True).clamp(min=1)
+        return (accepted - mean).where(known, 0)
 
     def _mirrored(
         self, prediction: State, x_t: State, t: Tensor, condition: Condition, sign: Tensor

@@ -17,8 +17,8 @@ __all__ = [
     "within",
 ]
 
-_LONGEST = 280
-"""Characters of a sentence with a file reader's reason; 60 of the reason are kept in any case."""
+_LONGEST = 200
+"""Characters of a reason that a reader of files gives."""
 
 
 class UsageError(ValueError):
@@ -109,7 +109,7 @@ def _numbers(value: Any) -> Iterator[float]:
 def loading(sentence: str) -> Iterator[None]:
     """Turn any error while reading a user's file into UsageError, "<sentence> (<reason>)".
 
-    Long reasons are cut: readers of files have some of several hundred characters.
+    Long reasons lose their middle: readers of files have some of several hundred characters.
 
     A UsageError raised in the block stays as it is.
     """
@@ -118,6 +118,12 @@ def loading(sentence: str) -> Iterator[None]:
     except UsageError:
         raise
     except Exception as error:  # a file can hold anything, and every reader has its own errors
-        reason, room = str(error).strip().partition("\n")[0], max(60, _LONGEST - len(sentence))
-        reason = reason if len(reason) <= room else f"{reason[: room - 3]}..."
-        raise UsageError(f"{sentence} ({reason})") from error
+        raise UsageError(f"{sentence} ({_reason(error)})") from error
+
+
+def _reason(error: Exception) -> str:
+    reason = str(error).strip().partition("\n")[0]
+    if type(error).__name__ == "SafetensorError":
+        reason = ": ".join(reason.split(": ")[:2])  # without the place in the file's header
+    half = _LONGEST // 2  # where the start says what failed, and the end what is missing
+    return reason if len(reason) <= _LONGEST else f"{reason[:half]} ... {reason[-half:]}"

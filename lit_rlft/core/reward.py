@@ -20,6 +20,7 @@ __all__ = [
     "Reward",
     "SetMetric",
     "WeightedSum",
+    "all_failed",
     "check_rewards",
     "rewards_of",
     "values_of",
@@ -343,4 +344,12 @@ def check_rewards(
     raise UsageError(
         f"{reward.name} returned {known} for {int((~finite).sum())} of {num_samples} samples; "
         "give failed samples a finite low reward"
+    )
+
+
+def all_failed(source: str, num_samples: int) -> UsageError:
+    """Return the error of a reward that scored none of some samples."""
+    return UsageError(
+        f"{source} failed for all {num_samples} samples: it returned no finite number; fix the "
+        "reward first"
     )

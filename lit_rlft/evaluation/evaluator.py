@@ -5,13 +5,14 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_rlft.core.answers import unchanged
 from lit_rlft.core.divergence import path_kl
 from lit_rlft.core.pipeline import Batch, Condition
 from lit_rlft.core.randomness import seed_from
-from lit_rlft.core.reward import Metric, SetMetric, check_rewards, values_of
+from lit_rlft.core.reward import Metric, SetMetric, all_failed, check_rewards, values_of
 from lit_rlft.core.state import State, index
 from lit_rlft.core.streams import Stream
 from lit_rlft.distributed import telling
@@ -48,7 +49,7 @@ class Evaluator:
         self.rollouts, self.metrics, self.num_samples = rollouts, metrics, num_samples
         self.pipeline, self.reward = rollouts.pipeline, rollouts.reward
         self.measurements, self.num_pictures, self.world_size = Measurements(), 0, 1
-        self.shown = True
+        self.shown, self._scored, self._said = True, False, False
         self.phase: Phase = lambda name, num_samples: nullcontext()
 
     @property
@@ -150,12 +151,25 @@ class Evaluator:
         """Decode and measure samples of some rows; `known` holds the values known already."""
         samples = self.pipeline.decode(x_0, condition)
         values = values_of(self.reward, samples, condition)
-        check_rewards(self.reward, values.get(self.reward.name), len(condition))
+        self._check_scored(values.get(self.reward.name), len(condition))
         values |= values_of(self.metrics, samples, condition) | known
         pictures = self._pictures(arm, samples, condition)
         labels = [self.pipeline.describe(entry) for entry in condition.each()]
         features = [_features(metric, samples, condition) for metric in self.set_metrics]
         self.measurements.add(arm, batch_idx, values, pictures, labels, features, rows)
+
+    def _check_scored(self, rewards: Any, num_samples: int) -> None:
+        """Check rewards; say once that some are missing, and stop where there never were any."""
+        found = check_rewards(self.reward, rewards, num_samples, may_fail=True).isfinite()
+        self._scored = self._scored or bool(found.any())
+        if not self._scored:
+            raise all_failed(self.reward.name, num_samples)
+        if not found.all() and not self._said:
+            self._said = True
+            rank_zero_warn(
+                f"{self.reward.name} failed for {int((~found).sum())} of {num_samples} samples of "
+                "an evaluation, which are left out of its means; further failures are not said"
+            )
 
     def _pictures(self, arm: Arm, samples: Any, condition: Condition) -> Tensor | None:
         """Render only what is still to be shown: some domains render more slowly than sample."""

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from lit_rlft.core.advantage import Advantage, BatchAdvantage, constant_groups
-from lit_rlft.core.checks import UsageError, require
+from lit_rlft.core.checks import require
 from lit_rlft.core.pipeline import Condition
-from lit_rlft.core.reward import Reward, WeightedSum
+from lit_rlft.core.reward import Reward, WeightedSum, all_failed
 from lit_rlft.core.state import State
 from lit_rlft.distributed import gather
 from lit_rlft.loop.rollouts import Rollouts
@@ -148,10 +148,7 @@ def _known(rewards: Tensor, source: str) -> Tensor:
     """Return the rewards of samples that did not fail; raise UsageError where all did."""
     known = rewards[rewards.isfinite()]
     if not len(known):
-        raise UsageError(
-            f"{source} failed for all {rewards.numel()} samples of the round: it returned no "
-            "finite number; fix the reward before training on it"
-        )
+        raise all_failed(source, rewards.numel())
     return known
 
 

@@ -14,9 +14,18 @@ from domains.gaussian_mixture.pipeline import GaussianMixturePipeline
 from domains.gaussian_mixture.rewards import Coordinate
 from lit_rlft.algorithms.graft import GRAFT, PGRAFT
 from lit_rlft.core.checks import UsageError
+from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.process import GaussianProcess
 from lit_rlft.core.randomness import generators
-from lit_rlft.core.selection import Threshold, TopK, Unique
+from lit_rlft.core.selection import (
+    Classical,
+    Preference,
+    RandomK,
+    Selection,
+    Threshold,
+    TopK,
+    Unique,
+)
 from lit_rlft.core.state import tensor_of
 from lit_rlft.loop.experience import Experience
 from tests.algorithms.graft_support import fit, nearest, tuner_of
@@ -208,7 +217,36 @@ def test_settings_that_cannot_work_are_refused(
 def test_contrast_weighs_candidates_against_their_group() -> None:
     accepted = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
     pipeline = GaussianMixturePipeline()
-    weights = PGRAFT(pipeline, Coordinate(0), contrast=1.0)._weights(accepted)
+    known = torch.ones_like(accepted, dtype=torch.bool)
+    weights = PGRAFT(pipeline, Coordinate(0), contrast=1.0)._weights(accepted, known)
     torch.testing.assert_close(weights[0], torch.tensor([0.75, -0.25, -0.25, -0.25]))
     assert not weights[1:].any()  # groups without a difference teach nothing and cost nothing
-    assert torch.equal(PGRAFT(pipeline, Coordinate(0))._weights(accepted), accepted)
+    assert torch.equal(PGRAFT(pipeline, Coordinate(0))._weights(accepted, known), accepted)
+    known[0, 3] = False  # it could not be scored: no member of its group
+    weights = PGRAFT(pipeline, Coordinate(0), contrast=1.0)._weights(accepted, known)
+    torch.testing.assert_close(weights[0], torch.tensor([2 / 3, -1 / 3, -1 / 3, 0.0]))
+
+
+@pytest.mark.parametrize(
+    "selection", [TopK(3), Threshold(-100.0), Preference(), Classical(r_max=-50.0), RandomK(4)]
+)
+def test_candidates_that_could_not_be_scored_are_left_out(
+    folder: Path, selection: Selection
+) -> None:
+    class Sometimes(Coordinate):
+        """Fails for the first two candidates of each condition, and for one whole condition."""
+
+        def forward(self, samples: Any, condition: Condition) -> Tensor:
+            rewards = super().forward(samples, condition).view(-1, 4).clone()
+            rewards[:, :2] = torch.tensor([torch.nan, torch.inf])
+            rewards[3] = torch.nan
+            return rewards.flatten()
+
+    tuner = tuner_of(cut=0.5, reward=Sometimes(), selection=selection)
+    settings: dict[str, Any] = {"limit_val_batches": 0, "default_root_dir": folder}
+    (experience,) = fit(tuner, **settings).experiences
+    assert experience.metrics["failed_rewards"] == pytest.approx((7 * 2 + 4) / 32)
+    assert np.isfinite(experience.metrics["reward"]) and experience.counts is not None
+    assert experience.counts[3] == 0 and 0 < max(experience.counts) <= 2
+    assert experience.histograms["accepted_reward"].isfinite().all()
+    assert len(experience.histograms["reward"]) == 14

@@ -40,7 +40,7 @@ def test_failed_rewards_are_left_out_and_counted() -> None:
     assert advantages.isfinite().all() and math.isfinite(experience.metrics["reward"])
     assert tuner.loss(experience, None)[0].isfinite().all()
     reward.edge = math.inf
-    with pytest.raises(UsageError, match="Patchy failed for all 256 samples of the round"):
+    with pytest.raises(UsageError, match="Patchy failed for all 256 samples"):
         collected(tuner)
 
 

@@ -170,7 +170,7 @@ SETTINGS = {
     ),
     "unknown class": ({"reward": "nowhere.Nothing"}, "No module named 'nowhere'"),
     "missing config": ({"config": ["configs/nowhere.yaml"]}, "does not exist"),
-    "NaN reward": ({"reward": "mistaken_rewards.Failing"}, "Failing returned NaN for 32 of 32"),
+    "NaN reward": ({"reward": "mistaken_rewards.Failing"}, "Failing failed for all 32 samples"),
     "wide reward": ({"reward": "mistaken_rewards.Wide"}, "Wide returned shape (32, 2) for 32"),
     "bare reward": ({"reward": "mistaken_rewards.Number"}, "Number returned a float"),
 }

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from lit_rlft.core.checks import UsageError
@@ -53,14 +54,21 @@ def test_one_sentence_where_nothing_can_be_read(embedded: Path) -> None:
         check_one_given("small", object())
 
 
-def test_a_long_reason_is_cut(embedded: Path) -> None:
+def test_long_reasons_are_cut(embedded: Path, tmp_path: Path) -> None:
     def read(source: str) -> str:
         raise OSError("what the reader met " * 30)
 
     with pytest.raises(UsageError) as error:
         load_pretrained("own", embedded, read, kind="a toy model", give="'small'")
-    assert re.search(r"give 'small' \(what the reader met .*\.\.\.\)$", str(error.value))
-    assert len(f"lit-rlft: error: {error.value}") <= 300
+    assert re.search(r"give 'small' \(what the reader .{150,190}he reader met\)$", str(error.value))
+    header = b'{"a": {"dtype": "F16", "shape": [1\x01'
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(UsageError, match=r"give 'small' \([^:]*: invalid JSON in header\)$"):
+        load_pretrained(
+            str(file), embedded, lambda source: str(load_file(source)), kind="a model",
+            give="'small'",
+        )  # fmt: skip
 
 
 def test_frozen_modules_stay_in_evaluation_mode() -> None:
