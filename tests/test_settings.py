@@ -68,7 +68,9 @@ NEEDED: Mapping[str, Mapping[str, Any]] = {
     "domains.molecule.sources.QM9": {"path": "file"},
     "domains.molecule.sources.MoleculeFile": {"path": "file.sdf"},
     "domains.molecule.sources.SmilesFile": {"path": "file.smi"},
+    "domains.text_to_image.rewards.FunctionReward": {"function": len},
     "domains.text_to_image.data.PromptData": {"source": "file.txt"},
+    "lit_rlft.kit.http_reward.HTTPReward": {"url": "http://localhost:8000"},
 }  # fmt: skip
 
 ZERO, ANY = (0,), (-1, 0)
@@ -76,7 +78,8 @@ ALLOWED: Mapping[str, tuple[Sequence[float], set[str]]] = {
     "0 switches it off": (
         ZERO,
         {
-            "*.num_workers", "MMD.num_draws", "SetDistances.num_draws", "*.best_of",
+            "*.num_workers", "HTTPReward.retries", "*.best_of",
+            "MMD.num_draws", "SetDistances.num_draws",
             "DDPO.kl_coef", "RewardGradient.kl_coef",
             "NoisePPO.beta", "PGRAFT.contrast", "PGRAFT.cut", "GRAFT.contrast", "EMA.decay",
             "InverseNoiseCorrection.data_noise", "Pretrain.condition_dropout",

@@ -1,6 +1,7 @@
 """Rewards of pictures, [B, 3, H, W] in [0, 1], some of them given the prompt."""
 
 from domains.text_to_image.rewards.clip import CLIPScore
+from domains.text_to_image.rewards.function import FunctionReward
 from domains.text_to_image.rewards.jpeg import (
     JPEGCompressibility,
     JPEGIncompressibility,
@@ -14,6 +15,7 @@ __all__ = [
     "Brightness",
     "CLIPScore",
     "Colourfulness",
+    "FunctionReward",
     "JPEGCompressibility",
     "JPEGIncompressibility",
     "ShapesClassifier",
