@@ -11,8 +11,11 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from domains.text_to_image import EMBEDDED
+from domains.text_to_image.extras import load_vae
 from domains.text_to_image.families import FAMILIES
+from domains.text_to_image.networks.weight_file import first_damaged
 from domains.text_to_image.networks.weightless import bare_pipeline
+from domains.text_to_image.single_file import load_single_file
 from lit_rlft.core.checks import UsageError
 from lit_rlft.kit.network_folder import found_variant, load_pretrained
 from lit_rlft.kit.weightless import check_cached, weightless
@@ -35,23 +38,28 @@ def load_parts(
     *,
     variant: str | None = None,
     from_scratch: bool = False,
+    config: str | None = None,
+    vae: str | None = None,
 ) -> DiffusionPipeline:
     """Return the pipeline of diffusers that `pretrained` names.
 
     Args:
-        pretrained: A folder, an embedded model's name or a hub id.
+        pretrained: A folder, an embedded model's name, a hub id or a single safetensors file.
         dtype: Precision of all weights; a VAE that overflows in half precision stays in single.
         variant: Which files of weights, such as "fp16"; None takes plain ones, and where a folder
             has none the one variant that is there.
         from_scratch: Draw new weights for U-Net and text encoder.
+        config: Of a single file: folder or hub id with what the file has not.
+        vae: Folder, hub id or file of a VAE to take instead of the model's own.
 
     Raises:
         UsageError: It cannot be loaded, or it is of a family that is not known here.
     """
+    _check_file_settings(pretrained, variant, from_scratch, config)
     parts = load_pretrained(
         pretrained,
         EMBEDDED,
-        lambda source: _read(source, dtype, variant, from_scratch),
+        lambda source: _read(source, dtype, variant, from_scratch, config, vae),
         kind="a text-to-image model",
         give="'shapes', a folder that save_pretrained wrote or a hub id",
     )
@@ -60,32 +68,59 @@ def load_parts(
     return parts
 
 
+def _check_file_settings(
+    pretrained: str, variant: str | None, from_scratch: bool, config: str | None
+) -> None:
+    """Raise UsageError for settings that are of folders alone, or of single files alone."""
+    if not Path(pretrained).is_file():
+        if config is not None:
+            raise UsageError(
+                "pipeline.init_args.config goes with a single file; set it to null, since "
+                f"{pretrained!r} has its own configs"
+            )
+        return
+    for name, given in (("variant", variant), ("from_scratch", from_scratch)):
+        if given:
+            raise UsageError(
+                f"pipeline.init_args.{name} is for folders and hub ids; leave it out for the "
+                f"single file {pretrained}"
+            )
+
+
 def _read(
-    source: str, dtype: torch.dtype, variant: str | None, from_scratch: bool
+    source: str,
+    dtype: torch.dtype,
+    variant: str | None,
+    from_scratch: bool,
+    config: str | None,
+    vae: str | None,
 ) -> DiffusionPipeline:
     folder = Path(source)
     if folder.is_file():
-        raise UsageError(
-            f"{_KEY}: {folder} is a single file; make a folder of it with diffusers: "
-            f"StableDiffusionPipeline.from_single_file({source!r}).save_pretrained('folder')"
-        )
+        return load_single_file(folder, dtype, config, vae)
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise UsageError(
             f"{_KEY}: {folder} has no model_index.json, so it is no diffusers pipeline; give a "
             "folder written by save_pretrained or a hub id"
         )
     kind = _known_kind(source)
+    new: dict[str, Any] = {} if vae is None else {"vae": load_vae(vae, source, dtype)}
     if weightless():
-        return bare_pipeline(source, kind, dtype, _KEY)
+        bare = bare_pipeline(source, kind, dtype, _KEY)
+        bare.register_modules(**new)
+        return bare
     if variant is None and folder.is_dir():
         variant = found_variant(folder, FAMILIES[kind].weighed())
-    new: dict[str, Any] = _new_networks(source, kind, dtype) if from_scratch else {}
+    new |= _new_networks(source, kind, dtype) if from_scratch else {}
     with warnings.catch_warnings():
         # Older versions know this name of it alone.
         warnings.filterwarnings("ignore", "`torch_dtype` is deprecated")
-        loaded = getattr(diffusers, kind).from_pretrained(
-            source, torch_dtype=dtype, variant=variant, **_LEFT_OUT.get(kind, {}), **new
-        )
+        try:
+            loaded = getattr(diffusers, kind).from_pretrained(
+                source, torch_dtype=dtype, variant=variant, **_LEFT_OUT.get(kind, {}), **new
+            )
+        except Exception as error:
+            raise (first_damaged(folder, _KEY) or error) from error
     assert isinstance(loaded, DiffusionPipeline)
     for part in loaded.components.values():
         if isinstance(part, nn.Module) and next(part.parameters()).dtype not in (

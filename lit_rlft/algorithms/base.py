@@ -30,7 +30,7 @@ from lit_rlft.loop.export import write_tuned
 from lit_rlft.loop.hooks import Audience
 from lit_rlft.loop.learning_rate import after_round, after_update, after_validation, optimizer_of
 from lit_rlft.loop.precision import check_precision, check_weights
-from lit_rlft.loop.reference import LoRA, adapt
+from lit_rlft.loop.reference import LoRA, adapt, completed
 from lit_rlft.loop.rollouts import Rollouts, track
 from lit_rlft.loop.round_log import log_round, round_means, write_round
 from lit_rlft.loop.route import Leg, Route
@@ -59,13 +59,12 @@ class RewardFineTuner(Checkpointed, ABC):
             ReduceLROnPlateau steps when its `monitor` is logged (train/loss; train/reward for max).
         num_epochs: Passes over the experience of each round.
         minibatch_size: Samples per update over all processes, at most.
-        microbatch_size: Samples per backward pass on each process, which bounds the memory of
-            training; None takes all of the minibatch. Gradients do not depend on it.
+        microbatch_size: Samples per backward pass and process, which bounds the memory of training
+            and changes no gradient; None takes all of the minibatch.
         max_grad_norm: Gradients are clipped to this norm; None leaves them alone.
         sampling_batch_size: Samples drawn at a time, which bounds the sampler's memory.
         num_eval_samples: Samples per condition in `validate`, `test` and `predict`.
-        best_of: n of the best-of-n baselines that `test` draws from the reference beside it: the
-            best of n samples, and a sample from the best of n initial noises; 0 leaves them out.
+        best_of: n of `test`'s baselines best of n samples and of n initial noises; 0 for none.
         seed: Seed of all noise.
     """
 
@@ -199,6 +198,7 @@ class RewardFineTuner(Checkpointed, ABC):
             if isinstance(part, Metric):
                 part.requires_grad_(False).check(self.pipeline)
         self.build()
+        self.lora = self.lora and completed(self.lora, self.pipeline)
         pretrained = fingerprint(self.pipeline.denoiser)
         self.reference = adapt(self.pipeline, self.lora, self.seed)
         self.meter.watch(self.pipeline, self.trainable(), self.reference)
