@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from domains.text_to_image import EMBEDDED
+from domains.text_to_image import EMBEDDED, card
 from domains.text_to_image.extras import add_textual_inversions
 from domains.text_to_image.families import FAMILIES, Family
 from domains.text_to_image.loading import load_parts
@@ -116,7 +116,7 @@ class TextToImagePipeline(Pipeline):
         at_least(1, self, max_sequence_length=max_sequence_length)
         at_least(0, self, crop=crop)
         at_least(1, self, original_size=original_size)
-        self.pretrained = pretrained
+        self.pretrained, self.config = pretrained, config
         self.guidance_gradient = guidance_gradient
         self.negative_prompt = negative_prompt
         self.decode_batch_size = decode_batch_size
@@ -275,6 +275,13 @@ class TextToImagePipeline(Pipeline):
         whole = copy.deepcopy(self.diffusers).to(dtype=self.save_dtype)
         whole.save_pretrained(folder)
         return [folder]
+
+    def hub_header(self, files: Sequence[str]) -> Mapping[str, Any]:
+        return card.hub_header(self.pretrained, files)
+
+    def usage(self, files: Sequence[str], facts: Mapping[str, Any]) -> str:
+        kind, told = type(self.diffusers).__name__, {"guidance_scale": self.guidance_scale}
+        return card.usage(kind, self.pretrained, self.config, files, {**facts, **told})
 
     def _save_web_lora(self, folder: Path) -> list[Path]:
         if not self.web_lora:

@@ -294,7 +294,7 @@ class RewardFineTuner(Checkpointed, ABC):
         check_weights(self._trained(), self.num_updates)
         trainer, steps = self.trainer, self.route().tuned_steps
         writes = trainer.is_global_zero and self.num_updates and not writes_nothing(trainer)
-        facts = {"algorithm": self.algorithm, "pipeline": self.pipeline.name}
-        counts = {"num_steps": len(steps), "tuned_steps": int(steps.sum())}
+        facts = self._facts() | {"num_steps": len(steps), "tuned_steps": int(steps.sum())}
         export = self.export if writes else None
-        write_tuned(run_folder(trainer) / "tuned", export, trainer.world_size, facts | counts)
+        folder = run_folder(trainer) / "tuned"
+        write_tuned(folder, export, trainer.world_size, facts, self._card)

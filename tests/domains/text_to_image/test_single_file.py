@@ -170,7 +170,8 @@ DAMAGES = {
     "pickle": (b"PK\x03\x04 and so on", "is a pickle of torch's by its content"),
     "gguf": (b"GGUF\x03", "whose weights are quantised"),
     "empty": (b"", "is empty"),
-    "noise": (b"\x00" * 100, "is damaged or half downloaded"),
+    "noise": (b"\x00" * 100, "is no safetensors file"),
+    "cut": (b'\x99\x00\x00\x00\x00\x00\x00\x00{"a":', "is damaged or half downloaded"),
 }
 
 

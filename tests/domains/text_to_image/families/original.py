@@ -15,7 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from tests.domains.text_to_image.families.tiny import tiny
 
-__all__ = ["as_one_file", "of_two_widths"]
+__all__ = ["as_one_file", "of_two_widths", "sgm_names"]
 
 Weights = dict[str, Tensor]
 _UNET = {
@@ -103,9 +103,15 @@ def _plain(weights: Mapping[str, Tensor]) -> Weights:
 
 
 def _unet(unet: Any) -> Weights:
+    names = sgm_names(unet)
+    return {names[name]: value for name, value in unet.state_dict().items()}
+
+
+def sgm_names(unet: Any) -> dict[str, str]:
+    """Return the names of a U-Net's weights in the original code, by those in diffusers."""
     rows = unet.config.layers_per_block + 1
-    found: Weights = {}
-    for name, value in unet.state_dict().items():
+    found: dict[str, str] = {}
+    for name in unet.state_dict():
         layer, _, kind = name.rpartition(".")
         new = _UNET.get(layer, layer)
         for part, index, shift in (("down", "input", 1), ("up", "output", 0)):
@@ -127,7 +133,7 @@ def _unet(unet: Any) -> Weights:
         if "resnets" in layer:
             for old, own in _RESNET.items():
                 new = new.replace(f".{old}", f".{own}")
-        found[f"{new}.{kind}"] = value
+        found[name] = f"{new}.{kind}"
     return found
 
 
