@@ -297,4 +297,4 @@ class RewardFineTuner(Checkpointed, ABC):
         facts = self._facts() | {"num_steps": len(steps), "tuned_steps": int(steps.sum())}
         export = self.export if writes else None
         folder = run_folder(trainer) / "tuned"
-        write_tuned(folder, export, trainer.world_size, facts, self._card)
+        write_tuned(folder, export, trainer.world_size, facts, self._model_card)

@@ -126,7 +126,7 @@ class Checkpointed(LightningModule):
         ours = contents.read(checkpoint, self.pretrained, self.pipeline.name, shapes)
         resume.check_adapter(ours.get("settings", {}), self._settings())
         if trainer is not None and not fitting:
-            self._load_average(checkpoint, trainer.callbacks)
+            self._load_average(checkpoint, getattr(trainer, "callbacks", ()))
         if fitting:
             self._check_resume(checkpoint, ours.get("settings"))
         vars(self).update({name: ours[name] for name in COUNTERS})
@@ -170,7 +170,7 @@ class Checkpointed(LightningModule):
         names = {"pipeline": self.pipeline.name, "reward": self.reward.name}
         return {"algorithm": self.algorithm, **names, **counters}
 
-    def _card(self, files: list[str], facts: Mapping[str, Any]) -> str:
+    def _model_card(self, files: list[str], facts: Mapping[str, Any]) -> str:
         """Return the model card of the tuned model, given its files and facts."""
         return readme(
             facts,

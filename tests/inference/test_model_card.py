@@ -54,17 +54,17 @@ def test_a_run_writes_its_card_and_a_test_its_numbers(
     trainer.fit(tuner, data)
     (path,) = tmp_path.rglob(f"tuned/{README}")
     text = path.read_text()
-    found = header(text)
+    found, name = header(text), tuner.reward.name
     assert found["library_name"] == "diffusers" and "lora" in found["tags"]
     assert "base_model" not in found  # it is a folder of this machine
-    assert "# tiny, tuned for brightness" in text and "1 updates" in text
+    assert f"# tiny, tuned for {name}" in text and "1 updates" in text
     assert "| model.cut | 0.5 |" in text and "licence applies" in text
     assert "first 1 of 2 steps" in text and "lit-rlft test --config" in text
     for private in (str(folder.parent), str(tmp_path), str(Path.home())):
         assert private not in text
     trainer.test(tuner, data, verbose=False)
     (metrics,) = tmp_path.rglob("metrics.json")
-    mean = yaml.safe_load(metrics.read_text())["tuned"]["brightness"]["mean"]
+    mean = yaml.safe_load(metrics.read_text())["tuned"][name]["mean"]
     tested = path.read_text()
     assert f"| {mean:.4g} ± " in tested and "lit-rlft test --config" not in tested
     assert tested.split("## Settings")[1] == text.split("## Settings")[1]

@@ -142,6 +142,7 @@ def _kohya_flux(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         found |= {f"{own}.lora_down.weight": down, f"{own}.lora_up.weight": up}
         found[f"{own}.alpha"] = torch.tensor(3.0)
     text = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
+    found[f"{text}.lora_up.weight"] = torch.zeros(37, 2)
     return found | {f"{text}.lora_down.weight": torch.zeros(2, 32)}
 
 
