@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderTiny
+from lightning.pytorch.utilities import rank_zero_info
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -111,11 +112,9 @@ class TextToImagePipeline(Pipeline):
         web_lora: bool = False,
     ) -> None:
         super().__init__()
-        at_least(0, self, guidance_scale=guidance_scale, true_cfg_scale=true_cfg_scale)
+        at_least(0, self, guidance_scale=guidance_scale, true_cfg_scale=true_cfg_scale, crop=crop)
         at_least(1, self, decode_batch_size=decode_batch_size, encode_batch_size=encode_batch_size)
-        at_least(1, self, max_sequence_length=max_sequence_length)
-        at_least(0, self, crop=crop)
-        at_least(1, self, original_size=original_size)
+        at_least(1, self, max_sequence_length=max_sequence_length, original_size=original_size)
         self.pretrained, self.config = pretrained, config
         self.guidance_gradient = guidance_gradient
         self.negative_prompt = negative_prompt
@@ -272,6 +271,8 @@ class TextToImagePipeline(Pipeline):
         """Write a LoRA that `load_lora_weights` of the family's pipeline reads, or all weights."""
         if any(isinstance(layer, BaseTunerLayer) for layer in self.denoiser.modules()):
             return [*save_lora(self.denoiser, self._home, folder), *self._save_web_lora(folder)]
+        if self.web_lora:
+            rank_zero_info("pipeline.web_lora: no LoRA was trained, so none is written")
         whole = copy.deepcopy(self.diffusers).to(dtype=self.save_dtype)
         whole.save_pretrained(folder)
         return [folder]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ FUSE = (
 """What to do with a LoRA that cannot be trained on."""
 
 _KEY = "model.init_args.lora.pretrained"
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]*\w(?<!\.safetensors)")
 _CONFIG = "adapter_config.json"
 _PEFT = "base_model.model."
 _KOHYA, _MODEL = "lora_unet_", "diffusion_model."
@@ -148,7 +150,10 @@ def _found(path: Path) -> Path:
     if path.is_dir():
         return _within(path)
     if not path.is_file():
-        raise UsageError(f"{_KEY}: there is no file {path}")
+        download = ""
+        if _HUB_ID.fullmatch(str(path)):
+            download = f"; if it is a hub id, `hf download {path} --local-dir <folder>` comes first"
+        raise UsageError(f"{_KEY}: there is no file {path}{download}")
     if path.suffix in PICKLES:
         new = path.with_suffix(".safetensors").name
         raise UsageError(

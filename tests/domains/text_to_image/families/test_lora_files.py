@@ -22,7 +22,7 @@ from tests.domains.text_to_image.families.test_tuning import SIZE, latents
 from tests.domains.text_to_image.families.tiny import tiny
 
 SLOW = pytest.mark.slow
-FAMILIES = [pytest.param("sd", marks=SLOW), "sdxl", "sd3", pytest.param("flux_dev", marks=SLOW)]
+FAMILIES = ["sdxl", *(pytest.param(name, marks=SLOW) for name in ("sd", "sd3", "flux_dev"))]
 DOUBLE = [
     f"transformer_blocks.0.attn.{name}"
     for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj")
@@ -196,7 +196,10 @@ FLUX: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], bool, in
 @pytest.mark.parametrize("folder", ["flux_dev"], indirect=True)
 @pytest.mark.parametrize(
     "kind",
-    [pytest.param(kind, marks=SLOW if kind in ("ai-toolkit", "kohya") else ()) for kind in FLUX],
+    [
+        pytest.param(kind, marks=() if kind in ("kohya, split", "original names") else SLOW)
+        for kind in FLUX
+    ],
 )
 def test_files_of_flux_of_other_tools_are_read(folder: Path, tmp_path: Path, kind: str) -> None:
     write, readable, alpha = FLUX[kind]
