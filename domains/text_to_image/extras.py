@@ -34,12 +34,7 @@ def load_vae(given: str, model: str, dtype: torch.dtype) -> AutoencoderKL | Auto
     """
     own = AutoencoderKL.load_config(model, subfolder="vae")
     if Path(given).is_file():
-        refuse_pickle(Path(given), _VAE)
-        check_whole(Path(given), _VAE)
-        with loading(f"{_VAE}: {given} could not be loaded as the VAE of a model like {model!r}"):
-            return AutoencoderKL.from_single_file(
-                given, config=model, subfolder="vae", torch_dtype=dtype
-            )
+        return _vae_of_file(Path(given), model, dtype)
     with loading(
         f"{_VAE}: {given!r} could not be loaded; give a folder or hub id with the config.json of "
         "an AutoencoderKL, or a safetensors file"
@@ -56,6 +51,23 @@ def load_vae(given: str, model: str, dtype: torch.dtype) -> AutoencoderKL | Auto
             with torch.device("meta"):
                 return kind.from_config(config)
         return kind.from_pretrained(given, torch_dtype=dtype, **where)
+
+
+def _vae_of_file(path: Path, model: str, dtype: torch.dtype) -> AutoencoderKL:
+    """Return the VAE in a file, alone or in a whole checkpoint, by the config of a model's own."""
+    refuse_pickle(path, _VAE)
+    check_whole(path, _VAE)
+    with loading(f"{_VAE}: {path} could not be loaded as the VAE of a model like {model!r}"):
+        network = AutoencoderKL.from_single_file(
+            str(path), config=model, subfolder="vae", torch_dtype=dtype
+        )
+    empty = [name for name, value in network.named_parameters() if value.is_meta]
+    if empty:
+        raise UsageError(
+            f"{_VAE}: {path} is no VAE of a model like {model!r}: it lacks {len(empty)} weights, "
+            f"such as {empty[0]}; give a file or folder of an AutoencoderKL"
+        )
+    return network
 
 
 def _config(given: str) -> tuple[dict[str, Any], dict[str, str]]:

@@ -178,8 +178,14 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("setting", ["pretrained", "vae", "textual_inversions"])
+@pytest.mark.parametrize(
+    ("setting", "damage"),
+    [
+        *(("pretrained", damage) for damage in DAMAGES),
+        ("vae", "pointer"),
+        ("textual_inversions", "page"),
+    ],
+)
 def test_damaged_files_are_named(tmp_path: Path, damage: str, setting: str) -> None:
     content, sentence = DAMAGES[damage]
     path = tmp_path / "x.safetensors"
@@ -285,6 +291,11 @@ def test_a_vae_of_other_latents_is_refused(tmp_path: Path, model: Model) -> None
     (path / "config.json").write_text(json.dumps({**config, "_class_name": "AutoencoderDC"}))
     with pytest.raises(UsageError, match="is a AutoencoderDC, not an AutoencoderKL"):
         TextToImagePipeline(str(folder), vae=str(path), **SIZE)
+    lora = one(tmp_path / "x.safetensors", **{"lora_unet_x.lora_down.weight": (1,)})
+    with pytest.raises(
+        UsageError, match=r"init_args.vae: .*x.safetensors (is no VAE|could not be)"
+    ):
+        TextToImagePipeline(str(folder), vae=lora, **SIZE)
     with pytest.raises(UsageError, match=r"init_args.vae: .*nowhere' could not be loaded; give"):
         TextToImagePipeline(str(folder), vae=str(tmp_path / "nowhere"), **SIZE)
 

@@ -405,6 +405,21 @@ def test_the_command_that_converts_a_pickle_works(
     assert all(torch.equal(read[n.removeprefix("unet.")], v) for n, v in weights.items())
 
 
+def test_damaged_files_are_named(fresh: Callable[[], TextToImagePipeline], tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    _diffusers(tuned_unet(fresh), tmp_path / "whole")
+    whole = (tmp_path / "whole" / "my_style.safetensors").read_bytes()
+    for content, sentence in (
+        (whole[:-50], "is damaged or half downloaded"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of Git LFS"),
+        (b"<html>", "is a web page"),
+        (b"", "is empty"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(UsageError, match=f"lora.pretrained: .*{sentence}"):
+            attach_lora(fresh(), LoRA(pretrained=str(path)))
+
+
 def test_a_pickle_is_never_run(fresh: Callable[[], TextToImagePipeline], tmp_path: Path) -> None:
     class Bomb:
         def __reduce__(self) -> tuple[Any, ...]:
