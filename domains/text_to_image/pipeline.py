@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from domains.text_to_image import EMBEDDED, card
-from domains.text_to_image.extras import add_textual_inversions
 from domains.text_to_image.families import FAMILIES, Family
-from domains.text_to_image.loading import load_parts
+from domains.text_to_image.loading import Files, load_parts
 from domains.text_to_image.networks.lora import Home, lora_weights, read_lora, save_lora
 from domains.text_to_image.networks.web_lora import WEB_LORA, save_web_lora
 from lit_rlft.core.checks import UsageError, at_least
@@ -121,24 +120,14 @@ class TextToImagePipeline(Pipeline):
         self.decode_batch_size = decode_batch_size
         self.checkpoint_decoder = checkpoint_decoder
         self.save_dtype, self.web_lora = getattr(torch, save_dtype), web_lora
+        files = Files(config, vae, textual_inversions or ())
         self.diffusers = load_parts(
-            pretrained,
-            getattr(torch, dtype),
-            variant=variant,
-            from_scratch=from_scratch,
-            config=config,
-            vae=vae,
+            pretrained, getattr(torch, dtype), files, variant=variant, from_scratch=from_scratch
         )
-        add_textual_inversions(self.diffusers, textual_inversions or [])
-        self.family = FAMILIES[type(self.diffusers).__name__](
-            self.diffusers,
-            (height, width),
-            original_size=original_size,
-            crop=crop,
-            encode_batch_size=encode_batch_size,
-            max_sequence_length=max_sequence_length,
-            true_cfg_scale=true_cfg_scale,
-        )
+        options: dict[str, Any] = {"original_size": original_size, "crop": crop}
+        options |= {"max_sequence_length": max_sequence_length, "true_cfg_scale": true_cfg_scale}
+        kind, size = FAMILIES[type(self.diffusers).__name__], (height, width)
+        self.family = kind(self.diffusers, size, encode_batch_size=encode_batch_size, **options)
         default = self.family.guidance_scale
         self.guidance_scale = default if guidance_scale is None else guidance_scale
         self._adopt(self.family, checkpoint_denoiser, tile_decoder)

@@ -233,6 +233,8 @@ def test_settings_that_do_not_go_with_files(tmp_path: Path, model: Model) -> Non
     ):
         with pytest.raises(UsageError, match=sentence):
             TextToImagePipeline(str(file), config=str(configs), **settings)
+    with pytest.raises(UsageError, match=r"pretrained: there is no file nowhere.safetensors"):
+        TextToImagePipeline("nowhere.safetensors", config=str(configs))
     with pytest.raises(UsageError, match=r"init_args.config goes with a single file"):
         TextToImagePipeline(str(folder), config=str(configs))
     shutil.copytree(configs, tmp_path / "other")
