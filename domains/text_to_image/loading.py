@@ -1,6 +1,8 @@
 """Loads a text-to-image model of a known family: from a folder, by an embedded name, a hub id."""
 
 import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,16 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from domains.text_to_image import EMBEDDED
+from domains.text_to_image.extras import add_textual_inversions, load_vae
 from domains.text_to_image.families import FAMILIES
+from domains.text_to_image.networks.weight_file import PICKLES, first_damaged
 from domains.text_to_image.networks.weightless import bare_pipeline
+from domains.text_to_image.single_file import load_single_file
 from lit_rlft.core.checks import UsageError
 from lit_rlft.kit.network_folder import found_variant, load_pretrained
 from lit_rlft.kit.weightless import check_cached, weightless
 
-__all__ = ["load_parts"]
+__all__ = ["Files", "load_parts"]
 
 _KEY = "pipeline.init_args.pretrained"
 _ALIKE = {"StableDiffusionImg2ImgPipeline": "StableDiffusionPipeline"}
@@ -29,9 +34,25 @@ _LEFT_OUT: dict[str, dict[str, Any]] = {
 """What diffusers would add to a picture, or refuse one for; rewards are to see the model's own."""
 
 
+@dataclass(frozen=True)
+class Files:
+    """What comes beside a model.
+
+    Attributes:
+        config: Of a single file: folder or hub id with what the file has not.
+        vae: Folder, hub id or file of a VAE to take instead of the model's own.
+        textual_inversions: Files with further tokens for prompts.
+    """
+
+    config: str | None = None
+    vae: str | None = None
+    textual_inversions: Sequence[str] = ()
+
+
 def load_parts(
     pretrained: str,
     dtype: torch.dtype = torch.float32,
+    files: Files = Files(),
     *,
     variant: str | None = None,
     from_scratch: bool = False,
@@ -39,8 +60,9 @@ def load_parts(
     """Return the pipeline of diffusers that `pretrained` names.
 
     Args:
-        pretrained: A folder, an embedded model's name or a hub id.
+        pretrained: A folder, an embedded model's name, a hub id or a single safetensors file.
         dtype: Precision of all weights; a VAE that overflows in half precision stays in single.
+        files: What comes beside it.
         variant: Which files of weights, such as "fp16"; None takes plain ones, and where a folder
             has none the one variant that is there.
         from_scratch: Draw new weights for U-Net and text encoder.
@@ -48,44 +70,74 @@ def load_parts(
     Raises:
         UsageError: It cannot be loaded, or it is of a family that is not known here.
     """
+    _check_file_settings(pretrained, variant, from_scratch, files.config)
     parts = load_pretrained(
         pretrained,
         EMBEDDED,
-        lambda source: _read(source, dtype, variant, from_scratch),
+        lambda source: _read(source, dtype, variant, from_scratch, files),
         kind="a text-to-image model",
         give="'shapes', a folder that save_pretrained wrote or a hub id",
     )
     if dtype == torch.float16 and parts.vae.config.get("force_upcast"):
         parts.vae.float()
+    add_textual_inversions(parts, files.textual_inversions)
     return parts
 
 
+def _check_file_settings(
+    pretrained: str, variant: str | None, from_scratch: bool, config: str | None
+) -> None:
+    """Raise UsageError for settings that are of folders alone, or of single files alone."""
+    if not Path(pretrained).is_file():
+        if pretrained.endswith((".safetensors", *PICKLES)) and not Path(pretrained).exists():
+            raise UsageError(f"{_KEY}: there is no file {pretrained}")
+        if config is not None:
+            raise UsageError(
+                "pipeline.init_args.config goes with a single file; set it to null, since "
+                f"{pretrained!r} has its own configs"
+            )
+        return
+    for name, given in (("variant", variant), ("from_scratch", from_scratch)):
+        if given:
+            raise UsageError(
+                f"pipeline.init_args.{name} is for folders and hub ids; leave it out for the "
+                f"single file {pretrained}"
+            )
+
+
 def _read(
-    source: str, dtype: torch.dtype, variant: str | None, from_scratch: bool
+    source: str,
+    dtype: torch.dtype,
+    variant: str | None,
+    from_scratch: bool,
+    files: Files,
 ) -> DiffusionPipeline:
-    folder = Path(source)
+    folder, vae = Path(source), files.vae
     if folder.is_file():
-        raise UsageError(
-            f"{_KEY}: {folder} is a single file; make a folder of it with diffusers: "
-            f"StableDiffusionPipeline.from_single_file({source!r}).save_pretrained('folder')"
-        )
+        return load_single_file(folder, dtype, files.config, vae)
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise UsageError(
             f"{_KEY}: {folder} has no model_index.json, so it is no diffusers pipeline; give a "
             "folder written by save_pretrained or a hub id"
         )
     kind = _known_kind(source)
+    new: dict[str, Any] = {} if vae is None else {"vae": load_vae(vae, source, dtype)}
     if weightless():
-        return bare_pipeline(source, kind, dtype, _KEY)
+        bare = bare_pipeline(source, kind, dtype, _KEY)
+        bare.register_modules(**new)
+        return bare
     if variant is None and folder.is_dir():
         variant = found_variant(folder, FAMILIES[kind].weighed())
-    new: dict[str, Any] = _new_networks(source, kind, dtype) if from_scratch else {}
+    new |= _new_networks(source, kind, dtype) if from_scratch else {}
     with warnings.catch_warnings():
         # Older versions know this name of it alone.
         warnings.filterwarnings("ignore", "`torch_dtype` is deprecated")
-        loaded = getattr(diffusers, kind).from_pretrained(
-            source, torch_dtype=dtype, variant=variant, **_LEFT_OUT.get(kind, {}), **new
-        )
+        try:
+            loaded = getattr(diffusers, kind).from_pretrained(
+                source, torch_dtype=dtype, variant=variant, **_LEFT_OUT.get(kind, {}), **new
+            )
+        except Exception as error:
+            raise (first_damaged(folder, _KEY) or error) from error
     assert isinstance(loaded, DiffusionPipeline)
     for part in loaded.components.values():
         if isinstance(part, nn.Module) and next(part.parameters()).dtype not in (

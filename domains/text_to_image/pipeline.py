@@ -8,14 +8,16 @@ from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderTiny
+from lightning.pytorch.utilities import rank_zero_info
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from domains.text_to_image import EMBEDDED
+from domains.text_to_image import EMBEDDED, card
 from domains.text_to_image.families import FAMILIES, Family
-from domains.text_to_image.loading import load_parts
-from domains.text_to_image.networks.lora import Home, read_lora, save_lora
+from domains.text_to_image.loading import Files, load_parts
+from domains.text_to_image.networks.lora import Home, lora_weights, read_lora, save_lora
+from domains.text_to_image.networks.web_lora import WEB_LORA, save_web_lora
 from lit_rlft.core.checks import UsageError, at_least
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline, column
 from lit_rlft.core.process import GaussianProcess
@@ -36,8 +38,13 @@ class TextToImagePipeline(Pipeline):
     [0, 1]. Text encoders and VAE are frozen.
 
     Args:
-        pretrained: A folder saved by diffusers, a hub id, or the name of an embedded model
-            ("shapes").
+        pretrained: A folder saved by diffusers, a hub id, the name of an embedded model ("shapes"),
+            or a safetensors file of a whole model; of FLUX.1 the file is of the transformer.
+        config: For a safetensors file: folder or hub id of a model of its kind, for the configs,
+            tokenizers and scheduler, and for parts that the file lacks. None takes the hub's.
+        vae: Folder, hub id or safetensors file of a VAE that takes the place of the model's own.
+        textual_inversions: Files of safetensors with further tokens for prompts, each called as its
+            file is; for Stable Diffusion 1.x, 2.x and XL.
         variant: Which files of weights to load, such as "fp16"; None takes plain ones, and of a
             folder without them its only variant.
         guidance_scale: w of classifier-free guidance, u + w (c - u); no guidance at 1 or below.
@@ -64,6 +71,7 @@ class TextToImagePipeline(Pipeline):
         from_scratch: Keep the architecture and draw new weights for U-Net and text encoder, to
             pretrain them; for Stable Diffusion 1.x and 2.x.
         save_dtype: Precision in which a fully trained pipeline is written.
+        web_lora: Write a trained LoRA a second time, for web interfaces: web_lora.safetensors.
 
     Raises:
         UsageError: `pretrained` is neither a pipeline folder nor a loadable hub id, is of a family
@@ -79,6 +87,9 @@ class TextToImagePipeline(Pipeline):
         self,
         pretrained: str = "shapes",
         *,
+        config: str | None = None,
+        vae: str | None = None,
+        textual_inversions: list[str] | None = None,
         variant: str | None = None,
         guidance_scale: float | None = None,
         guidance_gradient: Literal["both", "conditional"] = "both",
@@ -97,31 +108,26 @@ class TextToImagePipeline(Pipeline):
         tile_decoder: bool = False,
         from_scratch: bool = False,
         save_dtype: Precision = "float32",
+        web_lora: bool = False,
     ) -> None:
         super().__init__()
-        at_least(0, self, guidance_scale=guidance_scale, true_cfg_scale=true_cfg_scale)
+        at_least(0, self, guidance_scale=guidance_scale, true_cfg_scale=true_cfg_scale, crop=crop)
         at_least(1, self, decode_batch_size=decode_batch_size, encode_batch_size=encode_batch_size)
-        at_least(1, self, max_sequence_length=max_sequence_length)
-        at_least(0, self, crop=crop)
-        at_least(1, self, original_size=original_size)
-        self.pretrained = pretrained
+        at_least(1, self, max_sequence_length=max_sequence_length, original_size=original_size)
+        self.pretrained, self.config = pretrained, config
         self.guidance_gradient = guidance_gradient
         self.negative_prompt = negative_prompt
         self.decode_batch_size = decode_batch_size
         self.checkpoint_decoder = checkpoint_decoder
-        self.save_dtype = getattr(torch, save_dtype)
+        self.save_dtype, self.web_lora = getattr(torch, save_dtype), web_lora
+        files = Files(config, vae, textual_inversions or ())
         self.diffusers = load_parts(
-            pretrained, getattr(torch, dtype), variant=variant, from_scratch=from_scratch
+            pretrained, getattr(torch, dtype), files, variant=variant, from_scratch=from_scratch
         )
-        self.family = FAMILIES[type(self.diffusers).__name__](
-            self.diffusers,
-            (height, width),
-            original_size=original_size,
-            crop=crop,
-            encode_batch_size=encode_batch_size,
-            max_sequence_length=max_sequence_length,
-            true_cfg_scale=true_cfg_scale,
-        )
+        options: dict[str, Any] = {"original_size": original_size, "crop": crop}
+        options |= {"max_sequence_length": max_sequence_length, "true_cfg_scale": true_cfg_scale}
+        kind, size = FAMILIES[type(self.diffusers).__name__], (height, width)
+        self.family = kind(self.diffusers, size, encode_batch_size=encode_batch_size, **options)
         default = self.family.guidance_scale
         self.guidance_scale = default if guidance_scale is None else guidance_scale
         self._adopt(self.family, checkpoint_denoiser, tile_decoder)
@@ -138,7 +144,7 @@ class TextToImagePipeline(Pipeline):
 
     @property
     def name(self) -> str:
-        return Path(self.pretrained).name
+        return Path(self.pretrained.removesuffix(".safetensors")).name
 
     @property
     def device(self) -> torch.device:
@@ -253,10 +259,27 @@ class TextToImagePipeline(Pipeline):
     def save(self, folder: Path) -> list[Path]:
         """Write a LoRA that `load_lora_weights` of the family's pipeline reads, or all weights."""
         if any(isinstance(layer, BaseTunerLayer) for layer in self.denoiser.modules()):
-            return save_lora(self.denoiser, self._home, folder)
+            return [*save_lora(self.denoiser, self._home, folder), *self._save_web_lora(folder)]
+        if self.web_lora:
+            rank_zero_info("pipeline.web_lora: no LoRA was trained, so none is written")
         whole = copy.deepcopy(self.diffusers).to(dtype=self.save_dtype)
         whole.save_pretrained(folder)
         return [folder]
+
+    def hub_header(self, files: Sequence[str]) -> Mapping[str, Any]:
+        return card.hub_header(self.pretrained, files)
+
+    def usage(self, files: Sequence[str], facts: Mapping[str, Any]) -> str:
+        kind, told = type(self.diffusers).__name__, {"guidance_scale": self.guidance_scale}
+        return card.usage(kind, self.pretrained, self.config, files, {**facts, **told})
+
+    def _save_web_lora(self, folder: Path) -> list[Path]:
+        if not self.web_lora:
+            return []
+        config, weights = self.denoiser.peft_config["default"], lora_weights(self.denoiser)
+        title = f"{self.name} tuned with lit-rlft"
+        rank, alpha = config.r, config.lora_alpha
+        return [save_web_lora(weights, rank, alpha, self._home, folder / WEB_LORA, title)]
 
     def read_lora(self, path: Path) -> tuple[dict[str, Tensor], float | None]:
         """Read a LoRA that diffusers, peft or kohya wrote, from its file or folder."""

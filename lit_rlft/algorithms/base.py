@@ -30,7 +30,7 @@ from lit_rlft.loop.export import write_tuned
 from lit_rlft.loop.hooks import Audience
 from lit_rlft.loop.learning_rate import after_round, after_update, after_validation, optimizer_of
 from lit_rlft.loop.precision import check_precision, check_weights
-from lit_rlft.loop.reference import LoRA, adapt
+from lit_rlft.loop.reference import LoRA, adapt, completed
 from lit_rlft.loop.rollouts import Rollouts, track
 from lit_rlft.loop.round_log import log_round, round_means, write_round
 from lit_rlft.loop.route import Leg, Route
@@ -59,13 +59,12 @@ class RewardFineTuner(Checkpointed, ABC):
             ReduceLROnPlateau steps when its `monitor` is logged (train/loss; train/reward for max).
         num_epochs: Passes over the experience of each round.
         minibatch_size: Samples per update over all processes, at most.
-        microbatch_size: Samples per backward pass on each process, which bounds the memory of
-            training; None takes all of the minibatch. Gradients do not depend on it.
+        microbatch_size: Samples per backward pass and process, which bounds the memory of training
+            and changes no gradient; None takes all of the minibatch.
         max_grad_norm: Gradients are clipped to this norm; None leaves them alone.
         sampling_batch_size: Samples drawn at a time, which bounds the sampler's memory.
         num_eval_samples: Samples per condition in `validate`, `test` and `predict`.
-        best_of: n of the best-of-n baselines that `test` draws from the reference beside it: the
-            best of n samples, and a sample from the best of n initial noises; 0 leaves them out.
+        best_of: n of `test`'s baselines best of n samples and of n initial noises; 0 for none.
         seed: Seed of all noise.
     """
 
@@ -199,6 +198,7 @@ class RewardFineTuner(Checkpointed, ABC):
             if isinstance(part, Metric):
                 part.requires_grad_(False).check(self.pipeline)
         self.build()
+        self.lora = self.lora and completed(self.lora, self.pipeline)
         pretrained = fingerprint(self.pipeline.denoiser)
         self.reference = adapt(self.pipeline, self.lora, self.seed)
         self.meter.watch(self.pipeline, self.trainable(), self.reference)
@@ -294,7 +294,7 @@ class RewardFineTuner(Checkpointed, ABC):
         check_weights(self._trained(), self.num_updates)
         trainer, steps = self.trainer, self.route().tuned_steps
         writes = trainer.is_global_zero and self.num_updates and not writes_nothing(trainer)
-        facts = {"algorithm": self.algorithm, "pipeline": self.pipeline.name}
-        counts = {"num_steps": len(steps), "tuned_steps": int(steps.sum())}
+        facts = self._facts() | {"num_steps": len(steps), "tuned_steps": int(steps.sum())}
         export = self.export if writes else None
-        write_tuned(run_folder(trainer) / "tuned", export, trainer.world_size, facts | counts)
+        folder = run_folder(trainer) / "tuned"
+        write_tuned(folder, export, trainer.world_size, facts, self._model_card)

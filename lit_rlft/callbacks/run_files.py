@@ -24,6 +24,7 @@ from lit_rlft.loop.experience import Draw
 from lit_rlft.runs.before_after import comparison, png
 from lit_rlft.runs.files import write_whole, writing
 from lit_rlft.runs.folder import run_folder, summary_writer, writes_nothing
+from lit_rlft.runs.readme import add_results
 from lit_rlft.runs.results import Measured, keep_others, measured
 
 Summary = dict[str, dict[str, dict[str, float]]]
@@ -108,6 +109,7 @@ class RunFiles(Callback):
         with writing(path):
             kept = keep_others(path, [shown], newer)
             write_whole(path, json.dumps(report, indent=2) + "\n")
+            add_results(folder / "tuned", report, pl_module.num_updates)
         with writing(shown):
             write_whole(shown, png(picture))
         title = f"{pl_module.algorithm} on {pl_module.pipeline.name}, {num_samples} samples each"

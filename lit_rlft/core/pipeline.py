@@ -202,6 +202,23 @@ class Pipeline(nn.Module, ABC):
         """
         return []
 
+    def hub_header(self, files: Sequence[str]) -> Mapping[str, Any]:
+        """Return what the hub reads at the head of a tuned model's card; nothing by default.
+
+        Args:
+            files: Names of the files that were written.
+        """
+        return {}
+
+    def usage(self, files: Sequence[str], facts: Mapping[str, Any]) -> str:
+        """Return how to draw samples with a tuned model's files, in Markdown, for its card.
+
+        Args:
+            files: Their names.
+            facts: `num_steps` of the sampler, and `tuned_steps`, those that the tuned model runs.
+        """
+        return ""
+
     def read_lora(self, path: Path) -> tuple[dict[str, Tensor], float | None]:
         """Read a LoRA that `save` wrote: its weights by peft's names, and its alpha if known.
 

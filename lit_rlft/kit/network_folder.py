@@ -70,7 +70,8 @@ def load_pretrained(
         with loading(f"{key}: {pretrained!r} could not be loaded as {kind}; give {give}"):
             return read(source)
     except UsageError as error:
-        if pretrained in str(error):
+        other = str(error).startswith("pipeline.") and not str(error).startswith(key)
+        if other or pretrained in str(error):
             raise
         raise UsageError(f"{key}: {pretrained!r} is damaged: {error}") from None
 

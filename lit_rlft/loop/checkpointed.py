@@ -1,14 +1,14 @@
 """The part of a tuner that writes and reads its checkpoints, with a trainer and without one."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
 from lightning import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
+from torch import Tensor, nn
 
 from lit_rlft.core.advantage import Advantage
 from lit_rlft.core.checks import UsageError
@@ -23,11 +23,15 @@ from lit_rlft.loop.learning_rate import optimizer_of
 from lit_rlft.loop.precision import check_weights
 from lit_rlft.loop.reference import LoRA
 from lit_rlft.loop.settings import Plain, arguments, changes, settings
+from lit_rlft.runs.readme import readme
 
 __all__ = ["Checkpointed"]
 
 _PARTS = ("pipeline", "reward", "metrics")
 _WITH_THE_WEIGHTS = "pretrained"
+_AVERAGE = "EMA"
+"""How the states of callbacks are called that average the weights."""
+_TOLD = "the weights are the run's average (EMA)"
 _TAKEN = {bool, int, float, type(None)}
 
 
@@ -121,6 +125,8 @@ class Checkpointed(LightningModule):
             resume.check_same_run(checkpoint["lit_rlft"], self.algorithm)
         ours = contents.read(checkpoint, self.pretrained, self.pipeline.name, shapes)
         resume.check_adapter(ours.get("settings", {}), self._settings())
+        if trainer is not None and not fitting:
+            self._load_average(checkpoint, getattr(trainer, "callbacks", ()))
         if fitting:
             self._check_resume(checkpoint, ours.get("settings"))
         vars(self).update({name: ours[name] for name in COUNTERS})
@@ -158,17 +164,48 @@ class Checkpointed(LightningModule):
         scheduler = schedulers[0] if schedulers else None
         return resume.optimizer_settings(trainer.optimizers[0], scheduler)
 
+    def _facts(self) -> dict[str, Any]:
+        """Return what the folder of the tuned model says of it."""
+        counters = {name: getattr(self, name) for name in COUNTERS}
+        names = {"pipeline": self.pipeline.name, "reward": self.reward.name}
+        return {"algorithm": self.algorithm, **names, **counters}
+
+    def _model_card(self, files: list[str], facts: Mapping[str, Any]) -> str:
+        """Return the model card of the tuned model, given its files and facts."""
+        return readme(
+            facts,
+            self._settings() | self._optimizer_settings(),
+            self.pipeline.hub_header(files),
+            self.pipeline.name,
+            self.pipeline.usage(files, facts),
+        )
+
     def _take_average(self, callbacks: Mapping[str, Any]) -> None:
         """Take the average of the weights, where the run kept one."""
-        averages = [s for name, s in callbacks.items() if name.startswith("EMA")]
-        average = averages[0].get("average") if averages else None
         trained = list(self._trained().values())
-        if not average or [a.shape for a in average] != [p.shape for p in trained]:
+        average = _average_in(callbacks, trained)
+        if average is None:
             return
         with torch.no_grad():
             for parameter, value in zip(trained, average, strict=True):
                 parameter.copy_(value)
-        rank_zero_info("the weights are the run's average (EMA)")
+        rank_zero_info(_TOLD)
+
+    def _load_average(self, checkpoint: dict[str, Any], callbacks: Sequence[Any]) -> None:
+        """Make the average the weights that are loaded, where no callback is there to do so.
+
+        The average is what a run exports, so it is what is to be measured.
+        """
+        if any(callback.state_key.startswith(_AVERAGE) for callback in callbacks):
+            return
+        trained = list(self._trained().values())
+        average = _average_in(checkpoint.get("callbacks", {}), trained)
+        if average is None:
+            return
+        names = {id(parameter): name for name, parameter in self.named_parameters()}
+        for parameter, value in zip(trained, average, strict=True):
+            checkpoint["state_dict"][names[id(parameter)]] = value
+        rank_zero_info(_TOLD)
 
     def _tell_other_settings(self, recorded: Mapping[str, Plain], given: tuple[str, ...]) -> None:
         """Say which settings could not be taken from the checkpoint and differ from it."""
@@ -183,6 +220,17 @@ class Checkpointed(LightningModule):
 
     def _trained(self) -> dict[str, nn.Parameter]:
         return {n: p for n, p in self.trainable().named_parameters() if p.requires_grad}
+
+
+def _average_in(
+    callbacks: Mapping[str, Any], trained: Sequence[nn.Parameter]
+) -> list[Tensor] | None:
+    """Return the average of the weights in a checkpoint's states of callbacks, if it has one."""
+    averages = [state for name, state in callbacks.items() if name.startswith(_AVERAGE)]
+    average = averages[0].get("average") if averages else None
+    if not average or [a.shape for a in average] != [p.shape for p in trained]:
+        return None
+    return list(average)
 
 
 def _plain_arguments(cls: type, recorded: Mapping[str, Plain]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import copy
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,10 +22,14 @@ from lit_rlft.core.checks import BadArgument, UsageError, at_least, positive
 from lit_rlft.core.pipeline import Condition, Pipeline
 from lit_rlft.core.state import State
 
-__all__ = ["LoRA", "Reference", "adapt", "attach_lora"]
+__all__ = ["LoRA", "Reference", "adapt", "attach_lora", "completed"]
 
 _ADAPTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 _PEFT_INNER = re.compile(r"\.(base_layer|lora_\w+)(\..*)?$")
+
+
+_DEFAULT = 8
+"""Rank and alpha of a new LoRA."""
 
 
 @dataclass(frozen=True)
@@ -33,24 +37,29 @@ class LoRA:
     """Low-rank adaptation W + (alpha / rank) B A of the denoiser's layers.
 
     Attributes:
-        rank: Rank of the update.
-        alpha: Scale; the update is multiplied by alpha / rank.
+        rank: Rank of the update; None takes that of `pretrained`, or else 8.
+        alpha: Scale; the update is multiplied by alpha / rank. None takes that of `pretrained`, or
+            else 8.
         targets: Name endings of the layers to adapt, such as `to_q` or `attn1.to_q`, or whole
-            names; each has to fit a layer. None takes the pipeline's own choice.
-        pretrained: A saved LoRA to go on from, such as a run's folder `tuned`, of the same rank,
-            alpha and layers; None starts from an update of zero. Either way the reference is the
-            model without an adapter.
+            names; each has to fit a layer. None takes those of `pretrained`, or else the pipeline's
+            own choice.
+        pretrained: A saved LoRA to go on from, such as a run's folder `tuned`; what is given beside
+            it has to agree with it. None starts from an update of zero. Either way the reference is
+            the model without an adapter.
 
     References:
         LoRA (Hu et al., 2021), https://arxiv.org/abs/2106.09685
     """
 
-    rank: int = 8
-    alpha: int = 8
+    rank: int | None = None
+    alpha: int | None = None
     targets: list[str] | None = None
     pretrained: str | None = None
 
     def __post_init__(self) -> None:
+        for name in ("rank", "alpha"):
+            if getattr(self, name) is None and self.pretrained is None:
+                object.__setattr__(self, name, _DEFAULT)
         at_least(1, self, "rank")
         positive(self, "alpha")
 
@@ -62,6 +71,8 @@ def attach_lora(pipeline: Pipeline, lora: LoRA) -> None:
         UsageError: No layer of the denoiser has one of the target names, one is of a kind without a
             LoRA, or the saved LoRA does not match the settings.
     """
+    lora = completed(lora, pipeline)
+    assert lora.rank is not None and lora.alpha is not None
     targets = list(lora.targets or pipeline.lora_targets)
     if lora.targets:
         _check_targets(pipeline, targets)
@@ -111,32 +122,88 @@ def _no_layer(pipeline: Pipeline, targets: str) -> UsageError:
     )
 
 
-def _load(pipeline: Pipeline, lora: LoRA, path: str) -> None:
-    """Load a saved LoRA into the one just attached; the two must match in every respect."""
+def completed(lora: LoRA, pipeline: Pipeline) -> LoRA:
+    """Return a LoRA's settings; what is not given comes from the file that it goes on from.
+
+    Raises:
+        UsageError: The file cannot be read, or has several ranks, or layers that the model has not.
+    """
+    path = lora.pretrained
+    if path is None or None not in (lora.rank, lora.alpha, lora.targets):
+        return lora
+    weights, alpha = _read(pipeline, lora, path)
+    rank = _rank_of(path, weights)
+    return replace(
+        lora,
+        rank=rank if lora.rank is None else lora.rank,
+        alpha=_whole_alpha(path, alpha, rank) if lora.alpha is None else lora.alpha,
+        targets=_targets_of(pipeline, path, weights) if lora.targets is None else lora.targets,
+    )
+
+
+def _read(pipeline: Pipeline, lora: LoRA, path: str) -> tuple[dict[str, Tensor], float | None]:
     try:
-        weights, alpha = pipeline.read_lora(Path(path))
+        return pipeline.read_lora(Path(path))
     except NotImplementedError as error:
         problem = f"must be null: {error}; continue a run with --ckpt_path"
         raise BadArgument(lora, "pretrained", problem) from error
-    own = get_peft_model_state_dict(pipeline.denoiser)
-    if odd := sorted(own.keys() ^ weights.keys()):
-        raise _other_layers(pipeline, path, odd[0].partition(".lora_")[0], weights)
+
+
+def _rank_of(path: str, weights: Mapping[str, Tensor]) -> int:
     ranks = sorted({value.shape[0] for name, value in weights.items() if ".lora_A." in name})
-    if len(ranks) > 1:
+    if len(ranks) != 1:
         raise UsageError(
             f"model.init_args.lora.pretrained: {path} has layers of the ranks "
             f"{', '.join(map(str, ranks))}; only LoRAs of one rank can be trained further"
         )
-    if ranks != [lora.rank]:
-        raise _misfit(path, f"has rank {', '.join(map(str, ranks))}, not {lora.rank}", "rank")
-    # A file without alpha means a scale of 1, as in diffusers.
-    alpha = lora.rank if alpha is None else alpha
+    return ranks[0]
+
+
+def _whole_alpha(path: str, alpha: float | None, rank: int) -> int:
+    """Return a file's alpha; without one it means a scale of 1, as in diffusers."""
+    alpha = rank if alpha is None else alpha
     if alpha != int(alpha):
         raise UsageError(
             f"model.init_args.lora.pretrained: {path} has alpha {alpha:g}, which is no whole number"
         )
-    if alpha != lora.alpha:
-        raise _misfit(path, f"has alpha {alpha:g}, not {lora.alpha}", "alpha")
+    return int(alpha)
+
+
+def _targets_of(pipeline: Pipeline, path: str, weights: Mapping[str, Tensor]) -> list[str]:
+    """Return targets that fit the layers of a file and no others."""
+    names, wanted = _layers(pipeline), _adapted(weights)
+    if odd := sorted(wanted - names):
+        raise UsageError(
+            f"model.init_args.lora.pretrained: {path} adapts other layers than this model has, "
+            f"such as {odd[0]}; set pipeline.init_args to what it was tuned from"
+        )
+    for targets in (list(pipeline.lora_targets), sorted({_ending(name) for name in wanted})):
+        if {name for name in names if any(_fits(name, target) for target in targets)} == wanted:
+            return targets
+    return sorted(wanted)
+
+
+def _layers(pipeline: Pipeline) -> set[str]:
+    """Return the names of a denoiser's layers, without those that peft puts into them."""
+    return {_PEFT_INNER.sub("", name) for name, _ in pipeline.denoiser.named_modules()}
+
+
+def _adapted(weights: Mapping[str, Tensor]) -> set[str]:
+    return {name.partition(".lora_")[0] for name in weights}
+
+
+def _load(pipeline: Pipeline, lora: LoRA, path: str) -> None:
+    """Load a saved LoRA into the one just attached; the two must match in every respect."""
+    weights, alpha = _read(pipeline, lora, path)
+    own = get_peft_model_state_dict(pipeline.denoiser)
+    if odd := sorted(own.keys() ^ weights.keys()):
+        raise _other_layers(pipeline, path, odd[0].partition(".lora_")[0], weights)
+    rank = _rank_of(path, weights)
+    if rank != lora.rank:
+        raise _misfit(path, f"has rank {rank}, not {lora.rank}", "rank")
+    whole = _whole_alpha(path, alpha, rank)
+    if whole != lora.alpha:
+        raise _misfit(path, f"has alpha {whole}, not {lora.alpha}", "alpha")
     if any(weights[name].shape != value.shape for name, value in own.items()):
         raise UsageError(
             f"model.init_args.lora.pretrained: {path} has layers of other sizes than this model; "
@@ -150,9 +217,7 @@ def _other_layers(
 ) -> UsageError:
     """Return the error of a LoRA of other layers, with the targets to set where there are any."""
     key = "model.init_args.lora"
-    # Within an adapted layer are layers of peft's; its name is still that of the model's.
-    names = {_PEFT_INNER.sub("", name) for name, _ in pipeline.denoiser.named_modules()}
-    wanted = {name.partition(".lora_")[0] for name in weights}
+    names, wanted = _layers(pipeline), _adapted(weights)
     targets = sorted({_ending(name) for name in wanted})
     fitting = {name for name in names if any(_fits(name, target) for target in targets)}
     if fitting == wanted:

@@ -83,6 +83,7 @@ def test_all_commands(tmp_path: Path) -> None:
     assert mean == pytest.approx(metrics["tuned"]["Coordinate"]["mean"], abs=1e-6)
     assert all(key.startswith("noise_policy.") for key in checkpoint()["state_dict"])
     assert sorted(path.name for path in Path("runs/run/tuned").iterdir()) == [
+        "README.md",
         "lit_rlft.json",
         "noise_generator.safetensors",
     ]

@@ -65,7 +65,7 @@ MISTAKES = {
     "trainer.max_ep=1": "there is no option --trainer.max_ep=1",
     "model.selection=TopKK": "selection: there is no class TopKK; did you mean TopK",
     "model.selection.k=x": "model.init_args.selection.init_args.k is 'x', but must be int",
-    "model.lora.rank=x": "model.init_args.lora.rank is 'x', but must be int",
+    "model.lora.rank=x": "model.init_args.lora.rank is 'x', but must be int or null",
     "trainer.max_epochs=many": "trainer.max_epochs is 'many', but must be int or null",
     "trainer.accelerator=quantum": "trainer.accelerator: .*'quantum'",
     "trainer.strategy=warp": "trainer.strategy: .*'warp'",

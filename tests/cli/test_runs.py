@@ -270,7 +270,7 @@ def test_a_diffusion_model_goes_through_all_commands(pictures: Callable[..., Pat
         assert Image.open(folder / "samples" / record["file"]).size == (40, 24)
     assert (folder / "comparison.png").is_file()
     suffixes = sorted(path.suffix for path in (folder / "tuned").iterdir())
-    assert suffixes == [".json", ".safetensors"]
+    assert suffixes == [".json", ".md", ".safetensors"]
 
 
 def test_mixed_precision_trains_the_adapter(pictures: Callable[..., Path]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +11,15 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 from diffusers.utils import convert_unet_state_dict_to_peft
+from lightning.pytorch.utilities import rank_zero_info
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
+from domains.text_to_image.networks.weight_file import PICKLES, check_whole
 from lit_rlft.core.checks import UsageError, loading
 
-__all__ = ["FUSE", "Home", "read_lora", "save_lora"]
+__all__ = ["FUSE", "Home", "lora_weights", "read_lora", "save_lora"]
 
 FUSE = (
     "fuse it with diffusers (pipe.load_lora_weights, pipe.fuse_lora, pipe.unload_lora_weights, "
@@ -25,15 +28,24 @@ FUSE = (
 """What to do with a LoRA that cannot be trained on."""
 
 _KEY = "model.init_args.lora.pretrained"
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]*\w(?<!\.safetensors)")
 _CONFIG = "adapter_config.json"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _PEFT = "base_model.model."
-_FOREIGN = ("lora_unet_", "lora_transformer_", "diffusion_model.")
+_KOHYA, _MODEL = "lora_unet_", "diffusion_model."
+_FOREIGN = (_KOHYA, "lora_transformer_", _MODEL)
 """How names begin that diffusers converts to its own."""
+_DIFFUSERS_BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
 _TEXT = ("text_encoder", "lora_te")
 _OTHERS = {
-    "unet": ("transformer.", "lora_transformer_", "diffusion_model.", "base_model.model.transf"),
-    "transformer": ("unet.", "base_model.model.down_blocks", "base_model.model.up_blocks"),
+    "unet": (
+        *("transformer.", "lora_transformer_", _MODEL, "base_model.model.transf"),
+        *(f"{_KOHYA}{blocks}_blocks" for blocks in ("double", "single", "joint")),
+    ),
+    "transformer": (
+        *("unet.", "base_model.model.down_blocks", "base_model.model.up_blocks"),
+        *(f"{_KOHYA}{blocks}_block" for blocks in ("down", "up", "mid")),
+        *(f"{_KOHYA}{blocks}_block" for blocks in ("input", "output", "middle")),
+    ),
 }
 """How names begin in files for another denoiser than the one of this name."""
 _WORDS = {
@@ -87,7 +99,7 @@ def save_lora(denoiser: Any, home: Home, folder: Path) -> list[Path]:
     name, and drops the layers that are named otherwise. Names, rank and alpha are all that the
     metadata say, so that other versions of peft can read them.
     """
-    weights = get_peft_model_state_dict(denoiser)
+    weights = lora_weights(denoiser)
     config = denoiser.peft_config["default"]
     metadata = {
         "r": config.r,
@@ -99,12 +111,17 @@ def save_lora(denoiser: Any, home: Home, folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
+def lora_weights(denoiser: Any) -> dict[str, Tensor]:
+    """Return a denoiser's LoRA by peft's names."""
+    return dict(get_peft_model_state_dict(denoiser))
+
+
 def read_lora(path: Path, home: Home) -> tuple[dict[str, Tensor], float | None]:
     """Read a LoRA of a denoiser.
 
     Args:
-        path: A file of diffusers, peft (with adapter_config.json beside it) or kohya, or a folder
-            with one.
+        path: A file of diffusers, peft (with adapter_config.json beside it), kohya or ai-toolkit,
+            or a folder with one. What it has of text encoders is left out, and said.
         home: Where it is to belong.
 
     Returns:
@@ -113,9 +130,14 @@ def read_lora(path: Path, home: Home) -> tuple[dict[str, Tensor], float | None]:
     Raises:
         UsageError: It cannot be read, or is more than a LoRA with one alpha of that denoiser alone.
     """
-    file = _opened(_found(path))
+    file = _without_text(_opened(_found(path)))
     _check(file, home)
     names = file.weights
+    if all(name.startswith(_MODEL) for name in names):
+        own = {name.removeprefix(_MODEL): value for name, value in names.items()}
+        if all(name.startswith(_DIFFUSERS_BLOCKS) for name in own):
+            renamed = {f"{home.name}.{name}": value for name, value in own.items()}
+            return _of_diffusers(_File(file.path, renamed, file.metadata), home)
     if all(name.startswith(_FOREIGN) for name in names):
         return _converted(file, home)
     if all(name.startswith(_PEFT) for name in names):
@@ -128,8 +150,11 @@ def _found(path: Path) -> Path:
     if path.is_dir():
         return _within(path)
     if not path.is_file():
-        raise UsageError(f"{_KEY}: there is no file {path}")
-    if path.suffix in _PICKLES:
+        download = ""
+        if _HUB_ID.fullmatch(str(path)):
+            download = f"; if it is a hub id, `hf download {path} --local-dir <folder>` comes first"
+        raise UsageError(f"{_KEY}: there is no file {path}{download}")
+    if path.suffix in PICKLES:
         new = path.with_suffix(".safetensors").name
         raise UsageError(
             f"{_KEY}: {path} is a pickle, which can run code; convert it: "
@@ -150,19 +175,31 @@ def _within(folder: Path) -> Path:
         raise UsageError(
             f"{_KEY}: {folder} has several files, {_few(file.name for file in files)}; give one"
         )
-    pickles = sorted(file for file in folder.iterdir() if file.suffix in _PICKLES)
+    pickles = sorted(file for file in folder.iterdir() if file.suffix in PICKLES)
     if len(pickles) == 1:
         return _found(pickles[0])
     raise UsageError(f"{_KEY}: there is no file {folder / LORA_WEIGHT_NAME_SAFE}")
 
 
 def _opened(path: Path) -> _File:
-    try:
-        with safe_open(path, "pt") as file:
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return _File(path, weights, file.metadata() or {})
-    except SafetensorError as error:
-        raise UsageError(f"{_KEY}: {path} is no safetensors file ({error})") from error
+    check_whole(path, _KEY)
+    with safe_open(path, "pt") as file:
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return _File(path, weights, file.metadata() or {})
+
+
+def _without_text(file: _File) -> _File:
+    """Return the denoiser's part of a file; say what of the text encoders is left out."""
+    texts = {name for name in file.weights if name.startswith(_TEXT)}
+    if not texts or len(texts) == len(file.weights):
+        return file
+    layers = {name.partition(".lora_")[0] for name in texts if ".lora_" in name}
+    rank_zero_info(
+        f"{file.path.name}: its LoRA of text encoders ({len(layers)} layers) is left out, since "
+        "they are frozen here"
+    )
+    kept = {name: value for name, value in file.weights.items() if name not in texts}
+    return _File(file.path, kept, file.metadata)
 
 
 def _check(file: _File, home: Home) -> None:
@@ -174,16 +211,18 @@ def _check(file: _File, home: Home) -> None:
     other, own = _WORDS[home.name]
     if any(name.startswith(_OTHERS[home.name]) and "lora" in name for name in names):
         raise UsageError(f"{_KEY}: {path} is a LoRA of {other}; give one of {own} that is tuned")
-    texts = [name for name in names if name.startswith(_TEXT)]
-    if texts and len(texts) < len(names) and all("lora" in name for name in names):
-        raise UsageError(
-            f"{_KEY} tunes the text encoder too, frozen here; drop it: {_dropping(file, home)}"
-        )
-    prefix = f"{home.name}."
-    if any(name.startswith(prefix) and name.endswith(".alpha") for name in names):
+    names = [name for name in names if not _is_alpha(name, home)]
+    if any(name.startswith("unet.") and name.endswith(".alpha") for name in names):
         raise UsageError(
             f"{_KEY}: {path} has alphas of single layers, which is not supported beside diffusers' "
             "names; keep one alpha in the metadata, or take the file that kohya's scripts wrote"
+        )
+    texts = any(name.startswith(_TEXT) for name in names)
+    if any(".joint_blocks." in name or "_joint_blocks_" in name for name in names):
+        raise UsageError(
+            f"{_KEY}: {path} has the names of Stable Diffusion 3's original code (joint_blocks), "
+            "which diffusers cannot read either; give one with names such as "
+            "transformer.transformer_blocks"
         )
     if not names or texts or any("lora" not in name for name in names):
         raise UsageError(
@@ -191,31 +230,51 @@ def _check(file: _File, home: Home) -> None:
         )
 
 
-def _dropping(file: _File, home: Home) -> str:
-    """Return a command that writes the denoiser's part of a file, with its alpha, to a new one."""
-    start, new = 'python -c "from safetensors.torch import *;', f"{home.name}.safetensors"
-    own = "unet" if any("lora_unet" in name for name in file.weights) else home.name
-    if LORA_ADAPTER_METADATA_KEY not in file.metadata:
-        kept = f"{{k:v for k,v in load_file('{file.path}').items() if '{own}' in k}}"
-        return f"{start} save_file({kept},'{new}')\""
-    kept = f"{{k:f.get_tensor(k) for k in f.keys() if '{own}' in k}}"
-    opened = f"f=safe_open('{file.path}','pt')"
-    return f"{start} {opened}; save_file({kept},'{new}',f.metadata())\""
+def _is_alpha(name: str, home: Home) -> bool:
+    """Return whether a name is of a layer's alpha that is read: a transformer's, or kohya's."""
+    own = ("transformer.", _MODEL, "lora_")
+    return home.name == "transformer" and name.startswith(own) and name.endswith(".alpha")
 
 
 def _converted(file: _File, home: Home) -> tuple[dict[str, Tensor], float | None]:
     """Read a file of kohya's, or of the tools that write as it does, by diffusers' converter."""
     options = {"unet_config": home.config} if home.name == "unet" else {"return_alphas": True}
+    named = _by_kohya(file.weights) if home.name == "transformer" else dict(file.weights)
     with loading(f"{_KEY}: diffusers cannot convert {file.path}, which another tool wrote"):
-        weights, found = home.kind.lora_state_dict(dict(file.weights), **options)
+        weights, found = home.kind.lora_state_dict(named, **options)
     plain = _plain(weights, home)
-    alphas = list((found or {}).values())
+    return plain, _one_alpha(file, plain, list((found or {}).values()))
+
+
+def _by_kohya(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of a transformer by kohya's names, which diffusers converts.
+
+    Other tools have the same layers, those of the original code, with dots in their names.
+    """
+    named: dict[str, Tensor] = {}
+    for name, value in weights.items():
+        if name.startswith(_MODEL):
+            layer, kind = _halves(name.removeprefix(_MODEL))
+            kind = kind.replace("lora_A", "lora_down").replace("lora_B", "lora_up")
+            name = f"{_KOHYA}{layer.replace('.', '_')}{kind}"
+        named[name] = value
+    return named
+
+
+def _halves(name: str) -> tuple[str, str]:
+    """Return a layer's name and what it has of a LoRA, such as ".lora_A.weight" or ".alpha"."""
+    layer, mark, rest = name.partition(".lora_")
+    return (layer, mark + rest) if mark else (name.removesuffix(".alpha"), ".alpha")
+
+
+def _one_alpha(file: _File, plain: Mapping[str, Tensor], alphas: list[float]) -> float | None:
+    """Return the alpha that all layers of a file have; None where it has none."""
     if alphas and len(alphas) != len({name.rpartition(".lora_")[0] for name in plain}):
         raise UsageError(f"{_KEY}: {file.path} has an alpha for some layers alone; {FUSE}")
     if len(set(alphas)) > 1:
         listed = _few(f"{alpha:g}" for alpha in sorted(set(alphas)))
         raise UsageError(f"{_KEY}: {file.path} has several alphas, {listed}; {FUSE}")
-    return plain, alphas[0] if alphas else None
+    return alphas[0] if alphas else None
 
 
 def _of_peft(file: _File) -> tuple[dict[str, Tensor], float | None]:
@@ -236,7 +295,10 @@ def _of_diffusers(file: _File, home: Home) -> tuple[dict[str, Tensor], float | N
         saved = dict(json.loads(file.metadata.get(LORA_ADAPTER_METADATA_KEY, "{}")))
     prefix = f"{home.name}."
     config = {n.removeprefix(prefix): value for n, value in saved.items() if n.startswith(prefix)}
-    return _plain(file.weights, home), _checked_alpha(file, config)
+    alphas = [float(value) for name, value in file.weights.items() if _is_alpha(name, home)]
+    plain = _plain({n: v for n, v in file.weights.items() if not _is_alpha(n, home)}, home)
+    alpha = _checked_alpha(file, config)
+    return plain, _one_alpha(file, plain, alphas) if alpha is None else alpha
 
 
 def _checked_alpha(file: _File, config: Mapping[str, Any]) -> float | None:

@@ -479,6 +479,7 @@ MISFITS: dict[str, tuple[dict[str, Any], str]] = {
     "alpha": ({"alpha": 2}, "has alpha 6, not 2; set model.init_args.lora.alpha to the file's"),
     "targets": ({"targets": ["to_q"]}, r"other layers .*, such as .*; set .*lora\.targets"),
     "nowhere": ({"pretrained": "nowhere"}, "lora.pretrained: there is no file nowhere"),
+    "hub id": ({"pretrained": "me/style"}, "no file me/style; if it is a hub id, `hf download me/"),
     "empty folder": ({"pretrained": "empty"}, "there is no file empty/pytorch_lora_weights"),
     "no safetensors": ({"pretrained": "broken"}, "broken is no safetensors file"),
     "other tensors": ({"pretrained": "foreign"}, "foreign is no LoRA in diffusers' format"),

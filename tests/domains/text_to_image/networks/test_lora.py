@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 
 from domains.text_to_image.pipeline import TextToImagePipeline
 from lit_rlft.core.checks import UsageError
-from lit_rlft.loop.reference import LoRA, attach_lora
+from lit_rlft.loop.reference import LoRA, attach_lora, completed
+from tests.support import ROOT
 
 Folder = Callable[..., Path]
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -283,9 +285,9 @@ REFUSED: dict[str, tuple[Callable[..., None], str]] = {
         "is a LoRA of a transformer, as SD 3 and FLUX have",
     ),
     "checkpoint": (_names(lambda w: {"model.diffusion_model.out": ODD[0]}), "is no LoRA"),
-    "other layers": (
-        _names(lambda w: {n: v for n, v in w.items() if ".to_q." in n}),
-        r"adapts other layers than targets, such as .*; set .*lora.targets to \['to_q'\]",
+    "layers of another model": (
+        _names(lambda w: {n.replace("attn1", "attn7"): v for n, v in w.items()}),
+        r"adapts other layers than this model has, such as .*attn7.*; set pipeline.init_args",
     ),
     "rank pattern": (_settings(rank_pattern={"to_q": 4}), "trained with rank_pattern"),
     "alpha pattern": (_settings(alpha_pattern={"to_q": 4}), "trained with alpha_pattern"),
@@ -315,6 +317,71 @@ def test_what_is_more_than_a_lora_is_refused(
     assert len(str(caught.value).replace(str(tmp_path), "runs/a")) < 300
 
 
+def test_given_targets_have_to_agree_with_the_file(
+    fresh: Callable[[], TextToImagePipeline], tmp_path: Path
+) -> None:
+    _names(lambda w: {n: v for n, v in w.items() if ".to_q." in n})(tuned_unet(fresh), tmp_path)
+    sentence = r"adapts other layers than targets, such as .*; set .*lora.targets to \['to_q'\]"
+    with pytest.raises(UsageError, match=sentence):
+        attach_lora(fresh(), LoRA(2, 2, ["to_q", "to_k"], pretrained=str(tmp_path)))
+
+
+@pytest.mark.parametrize("kind", ["attention", "feed-forward", "one layer"])
+def test_what_is_not_given_is_the_files(
+    fresh: Callable[[], TextToImagePipeline], tmp_path: Path, kind: str
+) -> None:
+    pipeline = fresh()
+    attach_lora(pipeline, LoRA(rank=2, alpha=6, targets=TARGETS[kind]))
+    randomised(pipeline.denoiser)
+    layers, expected = adapted(pipeline.denoiser), predicted(pipeline.denoiser)
+    pipeline.save(tmp_path)
+    again = fresh()
+    given = completed(LoRA(pretrained=str(tmp_path)), again)
+    assert (given.rank, given.alpha) == (2, 6)
+    attach_lora(again, LoRA(pretrained=str(tmp_path)))
+    assert adapted(again.denoiser) == layers
+    torch.testing.assert_close(predicted(again.denoiser), expected)
+    for wrong, setting in ({"rank": 4}, "rank"), ({"alpha": 2}, "alpha"):
+        with pytest.raises(UsageError, match=rf"set model.init_args.lora.{setting} to the file's"):
+            attach_lora(fresh(), LoRA(pretrained=str(tmp_path), **wrong))  # type: ignore[arg-type]
+    assert (LoRA().rank, LoRA().alpha) == (8, 8)
+    for path in sorted((ROOT / "configs/algorithms").glob("*.yaml")):  # they ask for no other
+        own = yaml.safe_load(path.read_text())["model"]["init_args"].get("lora")
+        if own is not None:
+            assert completed(LoRA(**own, pretrained=str(tmp_path)), fresh()) == given
+
+
+@pytest.mark.parametrize("write", [_diffusers, _kohya])
+def test_a_lora_of_text_encoders_is_said_and_left_out(
+    fresh: Callable[[], TextToImagePipeline],
+    tmp_path: Path,
+    write: Callable[[Any, Path], None],
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    unet = tuned_unet(fresh)
+    write(unet, tmp_path)
+    (path,) = tmp_path.glob("*.safetensors")
+    layer = "encoder.layers.0.self_attn.k_proj"
+    if write is _kohya:
+        own = f"lora_te_text_model_{layer.replace('.', '_')}"
+        text = {f"{own}.lora_down.weight": torch.zeros(2, 16), f"{own}.alpha": torch.tensor(6.0)}
+        text[f"{own}.lora_up.weight"] = torch.zeros(16, 2)
+    else:
+        text = {f"text_encoder.text_model.{layer}.lora_A.weight": torch.zeros(2, 16)}
+    save_file({**load_file(path), **text}, path)
+    again = fresh()
+    with caplog.at_level("INFO"):
+        attach_lora(again, LoRA(pretrained=str(path)))
+    assert (
+        "its LoRA of text encoders (1 layers) is left out" in caplog.text + capsys.readouterr().err
+    )
+    expected = get_peft_model_state_dict(unet)
+    read = get_peft_model_state_dict(again.denoiser)
+    assert read.keys() == expected.keys()
+    assert all(torch.equal(read[name], value) for name, value in expected.items())
+
+
 def _command(sentence: str, folder: Path) -> None:
     """Run what a sentence says to type."""
     _, python, code = shlex.split(sentence[sentence.index("python -c") :])[0:3]
@@ -322,32 +389,35 @@ def _command(sentence: str, folder: Path) -> None:
     subprocess.run([sys.executable, "-c", code], cwd=folder, check=True)
 
 
-@pytest.mark.parametrize("kind", ["diffusers", "metadata", "pickle"])
-def test_the_commands_that_convert_work(
-    fresh: Callable[[], TextToImagePipeline], tmp_path: Path, kind: str
+def test_the_command_that_converts_a_pickle_works(
+    fresh: Callable[[], TextToImagePipeline], tmp_path: Path
 ) -> None:
     unet = tuned_unet(fresh)
-    expected = predicted(unet)
     weights = {f"unet.{n}": v.clone() for n, v in get_peft_model_state_dict(unet).items()}
-    path, name, alpha = tmp_path / "lora.safetensors", "unet", 6
-    text = {"text_encoder.encoder.layers.0.self_attn.k_proj.lora_A.weight": torch.zeros(2, 16)}
-    if kind == "pickle":
-        path, name, alpha = tmp_path / "lora.bin", "lora", 2
-        torch.save(weights, path)
-    else:
-        metadata = {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": 6})}
-        alpha = 6 if kind == "metadata" else 2
-        save_file({**weights, **text}, path, metadata if kind == "metadata" else None)
+    torch.save(weights, path := tmp_path / "lora.bin")
     with pytest.raises(UsageError, match="python -c") as caught:
-        attach_lora(fresh(), LoRA(2, alpha, pretrained=str(path)))
+        attach_lora(fresh(), LoRA(2, 2, pretrained=str(path)))
     assert len(str(caught.value).replace(str(path), "runs/style/lora.safetensors")) < 300
     _command(str(caught.value), tmp_path)
     again = fresh()
-    attach_lora(again, LoRA(2, alpha, pretrained=str(tmp_path / f"{name}.safetensors")))
-    if alpha == 6:
-        torch.testing.assert_close(predicted(again.denoiser), expected)
+    attach_lora(again, LoRA(2, 2, pretrained=str(tmp_path / "lora.safetensors")))
     read = get_peft_model_state_dict(again.denoiser)
     assert all(torch.equal(read[n.removeprefix("unet.")], v) for n, v in weights.items())
+
+
+def test_damaged_files_are_named(fresh: Callable[[], TextToImagePipeline], tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    _diffusers(tuned_unet(fresh), tmp_path / "whole")
+    whole = (tmp_path / "whole" / "my_style.safetensors").read_bytes()
+    for content, sentence in (
+        (whole[:-50], "is damaged or half downloaded"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of Git LFS"),
+        (b"<html>", "is a web page"),
+        (b"", "is empty"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(UsageError, match=f"lora.pretrained: .*{sentence}"):
+            attach_lora(fresh(), LoRA(pretrained=str(path)))
 
 
 def test_a_pickle_is_never_run(fresh: Callable[[], TextToImagePipeline], tmp_path: Path) -> None:

@@ -128,12 +128,6 @@ def test_a_pipeline_of_the_same_parts_is_loaded(changed: Callable[..., Path]) ->
     assert TextToImagePipeline(str(folder)).latent_size == (2, 2)
 
 
-def test_a_single_file_is_refused_with_the_way_to_a_folder(tmp_path: Path) -> None:
-    (tmp_path / "sd.safetensors").write_text("")
-    with pytest.raises(UsageError, match=r"single file; .*from_single_file.*save_pretrained"):
-        TextToImagePipeline(str(tmp_path / "sd.safetensors"))
-
-
 def test_a_tiny_autoencoder_decodes_but_trains_on_no_pictures(
     changed: Callable[..., Path],
 ) -> None:

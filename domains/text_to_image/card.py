@@ -1,0 +1,82 @@
+"""What the model card of a tuned text-to-image model says of its use."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from domains.text_to_image import EMBEDDED
+
+__all__ = ["hub_header", "usage"]
+
+_LORA, _NOISE = "pytorch_lora_weights.safetensors", "noise_generator.safetensors"
+_FLUX = "black-forest-labs/FLUX.1-dev"
+
+
+def hub_header(base: str, files: Sequence[str]) -> dict[str, Any]:
+    """Return the header that the hub reads.
+
+    Args:
+        base: What was tuned: a hub id, or a folder, file or embedded model.
+        files: Names of the tuned model's files.
+    """
+    tags = ["text-to-image", "lit-rlft", "reinforcement-learning"]
+    header: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
+    if _LORA in files:
+        tags = ["lora", *tags]
+    if not _local(base):
+        header["base_model"] = base
+        header["base_model_relation"] = "adapter" if _LORA in files else "finetune"
+    return {**header, "tags": tags}
+
+
+def usage(
+    kind: str, base: str, config: str | None, files: Sequence[str], facts: Mapping[str, Any]
+) -> str:
+    """Return how to draw pictures, in Python.
+
+    Args:
+        kind: The pipeline's class in diffusers.
+        base: What was tuned.
+        config: What completes it where it is a single file.
+        files: Names of the tuned model's files.
+        facts: `num_steps`, `tuned_steps` and `guidance_scale` of the run.
+    """
+    start = f"from diffusers import {kind}\n"
+    call = (
+        f'picture = pipe("a red ring", num_inference_steps={facts["num_steps"]}, '
+        f"guidance_scale={facts['guidance_scale']:g}).images[0]\n"
+    )
+    if _LORA not in files and _NOISE not in files:
+        return f'```python\n{start}\npipe = {kind}.from_pretrained("tuned")  # here\n{call}```'
+    load = f"pipe = {_loaded(kind, base, config)}"
+    ours = (
+        f"```python\n{start}from lit_rlft.inference import load_tuned\n\n{load}\n"
+        f'pipe = load_tuned(pipe, "tuned")  # this folder\n{call}```'
+    )
+    if _LORA not in files:
+        return ours
+    plain = f'```python\n{load}\npipe.load_lora_weights("tuned")\n{call}```'
+    if facts["tuned_steps"] == facts["num_steps"]:
+        return f"{ours}\n\nIn plain diffusers:\n\n{plain}"
+    return (
+        f"{ours}\n\nThe LoRA is for the first {facts['tuned_steps']} of {facts['num_steps']} "
+        "steps; `load_tuned` switches it off for the others. Plain diffusers leaves it on:\n\n"
+        f"{plain}"
+    )
+
+
+def _loaded(kind: str, base: str, config: str | None) -> str:
+    """Return the expression that loads what was tuned."""
+    name = Path(base).name if _local(base) else base
+    if not name.endswith(".safetensors"):
+        return f'{kind}.from_pretrained("{name}")'
+    other = "" if config is None else Path(config).name if _local(config) else config
+    if kind == "FluxPipeline":  # its file is of the transformer alone
+        part = f'FluxTransformer2DModel.from_single_file("{name}")'
+        return f'{kind}.from_pretrained("{other or _FLUX}", transformer={part})'
+    return f'{kind}.from_single_file("{name}"' + (f', config="{other}")' if other else ")")
+
+
+def _local(base: str) -> bool:
+    """Return whether a model is of this machine alone, or comes with the library."""
+    return Path(base).exists() or Path(base).is_absolute() or (EMBEDDED / base).exists()

@@ -1,0 +1,111 @@
+"""The model card of a tuned model's folder, README.md, for people and for the hub."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lit_rlft.runs.card import CARD
+from lit_rlft.runs.files import write_whole
+
+__all__ = ["README", "add_results", "readme"]
+
+README = "README.md"
+
+_START, _END = "<!-- results -->", "<!-- end of results -->"
+_NO_RESULTS = (
+    "Not measured yet. `lit-rlft test --config <run>/config.yaml --ckpt_path "
+    "<run>/checkpoints/last.ckpt` measures the tuned model beside its base and writes the numbers "
+    "here."
+)
+_USE = (
+    "`lit-rlft predict --config <run>/config.yaml --ckpt_path <run>/checkpoints/last.ckpt` draws "
+    "samples."
+)
+
+
+def readme(
+    facts: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    header: Mapping[str, Any],
+    base: str,
+    usage: str,
+) -> str:
+    """Return a model card.
+
+    Args:
+        facts: `algorithm`, `reward` and the counters of the training, by name.
+        settings: Settings of the run by key; of absolute paths the last part alone is told.
+        header: What the hub reads, for its YAML header; empty for none.
+        base: The pretrained model's name.
+        usage: Markdown: how to draw samples; empty for how to do so with lit-rlft.
+    """
+    parts = [] if not header else ["\n".join(["---", *_yaml(header), "---"])]
+    parts += [
+        f"# {base}, tuned for {facts['reward']}",
+        f"Fine-tuned from {base} by {facts['algorithm']} with lit-rlft, for the reward "
+        f"{facts['reward']}: {facts['num_rounds']} rounds, {facts['num_updates']} updates, "
+        f"{facts['num_samples']} samples.",
+        "## Use",
+        usage or _USE,
+        "## Results",
+        f"{_START}\n{_NO_RESULTS}\n{_END}",
+        "## Settings",
+        "\n".join(["| setting | value |", "|---|---|", *_rows(settings)]),
+        "## Licence",
+        "These are weights derived from the base model, so the base model's licence applies to "
+        "them too; that of the reward model may restrict what they are used for.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def add_results(folder: Path, report: Mapping[str, Any], num_updates: int) -> Path | None:
+    """Write the numbers of a test into a tuned model's card; return the card.
+
+    Args:
+        folder: The tuned model's.
+        report: Mean and standard error by arm (`reference`, `tuned`, `gain`) and metric.
+        num_updates: Of the model that was measured; a card of another one stays as it is.
+    """
+    path = folder / README
+    try:
+        text, card = path.read_text(), json.loads((folder / CARD).read_text())
+    except (OSError, ValueError):
+        return None
+    start, end = text.find(_START), text.find(_END)
+    if not isinstance(card, dict) or card.get("num_updates") != num_updates or not 0 <= start < end:
+        return None
+    rows = [
+        f"| {name} | {_number(report['reference'].get(name))} | {_number(measured)} | "
+        f"{_number(report['gain'].get(name))} |"
+        for name, measured in report["tuned"].items()
+    ]
+    table = ["| metric | base | tuned | gain |", "|---|---|---|---|", *rows]
+    count = f"Means and standard errors of {report['num_samples']} samples, seed {report['seed']}."
+    body = "\n".join([_START, *table, "", count])
+    return write_whole(path, f"{text[:start]}{body}\n{text[end:]}")
+
+
+def _number(moments: Mapping[str, float | None] | None) -> str:
+    mean = moments and moments.get("mean")
+    if mean is None:
+        return ""
+    sem = moments and moments.get("sem")
+    return f"{mean:.4g}" if sem is None else f"{mean:.4g} ± {sem:.2g}"
+
+
+def _yaml(header: Mapping[str, Any]) -> list[str]:
+    """Return lines of YAML; JSON's strings and lists are YAML's too."""
+    return [f"{name}: {json.dumps(value)}" for name, value in header.items()]
+
+
+def _rows(settings: Mapping[str, Any]) -> list[str]:
+    kept = {key: value for key, value in settings.items() if not key.endswith(".length")}
+    return [f"| {key} | {_told(value)} |" for key, value in sorted(kept.items())]
+
+
+def _told(value: Any) -> str:
+    """Return a setting in a table's cell; no path of this machine."""
+    if isinstance(value, str) and Path(value).is_absolute():
+        value = Path(value).name
+    return str(value).replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,245 @@
+"""LoRAs for and from other programs: diffusers' own readers find the same layers and pictures."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from domains.text_to_image.networks.lora import lora_weights
+from domains.text_to_image.networks.web_lora import WEB_LORA
+from domains.text_to_image.pipeline import TextToImagePipeline
+from lit_rlft.core.checks import UsageError
+from lit_rlft.loop.reference import LoRA, adapt, completed
+from tests.domains.text_to_image.families.original import sgm_names
+from tests.domains.text_to_image.families.test_tuning import SIZE, latents
+from tests.domains.text_to_image.families.tiny import tiny
+
+SLOW = pytest.mark.slow
+FAMILIES = ["sdxl", *(pytest.param(name, marks=SLOW) for name in ("sd", "sd3", "flux_dev"))]
+DOUBLE = [
+    f"transformer_blocks.0.attn.{name}"
+    for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj")
+]
+
+
+@pytest.fixture(scope="module")
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a tiny model of a family."""
+    path = tmp_path_factory.mktemp("family") / request.param
+    tiny(request.param).save_pretrained(path)
+    return path
+
+
+def perturbed(
+    folder: Path, targets: list[str] | None = None, **settings: Any
+) -> TextToImagePipeline:
+    """Return a pipeline whose LoRA, of rank 2 and alpha 3, changes something."""
+    pipeline = TextToImagePipeline(str(folder), guidance_scale=2.0, **SIZE, **settings)
+    adapt(pipeline, LoRA(rank=2, alpha=3, targets=targets), seed=0)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in pipeline.denoiser.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+    return pipeline
+
+
+def adapted(network: torch.nn.Module) -> set[str]:
+    return {name for name, m in network.named_modules() if isinstance(m, BaseTunerLayer)}
+
+
+def read_by_both(folder: Path, path: Path, layers: set[str], expected: Tensor) -> LoRA:
+    """Check that diffusers and we find the same LoRA in a file; return what we found."""
+    theirs = TextToImagePipeline(str(folder), guidance_scale=2.0, **SIZE)
+    assert (latents(theirs) - expected).abs().max() > 0.01
+    theirs.diffusers.load_lora_weights(path.parent, weight_name=path.name)
+    assert adapted(theirs.denoiser) == layers
+    torch.testing.assert_close(latents(theirs), expected, atol=1e-5, rtol=1e-4)
+    return read_by_us(folder, path, layers, expected)
+
+
+def read_by_us(folder: Path, path: Path, layers: set[str], expected: Tensor) -> LoRA:
+    ours = TextToImagePipeline(str(folder), guidance_scale=2.0, **SIZE)
+    lora = completed(LoRA(pretrained=str(path)), ours)
+    adapt(ours, lora, seed=5)
+    assert adapted(ours.denoiser) == layers
+    torch.testing.assert_close(latents(ours), expected, atol=1e-5, rtol=1e-4)
+    return lora
+
+
+@pytest.mark.parametrize("folder", FAMILIES, indirect=True)
+def test_a_lora_for_web_interfaces(folder: Path, tmp_path: Path) -> None:
+    tuned = perturbed(folder, web_lora=True)
+    assert [path.name for path in tuned.save(tmp_path)][-1] == WEB_LORA
+    layers, expected = adapted(tuned.denoiser), latents(tuned)
+    lora = read_by_both(folder, tmp_path / WEB_LORA, layers, expected)
+    unet = folder.name.startswith("sd") and folder.name != "sd3"
+    assert (lora.rank, lora.alpha) == ((2, 3) if unet else (2, 2))
+    with safe_open(tmp_path / WEB_LORA, "pt") as file:
+        names, metadata = list(file.keys()), file.metadata()
+    assert all(name.startswith("lora_unet_" if unet else "transformer.") for name in names)
+    assert len(names) == (3 if unet else 2) * len(layers)
+    assert metadata["ss_network_dim"] == "2" and metadata["ss_network_alpha"] == f"{lora.alpha}"
+    assert metadata["modelspec.architecture"].endswith("/lora")
+    assert str(folder.parent) not in str(metadata)
+    plain: DiffusionPipeline = tiny(folder.name)
+    plain.load_lora_weights(tmp_path)  # the folder's first file is still diffusers' own
+    assert adapted(getattr(plain, tuned.family.denoiser_name)) == layers
+    # There and back again: the file written from what was read has the same tensors.
+    again = TextToImagePipeline(str(folder), web_lora=True, **SIZE)
+    adapt(again, LoRA(pretrained=str(tmp_path / WEB_LORA)), seed=3)
+    again.save(tmp_path / "again")
+    first, second = load_file(tmp_path / WEB_LORA), load_file(tmp_path / "again" / WEB_LORA)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(second[name], value) for name, value in first.items())
+
+
+@pytest.mark.parametrize("folder", ["sdxl"], indirect=True)
+def test_kohyas_names_of_the_original_unet_are_read(folder: Path, tmp_path: Path) -> None:
+    targets = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in"]
+    tuned = perturbed(folder, targets)
+    layers, names = adapted(tuned.denoiser), sgm_names(tiny("sdxl").unet)
+    weights: dict[str, Tensor] = {}
+    for name, value in lora_weights(tuned.denoiser).items():
+        layer, _, half = name.partition(".lora_")
+        own = "lora_unet_" + names[f"{layer}.weight"].removesuffix(".weight").replace(".", "_")
+        weights[f"{own}.lora_{'down' if half == 'A.weight' else 'up'}.weight"] = value.clone()
+        weights[f"{own}.alpha"] = torch.tensor(3.0)
+    assert any("input_blocks" in name for name in weights)
+    save_file(weights, tmp_path / "k.safetensors")
+    lora = read_by_both(folder, tmp_path / "k.safetensors", layers, latents(tuned))
+    assert (lora.rank, lora.alpha) == (2, 3)
+
+
+def _joined(weights: dict[str, Tensor], scale: float) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return a LoRA of FLUX's first double block by its original layers: down and up."""
+    start, found = "transformer_blocks.0.attn.", {}
+    for own, out, three in (
+        ("img_attn", "to_out.0", ("to_q", "to_k", "to_v")),
+        ("txt_attn", None, ("add_q_proj", "add_k_proj", "add_v_proj")),
+    ):
+        down = weights[f"{start}{three[0]}.lora_A.weight"]
+        ups = [weights[f"{start}{name}.lora_B.weight"] for name in three]
+        found[f"double_blocks.0.{own}.qkv"] = (down, torch.cat(ups) * scale)
+        if out:
+            found[f"double_blocks.0.{own}.proj"] = (
+                weights[f"{start}{out}.lora_A.weight"],
+                weights[f"{start}{out}.lora_B.weight"] * scale,
+            )
+    return found
+
+
+def _kohya_flux(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name, (down, up) in _joined(weights, 1.0).items():
+        own = f"lora_unet_{name.replace('.', '_')}"
+        found |= {f"{own}.lora_down.weight": down, f"{own}.lora_up.weight": up}
+        found[f"{own}.alpha"] = torch.tensor(3.0)
+    text = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
+    found[f"{text}.lora_up.weight"] = torch.zeros(37, 2)
+    return found | {f"{text}.lora_down.weight": torch.zeros(2, 32)}
+
+
+def _split_kohya_flux(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return queries, keys and values of ranks of their own: a down of 3 r, block-diagonal ups."""
+    found = _kohya_flux(weights)
+    for own, three in (
+        ("img_attn", ("to_q", "to_k", "to_v")),
+        ("txt_attn", ("add_q_proj", "add_k_proj", "add_v_proj")),
+    ):
+        name = f"lora_unet_double_blocks_0_{own}_qkv"
+        start = "transformer_blocks.0.attn."
+        ups = [weights[f"{start}{part}.lora_B.weight"] for part in three]
+        downs = [weights[f"{start}{part}.lora_A.weight"] for part in three]
+        found[f"{name}.lora_up.weight"] = torch.block_diag(*ups)
+        found[f"{name}.lora_down.weight"] = torch.cat(downs)
+        found[f"{name}.alpha"] = torch.tensor(9.0)  # of 6 rows: the same scale
+    return found
+
+
+def _comfy_flux(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    halves = _joined(weights, 1.5).items()
+    down = {f"diffusion_model.{name}.lora_A.weight": half[0] for name, half in halves}
+    return down | {f"diffusion_model.{name}.lora_B.weight": half[1] for name, half in halves}
+
+
+def _prefixed(prefix: str, alpha: bool) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    def write(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        scale = 1.0 if alpha else 1.5
+        found = {
+            f"{prefix}{name}": value * scale if "lora_B" in name else value
+            for name, value in weights.items()
+        }
+        layers = {name.partition(".lora_")[0] for name in found} if alpha else set()
+        return found | {f"{layer}.alpha": torch.tensor(3.0) for layer in layers}
+
+    return write
+
+
+FLUX: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], bool, int]] = {
+    "kohya": (_kohya_flux, True, 2),
+    "kohya, split": (_split_kohya_flux, True, 2),
+    "original names": (_comfy_flux, False, 2),
+    "ai-toolkit": (_prefixed("transformer.", alpha=False), True, 2),
+    "ai-toolkit with alphas": (_prefixed("transformer.", alpha=True), True, 3),
+    "diffusion_model": (_prefixed("diffusion_model.", alpha=False), False, 2),
+}
+"""How to write it, whether diffusers reads it as it is, and the alpha that is found."""
+
+
+@pytest.mark.parametrize("folder", ["flux_dev"], indirect=True)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=() if kind in ("kohya, split", "original names") else SLOW)
+        for kind in FLUX
+    ],
+)
+def test_files_of_flux_of_other_tools_are_read(folder: Path, tmp_path: Path, kind: str) -> None:
+    write, readable, alpha = FLUX[kind]
+    tuned = perturbed(folder, DOUBLE)
+    if "kohya" in kind or kind == "original names":  # one down for queries, keys and values
+        for start in ("", "add_") if kind != "kohya, split" else ():
+            own = [f"{start}{x}_proj" if start else f"to_{x}" for x in "qkv"]
+            attention = tuned.denoiser.transformer_blocks[0].attn
+            downs = [getattr(attention, name).lora_A["default"].weight for name in own]
+            for down in downs[1:]:
+                down.data = downs[0].data.clone()
+    weights = {name: value.clone() for name, value in lora_weights(tuned.denoiser).items()}
+    path = tmp_path / "lora.safetensors"
+    save_file({name: value.contiguous().clone() for name, value in write(weights).items()}, path)
+    check = read_by_both if readable else read_by_us
+    lora = check(folder, path, adapted(tuned.denoiser), latents(tuned))
+    assert (lora.rank, lora.alpha) == (2, alpha)
+
+
+@pytest.mark.parametrize("folder", ["flux_dev"], indirect=True)
+def test_loras_of_other_families_and_kinds_are_refused(folder: Path, tmp_path: Path) -> None:
+    pipeline, path = TextToImagePipeline(str(folder), **SIZE), tmp_path / "x.safetensors"
+    layer = "transformer.transformer_blocks.0.attn.to_q"
+    both = {
+        f"{layer}.lora_A.weight": torch.ones(2, 32),
+        f"{layer}.lora_B.weight": torch.ones(32, 2),
+    }
+    for weights, sentence in (
+        ({"lora_unet_input_blocks_1_1_proj_in.lora_down.weight": (2, 2)}, "is a LoRA of a U-Net"),
+        ({"lora_unet_down_blocks_1_proj_in.lora_down.weight": (2, 2)}, "is a LoRA of a U-Net"),
+        ({"lora_unet_joint_blocks_0_x_block_mlp_fc1.lora_down.weight": (2, 2)}, "original code"),
+        ({f"{layer}.lora_magnitude_vector": (2,)}, "has DoRA"),
+        ({"lora_unet_double_blocks_0_img_mlp_0.hada_w1_a": (2, 2)}, "has LoHa"),
+        ({f"{layer}.alpha": ()}, None),
+    ):
+        tensors = {name: torch.ones(shape) for name, shape in weights.items()}
+        save_file({**(both if sentence is None or layer in str(weights) else {}), **tensors}, path)
+        if sentence is None:
+            assert completed(LoRA(pretrained=str(path)), pipeline).alpha == 1
+            continue
+        with pytest.raises(UsageError, match=sentence) as caught:
+            completed(LoRA(pretrained=str(path)), pipeline)
+        assert str(caught.value).startswith("model.init_args.lora.pretrained: ")

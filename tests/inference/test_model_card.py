@@ -1,0 +1,178 @@
+"""The model card of a tuned model: what it says, where it goes, and that its code runs."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from domains.gaussian_mixture.data import MixtureData
+from domains.gaussian_mixture.pipeline import GaussianMixturePipeline
+from domains.gaussian_mixture.rewards import Coordinate
+from domains.text_to_image.card import hub_header, usage
+from domains.text_to_image.data import ShapesPrompts
+from domains.text_to_image.pipeline import TextToImagePipeline
+from domains.text_to_image.rewards import Brightness
+from lit_rlft.algorithms.graft import PGRAFT
+from lit_rlft.callbacks.ema import EMA
+from lit_rlft.callbacks.run_files import RunFiles
+from lit_rlft.core.sampling import Sampler
+from lit_rlft.core.selection import TopK
+from lit_rlft.loop.reference import LoRA
+from lit_rlft.runs.card import write_card
+from lit_rlft.runs.readme import README, add_results, readme
+from tests.support import trainer_of
+
+LORA = ["pytorch_lora_weights.safetensors"]
+FACTS = {"num_steps": 2, "tuned_steps": 2, "guidance_scale": 2.0}
+
+
+def header(text: str) -> dict[str, Any]:
+    assert text.startswith("---\n")
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def code(text: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+
+
+def test_a_run_writes_its_card_and_a_test_its_numbers(
+    tiny_stable_diffusion: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_stable_diffusion()
+    pipeline = TextToImagePipeline(str(folder), guidance_scale=2.0)
+    settings: dict[str, Any] = {"num_candidates": 2, "selection": TopK(1), "num_eval_samples": 1}
+    tuner = PGRAFT(
+        pipeline, Brightness(), sampler=Sampler(2), lora=LoRA(rank=2), cut=0.5, **settings
+    )
+    data = ShapesPrompts(num_train_prompts=2, num_val_prompts=2, num_test_prompts=2, batch_size=2)
+    trainer = trainer_of(default_root_dir=tmp_path, callbacks=[RunFiles(1), EMA(0.5)])
+    trainer.fit(tuner, data)
+    (path,) = tmp_path.rglob(f"tuned/{README}")
+    text = path.read_text()
+    found, name = header(text), tuner.reward.name
+    assert found["library_name"] == "diffusers" and "lora" in found["tags"]
+    assert "base_model" not in found  # it is a folder of this machine
+    assert f"# tiny, tuned for {name}" in text and "1 updates" in text
+    assert "| model.cut | 0.5 |" in text and "licence applies" in text
+    assert "first 1 of 2 steps" in text and "lit-rlft test --config" in text
+    for private in (str(folder.parent), str(tmp_path), str(Path.home())):
+        assert private not in text
+    trainer.test(tuner, data, verbose=False)
+    (metrics,) = tmp_path.rglob("metrics.json")
+    mean = yaml.safe_load(metrics.read_text())["tuned"][name]["mean"]
+    tested = path.read_text()
+    assert f"| {mean:.4g} ± " in tested and "lit-rlft test --config" not in tested
+    assert tested.split("## Settings")[1] == text.split("## Settings")[1]
+
+    # What it shows runs beside the folder, with the base where its name says.
+    (path.parent.parent / "tiny").symlink_to(folder)
+    monkeypatch.chdir(path.parent.parent)
+    for block in code(tested):
+        names: dict[str, Any] = {}
+        exec("from diffusers import StableDiffusionPipeline\n" + block, names)
+        assert names["picture"].size == (16, 16)
+
+
+def test_a_card_of_another_model_keeps_its_numbers(tmp_path: Path) -> None:
+    facts = {"algorithm": "GRAFT", "reward": "r", "num_rounds": 1, "num_samples": 2}
+    text = readme({**facts, "num_updates": 3}, {"a|b": "x|y", "n.length": 3}, {}, "base", "")
+    assert text.startswith("# base, tuned for r") and r"x\|y" in text and "length" not in text
+    (tmp_path / README).write_text(text)
+    report = {"num_samples": 4, "seed": 0, "reference": {}, "gain": {}}
+    report["tuned"] = {"r": {"mean": 1.0, "sem": None}}
+    assert add_results(tmp_path, report, 3) is None  # it is no tuned model's folder
+    write_card(tmp_path, {"num_updates": 3})
+    assert add_results(tmp_path, report, 4) is None and (tmp_path / README).read_text() == text
+    for _ in range(2):  # a second test takes the place of the first
+        assert add_results(tmp_path, report, 3) == tmp_path / README
+        assert (tmp_path / README).read_text().count("| r |  | 1 |  |") == 1
+    (tmp_path / README).write_text("mine")
+    assert add_results(tmp_path, report, 3) is None and (tmp_path / README).read_text() == "mine"
+
+
+def test_what_the_hub_reads() -> None:
+    base = "stabilityai/stable-diffusion-xl-base-1.0"
+    found = hub_header(base, LORA)
+    assert found["base_model"] == base and found["base_model_relation"] == "adapter"
+    assert hub_header(base, ["unet"])["base_model_relation"] == "finetune"
+    assert "base_model" not in hub_header("shapes", LORA)
+    assert "base_model" not in hub_header("/home/me/models/sdxl", LORA)
+
+
+@pytest.mark.parametrize(
+    ("kind", "base", "config", "expected"),
+    [
+        ("FluxPipeline", "a/b", None, 'FluxPipeline.from_pretrained("a/b")'),
+        ("FluxPipeline", "/x/f.safetensors", "a/b", 'from_pretrained("a/b", transformer=Flux'),
+        ("FluxPipeline", "/x/f.safetensors", None, 'from_single_file("f.safetensors")'),
+        ("StableDiffusionXLPipeline", "/x/f.safetensors", "/y/c", '"f.safetensors", config="c")'),
+        ("StableDiffusionXLPipeline", "/x/folder", None, 'Pipeline.from_pretrained("folder")'),
+    ],
+)
+def test_a_base_of_this_machine_is_named_without_its_path(
+    kind: str, base: str, config: str | None, expected: str
+) -> None:
+    text = usage(kind, base, config, LORA, FACTS)
+    assert expected in text and "/x/" not in text and "/y/" not in text
+    for block in code(text):
+        compile(block, "card", "exec")
+    assert "load_lora_weights" not in usage(
+        kind, base, config, ["noise_generator.safetensors"], FACTS
+    )
+    assert 'from_pretrained("tuned")' in usage(kind, base, config, ["unet"], FACTS)
+
+
+def test_other_domains_have_a_short_card(tmp_path: Path) -> None:
+    tuner = PGRAFT(GaussianMixturePipeline(), Coordinate(), sampler=Sampler(2), cut=0.5)
+    assert not tuner.pipeline.hub_header([]) and not tuner.pipeline.usage([], {})
+    trainer_of(default_root_dir=tmp_path).fit(tuner, MixtureData(num_train=8, batch_size=8))
+    (path,) = tmp_path.rglob(f"tuned/{README}")
+    text = path.read_text()
+    assert text.startswith("# ") and "PGRAFT" in text and "lit-rlft predict --config" in text
+
+
+def test_what_is_tested_is_what_was_exported(tmp_path: Path) -> None:
+    """Of a run with an average `test` measures the average, with the callback and without it."""
+    data = MixtureData(num_train=16, batch_size=8, num_test=4)
+
+    def fresh() -> PGRAFT:
+        return PGRAFT(GaussianMixturePipeline(), Coordinate(), sampler=Sampler(2), cut=0.5)
+
+    def weights(tuner: PGRAFT) -> list[Tensor]:
+        return [p.detach().clone() for p in tuner._trained().values()]
+
+    average = EMA(0.5)
+    tuner, trainer = fresh(), trainer_of(default_root_dir=tmp_path, callbacks=[average])
+    saved: list[Tensor] = []
+
+    def keep(*args: Any) -> None:
+        saved.extend(weights(tuner))
+        trainer.save_checkpoint(tmp_path / "file.ckpt")
+
+    average.on_train_end = keep  # type: ignore[method-assign]
+    trainer.fit(tuner, data)
+    exported = weights(tuner)
+    assert not any(torch.equal(raw, mean) for raw, mean in zip(saved, exported, strict=True))
+    results = []
+    for callbacks in ([], [EMA(0.5)]):
+        again, tester = fresh(), trainer_of(default_root_dir=tmp_path, callbacks=callbacks)
+        measured = tester.test(again, data, ckpt_path=str(tmp_path / "file.ckpt"), verbose=False)
+        results.append(again.evaluator.means())
+        assert measured is not None
+    assert results[0] == results[1]
+    plain = fresh()
+    tester = trainer_of(default_root_dir=tmp_path)
+    held = torch.load(tmp_path / "file.ckpt", weights_only=True)
+    held["callbacks"] = {}
+    torch.save(held, tmp_path / "raw.ckpt")
+    tester.test(plain, data, ckpt_path=str(tmp_path / "raw.ckpt"), verbose=False)
+    assert plain.evaluator.means() != results[0]
+    # A fit goes on from the raw weights.
+    resumed = trainer_of(default_root_dir=tmp_path, max_epochs=1)
+    resumed.fit(last := fresh(), data, ckpt_path=str(tmp_path / "file.ckpt"))
+    assert all(torch.equal(a, b) for a, b in zip(weights(last), saved, strict=True))
