@@ -16,12 +16,15 @@ from domains.text_to_image.networks.weightless import bare_pipeline
 from lit_rlft.core.checks import UsageError
 from lit_rlft.kit.network_folder import found_variant, load_pretrained
 from lit_rlft.kit.weightless import check_cached, weightless
+from lit_rlft.kit.whole_folder import check_whole
 
 __all__ = ["load_parts"]
 
 _KEY = "pipeline.init_args.pretrained"
 _ALIKE = {"StableDiffusionImg2ImgPipeline": "StableDiffusionPipeline"}
 """Pipelines of the same parts, used in the same way to generate pictures from prompts alone."""
+_NEW_PARTS = ("unet", "text_encoder")
+"""Parts that `from_scratch` draws anew."""
 _LEFT_OUT: dict[str, dict[str, Any]] = {
     "StableDiffusionPipeline": {"safety_checker": None},
     "StableDiffusionXLPipeline": {"add_watermarker": False},
@@ -79,6 +82,10 @@ def _read(
         return bare_pipeline(source, kind, dtype, _KEY)
     if variant is None and folder.is_dir():
         variant = found_variant(folder, FAMILIES[kind].weighed())
+    if folder.is_dir():
+        new_parts = _NEW_PARTS if from_scratch else ()
+        read = [part for part in FAMILIES[kind].weighed() if part not in new_parts]
+        check_whole(folder, read, variant, _KEY)
     new: dict[str, Any] = _new_networks(source, kind, dtype) if from_scratch else {}
     with warnings.catch_warnings():
         # Older versions know this name of it alone.
