@@ -153,6 +153,12 @@ def _other_layers(
     # Within an adapted layer are layers of peft's; its name is still that of the model's.
     names = {_PEFT_INNER.sub("", name) for name, _ in pipeline.denoiser.named_modules()}
     wanted = {name.partition(".lora_")[0] for name in weights}
+    if absent := sorted(wanted - names):
+        own = type(pipeline.denoiser).__name__
+        return UsageError(
+            f"{key}.pretrained: {path} is for another model: this {own} has no layer {absent[0]}; "
+            f"give a LoRA of {pipeline.name!r}, or set it to null"
+        )
     targets = sorted({_ending(name) for name in wanted})
     fitting = {name for name in names if any(_fits(name, target) for target in targets)}
     if fitting == wanted:

@@ -103,7 +103,9 @@ def _solvers(model: str, prediction: str = "epsilon") -> Iterator[Case]:
         model, "PNDMScheduler", given | tail, "leading", stand_in=_ddim, compared="DDIMScheduler"
     )
     for name in ("LMSDiscreteScheduler", "HeunDiscreteScheduler"):
-        yield Case(model, name, given, "leading", stand_in=_euler, compared="EulerDiscreteScheduler")
+        yield Case(
+            model, name, given, "leading", stand_in=_euler, compared="EulerDiscreteScheduler"
+        )
     for name, more, note in (
         ("DPMSolverMultistepScheduler", {}, "leading"),
         ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}, "leading, karras"),

@@ -13,6 +13,7 @@ from domains.text_to_image.pipeline import TextToImagePipeline
 from lit_rlft.core.checks import UsageError
 from lit_rlft.kit.hub import hub_errors
 from lit_rlft.kit.whole_folder import check_whole
+from lit_rlft.loop.reference import LoRA, adapt
 from tests.domains.text_to_image.families.tiny import tiny
 
 KEY = "pipeline.init_args.pretrained"
@@ -166,3 +167,33 @@ def test_other_kinds_and_absent_parts_are_named(
     path.write_text(json.dumps({**json.loads(path.read_text()), **index}))
     sentence = refused(folder)
     assert said in sentence and repr(str(folder)) in sentence
+
+
+@pytest.fixture(scope="module")
+def loras(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write tiny models and a LoRA of each."""
+    models = tmp_path_factory.mktemp("loras")
+    for name in ("sd", "sdxl", "sd3", "flux_dev"):
+        tiny(name).save_pretrained(models / name)
+        pipeline = TextToImagePipeline(str(models / name), height=32, width=32)
+        adapt(pipeline, LoRA(rank=2, alpha=2), seed=0)
+        pipeline.save(models / f"{name}_lora")
+    return models
+
+
+@pytest.mark.parametrize(
+    ("given", "model", "said"),
+    [
+        ("sd", "sdxl", r"is for another model: this UNet2DConditionModel has no layer .*'sdxl'"),
+        ("sdxl", "sd", r"is for another model: this UNet2DConditionModel has no layer .*'sd'"),
+        ("sd3", "flux_dev", "is for another model: this FluxTransformer2DModel has no layer"),
+        ("flux_dev", "sd3", "is for another model: this SD3Transformer2DModel has no layer"),
+        ("sd3", "sdxl", "of a transformer"),
+        ("sdxl", "flux_dev", "of a U-Net"),
+    ],
+)
+def test_a_lora_of_another_family_is_named(given: str, model: str, said: str, loras: Path) -> None:
+    pipeline = TextToImagePipeline(str(loras / model), height=32, width=32)
+    lora = LoRA(rank=2, alpha=2, pretrained=str(loras / f"{given}_lora"))
+    with pytest.raises(UsageError, match=rf"^model\.init_args\.lora\.pretrained: .*{said}"):
+        adapt(pipeline, lora, seed=0)
