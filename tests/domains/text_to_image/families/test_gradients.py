@@ -186,7 +186,7 @@ CALLS: dict[str, tuple[str, dict[str, Any], float, str]] = {
     "flux_true_cfg": ("flux_dev", {"true_cfg_scale": 2.0, "negative_prompt": "dull"}, 2.0, "both"),
 }
 """Models, settings of our pipeline, and w and the mode of classifier-free guidance."""
-DEFAULT = {("sdxl", "drtune"), ("sdxl_conditional", "draft"), ("flux_true_cfg", "drtune")}
+DEFAULT = {("sdxl", "drtune"), ("flux_true_cfg", "drtune")}
 
 
 @pytest.mark.parametrize(
