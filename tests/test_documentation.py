@@ -50,7 +50,7 @@ NOT_RUN = {
     "--trainer.devices 2": "starts processes; the tests of two processes run the same",
 }
 """Parts of commands that are not run here, and why; they are parsed where they are ours."""
-CODE_NOT_RUN = ("stable-diffusion-v1-5", "pipe.load_lora_weights")
+CODE_NOT_RUN = ("stable-diffusion-v1-5", "pipe.load_lora_weights", "pipe.encode_prompt")
 """Parts of code that needs a model of the hub; tests/inference runs the same on tiny ones."""
 SAME_KIND = ("--name darker", "--name longer", "--name pairs", "--name both")
 """Commands that run only among slow tests: others of the same page are of their kind."""

@@ -9,8 +9,8 @@ from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline
 from lightning.pytorch.utilities import rank_zero_info
 from safetensors.torch import load_file
 
-from domains.text_to_image.networks.weight_file import check_whole, refuse_pickle
 from lit_rlft.core.checks import UsageError, loading
+from lit_rlft.kit.weight_file import check_file, refuse_pickle
 from lit_rlft.kit.weightless import weightless
 
 __all__ = ["add_textual_inversions", "load_vae"]
@@ -56,7 +56,7 @@ def load_vae(given: str, model: str, dtype: torch.dtype) -> AutoencoderKL | Auto
 def _vae_of_file(path: Path, model: str, dtype: torch.dtype) -> AutoencoderKL:
     """Return the VAE in a file, alone or in a whole checkpoint, by the config of a model's own."""
     refuse_pickle(path, _VAE)
-    check_whole(path, _VAE)
+    check_file(path, _VAE)
     with loading(f"{_VAE}: {path} could not be loaded as the VAE of a model like {model!r}"):
         network = AutoencoderKL.from_single_file(
             str(path), config=model, subfolder="vae", torch_dtype=dtype
@@ -119,7 +119,7 @@ def add_textual_inversions(parts: DiffusionPipeline, files: Sequence[str]) -> li
         if not path.is_file():
             raise UsageError(f"{_INVERSIONS}: there is no file {path}")
         refuse_pickle(path, _INVERSIONS)
-        check_whole(path, _INVERSIONS)
+        check_file(path, _INVERSIONS)
         known += [token for token in _learned(parts, path) if token not in known]
     if known:
         rank_zero_info(f"textual inversions, to use in prompts: {', '.join(known)}")

@@ -15,18 +15,21 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from domains.text_to_image import EMBEDDED
 from domains.text_to_image.extras import add_textual_inversions, load_vae
 from domains.text_to_image.families import FAMILIES
-from domains.text_to_image.networks.weight_file import PICKLES, first_damaged
 from domains.text_to_image.networks.weightless import bare_pipeline
 from domains.text_to_image.single_file import load_single_file
 from lit_rlft.core.checks import UsageError
 from lit_rlft.kit.network_folder import found_variant, load_pretrained
+from lit_rlft.kit.weight_file import PICKLES
 from lit_rlft.kit.weightless import check_cached, weightless
+from lit_rlft.kit.whole_folder import check_whole
 
 __all__ = ["Files", "load_parts"]
 
 _KEY = "pipeline.init_args.pretrained"
 _ALIKE = {"StableDiffusionImg2ImgPipeline": "StableDiffusionPipeline"}
 """Pipelines of the same parts, used in the same way to generate pictures from prompts alone."""
+_NEW_PARTS = ("unet", "text_encoder")
+"""Parts that `from_scratch` draws anew."""
 _LEFT_OUT: dict[str, dict[str, Any]] = {
     "StableDiffusionPipeline": {"safety_checker": None},
     "StableDiffusionXLPipeline": {"add_watermarker": False},
@@ -128,16 +131,17 @@ def _read(
         return bare
     if variant is None and folder.is_dir():
         variant = found_variant(folder, FAMILIES[kind].weighed())
+    if folder.is_dir():
+        others = {*new, *(_NEW_PARTS if from_scratch else ())}
+        read = [part for part in FAMILIES[kind].weighed() if part not in others]
+        check_whole(folder, read, variant, _KEY)
     new |= _new_networks(source, kind, dtype) if from_scratch else {}
     with warnings.catch_warnings():
         # Older versions know this name of it alone.
         warnings.filterwarnings("ignore", "`torch_dtype` is deprecated")
-        try:
-            loaded = getattr(diffusers, kind).from_pretrained(
-                source, torch_dtype=dtype, variant=variant, **_LEFT_OUT.get(kind, {}), **new
-            )
-        except Exception as error:
-            raise (first_damaged(folder, _KEY) or error) from error
+        loaded = getattr(diffusers, kind).from_pretrained(
+            source, torch_dtype=dtype, variant=variant, **_LEFT_OUT.get(kind, {}), **new
+        )
     assert isinstance(loaded, DiffusionPipeline)
     for part in loaded.components.values():
         if isinstance(part, nn.Module) and next(part.parameters()).dtype not in (

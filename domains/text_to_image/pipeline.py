@@ -220,7 +220,7 @@ class TextToImagePipeline(Pipeline):
         size = self.decode_batch_size
         starts = range(0, len(latents), size)
         pictures = torch.cat([self._decode(latents[i : i + size]) for i in starts])
-        return (pictures.float() / 2 + 0.5).clamp(0, 1)
+        return (pictures.to(self.precision) / 2 + 0.5).clamp(0, 1)
 
     def _decode(self, latents: Tensor) -> Tensor:
         if self.checkpoint_decoder and latents.requires_grad and torch.is_grad_enabled():

@@ -14,9 +14,9 @@ from torch import nn
 
 from domains.text_to_image.extras import load_vae
 from domains.text_to_image.families import FAMILIES
-from domains.text_to_image.networks.weight_file import refuse_pickle, shapes_in
 from domains.text_to_image.networks.weightless import bare_pipeline
 from lit_rlft.core.checks import UsageError, loading
+from lit_rlft.kit.weight_file import refuse_pickle, shapes_in
 from lit_rlft.kit.weightless import weightless
 
 __all__ = ["load_single_file"]

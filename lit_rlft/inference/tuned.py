@@ -102,6 +102,8 @@ def _switch(
 @torch.no_grad()
 def _latents(pipe: Any, noise: NoiseGenerator, prompt: Any, settings: dict[str, Any]) -> Tensor:
     """Draw initial noise for the prompts of a call, `num_images_per_prompt` of each."""
+    if prompt is None:
+        raise UsageError("the tuned model's prior needs the prompt itself; give prompt, or latents")
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     given = {"max_sequence_length": settings.get("max_sequence_length")}
     given = {name: value for name, value in given.items() if value is not None}

@@ -14,10 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lit_rlft.core.checks import UsageError, loading
+from lit_rlft.kit.hub import hub_errors
 
 __all__ = [
     "CONFIG",
     "WEIGHTS",
+    "WEIGHT_FILE",
     "check_one_given",
     "found_variant",
     "load_pretrained",
@@ -32,7 +34,7 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _ADAPTED = ".base_layer"
 """How peft names the layer within an adapted one."""
 _PIECE = r"-\d{5}-of-\d{5}"
-_WEIGHT_FILE = re.compile(
+WEIGHT_FILE = re.compile(
     rf"(?:diffusion_pytorch_model|pytorch_model|model)(?:{_PIECE})?"
     rf"(?:\.(?P<variant>[A-Za-z0-9_]+)(?:{_PIECE})?)?\.(?:safetensors|bin)"
 )
@@ -67,7 +69,8 @@ def load_pretrained(
     shipped = embedded / pretrained
     source = str(shipped) if not Path(pretrained).exists() and shipped.exists() else pretrained
     try:
-        with loading(f"{key}: {pretrained!r} could not be loaded as {kind}; give {give}"):
+        sentence = f"{key}: {pretrained!r} could not be loaded as {kind}; give {give}"
+        with loading(sentence), hub_errors(source, key):
             return read(source)
     except UsageError as error:
         other = str(error).startswith("pipeline.") and not str(error).startswith(key)
@@ -149,7 +152,7 @@ def found_variant(folder: Path, parts: Sequence[str] = ("",)) -> str | None:
     common: set[str] | None = None
     for part in parts:
         names = [path.name for path in (folder / part).glob("*") if path.is_file()]
-        variants = {match["variant"] for name in names if (match := _WEIGHT_FILE.fullmatch(name))}
+        variants = {match["variant"] for name in names if (match := WEIGHT_FILE.fullmatch(name))}
         if variants and None not in variants:
             common = variants if common is None else common & variants
     if not common:

@@ -149,7 +149,8 @@ class SavedVP(DiscreteVP):
         """Return the standard deviation of the first state in units of ours."""
         assert self._scheduler is not None
         largest = float(self._scheduler.sigmas.max())
-        return float(self._scheduler.init_noise_sigma) / math.sqrt(largest**2 + 1)
+        scale = float(self._scheduler.init_noise_sigma) / math.sqrt(largest**2 + 1)
+        return 1.0 if math.isclose(scale, 1, rel_tol=1e-6) else scale  # it is in single precision
 
     def _at(self, t: Tensor) -> Tensor:
         if self.blend == "power":

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lightning.pytorch.utilities import rank_zero_info
+
 from lit_rlft.core.checks import BadArgument, UsageError
 from lit_rlft.core.process import GaussianProcess, PredictionType
 from lit_rlft.kit.saved_grids import CONVERSIONS, Clip, SavedFlow, SavedVP, Threshold
@@ -297,6 +299,8 @@ def saved_process(
 ) -> GaussianProcess:
     """Return the process of a scheduler, sampled as diffusers samples it.
 
+    Where its own steps are others than ours, one line says which stand in for them.
+
     Args:
         scheduler: One of diffusers' schedulers, as a pipeline of diffusers holds it.
         flows: Whether the network may be a rectified flow.
@@ -308,6 +312,8 @@ def saved_process(
     name, config = type(scheduler).__name__, scheduler.config
     family = _family(name, flows, key)
     _check(name, config, key)
+    if said := _stands_in(name, family):
+        rank_zero_info(said)
     if family.grid == "flow":
         return GaussianProcess(SavedFlow(scheduler), "velocity")
     prediction_type = config.get("prediction_type", "epsilon")
@@ -334,6 +340,21 @@ def saved_process(
         keeps_noise=family.keeps_noise,
         wide_above=1.5 / schedule.num_levels if wide else None,  # none at table index 0
     )
+
+
+def _stands_in(name: str, family: Family) -> str | None:
+    """Return what stands in for a class's own steps, in words; None where ours are its own."""
+    if not family.exact:
+        return (
+            f"the model's {name} is a solver of its own: DDIM steps on its timesteps and noise "
+            "levels stand in for it"
+        )
+    if family.exact == "1":
+        return (
+            f"the model's {name} takes ancestral steps, which are ours at sampler.eta 1; below, "
+            "DDIM steps on its timesteps stand in for it"
+        )
+    return None
 
 
 def _family(name: str, flows: bool, key: str) -> Family:

@@ -172,11 +172,7 @@ def _whole_alpha(path: str, alpha: float | None, rank: int) -> int:
 def _targets_of(pipeline: Pipeline, path: str, weights: Mapping[str, Tensor]) -> list[str]:
     """Return targets that fit the layers of a file and no others."""
     names, wanted = _layers(pipeline), _adapted(weights)
-    if odd := sorted(wanted - names):
-        raise UsageError(
-            f"model.init_args.lora.pretrained: {path} adapts other layers than this model has, "
-            f"such as {odd[0]}; set pipeline.init_args to what it was tuned from"
-        )
+    _check_layers(pipeline, path, wanted)
     for targets in (list(pipeline.lora_targets), sorted({_ending(name) for name in wanted})):
         if {name for name in names if any(_fits(name, target) for target in targets)} == wanted:
             return targets
@@ -186,6 +182,16 @@ def _targets_of(pipeline: Pipeline, path: str, weights: Mapping[str, Tensor]) ->
 def _layers(pipeline: Pipeline) -> set[str]:
     """Return the names of a denoiser's layers, without those that peft puts into them."""
     return {_PEFT_INNER.sub("", name) for name, _ in pipeline.denoiser.named_modules()}
+
+
+def _check_layers(pipeline: Pipeline, path: str, wanted: set[str]) -> None:
+    """Raise UsageError where a LoRA adapts layers that a model does not have."""
+    if absent := sorted(wanted - _layers(pipeline)):
+        own = type(pipeline.denoiser).__name__
+        raise UsageError(
+            f"model.init_args.lora.pretrained: {path} is for another model: this {own} has no "
+            f"layer {absent[0]}; give a LoRA of {pipeline.name!r}, or set it to null"
+        )
 
 
 def _adapted(weights: Mapping[str, Tensor]) -> set[str]:
@@ -218,6 +224,7 @@ def _other_layers(
     """Return the error of a LoRA of other layers, with the targets to set where there are any."""
     key = "model.init_args.lora"
     names, wanted = _layers(pipeline), _adapted(weights)
+    _check_layers(pipeline, path, wanted)
     targets = sorted({_ending(name) for name in wanted})
     fitting = {name for name in names if any(_fits(name, target) for target in targets)}
     if fitting == wanted:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -21,8 +22,9 @@ from lit_rlft.loop.reference import LoRA
 from lit_rlft.runs.card import CARD, write_card
 from tests.domains.text_to_image.families.tiny import tiny
 
-SIZE = {"height": 32, "width": 32}
+SIZE = {"height": 32, "width": 48}
 STEPS = 5
+PAGE = Path(__file__).parents[2] / "docs/how_to/real_models.md"
 
 
 @pytest.fixture(scope="module", params=["sd", "sdxl", "sd3", "flux_dev"])
@@ -48,25 +50,26 @@ def tuned(kind: type[RewardFineTuner], folder: Path, out: Path, **settings: Any)
     return tuner
 
 
-def noise(tuner: RewardFineTuner, generators: list[torch.Generator]) -> Tensor:
-    condition = tuner.pipeline.encode({"prompt": PROMPTS})
-    blank = tuner.pipeline.blank(condition)
-    return torch.stack([torch.randn(blank.shape[1:], generator=own) for own in generators])
+def noise(tuner: RewardFineTuner, copies: int = 1) -> Tensor:
+    blank = tuner.pipeline.blank(tuner.pipeline.encode({"prompt": PROMPTS}))
+    shape = blank.shape[1:]
+    return torch.stack([torch.randn(shape, generator=own) for own in generators(copies)])
 
 
 PROMPTS = ["a red ring", "a blue square below"]
 
 
-def generators() -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+def generators(copies: int = 1) -> list[torch.Generator]:
+    seeds = range(3, 3 + copies * len(PROMPTS))
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 @torch.no_grad()
-def ours(tuner: RewardFineTuner, x_1: Tensor | None = None) -> Tensor:
-    """Draw pictures along the tuned model's route."""
-    condition = tuner.pipeline.encode({"prompt": PROMPTS})
+def ours(tuner: RewardFineTuner, x_1: Tensor | None = None, copies: int = 1) -> Tensor:
+    """Draw pictures along the tuned model's route, those of a prompt side by side."""
+    condition = tuner.pipeline.encode({"prompt": [p for p in PROMPTS for _ in range(copies)]})
     route = replace(tuner.route(), eta=0.0)
-    *_, (_, x_0) = route.walk(condition, generators(), x_1)
+    *_, (_, x_0) = route.walk(condition, generators(copies), x_1)
     return tuner.pipeline.decode(x_0, condition)
 
 
@@ -89,7 +92,7 @@ def packed(pipe: Any, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("cut", [0.0, 0.4])
 def test_p_graft_hands_over_at_the_cut(folder: Path, tmp_path: Path, cut: float) -> None:
     tuner = tuned(PGRAFT, folder, tmp_path, cut=cut, lora=LoRA(rank=2, alpha=2))
-    z = noise(tuner, generators())
+    z = noise(tuner)
     plain = theirs(folder)
     untuned = plain(
         PROMPTS, latents=packed(plain, z), num_inference_steps=STEPS, **settings(plain)
@@ -98,9 +101,11 @@ def test_p_graft_hands_over_at_the_cut(folder: Path, tmp_path: Path, cut: float)
     assert pipe is plain and isinstance(pipe, diffusers.DiffusionPipeline)
     expected = ours(tuner, z)
     assert (untuned - expected).abs().max() > 1e-3
-    for _ in range(2):  # the adapter is on again at the end of a call
-        pictures = pipe(PROMPTS, latents=packed(pipe, z), **settings(pipe)).images
-        torch.testing.assert_close(pictures, expected, atol=2e-4, rtol=0)
+    for copies in (1, 2):  # the adapter is on again at the end of a call
+        z = noise(tuner, copies)
+        given = {"latents": packed(pipe, z), "num_images_per_prompt": copies}
+        pictures = pipe(PROMPTS, **given, **settings(pipe)).images
+        torch.testing.assert_close(pictures, ours(tuner, z, copies), atol=2e-4, rtol=0)
 
 
 def test_a_callback_of_the_callers_is_called_too(folder: Path, tmp_path: Path) -> None:
@@ -127,10 +132,32 @@ def test_a_call_that_leaves_the_tuned_model_no_step_is_refused(
 def test_noise_ppo_draws_from_its_prior(folder: Path, tmp_path: Path) -> None:
     tuner = tuned(NoisePPO, folder, tmp_path)
     pipe = load_tuned(theirs(folder), tmp_path)
-    pictures = pipe(PROMPTS, generator=generators(), **settings(pipe)).images
-    torch.testing.assert_close(pictures, ours(tuner), atol=2e-4, rtol=0)
-    twice = pipe(PROMPTS[0], num_images_per_prompt=2, **settings(pipe)).images
-    assert len(twice) == 2 and (twice[0] - twice[1]).abs().max() > 1e-3
+    for copies in (1, 2):
+        given = {"generator": generators(copies), "num_images_per_prompt": copies}
+        pictures = pipe(PROMPTS, **given, **settings(pipe)).images
+        torch.testing.assert_close(pictures, ours(tuner, copies=copies), atol=2e-4, rtol=0)
+    assert (pictures[0] - pictures[1]).abs().max() > 1e-3
+    with pytest.raises(UsageError, match=r"needs the prompt.*give prompt, or latents"):
+        pipe(prompt_embeds=torch.zeros(1, 77, 32))
+
+
+@pytest.mark.parametrize(("kind", "which"), [(PGRAFT, 0), (NoisePPO, 1)])
+def test_the_way_by_hand_in_the_documentation_is_the_same(
+    kind: type[RewardFineTuner], which: int, tmp_path: Path
+) -> None:
+    tiny("sd").save_pretrained(tmp_path / "model")
+    more = {"cut": 0.4, "lora": LoRA(rank=2, alpha=2)} if kind is PGRAFT else {}
+    out = tmp_path / "tuned"
+    tuned(kind, tmp_path / "model", out, **more)
+    by_hand = PAGE.read_text().partition("By hand")[2].split("```python")[1 + which]
+    code = by_hand.partition("```")[0].replace("runs/sd15/tuned", str(out))
+    code = code.replace("512", "32").replace("768", "48")
+    known: dict[str, Any] = {"pipe": theirs(tmp_path / "model"), "torch": torch}
+    exec(code, known)
+    pipe = load_tuned(theirs(tmp_path / "model"), out)
+    noise = torch.Generator().manual_seed(0)
+    expected = pipe("a red ring", height=32, width=48, generator=noise).images[0]
+    assert np.array_equal(np.array(known["picture"]), np.array(expected))
 
 
 def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:

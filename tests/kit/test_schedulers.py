@@ -447,3 +447,16 @@ def test_the_documentation_has_the_table() -> None:
     for name in FAMILIES:
         assert all(decided(name, option) != "undecided" for option in parameters(name))
     assert page == written(page), "run python -m tests.kit.scheduler_table"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_sampler_that_stands_in_is_named_once(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("lit_rlft.kit.schedulers.rank_zero_info", said.append)
+    saved_process(make(name), flows=True)
+    exact = FAMILIES[name].exact
+    assert len(said) == (exact in ("", "1"))
+    assert all(f"the model's {name}" in line and "DDIM" in line for line in said)
+    assert all(("sampler.eta 1" in line) == (exact == "1") for line in said)

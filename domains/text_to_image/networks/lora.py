@@ -16,8 +16,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors import safe_open
 from torch import Tensor
 
-from domains.text_to_image.networks.weight_file import PICKLES, check_whole
 from lit_rlft.core.checks import UsageError, loading
+from lit_rlft.kit.weight_file import PICKLES, check_file
 
 __all__ = ["FUSE", "Home", "lora_weights", "read_lora", "save_lora"]
 
@@ -182,7 +182,7 @@ def _within(folder: Path) -> Path:
 
 
 def _opened(path: Path) -> _File:
-    check_whole(path, _KEY)
+    check_file(path, _KEY)
     with safe_open(path, "pt") as file:
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return _File(path, weights, file.metadata() or {})

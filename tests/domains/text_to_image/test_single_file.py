@@ -174,7 +174,7 @@ DAMAGES = {
     "gguf": (b"GGUF\x03", "whose weights are quantised"),
     "empty": (b"", "is empty"),
     "noise": (b"\x00" * 100, "is no safetensors file"),
-    "cut": (b'\x99\x00\x00\x00\x00\x00\x00\x00{"a":', "is damaged or half downloaded"),
+    "cut": (b'\x99\x00\x00\x00\x00\x00\x00\x00{"a":', r"has \d+ of (more|\d+) bytes"),
 }
 
 
@@ -202,7 +202,7 @@ def test_a_half_downloaded_file_is_named_alone_and_in_a_folder(
     _, folder, file, configs = model
     half = tmp_path / "half.safetensors"
     half.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(UsageError, match=r"pretrained: .*half\.safetensors is damaged or half"):
+    with pytest.raises(UsageError, match=r"pretrained: .*half\.safetensors has \d+ of \d+ bytes"):
         TextToImagePipeline(str(half), config=str(configs))
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)

@@ -164,8 +164,9 @@ def sdxl(turbo: bool = False) -> DiffusionPipeline:
     )
 
 
-def sd3() -> DiffusionPipeline:
-    """Return Stable Diffusion 3.5 medium's kind, 32 pixels."""
+def sd3(first_version: bool = False) -> DiffusionPipeline:
+    """Return Stable Diffusion 3.5 medium's kind, 32 pixels; or 3's, which has plain attention."""
+    attention: dict[str, Any] = {"dual_attention_layers": (0,), "qk_norm": "rms_norm"}
     first, tokenizer = _clip(CLIPTextModelWithProjection)
     second, tokenizer_2 = _clip(CLIPTextModelWithProjection, hidden_act="gelu")
     third, tokenizer_3 = _t5(2 * _WIDTH)
@@ -181,8 +182,7 @@ def sd3() -> DiffusionPipeline:
         caption_projection_dim=32,
         pooled_projection_dim=2 * _WIDTH,
         pos_embed_max_size=24,
-        dual_attention_layers=(0,),
-        qk_norm="rms_norm",
+        **({} if first_version else attention),
     )
     return StableDiffusion3Pipeline(
         transformer=transformer,
@@ -235,6 +235,7 @@ MAKERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "sdxl": sdxl,
     "sdxl_turbo": lambda: sdxl(turbo=True),
     "sd3": sd3,
+    "sd3_first": lambda: sd3(first_version=True),
     "flux_dev": flux,
     "flux_schnell": lambda: flux(schnell=True),
 }

@@ -1,47 +1,80 @@
 """Files of weights as people have them: read without running code, or refused in a sentence."""
 
+import json
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from lit_rlft.core.checks import UsageError
 
-__all__ = ["PICKLES", "check_whole", "first_damaged", "refuse_pickle", "shapes_in"]
+__all__ = ["PICKLES", "check_file", "refuse_pickle", "shapes_in", "start_problem"]
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 """Endings of files that torch pickles, which can run code."""
 
+_ZIP = b"PK\x03\x04"
 _STARTS = {
     b"version https://git-lfs": "is a pointer of Git LFS, not the file itself; run `git lfs pull` "
     "in its folder, or download it again",
     b"<": "is a web page, not a file of weights; download it again, from the address of the file "
     "itself (with a token where it is gated)",
-    b"PK\x03\x04": "is a pickle of torch's by its content, which can run code; convert it to "
+    _ZIP: "is a pickle of torch's by its content, which can run code; convert it to "
     "safetensors where it came from",
     b"GGUF": "is a GGUF file, whose weights are quantised; give the model in bfloat16 or float16 "
     "as safetensors",
 }
 
 
-def check_whole(path: Path, key: str) -> None:
+def check_file(path: Path, key: str) -> None:
     """Raise UsageError unless a file is a whole one of safetensors.
 
     Args:
         path: The file.
         key: The setting that names it, for the message.
     """
-    with path.open("rb") as file:
-        start = file.read(64)
-    for mark, problem in _STARTS.items():
-        if start.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(mark):
-            raise UsageError(f"{key}: {path} {problem}")
+    if problem := start_problem(path):
+        raise UsageError(f"{key}: {path} {problem}")
+    size = path.stat().st_size
+    if (expected := _expected_size(path, size)) is not None and expected != size:
+        raise UsageError(
+            f"{key}: {path} has {size} of {expected or 'more'} bytes, so its download was cut off; "
+            "download it again"
+        )
     try:
         with safe_open(path, "pt"):
             pass
     except SafetensorError as error:
-        what = "is no safetensors file" if start[8:9] != b"{" else "is damaged or half downloaded"
-        what = what if start else "is empty"
-        raise UsageError(f"{key}: {path} {what} ({error}); download it again") from error
+        raise UsageError(f"{key}: {path} is no safetensors file ({error})") from error
+
+
+def start_problem(path: Path) -> str | None:
+    """Return what the first bytes of a file of weights show to be wrong with it, and the remedy."""
+    with path.open("rb") as file:
+        start = file.read(64)
+    if not start:
+        return "is empty; download it again"
+    start = start.lstrip(b"\xef\xbb\xbf \r\n\t")
+    found = next((mark for mark in _STARTS if start.startswith(mark)), None)
+    if found is None or (found == _ZIP and path.suffix in PICKLES):
+        return None
+    return _STARTS[found]
+
+
+def _expected_size(path: Path, size: int) -> int | None:
+    """Return a safetensors file's size by its header, 0 where that is cut off, None without one."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        start = file.read(1)
+        if start != b"{":
+            return None
+        if length > size - 8:
+            return 0
+        try:
+            header = json.loads(start + file.read(length - 1))
+            ends = [entry["data_offsets"][1] for n, entry in header.items() if n != "__metadata__"]
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+            return None
+    return 8 + length + max(ends, default=0)
 
 
 def shapes_in(path: Path, key: str) -> dict[str, tuple[int, ...]]:
@@ -50,22 +83,12 @@ def shapes_in(path: Path, key: str) -> dict[str, tuple[int, ...]]:
     Raises:
         UsageError: It is no whole file of safetensors.
     """
-    check_whole(path, key)
+    check_file(path, key)
     with safe_open(path, "pt") as file:
         return {
             name: tuple(file.get_slice(name).get_shape())
             for name in file.keys()  # noqa: SIM118
         }
-
-
-def first_damaged(folder: Path, key: str) -> UsageError | None:
-    """Return what is wrong with the first damaged safetensors file below a folder, if one is."""
-    for path in sorted(folder.rglob("*.safetensors")):
-        try:
-            check_whole(path, key)
-        except UsageError as error:
-            return error
-    return None
 
 
 def refuse_pickle(path: Path, key: str) -> None:
