@@ -1,11 +1,15 @@
 """Rewards of pictures, [B, 3, H, W] in [0, 1], some of them given the prompt."""
 
+from domains.text_to_image.rewards.aesthetic import LAIONAesthetic
 from domains.text_to_image.rewards.clip import CLIPScore
+from domains.text_to_image.rewards.hpsv2 import HPSv2
+from domains.text_to_image.rewards.image_reward import ImageReward
 from domains.text_to_image.rewards.jpeg import (
     JPEGCompressibility,
     JPEGIncompressibility,
     SmoothJPEGCompressibility,
 )
+from domains.text_to_image.rewards.pick_score import PickScore
 from domains.text_to_image.rewards.pixels import Brightness, Colourfulness, Symmetry
 from domains.text_to_image.rewards.shapes import ShapesClassifier, ShapesEval
 from domains.text_to_image.samples import check_pictures, prompts_of
@@ -14,8 +18,12 @@ __all__ = [
     "Brightness",
     "CLIPScore",
     "Colourfulness",
+    "HPSv2",
+    "ImageReward",
     "JPEGCompressibility",
     "JPEGIncompressibility",
+    "LAIONAesthetic",
+    "PickScore",
     "ShapesClassifier",
     "ShapesEval",
     "SmoothJPEGCompressibility",
