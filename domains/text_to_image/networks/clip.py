@@ -163,7 +163,7 @@ class CLIPEncoder(Frozen):
         Args:
             pictures: [B, 3, H, W] in [0, 1].
         """
-        return torch.cat([self._embed(part) for part in pictures.split(self.batch_size)])
+        return torch.cat([self._embed(part) for part in torch.split(pictures, self.batch_size)])
 
     def _embed(self, pictures: Tensor) -> Tensor:
         weight = self.clip.visual_projection.weight

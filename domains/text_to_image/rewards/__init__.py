@@ -12,6 +12,7 @@ from domains.text_to_image.rewards.jpeg import (
 from domains.text_to_image.rewards.pick_score import PickScore
 from domains.text_to_image.rewards.pixels import Brightness, Colourfulness, Symmetry
 from domains.text_to_image.rewards.shapes import ShapesClassifier, ShapesEval
+from domains.text_to_image.rewards.vqa_score import VQAScore
 from domains.text_to_image.samples import check_pictures, prompts_of
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "ShapesEval",
     "SmoothJPEGCompressibility",
     "Symmetry",
+    "VQAScore",
     "check_pictures",
     "prompts_of",
 ]

@@ -89,12 +89,14 @@ def _load(pretrained: str, file: str, tokenizer: str) -> tuple[Any, Any]:
     give = "the folder or hub id of CLIP's tokenizer, such as openai/clip-vit-large-patch14"
     with reading("tokenizer", tokenizer, "a tokenizer of CLIP", give):
         words = CLIPTokenizer.from_pretrained(tokenizer)
+        if len(words) <= 2:  # transformers makes an empty one of nothing
+            raise ValueError("its files are missing")
     give = f"the file {file}, a folder that holds it, or the hub id xswu/HPSv2"
     with reading("pretrained", pretrained, "an HPSv2", give):
         model = clip_of_open_clip(
             read_state_dict(weight_file(pretrained, file)), words.eos_token_id
         )
-        if not 2 < len(words) <= model.config.text_config.vocab_size:
+        if len(words) > model.config.text_config.vocab_size:
             raise ValueError(
                 f"it knows {model.config.text_config.vocab_size} tokens, the tokenizer "
                 f"{tokenizer!r} has {len(words)}: they are of different models"

@@ -37,8 +37,8 @@ class ImageReward(Frozen, Reward):
     CLIP's: shortest side to 224, bicubic, centre crop. Texts are cut at 35 tokens. They are not
     embedded apart from pictures, so each pair takes a pass of the text encoder. Differentiable.
 
-    Published: the four examples at https://github.com/THUDM/ImageReward score 0.5812, 0.2745, -1.4132 and -2.0296. Licence:
-    Apache-2.0.
+    Published: the four examples at https://github.com/THUDM/ImageReward score 0.5812, 0.2745,
+    -1.4132 and -2.0296. Licence: Apache-2.0.
 
     Args:
         pretrained: State dict: a file, a folder that holds ImageReward.pt, or a hub id. It is read
@@ -79,12 +79,8 @@ class ImageReward(Frozen, Reward):
         """Return the score of each picture, [B]."""
         pictures = check_pictures(samples, condition)
         tokens = self.reader(prompts_of(condition))
-        parts = zip(
-            pictures.split(self.batch_size),
-            tokens["input_ids"].split(self.batch_size),
-            tokens["attention_mask"].split(self.batch_size),
-            strict=True,
-        )
+        given = (pictures, tokens["input_ids"], tokens["attention_mask"])
+        parts = zip(*(torch.split(each, self.batch_size) for each in given), strict=True)
         raw = torch.cat([self._score(*part) for part in parts])
         return ((raw - _MEAN) / _STD).to(pictures.device)
 
@@ -106,10 +102,12 @@ def _load(pretrained: str, tokenizer: str) -> tuple[BLIP, Any]:
     give = "the folder or hub id of BERT's tokenizer, google-bert/bert-base-uncased"
     with reading("tokenizer", tokenizer, "a tokenizer", give):
         words = AutoTokenizer.from_pretrained(tokenizer)
+        if len(words) <= 2:  # transformers makes an empty one of nothing
+            raise ValueError("its files are missing")
     give = f"the file {_FILE}, a folder that holds it, or the hub id THUDM/ImageReward"
     with reading("pretrained", pretrained, "an ImageReward", give):
         network = blip_of_image_reward(read_state_dict(weight_file(pretrained, _FILE)))
-        if not 2 < len(words) <= network.text.config.vocab_size:
+        if len(words) > network.text.config.vocab_size:
             raise ValueError(
                 f"it knows {network.text.config.vocab_size} tokens, the tokenizer {tokenizer!r} "
                 f"has {len(words)}: they are of different models"

@@ -2,21 +2,49 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    Qwen2Tokenizer,
+)
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from domains.text_to_image.networks.blip import BLIP
 from domains.text_to_image.networks.open_clip import open_clip_names
 from tests.conftest import TOKENIZER
 
-__all__ = ["CLIP_WIDTH", "aesthetic_head", "clip_folder", "hps_file", "image_reward_file"]
+__all__ = [
+    "CLIP_WIDTH",
+    "aesthetic_head",
+    "clip_folder",
+    "hps_file",
+    "image_reward_file",
+    "llava_folder",
+    "pil_processor",
+    "tokens",
+]
 
 CLIP_WIDTH = 16
 """Numbers in an embedding of the tiny CLIP."""
 _PIXELS = 28
+_CHAT = (
+    "{% for message in messages %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}USER: <image>\n{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}"
+)
 
 
 def _seeded(seed: int) -> torch.Generator:
@@ -125,3 +153,43 @@ def image_reward_file(path: Path) -> dict[str, Tensor]:
         state[f"mlp.layers.{place}.bias"] = drawn[:, 0].clone()
     torch.save(state, path)
     return state
+
+
+def llava_folder(folder: Path, answers: tuple[str, ...] = ("Yes", "No")) -> Path:
+    """Write a tiny LLaVA 1.5 whose tokenizer has single tokens for some answers."""
+    alphabet = list(bytes_to_unicode().values())
+    known = {"Yes": (("Y", "e"), ("Ye", "s")), "No": (("N", "o"),)}
+    merges = [pair for answer in answers for pair in known[answer]]
+    vocabulary = {token: i for i, token in enumerate([*alphabet, *("".join(m) for m in merges)])}
+    words = Qwen2Tokenizer(vocab=vocabulary, merges=merges)
+    words.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    text = {"vocab_size": len(words), "hidden_size": 32, "intermediate_size": 48}
+    text |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    text |= {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    vision |= {"num_attention_heads": 2, "image_size": _PIXELS, "patch_size": 7}
+    config = LlavaConfig(
+        text_config=LlamaConfig(**text),
+        vision_config=CLIPVisionConfig(**vision),
+        image_token_index=words.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+    model = LlavaForConditionalGeneration(config)
+    _draw(model)
+    model.save_pretrained(folder)
+    sizes = {"size": {"shortest_edge": _PIXELS}, "crop_size": _PIXELS}
+    LlavaProcessor(
+        image_processor=pil_processor()(**sizes),
+        tokenizer=words,
+        patch_size=7,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=_CHAT,
+    ).save_pretrained(folder)
+    return folder
+
+
+def pil_processor() -> Callable[..., Any]:
+    """Return CLIP's image processor on PIL, which has a name of its own in newer releases."""
+    return getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
