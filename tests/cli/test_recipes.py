@@ -31,7 +31,7 @@ RECIPES = {
     "sd15_noise_ppo_pickscore": "sd",
 }
 """The tiny models that stand in for those of the recipes."""
-DEFAULT = {"sdxl_drtune_hpsv2"}
+DEFAULT = {"sd15_noise_ppo_pickscore"}
 
 
 @pytest.fixture(scope="module")
