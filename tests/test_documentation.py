@@ -44,6 +44,7 @@ NOT_RUN = {
     "make ": "each target is run by continuous integration or takes minutes",
     "tensorboard": "serves until it is stopped",
     "--config sd15": "needs models of the hub; test_families.py runs tiny ones in their places",
+    "--config sdxl": "needs models of the hub; test_recipes.py runs tiny ones in their places",
     "qm9_pretrain": "needs QM9's archive; test_configs.py runs it on a made one",
     "publaynet_pretrain": "needs PubLayNet; test_configs.py runs it on a made one",
     "--config ddp": "takes all GPUs; two processes are run by the next",

@@ -1,8 +1,8 @@
 """A frozen CLIP: pictures and texts as unit vectors; their cosine tells how well they fit."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -10,13 +10,16 @@ from torch import Tensor
 from transformers import AutoConfig, CLIPModel, CLIPTokenizer, ImageProcessingMixin
 
 from domains.text_to_image import EMBEDDED
+from domains.text_to_image.networks.texts import TextReader
 from domains.text_to_image.networks.weightless import NoTokenizer, bare_clip
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, at_least, require
 from lit_rlft.kit.frozen import Frozen, frozen
 from lit_rlft.kit.network_folder import load_pretrained
 from lit_rlft.kit.weightless import weightless
 
-__all__ = ["CLIPEncoder", "Preprocessing"]
+__all__ = ["CLIPEncoder", "CLIPParts", "Precision", "Preprocessing", "load_clip", "precision"]
+
+Precision = Literal["float32", "float16", "bfloat16"]
 
 _MAX_CACHED_TEXTS = 16384
 _CHUNK = 256
@@ -100,51 +103,78 @@ class Preprocessing:
         return pictures[..., top : top + height, left : left + width]
 
 
+@dataclass(frozen=True)
+class CLIPParts:
+    """What a CLIP consists of.
+
+    Attributes:
+        model: A CLIPModel of transformers.
+        tokenizer: Its tokenizer.
+        preprocess: From pictures [B, 3, H, W] in [0, 1] to the vision tower's input.
+    """
+
+    model: Any
+    tokenizer: Any
+    preprocess: Callable[[Tensor], Tensor]
+
+
 class CLIPEncoder(Frozen):
     """Both towers of a pretrained CLIP, frozen and always in evaluation mode.
 
     Works in the precision of its weights, float32 unless they are converted, whatever autocast
-    says. Each text is encoded once and remembered.
+    says. Each text is encoded once and remembered; too long ones are cut, counted and said once.
 
     Args:
         pretrained: A folder or hub id that `CLIPModel.from_pretrained` reads, with tokenizer and
-            preprocessor_config.json, or the name of an embedded model ("shapes_clip").
+            preprocessor_config.json, or the name of an embedded model ("shapes_clip"); or the
+            parts themselves.
+        batch_size: Pictures embedded at a time, which bounds the memory of the vision tower.
+        dtype: Precision of the weights.
+
+    Attributes:
+        reader: Tokenises; its `cut` are the texts that were cut off.
 
     Raises:
         UsageError: `pretrained` is no CLIP, or lacks parts of one.
     """
 
-    def __init__(self, pretrained: str = "shapes_clip") -> None:
+    def __init__(
+        self,
+        pretrained: str | CLIPParts = "shapes_clip",
+        *,
+        batch_size: int = 256,
+        dtype: Precision = "float32",
+    ) -> None:
         super().__init__()
-        self.clip, self.tokenizer, config = load_pretrained(
-            pretrained,
-            EMBEDDED,
-            _load,
-            kind="a CLIP",
-            give="'shapes_clip', the folder of a CLIPModel with its tokenizer, or a hub id such as "
-            "openai/clip-vit-base-patch32",
-            key="pretrained",
-        )
-        self.preprocess = Preprocessing.from_config(config)
-        self._check_size()
-        frozen(self)
+        at_least(1, self, batch_size=batch_size)
+        parts = pretrained if isinstance(pretrained, CLIPParts) else load_clip(pretrained)
+        self.clip = frozen(parts.model).to(precision(self, dtype))
+        self.tokenizer, self.preprocess = parts.tokenizer, parts.preprocess
+        self.batch_size = batch_size
+        length = self.clip.config.text_config.max_position_embeddings
+        self.reader = TextReader(self.tokenizer, length, "CLIP")
         self._texts: dict[str, Tensor] = {}
 
     def embed_pictures(self, pictures: Tensor) -> Tensor:
-        """Return unit vectors [B, D], float32, on the encoder's device; gradients flow.
+        """Return unit vectors [B, D] on the encoder's device; gradients flow.
+
+        In float32, or float64 where the weights are.
 
         Args:
             pictures: [B, 3, H, W] in [0, 1].
         """
+        return torch.cat([self._embed(part) for part in torch.split(pictures, self.batch_size)])
+
+    def _embed(self, pictures: Tensor) -> Tensor:
         weight = self.clip.visual_projection.weight
         with torch.autocast(weight.device.type, enabled=False):
             pixels = self.preprocess(pictures.to(weight.device)).to(weight.dtype)
             # Not get_image_features, which returns a tensor or a record by transformers' version.
             pooled = self.clip.vision_model(pixel_values=pixels).pooler_output
-            return F.normalize(self.clip.visual_projection(pooled).float(), dim=-1)
+            return _unit(self.clip.visual_projection(pooled))
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Return unit vectors [B, D], float32, on the encoder's device, without gradients.
+        """Return unit vectors [B, D], as pictures', on the encoder's device, without gradients.
 
         Texts longer than the model's context are cut off at its end.
         """
@@ -166,27 +196,56 @@ class CLIPEncoder(Frozen):
         weight = self.clip.text_projection.weight
         if isinstance(self.tokenizer, NoTokenizer):
             return weight.new_empty(len(texts), weight.shape[0], dtype=torch.float32)
-        tokens = self.tokenizer(
-            list(texts),
-            padding=True,
-            truncation=True,
-            max_length=self.clip.config.text_config.max_position_embeddings,
-            return_tensors="pt",
-        ).to(weight.device)
+        tokens = {name: ids.to(weight.device) for name, ids in self.reader(texts).items()}
         with torch.autocast(weight.device.type, enabled=False):
-            pooled = self.clip.text_model(
-                input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
-            ).pooler_output
-            return F.normalize(self.clip.text_projection(pooled).float(), dim=-1)
+            return _unit(self.clip.text_projection(self.clip.text_model(**tokens).pooler_output))
 
-    def _check_size(self) -> None:
-        made = self.preprocess.crop or self.preprocess.size
-        wanted = self.clip.config.vision_config.image_size
-        if made is not None and made not in (wanted, (wanted, wanted)):
-            raise UsageError(
-                f"pretrained: preprocessor_config.json makes pictures of size {made}, but the "
-                f"model's config.json has image_size {wanted}; they must agree"
-            )
+
+def precision(owner: object, dtype: str) -> torch.dtype:
+    """Return the type of a precision's name.
+
+    Raises:
+        UsageError: There is no such precision.
+    """
+    require(dtype in get_args(Precision), owner, "dtype", f"float32, float16 or bfloat16: {dtype}")
+    return getattr(torch, dtype)
+
+
+def load_clip(
+    pretrained: str, *, processor: str | None = None, key: str = "pretrained"
+) -> CLIPParts:
+    """Load a CLIP.
+
+    Args:
+        pretrained: A folder, a hub id or the name of an embedded model.
+        processor: Where tokenizer and preprocessor_config.json are; None takes `pretrained`.
+        key: The setting, for messages.
+
+    Raises:
+        UsageError: It is no CLIP, or lacks parts of one.
+    """
+    model, tokenizer, config = load_pretrained(
+        pretrained,
+        EMBEDDED,
+        lambda source: _load(source, processor, key),
+        kind="a CLIP",
+        give="'shapes_clip', the folder of a CLIPModel with its tokenizer, or a hub id such as "
+        "openai/clip-vit-base-patch32",
+        key=key,
+    )
+    preprocess = Preprocessing.from_config(config)
+    made = preprocess.crop or preprocess.size
+    wanted = model.config.vision_config.image_size
+    if made is not None and made not in (wanted, (wanted, wanted)):
+        raise UsageError(
+            f"{key}: preprocessor_config.json makes pictures of size {made}, but the "
+            f"model's config.json has image_size {wanted}; they must agree"
+        )
+    return CLIPParts(model, tokenizer, preprocess)
+
+
+def _unit(features: Tensor) -> Tensor:
+    return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
 
 
 def _edges(size: int | Mapping[str, int]) -> int | tuple[int, int]:
@@ -198,18 +257,18 @@ def _edges(size: int | Mapping[str, int]) -> int | tuple[int, int]:
     return size["height"], size["width"]
 
 
-def _load(source: str) -> tuple[Any, Any, dict[str, Any]]:
+def _load(source: str, processor: str | None, key: str) -> tuple[Any, Any, dict[str, Any]]:
     """Return model, tokenizer and preprocessor settings.
 
     transformers fills what a folder lacks with fresh weights or an empty vocabulary.
     """
     if weightless():
-        return bare_clip(source)
+        return bare_clip(source, key)
     kind = AutoConfig.from_pretrained(source).model_type
     if kind != "clip":
         raise ValueError(f"its config.json has model_type {kind!r}, not 'clip'")
-    config, _ = ImageProcessingMixin.get_image_processor_dict(source)
-    tokenizer = CLIPTokenizer.from_pretrained(source)
+    config, _ = ImageProcessingMixin.get_image_processor_dict(processor or source)
+    tokenizer = CLIPTokenizer.from_pretrained(processor or source)
     # Embedded weights are stored as float16, which is slow and coarse to compute in.
     loaded: Any = CLIPModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
     model, info = loaded

@@ -102,9 +102,9 @@ def _tokenizer(made: Any, source: str, **where: Any) -> Any:
     return found if len(found) > _LEAST else None  # some classes make an empty one of nothing
 
 
-def bare_clip(source: str) -> tuple[Any, Any, dict[str, Any]]:
+def bare_clip(source: str, key: str) -> tuple[Any, Any, dict[str, Any]]:
     """Return a CLIP without weights, its tokenizer and its preprocessor's settings."""
-    with check_cached(source, "pretrained"):
+    with check_cached(source, key):
         config = AutoConfig.from_pretrained(source, **_CACHED)
     with torch.device("meta"):
         model = CLIPModel(config)

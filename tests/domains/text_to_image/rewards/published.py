@@ -1,0 +1,195 @@
+"""Tiny random models in the formats of the published rewards."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    Qwen2Tokenizer,
+)
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from domains.text_to_image.networks.blip import BLIP
+from domains.text_to_image.networks.open_clip import open_clip_names
+from tests.conftest import TOKENIZER
+
+__all__ = [
+    "CLIP_WIDTH",
+    "aesthetic_head",
+    "clip_folder",
+    "hps_file",
+    "image_reward_file",
+    "llava_folder",
+    "pil_processor",
+    "tokens",
+]
+
+CLIP_WIDTH = 16
+"""Numbers in an embedding of the tiny CLIP."""
+_PIXELS = 28
+_CHAT = (
+    "{% for message in messages %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}USER: <image>\n{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}"
+)
+
+
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _draw(network: nn.Module, seed: int = 0) -> None:
+    """Draw all weights, so that none is zero or one, as new norms and biases are."""
+    generator = _seeded(seed)
+    for name, parameter in network.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+        parameter.data = centre + noise * (0.5 / max(parameter.shape[-1:], default=1) ** 0.5)
+
+
+def tokens() -> CLIPTokenizer:
+    """Return the tokenizer of all tiny models that read."""
+    return CLIPTokenizer.from_pretrained(TOKENIZER)
+
+
+def clip_folder(folder: Path, **settings: int) -> Path:
+    """Write a CLIPModel with its tokenizer and its preprocessor_config.json."""
+    words = tokens()
+    tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    tower |= {"num_attention_heads": 2, "hidden_act": "gelu"}
+    text = {"vocab_size": len(words), "max_position_embeddings": 16}
+    text |= {"eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id}
+    vision = {"image_size": _PIXELS, "patch_size": 7}
+    config = CLIPConfig(
+        text_config=tower | text, vision_config=tower | vision, projection_dim=CLIP_WIDTH
+    )
+    model = CLIPModel(config)
+    _draw(model)
+    model.logit_scale.data.fill_(4.6052)
+    model.save_pretrained(folder)
+    for path in TOKENIZER.iterdir():
+        shutil.copy(path, folder)
+    sizes = {"size": {"shortest_edge": _PIXELS}, "crop_size": _PIXELS}
+    (folder / "preprocessor_config.json").write_text(json.dumps(sizes))
+    return folder
+
+
+def aesthetic_head(path: Path, width: int = CLIP_WIDTH) -> dict[str, Tensor]:
+    """Write a head as improved-aesthetic-predictor has it: five linear layers."""
+    sizes = (width, 24, 12, 8, 4, 1)
+    state = {}
+    for place, size, out in zip((0, 2, 4, 6, 7), sizes, sizes[1:], strict=False):
+        state[f"layers.{place}.weight"] = torch.randn(out, size, generator=_seeded(place))
+        state[f"layers.{place}.bias"] = torch.randn(out, generator=_seeded(place + 9))
+    torch.save(state, path)
+    return state
+
+
+def hps_file(path: Path) -> dict[str, Tensor]:
+    """Write a state dict as HPSv2's: open_clip's keys; heads are as wide as ViT-H/14's."""
+    words = tokens()
+    tower = {"intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tower |= {"hidden_act": "gelu"}
+    text = {"vocab_size": len(words), "max_position_embeddings": 16, "hidden_size": 128}
+    text |= {"eos_token_id": words.eos_token_id}
+    vision = {"image_size": _PIXELS, "patch_size": 7, "hidden_size": 160}
+    config = CLIPConfig(text_config=tower | text, vision_config=tower | vision, projection_dim=16)
+    model = CLIPModel(config)
+    _draw(model)
+    own = model.state_dict()
+    state: dict[str, Tensor] = {}
+    for name, (theirs, part) in open_clip_names(config).items():
+        value = own[name].T.contiguous() if part == "T" else own[name]
+        state[theirs] = torch.cat([state[theirs], value]) if part in ("k", "v") else value.clone()
+    torch.save({"epoch": 1, "state_dict": state}, path)
+    return state
+
+
+def image_reward_file(path: Path) -> dict[str, Tensor]:
+    """Write a state dict as ImageReward's."""
+    vision = {"hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 2}
+    vision |= {"num_attention_heads": 2, "image_size": _PIXELS, "patch_size": 7}
+    text = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 1, "vocab_size": len(tokens()), "max_position_embeddings": 40}
+    network = BLIP(vision, text)
+    _draw(network)
+    theirs = {
+        "vision.embeddings.class_embedding": "blip.visual_encoder.cls_token",
+        "vision.embeddings.position_embedding": "blip.visual_encoder.pos_embed",
+        "vision.embeddings.patch_embedding": "blip.visual_encoder.patch_embed.proj",
+        "vision.post_layernorm": "blip.visual_encoder.norm",
+        "vision.encoder.layers": "blip.visual_encoder.blocks",
+        "text": "blip.text_encoder",
+    }
+    inner = {"layer_norm1": "norm1", "layer_norm2": "norm2"}
+    inner |= {"self_attn.qkv": "attn.qkv", "self_attn.projection": "attn.proj"}
+    state = {"blip.text_encoder.embeddings.position_ids": torch.arange(40)[None]}
+    for name, value in network.state_dict().items():
+        if name.startswith("head"):
+            continue
+        start = max((s for s in theirs if name.startswith(s)), key=len)
+        new = theirs[start] + name.removeprefix(start)
+        if start == "vision.encoder.layers":
+            for one, other in inner.items():
+                new = new.replace(one, other)
+        state[new] = value.clone()
+    sizes = (64, 32, 16, 8, 4, 1)
+    for place, size, out in zip((0, 2, 4, 6, 7), sizes, sizes[1:], strict=False):
+        drawn = torch.randn(out, size + 1, generator=_seeded(place)) / size**0.5
+        state[f"mlp.layers.{place}.weight"] = drawn[:, 1:].clone()
+        state[f"mlp.layers.{place}.bias"] = drawn[:, 0].clone()
+    torch.save(state, path)
+    return state
+
+
+def llava_folder(folder: Path, answers: tuple[str, ...] = ("Yes", "No")) -> Path:
+    """Write a tiny LLaVA 1.5 whose tokenizer has single tokens for some answers."""
+    alphabet = list(bytes_to_unicode().values())
+    known = {"Yes": (("Y", "e"), ("Ye", "s")), "No": (("N", "o"),)}
+    merges = [pair for answer in answers for pair in known[answer]]
+    vocabulary = {token: i for i, token in enumerate([*alphabet, *("".join(m) for m in merges)])}
+    words = Qwen2Tokenizer(vocab=vocabulary, merges=merges)
+    words.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    text = {"vocab_size": len(words), "hidden_size": 32, "intermediate_size": 48}
+    text |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    text |= {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    vision |= {"num_attention_heads": 2, "image_size": _PIXELS, "patch_size": 7}
+    config = LlavaConfig(
+        text_config=LlamaConfig(**text),
+        vision_config=CLIPVisionConfig(**vision),
+        image_token_index=words.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+    model = LlavaForConditionalGeneration(config)
+    _draw(model)
+    model.save_pretrained(folder)
+    sizes = {"size": {"shortest_edge": _PIXELS}, "crop_size": _PIXELS}
+    LlavaProcessor(
+        image_processor=pil_processor()(**sizes),
+        tokenizer=words,
+        patch_size=7,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=_CHAT,
+    ).save_pretrained(folder)
+    return folder
+
+
+def pil_processor() -> Callable[..., Any]:
+    """Return CLIP's image processor on PIL, which has a name of its own in newer releases."""
+    return getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
