@@ -91,8 +91,8 @@ def _flow_vae(**settings: float) -> AutoencoderKL:
     return _vae(16, use_quant_conv=False, use_post_quant_conv=False, **settings)
 
 
-def sd() -> DiffusionPipeline:
-    """Return Stable Diffusion 1.5's kind, 16 pixels."""
+def sd(prediction_type: str = "epsilon") -> DiffusionPipeline:
+    """Return Stable Diffusion 1.5's kind, 16 pixels; or 2.1's, which predicts v."""
     encoder, tokenizer = _clip(CLIPTextModel)
     unet = UNet2DConditionModel(
         sample_size=8,
@@ -103,6 +103,7 @@ def sd() -> DiffusionPipeline:
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         attention_head_dim=2,
         cross_attention_dim=_WIDTH,
+        use_linear_projection=prediction_type == "v_prediction",
     )
     scheduler = DDIMScheduler(
         beta_start=0.00085,
@@ -111,6 +112,7 @@ def sd() -> DiffusionPipeline:
         steps_offset=1,
         clip_sample=False,
         set_alpha_to_one=False,
+        prediction_type=prediction_type,
     )
     return StableDiffusionPipeline(
         vae=_vae(4, scaling_factor=0.18215),
@@ -232,6 +234,7 @@ def flux(schnell: bool = False) -> DiffusionPipeline:
 
 MAKERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "sd": sd,
+    "sd2": lambda: sd("v_prediction"),
     "sdxl": sdxl,
     "sdxl_turbo": lambda: sdxl(turbo=True),
     "sd3": sd3,
