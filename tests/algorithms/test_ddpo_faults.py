@@ -73,7 +73,7 @@ def fit(folder: Path, name: str, **settings: Any) -> dict[str, Tensor]:
     return load_file(f"runs/{name}/tuned/pytorch_lora_weights.safetensors")
 
 
-def tuner_of(folder: Path, reward: Reward, offset: int = 1) -> DDPO:
+def tuner_of(folder: Path, reward: Reward, offset: int = 1, pretrained: str | None = None) -> DDPO:
     pipeline = TextToImagePipeline(str(folder), guidance_scale=3.0)
     schedule = pipeline.process.schedule
     assert isinstance(schedule, DiscreteVP)
@@ -85,7 +85,7 @@ def tuner_of(folder: Path, reward: Reward, offset: int = 1) -> DDPO:
         num_candidates=M,
         advantage=advantage,
         sampler=Sampler(STEPS, 1.0),
-        lora=LoRA(2, 6),
+        lora=LoRA(2, 6, pretrained=pretrained),
     )
     # As much of a trainer as `collect` looks at.
     trainer: Any = SimpleNamespace(
@@ -195,9 +195,8 @@ def test_the_reference_of_a_continued_lora_is_the_pretrained_model(
 ) -> None:
     fit(tiny_stable_diffusion(size=SIZE), "run", model__init_args__optimizer__init_args__lr=0.02)
     plain = tuner_of(tiny_stable_diffusion(size=SIZE), Colourfulness())
-    tuner = tuner_of(tiny_stable_diffusion(size=SIZE), Colourfulness())
-    tuner.lora, tuner.pretrained = LoRA(2, 6, pretrained="runs/run/tuned"), ""
-    tuner.setup("fit")
+    tuned = "runs/run/tuned"
+    tuner = tuner_of(tiny_stable_diffusion(size=SIZE), Colourfulness(), pretrained=tuned)
     condition = tuner.pipeline.encode({"prompt": PROMPTS})
     x_t = torch.randn(2, *tensor_of(tuner.pipeline.blank(condition)).shape[1:])
     with torch.no_grad():

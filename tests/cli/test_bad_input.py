@@ -129,7 +129,7 @@ def test_a_folder_that_is_no_pipeline(pictures: dict[str, Any]) -> None:
     message = error({**settings, "pipeline.init_args.pretrained": "model"})
     assert "pipeline.init_args.pretrained: model has no model_index.json" in message
     message = error({**settings, "pipeline.init_args.pretrained": "nobody/nothing"})
-    assert "'nobody/nothing' could not be loaded" in message
+    assert "'nobody/nothing' is not in the hub's cache" in message
 
 
 SETTINGS = {
