@@ -34,8 +34,8 @@ class TextToImagePipeline(Pipeline):
     """A latent diffusion or flow model: text encoders, a denoiser and a VAE.
 
     The family is that of the folder: Stable Diffusion 1.x and 2.x, XL, 3 and 3.5, FLUX.1, Z-Image.
-    States are latents [B, C, H / f, W / f] in single precision; samples are pictures [B, 3, H, W] in
-    [0, 1]. Text encoders and VAE are frozen.
+    States are latents [B, C, H / f, W / f] in single precision; samples are pictures [B, 3, H, W]
+    in [0, 1]. Text encoders and VAE are frozen.
 
     Args:
         pretrained: A folder saved by diffusers, a hub id, the name of an embedded model ("shapes"),

@@ -27,7 +27,10 @@ STEPS = 5
 PAGE = Path(__file__).parents[2] / "docs/how_to/real_models.md"
 
 
-@pytest.fixture(scope="module", params=["sd", "sdxl", "sd3", "flux_dev", "zimage"])
+FAMILIES = ["sd", "sdxl", "sd3", "flux_dev", pytest.param("zimage", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write a tiny model of a family."""
     path = tmp_path_factory.mktemp("family") / request.param

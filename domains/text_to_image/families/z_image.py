@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 
 from domains.text_to_image.families.base import Family, Tables
@@ -107,7 +107,7 @@ class ZImage(Family):
         return pad(marked, (0, 0, 0, self._length - len(caption)))
 
     def denoise(
-        self, network: nn.Module, x_t: Tensor, t: Tensor, tables: Tables, guidance: float
+        self, network: Any, x_t: Tensor, t: Tensor, tables: Tables, guidance: float
     ) -> Tensor:
         latents = list(x_t.unsqueeze(2).unbind())
         captions = _captions(tables["embedding"].to(x_t.dtype))

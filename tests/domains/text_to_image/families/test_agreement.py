@@ -19,7 +19,6 @@ DEFAULT = {
     "sdxl_turbo-EulerAncestralDiscreteScheduler-trailing-1",
     "sd3_first-FlowMatchEulerDiscreteScheduler-shift_3-0",
     "flux_dev-FlowMatchEulerDiscreteScheduler-dynamic_shift-0",
-    "zimage-FlowMatchEulerDiscreteScheduler-shift_6-0",
 }
 """Cases of the quick suite, each in one run."""
 GUIDED = RUNS[2]

@@ -1,4 +1,4 @@
-"""What Z-Image alone has: captions of their own lengths, c + w (c - u), places for so many tokens."""
+"""What Z-Image alone has: captions of their own lengths, c + w (c - u), a number of places."""
 
 import shutil
 from pathlib import Path
@@ -19,6 +19,7 @@ from tests.domains.text_to_image.families.tiny import tiny
 LENGTHS = {"": 19, "a red ring": 29, "a blue square below": 38, "word " * 40: 219}
 """Tokens with the chat around them: fewer than 32, more, and many; a byte is one."""
 SIZE = {"height": 32, "width": 48}
+SLOW = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,14 @@ def test_a_prediction_does_not_depend_on_longer_captions_beside_it(folder: Path)
 
 
 @pytest.mark.parametrize(
-    ("guidance", "negative"), [(0.0, None), (0.5, None), (4.0, None), (4.0, "dull, " * 9)]
+    ("guidance", "negative"),
+    [
+        (0.5, "dull, " * 9),
+        pytest.param(0.0, None, marks=SLOW),
+        pytest.param(0.5, None, marks=SLOW),
+        pytest.param(4.0, None, marks=SLOW),
+        pytest.param(4.0, "dull, " * 9, marks=SLOW),
+    ],
 )
 def test_guidance_scale_means_what_it_means_in_diffusers(
     folder: Path, guidance: float, negative: str | None
@@ -75,7 +83,7 @@ def test_guidance_scale_means_what_it_means_in_diffusers(
     )
     condition, z = pipeline.encode({"prompt": list(LENGTHS)}), noise(pipeline, len(LENGTHS))
     with torch.no_grad():
-        x = Sampler(num_steps=3).sample(pipeline, pipeline.process, z, condition)
+        x = Sampler(num_steps=2).sample(pipeline, pipeline.process, z, condition)
         pictures = pipeline.decode(x, condition)
     plain: Any = ZImagePipeline.from_pretrained(folder)
     plain.set_progress_bar_config(disable=True)
@@ -83,7 +91,7 @@ def test_guidance_scale_means_what_it_means_in_diffusers(
         list(LENGTHS),
         negative_prompt=None if negative is None else [negative] * len(LENGTHS),
         guidance_scale=guidance,
-        num_inference_steps=3,
+        num_inference_steps=2,
         latents=z.clone(),
         output_type="pt",
         **SIZE,
@@ -92,6 +100,7 @@ def test_guidance_scale_means_what_it_means_in_diffusers(
     torch.testing.assert_close(pictures, expected, atol=1e-4, rtol=0)
 
 
+@SLOW
 def test_long_prompts_end_where_diffusers_ends_them(folder: Path) -> None:
     family = family_of(ZImagePipeline.from_pretrained(folder), max_sequence_length=40)
     (row,) = family.encode(["word " * 40])["embedding"]
@@ -112,22 +121,26 @@ def test_the_encoder_sees_each_prompt_once(folder: Path) -> None:
     assert rows == [3] and condition.rows.tolist() == [0, 1, 0, 0]  # the negative prompt is last
 
 
-def test_without_weights_there_are_shapes(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "files",
+    [
+        pytest.param(["*.json", "*.jinja"], marks=SLOW),
+        ["*/config.json", "*_config.json", "model_index.json"],
+    ],
+)
+def test_without_weights_there_are_shapes(folder: Path, tmp_path: Path, files: list[str]) -> None:
     """From the configs alone, with the tokenizer's files and without."""
-    for files in (("*.json", "*.jinja"), ("*/config.json", "*_config.json", "model_index.json")):
-        bare = tmp_path / str(len(files))
-        for pattern in files:
-            for path in folder.rglob(pattern):
-                target = bare / path.relative_to(folder)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(path, target)
-        with without_weights():
-            pipeline = TextToImagePipeline(str(bare), **SIZE)
-            condition = pipeline.encode({"prompt": list(LENGTHS)})
-            x = pipeline.blank(condition).to("meta")
-            prediction = pipeline(x, torch.full((len(x),), 0.5, device="meta"), condition)
-        assert prediction.is_meta and prediction.shape == x.shape
-        assert pipeline.features(condition).shape == (len(LENGTHS), 17)
+    for path in [path for pattern in files for path in folder.rglob(pattern)]:
+        target = tmp_path / path.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    with without_weights():
+        pipeline = TextToImagePipeline(str(tmp_path), **SIZE)
+        condition = pipeline.encode({"prompt": list(LENGTHS)})
+        x = pipeline.blank(condition).to("meta")
+        prediction = pipeline(x, torch.full((len(x),), 0.5, device="meta"), condition)
+    assert prediction.is_meta and prediction.shape == x.shape
+    assert pipeline.features(condition).shape == (len(LENGTHS), 17)
 
 
 def changed(change: str) -> ZImagePipeline:
@@ -181,6 +194,7 @@ def test_what_has_no_place_is_refused(
         FAMILIES["ZImagePipeline"](tiny("zimage"), size, **options)
 
 
+@SLOW
 def test_the_longest_captions_have_places() -> None:
     """At the limits that are refused beyond, the network still predicts."""
     parts = tiny("zimage")
