@@ -33,9 +33,9 @@ Precision = Literal["float32", "float16", "bfloat16"]
 class TextToImagePipeline(Pipeline):
     """A latent diffusion or flow model: text encoders, a denoiser and a VAE.
 
-    The family is that of the folder: Stable Diffusion 1.x and 2.x, XL, 3 and 3.5, FLUX.1. States
-    are latents [B, C, H / f, W / f] in single precision; samples are pictures [B, 3, H, W] in
-    [0, 1]. Text encoders and VAE are frozen.
+    The family is that of the folder: Stable Diffusion 1.x and 2.x, XL, 3 and 3.5, FLUX.1, Z-Image.
+    States are latents [B, C, H / f, W / f] in single precision; samples are pictures [B, 3, H, W]
+    in [0, 1]. Text encoders and VAE are frozen.
 
     Args:
         pretrained: A folder saved by diffusers, a hub id, the name of an embedded model ("shapes"),
@@ -48,7 +48,8 @@ class TextToImagePipeline(Pipeline):
         variant: Which files of weights to load, such as "fp16"; None takes plain ones, and of a
             folder without them its only variant.
         guidance_scale: w of classifier-free guidance, u + w (c - u); no guidance at 1 or below.
-            In FLUX.1-dev it is an input of the network instead. None takes what diffusers takes.
+            In FLUX.1-dev it is an input of the network instead; in Z-Image, as in diffusers, the
+            prediction is c + w (c - u), without guidance at 0. None takes what diffusers takes.
         guidance_gradient: Where reward gradients go under guidance: "both" predictions, or the
             "conditional" one alone; u is then computed without a graph, at half the memory.
         negative_prompt: What the unconditional prediction u is conditioned on; None takes what
@@ -58,7 +59,8 @@ class TextToImagePipeline(Pipeline):
         original_size: For Stable Diffusion XL: height and width in pixels that the model is told
             the picture had before it was cropped; None is the size of the picture.
         crop: For Stable Diffusion XL: top and left edge in pixels that it is told of.
-        max_sequence_length: For Stable Diffusion 3 and FLUX.1: tokens of the T5 encoder.
+        max_sequence_length: For Stable Diffusion 3 and FLUX.1: tokens of the T5 encoder. For
+            Z-Image: most tokens of a prompt.
         true_cfg_scale: For FLUX.1: w of classifier-free guidance beside its own.
         dtype: Precision of the frozen weights. A LoRA is trained in single precision in any case.
         checkpoint_denoiser: Keep only the inputs of the denoiser's blocks for the backward pass

@@ -175,7 +175,7 @@ def _check_channels(path: Path, shapes: Mapping[str, tuple[int, ...]], name: str
 def _unknown(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> UsageError:
     first = next(iter(shapes), None)
     found = "no weights" if first is None else f"weights such as {first}"
-    known = ", ".join(family.name for family in FAMILIES.values())
+    known = ", ".join(FAMILIES[kind].name for kind in _INSIDE)
     return UsageError(
         f"{_KEY}: {path} holds {found}, of none of the models that are known as single files: "
         f"{known}; give a folder that save_pretrained wrote"

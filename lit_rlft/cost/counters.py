@@ -134,21 +134,33 @@ def flops_per_call(pipeline: Pipeline, condition: Condition) -> int:
 
 
 def _num_rows(inputs: tuple[Any, ...]) -> int:
-    """Return the number of rows of a network's first argument, a state."""
-    return batch_size(inputs[0])
+    """Return the number of rows of a network's first argument: a state, or a list of its rows."""
+    first = inputs[0]
+    return len(first) if isinstance(first, list) else batch_size(first)
 
 
 def _shapes(value: Any, rows: int) -> Iterator[tuple[int, ...]]:
-    """Iterate over the shapes of the tensors in a tree of arguments, but for the number of rows."""
+    """Iterate over the shapes of the tensors in a tree of arguments, but for the number of rows.
+
+    A list of rows of several lengths counts as the longest: networks fill the others up to it.
+    """
     if isinstance(value, Tensor):
         shape = tuple(value.shape)
         yield (-1, *shape[1:]) if shape[:1] == (rows,) else shape
+    elif isinstance(value, list) and _are_rows(value, rows):
+        yield (-1, *map(max, zip(*(part.shape for part in value), strict=True)))
     elif isinstance(value, dict):
         for name in sorted(value):
             yield from _shapes(value[name], rows)
     elif isinstance(value, tuple | list):
         for part in value:
             yield from _shapes(part, rows)
+
+
+def _are_rows(parts: list[Any], rows: int) -> bool:
+    """Return whether a list has a tensor for each row, of as many dimensions."""
+    tensors = all(isinstance(part, Tensor) for part in parts)
+    return tensors and len(parts) == rows and len({part.dim() for part in parts}) == 1
 
 
 def now() -> float:

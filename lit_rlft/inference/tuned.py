@@ -5,7 +5,7 @@ pipe = load_tuned(pipe, "runs/<name>/tuned")
 picture = pipe("a red ring", num_inference_steps=50).images[0]
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +26,7 @@ _ENCODINGS = {
     "StableDiffusionXLPipeline": (0, 2),
     "StableDiffusion3Pipeline": (0, 2),
     "FluxPipeline": (0, 1),
+    "ZImagePipeline": (0,),
 }
 """Where a pipeline's `encode_prompt` returns the prompts' embeddings and pooled embeddings."""
 
@@ -128,8 +129,18 @@ def _encode(pipe: Any, prompts: list[str], **settings: Any) -> list[Tensor]:
         encoded = pipe.encode_prompt(
             prompts, None, None, do_classifier_free_guidance=False, **settings
         )
+    elif name == "ZImagePipeline":
+        captions, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, **settings)
+        encoded = (_filled(captions, settings.get("max_sequence_length", 512)),)
     elif name == "StableDiffusionXLPipeline":
         encoded = pipe.encode_prompt(prompts, do_classifier_free_guidance=False)
     else:
         encoded = pipe.encode_prompt(prompts, pipe._execution_device, 1, False)
     return [encoded[i] for i in _ENCODINGS[name]]
+
+
+def _filled(captions: Sequence[Tensor], length: int) -> Tensor:
+    """Return captions [L', F] with a further column of ones, and zeros up to a length L."""
+    marked = [torch.nn.functional.pad(caption, (0, 1), value=1.0) for caption in captions]
+    rows = [torch.nn.functional.pad(own, (0, 0, 0, length - len(own))) for own in marked]
+    return torch.stack(rows)

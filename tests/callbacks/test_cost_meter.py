@@ -138,6 +138,31 @@ def test_counting_leaves_training_alone() -> None:
     assert cost.flops == (3 + 2) * 2 * 2 * 4 * 4 and cost.counting_seconds > 0
 
 
+class OfLists(nn.Linear):
+    """A layer on rows of several lengths, which it fills up to the longest."""
+
+    def forward(self, rows: Any) -> Tensor:
+        return super().forward(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True))
+
+
+def test_rows_in_a_list_count_as_the_longest(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+
+    def recorded() -> Any:
+        measured.append(None)
+        return flop_counter()
+
+    monkeypatch.setattr("lit_rlft.cost.counters.flop_counter", recorded)
+    cost, network = Cost(), OfLists(4, 4)
+    count_calls(network, lambda: cost)
+    count_flops(network, lambda: cost)
+    for lengths in ((3, 5), (5, 1, 2), (5, 5), (2,)):
+        network([torch.randn(length, 4) for length in lengths])
+    assert cost.denoiser_calls == 2 + 3 + 2 + 1
+    assert cost.flops == (7 * 5 + 2) * 2 * 4 * 4
+    assert len(measured) == 2
+
+
 def test_calls_and_operations_go_to_the_counters_of_the_moment() -> None:
     first, second, network = Cost(), Cost(), nn.Linear(2, 2)
     now = first

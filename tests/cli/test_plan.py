@@ -11,7 +11,7 @@ from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.cli import main
 from lit_rlft.cost.plan import GB, Part, Plan, first_change, report
 from tests.cost.measured import peak_of
-from tests.domains.text_to_image.families.real_sizes import clip_l, sdxl
+from tests.domains.text_to_image.families.real_sizes import clip_l, sdxl, z_image
 
 LIMITS = ["--trainer.limit_train_batches=1", "--trainer.limit_val_batches=0"]
 CASES = {
@@ -85,6 +85,21 @@ def test_stable_diffusion_xl_of_its_real_size_from_configs_alone(
     assert [(round(part.numbers / 1e6, 1), part.dtype) for part in unet] == [(2567.5, "bfloat16")]
     text = capsys.readouterr().out
     assert "does not fit" in text and "change first: --model.sampling_batch_size " in text
+
+
+@pytest.mark.slow
+def test_z_image_of_its_real_size_from_configs_alone(
+    planned: list[Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    z_image(Path("zimage"))
+    clip_l(Path("clip"))
+    Path("prompts.txt").write_text("".join(f"a red ring, number {i}\n" for i in range(20)))
+    words = ["--pipeline.pretrained=zimage", "--reward.pretrained=clip"]
+    main(["plan", "--config=zimage", "--config=drtune", *words, "--model.microbatch_size=1"])
+    (plan,) = planned
+    numbers = {part.name: round(part.numbers / 1e6, 1) for part in plan.parts if not part.trained}
+    assert numbers["denoiser"] == 6154.9 and numbers["encoder"] == 4022.5
 
 
 def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

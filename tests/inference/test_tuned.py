@@ -27,7 +27,10 @@ STEPS = 5
 PAGE = Path(__file__).parents[2] / "docs/how_to/real_models.md"
 
 
-@pytest.fixture(scope="module", params=["sd", "sdxl", "sd3", "flux_dev"])
+FAMILIES = ["sd", "sdxl", "sd3", "flux_dev", pytest.param("zimage", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write a tiny model of a family."""
     path = tmp_path_factory.mktemp("family") / request.param
@@ -95,7 +98,7 @@ def test_p_graft_hands_over_at_the_cut(folder: Path, tmp_path: Path, cut: float)
     z = noise(tuner)
     plain = theirs(folder)
     untuned = plain(
-        PROMPTS, latents=packed(plain, z), num_inference_steps=STEPS, **settings(plain)
+        list(PROMPTS), latents=packed(plain, z), num_inference_steps=STEPS, **settings(plain)
     ).images
     pipe = load_tuned(plain, tmp_path)
     assert pipe is plain and isinstance(pipe, diffusers.DiffusionPipeline)
@@ -104,7 +107,7 @@ def test_p_graft_hands_over_at_the_cut(folder: Path, tmp_path: Path, cut: float)
     for copies in (1, 2):  # the adapter is on again at the end of a call
         z = noise(tuner, copies)
         given = {"latents": packed(pipe, z), "num_images_per_prompt": copies}
-        pictures = pipe(PROMPTS, **given, **settings(pipe)).images
+        pictures = pipe(list(PROMPTS), **given, **settings(pipe)).images
         torch.testing.assert_close(pictures, ours(tuner, z, copies), atol=2e-4, rtol=0)
 
 
@@ -134,7 +137,7 @@ def test_noise_ppo_draws_from_its_prior(folder: Path, tmp_path: Path) -> None:
     pipe = load_tuned(theirs(folder), tmp_path)
     for copies in (1, 2):
         given = {"generator": generators(copies), "num_images_per_prompt": copies}
-        pictures = pipe(PROMPTS, **given, **settings(pipe)).images
+        pictures = pipe(list(PROMPTS), **given, **settings(pipe)).images
         torch.testing.assert_close(pictures, ours(tuner, copies=copies), atol=2e-4, rtol=0)
     assert (pictures[0] - pictures[1]).abs().max() > 1e-3
     with pytest.raises(UsageError, match=r"needs the prompt.*give prompt, or latents"):

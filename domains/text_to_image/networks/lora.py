@@ -241,7 +241,9 @@ def _converted(file: _File, home: Home) -> tuple[dict[str, Tensor], float | None
     options = {"unet_config": home.config} if home.name == "unet" else {"return_alphas": True}
     named = _by_kohya(file.weights) if home.name == "transformer" else dict(file.weights)
     with loading(f"{_KEY}: diffusers cannot convert {file.path}, which another tool wrote"):
-        weights, found = home.kind.lora_state_dict(named, **options)
+        read = home.kind.lora_state_dict(named, **options)
+    # Where there is no other way, the converter puts alphas into the weights.
+    weights, found = read if isinstance(read, tuple) else (read, {})
     plain = _plain(weights, home)
     return plain, _one_alpha(file, plain, list((found or {}).values()))
 

@@ -19,6 +19,7 @@ _ARCHITECTURES = {
     "StableDiffusionXLPipeline": ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
     "StableDiffusion3Pipeline": ("sd3", "stable-diffusion-3"),
     "FluxPipeline": ("flux1", "flux-1-dev"),
+    "ZImagePipeline": ("z_image", "Z-Image"),
 }
 """Base model as kohya's scripts and as Stability's model specification name it."""
 

@@ -4,10 +4,16 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
-from transformers import CLIPConfig, CLIPTextConfig
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DConditionModel,
+    ZImageTransformer2DModel,
+)
+from transformers import CLIPConfig, CLIPTextConfig, Qwen3Config
 
-__all__ = ["clip_l", "sdxl"]
+__all__ = ["clip_l", "sdxl", "z_image"]
 
 
 def sdxl(folder: Path) -> Path:
@@ -57,6 +63,49 @@ def sdxl(folder: Path) -> Path:
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "tokenizer_2": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def z_image(folder: Path) -> Path:
+    """Write the configs of Z-Image, whose transformer has diffusers' default sizes."""
+    with torch.device("meta"):
+        transformer = ZImageTransformer2DModel()
+        vae = AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+            latent_channels=16,
+            sample_size=1024,
+            scaling_factor=0.3611,
+            shift_factor=0.1159,
+            force_upcast=True,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+        )
+    transformer.save_config(folder / "transformer")
+    vae.save_config(folder / "vae")
+    Qwen3Config(
+        vocab_size=151936,
+        hidden_size=2560,
+        intermediate_size=9728,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=40960,
+        tie_word_embeddings=True,
+    ).save_pretrained(folder / "text_encoder")
+    FlowMatchEulerDiscreteScheduler(shift=6.0).save_config(folder / "scheduler")
+    index = {
+        "_class_name": "ZImagePipeline",
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "Qwen3Model"],
+        "tokenizer": ["transformers", "Qwen2Tokenizer"],
+        "transformer": ["diffusers", "ZImageTransformer2DModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
     (folder / "model_index.json").write_text(json.dumps(index))

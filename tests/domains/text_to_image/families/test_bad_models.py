@@ -174,7 +174,7 @@ def test_other_kinds_and_absent_parts_are_named(
 def loras(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write tiny models and a LoRA of each."""
     models = tmp_path_factory.mktemp("loras")
-    for name in ("sd", "sdxl", "sd3", "flux_dev"):
+    for name in ("sd", "sdxl", "sd3", "flux_dev", "zimage"):
         tiny(name).save_pretrained(models / name)
         pipeline = TextToImagePipeline(str(models / name), height=32, width=32)
         adapt(pipeline, LoRA(rank=2, alpha=2), seed=0)
@@ -191,6 +191,8 @@ def loras(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("flux_dev", "sd3", "is for another model: this SD3Transformer2DModel has no layer"),
         ("sd3", "sdxl", "of a transformer"),
         ("sdxl", "flux_dev", "of a U-Net"),
+        ("sd3", "zimage", "ZImageTransformer2DModel has no layer"),
+        ("zimage", "sd3", "SD3Transformer2DModel has no layer"),
     ],
 )
 def test_a_lora_of_another_family_is_named(given: str, model: str, said: str, loras: Path) -> None:

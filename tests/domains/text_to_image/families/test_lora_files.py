@@ -22,7 +22,10 @@ from tests.domains.text_to_image.families.test_tuning import SIZE, latents
 from tests.domains.text_to_image.families.tiny import tiny
 
 SLOW = pytest.mark.slow
-FAMILIES = ["sdxl", *(pytest.param(name, marks=SLOW) for name in ("sd", "sd3", "flux_dev"))]
+FAMILIES = [
+    "sdxl",
+    *(pytest.param(name, marks=SLOW) for name in ("sd", "sd3", "flux_dev", "zimage")),
+]
 DOUBLE = [
     f"transformer_blocks.0.attn.{name}"
     for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj")
@@ -211,6 +214,38 @@ def test_files_of_flux_of_other_tools_are_read(folder: Path, tmp_path: Path, kin
             downs = [getattr(attention, name).lora_A["default"].weight for name in own]
             for down in downs[1:]:
                 down.data = downs[0].data.clone()
+    weights = {name: value.clone() for name, value in lora_weights(tuned.denoiser).items()}
+    path = tmp_path / "lora.safetensors"
+    save_file({name: value.contiguous().clone() for name, value in write(weights).items()}, path)
+    check = read_by_both if readable else read_by_us
+    lora = check(folder, path, adapted(tuned.denoiser), latents(tuned))
+    assert (lora.rank, lora.alpha) == (2, alpha)
+
+
+def _kohya_z_image(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name, value in weights.items():
+        layer, _, half = name.partition(".lora_")
+        own = f"lora_unet_{layer.replace('.', '_')}"
+        found[f"{own}.lora_{'down' if half[0] == 'A' else 'up'}.weight"] = value
+        found[f"{own}.alpha"] = torch.tensor(3.0)
+    return found
+
+
+Z_IMAGE: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], bool, int]] = {
+    "kohya": (_kohya_z_image, True, 2),
+    "ai-toolkit": (_prefixed("diffusion_model.", alpha=False), True, 2),
+    "ai-toolkit with alphas": (_prefixed("diffusion_model.", alpha=True), True, 2),
+    "transformer": (_prefixed("transformer.", alpha=False), True, 2),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", ["zimage"], indirect=True)
+@pytest.mark.parametrize("kind", Z_IMAGE)
+def test_files_of_z_image_of_other_tools_are_read(folder: Path, tmp_path: Path, kind: str) -> None:
+    write, readable, alpha = Z_IMAGE[kind]
+    tuned = perturbed(folder)
     weights = {name: value.clone() for name, value in lora_weights(tuned.denoiser).items()}
     path = tmp_path / "lora.safetensors"
     save_file({name: value.contiguous().clone() for name, value in write(weights).items()}, path)

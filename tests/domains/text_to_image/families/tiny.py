@@ -18,13 +18,19 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -36,6 +42,12 @@ __all__ = ["MAKERS", "tiny"]
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,'-"
 _WIDTH = 32
+_CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+"""The layout of Qwen3's chats, which leaves room for thoughts unless they are forbidden."""
 
 
 def _clip(kind: type, **settings: Any) -> tuple[nn.Module, CLIPTokenizer]:
@@ -70,6 +82,27 @@ def _t5(width: int) -> tuple[T5EncoderModel, T5Tokenizer]:
         feed_forward_proj="gated-gelu",
     )
     return T5EncoderModel(config), tokenizer
+
+
+def _qwen3() -> tuple[Qwen3Model, Qwen2Tokenizer]:
+    """Return a decoder of text and a tokenizer of bytes, with the layout of Qwen3's chats."""
+    special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    tokens = (*sorted(ByteLevel.alphabet()), *special)
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[], model_max_length=4096)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(special[1:])})
+    tokenizer.chat_template = _CHAT
+    config = Qwen3Config(
+        vocab_size=len(tokenizer) + 5,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=1024,
+    )
+    return Qwen3Model(config), tokenizer
 
 
 def _vae(channels: int, **settings: Any) -> AutoencoderKL:
@@ -232,6 +265,31 @@ def flux(schnell: bool = False) -> DiffusionPipeline:
     )
 
 
+def zimage() -> DiffusionPipeline:
+    """Return Z-Image, 32 pixels or more; its pad tokens are not zeros, as in a trained model."""
+    encoder, tokenizer = _qwen3()
+    transformer = ZImageTransformer2DModel(
+        in_channels=16,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[8, 4, 4],
+        axes_lens=[1024, 512, 512],
+    )
+    for token in (transformer.x_pad_token, transformer.cap_pad_token):
+        nn.init.normal_(token)
+    return ZImagePipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=_flow_vae(scaling_factor=0.3611, shift_factor=0.1159),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+    )
+
+
 MAKERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "sd": sd,
     "sd2": lambda: sd("v_prediction"),
@@ -241,6 +299,7 @@ MAKERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "sd3_first": lambda: sd3(first_version=True),
     "flux_dev": flux,
     "flux_schnell": lambda: flux(schnell=True),
+    "zimage": zimage,
 }
 
 

@@ -1,0 +1,147 @@
+"""Z-Image: a transformer of one stream, which reads text and latents as one sequence of tokens."""
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from domains.text_to_image.families.base import Family, Tables
+from domains.text_to_image.families.checks import latent_problems, missing
+from domains.text_to_image.networks.weightless import NoTokenizer
+from lit_rlft.core.checks import UsageError
+from lit_rlft.core.process import GaussianProcess
+from lit_rlft.kit.flow_schedulers import flow_process
+
+__all__ = ["ZImage"]
+
+_PATCH = 2
+_MULTIPLE = 32
+"""Captions are filled up to a multiple of this in the transformer."""
+
+
+class ZImage(Family):
+    """Z-Image: captions of their own lengths from Qwen3, and a transformer on a rectified flow.
+
+    An encoding has one column more than the text features: 1 for a token of the caption, 0 for the
+    zeros after its end. Guidance is c + w (c - u), as in its pipeline, which has none at w = 0.
+
+    Options:
+        max_sequence_length: Most tokens of a caption with the chat around it; 512 unless given.
+
+    References:
+        Z-Image: An Efficient Image Generation Foundation Model with Single-Stream Diffusion
+        Transformer (2025), https://arxiv.org/abs/2511.22699
+    """
+
+    name = "Z-Image"
+    pipeline_class = "ZImagePipeline"
+    guidance_scale = 5.0
+    option_names: ClassVar[tuple[str, ...]] = ("max_sequence_length",)
+
+    def problems(self) -> Iterator[str]:
+        parts, config = self.parts, self.denoiser.config
+        yield from missing(parts, self.needed())
+        yield from _text_problems(parts.text_encoder, parts.tokenizer, config["cap_feat_dim"])
+        patches = zip(config["all_patch_size"], config["all_f_patch_size"], strict=False)
+        if (_PATCH, 1) not in patches:
+            yield f"its transformer has no patches of {_PATCH} x {_PATCH} latents (all_patch_size)"
+        yield from latent_problems(
+            parts.vae, config["in_channels"], config["in_channels"], "transformer"
+        )
+
+    @property
+    def _length(self) -> int:
+        return self.options.get("max_sequence_length", 512)
+
+    def encoded_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"embedding": (self._length, self.denoiser.config["cap_feat_dim"] + 1)}
+
+    @property
+    def multiple(self) -> int:
+        return _PATCH * self.factor
+
+    def native(self) -> tuple[int, int] | None:
+        return 1024 // self.factor, 1024 // self.factor
+
+    def _pixels(self, given: tuple[int | None, int | None]) -> tuple[int, int]:
+        """Return the size, where the transformer has places for it and for the captions."""
+        sizes = super()._pixels(given)
+        tokens, *edges = self.denoiser.config["axes_lens"]
+        most = (tokens - 2) // _MULTIPLE * _MULTIPLE
+        if self._length > most:
+            raise UsageError(
+                f"pipeline.init_args.max_sequence_length is {self._length}, but this model has "
+                f"places for {most} tokens; give at most that"
+            )
+        for key, size, edge in zip(("height", "width"), sizes, edges, strict=True):
+            if size > edge * self.multiple:
+                raise UsageError(
+                    f"pipeline.init_args.{key} is {size}, but this model has places for "
+                    f"{edge * self.multiple} pixels; give at most that"
+                )
+        return sizes
+
+    def cfg_scale(self, guidance: float) -> float:
+        return guidance + 1
+
+    def make_process(self) -> GaussianProcess:
+        height, width = self.latent_size
+        tokens = (height // _PATCH) * (width // _PATCH)
+        return flow_process(self.parts.scheduler, self.name, tokens, own_grid=False)
+
+    def encode_some(self, prompts: list[str]) -> dict[str, Tensor]:
+        encoder = self.parts.text_encoder
+        if encoder.device.type == "meta":
+            shape = (len(prompts), *self.encoded_shapes()["embedding"])
+            return {"embedding": torch.empty(shape, dtype=encoder.dtype, device="meta")}
+        captions, _ = self.parts.encode_prompt(  # writes into the list
+            list(prompts), do_classifier_free_guidance=False, max_sequence_length=self._length
+        )
+        return {"embedding": torch.stack([self._row(caption) for caption in captions])}
+
+    def _row(self, caption: Tensor) -> Tensor:
+        """Return a caption's features [L', F] with the column of ones, as [L, F + 1]."""
+        marked = pad(caption, (0, 1), value=1.0)
+        return pad(marked, (0, 0, 0, self._length - len(caption)))
+
+    def denoise(
+        self, network: Any, x_t: Tensor, t: Tensor, tables: Tables, guidance: float
+    ) -> Tensor:
+        latents = list(x_t.unsqueeze(2).unbind())
+        captions = _captions(tables["embedding"].to(x_t.dtype))
+        outputs = network(latents, (1 - t).float(), captions, return_dict=False)[0]
+        if x_t.is_meta:  # the network keeps its table of places, here one without numbers
+            network.rope_embedder.freqs_cis = None
+        return -torch.stack(outputs).squeeze(2)
+
+
+def _captions(rows: Tensor) -> list[Tensor]:
+    """Return each caption's own features, [L', F], of rows [B, L, F + 1]."""
+    lengths = [rows.shape[1]] * len(rows)
+    if not rows.is_meta:
+        lengths = rows[..., -1].sum(dim=1, dtype=torch.int64).tolist()
+    return [row[:length, :-1] for row, length in zip(rows, lengths, strict=True)]
+
+
+def _text_problems(encoder: Any, tokenizer: Any, width: int) -> Iterator[str]:
+    """Iterate over what does not fit in the text encoder, its tokenizer and the transformer."""
+    config = encoder.config
+    if config.hidden_size != width:
+        yield (
+            f"its transformer reads text features of {width} numbers, its text encoder makes "
+            f"{config.hidden_size}"
+        )
+    if isinstance(tokenizer, NoTokenizer) or encoder.device.type == "meta":
+        return
+    if not 2 < len(tokenizer) <= config.vocab_size:
+        yield (
+            f"its tokenizer has {len(tokenizer)} tokens, its text encoder {config.vocab_size}; "
+            "they must be of one model"
+        )
+    if getattr(tokenizer, "chat_template", None) is None:
+        yield (
+            "its tokenizer has no chat template; copy chat_template.jinja, or the template in "
+            "tokenizer_config.json, from the model's own folder"
+        )
