@@ -18,6 +18,7 @@ from domains.text_to_image.families import FAMILIES, Family
 from domains.text_to_image.loading import Files, load_parts
 from domains.text_to_image.networks.lora import Home, lora_weights, read_lora, save_lora
 from domains.text_to_image.networks.web_lora import WEB_LORA, save_web_lora
+from domains.text_to_image.overflow import check_latents, check_vae
 from lit_rlft.core.checks import UsageError, at_least
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline, column
 from lit_rlft.core.process import GaussianProcess
@@ -216,6 +217,7 @@ class TextToImagePipeline(Pipeline):
         return u + self.cfg_scale * (c - u)
 
     def decode(self, x_0: State, condition: Condition) -> Tensor:
+        check_latents(tensor_of(x_0), self.denoiser, self.encoder, condition.tables.values())
         latents = self.family.to_vae(tensor_of(x_0)).to(self.vae.dtype)
         size = self.decode_batch_size
         starts = range(0, len(latents), size)
@@ -223,9 +225,15 @@ class TextToImagePipeline(Pipeline):
         return (pictures.to(self.precision) / 2 + 0.5).clamp(0, 1)
 
     def _decode(self, latents: Tensor) -> Tensor:
+        def decode(x: Tensor) -> Tensor:
+            return self.vae.decode(x).sample
+
         if self.checkpoint_decoder and latents.requires_grad and torch.is_grad_enabled():
-            return checkpoint(lambda x: self.vae.decode(x).sample, latents, use_reentrant=False)
-        return self.vae.decode(latents).sample
+            pictures = checkpoint(decode, latents, use_reentrant=False)
+        else:
+            pictures = decode(latents)
+        check_vae(pictures, self.vae, "pictures")
+        return pictures
 
     def check_states(self) -> None:
         if isinstance(self.vae, AutoencoderTiny):
@@ -242,6 +250,7 @@ class TextToImagePipeline(Pipeline):
         with torch.no_grad():
             parts = pictures.split(self.decode_batch_size)
             modes = torch.cat([self.vae.encode(part).latent_dist.mode() for part in parts])
+        check_vae(modes, self.vae, "latents of the given pictures")
         return self.family.from_vae(modes.to(self.precision))
 
     def render(self, samples: Any, condition: Condition) -> Tensor:
