@@ -15,7 +15,7 @@ _OTHER_VAE = "madebyollin/sdxl-vae-fp16-fix"
 
 
 def check_latents(
-    latents: Tensor, denoiser: nn.Module, encoder: nn.Module, encodings: Iterable[Tensor]
+    latents: Tensor, denoiser: nn.Module, encoder: nn.Module | None, encodings: Iterable[Tensor]
 ) -> None:
     """Check that the latents of some pictures are finite, before they are decoded.
 
@@ -31,7 +31,8 @@ def check_latents(
     if _finite(latents):
         return
     if not all(map(_finite, encodings)):
-        own = encoder if any(True for _ in encoder.parameters()) else denoiser  # may be dropped
+        there = encoder is not None and any(True for _ in encoder.parameters())
+        own = encoder if encoder is not None and there else denoiser  # encoders may be dropped
         raise UsageError(_sentence("encodings of the prompts", "text encoder", own))
     raise UsageError(_sentence("latents", "denoiser", denoiser))
 

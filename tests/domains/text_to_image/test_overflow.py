@@ -27,7 +27,7 @@ def large(
     """Return a copy with one layer whose weights float16 can hold, but not the layer's outputs."""
     changed = copy.deepcopy(pipeline)
     if layer:
-        changed.get_submodule(layer).weight.data.fill_(LARGEST / 2)  # type: ignore[operator, union-attr]
+        changed.get_submodule(layer).weight.data.fill_(LARGEST / 2)  # type: ignore[operator]
     changed.denoiser.to(dtype)
     changed.vae.to(dtype)
     return changed
