@@ -18,7 +18,8 @@ from domains.text_to_image.families import FAMILIES, Family
 from domains.text_to_image.loading import Files, load_parts
 from domains.text_to_image.networks.lora import Home, lora_weights, read_lora, save_lora
 from domains.text_to_image.networks.web_lora import WEB_LORA, save_web_lora
-from lit_rlft.core.checks import UsageError, at_least
+from domains.text_to_image.overflow import check_latents, check_vae
+from lit_rlft.core.checks import UsageError, at_least, require
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline, column
 from lit_rlft.core.process import GaussianProcess
 from lit_rlft.core.state import State, tensor_of
@@ -65,6 +66,8 @@ class TextToImagePipeline(Pipeline):
         dtype: Precision of the frozen weights. A LoRA is trained in single precision in any case.
         checkpoint_denoiser: Keep only the inputs of the denoiser's blocks for the backward pass
             and compute the blocks again there: less memory, about a third more time.
+        channels_last: Keep the U-Net's weights and activations with channels last in memory, which
+            convolutions on GPUs prefer; for Stable Diffusion 1.x, 2.x and XL.
         decode_batch_size: Pictures decoded at a time, which bounds the VAE's memory.
         checkpoint_decoder: Where gradients flow through the VAE, keep only its input and decode
             again in the backward pass.
@@ -104,6 +107,7 @@ class TextToImagePipeline(Pipeline):
         true_cfg_scale: float | None = None,
         dtype: Precision = "float32",
         checkpoint_denoiser: bool = False,
+        channels_last: bool = False,
         decode_batch_size: int = 32,
         checkpoint_decoder: bool = True,
         encode_batch_size: int = 128,
@@ -132,15 +136,25 @@ class TextToImagePipeline(Pipeline):
         self.family = kind(self.diffusers, size, encode_batch_size=encode_batch_size, **options)
         default = self.family.guidance_scale
         self.guidance_scale = default if guidance_scale is None else guidance_scale
-        self._adopt(self.family, checkpoint_denoiser, tile_decoder)
+        self._adopt(self.family, checkpoint_denoiser, tile_decoder, channels_last)
 
-    def _adopt(self, family: Family, checkpoint_denoiser: bool, tile_decoder: bool) -> None:
+    def _adopt(
+        self, family: Family, checkpoint_denoiser: bool, tile_decoder: bool, channels_last: bool
+    ) -> None:
         """Take over the parts of the model."""
         self.denoiser, self.encoder = family.denoiser, family.encoders
         self.vae = frozen(self.diffusers.vae)
         self.process, self.lora_targets = family.process, family.lora_targets
         if checkpoint_denoiser:
             self.denoiser.enable_gradient_checkpointing()
+        if channels_last:
+            require(
+                family.denoiser_name == "unet",
+                self,
+                "channels_last",
+                f"false: {family.name} has a transformer, whose layers have no channels to reorder",
+            )
+            self.denoiser.to(memory_format=torch.channels_last)
         if tile_decoder:
             self.vae.enable_tiling()
 
@@ -218,6 +232,7 @@ class TextToImagePipeline(Pipeline):
         return u + self.cfg_scale * (c - u)
 
     def decode(self, x_0: State, condition: Condition) -> Tensor:
+        check_latents(tensor_of(x_0), self.denoiser, self.encoder, condition.tables.values())
         latents = self.family.to_vae(tensor_of(x_0)).to(self.vae.dtype)
         size = self.decode_batch_size
         starts = range(0, len(latents), size)
@@ -225,9 +240,15 @@ class TextToImagePipeline(Pipeline):
         return (pictures.to(self.precision) / 2 + 0.5).clamp(0, 1)
 
     def _decode(self, latents: Tensor) -> Tensor:
+        def decode(x: Tensor) -> Tensor:
+            return self.vae.decode(x).sample
+
         if self.checkpoint_decoder and latents.requires_grad and torch.is_grad_enabled():
-            return checkpoint(lambda x: self.vae.decode(x).sample, latents, use_reentrant=False)
-        return self.vae.decode(latents).sample
+            pictures = checkpoint(decode, latents, use_reentrant=False)
+        else:
+            pictures = decode(latents)
+        check_vae(pictures, self.vae, "pictures")
+        return pictures
 
     def check_states(self) -> None:
         if isinstance(self.vae, AutoencoderTiny):
@@ -244,6 +265,7 @@ class TextToImagePipeline(Pipeline):
         with torch.no_grad():
             parts = pictures.split(self.decode_batch_size)
             modes = torch.cat([self.vae.encode(part).latent_dist.mode() for part in parts])
+        check_vae(modes, self.vae, "latents of the given pictures")
         return self.family.from_vae(modes.to(self.precision))
 
     def render(self, samples: Any, condition: Condition) -> Tensor:

@@ -4,6 +4,7 @@ import re
 import sys
 import traceback
 from collections.abc import Sequence
+from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
 
@@ -55,6 +56,9 @@ def parser_sentence(causes: Sequence[BaseException]) -> str:
     value = values[-1] if values else ""
     if own := _own_code(causes):
         return f"{key}: {short(value)} cannot be imported: {own}"
+    if package := _absent(value):
+        why = f"the package {package} is not installed; pip install {package}, or correct the path"
+        return f"{key}: {short(value)} cannot be imported: {why}"
     reasons = [line.strip(" -") for line in last.splitlines()]
     reasons = [line for line in reasons if line and not _NOISE.match(line)]
     if reasons and "Expected a dot import path" not in reasons[0]:
@@ -66,6 +70,13 @@ def parser_sentence(causes: Sequence[BaseException]) -> str:
     types = _SUBTYPES.findall(last) or _EXPECTED.findall(last)
     expected = _types(types[0]) if types else "something else"
     return f"{key} is {short(value)!r}, but must be {short(expected, 120)}"
+
+
+def _absent(path: str) -> str:
+    """Return the package of a class path, if it is not installed."""
+    package = path.partition(".")[0]
+    is_class = re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*\.[A-Z]\w*", path)
+    return package if is_class and find_spec(package) is None else ""
 
 
 def _innermost(texts: Sequence[str]) -> str:

@@ -78,6 +78,10 @@ MISTAKES = {
     "reward=LayoutPipeline": "reward",
     "reward=own.Unborn": r"Unborn: its __init__ must begin with super\(\)",
     "reward=own.Unfinished": "reward: the class is abstract",
+    "model.optimizer=bits_of_bytes.optim.AdamW8bit": (
+        "model.init_args.optimizer: bits_of_bytes.optim.AdamW8bit cannot be imported: the package "
+        "bits_of_bytes is not installed; pip install bits_of_bytes"
+    ),
     "reward=raises.Any": r"reward: raises.Any cannot be imported: ZeroDivision.*raises.py, line 2",
     "trainer=3": "trainer",
     "metrics=3": "metrics",

@@ -1,0 +1,72 @@
+"""Numbers that are not finite: which part of a text-to-image model made them, and the remedy."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from lit_rlft.core.checks import UsageError
+
+__all__ = ["check_latents", "check_vae"]
+
+_WEIGHTS = "pipeline.init_args.dtype"
+_VAE = "pipeline.init_args.vae"
+_OTHER_VAE = "madebyollin/sdxl-vae-fp16-fix"
+
+
+def check_latents(
+    latents: Tensor, denoiser: nn.Module, encoder: nn.Module | None, encodings: Iterable[Tensor]
+) -> None:
+    """Check that the latents of some pictures are finite, before they are decoded.
+
+    Args:
+        latents: What sampling returned.
+        denoiser: The network that made them.
+        encoder: The text encoders.
+        encodings: The encoded prompts that the denoiser was given.
+
+    Raises:
+        UsageError: They are not; it names the text encoder or the denoiser, and the remedy.
+    """
+    if _finite(latents):
+        return
+    if not all(map(_finite, encodings)):
+        there = encoder is not None and any(True for _ in encoder.parameters())
+        own = encoder if encoder is not None and there else denoiser  # encoders may be dropped
+        raise UsageError(_sentence("encodings of the prompts", "text encoder", own))
+    raise UsageError(_sentence("latents", "denoiser", denoiser))
+
+
+def check_vae(values: Tensor, vae: nn.Module, what: str) -> None:
+    """Check what a VAE made of finite numbers.
+
+    Args:
+        values: Its pictures or latents.
+        vae: The VAE.
+        what: What they are: "pictures" or "latents of the given pictures".
+
+    Raises:
+        UsageError: They are not finite; it names the remedy.
+    """
+    if not _finite(values):
+        raise UsageError(_sentence(what, "VAE", vae))
+
+
+def _finite(values: Tensor) -> bool:
+    return bool(values.detach().isfinite().all())
+
+
+def _sentence(what: str, part: str, network: nn.Module) -> str:
+    start = f"{what} are not finite (NaN or infinite)"
+    first = next(network.parameters())
+    if not all(map(_finite, network.parameters())):
+        cause = "its files are damaged, or training diverged (lower the learning rate)"
+        return f"{start}: so are weights of the {part}: {cause}"
+    by_trainer = torch.is_autocast_enabled(first.device.type)
+    used = torch.get_autocast_dtype(first.device.type) if by_trainer else first.dtype
+    name = str(used).removeprefix("torch.")
+    if used != torch.float16:
+        return f"{start}: the {part} overflows even in {name}; take another model or sampler"
+    remedy = "trainer.precision to bf16-mixed" if by_trainer else f"{_WEIGHTS} to bfloat16"
+    other = f", or {_VAE} to {_OTHER_VAE} for Stable Diffusion XL" if part == "VAE" else ""
+    return f"{start}: the {part} overflows in {name}; set {remedy}{other}"
