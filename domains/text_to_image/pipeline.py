@@ -175,6 +175,8 @@ class TextToImagePipeline(Pipeline):
         columns = [name for name in batch if name != "index"]
         entries = [{name: batch[name][i] for name in columns} for i in first.values()]
         rows = {prompt: row for row, prompt in enumerate(unique)}
+        numbers = batch["index"].tolist() if "index" in batch else range(len(prompts))
+        self.family.tell_cuts(unique, [int(numbers[i]) for i in first.values()])
         return Condition(
             entries=entries,
             tables=self.family.tables(unique, self.negative_prompt),

@@ -8,6 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from domains.text_to_image.families.cuts import CutPrompts, Reader, quiet
 from domains.text_to_image.networks.weightless import NoTokenizer
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.process import GaussianProcess
@@ -42,6 +43,7 @@ class Family(ABC):
         lora_targets: Name endings of the layers that get a LoRA unless a config says otherwise.
         guidance_scale: Guidance unless a config says otherwise: diffusers' own default.
         option_names: The settings that this family has beside the common ones.
+        tell_cuts: Warns once of prompts that are cut at a tokenizer's limit.
 
     Raises:
         UsageError: The model needs something that this family cannot supply, or the picture size
@@ -77,6 +79,8 @@ class Family(ABC):
         self.pixels = self._pixels(pixels)
         self.process = self.make_process()
         self._rehearse()
+        convert = getattr(parts, "maybe_convert_prompt", None)
+        self.tell_cuts = CutPrompts([] if self._bare else self.readers(), convert)
 
     @classmethod
     def weighed(cls) -> tuple[str, ...]:
@@ -141,17 +145,29 @@ class Family(ABC):
     def encoded_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of one prompt's encodings, by name, without the row."""
 
+    def readers(self) -> list[Reader]:
+        """Return the tokenizers at which a prompt's words are lost to the model: all of CLIP."""
+        named = [name.replace("text_encoder", "tokenizer") for name in self.encoder_names]
+        tokenizers = [getattr(self.parts, name) for name in named]
+        return [Reader(own, own.model_max_length, "CLIP") for own in tokenizers if own is not None]
+
+    @property
+    def _bare(self) -> bool:
+        """Whether files of a tokenizer are not there, as `lit-rlft plan` allows."""
+        names = [name.replace("text_encoder", "tokenizer") for name in self.encoder_names]
+        return any(isinstance(getattr(self.parts, name), NoTokenizer) for name in names)
+
     def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Return the encodings of prompts, one row each, by name."""
-        names = [name.replace("text_encoder", "tokenizer") for name in self.encoder_names]
-        if any(isinstance(getattr(self.parts, name), NoTokenizer) for name in names):
+        if self._bare:
             like = next(self.denoiser.parameters())  # without weights there are shapes alone
             shapes = self.encoded_shapes().items()
             return {name: like.new_empty(len(prompts), *shape) for name, shape in shapes}
         size = self.encode_batch_size
-        parts = [
-            self.encode_some(list(prompts[i : i + size])) for i in range(0, len(prompts), size)
-        ]
+        with quiet():
+            parts = [
+                self.encode_some(list(prompts[i : i + size])) for i in range(0, len(prompts), size)
+            ]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def tables(self, prompts: Sequence[str], negative: str | None) -> dict[str, Tensor]:
