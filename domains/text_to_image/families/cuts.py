@@ -37,10 +37,9 @@ class Reader:
         ends = [""] * len(prompts)
         if not long:
             return ends
-        with quiet():
-            found = self.tokenizer(
-                [prompts[i] for i in long], add_special_tokens=False, return_offsets_mapping=True
-            )
+        found = self.tokenizer(
+            [prompts[i] for i in long], add_special_tokens=False, return_offsets_mapping=True
+        )
         for i, places in zip(long, found["offset_mapping"], strict=True):
             if len(places) > kept:
                 ends[i] = prompts[i][places[kept][0] :].strip()
@@ -70,8 +69,10 @@ class CutPrompts:
             return
         lost: dict[int, tuple[str, Reader]] = {}
         for reader in self.readers:
-            read = [self._read(prompt, reader) for prompt in prompts]
-            for i, end in enumerate(reader.lost(read)):
+            with quiet():
+                read = [self._read(prompt, reader) for prompt in prompts]
+                ends = reader.lost(read)
+            for i, end in enumerate(ends):
                 if len(end) > len(lost[i][0] if i in lost else ""):
                     lost[i] = end, reader
         if not lost:
