@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from domains.text_to_image import EMBEDDED, card
+from domains.text_to_image.embeddings import EmbeddingCache, identity
 from domains.text_to_image.families import FAMILIES, Family
 from domains.text_to_image.loading import Files, load_parts
 from domains.text_to_image.networks.lora import Home, lora_weights, read_lora, save_lora
@@ -24,6 +25,7 @@ from lit_rlft.core.process import GaussianProcess
 from lit_rlft.core.state import State, tensor_of
 from lit_rlft.kit.frozen import frozen
 from lit_rlft.kit.images import save_pictures
+from lit_rlft.kit.weightless import weightless
 
 __all__ = ["EMBEDDED", "TextToImagePipeline"]
 
@@ -67,6 +69,8 @@ class TextToImagePipeline(Pipeline):
         checkpoint_decoder: Where gradients flow through the VAE, keep only its input and decode
             again in the backward pass.
         encode_batch_size: Prompts encoded at a time, which bounds the text encoders' memory.
+        embedding_cache: Folder that keeps the encodings of prompts, one file each; a later run of
+            the same text encoders reads them there. Several runs may share it. None keeps none.
         tile_decoder: Decode large pictures in overlapping tiles: less memory, and faint seams.
         from_scratch: Keep the architecture and draw new weights for U-Net and text encoder, to
             pretrain them; for Stable Diffusion 1.x and 2.x.
@@ -105,6 +109,7 @@ class TextToImagePipeline(Pipeline):
         decode_batch_size: int = 32,
         checkpoint_decoder: bool = True,
         encode_batch_size: int = 128,
+        embedding_cache: str | None = None,
         tile_decoder: bool = False,
         from_scratch: bool = False,
         save_dtype: Precision = "float32",
@@ -115,10 +120,8 @@ class TextToImagePipeline(Pipeline):
         at_least(1, self, decode_batch_size=decode_batch_size, encode_batch_size=encode_batch_size)
         at_least(1, self, max_sequence_length=max_sequence_length, original_size=original_size)
         self.pretrained, self.config = pretrained, config
-        self.guidance_gradient = guidance_gradient
-        self.negative_prompt = negative_prompt
-        self.decode_batch_size = decode_batch_size
-        self.checkpoint_decoder = checkpoint_decoder
+        self.guidance_gradient, self.negative_prompt = guidance_gradient, negative_prompt
+        self.decode_batch_size, self.checkpoint_decoder = decode_batch_size, checkpoint_decoder
         self.save_dtype, self.web_lora = getattr(torch, save_dtype), web_lora
         files = Files(config, vae, textual_inversions or ())
         self.diffusers = load_parts(
@@ -131,6 +134,8 @@ class TextToImagePipeline(Pipeline):
         default = self.family.guidance_scale
         self.guidance_scale = default if guidance_scale is None else guidance_scale
         self._adopt(self.family, checkpoint_denoiser, tile_decoder)
+        if embedding_cache is not None:
+            self._keep_encodings(embedding_cache, files, [dtype, variant, from_scratch])
 
     def _adopt(self, family: Family, checkpoint_denoiser: bool, tile_decoder: bool) -> None:
         """Take over the parts of the model."""
@@ -141,6 +146,25 @@ class TextToImagePipeline(Pipeline):
             self.denoiser.enable_gradient_checkpointing()
         if tile_decoder:
             self.vae.enable_tiling()
+
+    def _keep_encodings(self, folder: str, files: Files, loaded: list[Any]) -> None:
+        """Keep encodings of prompts in a folder, by all that they depend on."""
+        if loaded[-1]:
+            raise UsageError(
+                "pipeline.init_args.embedding_cache is for text encoders that stay as they are; "
+                "set it to null, or from_scratch to false"
+            )
+        if weightless():
+            return
+        encoders = self.family.encoder_names
+        tokenizers = [name.replace("text_encoder", "tokenizer") for name in encoders]
+        sources = [self.pretrained, *filter(None, [files.config]), *files.textual_inversions]
+        model = {
+            "family": self.family.name,
+            "sources": [identity(source, [*encoders, *tokenizers]) for source in sources],
+            "loaded": loaded,
+        }
+        self.family.cache = EmbeddingCache(Path(folder), model, self.family.encoded_shapes())
 
     @property
     def name(self) -> str:

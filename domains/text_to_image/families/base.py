@@ -8,6 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from domains.text_to_image.embeddings import EmbeddingCache
 from domains.text_to_image.families.cuts import CutPrompts, Reader, quiet
 from domains.text_to_image.networks.weightless import NoTokenizer
 from lit_rlft.core.checks import UsageError
@@ -43,6 +44,7 @@ class Family(ABC):
         lora_targets: Name endings of the layers that get a LoRA unless a config says otherwise.
         guidance_scale: Guidance unless a config says otherwise: diffusers' own default.
         option_names: The settings that this family has beside the common ones.
+        cache: Encodings on disk, which come before those of the text encoders; None without them.
         tell_cuts: Warns once of prompts that are cut at a tokenizer's limit.
 
     Raises:
@@ -67,6 +69,7 @@ class Family(ABC):
     ) -> None:
         self.parts: Any = parts
         self.encode_batch_size = encode_batch_size
+        self.cache: EmbeddingCache | None = None
         given = {name: value for name, value in options.items() if value is not None}
         for name in given.keys() - set(self.option_names):
             raise UsageError(f"pipeline.init_args.{name} does not apply to {self.name}; leave it")
@@ -163,12 +166,36 @@ class Family(ABC):
             like = next(self.denoiser.parameters())  # without weights there are shapes alone
             shapes = self.encoded_shapes().items()
             return {name: like.new_empty(len(prompts), *shape) for name, shape in shapes}
+        return self._run(prompts) if self.cache is None else self._cached(prompts, self.cache)
+
+    def _run(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Return what the text encoders make of prompts, in chunks."""
         size = self.encode_batch_size
         with quiet():
             parts = [
                 self.encode_some(list(prompts[i : i + size])) for i in range(0, len(prompts), size)
             ]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _cached(self, prompts: Sequence[str], cache: EmbeddingCache) -> dict[str, Tensor]:
+        """Return the encodings of prompts; those that are not on disk are made and kept there."""
+        networks = [getattr(self.parts, name, None) for name in self.encoder_names]
+        if any(p.requires_grad for net in networks if net is not None for p in net.parameters()):
+            raise UsageError(
+                "pipeline.init_args.embedding_cache is for text encoders that stay as they are; "
+                "set it to null, or model.init_args.train_encoder to false"
+            )
+        unique = dict.fromkeys(prompts)
+        found = {prompt: cache.read(prompt) for prompt in unique}
+        absent = [prompt for prompt, tables in found.items() if tables is None]
+        made = self._run(absent) if absent else {}
+        for i, prompt in enumerate(absent):
+            own = {name: table[i].cpu() for name, table in made.items()}
+            cache.write(prompt, own)
+            found[prompt] = own
+        rows = [tables for prompt in prompts if (tables := found[prompt]) is not None]
+        device = next(self.denoiser.parameters()).device
+        return {name: torch.stack([row[name] for row in rows]).to(device) for name in cache.shapes}
 
     def tables(self, prompts: Sequence[str], negative: str | None) -> dict[str, Tensor]:
         """Return the encodings of prompts and, last, what unconditional predictions are given.
