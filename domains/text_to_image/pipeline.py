@@ -71,6 +71,8 @@ class TextToImagePipeline(Pipeline):
         encode_batch_size: Prompts encoded at a time, which bounds the text encoders' memory.
         embedding_cache: Folder that keeps the encodings of prompts, one file each; a later run of
             the same text encoders reads them there. Several runs may share it. None keeps none.
+        text_encoders: "keep" them on the device; or "cpu", where they come to the device for each
+            encoding alone and cannot be trained.
         tile_decoder: Decode large pictures in overlapping tiles: less memory, and faint seams.
         from_scratch: Keep the architecture and draw new weights for U-Net and text encoder, to
             pretrain them; for Stable Diffusion 1.x and 2.x.
@@ -110,6 +112,7 @@ class TextToImagePipeline(Pipeline):
         checkpoint_decoder: bool = True,
         encode_batch_size: int = 128,
         embedding_cache: str | None = None,
+        text_encoders: Literal["keep", "cpu"] = "keep",
         tile_decoder: bool = False,
         from_scratch: bool = False,
         save_dtype: Precision = "float32",
@@ -133,13 +136,19 @@ class TextToImagePipeline(Pipeline):
         self.family = kind(self.diffusers, size, encode_batch_size=encode_batch_size, **options)
         default = self.family.guidance_scale
         self.guidance_scale = default if guidance_scale is None else guidance_scale
-        self._adopt(self.family, checkpoint_denoiser, tile_decoder)
+        self._adopt(self.family, checkpoint_denoiser, tile_decoder, text_encoders == "cpu")
         if embedding_cache is not None:
             self._keep_encodings(embedding_cache, files, [dtype, variant, from_scratch])
 
-    def _adopt(self, family: Family, checkpoint_denoiser: bool, tile_decoder: bool) -> None:
+    def _adopt(
+        self, family: Family, checkpoint_denoiser: bool, tile_decoder: bool, idle: bool
+    ) -> None:
         """Take over the parts of the model."""
         self.denoiser, self.encoder = family.denoiser, family.encoders
+        if idle and not weightless():
+            family.idle_encoders = self.encoder
+        if idle:
+            self.encoder = None  # no part of this module, so that it does not move with it
         self.vae = frozen(self.diffusers.vae)
         self.process, self.lora_targets = family.process, family.lora_targets
         if checkpoint_denoiser:

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -45,6 +46,7 @@ class Family(ABC):
         guidance_scale: Guidance unless a config says otherwise: diffusers' own default.
         option_names: The settings that this family has beside the common ones.
         cache: Encodings on disk, which come before those of the text encoders; None without them.
+        idle_encoders: The text encoders where they stay on the CPU between encodings, else None.
         tell_cuts: Warns once of prompts that are cut at a tokenizer's limit.
 
     Raises:
@@ -70,6 +72,7 @@ class Family(ABC):
         self.parts: Any = parts
         self.encode_batch_size = encode_batch_size
         self.cache: EmbeddingCache | None = None
+        self.idle_encoders: nn.Module | None = None
         given = {name: value for name, value in options.items() if value is not None}
         for name in given.keys() - set(self.option_names):
             raise UsageError(f"pipeline.init_args.{name} does not apply to {self.name}; leave it")
@@ -168,10 +171,22 @@ class Family(ABC):
             return {name: like.new_empty(len(prompts), *shape) for name, shape in shapes}
         return self._run(prompts) if self.cache is None else self._cached(prompts, self.cache)
 
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """Have idle text encoders beside the denoiser for a while."""
+        encoders = self.idle_encoders
+        if encoders is not None:
+            encoders.to(next(self.denoiser.parameters()).device)
+        try:
+            yield
+        finally:
+            if encoders is not None:
+                encoders.to("cpu")
+
     def _run(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Return what the text encoders make of prompts, in chunks."""
         size = self.encode_batch_size
-        with quiet():
+        with quiet(), self._at_work():
             parts = [
                 self.encode_some(list(prompts[i : i + size])) for i in range(0, len(prompts), size)
             ]
