@@ -37,3 +37,9 @@ def test_idle_encoders_are_beside_the_denoiser_for_encodings_alone(
     assert all(torch.equal(tables[key], expected[key]) for key in expected)
     (folder,) = idle.save(tmp_path / "tuned")
     assert (folder / "text_encoder_2" / "model.safetensors").is_file()
+    moves.clear()
+    monkeypatch.setattr(encoders, "to", lambda device: moves.append(str(device)))
+    monkeypatch.setattr(idle.family, "encode_some", lambda _: moves.append("encode") or tables)
+    idle.denoiser.to("meta")
+    idle.encode(batch)
+    assert moves == ["meta", "encode", "cpu"]
