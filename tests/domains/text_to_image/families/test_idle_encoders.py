@@ -25,12 +25,17 @@ def test_idle_encoders_are_beside_the_denoiser_for_encodings_alone(
     assert len(list(kept.parameters())) == len(list(idle.parameters())) + len(own)
     moves: list[Any] = []
     plain, encode = nn.Module.to, idle.family.encode_some
-    monkeypatch.setattr(
-        encoders, "to", lambda device: (moves.append(str(device)), plain(encoders, device))[1]
-    )
-    monkeypatch.setattr(
-        idle.family, "encode_some", lambda prompts: (moves.append("encode"), encode(prompts))[1]
-    )
+
+    def to(device: Any) -> nn.Module:
+        moves.append(str(device))
+        return encoders if str(device) == "meta" else plain(encoders, device)
+
+    def encode_some(prompts: list[str]) -> dict[str, Any]:
+        moves.append("encode")
+        return encode(prompts)
+
+    monkeypatch.setattr(encoders, "to", to)
+    monkeypatch.setattr(idle.family, "encode_some", encode_some)
     batch = {"prompt": ["a ring", "a square"]}
     tables, expected = idle.encode(batch).tables, kept.encode(batch).tables
     assert moves == ["cpu", "encode", "cpu"]
@@ -38,8 +43,7 @@ def test_idle_encoders_are_beside_the_denoiser_for_encodings_alone(
     (folder,) = idle.save(tmp_path / "tuned")
     assert (folder / "text_encoder_2" / "model.safetensors").is_file()
     moves.clear()
-    monkeypatch.setattr(encoders, "to", lambda device: moves.append(str(device)))
-    monkeypatch.setattr(idle.family, "encode_some", lambda _: moves.append("encode") or tables)
+    monkeypatch.setattr(idle.family, "encode_some", lambda _: dict(tables))
     idle.denoiser.to("meta")
     idle.encode(batch)
-    assert moves == ["meta", "encode", "cpu"]
+    assert moves == ["meta", "cpu"]
