@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from domains.text_to_image import EMBEDDED, card
-from domains.text_to_image.families import FAMILIES, Family
+from domains.text_to_image.embeddings import EmbeddingCache, identity
+from domains.text_to_image.families import FAMILIES
 from domains.text_to_image.loading import Files, load_parts
 from domains.text_to_image.networks.lora import Home, lora_weights, read_lora, save_lora
 from domains.text_to_image.networks.web_lora import WEB_LORA, save_web_lora
@@ -25,6 +26,7 @@ from lit_rlft.core.process import GaussianProcess
 from lit_rlft.core.state import State, tensor_of
 from lit_rlft.kit.frozen import frozen
 from lit_rlft.kit.images import save_pictures
+from lit_rlft.kit.weightless import weightless
 
 __all__ = ["EMBEDDED", "TextToImagePipeline"]
 
@@ -72,6 +74,10 @@ class TextToImagePipeline(Pipeline):
         checkpoint_decoder: Where gradients flow through the VAE, keep only its input and decode
             again in the backward pass.
         encode_batch_size: Prompts encoded at a time, which bounds the text encoders' memory.
+        embedding_cache: Folder that keeps the encodings of prompts, one file each; a later run of
+            the same text encoders reads them there. Several runs may share it. None keeps none.
+        text_encoders: "keep" them on the device; or "cpu", where they come to the device for each
+            encoding alone and cannot be trained.
         tile_decoder: Decode large pictures in overlapping tiles: less memory, and faint seams.
         from_scratch: Keep the architecture and draw new weights for U-Net and text encoder, to
             pretrain them; for Stable Diffusion 1.x and 2.x.
@@ -111,6 +117,8 @@ class TextToImagePipeline(Pipeline):
         decode_batch_size: int = 32,
         checkpoint_decoder: bool = True,
         encode_batch_size: int = 128,
+        embedding_cache: str | None = None,
+        text_encoders: Literal["keep", "cpu"] = "keep",
         tile_decoder: bool = False,
         from_scratch: bool = False,
         save_dtype: Precision = "float32",
@@ -120,11 +128,9 @@ class TextToImagePipeline(Pipeline):
         at_least(0, self, guidance_scale=guidance_scale, true_cfg_scale=true_cfg_scale, crop=crop)
         at_least(1, self, decode_batch_size=decode_batch_size, encode_batch_size=encode_batch_size)
         at_least(1, self, max_sequence_length=max_sequence_length, original_size=original_size)
-        self.pretrained, self.config = pretrained, config
-        self.guidance_gradient = guidance_gradient
-        self.negative_prompt = negative_prompt
-        self.decode_batch_size = decode_batch_size
-        self.checkpoint_decoder = checkpoint_decoder
+        self.pretrained, self.config, self.from_scratch = pretrained, config, from_scratch
+        self.guidance_gradient, self.negative_prompt = guidance_gradient, negative_prompt
+        self.decode_batch_size, self.checkpoint_decoder = decode_batch_size, checkpoint_decoder
         self.save_dtype, self.web_lora = getattr(torch, save_dtype), web_lora
         files = Files(config, vae, textual_inversions or ())
         self.diffusers = load_parts(
@@ -134,15 +140,27 @@ class TextToImagePipeline(Pipeline):
         options |= {"max_sequence_length": max_sequence_length, "true_cfg_scale": true_cfg_scale}
         kind, size = FAMILIES[type(self.diffusers).__name__], (height, width)
         self.family = kind(self.diffusers, size, encode_batch_size=encode_batch_size, **options)
-        default = self.family.guidance_scale
-        self.guidance_scale = default if guidance_scale is None else guidance_scale
-        self._adopt(self.family, checkpoint_denoiser, tile_decoder, channels_last)
+        own = self.family.guidance_scale
+        self.guidance_scale = own if guidance_scale is None else guidance_scale
+        self._adopt(checkpoint_denoiser, tile_decoder, channels_last, text_encoders == "cpu")
+        self._keep_encodings(embedding_cache, files, [dtype, variant])
 
     def _adopt(
-        self, family: Family, checkpoint_denoiser: bool, tile_decoder: bool, channels_last: bool
+        self, checkpoint_denoiser: bool, tile_decoder: bool, channels_last: bool, idle: bool
     ) -> None:
         """Take over the parts of the model."""
+        family = self.family
         self.denoiser, self.encoder = family.denoiser, family.encoders
+        require(
+            not (idle and self.from_scratch),
+            self,
+            "text_encoders",
+            "'keep' with from_scratch, whose text encoder is trained",
+        )
+        if idle and not weightless():
+            family.idle_encoders = self.encoder
+        if idle:
+            self.encoder = None  # no part of this module, so that it does not move with it
         self.vae = frozen(self.diffusers.vae)
         self.process, self.lora_targets = family.process, family.lora_targets
         if checkpoint_denoiser:
@@ -157,6 +175,27 @@ class TextToImagePipeline(Pipeline):
             self.denoiser.to(memory_format=torch.channels_last)
         if tile_decoder:
             self.vae.enable_tiling()
+
+    def _keep_encodings(self, folder: str | None, files: Files, loaded: list[Any]) -> None:
+        """Keep encodings of prompts in a folder, if one is given, by all that they depend on."""
+        if folder is None:
+            return
+        if self.from_scratch:
+            raise UsageError(
+                "pipeline.init_args.embedding_cache is for text encoders that stay as they are; "
+                "set it to null, or from_scratch to false"
+            )
+        if weightless():
+            return
+        encoders = self.family.encoder_names
+        tokenizers = [name.replace("text_encoder", "tokenizer") for name in encoders]
+        sources = [self.pretrained, *filter(None, [files.config]), *files.textual_inversions]
+        model = {
+            "family": self.family.name,
+            "sources": [identity(source, [*encoders, *tokenizers]) for source in sources],
+            "loaded": loaded,
+        }
+        self.family.cache = EmbeddingCache(Path(folder), model, self.family.encoded_shapes())
 
     @property
     def name(self) -> str:
@@ -191,6 +230,8 @@ class TextToImagePipeline(Pipeline):
         columns = [name for name in batch if name != "index"]
         entries = [{name: batch[name][i] for name in columns} for i in first.values()]
         rows = {prompt: row for row, prompt in enumerate(unique)}
+        numbers = batch["index"].tolist() if "index" in batch else range(len(prompts))
+        self.family.tell_cuts(unique, [int(numbers[i]) for i in first.values()])
         return Condition(
             entries=entries,
             tables=self.family.tables(unique, self.negative_prompt),

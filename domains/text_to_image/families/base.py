@@ -2,12 +2,15 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from domains.text_to_image.embeddings import EmbeddingCache
+from domains.text_to_image.families.cuts import CutPrompts, Reader, quiet
 from domains.text_to_image.networks.weightless import NoTokenizer
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.process import GaussianProcess
@@ -42,6 +45,9 @@ class Family(ABC):
         lora_targets: Name endings of the layers that get a LoRA unless a config says otherwise.
         guidance_scale: Guidance unless a config says otherwise: diffusers' own default.
         option_names: The settings that this family has beside the common ones.
+        cache: Encodings on disk, which come before those of the text encoders; None without them.
+        idle_encoders: The text encoders where they stay on the CPU between encodings, else None.
+        tell_cuts: Warns once of prompts that are cut at a tokenizer's limit.
 
     Raises:
         UsageError: The model needs something that this family cannot supply, or the picture size
@@ -65,6 +71,8 @@ class Family(ABC):
     ) -> None:
         self.parts: Any = parts
         self.encode_batch_size = encode_batch_size
+        self.cache: EmbeddingCache | None = None
+        self.idle_encoders: nn.Module | None = None
         given = {name: value for name, value in options.items() if value is not None}
         for name in given.keys() - set(self.option_names):
             raise UsageError(f"pipeline.init_args.{name} does not apply to {self.name}; leave it")
@@ -77,6 +85,8 @@ class Family(ABC):
         self.pixels = self._pixels(pixels)
         self.process = self.make_process()
         self._rehearse()
+        convert = getattr(parts, "maybe_convert_prompt", None)
+        self.tell_cuts = CutPrompts([] if self._bare else self.readers(), convert)
 
     @classmethod
     def weighed(cls) -> tuple[str, ...]:
@@ -141,18 +151,66 @@ class Family(ABC):
     def encoded_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of one prompt's encodings, by name, without the row."""
 
+    def readers(self) -> list[Reader]:
+        """Return the tokenizers at which a prompt's words are lost to the model: all of CLIP."""
+        named = [name.replace("text_encoder", "tokenizer") for name in self.encoder_names]
+        tokenizers = [getattr(self.parts, name) for name in named]
+        return [Reader(own, own.model_max_length, "CLIP") for own in tokenizers if own is not None]
+
+    @property
+    def _bare(self) -> bool:
+        """Whether files of a tokenizer are not there, as `lit-rlft plan` allows."""
+        names = [name.replace("text_encoder", "tokenizer") for name in self.encoder_names]
+        return any(isinstance(getattr(self.parts, name), NoTokenizer) for name in names)
+
     def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Return the encodings of prompts, one row each, by name."""
-        names = [name.replace("text_encoder", "tokenizer") for name in self.encoder_names]
-        if any(isinstance(getattr(self.parts, name), NoTokenizer) for name in names):
+        if self._bare:
             like = next(self.denoiser.parameters())  # without weights there are shapes alone
             shapes = self.encoded_shapes().items()
             return {name: like.new_empty(len(prompts), *shape) for name, shape in shapes}
+        return self._run(prompts) if self.cache is None else self._cached(prompts, self.cache)
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """Have idle text encoders beside the denoiser for a while."""
+        encoders = self.idle_encoders
+        if encoders is not None:
+            encoders.to(next(self.denoiser.parameters()).device)
+        try:
+            yield
+        finally:
+            if encoders is not None:
+                encoders.to("cpu")
+
+    def _run(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Return what the text encoders make of prompts, in chunks."""
         size = self.encode_batch_size
-        parts = [
-            self.encode_some(list(prompts[i : i + size])) for i in range(0, len(prompts), size)
-        ]
+        with quiet(), self._at_work():
+            parts = [
+                self.encode_some(list(prompts[i : i + size])) for i in range(0, len(prompts), size)
+            ]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _cached(self, prompts: Sequence[str], cache: EmbeddingCache) -> dict[str, Tensor]:
+        """Return the encodings of prompts; those that are not on disk are made and kept there."""
+        networks = [getattr(self.parts, name, None) for name in self.encoder_names]
+        if any(p.requires_grad for net in networks if net is not None for p in net.parameters()):
+            raise UsageError(
+                "pipeline.init_args.embedding_cache is for text encoders that stay as they are; "
+                "set it to null, or model.init_args.train_encoder to false"
+            )
+        unique = dict.fromkeys(prompts)
+        found = {prompt: cache.read(prompt) for prompt in unique}
+        absent = [prompt for prompt, tables in found.items() if tables is None]
+        made = self._run(absent) if absent else {}
+        for i, prompt in enumerate(absent):
+            own = {name: table[i].cpu() for name, table in made.items()}
+            cache.write(prompt, own)
+            found[prompt] = own
+        rows = [tables for prompt in prompts if (tables := found[prompt]) is not None]
+        device = next(self.denoiser.parameters()).device
+        return {name: torch.stack([row[name] for row in rows]).to(device) for name in cache.shapes}
 
     def tables(self, prompts: Sequence[str], negative: str | None) -> dict[str, Tensor]:
         """Return the encodings of prompts and, last, what unconditional predictions are given.

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from domains.text_to_image.families.base import Family, Tables
 from domains.text_to_image.families.checks import clip_problems, latent_problems, missing
+from domains.text_to_image.families.cuts import Reader
 from lit_rlft.core.process import GaussianProcess
 from lit_rlft.kit.flow_schedulers import flow_process
 
@@ -81,6 +82,16 @@ class StableDiffusion3(Family):
         height, width = self.latent_size
         tokens = (height // patch) * (width // patch)
         return flow_process(self.parts.scheduler, self.name, tokens, own_grid=True)
+
+    def readers(self) -> list[Reader]:
+        """Return T5's, which reads on where the CLIPs end; theirs where there is no T5."""
+        parts = self.parts
+        if parts.text_encoder_3 is not None:
+            return [_t5_reader(parts.tokenizer_3, self._length)]
+        return [
+            Reader(own, own.model_max_length, "CLIP")
+            for own in (parts.tokenizer, parts.tokenizer_2)
+        ]
 
     def encode_some(self, prompts: list[str]) -> dict[str, Tensor]:
         embedding, _, pooled, _ = self.parts.encode_prompt(
@@ -167,6 +178,10 @@ class Flux(Family):
         tokens = (height // 2) * (width // 2)
         return flow_process(self.parts.scheduler, self.name, tokens, own_grid=False)
 
+    def readers(self) -> list[Reader]:
+        """Return T5's; CLIP's summary is of the first words by design."""
+        return [_t5_reader(self.parts.tokenizer_2, self._length)]
+
     def encode_some(self, prompts: list[str]) -> dict[str, Tensor]:
         embedding, pooled, _ = self.parts.encode_prompt(prompts, max_sequence_length=self._length)
         return {"embedding": embedding, "pooled": pooled}
@@ -197,6 +212,11 @@ def _t5_problems(encoder: Any, config: Any) -> Iterator[str]:
             f"its transformer attends to text features of {config['joint_attention_dim']} numbers, "
             f"its T5 makes {encoder.config.d_model}"
         )
+
+
+def _t5_reader(tokenizer: Any, length: int) -> Reader:
+    remedy = "shorten it, or raise pipeline.init_args.max_sequence_length"
+    return Reader(tokenizer, length, "T5", "shorten it" if length >= 512 else remedy)
 
 
 def _packed(x: Tensor) -> Tensor:
