@@ -371,7 +371,7 @@ def test_a_lora_of_text_encoders_is_said_and_left_out(
         text = {f"text_encoder.text_model.{layer}.lora_A.weight": torch.zeros(2, 16)}
     save_file({**load_file(path), **text}, path)
     again = fresh()
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
         attach_lora(again, LoRA(pretrained=str(path)))
     assert (
         "its LoRA of text encoders (1 layers) is left out" in caplog.text + capsys.readouterr().err
