@@ -9,6 +9,7 @@ from torch.nn.functional import pad
 
 from domains.text_to_image.families.base import Family, Tables
 from domains.text_to_image.families.checks import latent_problems, missing
+from domains.text_to_image.families.cuts import Reader
 from domains.text_to_image.networks.weightless import NoTokenizer
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.process import GaussianProcess
@@ -17,6 +18,7 @@ from lit_rlft.kit.flow_schedulers import flow_process
 __all__ = ["ZImage"]
 
 _PATCH = 2
+_PROMPT = "the prompt"
 _MULTIPLE = 32
 """Captions are filled up to a multiple of this in the transformer."""
 
@@ -90,6 +92,19 @@ class ZImage(Family):
         height, width = self.latent_size
         tokens = (height // _PATCH) * (width // _PATCH)
         return flow_process(self.parts.scheduler, self.name, tokens, own_grid=False)
+
+    def readers(self) -> list[Reader]:
+        """Return Qwen3's: what is left of its tokens beside the chat's beginning."""
+        tokenizer = self.parts.tokenizer
+        chat = tokenizer.apply_chat_template(
+            [{"role": "user", "content": _PROMPT}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=True,
+        )
+        begun = len(tokenizer(chat.partition(_PROMPT)[0], add_special_tokens=False).input_ids)
+        remedy = "raise pipeline.init_args.max_sequence_length, or shorten it"
+        return [Reader(tokenizer, self._length - begun, "Qwen3", remedy)]
 
     def encode_some(self, prompts: list[str]) -> dict[str, Tensor]:
         encoder = self.parts.text_encoder
