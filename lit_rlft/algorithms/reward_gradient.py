@@ -131,14 +131,14 @@ class RewardGradient(RewardFineTuner):
             values["reference_distance"] = distance.detach()
         return losses, values
 
-    def _plan(self) -> GradientPlan:
+    def draw_plan(self) -> GradientPlan:
         """Draw the plan of the current update, the same on every process and microbatch."""
         (generator,) = generators([seed_from(self.seed, Stream.PLAN, self.num_updates)])
         return self.method.draw(self.sampler.num_steps, generator)
 
     def _gradient_walk(self, condition: Condition) -> "GradientWalk":
         return GradientWalk(
-            self._plan(),
+            self.draw_plan(),
             condition,
             self.pipeline,
             self.sampler,

@@ -5,6 +5,8 @@ from argparse import ArgumentParser
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from copy import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from lightning import LightningDataModule, Trainer
 from torch import Tensor, nn
 
 from lit_rlft.algorithms.base import RewardFineTuner
+from lit_rlft.algorithms.reward_gradient import RewardGradient
 from lit_rlft.cli.app import Command, run
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Pipeline
@@ -242,7 +245,9 @@ class _Round:
         with ledger.phase("update", whole=True):
             tuner.train()
             shares = Shares(tuner.microbatch_size, 1, nullcontext)
-            accumulate(updates[0], self._loss, backward, self.trained, shares)
+            for _ in _draws(tuner):
+                self.parts_run = 0
+                accumulate(updates[0], self._loss, backward, self.trained, shares)
         update = [now - then for now, then in zip(self._spent(), before, strict=True)]
         gradients = sum(_size(p.grad) for p in self.trained if p.grad is not None)
         optimizer = self._step()
@@ -296,6 +301,16 @@ class _Round:
     def _spent(self) -> tuple[int, int, int]:
         counts = self.tuner.meter.current
         return counts.denoiser_calls, counts.reward_calls, self.ledger.flops
+
+
+def _draws(tuner: RewardFineTuner) -> Iterator[None]:
+    """Iterate over updates whose mean is to be expected of those that are drawn by chance."""
+    if not isinstance(tuner, RewardGradient):
+        yield
+        return
+    for plan in tuner.method.extremes(tuner.sampler.num_steps):
+        tuner.draw_plan = partial(copy, plan)  # type: ignore[method-assign]
+        yield
 
 
 def _size(tensor: Tensor) -> int:

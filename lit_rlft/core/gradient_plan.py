@@ -44,6 +44,13 @@ class GradientMethod(ABC):
     def draw(self, num_steps: int, generator: torch.Generator) -> GradientPlan:
         """Draw the plan of one update for a sampler of T = `num_steps` steps."""
 
+    def extremes(self, num_steps: int) -> list[GradientPlan]:
+        """Return the plans of most and of fewest steps, or the one that there is.
+
+        The number of steps is uniform between theirs, so that their mean is the cost to expect.
+        """
+        return [self.draw(num_steps, torch.Generator())]
+
     @abstractmethod
     def check(self, num_steps: int) -> None:
         """Raise UsageError where a sampler of so many steps cannot be trained by this method."""
@@ -75,9 +82,20 @@ class DRTune(GradientMethod):
 
     def draw(self, num_steps: int, generator: torch.Generator) -> GradientPlan:
         stop = _randint(1, self.m, generator)
+        executed, spacing = self._spread(num_steps, stop)
+        return self._from(stop, _randint(1, executed - (self.k - 1) * spacing, generator), spacing)
+
+    def extremes(self, num_steps: int) -> list[GradientPlan]:
+        stops = sorted({1, self.m})
+        return [self._from(stop, 1, self._spread(num_steps, stop)[1]) for stop in stops]
+
+    def _spread(self, num_steps: int, stop: int) -> tuple[int, int]:
+        """Return the number of executed steps, and the distance of trained ones."""
         executed = num_steps - stop + 1
-        spacing = executed // self.k
-        first = stop - 1 + _randint(1, executed - (self.k - 1) * spacing, generator)
+        return executed, executed // self.k
+
+    def _from(self, stop: int, offset: int, spacing: int) -> GradientPlan:
+        first = stop - 1 + offset
         return GradientPlan(frozenset(first + i * spacing for i in range(self.k)), stop)
 
     def check(self, num_steps: int) -> None:
@@ -154,6 +172,10 @@ class AlignProp(GradientMethod):
         last = _randint(self.min_steps, self.max_steps or num_steps, generator)
         return GradientPlan(frozenset(range(1, last + 1)))
 
+    def extremes(self, num_steps: int) -> list[GradientPlan]:
+        ends = sorted({self.max_steps or num_steps, self.min_steps}, reverse=True)
+        return [GradientPlan(frozenset(range(1, last + 1))) for last in ends]
+
     def check(self, num_steps: int) -> None:
         most = num_steps if self.max_steps is None else self.max_steps
         if not 1 <= self.min_steps <= most:
@@ -182,6 +204,9 @@ class ReFL(GradientMethod):
     def draw(self, num_steps: int, generator: torch.Generator) -> GradientPlan:
         stop = _randint(1, self.m, generator)
         return GradientPlan(frozenset([stop]), stop)
+
+    def extremes(self, num_steps: int) -> list[GradientPlan]:
+        return [GradientPlan(frozenset([stop]), stop) for stop in sorted({1, self.m})]
 
     def check(self, num_steps: int) -> None:
         if not 1 <= self.m < max(num_steps, 2):

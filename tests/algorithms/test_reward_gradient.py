@@ -83,7 +83,7 @@ def gradients(loss: Tensor, tuner: RewardGradient) -> list[Tensor]:
 
 
 def drawn_plan(tuner: RewardGradient) -> GradientPlan:
-    return tuner._plan()
+    return tuner.draw_plan()
 
 
 def coefficients(tuner: RewardGradient, i: int) -> tuple[Tensor, Tensor]:

@@ -102,6 +102,28 @@ def test_z_image_of_its_real_size_from_configs_alone(
     assert numbers["denoiser"] == 6154.9 and numbers["encoder"] == 4022.5
 
 
+METHODS = {
+    # T = 8: the number of steps to expect, and that of those with a graph.
+    "DRTune": (["--model.method.k=2", "--model.method.m=4"], 8 - 1.5),
+    "ReFL": (["--model.method.m=5"], 8 - 2.0),
+    "AlignProp": (["--model.method.min_steps=2"], 8.0),
+    "DRaFT": (["--model.method.k=3"], 8.0),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_calls_are_those_to_expect_of_what_is_drawn(
+    method: str, planned: list[Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings, steps = METHODS[method]
+    words = ["--config=gaussian_mixture", "--config=drtune", "--reward=Quadratic"]
+    words += [f"--model.method={method}", *settings, "--model.sampler.num_steps=8"]
+    main(["plan", *words, "--data.batch_size=12", "--data.num_train=36", *LIMITS])
+    (plan,) = planned
+    assert plan.denoiser_calls == plan.reward_calls * steps > 0
+
+
 def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))

@@ -203,7 +203,7 @@ def test_gradients_are_those_of_the_loop(call: str, method: str, models: Path) -
     tuner = tuner_of(models / name, drawn, **settings)
     found = ours(tuner)
     pipeline: Any = tuner.pipeline
-    plan = tuner._plan()
+    plan = tuner.draw_plan()
     assert len(plan.trained) == 2
     assert (plan.stop or 0) > 1 or method == "draft"  # the walk stops early
     walked = pictures_of_sdxl if name == "sdxl" else pictures_of_flux
