@@ -91,6 +91,7 @@ def test_a_script_with_a_diffusion_model() -> None:
     check(num_samples=2)
 
 
+@pytest.mark.slow
 def test_two_processes_under_torchrun() -> None:
     Path("script.py").write_text(GAUSSIAN.replace("DEVICES", "2"))
     run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "script.py")

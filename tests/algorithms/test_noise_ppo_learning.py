@@ -92,6 +92,7 @@ def test_the_optimum_under_the_kl_is_found(tmp_path: Path) -> None:
     np.testing.assert_allclose(sigma, [1, 1], atol=0.05)
 
 
+@pytest.mark.slow
 def test_group_advantages_find_the_optimum_of_the_standardised_reward(tmp_path: Path) -> None:
     """A = (r - mean) / std of groups of M normals: mu = E[std_M] / beta, for any slope a."""
     num_rounds, num_candidates, beta = 120, 16, 1.5

@@ -110,6 +110,7 @@ def test_a_log_has_facts_rounds_a_table_and_no_debris() -> None:
     assert not re.search(r"[\r\x1b]|it/s|Tip|available|Seed", out + err)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("elsewhere")
 def test_on_a_terminal_an_error_begins_on_a_line_of_its_own() -> None:
     Path("failing.py").write_text(FAILING)

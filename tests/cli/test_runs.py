@@ -398,6 +398,7 @@ def test_rounds_after_the_last_validation_are_kept_and_prolonged_bit_by_bit() ->
     assert_equal(weights("run"), weights("whole"))
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_test_like_one() -> None:
     # Three minibatches a pass: of 8 accepted samples.
     alone = {"model.init_args.minibatch_size": 3, "trainer.max_epochs": 2}
@@ -444,6 +445,7 @@ class Uneven(Reward):
 '''
 
 
+@pytest.mark.slow
 def test_processes_that_accept_unequal_numbers_do_not_hang() -> None:
     Path("uneven.py").write_text(UNEVEN)
     threshold = {

@@ -133,6 +133,7 @@ def test_names_of_a_module_that_is_a_package_now_warn() -> None:
         package.kees  # noqa: B018
 
 
+@pytest.mark.slow
 def test_old_commands_run() -> None:
     command = [sys.executable, "-m", "domains.molecule.make_data", "--help"]
     result = subprocess.run(command, capture_output=True, text=True)

@@ -60,6 +60,7 @@ def test_the_best_samples_are_an_order_statistic(eta: float) -> None:
     assert (samples >= own - 1e-5).all()  # the reference's own sample is a candidate
 
 
+@pytest.mark.slow
 def test_the_best_noise_is_worth_what_the_sampler_keeps_of_it() -> None:
     """All of it where the sampler is deterministic; less where it adds noise of its own."""
     own, samples, noise = rewards_of(0.0)
