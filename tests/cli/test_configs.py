@@ -26,6 +26,8 @@ MIXED = {"layout_mixed", "molecule_mixed"}
 HUB = {"flux", "sd15", "sd2", "sd35", "sdxl", "zimage"}
 # Recipes of the hub's models: test_recipes.py runs tiny ones in their places.
 OF_THE_HUB = {path.stem for path in EXPERIMENTS if path.stem.split("_")[0] in {*HUB, "sd35m"}}
+# What another experiment runs too, with other numbers.
+LONG = {"shapes_pretrain_2", "shapes_unconditional_pretrain", "publaynet_pretrain"}
 WEIGHTS = [ASSETS / "shapes/unet/diffusion_pytorch_model.safetensors", ASSETS / "shapes_clip"]
 # What needs a continuous state.
 CONTINUOUS = {"RewardGradient", "NoisePPO", "InverseNoiseCorrection"}
@@ -246,7 +248,12 @@ def test_embedded_domains_run(
 
 @needs_weights
 @pytest.mark.parametrize(
-    "experiment", [path for path in EXPERIMENTS if path.stem not in OF_THE_HUB], ids=name
+    "experiment",
+    [
+        pytest.param(path, id=path.stem, marks=pytest.mark.slow if path.stem in LONG else [])
+        for path in EXPERIMENTS
+        if path.stem not in OF_THE_HUB
+    ],
 )
 def test_experiments_run(experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The second stage of pretraining starts from what the first one wrote.

@@ -96,6 +96,8 @@ class ZImage(Family):
     def readers(self) -> list[Reader]:
         """Return Qwen3's: what is left of its tokens beside the chat's beginning."""
         tokenizer = self.parts.tokenizer
+        if tokenizer.chat_template is None:  # without weights that is no problem yet
+            return []
         chat = tokenizer.apply_chat_template(
             [{"role": "user", "content": _PROMPT}],
             tokenize=False,
