@@ -31,7 +31,7 @@ class EmbeddingCache:
 
     Args:
         folder: Created where missing.
-        model: Whatever the encodings depend on beside the prompt; it can be written as JSON.
+        model: All that the encodings depend on beside the prompt; it can be written as JSON.
         shapes: Shapes of one prompt's encodings, by name.
 
     Raises:

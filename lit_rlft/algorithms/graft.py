@@ -124,9 +124,10 @@ class PGRAFT(RewardFineTuner):
         known = rewards[rewards.isfinite()]
         if math.isnan(reward := mean_of_all(known, world_size)):
             raise all_failed(self.reward.name, len(candidates) * world_size)
-        accepted = self._accept(rewards.cpu(), keys, seeds)
+        groups = rewards.cpu().view(-1, self.num_candidates)
+        accepted = self._accept(groups, keys, seeds)
         chosen = accepted.flatten().nonzero().flatten()
-        weights = self._weights(accepted.float(), rewards.cpu().view(accepted.shape).isfinite())
+        weights = self._weights(accepted.float(), groups.isfinite())
         trained = weights.flatten().nonzero().flatten()
         source = x_tau if self.train_from == "intermediate" else x_0
         return Experience(
@@ -142,18 +143,17 @@ class PGRAFT(RewardFineTuner):
                 "accepted_reward": mean_of_all(rewards[chosen.to(rewards.device)], world_size),
                 "acceptance_rate": mean_of_all(accepted.float(), world_size),
             },
-            histograms={"reward": known, "accepted_reward": rewards.cpu()[chosen]},
+            histograms={"reward": known, "accepted_reward": groups.flatten()[chosen]},
             counts=weights.count_nonzero(dim=1).tolist(),
         )
 
     def _accept(
-        self, rewards: Tensor, keys: Sequence[Hashable] | None, seeds: Sequence[int]
+        self, groups: Tensor, keys: Sequence[Hashable] | None, seeds: Sequence[int]
     ) -> Tensor:
-        """Return accept bits [G, M]; candidates that could not be scored are never accepted."""
+        """Return accept bits for rewards, [G, M]; what could not be scored is never accepted."""
         starts = range(0, len(seeds), self.num_candidates)
         grouped = [keys[i : i + self.num_candidates] for i in starts] if keys else None
         noise = generators([seed_from(seeds[i], Stream.SELECT) for i in starts])
-        groups = rewards.view(-1, self.num_candidates)
         known = groups.isfinite()
         return self.selection(groups.where(known, -math.inf), grouped, noise) & known
 

@@ -5,7 +5,7 @@ pipe = load_tuned(pipe, "runs/<name>/tuned")
 picture = pipe("a red ring", num_inference_steps=50).images[0]
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import pooled
 from lit_rlft.inference.noise_generator import NoiseGenerator
+from lit_rlft.kit.captions import filled
 from lit_rlft.runs.card import read_card
 
 __all__ = ["load_tuned"]
@@ -131,16 +132,9 @@ def _encode(pipe: Any, prompts: list[str], **settings: Any) -> list[Tensor]:
         )
     elif name == "ZImagePipeline":
         captions, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, **settings)
-        encoded = (_filled(captions, settings.get("max_sequence_length", 512)),)
+        encoded = (filled(captions, settings.get("max_sequence_length", 512)),)
     elif name == "StableDiffusionXLPipeline":
         encoded = pipe.encode_prompt(prompts, do_classifier_free_guidance=False)
     else:
         encoded = pipe.encode_prompt(prompts, pipe._execution_device, 1, False)
     return [encoded[i] for i in _ENCODINGS[name]]
-
-
-def _filled(captions: Sequence[Tensor], length: int) -> Tensor:
-    """Return captions [L', F] with a further column of ones, and zeros up to a length L."""
-    marked = [torch.nn.functional.pad(caption, (0, 1), value=1.0) for caption in captions]
-    rows = [torch.nn.functional.pad(own, (0, 0, 0, length - len(own))) for own in marked]
-    return torch.stack(rows)

@@ -66,7 +66,7 @@ def judge(
     num, reward = len(seeds) // len(condition), rollouts.reward
     weights = _weights(reward) if decoupled else (1.0,)
     candidates = condition.repeat(num)
-    rewards = rollouts.score(x_0, candidates, may_fail=True, by_part=decoupled).rewards
+    rewards = rollouts.score(x_0, candidates, may_fail=True, by_part=decoupled).rewards.cpu()
     advantages, metrics = compare(
         rewards,
         condition,
@@ -77,7 +77,7 @@ def judge(
         world_size=world_size,
         weights=weights,
     )
-    sums = _summed(rewards.cpu().view(len(seeds), -1), weights)
+    sums = _summed(rewards.view(len(seeds), -1), weights)
     shown = {"reward": sums[sums.isfinite()], "advantage": advantages}
     return Judged(advantages, metrics, shown)
 

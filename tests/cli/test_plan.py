@@ -103,7 +103,7 @@ def test_z_image_of_its_real_size_from_configs_alone(
 
 
 METHODS = {
-    # T = 8: the number of steps to expect, and that of those with a graph.
+    # T = 8: the number of steps to expect.
     "DRTune": (["--model.method.k=2", "--model.method.m=4"], 8 - 1.5),
     "ReFL": (["--model.method.m=5"], 8 - 2.0),
     "AlignProp": (["--model.method.min_steps=2"], 8.0),

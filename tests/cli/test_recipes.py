@@ -14,10 +14,7 @@ from lit_rlft.cli import main
 from tests.conftest import TOKENIZER
 from tests.domains.text_to_image.families.tiny import tiny
 from tests.domains.text_to_image.rewards.published import (
-    aesthetic_head,
-    clip_folder,
-    hps_file,
-    llava_folder,
+    all_weights,
 )
 
 EXPERIMENTS = Path(lit_rlft.__file__).parents[1] / "configs/experiments"
@@ -37,12 +34,7 @@ DEFAULT = {"sd15_noise_ppo_pickscore"}
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder that holds all tiny models."""
-    folder = tmp_path_factory.mktemp("models")
-    clip_folder(folder / "clip")
-    hps_file(folder / "hps.pt")
-    aesthetic_head(folder / "head.pth")
-    llava_folder(folder / "llava")
-    return folder
+    return all_weights(tmp_path_factory.mktemp("models"))
 
 
 def weights(models: Path) -> dict[str, dict[str, Any]]:
@@ -52,7 +44,7 @@ def weights(models: Path) -> dict[str, dict[str, Any]]:
         "CLIPScore": {"pretrained": clip},
         "PickScore": {"pretrained": clip, "processor": clip, "dtype": "float32"},
         "HPSv2": {
-            "pretrained": str(models / "hps.pt"),
+            "pretrained": str(models / "HPS_v2.1_compressed.pt"),
             "tokenizer": str(TOKENIZER),
             "dtype": "float32",
         },

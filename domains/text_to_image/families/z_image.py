@@ -5,7 +5,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from domains.text_to_image.families.base import Family, Tables
 from domains.text_to_image.families.checks import latent_problems, missing
@@ -13,6 +12,7 @@ from domains.text_to_image.families.cuts import Reader
 from domains.text_to_image.networks.weightless import NoTokenizer
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.process import GaussianProcess
+from lit_rlft.kit.captions import filled
 from lit_rlft.kit.flow_schedulers import flow_process
 
 __all__ = ["ZImage"]
@@ -116,12 +116,7 @@ class ZImage(Family):
         captions, _ = self.parts.encode_prompt(  # writes into the list
             list(prompts), do_classifier_free_guidance=False, max_sequence_length=self._length
         )
-        return {"embedding": torch.stack([self._row(caption) for caption in captions])}
-
-    def _row(self, caption: Tensor) -> Tensor:
-        """Return a caption's features [L', F] with the column of ones, as [L, F + 1]."""
-        marked = pad(caption, (0, 1), value=1.0)
-        return pad(marked, (0, 0, 0, self._length - len(caption)))
+        return {"embedding": filled(captions, self._length)}
 
     def denoise(
         self, network: Any, x_t: Tensor, t: Tensor, tables: Tables, guidance: float

@@ -10,7 +10,7 @@ from domains.text_to_image.networks.clip import CLIPEncoder, CLIPParts, Precisio
 from domains.text_to_image.networks.open_clip import VIT_H_14, BlackBars, clip_of_open_clip
 from domains.text_to_image.networks.state_dicts import read_state_dict, weight_file
 from domains.text_to_image.networks.weightless import NoTokenizer
-from domains.text_to_image.rewards.published import reading
+from domains.text_to_image.rewards.published import check_vocabulary, read_tokenizer, reading
 from domains.text_to_image.samples import check_pictures, prompts_of
 from lit_rlft.core.checks import at_least, require
 from lit_rlft.core.pipeline import Condition
@@ -87,18 +87,11 @@ def _load(pretrained: str, file: str, tokenizer: str) -> tuple[Any, Any]:
         sizes = VIT_H_14["text_config"]
         return model, NoTokenizer(sizes["vocab_size"], sizes["max_position_embeddings"])
     give = "the folder or hub id of CLIP's tokenizer, such as openai/clip-vit-large-patch14"
-    with reading("tokenizer", tokenizer, "a tokenizer of CLIP", give):
-        words = CLIPTokenizer.from_pretrained(tokenizer)
-        if len(words) <= 2:  # transformers makes an empty one of nothing
-            raise ValueError("its files are missing")
+    words = read_tokenizer(CLIPTokenizer, tokenizer, "a tokenizer of CLIP", give)
     give = f"the file {file}, a folder that holds it, or the hub id xswu/HPSv2"
     with reading("pretrained", pretrained, "an HPSv2", give):
         model = clip_of_open_clip(
             read_state_dict(weight_file(pretrained, file)), words.eos_token_id
         )
-        if len(words) > model.config.text_config.vocab_size:
-            raise ValueError(
-                f"it knows {model.config.text_config.vocab_size} tokens, the tokenizer "
-                f"{tokenizer!r} has {len(words)}: they are of different models"
-            )
+        check_vocabulary(model.config.text_config.vocab_size, words, tokenizer)
     return model, words

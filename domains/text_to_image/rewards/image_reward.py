@@ -11,7 +11,7 @@ from domains.text_to_image.networks.clip import Precision, Preprocessing, precis
 from domains.text_to_image.networks.state_dicts import read_state_dict, weight_file
 from domains.text_to_image.networks.texts import TextReader
 from domains.text_to_image.networks.weightless import NoTokenizer
-from domains.text_to_image.rewards.published import reading
+from domains.text_to_image.rewards.published import check_vocabulary, read_tokenizer, reading
 from domains.text_to_image.samples import check_pictures, prompts_of
 from lit_rlft.core.checks import at_least
 from lit_rlft.core.pipeline import Condition
@@ -100,16 +100,9 @@ def _load(pretrained: str, tokenizer: str) -> tuple[BLIP, Any]:
             network = BLIP()
         return network, NoTokenizer(network.text.config.vocab_size, _LENGTH)
     give = "the folder or hub id of BERT's tokenizer, google-bert/bert-base-uncased"
-    with reading("tokenizer", tokenizer, "a tokenizer", give):
-        words = AutoTokenizer.from_pretrained(tokenizer)
-        if len(words) <= 2:  # transformers makes an empty one of nothing
-            raise ValueError("its files are missing")
+    words = read_tokenizer(AutoTokenizer, tokenizer, "a tokenizer", give)
     give = f"the file {_FILE}, a folder that holds it, or the hub id THUDM/ImageReward"
     with reading("pretrained", pretrained, "an ImageReward", give):
         network = blip_of_image_reward(read_state_dict(weight_file(pretrained, _FILE)))
-        if len(words) > network.text.config.vocab_size:
-            raise ValueError(
-                f"it knows {network.text.config.vocab_size} tokens, the tokenizer {tokenizer!r} "
-                f"has {len(words)}: they are of different models"
-            )
+        check_vocabulary(network.text.config.vocab_size, words, tokenizer)
     return network, words

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -33,18 +34,8 @@ def sdxl(folder: Path) -> Path:
             addition_time_embed_dim=256,
             projection_class_embeddings_input_dim=2816,
         )
-        vae = AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512),
-            layers_per_block=2,
-            latent_channels=4,
-            sample_size=1024,
-            scaling_factor=0.13025,
-            force_upcast=True,
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-        )
     unet.save_config(folder / "unet")
-    vae.save_config(folder / "vae")
+    _save_vae(folder, latent_channels=4, scaling_factor=0.13025)
     _text(768, 12, 12, "quick_gelu", 768).save_pretrained(folder / "text_encoder")
     _text(1280, 32, 20, "gelu", 1280).save_pretrained(folder / "text_encoder_2")
     EulerDiscreteScheduler(
@@ -73,21 +64,9 @@ def z_image(folder: Path) -> Path:
     """Write the configs of Z-Image, whose transformer has diffusers' default sizes."""
     with torch.device("meta"):
         transformer = ZImageTransformer2DModel()
-        vae = AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512),
-            layers_per_block=2,
-            latent_channels=16,
-            sample_size=1024,
-            scaling_factor=0.3611,
-            shift_factor=0.1159,
-            force_upcast=True,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-        )
     transformer.save_config(folder / "transformer")
-    vae.save_config(folder / "vae")
+    without = {"use_quant_conv": False, "use_post_quant_conv": False}
+    _save_vae(folder, latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, **without)
     Qwen3Config(
         vocab_size=151936,
         hidden_size=2560,
@@ -125,6 +104,21 @@ def clip_l(folder: Path) -> Path:
     text = _text(768, 12, 12, "quick_gelu", 768).to_dict()
     CLIPConfig(text_config=text, vision_config=vision, projection_dim=768).save_pretrained(folder)
     return folder
+
+
+def _save_vae(folder: Path, **settings: Any) -> None:
+    """Write the config of an autoencoder with eight pixels per latent."""
+    with torch.device("meta"):
+        vae = AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+            sample_size=1024,
+            force_upcast=True,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            **settings,
+        )
+    vae.save_config(folder / "vae")
 
 
 def _text(width: int, layers: int, heads: int, act: str, projection: int) -> CLIPTextConfig:

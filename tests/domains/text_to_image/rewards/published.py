@@ -29,6 +29,7 @@ from tests.conftest import TOKENIZER
 __all__ = [
     "CLIP_WIDTH",
     "aesthetic_head",
+    "all_weights",
     "clip_folder",
     "hps_file",
     "image_reward_file",
@@ -193,3 +194,13 @@ def llava_folder(folder: Path, answers: tuple[str, ...] = ("Yes", "No")) -> Path
 def pil_processor() -> Callable[..., Any]:
     """Return CLIP's image processor on PIL, which has a name of its own in newer releases."""
     return getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+
+
+def all_weights(folder: Path) -> Path:
+    """Write the tiny weights of all rewards into a folder; return it."""
+    clip_folder(folder / "clip")
+    aesthetic_head(folder / "head.pth")
+    hps_file(folder / "HPS_v2.1_compressed.pt")
+    image_reward_file(folder / "ImageReward.pt")
+    llava_folder(folder / "llava")
+    return folder

@@ -29,10 +29,7 @@ from lit_rlft.kit.weightless import without_weights
 from tests.conftest import TOKENIZER
 from tests.domains.text_to_image.rewards.published import (
     aesthetic_head,
-    clip_folder,
-    hps_file,
-    image_reward_file,
-    llava_folder,
+    all_weights,
     pil_processor,
     tokens,
 )
@@ -59,13 +56,7 @@ def pictures(height: int = 28, width: int = 28) -> Tensor:
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with the weights of all rewards."""
-    folder = tmp_path_factory.mktemp("published")
-    clip_folder(folder / "clip")
-    aesthetic_head(folder / "head.pth")
-    hps_file(folder / "HPS_v2.1_compressed.pt")
-    image_reward_file(folder / "ImageReward.pt")
-    llava_folder(folder / "llava")
-    return folder
+    return all_weights(tmp_path_factory.mktemp("published"))
 
 
 @pytest.fixture
