@@ -12,6 +12,7 @@ from domains.image.networks.features import features_of, load_features
 from domains.image.samples import check_pictures
 from domains.image.sources import Digits, Source
 from lit_rlft.core.checks import at_least
+from lit_rlft.core.guard import LARGE_FALL, LARGE_RISE, Guard
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import LeftOut, Metric
 from lit_rlft.kit.leave_out import precision_recall_left_out
@@ -88,6 +89,11 @@ class SetDistances(SourceDistances["_Real"]):
             values["precision"], values["recall"] = precision_recall_left_out(*args)
         return {f"{key}_{self.name}": value for key, value in values.items()}
 
+    def guards(self) -> dict[str, Guard]:
+        """Return all four; a change for the worse by a fifth is a sign."""
+        distances = {f"{key}_{self.name}": LARGE_RISE for key in ("fid", "kid")}
+        return distances | {f"{key}_{self.name}": LARGE_FALL for key in ("precision", "recall")}
+
     def real_features(self) -> Tensor:
         """Return the features of the real images, computed when first needed, [n, D]."""
         return self.real.known.features
@@ -123,3 +129,7 @@ class Diversity(Metric):
         distances = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist")
         totals, counts = sums_over_others(distances, condition.rows.to(distances.device))
         return {"diversity": totals / (counts.double() * flat.shape[1] ** 0.5).float()}
+
+    def guards(self) -> dict[str, Guard]:
+        """Return {"diversity"}, of which a fall by a fifth is a sign."""
+        return {"diversity": LARGE_FALL}

@@ -23,6 +23,7 @@ from domains.layout.page.comparisons import (
 from domains.layout.samples import Layouts, check_layouts
 from domains.layout.sources import Grammar, Source
 from lit_rlft.core.checks import at_least
+from lit_rlft.core.guard import LARGE_FALL, LARGE_RISE, Guard
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import LeftOut, Metric
 from lit_rlft.kit.set_metrics import RealFeatures, SourceDistances
@@ -128,6 +129,10 @@ class SetDistances(SourceDistances["_Real"]):
             "box_wasserstein": box_wasserstein(layouts, self.real.layouts),
         }
 
+    def guards(self) -> dict[str, Guard]:
+        """Return all four, of which a rise by a fifth is a sign."""
+        return dict.fromkeys(("class_tv", "box_wasserstein", "fid", "kid"), LARGE_RISE)
+
     def read(self) -> "_Real":
         layouts = source_layouts(self.source, self.max_layouts)
         return _Real(layouts, RealFeatures.of(_features(self.encoder, layouts)))
@@ -174,6 +179,10 @@ class Diversity(Metric):
             alike = docsim(layouts.index(a), layouts.index(b), normalised=True)
             values[members] = 1 - torch.from_numpy(alike).view(-1, num_others).mean(dim=1)
         return {"diversity": values}
+
+    def guards(self) -> dict[str, Guard]:
+        """Return {"diversity"}, of which a fall by a fifth is a sign."""
+        return {"diversity": LARGE_FALL}
 
 
 def source_layouts(source: Source, max_layouts: int | None = None) -> Layouts:

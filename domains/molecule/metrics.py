@@ -27,6 +27,7 @@ from domains.molecule.samples import EMPTY, Molecules, check_molecules
 from domains.molecule.sources import Enumerated, Source
 from domains.molecule.sources.packed import Packed, molecules_of
 from lit_rlft.core.checks import at_least
+from lit_rlft.core.guard import LARGE_FALL, LARGE_RISE, Guard
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Metric, SetMetric
 from lit_rlft.kit.distinct import KindCount, kind_error
@@ -99,6 +100,11 @@ class MoleculeMeasures(SetMetric):
             "valid_unique": _share(num_different, len(valid)),
         }
 
+    def guards(self) -> dict[str, Guard]:
+        """Return all but "num_heavy"; of "uniqueness" a fall by a fifth is a sign."""
+        names = ("molecule_stability", "atom_stability", "validity", "connected", "valid_unique")
+        return dict.fromkeys(names, Guard()) | {"uniqueness": LARGE_FALL}
+
     def errors(
         self, features: Mapping[str, Tensor], other: Mapping[str, Tensor] | None = None
     ) -> dict[str, float]:
@@ -170,6 +176,10 @@ class Novelty(SetMetric):
             "novelty": _share(num_new, num_different),
             "valid_unique_novel": _share(num_new, len(valid)),
         }
+
+    def guards(self) -> dict[str, Guard]:
+        """Return both, of which a fall by a fifth is a sign."""
+        return dict.fromkeys(("novelty", "valid_unique_novel"), LARGE_FALL)
 
     def errors(
         self, features: Mapping[str, Tensor], other: Mapping[str, Tensor] | None = None

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from domains.text_to_image.networks.clip import CLIPEncoder
 from lit_rlft.core.checks import UsageError
+from lit_rlft.core.guard import LARGE_FALL, Guard
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Metric
 from lit_rlft.kit.images import check_pictures
@@ -47,6 +48,10 @@ class Diversity(Metric):
         distances = self._distances(pictures).to(pictures.device)
         totals, counts = sums_over_others(distances, condition.rows.to(pictures.device))
         return {"diversity": totals / counts}
+
+    def guards(self) -> dict[str, Guard]:
+        """Return {"diversity"}, of which a fall by a fifth is a sign."""
+        return {"diversity": LARGE_FALL}
 
     def _distances(self, pictures: Tensor) -> Tensor:
         """Return the distance of every two pictures, [B, B]."""

@@ -19,6 +19,7 @@ from lit_rlft.callbacks.facts import say
 from lit_rlft.callbacks.result_table import result_table
 from lit_rlft.core.checks import at_least
 from lit_rlft.distributed import gather
+from lit_rlft.evaluation.exploitation import Exploitation, exploitation, guards_of
 from lit_rlft.loop.checkpoint_file import COUNTERS
 from lit_rlft.loop.experience import Draw
 from lit_rlft.runs.before_after import comparison, png
@@ -95,6 +96,8 @@ class RunFiles(Callback):
         for hooks in pl_module.audience:
             cost |= hooks.report()
         newer = _measured(trainer, pl_module)
+        reward = pl_module.reward
+        found = exploitation(summary, reward.name, guards_of(reward, pl_module.metrics))
         report = {
             "algorithm": pl_module.algorithm,
             "domain": pl_module.pipeline.name,
@@ -102,6 +105,7 @@ class RunFiles(Callback):
             "seed": pl_module.seed,
             "checkpoint": newer,
             **{arm: _without_nan(metrics) for arm, metrics in summary.items()},
+            "exploitation": _signs(found),
             "cost": cost,
         }
         path, shown = folder / "metrics.json", folder / "comparison.png"
@@ -119,6 +123,8 @@ class RunFiles(Callback):
         self._result = f"\n{title}\n\n{result_table(summary)}\n\n{paths}"
         if kept:
             self._result += f"\n{kept}"
+        if found:
+            self._result += f"\n{found.sentence()}"
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the result that `validate` shows; validations within a fit are not shown."""
@@ -223,6 +229,11 @@ def _measured(trainer: Trainer, module: RewardFineTuner) -> Measured:
     """Return which checkpoint the model is of."""
     counters = {name: getattr(module, name) for name in COUNTERS}
     return measured(trainer.ckpt_path, counters, run_folder(trainer))
+
+
+def _signs(found: Exploitation | None) -> list[str]:
+    """Return the names of what became worse while the reward rose."""
+    return [] if found is None else list(found.signs)
 
 
 def _validation_summary(logged: Mapping[str, Tensor]) -> Summary:

@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 
 from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.callbacks.cost_meter import CostMeter
+from lit_rlft.callbacks.exploitation_watch import ExploitationWatch
 from lit_rlft.callbacks.facts import Facts
 from lit_rlft.callbacks.last_checkpoint import LastCheckpoint
 from lit_rlft.callbacks.left_out import LeftOut
@@ -53,7 +54,7 @@ CLIPScore, and likewise --pipeline.help, --data.help. The whole config of a run:
 The options below are those that every run has."""
 
 
-_CALLBACKS = ("checkpoint", "run_files", "sample_panel", "self_check", "cost_meter")
+_CALLBACKS = ("checkpoint", "run_files", "sample_panel", "self_check", "exploitation", "cost_meter")
 """Groups of the callbacks that every run has."""
 
 
@@ -103,6 +104,7 @@ class Command(LightningCLI):
         parser.add_lightning_class_args(RunFiles, "run_files")
         parser.add_lightning_class_args(SamplePanel, "sample_panel")
         parser.add_lightning_class_args(SelfCheck, "self_check")
+        parser.add_lightning_class_args(ExploitationWatch, "exploitation")
         parser.add_lightning_class_args(CostMeter, "cost_meter")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

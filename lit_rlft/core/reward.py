@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lit_rlft.core.answers import numbers, tensors, unchanged
 from lit_rlft.core.checks import BadArgument, UsageError, finite, require
+from lit_rlft.core.guard import Guard
 from lit_rlft.core.pipeline import Condition, Pipeline
 
 __all__ = [
@@ -36,6 +37,10 @@ class Metric(nn.Module, ABC):
     @abstractmethod
     def evaluate(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
         """Return named values [B], NaN where a value does not apply to a sample."""
+
+    def guards(self) -> dict[str, Guard]:
+        """Return which of its values tell that the reward is exploited, by name."""
+        return {}
 
 
 class LeftOut(NamedTuple):
@@ -124,6 +129,11 @@ class Metrics(Metric):
             values |= values_of(part, samples, condition)
         return values
 
+    def guards(self) -> dict[str, Guard]:
+        """Return those of every part."""
+        parts = [part.guards() for part in self.parts if isinstance(part, Metric)]
+        return {name: guard for own in parts for name, guard in own.items()}
+
 
 class Reward(Metric):
     """A score of decoded samples, [B], higher is better.
@@ -146,6 +156,10 @@ class Reward(Metric):
     def evaluate(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
         """Return the reward under its name; subclasses may add details."""
         return {self.name: self(samples, condition)}
+
+    def guards(self) -> dict[str, Guard]:
+        """Return itself: a reward among the metrics is one that is not trained on."""
+        return {self.name: Guard()}
 
 
 class Combination(Reward):

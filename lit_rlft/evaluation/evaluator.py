@@ -39,6 +39,7 @@ class Evaluator:
 
     Attributes:
         measurements: Those of the present evaluation.
+        latest: The `summary` that `means` was last made of.
         world_size: Processes that share it; one that fails tells the others.
         num_pictures: Samples to render; callbacks that show them raise it.
         shown: Whether this process renders any.
@@ -50,6 +51,7 @@ class Evaluator:
         self.pipeline, self.reward = rollouts.pipeline, rollouts.reward
         self.measurements, self.num_pictures, self.world_size = Measurements(), 0, 1
         self.shown, self._scored, self._said = True, False, False
+        self.latest: dict[Arm, dict[str, Moments]] = {}
         self.phase: Phase = lambda name, num_samples: nullcontext()
 
     @property
@@ -106,9 +108,10 @@ class Evaluator:
 
     def means(self) -> dict[str, float]:
         """Return the means of `summary` by "/<metric>", and by "_<arm>/<metric>" of other arms."""
+        self.latest = self.summary()
         return {
             f"{'' if arm == 'tuned' else f'_{arm}'}/{name}": moments["mean"]
-            for arm, summary in self.summary().items()
+            for arm, summary in self.latest.items()
             for name, moments in summary.items()
         }
 
