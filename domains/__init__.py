@@ -11,7 +11,7 @@ _MOVED = {
     "domains.gaussian_mixture.mixture": "domains.gaussian_mixture.closed_form.mixture",
     "domains.image.distances": "lit_rlft.kit.statistics",
     "domains.image.features": "domains.image.networks.features",
-    "domains.image.folder": "domains.image.sources.folder",
+    "domains.image.folder": "lit_rlft.kit.picture_folder",
     "domains.image.inception": "domains.image.networks.inception",
     "domains.image.train_features": "domains.image.train.features",
     "domains.layout.classes": "domains.layout.page.classes",

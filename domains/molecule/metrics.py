@@ -12,7 +12,6 @@ References:
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -27,10 +26,10 @@ from domains.molecule.samples import EMPTY, Molecules, check_molecules
 from domains.molecule.sources import Enumerated, Source
 from domains.molecule.sources.packed import Packed, molecules_of
 from lit_rlft.core.checks import at_least
-from lit_rlft.core.guard import LARGE_FALL, LARGE_RISE, Guard
+from lit_rlft.core.guard import LARGE_FALL, Guard
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Metric, SetMetric
-from lit_rlft.kit.distinct import KindCount, kind_error
+from lit_rlft.kit.distinct import KindCount, kind_error, text_number
 from lit_rlft.kit.ratios import error_of_mean, ratio, ratio_parts
 from lit_rlft.kit.set_metrics import SourceDistances
 
@@ -343,7 +342,7 @@ def _explicit(values: Tensor, molecules: Molecules) -> Tensor:
 
 def _identities(chemistry: Chemistry) -> dict[str, Tensor]:
     """Return a number per canonical SMILES, 0 for invalid molecules, and which are valid, [B]."""
-    numbers = [0 if smiles is None else _hash(smiles) for smiles in chemistry.smiles]
+    numbers = [0 if smiles is None else text_number(smiles) for smiles in chemistry.smiles]
     return {"identity": torch.tensor(numbers), "valid": torch.from_numpy(chemistry.valid)}
 
 
@@ -365,11 +364,6 @@ def _novel(features: Mapping[str, Tensor], novelty: float | None = None) -> Kind
         num_different = len(kinds[valid].unique())  # type: ignore[no-untyped-call]
         weights = (new.double() - novelty) * valid / num_different
     return KindCount(kinds, weights, torch.zeros_like(weights))
-
-
-def _hash(text: str) -> int:
-    # Of 64 bits, the same in every process: a million texts have one number twice in 4e7 sets.
-    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), signed=True)
 
 
 def _share(part: int, whole: int) -> float:

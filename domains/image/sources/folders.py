@@ -6,7 +6,7 @@ from typing import Literal
 from lightning.pytorch.utilities import rank_zero_info
 
 from domains.image.sources.base import Images, Source
-from domains.image.sources.folder import Cache, Fit, Reading, Resample
+from lit_rlft.kit.picture_folder import Cache, Fit, Reading, Resample
 
 __all__ = ["ImageFolder"]
 

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from domains.image.sources import ImageFolder
-from domains.image.sources.folder import Reading
 from lit_rlft.core.checks import UsageError
 from lit_rlft.kit import cache
+from lit_rlft.kit.picture_folder import Reading
 
 
 def picture(seed: int, height: int = 12, width: int = 12) -> NDArray[np.uint8]:

@@ -22,7 +22,7 @@ from lit_rlft.core.checks import UsageError, at_least
 from lit_rlft.kit.bad_entries import BadEntry, Report, usable
 from lit_rlft.kit.cache import cached_folder, listing, save_report, user_cache
 
-__all__ = ["SUFFIXES", "Cache", "Fit", "Reading", "Report", "Resample"]
+__all__ = ["SUFFIXES", "Cache", "Fit", "Reading", "Report", "Resample", "picture_files"]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 Fit = Literal["crop", "pad", "stretch"]
@@ -141,31 +141,12 @@ class Cache:
         return cached_folder(folder, partial(self._fill, paths, folder))
 
     def paths(self) -> list[Path]:
-        """Return the picture files below the folder, sorted.
-
-        Raises:
-            UsageError: There is no such folder, or none in it.
-        """
-        if not self.folder.is_dir():
-            raise UsageError(f"there is no folder {self.folder}; give the folder of the pictures")
-        files = self._files()
-        paths = [path for path in files if path.suffix.lower() in SUFFIXES]
-        if not paths:
-            others = f"; it has {_kinds(files)}" if files else ""
-            raise UsageError(
-                f"{self.folder} has no picture files ({', '.join(SUFFIXES)}) in it or below"
-                f"{others}; give the folder of the pictures"
-            )
-        return paths
+        """Return the picture files, as `picture_files` does."""
+        return picture_files(self.folder)
 
     def left_out(self) -> str:
         """Return every picture that could not be read, a sentence a line."""
         return listing(self.cache_dir / self._key(self.paths()))
-
-    def _files(self) -> list[Path]:
-        """Return all files below the folder but hidden ones, sorted."""
-        found = self.folder.rglob("*")
-        return sorted(p for p in found if p.is_file() and not p.name.startswith("."))
 
     def _key(self, paths: Sequence[Path]) -> str:
         """Name the array by all that it depends on: every file's name, age and size too."""
@@ -186,7 +167,7 @@ class Cache:
                 num_enlarged += enlarged
                 file.write(pixels.tobytes())
         report.notes += [f"{num_enlarged} enlarged"] if num_enlarged else []
-        unused = [path for path in self._files() if path.suffix.lower() not in SUFFIXES]
+        unused = [path for path in _files(self.folder) if path.suffix.lower() not in SUFFIXES]
         report.notes += [f"{_kinds(unused)} not looked at"] if unused else []
         report.check()
         size = (self.reading.channels, self.reading.height, self.reading.width)
@@ -202,6 +183,31 @@ class Cache:
                 for outcome in pool.map(self.reading.read, paths[start : start + _CHUNK]):
                     bar.update()
                     yield outcome
+
+
+def picture_files(folder: Path) -> list[Path]:
+    """Return the picture files below a folder, sorted.
+
+    Raises:
+        UsageError: There is no such folder, or none in it.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"there is no folder {folder}; give the folder of the pictures")
+    files = _files(folder)
+    paths = [path for path in files if path.suffix.lower() in SUFFIXES]
+    if not paths:
+        others = f"; it has {_kinds(files)}" if files else ""
+        raise UsageError(
+            f"{folder} has no picture files ({', '.join(SUFFIXES)}) in it or below{others}; give "
+            "the folder of the pictures"
+        )
+    return paths
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return all files below a folder but hidden ones, sorted."""
+    found = folder.rglob("*")
+    return sorted(p for p in found if p.is_file() and not p.name.startswith("."))
 
 
 def _kinds(files: Sequence[Path]) -> str:
