@@ -13,7 +13,7 @@ from domains.layout.page.classes import color_of
 from domains.layout.samples import Layouts
 from domains.layout.sources.packed import Element, elements_of
 
-__all__ = ["draw", "save_layout", "to_image", "to_record", "to_svg"]
+__all__ = ["draw", "each", "save_layout", "to_image", "to_record", "to_svg"]
 
 _PANEL = 192  # pixels of the longer side in panels
 _FINE = 3  # pictures are drawn so many times larger and reduced: crisp lines of any width

@@ -16,10 +16,12 @@ from torch import Tensor
 from domains.layout.networks.encoder import load_encoder
 from domains.layout.page import measures
 from domains.layout.page.classes import number_of
+from domains.layout.render import each
 from domains.layout.samples import Layouts, check_layouts
 from lit_rlft.core.checks import BadArgument, UsageError, at_least, positive, within
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Reward
+from lit_rlft.kit.called import name_of, numbers_of
 from lit_rlft.kit.judge import Judge, Output
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "Count",
     "Coverage",
     "Critic",
+    "FunctionReward",
     "GapRegularity",
     "GrammarRules",
     "InsidePage",
@@ -282,6 +285,39 @@ class GrammarRules(Reward):
         held = (title & follows).sum(dim=1) + (floats & captioned).sum(dim=1)
         asked = (title | floats).sum(dim=1)
         return (held / asked.clamp(min=1)).where(asked > 0, 1)
+
+
+class FunctionReward(Reward):
+    """Scores layouts by any Python function: of another package, or of one's own.
+
+    Args:
+        function: Takes a list of layouts and returns a number per layout, or None for one that it
+            could not score. A layout is a list of elements, each a pair of its class and its box
+            [left, top, width, height] in fractions of the page. On the command line the function's
+            path, such as my_scores.balance.
+
+    Raises:
+        UsageError: The function returns something else.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[list[list[tuple[str, list[float]]]]], Sequence[float | None]],
+    ) -> None:
+        super().__init__()
+        self.function = function
+
+    @property
+    def name(self) -> str:
+        return name_of(self.function, type(self).__name__)
+
+    def forward(self, samples: Any, condition: Condition) -> Tensor:
+        """Return the reward of each layout, [B]."""
+        layouts = [
+            [(e.label, [e.left, e.top, e.width, e.height]) for e in elements]
+            for elements in each(check_layouts(samples, condition))
+        ]
+        return torch.tensor(numbers_of(self.function, "layouts", layouts))
 
 
 class Critic(Judge):

@@ -8,7 +8,7 @@ ways to game a reward: measure what the molecules are made of, and whether they 
 
 import importlib.util
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -28,12 +28,14 @@ from domains.molecule.sources.formats import read_smiles
 from lit_rlft.core.checks import UsageError, at_least, finite, positive
 from lit_rlft.core.pipeline import Condition, Pipeline
 from lit_rlft.core.reward import Reward
+from lit_rlft.kit.called import name_of, numbers_of
 
 __all__ = [
     "QED",
     "TPSA",
     "XTB",
     "AtomCount",
+    "FunctionReward",
     "LogP",
     "Novelty",
     "RingCount",
@@ -366,6 +368,41 @@ class XTB(_Target):
 
     def quantity(self, chemistry: Chemistry) -> NDArray[np.float64]:
         return chemistry.electronic(self.num_workers)[:, self.column]
+
+
+class FunctionReward(_Chemical):
+    """Scores molecules by any Python function: docking, a property predictor of another package.
+
+    Args:
+        function: Takes a list of sanitised RDKit molecules, each valid, in one part and with the
+            generated positions, and returns a number per molecule, or None for one that it could
+            not score. On the command line its path, such as my_scores.docking.
+        invalid: Reward of molecules that are not valid and connected, and of those without a
+            number; a number that is worse than what the function returns.
+
+    Raises:
+        UsageError: The function returns something else.
+    """
+
+    def __init__(
+        self, function: Callable[[list[Chem.Mol]], Sequence[float | None]], invalid: float = 0.0
+    ) -> None:
+        super().__init__(invalid)
+        self.function = function
+
+    @property
+    def name(self) -> str:
+        return name_of(self.function, type(self).__name__)
+
+    def values(self, chemistry: Chemistry) -> NDArray[np.float64]:
+        values = np.full(len(chemistry), np.nan)
+        rows = chemistry.connected.nonzero()[0].tolist()
+        if rows:
+            mols = [chemistry.graphs.full(row) for row in rows]
+            for mol in mols:
+                Chem.SanitizeMol(mol)
+            values[rows] = numbers_of(self.function, "molecules", mols)
+        return values
 
 
 class _Soft(Reward):

@@ -8,9 +8,9 @@ from PIL.Image import Image
 from torch import Tensor
 
 from domains.text_to_image.samples import check_pictures, prompts_of
-from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Reward
+from lit_rlft.kit.called import name_of, numbers_of
 from lit_rlft.kit.images import to_image
 
 __all__ = ["FunctionReward"]
@@ -36,14 +36,9 @@ class FunctionReward(Reward):
 
     @property
     def name(self) -> str:
-        return str(getattr(self.function, "__name__", type(self).__name__))
+        return name_of(self.function, type(self).__name__)
 
     def forward(self, samples: Any, condition: Condition) -> Tensor:
         pictures = [to_image(picture) for picture in check_pictures(samples, condition)]
-        values = list(self.function(pictures, prompts_of(condition)))
-        if len(values) != len(pictures):
-            raise UsageError(
-                f"reward.init_args.function: {self.name} returned {len(values)} numbers for "
-                f"{len(pictures)} pictures; return one number, or None, for each"
-            )
-        return torch.tensor([torch.nan if value is None else float(value) for value in values])
+        values = numbers_of(self.function, "pictures", pictures, prompts_of(condition))
+        return torch.tensor(values)

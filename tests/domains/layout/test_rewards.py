@@ -208,3 +208,23 @@ def test_samples_and_classes_that_do_not_fit() -> None:
     screen = Layouts.of(page.boxes, page.labels, ("a", "b"))
     with pytest.raises(UsageError, match="encoder was trained for the classes"):
         Critic()(screen, condition(1))
+
+
+def test_a_function_gets_classes_and_boxes() -> None:
+    seen: list[Any] = []
+
+    def count(layouts: list[list[tuple[str, list[float]]]]) -> list[float | None]:
+        seen.extend(layouts)
+        return [float(len(elements)) for elements in layouts]
+
+    pages = layout((0, 0.2, 0.05, 0.8, 0.15), (1, 0.1, 0.3, 0.9, 0.7))
+    reward = rewards.FunctionReward(count)
+    assert value(reward, pages) == 2 and reward.name == "count"
+    (label, box), *_ = seen[0]
+    assert label == NAMES[0] and box == pytest.approx([0.2, 0.05, 0.6, 0.1])
+
+
+def test_a_function_that_returns_no_numbers_is_told() -> None:
+    pages = layout((0, 0.2, 0.05, 0.8, 0.15))
+    with pytest.raises(UsageError, match="return one number, or None, for each of the layouts"):
+        rewards.FunctionReward(lambda layouts: ["good"])(pages, condition(1))

@@ -1,0 +1,84 @@
+"""The best molecules, by hand and against RDKit's own similarities."""
+
+import json
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+import torch
+from rdkit import Chem, DataStructs
+from rdkit.Chem import rdFingerprintGenerator
+
+from domains.molecule.rewards import AtomCount, FunctionReward
+from domains.molecule.samples import Molecules
+from domains.molecule.top_molecules import TopMolecules
+from lit_rlft.cli import main
+from lit_rlft.core.checks import BadArgument
+from tests.domains.molecule.known import conditions, from_atoms, geometry
+
+SMILES = ["CCO", "CCC", "CCO", "CCCN", "CCCCO"]
+
+
+def molecules() -> Molecules:
+    return from_atoms([geometry(smiles) for smiles in SMILES])
+
+
+def heavy(mols: list[Chem.Mol]) -> list[float]:
+    return [float(mol.GetNumHeavyAtoms()) for mol in mols]
+
+
+def test_different_molecules_count_once() -> None:
+    metric = TopMolecules(FunctionReward(heavy), k=[1, 3, 4, 5])
+    values = metric.compare(metric.features(molecules(), conditions(5)))
+    # 5, 4, 3, 3 heavy atoms; ethanol occurs twice.
+    assert values["top_1"] == 5 and values["top_3"] == 4 and values["top_4"] == 3.75
+    assert values["top_5"] != values["top_5"] and values["top_diversity"] != values["top_diversity"]
+
+
+def test_diversity_is_rdkits() -> None:
+    metric = TopMolecules(FunctionReward(heavy), k=[4])
+    found = metric.compare(metric.features(molecules(), conditions(5)))["top_diversity"]
+    generator = rdFingerprintGenerator.GetMorganGenerator(radius=2, fpSize=2048)
+    prints = [generator.GetFingerprint(Chem.MolFromSmiles(s)) for s in sorted(set(SMILES))]
+    alike = [DataStructs.TanimotoSimilarity(a, b) for a, b in combinations(prints, 2)]
+    assert found == pytest.approx(1 - sum(alike) / len(alike), abs=1e-6)
+
+
+def test_what_failed_or_is_not_valid_does_not_count() -> None:
+    metric = TopMolecules(AtomCount("O", 1), k=[1])
+    features = metric.features(molecules(), conditions(5))
+    features["counted"][:] = False
+    assert metric.compare(features)["top_1"] != metric.compare(features)["top_1"]
+
+
+def test_a_function_gets_molecules_with_positions() -> None:
+    seen: list[Chem.Mol] = []
+
+    def extent(mols: list[Chem.Mol]) -> list[float | None]:
+        seen.extend(mols)
+        return [None, *(float(m.GetConformer().GetPositions().std()) for m in mols[1:])]
+
+    batch = from_atoms([geometry("CCO"), geometry("C"), (("C", "H"), geometry("C")[1][:2] * 50)])
+    values = FunctionReward(extent, invalid=-1.0)(batch, conditions(3))
+    assert [Chem.MolToSmiles(Chem.RemoveHs(mol)) for mol in seen] == ["CCO", "C"]
+    assert values[0] == -1 and values[2] == -1 and 0 < values[1] < 2
+
+
+def test_k_is_checked() -> None:
+    with pytest.raises(BadArgument, match="k"):
+        TopMolecules(AtomCount("O", 1), k=[0])
+
+
+@pytest.mark.slow
+def test_the_trained_reward_is_named_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("top.yaml").write_text(
+        "metrics:\n  parts:\n    - class_path: TopMolecules\n"
+        "      init_args: {reward: '${reward}', k: [1, 2]}\n"
+    )
+    words = ["--config=molecule", "--config=p_graft", "--config=top.yaml", "--name=top"]
+    words += ["--data.num_test=8", "--model.sampler.num_steps=2", "--trainer.accelerator=cpu"]
+    main(["test", *words])
+    metrics = json.loads(Path("runs/top/metrics.json").read_text())
+    assert set(metrics["tuned"]) >= {"top_1", "top_2", "top_diversity"}
+    assert torch.isfinite(torch.tensor(metrics["cost"]["seconds"]))
