@@ -1,13 +1,20 @@
-"""A frozen vision-language model of transformers: what it would answer to questions on pictures."""
+"""A frozen vision-language model of transformers: what it answers to questions on pictures."""
 
+import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from domains.text_to_image.networks.clip import Preprocessing
+from domains.text_to_image.networks.picture_patches import (
+    ROUNDING,
+    PatchReader,
+    probe,
+    reads_patches,
+)
 from lit_rlft.kit.frozen import Frozen, frozen
 from lit_rlft.kit.images import to_image
 from lit_rlft.kit.weightless import check_cached, weightless
@@ -17,20 +24,28 @@ __all__ = ["VisionLanguage"]
 _FIXED = ("CLIPImageProcessor", "SiglipImageProcessor")
 """Processors that give every picture one size."""
 _PROBE = (48, 64)
-_ROUNDING = 2.6 / 255
-"""How far bytes, rounded in each pass of a resizing, may be from their differentiable twin."""
+_TYPES = "mm_token_type_ids"
+
+
+class Reader(Protocol):
+    """Turns pictures [B, 3, H, W] in [0, 1] and a question for each into a model's inputs."""
+
+    tokenizer: Any
+    differentiable: bool
+
+    def __call__(self, pictures: Tensor, questions: Sequence[str]) -> dict[str, Tensor]: ...
 
 
 class VisionLanguage(Frozen):
     """A vision-language model that is asked one question on each picture.
 
     Args:
-        source: A folder or hub id that AutoModelForImageTextToText and AutoProcessor read.
+        source: A folder or hub id that AutoModelForImageTextToText reads.
         dtype: Precision of the weights.
 
     Attributes:
-        differentiable: Whether gradients reach the pictures: where the processor gives every
-            picture one size (LLaVA 1.5, PaliGemma), which is then done in tensors.
+        differentiable: Whether gradients reach the pictures: of LLaVA 1.5 and PaliGemma, whose
+            processors give every picture one size, and of Qwen2-VL and its kin.
 
     Raises:
         ValueError, OSError: It is no such model.
@@ -38,15 +53,14 @@ class VisionLanguage(Frozen):
 
     def __init__(self, source: str, dtype: torch.dtype) -> None:
         super().__init__()
-        self.processor: Any
         if weightless():
             with check_cached(source, "pretrained"):
                 config = AutoConfig.from_pretrained(source, local_files_only=True)
-                self.processor = AutoProcessor.from_pretrained(source, local_files_only=True)
+                self.reader = _reader(source, local_files_only=True)
             with torch.device("meta"):
                 model: Any = AutoModelForImageTextToText.from_config(config).to(dtype)
         else:
-            self.processor = AutoProcessor.from_pretrained(source)
+            self.reader = _reader(source)
             loaded: Any = AutoModelForImageTextToText.from_pretrained(
                 source, dtype=dtype, output_loading_info=True
             )
@@ -54,10 +68,9 @@ class VisionLanguage(Frozen):
             if info["missing_keys"]:
                 raise ValueError(f"its weights lack {sorted(info['missing_keys'])[0]}")
         self.model = frozen(model)
-        # So that the last token is the same place of all texts.
-        self.processor.tokenizer.padding_side = "left"
-        self._twin = _twin(self.processor.image_processor)
-        self.differentiable = self._twin is not None
+        # Earlier releases of transformers tell pictures from texts without it.
+        self._takes_types = _TYPES in inspect.signature(model.forward).parameters
+        self.differentiable = self.reader.differentiable
 
     def token(self, answer: str) -> int:
         """Return the token of an answer of one token.
@@ -65,7 +78,7 @@ class VisionLanguage(Frozen):
         Raises:
             ValueError: The answer takes several.
         """
-        ids = self.processor.tokenizer.encode(answer, add_special_tokens=False)
+        ids = self.reader.tokenizer.encode(answer, add_special_tokens=False)
         if len(ids) != 1:
             raise ValueError(
                 f"its tokenizer has no single token for {answer!r}, but {len(ids)}, and the "
@@ -84,29 +97,69 @@ class VisionLanguage(Frozen):
         """
         weight = next(self.model.parameters())
         with torch.autocast(weight.device.type, enabled=False):
-            inputs = self._inputs(pictures.to(weight.device), questions, weight)
+            inputs = self.inputs(pictures, questions)
             logits = self.model(**inputs, use_cache=False).logits[:, -1]
             exact = torch.promote_types(logits.dtype, torch.float32)
             return logits.to(exact).log_softmax(dim=-1)
 
-    def _inputs(
-        self, pictures: Tensor, questions: Sequence[str], weight: Tensor
-    ) -> dict[str, Tensor]:
-        shown = torch.zeros(pictures.shape, device="cpu") if self._twin else pictures
+    @torch.no_grad()
+    def says(self, pictures: Tensor, questions: Sequence[str], max_tokens: int) -> list[str]:
+        """Return the likeliest answers, word by word, without gradients.
+
+        Args:
+            pictures: [B, 3, H, W] in [0, 1].
+            questions: One for each picture.
+            max_tokens: Tokens after which an answer is cut off.
+        """
+        weight, words = next(self.model.parameters()), self.reader.tokenizer
+        with torch.autocast(weight.device.type, enabled=False):
+            inputs = self.inputs(pictures, questions)
+            made = self.model.generate(
+                **inputs, max_new_tokens=max_tokens, do_sample=False, pad_token_id=_pad(words)
+            )
+        start = inputs["input_ids"].shape[1]
+        return words.batch_decode(made[:, start:], skip_special_tokens=True)
+
+    def inputs(self, pictures: Tensor, questions: Sequence[str]) -> dict[str, Tensor]:
+        """Return the model's inputs in the type and on the device of its weights."""
+        weight = next(self.model.parameters())
+        read = self.reader(pictures.to(weight.device), questions)
+        return {
+            name: value.to(weight.device, weight.dtype)
+            if value.is_floating_point()
+            else value.to(weight.device)
+            for name, value in read.items()
+            if name != _TYPES or self._takes_types
+        }
+
+
+class _ProcessorReader:
+    """Reads by a model's own processor; pictures of one size by its differentiable twin.
+
+    Args:
+        source: Folder or hub id of the model.
+        **loading: Arguments of transformers' loading.
+    """
+
+    def __init__(self, source: str, **loading: Any) -> None:
+        self.processor: Any = AutoProcessor.from_pretrained(source, **loading)
+        self.tokenizer = self.processor.tokenizer
+        # So that the last token is the same place of all texts.
+        self.tokenizer.padding_side = "left"
+        self.twin = _twin(self.processor.image_processor)
+        self.differentiable = self.twin is not None
+
+    def __call__(self, pictures: Tensor, questions: Sequence[str]) -> dict[str, Tensor]:
+        shown = torch.zeros(pictures.shape, device="cpu") if self.twin else pictures
         read = self.processor(
             text=[self._text(question) for question in questions],
             images=[[to_image(picture)] for picture in shown],
             padding=True,
             return_tensors="pt",
         )
-        inputs = {
-            name: value.to(weight.device, weight.dtype)
-            if value.is_floating_point()
-            else value.to(weight.device)
-            for name, value in read.items()
-        }
-        if self._twin is not None:
-            inputs["pixel_values"] = self._twin(pictures).to(weight.dtype)
+        inputs = dict(read)
+        if self.twin is not None:
+            inputs["pixel_values"] = self.twin(pictures)
         return inputs
 
     def _text(self, question: str) -> str:
@@ -119,6 +172,16 @@ class VisionLanguage(Frozen):
         )
 
 
+def _reader(source: str, **loading: Any) -> Reader:
+    if reads_patches(source, **loading):
+        return PatchReader(source, **loading)
+    return _ProcessorReader(source, **loading)
+
+
+def _pad(tokenizer: Any) -> int | None:
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
 def _twin(processor: Any) -> Preprocessing | None:
     """Return the differentiable twin of an image processor; None where there is none."""
     if not type(processor).__name__.startswith(_FIXED):
@@ -126,12 +189,8 @@ def _twin(processor: Any) -> Preprocessing | None:
     settings = processor.to_dict()
     settings["do_center_crop"] = bool(settings.get("do_center_crop"))
     twin = Preprocessing.from_config({k: v for k, v in settings.items() if v is not None})
-    height, width = _PROBE
-    rows, columns = torch.arange(height)[:, None], torch.arange(width)
-    channels = (rows * 5 + 0 * columns, columns * 4 + 0 * rows, (rows + columns) * 2)
-    probe = torch.stack(channels).clamp(max=255)
-    picture = probe[None].float() / 255
+    picture = probe(*_PROBE)
     made = processor(images=[to_image(picture[0])], return_tensors="pt")["pixel_values"]
     ours = twin(picture)
-    close = made.shape == ours.shape and (made - ours).abs().max() < _ROUNDING / min(twin.std)
+    close = made.shape == ours.shape and (made - ours).abs().max() < ROUNDING / min(twin.std)
     return twin if close else None

@@ -28,8 +28,8 @@ class VQAScore(Frozen, Reward):
     depend on the model; those of CLIP-FlanT5, the paper's own, are not reproduced.
 
     Differentiable where the model's processor gives every picture one size (LLaVA 1.5,
-    PaliGemma). Other models, such as Qwen2.5-VL, see pictures as bytes through their own
-    processor: `differentiable` is then False.
+    PaliGemma), and for Qwen2-VL, Qwen2.5-VL and their kin. Other models see pictures as bytes
+    through their own processor: `differentiable` is then False.
 
     Published: P-GRAFT takes Stable Diffusion 2 from 69.20 to 76.12 (times 100) on
     T2I-CompBench++'s validation prompts. Licences are the models' own: Llama 2's

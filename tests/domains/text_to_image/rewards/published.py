@@ -19,6 +19,8 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     Qwen2Tokenizer,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -35,6 +37,7 @@ __all__ = [
     "image_reward_file",
     "llava_folder",
     "pil_processor",
+    "qwen_folder",
     "tokens",
 ]
 
@@ -45,6 +48,14 @@ _CHAT = (
     "{% for message in messages %}{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}USER: <image>\n{% else %}{{ part['text'] }}{% endif %}"
     "{% endfor %}{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}"
+)
+
+_QWEN_CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
@@ -158,12 +169,7 @@ def image_reward_file(path: Path) -> dict[str, Tensor]:
 
 def llava_folder(folder: Path, answers: tuple[str, ...] = ("Yes", "No")) -> Path:
     """Write a tiny LLaVA 1.5 whose tokenizer has single tokens for some answers."""
-    alphabet = list(bytes_to_unicode().values())
-    known = {"Yes": (("Y", "e"), ("Ye", "s")), "No": (("N", "o"),)}
-    merges = [pair for answer in answers for pair in known[answer]]
-    vocabulary = {token: i for i, token in enumerate([*alphabet, *("".join(m) for m in merges)])}
-    words = Qwen2Tokenizer(vocab=vocabulary, merges=merges)
-    words.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    words = _words(answers, "<image>")
     text = {"vocab_size": len(words), "hidden_size": 32, "intermediate_size": 48}
     text |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
     text |= {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
@@ -191,6 +197,49 @@ def llava_folder(folder: Path, answers: tuple[str, ...] = ("Yes", "No")) -> Path
     return folder
 
 
+def _words(answers: tuple[str, ...], *special: str) -> Qwen2Tokenizer:
+    """Return a tokenizer of bytes, with a token for some answers and for some marks."""
+    alphabet = list(bytes_to_unicode().values())
+    known = {"Yes": (("Y", "e"), ("Ye", "s")), "No": (("N", "o"),)}
+    merges = [pair for answer in answers for pair in known[answer]]
+    vocabulary = {token: i for i, token in enumerate([*alphabet, *("".join(m) for m in merges)])}
+    words = Qwen2Tokenizer(vocab=vocabulary, merges=merges)
+    words.add_special_tokens({"additional_special_tokens": list(special)})
+    return words
+
+
+def qwen_folder(folder: Path) -> Path:
+    """Write a tiny Qwen2-VL: patches of 4 pixels, 2 x 2 to a group, 2 to 36 groups a picture."""
+    marks = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
+    words = _words(("Yes", "No"), *marks, "<|image_pad|>", "<|video_pad|>")
+    words.pad_token = words.eos_token = "<|im_end|>"
+    words.chat_template = _QWEN_CHAT
+    number = words.convert_tokens_to_ids
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
+    text = {"vocab_size": len(words), "hidden_size": 32, "intermediate_size": 48}
+    text |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    text |= {"bos_token_id": None, "eos_token_id": None, "rope_parameters": rope}
+    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2}
+    vision |= {"patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
+    config = Qwen2VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=number("<|image_pad|>"),
+        video_token_id=number("<|video_pad|>"),
+        vision_start_token_id=number("<|vision_start|>"),
+        vision_end_token_id=number("<|vision_end|>"),
+    )
+    model = Qwen2VLForConditionalGeneration(config)
+    _draw(model)
+    model.save_pretrained(folder)
+    words.save_pretrained(folder)
+    sizes = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
+    sizes |= {"size": {"shortest_edge": 2 * 64, "longest_edge": 36 * 64}}
+    sizes |= {"image_processor_type": "Qwen2VLImageProcessor"}
+    (folder / "preprocessor_config.json").write_text(json.dumps(sizes))
+    return folder
+
+
 def pil_processor() -> Callable[..., Any]:
     """Return CLIP's image processor on PIL, which has a name of its own in newer releases."""
     return getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
@@ -203,4 +252,5 @@ def all_weights(folder: Path) -> Path:
     hps_file(folder / "HPS_v2.1_compressed.pt")
     image_reward_file(folder / "ImageReward.pt")
     llava_folder(folder / "llava")
+    qwen_folder(folder / "qwen")
     return folder

@@ -465,5 +465,5 @@ def test_version_picks_the_file(files: Path) -> None:
 def test_a_model_whose_size_of_pictures_varies_sees_bytes(files: Path, make: Callable) -> None:
     reward = make("VQAScore")
     expected = reward(pictures(), condition(PROMPTS))
-    reward.network._twin = None  # as where the processor has no differentiable twin
+    reward.network.reader.twin = None  # as where the processor has no differentiable twin
     assert reward(pictures(), condition(PROMPTS)).allclose(expected, rtol=1e-3)
