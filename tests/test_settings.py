@@ -71,6 +71,7 @@ NEEDED: Mapping[str, Mapping[str, Any]] = {
     "domains.molecule.rewards.FunctionReward": {"function": len},
     "domains.molecule.top_molecules.TopMolecules": {"reward": Coordinate()},
     "domains.text_to_image.rewards.FunctionReward": {"function": len},
+    "domains.text_to_image.rewards.OCRAccuracy": {"engine": len},
     "domains.text_to_image.set_metrics.CMMD": {"folder": "folder", "pretrained": "shapes_clip"},
     "domains.text_to_image.set_metrics.Copies": {"folder": "folder", "pretrained": "shapes_clip"},
     "domains.text_to_image.set_metrics.Duplicates": {"pretrained": "shapes_clip"},
@@ -122,9 +123,9 @@ ALLOWED: Mapping[str, tuple[Sequence[float], set[str]]] = {
 
 FIXED = {
     "GRAFT.cut", "Enumerated.max_atoms",
-    "PromptData.num_train", "PromptData.num_val", "PromptData.num_test",
+    "PromptData.num_train", "PromptData.num_val", "PromptData.num_test", "VLMJudge.scale",
 }  # fmt: skip
-"""Arguments of a base class that the class sets itself."""
+"""Arguments of a base class that the class sets itself; any score, which takes a model's weights."""
 
 
 def cases() -> Iterator[tuple[Entry, type, str, Any]]:

@@ -10,9 +10,11 @@ from domains.text_to_image.rewards.jpeg import (
     JPEGIncompressibility,
     SmoothJPEGCompressibility,
 )
+from domains.text_to_image.rewards.ocr import OCRAccuracy
 from domains.text_to_image.rewards.pick_score import PickScore
 from domains.text_to_image.rewards.pixels import Brightness, Colourfulness, Symmetry
 from domains.text_to_image.rewards.shapes import ShapesClassifier, ShapesEval
+from domains.text_to_image.rewards.vlm_judge import VLMJudge
 from domains.text_to_image.rewards.vqa_score import VQAScore
 from domains.text_to_image.samples import check_pictures, prompts_of
 
@@ -26,11 +28,13 @@ __all__ = [
     "JPEGCompressibility",
     "JPEGIncompressibility",
     "LAIONAesthetic",
+    "OCRAccuracy",
     "PickScore",
     "ShapesClassifier",
     "ShapesEval",
     "SmoothJPEGCompressibility",
     "Symmetry",
+    "VLMJudge",
     "VQAScore",
     "check_pictures",
     "prompts_of",
