@@ -125,7 +125,7 @@ FIXED = {
     "GRAFT.cut", "Enumerated.max_atoms",
     "PromptData.num_train", "PromptData.num_val", "PromptData.num_test", "VLMJudge.scale",
 }  # fmt: skip
-"""Arguments of a base class that the class sets itself; and any score, for which weights are read."""
+"""Arguments of a base class that the class sets itself, and one that takes any number."""
 
 
 def cases() -> Iterator[tuple[Entry, type, str, Any]]:
