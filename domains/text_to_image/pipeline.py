@@ -36,9 +36,9 @@ Precision = Literal["float32", "float16", "bfloat16"]
 class TextToImagePipeline(Pipeline):
     """A latent diffusion or flow model: text encoders, a denoiser and a VAE.
 
-    The family is that of the folder: Stable Diffusion 1.x and 2.x, XL, 3 and 3.5, FLUX.1, Z-Image.
-    States are latents [B, C, H / f, W / f] in single precision; samples are pictures [B, 3, H, W]
-    in [0, 1]. Text encoders and VAE are frozen.
+    The family is that of the folder: Stable Diffusion 1.x and 2.x, XL, 3 and 3.5, FLUX.1, Z-Image,
+    Sana. States are latents [B, C, H / f, W / f] in single precision; samples are pictures
+    [B, 3, H, W] in [0, 1]. Text encoders and VAE are frozen.
 
     Args:
         pretrained: A folder saved by diffusers, a hub id, the name of an embedded model ("shapes"),
@@ -63,7 +63,7 @@ class TextToImagePipeline(Pipeline):
             the picture had before it was cropped; None is the size of the picture.
         crop: For Stable Diffusion XL: top and left edge in pixels that it is told of.
         max_sequence_length: For Stable Diffusion 3 and FLUX.1: tokens of the T5 encoder. For
-            Z-Image: most tokens of a prompt.
+            Z-Image and Sana: most tokens of a prompt.
         true_cfg_scale: For FLUX.1: w of classifier-free guidance beside its own.
         dtype: Precision of the frozen weights. A LoRA is trained in single precision in any case.
         checkpoint_denoiser: Keep only the inputs of the denoiser's blocks for the backward pass
@@ -194,6 +194,7 @@ class TextToImagePipeline(Pipeline):
             "family": self.family.name,
             "sources": [identity(source, [*encoders, *tokenizers]) for source in sources],
             "loaded": loaded,
+            **self.family.encoding_settings(),
         }
         self.family.cache = EmbeddingCache(Path(folder), model, self.family.encoded_shapes())
 
@@ -305,7 +306,7 @@ class TextToImagePipeline(Pipeline):
         pictures = column(batch, "image").to(self.device, self.vae.dtype) / 127.5 - 1
         with torch.no_grad():
             parts = pictures.split(self.decode_batch_size)
-            modes = torch.cat([self.vae.encode(part).latent_dist.mode() for part in parts])
+            modes = torch.cat([_mode(self.vae.encode(part)) for part in parts])
         check_vae(modes, self.vae, "latents of the given pictures")
         return self.family.from_vae(modes.to(self.precision))
 
@@ -353,3 +354,9 @@ class TextToImagePipeline(Pipeline):
     @property
     def _home(self) -> Home:
         return Home(type(self.diffusers), self.family.denoiser_name, self.denoiser.config)
+
+
+def _mode(encoded: Any) -> Tensor:
+    """Return the mode of what a VAE returned; an AutoencoderDC has no posterior, but latents."""
+    latent = getattr(encoded, "latent", None)
+    return encoded.latent_dist.mode() if latent is None else latent

@@ -45,6 +45,7 @@ class Family(ABC):
         lora_targets: Name endings of the layers that get a LoRA unless a config says otherwise.
         guidance_scale: Guidance unless a config says otherwise: diffusers' own default.
         option_names: The settings that this family has beside the common ones.
+        overflows_in_half: Parts that cannot be in float16, in words.
         cache: Encodings on disk, which come before those of the text encoders; None without them.
         idle_encoders: The text encoders where they stay on the CPU between encodings, else None.
         tell_cuts: Warns once of prompts that are cut at a tokenizer's limit.
@@ -61,6 +62,7 @@ class Family(ABC):
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     guidance_scale: ClassVar[float]
     option_names: ClassVar[tuple[str, ...]] = ()
+    overflows_in_half: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -150,6 +152,10 @@ class Family(ABC):
     @abstractmethod
     def encoded_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of one prompt's encodings, by name, without the row."""
+
+    def encoding_settings(self) -> dict[str, Any]:
+        """Return what encodings depend on beside the text encoders and the encodings' shapes."""
+        return {}
 
     def readers(self) -> list[Reader]:
         """Return the tokenizers at which a prompt's words are lost to the model: all of CLIP."""

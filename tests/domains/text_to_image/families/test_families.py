@@ -162,14 +162,41 @@ def test_an_option_of_another_family_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "value"),
-    [("shift_terminal", 0.1), ("use_karras_sigmas", True), ("stochastic_sampling", True)],
+    ("name", "options"),
+    [
+        ("sd3", {"shift_terminal": 0.1}),
+        ("sd3", {"use_karras_sigmas": True}),
+        ("sd3", {"num_train_timesteps": 500}),
+        ("sd3", {"use_dynamic_shifting": True, "time_shift_type": "linear"}),
+        ("flux_dev", {"shift_terminal": 0.1}),
+        ("flux_dev", {"use_exponential_sigmas": True}),
+    ],
+    ids=str,
 )
-def test_options_that_change_the_grid_are_refused(setting: str, value: Any) -> None:
-    parts = tiny("sd3")
-    parts.scheduler.register_to_config(**{setting: value})
-    with pytest.raises(UsageError, match=setting):
-        FAMILIES["StableDiffusion3Pipeline"](parts, (32, 32))
+def test_options_that_change_the_grid_are_honoured(name: str, options: dict[str, Any]) -> None:
+    parts = tiny(name)
+    parts.scheduler = type(parts.scheduler).from_config(parts.scheduler.config, **options)
+    family = FAMILIES[type(parts).__name__](parts, (32, 32))
+    latents = ours(family, 2.0, 5)
+    if name == "flux_dev":
+        latents = packed(latents)
+    expected = theirs(family, 5, guidance_scale=2.0)
+    torch.testing.assert_close(latents, expected, atol=5e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("sd3", "stochastic_sampling"),
+        ("flux_dev", "invert_sigmas"),
+        ("sana", "use_dynamic_shifting"),  # its pipeline passes no shift
+    ],
+)
+def test_options_that_are_sampled_otherwise_are_refused(name: str, option: str) -> None:
+    parts = tiny(name)
+    parts.scheduler.register_to_config(**{option: True})
+    with pytest.raises(UsageError, match=rf"^pipeline\.init_args\.pretrained: .*{option}.*; set "):
+        FAMILIES[type(parts).__name__](parts, (32, 32))
 
 
 def test_another_scheduler_is_refused() -> None:
