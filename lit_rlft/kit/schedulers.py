@@ -8,6 +8,7 @@ keys of a scheduler_config.json, left over from another class, and ignores them.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_info
@@ -296,6 +297,11 @@ RULES: dict[str, tuple[Rule, ...]] = {
 }
 """Refused values by option."""
 
+
+def _set(option: str, config: Config) -> bool:
+    return bool(config[option])
+
+
 FLOW_SOLVERS = (
     "DPMSolverMultistepScheduler",
     "DPMSolverSinglestepScheduler",
@@ -323,9 +329,7 @@ SOLVED_FLOWS: dict[str, tuple[Rule, ...]] = {
         ),
     ),
     **{
-        option: (
-            Rule(lambda c, option=option: bool(c[option]), "true", why, remedy, only=FLOW_SOLVERS),
-        )
+        option: (Rule(partial(_set, option), "true", why, remedy, only=FLOW_SOLVERS),)
         for option, why, remedy in (
             ("thresholding", "latents are not bounded", "false"),
             ("shift_terminal", "its grid ends elsewhere", "null"),

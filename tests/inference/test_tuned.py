@@ -27,7 +27,8 @@ STEPS = 5
 PAGE = Path(__file__).parents[2] / "docs/how_to/real_models.md"
 
 
-FAMILIES = ["sd", "sdxl", "sd3", "flux_dev", pytest.param("zimage", marks=pytest.mark.slow)]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("zimage", "sana")]
+FAMILIES = ["sd", "sdxl", "sd3", "flux_dev", *SLOW]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -74,7 +74,7 @@ def latent_problems(
     returned: int,
     denoiser: str,
     unused: Sequence[str] = (),
-    kinds: tuple[type, ...] = (AutoencoderKL, AutoencoderTiny),
+    kinds: tuple[type[Any], ...] = (AutoencoderKL, AutoencoderTiny),
 ) -> Iterator[str]:
     """Iterate over what does not fit in the latents of a denoiser and a VAE.
 

@@ -79,6 +79,7 @@ def theirs(family: Family, num_steps: int, **settings: Any) -> Tensor:
         ("flux_dev", (32, 48), {"guidance_scale": 3.5, "max_sequence_length": 512}),
         ("flux_schnell", (32, 32), {"guidance_scale": 0.0, "max_sequence_length": 256}),
         ("zimage", (32, 48), {"guidance_scale": 3.5}),
+        ("sana", (32, 64), {"guidance_scale": 3.5, "use_resolution_binning": False}),
         pytest.param("zimage", (32, 32), {"guidance_scale": 0.0}, marks=pytest.mark.slow),
     ],
 )
@@ -128,7 +129,7 @@ def test_sdxl_is_told_sizes_and_crop() -> None:
     assert (ours(family_of("sdxl", (16, 16)), 2.0, 3) - expected).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux_dev", "zimage"])
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux_dev", "zimage", "sana"])
 def test_pictures_and_latents_in_the_units_of_the_vae(name: str) -> None:
     family = family_of(name, (32, 32))
     if name == "sdxl":
@@ -138,7 +139,14 @@ def test_pictures_and_latents_in_the_units_of_the_vae(name: str) -> None:
     latents = start(family)
     torch.testing.assert_close(family.from_vae(family.to_vae(latents)), latents)
     guidance = 0.0 if name == "zimage" else 1.0
-    settings = {"height": 32, "width": 32, "num_inference_steps": 1, "guidance_scale": guidance}
+    settings: dict[str, Any] = {
+        "height": 32,
+        "width": 32,
+        "num_inference_steps": 1,
+        "guidance_scale": guidance,
+    }
+    if name == "sana":
+        settings["use_resolution_binning"] = False
     given = packed(latents) if name == "flux_dev" else latents.clone()
     final = ours(family, guidance, 1)
     with torch.no_grad():
@@ -149,7 +157,7 @@ def test_pictures_and_latents_in_the_units_of_the_vae(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "size", "multiple"),
-    [("sdxl", 15, 2), ("sd3", 34, 4), ("flux_dev", 34, 4), ("zimage", 34, 4)],
+    [("sdxl", 15, 2), ("sd3", 34, 4), ("flux_dev", 34, 4), ("zimage", 34, 4), ("sana", 48, 32)],
 )
 def test_sizes_that_do_not_fit_are_refused(name: str, size: int, multiple: int) -> None:
     with pytest.raises(UsageError, match=rf"init_args\.width is {size}.*multiple of {multiple}"):

@@ -24,7 +24,7 @@ from tests.domains.text_to_image.families.tiny import tiny
 SLOW = pytest.mark.slow
 FAMILIES = [
     "sdxl",
-    *(pytest.param(name, marks=SLOW) for name in ("sd", "sd3", "flux_dev", "zimage")),
+    *(pytest.param(name, marks=SLOW) for name in ("sd", "sd3", "flux_dev", "zimage", "sana")),
 ]
 DOUBLE = [
     f"transformer_blocks.0.attn.{name}"

@@ -12,7 +12,14 @@ from lit_rlft.core.sampling import Sampler
 from lit_rlft.loop.reference import LoRA, adapt
 from tests.domains.text_to_image.families.tiny import tiny
 
-FAMILY_NAMES = ["sdxl", "sd3", "flux_dev", pytest.param("zimage", marks=pytest.mark.slow)]
+SLOW = pytest.mark.slow
+FAMILY_NAMES = [
+    "sdxl",
+    "sd3",
+    "flux_dev",
+    "sana",
+    pytest.param("zimage", marks=SLOW),
+]
 SIZE = {"height": 32, "width": 32}
 
 
