@@ -32,6 +32,7 @@ BAD = (math.nan, math.inf, -math.inf, -1, 0)
 
 INTERNAL = {
     "Flux", "Sana", "StableDiffusion", "StableDiffusion3", "StableDiffusionXL", "ZImage",
+    "SavedFlow",
     "Batches", "BadArgument", "Bars", "Chunk", "Categorical", "Command", "Condition",
     "FixedBatches",
     "Gaussian", "GaussianMixtureDenoiser", "Generated", "GradientPlan", "Images",

@@ -65,6 +65,10 @@ class TextToImagePipeline(Pipeline):
         max_sequence_length: For Stable Diffusion 3 and FLUX.1: tokens of the T5 encoder. For
             Z-Image and Sana: most tokens of a prompt.
         true_cfg_scale: For FLUX.1: w of classifier-free guidance beside its own.
+        cfg_normalization: For Z-Image: the guided prediction is at most this times as long as the
+            conditional one; diffusers' true is 1. None bounds nothing.
+        cfg_truncation: For Z-Image: no guidance where 1 - t, from 0 at noise to 1 at data, is above
+            this. None guides all steps.
         dtype: Precision of the frozen weights. A LoRA is trained in single precision in any case.
         checkpoint_denoiser: Keep only the inputs of the denoiser's blocks for the backward pass
             and compute the blocks again there: less memory, about a third more time.
@@ -111,6 +115,8 @@ class TextToImagePipeline(Pipeline):
         crop: tuple[int, int] | None = None,
         max_sequence_length: int | None = None,
         true_cfg_scale: float | None = None,
+        cfg_normalization: float | None = None,
+        cfg_truncation: float | None = None,
         dtype: Precision = "float32",
         checkpoint_denoiser: bool = False,
         channels_last: bool = False,
@@ -126,6 +132,7 @@ class TextToImagePipeline(Pipeline):
     ) -> None:
         super().__init__()
         at_least(0, self, guidance_scale=guidance_scale, true_cfg_scale=true_cfg_scale, crop=crop)
+        at_least(0, self, cfg_normalization=cfg_normalization, cfg_truncation=cfg_truncation)
         at_least(1, self, decode_batch_size=decode_batch_size, encode_batch_size=encode_batch_size)
         at_least(1, self, max_sequence_length=max_sequence_length, original_size=original_size)
         self.pretrained, self.config, self.from_scratch = pretrained, config, from_scratch
@@ -138,6 +145,7 @@ class TextToImagePipeline(Pipeline):
         )
         options: dict[str, Any] = {"original_size": original_size, "crop": crop}
         options |= {"max_sequence_length": max_sequence_length, "true_cfg_scale": true_cfg_scale}
+        options |= {"cfg_normalization": cfg_normalization, "cfg_truncation": cfg_truncation}
         kind, size = FAMILIES[type(self.diffusers).__name__], (height, width)
         self.family = kind(self.diffusers, size, encode_batch_size=encode_batch_size, **options)
         own = self.family.guidance_scale
@@ -257,7 +265,7 @@ class TextToImagePipeline(Pipeline):
         return prediction.to(x.dtype)
 
     def forward(self, x_t: State, t: Tensor, condition: Condition) -> Tensor:
-        """Return the guided prediction u + w (c - u); both halves go through in one call.
+        """Return the guided prediction, u + w (c - u); both halves go through in one call.
 
         Where only c carries gradient there are two calls, u's without a graph.
         """
@@ -271,7 +279,7 @@ class TextToImagePipeline(Pipeline):
         else:
             both = replace(condition, rows=torch.cat([null.rows, condition.rows]))
             u, c = self.predict(torch.cat([tensor_of(x_t)] * 2), t.repeat(2), both).chunk(2)
-        return u + self.cfg_scale * (c - u)
+        return self.family.guided(u, c, t, self.guidance_scale)
 
     def decode(self, x_0: State, condition: Condition) -> Tensor:
         check_latents(tensor_of(x_0), self.denoiser, self.encoder, condition.tables.values())

@@ -10,7 +10,8 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from domains.text_to_image.embeddings import EmbeddingCache
-from domains.text_to_image.families.cuts import CutPrompts, Reader, quiet
+from domains.text_to_image.families.cuts import CutPrompts
+from domains.text_to_image.networks.texts import Reader, quiet
 from domains.text_to_image.networks.weightless import NoTokenizer
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.process import GaussianProcess
@@ -247,6 +248,17 @@ class Family(ABC):
     def cfg_scale(self, guidance: float) -> float:
         """Return w of classifier-free guidance, which costs a second prediction above 1."""
         return guidance
+
+    def guided(self, u: Tensor, c: Tensor, t: Tensor, guidance: float) -> Tensor:
+        """Return what classifier-free guidance makes of two predictions.
+
+        Args:
+            u: [B, C, h, w], the unconditional prediction.
+            c: The conditional one.
+            t: [B] times in [0, 1].
+            guidance: The pipeline's guidance scale.
+        """
+        return u + self.cfg_scale(guidance) * (c - u)
 
     def to_vae(self, latents: Tensor) -> Tensor:
         """Return latents in the units that the VAE decodes."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from domains.text_to_image.families.base import Family, Tables
 from domains.text_to_image.families.checks import latent_problems, missing
-from domains.text_to_image.families.cuts import Reader
+from domains.text_to_image.networks.texts import Reader
 from domains.text_to_image.networks.weightless import NoTokenizer
 from lit_rlft.core.process import GaussianProcess
 from lit_rlft.kit.captions import masked

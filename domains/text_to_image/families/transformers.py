@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from domains.text_to_image.families.base import Family, Tables
 from domains.text_to_image.families.checks import clip_problems, latent_problems, missing
-from domains.text_to_image.families.cuts import Reader
+from domains.text_to_image.networks.texts import Reader
 from lit_rlft.core.process import GaussianProcess
 from lit_rlft.kit.flow_schedulers import flow_process, flow_timestep
 
