@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderTiny, DiffusionPipeline
 from lightning.pytorch.utilities import rank_zero_info
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from domains.text_to_image import EMBEDDED, card
 from domains.text_to_image.embeddings import EmbeddingCache, identity
-from domains.text_to_image.families import FAMILIES
+from domains.text_to_image.families import family_of
 from domains.text_to_image.loading import Files, load_parts
 from domains.text_to_image.networks.lora import Home, lora_weights, read_lora, save_lora
 from domains.text_to_image.networks.web_lora import WEB_LORA, save_web_lora
@@ -131,27 +131,27 @@ class TextToImagePipeline(Pipeline):
         web_lora: bool = False,
     ) -> None:
         super().__init__()
-        at_least(0, self, guidance_scale=guidance_scale, true_cfg_scale=true_cfg_scale, crop=crop)
-        at_least(0, self, cfg_normalization=cfg_normalization, cfg_truncation=cfg_truncation)
-        at_least(1, self, decode_batch_size=decode_batch_size, encode_batch_size=encode_batch_size)
-        at_least(1, self, max_sequence_length=max_sequence_length, original_size=original_size)
+        options: dict[str, Any] = {"true_cfg_scale": true_cfg_scale, "crop": crop}
+        options |= {"cfg_normalization": cfg_normalization, "cfg_truncation": cfg_truncation}
+        sizes = {"original_size": original_size, "max_sequence_length": max_sequence_length}
+        sizes["encode_batch_size"] = encode_batch_size
+        at_least(0, self, guidance_scale=guidance_scale, **options)
+        at_least(1, self, decode_batch_size=decode_batch_size, **sizes)
         self.pretrained, self.config, self.from_scratch = pretrained, config, from_scratch
         self.guidance_gradient, self.negative_prompt = guidance_gradient, negative_prompt
         self.decode_batch_size, self.checkpoint_decoder = decode_batch_size, checkpoint_decoder
         self.save_dtype, self.web_lora = getattr(torch, save_dtype), web_lora
         files = Files(config, vae, textual_inversions or ())
-        self.diffusers = load_parts(
-            pretrained, getattr(torch, dtype), files, variant=variant, from_scratch=from_scratch
-        )
-        options: dict[str, Any] = {"original_size": original_size, "crop": crop}
-        options |= {"max_sequence_length": max_sequence_length, "true_cfg_scale": true_cfg_scale}
-        options |= {"cfg_normalization": cfg_normalization, "cfg_truncation": cfg_truncation}
-        kind, size = FAMILIES[type(self.diffusers).__name__], (height, width)
-        self.family = kind(self.diffusers, size, encode_batch_size=encode_batch_size, **options)
-        own = self.family.guidance_scale
-        self.guidance_scale = own if guidance_scale is None else guidance_scale
+        self.diffusers = self._load(files, getattr(torch, dtype), variant)
+        family = self.family = family_of(self.diffusers, (height, width), **options, **sizes)
+        self.guidance_scale = family.guidance_scale if guidance_scale is None else guidance_scale
         self._adopt(checkpoint_denoiser, tile_decoder, channels_last, text_encoders == "cpu")
         self._keep_encodings(embedding_cache, files, [dtype, variant])
+
+    def _load(self, files: Files, dtype: torch.dtype, variant: str | None) -> DiffusionPipeline:
+        return load_parts(
+            self.pretrained, dtype, files, variant=variant, from_scratch=self.from_scratch
+        )
 
     def _adopt(
         self, checkpoint_denoiser: bool, tile_decoder: bool, channels_last: bool, idle: bool
@@ -353,7 +353,9 @@ class TextToImagePipeline(Pipeline):
         config, weights = self.denoiser.peft_config["default"], lora_weights(self.denoiser)
         title = f"{self.name} tuned with lit-rlft"
         rank, alpha = config.r, config.lora_alpha
-        return [save_web_lora(weights, rank, alpha, self._home, folder / WEB_LORA, title)]
+        v_prediction = self.process.prediction_type == "v"
+        path = folder / WEB_LORA
+        return [save_web_lora(weights, rank, alpha, self._home, path, title, v_prediction)]
 
     def read_lora(self, path: Path) -> tuple[dict[str, Tensor], float | None]:
         """Read a LoRA that diffusers, peft or kohya wrote, from its file or folder."""
