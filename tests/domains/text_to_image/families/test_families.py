@@ -79,7 +79,12 @@ def theirs(family: Family, num_steps: int, **settings: Any) -> Tensor:
         ("flux_dev", (32, 48), {"guidance_scale": 3.5, "max_sequence_length": 512}),
         ("flux_schnell", (32, 32), {"guidance_scale": 0.0, "max_sequence_length": 256}),
         ("zimage", (32, 48), {"guidance_scale": 3.5}),
-        ("sana", (32, 64), {"guidance_scale": 3.5, "use_resolution_binning": False}),
+        pytest.param(
+            "sana",
+            (32, 64),
+            {"guidance_scale": 3.5, "use_resolution_binning": False},
+            marks=pytest.mark.slow,
+        ),
         pytest.param("zimage", (32, 32), {"guidance_scale": 0.0}, marks=pytest.mark.slow),
     ],
 )
@@ -129,7 +134,10 @@ def test_sdxl_is_told_sizes_and_crop() -> None:
     assert (ours(family_of("sdxl", (16, 16)), 2.0, 3) - expected).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux_dev", "zimage", "sana"])
+@pytest.mark.parametrize(
+    "name",
+    ["sdxl", "sd3", "flux_dev", "zimage", pytest.param("sana", marks=pytest.mark.slow)],
+)
 def test_pictures_and_latents_in_the_units_of_the_vae(name: str) -> None:
     family = family_of(name, (32, 32))
     if name == "sdxl":
@@ -172,12 +180,17 @@ def test_an_option_of_another_family_is_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("sd3", {"shift_terminal": 0.1}),
-        ("sd3", {"use_karras_sigmas": True}),
-        ("sd3", {"num_train_timesteps": 500}),
-        ("sd3", {"use_dynamic_shifting": True, "time_shift_type": "linear"}),
-        ("flux_dev", {"shift_terminal": 0.1}),
-        ("flux_dev", {"use_exponential_sigmas": True}),
+        ("sd3", {"shift_terminal": 0.1, "num_train_timesteps": 500}),
+        ("flux_dev", {"shift_terminal": 0.1, "use_karras_sigmas": True}),
+        *(
+            pytest.param(name, options, marks=pytest.mark.slow)
+            for name, options in (
+                ("sd3", {"use_karras_sigmas": True}),
+                ("sd3", {"use_dynamic_shifting": True, "time_shift_type": "linear"}),
+                ("flux_dev", {"shift_terminal": 0.1}),
+                ("flux_dev", {"use_exponential_sigmas": True}),
+            )
+        ),
     ],
     ids=str,
 )

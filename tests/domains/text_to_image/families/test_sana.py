@@ -41,7 +41,7 @@ def family_of(parts: Any, **options: Any) -> Family:
     return FAMILIES["SanaPipeline"](parts, (32, 64), **options)
 
 
-@pytest.mark.parametrize("length", [300, 40])
+@pytest.mark.parametrize("length", [pytest.param(300, marks=SLOW), 40])
 def test_encodings_are_those_of_diffusers(length: int) -> None:
     """Prompts after the instruction, the negative prompt without it, zeros where there is none."""
     family = family_of(tiny("sana"), **({} if length == 300 else {"max_sequence_length": length}))
@@ -184,7 +184,7 @@ def test_models_that_do_not_fit_are_refused(change: str, said: str) -> None:
         family_of(changed(change))
 
 
-@pytest.mark.parametrize("tokenizer", [True, False])
+@pytest.mark.parametrize("tokenizer", [pytest.param(True, marks=SLOW), False])
 def test_without_weights_there_are_shapes(folder: Path, tmp_path: Path, tokenizer: bool) -> None:
     path = tmp_path / "sana"
     left_out = ["*.safetensors", *([] if tokenizer else ["tokenizer"])]

@@ -17,8 +17,7 @@ FAMILY_NAMES = [
     "sdxl",
     "sd3",
     "flux_dev",
-    "sana",
-    pytest.param("zimage", marks=SLOW),
+    *(pytest.param(name, marks=SLOW) for name in ("zimage", "sana")),
 ]
 SIZE = {"height": 32, "width": 32}
 

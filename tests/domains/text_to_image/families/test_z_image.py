@@ -109,7 +109,13 @@ def plain(folder: Path) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("normalization", "truncation"), [(1.0, None), (0.7, 0.5), (0.0, 0.25), (1.2, 0.0)]
+    ("normalization", "truncation"),
+    [
+        (1.0, None),
+        (0.7, 0.5),
+        pytest.param(0.0, 0.25, marks=SLOW),
+        pytest.param(1.2, 0.0, marks=SLOW),
+    ],
 )
 def test_normalised_and_truncated_guidance_is_that_of_diffusers(
     folder: Path, plain: Any, normalization: float, truncation: float | None
