@@ -144,25 +144,23 @@ _FLOW = "FlowMatchEulerDiscreteScheduler"
 _SOLVED = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 
 
+_MULTISTEP = "DPMSolverMultistepScheduler"
+
+
+def _solved(model: str, name: str, unit: int = 16) -> Case:
+    """Return the case of a flow that a solver was saved for."""
+    given, make = {**_SOLVED, "flow_shift": 3.0}, _first_order(name)
+    words = ("flow, shift 3", 0.0, make, "itself at order 1")
+    return Case(model, name, given, *words, unit=unit)
+
+
 def _sana() -> Iterator[Case]:
     """Iterate over Sana's own scheduler, and the solvers that its folders come with."""
     for shift in (3.0, 1.0):
         yield Case("sana", _FLOW, {"shift": shift}, f"shift {shift:g}", unit=32)
     yield Case("sana", _FLOW, {"shift": 3.0, "use_karras_sigmas": True}, "karras", unit=32)
-    for name in (
-        "DPMSolverMultistepScheduler",
-        "DPMSolverSinglestepScheduler",
-        "UniPCMultistepScheduler",
-    ):
-        yield Case(
-            "sana",
-            name,
-            {**_SOLVED, "flow_shift": 3.0},
-            "flow, shift 3",
-            stand_in=_first_order(name),
-            compared="itself at order 1",
-            unit=32,
-        )
+    for name in (_MULTISTEP, "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler"):
+        yield _solved("sana", name, unit=32)
 
 
 CASES: tuple[Case, ...] = (
@@ -177,6 +175,7 @@ CASES: tuple[Case, ...] = (
     Case("sd3", _FLOW, {"shift": 3.0}, "shift 3"),
     Case("sd3", _FLOW, {"shift": 1.0}, "shift 1"),
     Case("sd3", _FLOW, _DYNAMIC | {"shift": 1.0, "max_shift": 0.9}, "dynamic shift"),
+    _solved("sd3", _MULTISTEP),
     Case("flux_dev", _FLOW, _DYNAMIC, "dynamic shift"),
     Case("flux_schnell", _FLOW, {"shift": 1.0}, "shift 1", guidance=0.0),
     Case("zimage", _FLOW, {"shift": 3.0}, "shift 3"),
