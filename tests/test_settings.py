@@ -31,7 +31,8 @@ from lit_rlft.core.selection import TopK
 BAD = (math.nan, math.inf, -math.inf, -1, 0)
 
 INTERNAL = {
-    "Flux", "StableDiffusion", "StableDiffusion3", "StableDiffusionXL", "ZImage",
+    "Flux", "Sana", "StableDiffusion", "StableDiffusion3", "StableDiffusionXL", "ZImage",
+    "SavedFlow",
     "Batches", "BadArgument", "Bars", "Chunk", "Categorical", "Command", "Condition",
     "FixedBatches",
     "Gaussian", "GaussianMixtureDenoiser", "Generated", "GradientPlan", "Images",

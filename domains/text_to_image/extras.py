@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, DiffusionPipeline
 from lightning.pytorch.utilities import rank_zero_info
 from safetensors.torch import load_file
 
@@ -17,10 +17,17 @@ __all__ = ["add_textual_inversions", "load_vae"]
 
 _VAE = "pipeline.init_args.vae"
 _INVERSIONS = "pipeline.init_args.textual_inversions"
-_KINDS = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+_VAE_KINDS: dict[str, tuple[type[Any], ...]] = {
+    "AutoencoderKL": (AutoencoderKL, AutoencoderTiny),
+    "AutoencoderTiny": (AutoencoderKL, AutoencoderTiny),
+    "AutoencoderDC": (AutoencoderDC,),
+}
+"""Classes of VAEs that can take the place of a model's own, by its class; whole ones first."""
 
 
-def load_vae(given: str, model: str, dtype: torch.dtype) -> AutoencoderKL | AutoencoderTiny:
+def load_vae(
+    given: str, model: str, dtype: torch.dtype
+) -> AutoencoderKL | AutoencoderTiny | AutoencoderDC:
     """Return a VAE that takes the place of a model's own.
 
     Args:
@@ -33,18 +40,21 @@ def load_vae(given: str, model: str, dtype: torch.dtype) -> AutoencoderKL | Auto
         UsageError: It cannot be loaded, or its latents have other channels or another scale.
     """
     own = AutoencoderKL.load_config(model, subfolder="vae")
+    kinds = _VAE_KINDS.get(str(own.get("_class_name")), _VAE_KINDS["AutoencoderKL"])
+    whole = kinds[0]
     if Path(given).is_file():
-        return _vae_of_file(Path(given), model, dtype)
+        return _vae_of_file(Path(given), model, dtype, whole)
     with loading(
         f"{_VAE}: {given!r} could not be loaded; give a folder or hub id with the config.json of "
-        "an AutoencoderKL, or a safetensors file"
+        f"an {whole.__name__}, or a safetensors file"
     ):
         config, where = _config(given)
-        kind = _KINDS.get(str(config.get("_class_name")))
+        named = {kind.__name__: kind for kind in kinds}
+        kind = named.get(str(config.get("_class_name")))
         if kind is None:
             raise UsageError(
-                f"{_VAE}: {given!r} is a {config.get('_class_name')}, not an AutoencoderKL or "
-                "AutoencoderTiny"
+                f"{_VAE}: {given!r} is of class {config.get('_class_name')}, not an "
+                f"{' or '.join(named)}"
             )
         _check_latents(given, config, own, kind)
         if weightless():
@@ -53,19 +63,17 @@ def load_vae(given: str, model: str, dtype: torch.dtype) -> AutoencoderKL | Auto
         return kind.from_pretrained(given, torch_dtype=dtype, **where)
 
 
-def _vae_of_file(path: Path, model: str, dtype: torch.dtype) -> AutoencoderKL:
+def _vae_of_file(path: Path, model: str, dtype: torch.dtype, kind: type[Any]) -> Any:
     """Return the VAE in a file, alone or in a whole checkpoint, by the config of a model's own."""
     refuse_pickle(path, _VAE)
     check_file(path, _VAE)
     with loading(f"{_VAE}: {path} could not be loaded as the VAE of a model like {model!r}"):
-        network = AutoencoderKL.from_single_file(
-            str(path), config=model, subfolder="vae", torch_dtype=dtype
-        )
+        network = kind.from_single_file(str(path), config=model, subfolder="vae", torch_dtype=dtype)
     empty = [name for name, value in network.named_parameters() if value.is_meta]
     if empty:
         raise UsageError(
             f"{_VAE}: {path} is no VAE of a model like {model!r}: it lacks {len(empty)} weights, "
-            f"such as {empty[0]}; give a file or folder of an AutoencoderKL"
+            f"such as {empty[0]}; give a file or folder of an {kind.__name__}"
         )
     return network
 
@@ -88,7 +96,7 @@ def _config(given: str) -> tuple[dict[str, Any], dict[str, str]]:
 def _check_latents(given: str, config: dict[str, Any], own: dict[str, Any], kind: type) -> None:
     """Raise UsageError where a VAE's latents are not those that the denoiser draws."""
     names = ["latent_channels"]
-    if kind is AutoencoderKL:  # a tiny one is trained on scaled latents
+    if kind is not AutoencoderTiny:  # it is trained on scaled latents
         names += ["scaling_factor", "shift_factor"]
     for name in names:
         theirs, ours = config.get(name), own.get(name)

@@ -124,6 +124,7 @@ def _read(
             "folder written by save_pretrained or a hub id"
         )
     kind = _known_kind(source)
+    _check_half(kind, dtype)
     new: dict[str, Any] = {} if vae is None else {"vae": load_vae(vae, source, dtype)}
     if weightless():
         bare = bare_pipeline(source, kind, dtype, _KEY)
@@ -150,6 +151,16 @@ def _read(
         ):
             part.to(dtype)
     return loaded
+
+
+def _check_half(kind: str, dtype: torch.dtype) -> None:
+    family = FAMILIES[kind]
+    if dtype == torch.float16 and family.overflows_in_half:
+        raise UsageError(
+            f"pipeline.init_args.dtype is float16, in which the "
+            f"{' and the '.join(family.overflows_in_half)} of {family.name} overflow; set it to "
+            "bfloat16 or float32"
+        )
 
 
 def _known_kind(source: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderTiny, DiffusionPipeline
 from lightning.pytorch.utilities import rank_zero_info
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from domains.text_to_image import EMBEDDED, card
 from domains.text_to_image.embeddings import EmbeddingCache, identity
-from domains.text_to_image.families import FAMILIES
+from domains.text_to_image.families import family_of
 from domains.text_to_image.loading import Files, load_parts
 from domains.text_to_image.networks.lora import Home, lora_weights, read_lora, save_lora
 from domains.text_to_image.networks.web_lora import WEB_LORA, save_web_lora
@@ -36,9 +36,9 @@ Precision = Literal["float32", "float16", "bfloat16"]
 class TextToImagePipeline(Pipeline):
     """A latent diffusion or flow model: text encoders, a denoiser and a VAE.
 
-    The family is that of the folder: Stable Diffusion 1.x and 2.x, XL, 3 and 3.5, FLUX.1, Z-Image.
-    States are latents [B, C, H / f, W / f] in single precision; samples are pictures [B, 3, H, W]
-    in [0, 1]. Text encoders and VAE are frozen.
+    The family is that of the folder: Stable Diffusion 1.x and 2.x, XL, 3 and 3.5, FLUX.1, Z-Image,
+    Sana. States are latents [B, C, H / f, W / f] in single precision; samples are pictures
+    [B, 3, H, W] in [0, 1]. Text encoders and VAE are frozen.
 
     Args:
         pretrained: A folder saved by diffusers, a hub id, the name of an embedded model ("shapes"),
@@ -63,8 +63,12 @@ class TextToImagePipeline(Pipeline):
             the picture had before it was cropped; None is the size of the picture.
         crop: For Stable Diffusion XL: top and left edge in pixels that it is told of.
         max_sequence_length: For Stable Diffusion 3 and FLUX.1: tokens of the T5 encoder. For
-            Z-Image: most tokens of a prompt.
+            Z-Image and Sana: most tokens of a prompt.
         true_cfg_scale: For FLUX.1: w of classifier-free guidance beside its own.
+        cfg_normalization: For Z-Image: the guided prediction is at most this times as long as the
+            conditional one; diffusers' true is 1. None bounds nothing.
+        cfg_truncation: For Z-Image: no guidance where 1 - t, from 0 at noise to 1 at data, is above
+            this. None guides all steps.
         dtype: Precision of the frozen weights. A LoRA is trained in single precision in any case.
         checkpoint_denoiser: Keep only the inputs of the denoiser's blocks for the backward pass
             and compute the blocks again there: less memory, about a third more time.
@@ -111,6 +115,8 @@ class TextToImagePipeline(Pipeline):
         crop: tuple[int, int] | None = None,
         max_sequence_length: int | None = None,
         true_cfg_scale: float | None = None,
+        cfg_normalization: float | None = None,
+        cfg_truncation: float | None = None,
         dtype: Precision = "float32",
         checkpoint_denoiser: bool = False,
         channels_last: bool = False,
@@ -125,25 +131,27 @@ class TextToImagePipeline(Pipeline):
         web_lora: bool = False,
     ) -> None:
         super().__init__()
-        at_least(0, self, guidance_scale=guidance_scale, true_cfg_scale=true_cfg_scale, crop=crop)
-        at_least(1, self, decode_batch_size=decode_batch_size, encode_batch_size=encode_batch_size)
-        at_least(1, self, max_sequence_length=max_sequence_length, original_size=original_size)
+        options: dict[str, Any] = {"true_cfg_scale": true_cfg_scale, "crop": crop}
+        options |= {"cfg_normalization": cfg_normalization, "cfg_truncation": cfg_truncation}
+        sizes = {"original_size": original_size, "max_sequence_length": max_sequence_length}
+        sizes["encode_batch_size"] = encode_batch_size
+        at_least(0, self, guidance_scale=guidance_scale, **options)
+        at_least(1, self, decode_batch_size=decode_batch_size, **sizes)
         self.pretrained, self.config, self.from_scratch = pretrained, config, from_scratch
         self.guidance_gradient, self.negative_prompt = guidance_gradient, negative_prompt
         self.decode_batch_size, self.checkpoint_decoder = decode_batch_size, checkpoint_decoder
         self.save_dtype, self.web_lora = getattr(torch, save_dtype), web_lora
         files = Files(config, vae, textual_inversions or ())
-        self.diffusers = load_parts(
-            pretrained, getattr(torch, dtype), files, variant=variant, from_scratch=from_scratch
-        )
-        options: dict[str, Any] = {"original_size": original_size, "crop": crop}
-        options |= {"max_sequence_length": max_sequence_length, "true_cfg_scale": true_cfg_scale}
-        kind, size = FAMILIES[type(self.diffusers).__name__], (height, width)
-        self.family = kind(self.diffusers, size, encode_batch_size=encode_batch_size, **options)
-        own = self.family.guidance_scale
-        self.guidance_scale = own if guidance_scale is None else guidance_scale
+        self.diffusers = self._load(files, getattr(torch, dtype), variant)
+        family = self.family = family_of(self.diffusers, (height, width), **options, **sizes)
+        self.guidance_scale = family.guidance_scale if guidance_scale is None else guidance_scale
         self._adopt(checkpoint_denoiser, tile_decoder, channels_last, text_encoders == "cpu")
         self._keep_encodings(embedding_cache, files, [dtype, variant])
+
+    def _load(self, files: Files, dtype: torch.dtype, variant: str | None) -> DiffusionPipeline:
+        return load_parts(
+            self.pretrained, dtype, files, variant=variant, from_scratch=self.from_scratch
+        )
 
     def _adopt(
         self, checkpoint_denoiser: bool, tile_decoder: bool, channels_last: bool, idle: bool
@@ -194,6 +202,7 @@ class TextToImagePipeline(Pipeline):
             "family": self.family.name,
             "sources": [identity(source, [*encoders, *tokenizers]) for source in sources],
             "loaded": loaded,
+            **self.family.encoding_settings(),
         }
         self.family.cache = EmbeddingCache(Path(folder), model, self.family.encoded_shapes())
 
@@ -256,7 +265,7 @@ class TextToImagePipeline(Pipeline):
         return prediction.to(x.dtype)
 
     def forward(self, x_t: State, t: Tensor, condition: Condition) -> Tensor:
-        """Return the guided prediction u + w (c - u); both halves go through in one call.
+        """Return the guided prediction, u + w (c - u); both halves go through in one call.
 
         Where only c carries gradient there are two calls, u's without a graph.
         """
@@ -270,7 +279,7 @@ class TextToImagePipeline(Pipeline):
         else:
             both = replace(condition, rows=torch.cat([null.rows, condition.rows]))
             u, c = self.predict(torch.cat([tensor_of(x_t)] * 2), t.repeat(2), both).chunk(2)
-        return u + self.cfg_scale * (c - u)
+        return self.family.guided(u, c, t, self.guidance_scale)
 
     def decode(self, x_0: State, condition: Condition) -> Tensor:
         check_latents(tensor_of(x_0), self.denoiser, self.encoder, condition.tables.values())
@@ -305,7 +314,7 @@ class TextToImagePipeline(Pipeline):
         pictures = column(batch, "image").to(self.device, self.vae.dtype) / 127.5 - 1
         with torch.no_grad():
             parts = pictures.split(self.decode_batch_size)
-            modes = torch.cat([self.vae.encode(part).latent_dist.mode() for part in parts])
+            modes = torch.cat([_mode(self.vae.encode(part)) for part in parts])
         check_vae(modes, self.vae, "latents of the given pictures")
         return self.family.from_vae(modes.to(self.precision))
 
@@ -344,7 +353,9 @@ class TextToImagePipeline(Pipeline):
         config, weights = self.denoiser.peft_config["default"], lora_weights(self.denoiser)
         title = f"{self.name} tuned with lit-rlft"
         rank, alpha = config.r, config.lora_alpha
-        return [save_web_lora(weights, rank, alpha, self._home, folder / WEB_LORA, title)]
+        v_prediction = self.process.prediction_type == "v"
+        path = folder / WEB_LORA
+        return [save_web_lora(weights, rank, alpha, self._home, path, title, v_prediction)]
 
     def read_lora(self, path: Path) -> tuple[dict[str, Tensor], float | None]:
         """Read a LoRA that diffusers, peft or kohya wrote, from its file or folder."""
@@ -353,3 +364,9 @@ class TextToImagePipeline(Pipeline):
     @property
     def _home(self) -> Home:
         return Home(type(self.diffusers), self.family.denoiser_name, self.denoiser.config)
+
+
+def _mode(encoded: Any) -> Tensor:
+    """Return the mode of what a VAE returned; an AutoencoderDC has no posterior, but latents."""
+    latent = getattr(encoded, "latent", None)
+    return encoded.latent_dist.mode() if latent is None else latent

@@ -5,6 +5,7 @@ pipe = load_tuned(pipe, "runs/<name>/tuned")
 picture = pipe("a red ring", num_inference_steps=50).images[0]
 """
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +16,7 @@ from torch import Tensor
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import pooled
 from lit_rlft.inference.noise_generator import NoiseGenerator
-from lit_rlft.kit.captions import filled
+from lit_rlft.kit.captions import filled, masked
 from lit_rlft.runs.card import read_card
 
 __all__ = ["load_tuned"]
@@ -28,6 +29,7 @@ _ENCODINGS = {
     "StableDiffusion3Pipeline": (0, 2),
     "FluxPipeline": (0, 1),
     "ZImagePipeline": (0,),
+    "SanaPipeline": (0,),
 }
 """Where a pipeline's `encode_prompt` returns the prompts' embeddings and pooled embeddings."""
 
@@ -133,6 +135,11 @@ def _encode(pipe: Any, prompts: list[str], **settings: Any) -> list[Tensor]:
     elif name == "ZImagePipeline":
         captions, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, **settings)
         encoded = (filled(captions, settings.get("max_sequence_length", 512)),)
+    elif name == "SanaPipeline":
+        call = inspect.signature(super(_Tuned, pipe).__call__).parameters
+        told = {"complex_human_instruction": call["complex_human_instruction"].default}
+        embedding, mask, _, _ = pipe.encode_prompt(prompts, False, **told, **settings)
+        encoded = (masked(embedding, mask),)
     elif name == "StableDiffusionXLPipeline":
         encoded = pipe.encode_prompt(prompts, do_classifier_free_guidance=False)
     else:

@@ -11,7 +11,15 @@ from torch import Tensor
 from lit_rlft.core.checks import UsageError, positive, within
 from lit_rlft.core.schedule import DiscreteVP, RectifiedFlow
 
-__all__ = ["CONVERSIONS", "Clip", "SavedFlow", "SavedVP", "Threshold", "plain_flow"]
+__all__ = [
+    "CONVERSIONS",
+    "Clip",
+    "SavedFlow",
+    "SavedVP",
+    "SolvedFlow",
+    "Threshold",
+    "plain_flow",
+]
 
 Blend = Literal["power", "linear", "log"]
 CONVERSIONS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
@@ -175,18 +183,31 @@ class SavedFlow(RectifiedFlow):
 
     Args:
         scheduler: Its `config` is read; a copy is kept.
+        mu: What the pipeline passes for a dynamic shift; None takes the fixed shift.
+        own_grid: Whether the pipeline leaves the levels to the scheduler, which spaces them down to
+            the table's lowest one, or passes 1, ..., 1 / N. None leaves to it what a plain config
+            has not.
 
     Attributes:
         num_steps: Number of steps of the last grid, None before the first.
     """
 
-    def __init__(self, scheduler: Any) -> None:
+    def __init__(
+        self, scheduler: Any, *, mu: float | None = None, own_grid: bool | None = None
+    ) -> None:
         config = scheduler.config
-        super().__init__(config["shift"])
+        shift, lowest = config["shift"], 1 / config["num_train_timesteps"]
+        if mu is not None:
+            shift = mu if config["time_shift_type"] == "linear" else math.exp(mu)
+        else:  # a fixed shift is applied to the lowest level, and to the whole grid once more
+            lowest = shift * lowest / (1 + (shift - 1) * lowest)
+        super().__init__(shift, last=lowest if own_grid else None)
         self.num_levels: int = config["num_train_timesteps"]
         self.num_steps: int | None = None
         asked = config.get("shift_terminal") or any(config.get(n) for n in CONVERSIONS)
         self._scheduler = copy.deepcopy(scheduler) if asked else None
+        self._passed: dict[str, float] = {} if mu is None else {"mu": mu}
+        self._passes_levels = own_grid is False
 
     def timestep(self, t: Tensor) -> Tensor:
         """Return what the network is told, t times the number of levels, float32."""
@@ -196,6 +217,33 @@ class SavedFlow(RectifiedFlow):
         self.num_steps = num_steps
         if self._scheduler is None or num_steps == 1:  # one step leaves nothing to stretch
             return super().times(num_steps)
+        passed: dict[str, Any] = dict(self._passed)
+        if self._passes_levels:
+            passed["sigmas"] = torch.linspace(1, 1 / num_steps, num_steps).tolist()
+        self._scheduler.set_timesteps(num_steps, **passed)
+        return self._scheduler.sigmas.double()
+
+
+class SolvedFlow(RectifiedFlow):
+    """A rectified flow that a solver of diffusers was saved for, with its flow sigmas.
+
+    The grid is what its `set_timesteps` gives. Its timesteps are whole numbers, as the network is
+    told there.
+
+    Args:
+        scheduler: Its `config` is read; a copy is kept.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        super().__init__(scheduler.config["flow_shift"])
+        self.num_levels: int = scheduler.config["num_train_timesteps"]
+        self._scheduler = copy.deepcopy(scheduler)
+
+    def timestep(self, t: Tensor) -> Tensor:
+        """Return what the network is told: t times the number of levels, without its fraction."""
+        return (t.double() * self.num_levels + 1e-4).floor().float()  # levels are in single
+
+    def times(self, num_steps: int) -> Tensor:
         self._scheduler.set_timesteps(num_steps)
         return self._scheduler.sigmas.double()
 

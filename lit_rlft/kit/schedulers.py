@@ -8,6 +8,7 @@ keys of a scheduler_config.json, left over from another class, and ignores them.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_info
@@ -18,13 +19,16 @@ from lit_rlft.kit.saved_grids import CONVERSIONS, Clip, SavedFlow, SavedVP, Thre
 
 __all__ = [
     "FAMILIES",
+    "FLOW_SOLVERS",
     "HONOURED",
     "PREDICTION_TYPES",
     "REFUSED",
     "RULES",
+    "SOLVED_FLOWS",
     "SOLVER",
     "UNUSED",
     "Family",
+    "check_options",
     "saved_process",
 ]
 
@@ -294,6 +298,52 @@ RULES: dict[str, tuple[Rule, ...]] = {
 """Refused values by option."""
 
 
+def _set(option: str, config: Config) -> bool:
+    return bool(config[option])
+
+
+FLOW_SOLVERS = (
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "UniPCMultistepScheduler",
+)
+"""Solvers that end flows at clean data, where they were saved with `use_flow_sigmas`."""
+
+SOLVED_FLOWS: dict[str, tuple[Rule, ...]] = {
+    "prediction_type": (
+        Rule(
+            lambda c: c["prediction_type"] != "flow_prediction",
+            "all but flow_prediction",
+            "the network of a flow predicts its velocity",
+            "'flow_prediction'",
+            only=FLOW_SOLVERS,
+        ),
+    ),
+    "final_sigmas_type": (
+        Rule(
+            lambda c: c["final_sigmas_type"] != "zero",
+            "sigma_min",
+            "its samples keep noise",
+            "'zero'",
+            only=FLOW_SOLVERS,
+        ),
+    ),
+    **{
+        option: (Rule(partial(_set, option), "true", why, remedy, only=FLOW_SOLVERS),)
+        for option, why, remedy in (
+            ("thresholding", "latents are not bounded", "false"),
+            ("shift_terminal", "its grid ends elsewhere", "null"),
+            ("use_karras_sigmas", "its noise levels are then those of a table", "false"),
+            ("use_exponential_sigmas", "its noise levels are then those of a table", "false"),
+            ("use_beta_sigmas", "its noise levels are then those of a table", "false"),
+            ("use_lu_lambdas", "its noise levels are then those of a table", "false"),
+        )
+    },
+    "use_dynamic_shifting": RULES["use_dynamic_shifting"],
+}
+"""The same for solvers of flows, which have options of their own."""
+
+
 def saved_process(
     scheduler: Any, *, flows: bool = False, key: str = "pipeline.init_args.pretrained"
 ) -> GaussianProcess:
@@ -311,7 +361,7 @@ def saved_process(
     """
     name, config = type(scheduler).__name__, scheduler.config
     family = _family(name, flows, key)
-    _check(name, config, key)
+    check_options(name, config, key)
     if said := _stands_in(name, family):
         rank_zero_info(said)
     if family.grid == "flow":
@@ -370,10 +420,29 @@ def _family(name: str, flows: bool, key: str) -> Family:
     )
 
 
-def _check(name: str, config: Config, key: str) -> None:
-    for option, rules in RULES.items():
+def check_options(
+    name: str,
+    config: Config,
+    key: str,
+    table: Mapping[str, tuple[Rule, ...]] = RULES,
+    supplied: tuple[str, ...] = (),
+) -> None:
+    """Check that the options of a scheduler are supported.
+
+    Args:
+        name: Its class.
+        config: Its config.
+        key: The setting that named its folder, for messages.
+        table: Refused values by option.
+        supplied: Options that the caller sees to.
+
+    Raises:
+        UsageError: One is not; it names the remedy.
+    """
+    for option, rules in table.items():
         for rule in rules:
-            if name in rule.only and option in config and rule.bad(config):
+            used = name in rule.only and option in config and option not in supplied
+            if used and rule.bad(config):
                 raise UsageError(
                     f"{key}: a {name} with {option} is not supported ({config[option]!r}: "
                     f"{rule.why}); set it to {rule.remedy} in scheduler_config.json"

@@ -23,7 +23,7 @@ DOMAINS, ALGORITHMS, TRAINERS, EXPERIMENTS = (
 SMALL = {"gaussian_mixture", "layout", "molecule_soft", "digits"}
 MIXED = {"layout_mixed", "molecule_mixed"}
 # Models of the hub: test_families.py runs tiny ones in their places.
-HUB = {"flux", "sd15", "sd2", "sd35", "sdxl", "zimage"}
+HUB = {"flux", "sana", "sd15", "sd2", "sd35", "sdxl", "zimage"}
 # Recipes of the hub's models: test_recipes.py runs tiny ones in their places.
 OF_THE_HUB = {path.stem for path in EXPERIMENTS if path.stem.split("_")[0] in {*HUB, "sd35m"}}
 # What another experiment runs too, with other numbers.

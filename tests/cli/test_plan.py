@@ -1,5 +1,6 @@
 """`lit-rlft plan`: its figures against a real fit's, its advice, and what it refuses."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.cli import main
 from lit_rlft.cost.plan import GB, Part, Plan, first_change, report
 from tests.cost.measured import peak_of
-from tests.domains.text_to_image.families.real_sizes import clip_l, sdxl, z_image
+from tests.domains.text_to_image.families.real_sizes import clip_l, sana, sdxl, z_image
 
 LIMITS = ["--trainer.limit_train_batches=1", "--trainer.limit_val_batches=0"]
 CASES = {
@@ -88,18 +89,30 @@ def test_stable_diffusion_xl_of_its_real_size_from_configs_alone(
 
 
 @pytest.mark.slow
-def test_z_image_of_its_real_size_from_configs_alone(
-    planned: list[Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("config", "write", "million"),
+    [
+        ("zimage", z_image, {"denoiser": 6154.9, "encoder": 4022.5}),
+        ("sana", sana, {"denoiser": 1604.5, "encoder": 2614.3, "vae": 312.3}),
+    ],
+)
+def test_transformers_of_their_real_size_from_configs_alone(
+    config: str,
+    write: Callable[[Path], Path],
+    million: dict[str, float],
+    planned: list[Plan],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    z_image(Path("zimage"))
+    write(Path("model"))
     clip_l(Path("clip"))
     Path("prompts.txt").write_text("".join(f"a red ring, number {i}\n" for i in range(20)))
-    words = ["--pipeline.pretrained=zimage", "--reward.pretrained=clip"]
-    main(["plan", "--config=zimage", "--config=drtune", *words, "--model.microbatch_size=1"])
+    words = ["--pipeline.pretrained=model", "--reward.pretrained=clip"]
+    main(["plan", f"--config={config}", "--config=drtune", *words, "--model.microbatch_size=1"])
     (plan,) = planned
     numbers = {part.name: round(part.numbers / 1e6, 1) for part in plan.parts if not part.trained}
-    assert numbers["denoiser"] == 6154.9 and numbers["encoder"] == 4022.5
+    assert {name: numbers[name] for name in million} == million
 
 
 METHODS = {

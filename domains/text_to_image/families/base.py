@@ -10,7 +10,8 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from domains.text_to_image.embeddings import EmbeddingCache
-from domains.text_to_image.families.cuts import CutPrompts, Reader, quiet
+from domains.text_to_image.families.cuts import CutPrompts
+from domains.text_to_image.networks.texts import Reader, quiet
 from domains.text_to_image.networks.weightless import NoTokenizer
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.process import GaussianProcess
@@ -45,6 +46,7 @@ class Family(ABC):
         lora_targets: Name endings of the layers that get a LoRA unless a config says otherwise.
         guidance_scale: Guidance unless a config says otherwise: diffusers' own default.
         option_names: The settings that this family has beside the common ones.
+        overflows_in_half: Parts that cannot be in float16, in words.
         cache: Encodings on disk, which come before those of the text encoders; None without them.
         idle_encoders: The text encoders where they stay on the CPU between encodings, else None.
         tell_cuts: Warns once of prompts that are cut at a tokenizer's limit.
@@ -61,6 +63,7 @@ class Family(ABC):
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     guidance_scale: ClassVar[float]
     option_names: ClassVar[tuple[str, ...]] = ()
+    overflows_in_half: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -150,6 +153,10 @@ class Family(ABC):
     @abstractmethod
     def encoded_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of one prompt's encodings, by name, without the row."""
+
+    def encoding_settings(self) -> dict[str, Any]:
+        """Return what encodings depend on beside the text encoders and the encodings' shapes."""
+        return {}
 
     def readers(self) -> list[Reader]:
         """Return the tokenizers at which a prompt's words are lost to the model: all of CLIP."""
@@ -241,6 +248,17 @@ class Family(ABC):
     def cfg_scale(self, guidance: float) -> float:
         """Return w of classifier-free guidance, which costs a second prediction above 1."""
         return guidance
+
+    def guided(self, u: Tensor, c: Tensor, t: Tensor, guidance: float) -> Tensor:
+        """Return what classifier-free guidance makes of two predictions.
+
+        Args:
+            u: [B, C, h, w], the unconditional prediction.
+            c: The conditional one.
+            t: [B] times in [0, 1].
+            guidance: The pipeline's guidance scale.
+        """
+        return u + self.cfg_scale(guidance) * (c - u)
 
     def to_vae(self, latents: Tensor) -> Tensor:
         """Return latents in the units that the VAE decodes."""

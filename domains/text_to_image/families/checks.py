@@ -69,7 +69,12 @@ def clip_problems(encoder: Any, tokenizer: Any, which: str = "") -> Iterator[str
 
 
 def latent_problems(
-    vae: Any, read: int, returned: int, denoiser: str, unused: Sequence[str] = ()
+    vae: Any,
+    read: int,
+    returned: int,
+    denoiser: str,
+    unused: Sequence[str] = (),
+    kinds: tuple[type[Any], ...] = (AutoencoderKL, AutoencoderTiny),
 ) -> Iterator[str]:
     """Iterate over what does not fit in the latents of a denoiser and a VAE.
 
@@ -79,9 +84,11 @@ def latent_problems(
         returned: Channels that it returns.
         denoiser: What it is, "U-Net" or "transformer".
         unused: Settings of a VAE that the family leaves out.
+        kinds: The VAE's classes that the family has.
     """
-    if not isinstance(vae, AutoencoderKL | AutoencoderTiny):
-        yield f"its VAE is a {type(vae).__name__}, not an AutoencoderKL or AutoencoderTiny"
+    if not isinstance(vae, kinds):
+        known = " or ".join(kind.__name__ for kind in kinds)
+        yield f"its VAE is a {type(vae).__name__}, not an {known}"
         return
     own = vae.config
     if read != own["latent_channels"]:
@@ -97,5 +104,5 @@ def latent_problems(
     if not own.get("scaling_factor"):
         yield "its VAE has no scaling_factor"
     for name in ("in_channels", "out_channels"):
-        if own[name] != 3:
+        if own.get(name, 3) != 3:
             yield f"its VAE is for pictures of {own[name]} channels, not 3 ({name})"

@@ -1,49 +1,13 @@
 """Prompts that are longer than a text encoder reads; said once for a model."""
 
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-__all__ = ["CutPrompts", "Reader", "quiet"]
+from domains.text_to_image.networks.texts import Reader, quiet
 
-_NOISY = ("diffusers", "transformers.tokenization_utils_base")
-"""Loggers that warn of every long prompt anew."""
-
-
-@dataclass(frozen=True)
-class Reader:
-    """A tokenizer, and how much of a prompt its text encoder reads.
-
-    Attributes:
-        tokenizer: One of transformers.
-        length: Tokens at most, with the marks of start and end.
-        name: The encoder's, for the message.
-        remedy: How to have more tokens read.
-    """
-
-    tokenizer: Any
-    length: int
-    name: str
-    remedy: str = "shorten it"
-
-    def lost(self, prompts: Sequence[str]) -> list[str]:
-        """Return what is cut off the end of each prompt; "" where it is read whole."""
-        kept = self.length - self.tokenizer.num_special_tokens_to_add()
-        long = [i for i, prompt in enumerate(prompts) if len(prompt) > kept]  # a letter at least
-        ends = [""] * len(prompts)
-        if not long:
-            return ends
-        found = self.tokenizer(
-            [prompts[i] for i in long], add_special_tokens=False, return_offsets_mapping=True
-        )
-        for i, places in zip(long, found["offset_mapping"], strict=True):
-            if len(places) > kept:
-                ends[i] = prompts[i][places[kept][0] :].strip()
-        return ends
+__all__ = ["CutPrompts"]
 
 
 class CutPrompts:
@@ -89,16 +53,3 @@ class CutPrompts:
 
     def _read(self, prompt: str, reader: Reader) -> str:
         return prompt if self.convert is None else self.convert(prompt, reader.tokenizer)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep libraries from warning of each long prompt."""
-    levels = {name: logging.getLogger(name).level for name in _NOISY}
-    for name in _NOISY:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from domains.text_to_image.families.base import Family, Tables
 from domains.text_to_image.families.checks import clip_problems, latent_problems, missing
-from domains.text_to_image.families.cuts import Reader
+from domains.text_to_image.networks.texts import Reader
 from lit_rlft.core.process import GaussianProcess
-from lit_rlft.kit.flow_schedulers import flow_process
+from lit_rlft.kit.flow_schedulers import flow_process, flow_timestep
 
 __all__ = ["Flux", "StableDiffusion3"]
 
@@ -108,7 +108,7 @@ class StableDiffusion3(Family):
     ) -> Tensor:
         return network(
             x_t,
-            timestep=(t * 1000).float(),
+            timestep=flow_timestep(self.process, t),
             encoder_hidden_states=tables["embedding"].to(x_t.dtype),
             pooled_projections=tables["pooled"].to(x_t.dtype),
             return_dict=False,

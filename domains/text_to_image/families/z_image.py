@@ -8,7 +8,7 @@ from torch import Tensor
 
 from domains.text_to_image.families.base import Family, Tables
 from domains.text_to_image.families.checks import latent_problems, missing
-from domains.text_to_image.families.cuts import Reader
+from domains.text_to_image.networks.texts import Reader
 from domains.text_to_image.networks.weightless import NoTokenizer
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.process import GaussianProcess
@@ -31,6 +31,8 @@ class ZImage(Family):
 
     Options:
         max_sequence_length: Most tokens of a caption with the chat around it; 512 unless given.
+        cfg_normalization: The guided prediction is at most this times as long as c; 0 is no bound.
+        cfg_truncation: No guidance where 1 - t is above this.
 
     References:
         Z-Image: An Efficient Image Generation Foundation Model with Single-Stream Diffusion
@@ -40,7 +42,11 @@ class ZImage(Family):
     name = "Z-Image"
     pipeline_class = "ZImagePipeline"
     guidance_scale = 5.0
-    option_names: ClassVar[tuple[str, ...]] = ("max_sequence_length",)
+    option_names: ClassVar[tuple[str, ...]] = (
+        "max_sequence_length",
+        "cfg_normalization",
+        "cfg_truncation",
+    )
 
     def problems(self) -> Iterator[str]:
         parts, config = self.parts, self.denoiser.config
@@ -88,6 +94,16 @@ class ZImage(Family):
     def cfg_scale(self, guidance: float) -> float:
         return guidance + 1
 
+    def guided(self, u: Tensor, c: Tensor, t: Tensor, guidance: float) -> Tensor:
+        prediction = super().guided(u, c, t, guidance)
+        if bound := self.options.get("cfg_normalization"):
+            share = bound * _length_of(c) / _length_of(prediction).clamp(min=1e-20)
+            prediction = prediction * share.clamp(max=1)
+        if (last := self.options.get("cfg_truncation")) is not None:
+            done = (1000 - (t * 1000).float()) / 1000  # compared as diffusers rounds it
+            prediction = c.where((done.double() > last).view(-1, 1, 1, 1), prediction)
+        return prediction
+
     def make_process(self) -> GaussianProcess:
         height, width = self.latent_size
         tokens = (height // _PATCH) * (width // _PATCH)
@@ -127,6 +143,11 @@ class ZImage(Family):
         if x_t.is_meta:  # the network keeps its table of places, here one without numbers
             network.rope_embedder.freqs_cis = None
         return -torch.stack(outputs).squeeze(2)
+
+
+def _length_of(x: Tensor) -> Tensor:
+    """Return the Euclidean norm of each row, [B, 1, 1, 1]."""
+    return x.flatten(start_dim=1).norm(dim=1).view(-1, 1, 1, 1)
 
 
 def _captions(rows: Tensor) -> list[Tensor]:

@@ -1,6 +1,9 @@
-"""Texts as tokens, cut to what a model reads; how often that happened is known and said once."""
+"""Texts as tokens, cut to what a model reads; which were cut is known and said once."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -9,7 +12,55 @@ from torch import Tensor
 
 from domains.text_to_image.networks.weightless import NoTokenizer
 
-__all__ = ["TextReader"]
+__all__ = ["Reader", "TextReader", "quiet"]
+
+_NOISY = ("diffusers", "transformers.tokenization_utils_base")
+"""Loggers that warn of every long prompt anew."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A tokenizer, and how much of a prompt its text encoder reads.
+
+    Attributes:
+        tokenizer: One of transformers.
+        length: Tokens at most, with the marks of start and end.
+        name: The encoder's, for the message.
+        remedy: How to have more tokens read.
+    """
+
+    tokenizer: Any
+    length: int
+    name: str
+    remedy: str = "shorten it"
+
+    def lost(self, prompts: Sequence[str]) -> list[str]:
+        """Return what is cut off the end of each prompt; "" where it is read whole."""
+        kept = self.length - self.tokenizer.num_special_tokens_to_add()
+        long = [i for i, prompt in enumerate(prompts) if len(prompt) > kept]  # a letter at least
+        ends = [""] * len(prompts)
+        if not long:
+            return ends
+        found = self.tokenizer(
+            [prompts[i] for i in long], add_special_tokens=False, return_offsets_mapping=True
+        )
+        for i, places in zip(long, found["offset_mapping"], strict=True):
+            if len(places) > kept:
+                ends[i] = prompts[i][places[kept][0] :].strip()
+        return ends
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep libraries from warning of each long prompt."""
+    levels = {name: logging.getLogger(name).level for name in _NOISY}
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
 
 
 class TextReader:
@@ -51,15 +102,14 @@ class TextReader:
         return {name: tokens[name] for name in ("input_ids", "attention_mask")}
 
     def _count(self, texts: Sequence[str]) -> None:
-        # Every token has a character at least, the marks of start and end aside.
-        long = [text for text in texts if len(text) > self.length - 2 and text not in self.cut]
-        if not long:
-            return
-        ids = self.tokenizer(long, verbose=False)["input_ids"]
-        found = [text for text, own in zip(long, ids, strict=True) if len(own) > self.length]
+        new = [text for text in texts if text not in self.cut]
+        with quiet():
+            ends = Reader(self.tokenizer, self.length, self.model).lost(new)
+        found = {text: end for text, end in zip(new, ends, strict=True) if end}
         if found and not self.cut:
             rank_zero_info(
-                f"{self.model} reads {self.length} tokens of a text: the end of {found[0]!r} is "
-                "cut off, and that of other long texts, which are not listed"
+                f"{self.model} reads {self.length} tokens of a text: the end of "
+                f"{next(iter(found))!r} is cut off, and that of other long texts, which are not "
+                "listed"
             )
         self.cut.update(found)

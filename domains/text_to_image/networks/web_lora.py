@@ -1,6 +1,7 @@
 """A LoRA as web interfaces read it: AUTOMATIC1111, Forge, ComfyUI."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,17 +16,46 @@ __all__ = ["WEB_LORA", "save_web_lora"]
 WEB_LORA = "web_lora.safetensors"
 
 _WIDTH_OF_V2 = 1024
-_ARCHITECTURES = {
-    "StableDiffusionXLPipeline": ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
-    "StableDiffusion3Pipeline": ("sd3", "stable-diffusion-3"),
-    "FluxPipeline": ("flux1", "flux-1-dev"),
-    "ZImagePipeline": ("z_image", "Z-Image"),
+
+
+@dataclass(frozen=True)
+class _Base:
+    """A base model, by its names in metadata.
+
+    Attributes:
+        version: `ss_base_model_version` of kohya's scripts.
+        architecture: `modelspec.architecture`.
+        implementation: `modelspec.implementation`.
+    """
+
+    version: str
+    architecture: str
+    implementation: str = "diffusers"
+
+
+_FLUX = "https://github.com/black-forest-labs/flux"
+_BASES = {
+    "StableDiffusionXLPipeline": _Base(
+        "sdxl_base_v1-0",
+        "stable-diffusion-xl-v1-base",
+        "https://github.com/Stability-AI/generative-models",
+    ),
+    "StableDiffusion3Pipeline": _Base("sd3", "stable-diffusion-3"),
+    "FluxPipeline": _Base("flux1", "flux-1-dev", _FLUX),
+    "ZImagePipeline": _Base("z_image", "Z-Image", "https://github.com/Tongyi-MAI/Z-Image"),
+    "SanaPipeline": _Base("sana", "sana", "https://github.com/NVlabs/Sana"),
 }
-"""Base model as kohya's scripts and as Stability's model specification name it."""
+"""Names of kohya's scripts, but for Sana, which they do not have."""
 
 
 def save_web_lora(
-    weights: Mapping[str, Tensor], rank: int, alpha: float, home: Home, path: Path, title: str
+    weights: Mapping[str, Tensor],
+    rank: int,
+    alpha: float,
+    home: Home,
+    path: Path,
+    title: str,
+    v_prediction: bool = False,
 ) -> Path:
     """Write a LoRA for web interfaces; return the file.
 
@@ -40,6 +70,7 @@ def save_web_lora(
         home: The denoiser it belongs to.
         path: Where to.
         title: What the interfaces show.
+        v_prediction: Whether a U-Net predicts v.
     """
     if home.name == "unet":
         named = convert_state_dict_to_kohya({f"unet.{n}": value for n, value in weights.items()})
@@ -54,23 +85,50 @@ def save_web_lora(
         alpha = rank
     whole = {name: value.detach().cpu().contiguous() for name, value in named.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(whole, path, _metadata(rank, alpha, home, title))
+    save_file(whole, path, _metadata(rank, alpha, home, title, v_prediction))
     return path
 
 
-def _metadata(rank: int, alpha: float, home: Home, title: str) -> dict[str, str]:
-    """Return what interfaces read: of kohya's scripts, and of Stability's specification."""
-    version, architecture = _ARCHITECTURES.get(home.kind.__name__, ("sd_v1", "stable-diffusion-v1"))
-    if version == "sd_v1" and home.config.get("cross_attention_dim") == _WIDTH_OF_V2:
-        version, architecture = "sd_v2", "stable-diffusion-v2-512"
-    return {
+def _base(home: Home, v_prediction: bool) -> _Base:
+    """Return the base model's names."""
+    kind, config = home.kind.__name__, home.config
+    if kind == "FluxPipeline" and not config.get("guidance_embeds"):
+        return _Base("flux1", "flux-1-schnell", _FLUX)
+    if kind in _BASES:
+        return _BASES[kind]
+    if config.get("cross_attention_dim") != _WIDTH_OF_V2:
+        return _Base("sd_v1", "stable-diffusion-v1")
+    if v_prediction:
+        return _Base("sd_v2_v", "stable-diffusion-v2-768-v")
+    return _Base("sd_v2", "stable-diffusion-v2-512")
+
+
+def _metadata(
+    rank: int, alpha: float, home: Home, title: str, v_prediction: bool
+) -> dict[str, str]:
+    """Return what interfaces read: of kohya's scripts, and of Stability's specification.
+
+    AUTOMATIC1111 shows a LoRA for the loaded model's kind alone, which `ss_base_model_version`
+    ("sdxl_...") and `ss_v2` tell it.
+
+    References:
+        https://github.com/kohya-ss/sd-scripts, library/sai_model_spec.py, library/model_util.py
+        https://github.com/kohya-ss/musubi-tuner, utils/sai_model_spec.py (Z-Image)
+        https://github.com/Stability-AI/ModelSpec
+    """
+    base = _base(home, v_prediction)
+    found = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(rank),
         "ss_network_alpha": f"{alpha:g}",
-        "ss_base_model_version": version,
+        "ss_base_model_version": base.version,
         "ss_output_name": title,
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"{architecture}/lora",
-        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.architecture": f"{base.architecture}/lora",
+        "modelspec.implementation": base.implementation,
         "modelspec.title": title,
     }
+    if home.name == "unet":
+        found["ss_v2"] = str(base.version.startswith("sd_v2"))
+        found["modelspec.prediction_type"] = "v" if v_prediction else "epsilon"
+    return found

@@ -75,6 +75,7 @@ class Case:
             our sampler stands in for; None compares with the class itself.
         compared: What `stand_in` makes, in words.
         guidance: Of the runs with guidance.
+        unit: Pixels; sizes are multiples of it.
     """
 
     model: str
@@ -85,6 +86,7 @@ class Case:
     stand_in: Callable[[Mapping[str, Any], int], Any] | None = None
     compared: str = "itself"
     guidance: float = 3.5
+    unit: int = 16
 
     def __str__(self) -> str:
         return f"{self.model}-{self.scheduler}-{self.note}-{self.eta:g}".replace(" ", "_")
@@ -139,6 +141,27 @@ def _zero_snr() -> Iterator[Case]:
 
 
 _FLOW = "FlowMatchEulerDiscreteScheduler"
+_SOLVED = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+
+
+_MULTISTEP = "DPMSolverMultistepScheduler"
+
+
+def _solved(model: str, name: str, unit: int = 16) -> Case:
+    """Return the case of a flow that a solver was saved for."""
+    given, make = {**_SOLVED, "flow_shift": 3.0}, _first_order(name)
+    words = ("flow, shift 3", 0.0, make, "itself at order 1")
+    return Case(model, name, given, *words, unit=unit)
+
+
+def _sana() -> Iterator[Case]:
+    """Iterate over Sana's own scheduler, and the solvers that its folders come with."""
+    for shift in (3.0, 1.0):
+        yield Case("sana", _FLOW, {"shift": shift}, f"shift {shift:g}", unit=32)
+    yield Case("sana", _FLOW, {"shift": 3.0, "use_karras_sigmas": True}, "karras", unit=32)
+    for name in (_MULTISTEP, "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler"):
+        yield _solved("sana", name, unit=32)
+
 
 CASES: tuple[Case, ...] = (
     *_tables("sd", "epsilon"),
@@ -152,10 +175,12 @@ CASES: tuple[Case, ...] = (
     Case("sd3", _FLOW, {"shift": 3.0}, "shift 3"),
     Case("sd3", _FLOW, {"shift": 1.0}, "shift 1"),
     Case("sd3", _FLOW, _DYNAMIC | {"shift": 1.0, "max_shift": 0.9}, "dynamic shift"),
+    _solved("sd3", _MULTISTEP),
     Case("flux_dev", _FLOW, _DYNAMIC, "dynamic shift"),
     Case("flux_schnell", _FLOW, {"shift": 1.0}, "shift 1", guidance=0.0),
     Case("zimage", _FLOW, {"shift": 3.0}, "shift 3"),
     Case("zimage", _FLOW, {"shift": 6.0}, "shift 6"),
+    *_sana(),
 )
 
 
@@ -164,7 +189,7 @@ class Run:
     """One call of the sampler and of the pipeline.
 
     Attributes:
-        size: Height and width in pixels.
+        size: Height and width in units of the case.
         num_steps: Steps.
         guided: Whether there is guidance.
         negative: The negative prompt of a guided run.
@@ -177,10 +202,10 @@ class Run:
 
 
 RUNS = (
-    Run((32, 32), 4, False),
-    Run((32, 48), 7, True),
-    Run((64, 32), 4, True, "dull"),
-    Run((48, 32), 1, False),
+    Run((2, 2), 4, False),
+    Run((2, 3), 7, True),
+    Run((4, 2), 4, True, "dull"),
+    Run((3, 2), 1, False),
 )
 """Guidance on and off, a negative prompt, pictures of four shapes, few steps and one."""
 
@@ -207,7 +232,7 @@ def largest_difference(case: Case, run: Run, models: Path) -> float:
     colour.
     """
     own, given = _settings(case, run)
-    height, width = run.size
+    height, width = (case.unit * sides for sides in run.size)
     folder = folder_of(case, models)
     pipeline = TextToImagePipeline(
         str(folder), height=height, width=width, negative_prompt=run.negative, **own
@@ -249,6 +274,8 @@ def _settings(case: Case, run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
         given["max_sequence_length"] = 256
     if case.model.startswith("sd") and not case.model.startswith("sd3"):
         given["eta"] = case.eta
+    if case.model == "sana":
+        given["use_resolution_binning"] = False
     return own, given
 
 

@@ -6,15 +6,18 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    SanaTransformer2DModel,
     UNet2DConditionModel,
     ZImageTransformer2DModel,
 )
-from transformers import CLIPConfig, CLIPTextConfig, Qwen3Config
+from transformers import CLIPConfig, CLIPTextConfig, Gemma2Config, Qwen3Config
 
-__all__ = ["clip_l", "sdxl", "z_image"]
+__all__ = ["clip_l", "sana", "sdxl", "z_image"]
 
 
 def sdxl(folder: Path) -> Path:
@@ -86,6 +89,35 @@ def z_image(folder: Path) -> Path:
         "tokenizer": ["transformers", "Qwen2Tokenizer"],
         "transformer": ["diffusers", "ZImageTransformer2DModel"],
         "vae": ["diffusers", "AutoencoderKL"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def sana(folder: Path) -> Path:
+    """Write the configs of SANA 1.6B, whose parts have their classes' default sizes."""
+    blocks = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
+    with torch.device("meta"):
+        transformer = SanaTransformer2DModel()
+        vae = AutoencoderDC(
+            encoder_block_types=blocks,
+            decoder_block_types=blocks,
+            downsample_block_type="conv",
+            upsample_block_type="interpolate",
+            scaling_factor=0.41407,
+        )
+    transformer.save_config(folder / "transformer")
+    vae.save_config(folder / "vae")
+    Gemma2Config().save_pretrained(folder / "text_encoder")
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    DPMSolverMultistepScheduler(**flow).save_config(folder / "scheduler")
+    index = {
+        "_class_name": "SanaPipeline",
+        "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
+        "text_encoder": ["transformers", "Gemma2Model"],
+        "tokenizer": ["transformers", "GemmaTokenizerFast"],
+        "transformer": ["diffusers", "SanaTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderDC"],
     }
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder

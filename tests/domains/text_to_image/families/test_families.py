@@ -79,6 +79,12 @@ def theirs(family: Family, num_steps: int, **settings: Any) -> Tensor:
         ("flux_dev", (32, 48), {"guidance_scale": 3.5, "max_sequence_length": 512}),
         ("flux_schnell", (32, 32), {"guidance_scale": 0.0, "max_sequence_length": 256}),
         ("zimage", (32, 48), {"guidance_scale": 3.5}),
+        pytest.param(
+            "sana",
+            (32, 64),
+            {"guidance_scale": 3.5, "use_resolution_binning": False},
+            marks=pytest.mark.slow,
+        ),
         pytest.param("zimage", (32, 32), {"guidance_scale": 0.0}, marks=pytest.mark.slow),
     ],
 )
@@ -128,7 +134,10 @@ def test_sdxl_is_told_sizes_and_crop() -> None:
     assert (ours(family_of("sdxl", (16, 16)), 2.0, 3) - expected).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux_dev", "zimage"])
+@pytest.mark.parametrize(
+    "name",
+    ["sdxl", "sd3", "flux_dev", "zimage", pytest.param("sana", marks=pytest.mark.slow)],
+)
 def test_pictures_and_latents_in_the_units_of_the_vae(name: str) -> None:
     family = family_of(name, (32, 32))
     if name == "sdxl":
@@ -138,7 +147,14 @@ def test_pictures_and_latents_in_the_units_of_the_vae(name: str) -> None:
     latents = start(family)
     torch.testing.assert_close(family.from_vae(family.to_vae(latents)), latents)
     guidance = 0.0 if name == "zimage" else 1.0
-    settings = {"height": 32, "width": 32, "num_inference_steps": 1, "guidance_scale": guidance}
+    settings: dict[str, Any] = {
+        "height": 32,
+        "width": 32,
+        "num_inference_steps": 1,
+        "guidance_scale": guidance,
+    }
+    if name == "sana":
+        settings["use_resolution_binning"] = False
     given = packed(latents) if name == "flux_dev" else latents.clone()
     final = ours(family, guidance, 1)
     with torch.no_grad():
@@ -149,7 +165,7 @@ def test_pictures_and_latents_in_the_units_of_the_vae(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "size", "multiple"),
-    [("sdxl", 15, 2), ("sd3", 34, 4), ("flux_dev", 34, 4), ("zimage", 34, 4)],
+    [("sdxl", 15, 2), ("sd3", 34, 4), ("flux_dev", 34, 4), ("zimage", 34, 4), ("sana", 48, 32)],
 )
 def test_sizes_that_do_not_fit_are_refused(name: str, size: int, multiple: int) -> None:
     with pytest.raises(UsageError, match=rf"init_args\.width is {size}.*multiple of {multiple}"):
@@ -162,14 +178,46 @@ def test_an_option_of_another_family_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "value"),
-    [("shift_terminal", 0.1), ("use_karras_sigmas", True), ("stochastic_sampling", True)],
+    ("name", "options"),
+    [
+        ("sd3", {"shift_terminal": 0.1, "num_train_timesteps": 500}),
+        ("flux_dev", {"shift_terminal": 0.1, "use_karras_sigmas": True}),
+        *(
+            pytest.param(name, options, marks=pytest.mark.slow)
+            for name, options in (
+                ("sd3", {"use_karras_sigmas": True}),
+                ("sd3", {"use_dynamic_shifting": True, "time_shift_type": "linear"}),
+                ("flux_dev", {"shift_terminal": 0.1}),
+                ("flux_dev", {"use_exponential_sigmas": True}),
+            )
+        ),
+    ],
+    ids=str,
 )
-def test_options_that_change_the_grid_are_refused(setting: str, value: Any) -> None:
-    parts = tiny("sd3")
-    parts.scheduler.register_to_config(**{setting: value})
-    with pytest.raises(UsageError, match=setting):
-        FAMILIES["StableDiffusion3Pipeline"](parts, (32, 32))
+def test_options_that_change_the_grid_are_honoured(name: str, options: dict[str, Any]) -> None:
+    parts = tiny(name)
+    parts.scheduler = type(parts.scheduler).from_config(parts.scheduler.config, **options)
+    family = FAMILIES[type(parts).__name__](parts, (32, 32))
+    latents = ours(family, 2.0, 5)
+    if name == "flux_dev":
+        latents = packed(latents)
+    expected = theirs(family, 5, guidance_scale=2.0)
+    torch.testing.assert_close(latents, expected, atol=5e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("sd3", "stochastic_sampling"),
+        ("flux_dev", "invert_sigmas"),
+        ("sana", "use_dynamic_shifting"),  # its pipeline passes no shift
+    ],
+)
+def test_options_that_are_sampled_otherwise_are_refused(name: str, option: str) -> None:
+    parts = tiny(name)
+    parts.scheduler.register_to_config(**{option: True})
+    with pytest.raises(UsageError, match=rf"^pipeline\.init_args\.pretrained: .*{option}.*; set "):
+        FAMILIES[type(parts).__name__](parts, (32, 32))
 
 
 def test_another_scheduler_is_refused() -> None:

@@ -53,6 +53,7 @@ def words(family: Family, end: str = "ring") -> tuple[str, str]:
         ("flux_dev", {"max_sequence_length": 24}, "T5", "max_sequence_length"),
         ("flux_schnell", {}, "T5", "max_sequence_length"),
         ("zimage", {"max_sequence_length": 96}, "Qwen3", "max_sequence_length"),
+        ("sana", {"max_sequence_length": 24}, "Gemma2", "max_sequence_length"),
     ],
 )
 def test_each_family_says_what_is_lost(

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -12,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from domains.text_to_image.networks.lora import lora_weights
-from domains.text_to_image.networks.web_lora import WEB_LORA
+from domains.text_to_image.networks.lora import Home, lora_weights
+from domains.text_to_image.networks.web_lora import WEB_LORA, save_web_lora
 from domains.text_to_image.pipeline import TextToImagePipeline
 from lit_rlft.core.checks import UsageError
 from lit_rlft.loop.reference import LoRA, adapt, completed
@@ -24,7 +25,7 @@ from tests.domains.text_to_image.families.tiny import tiny
 SLOW = pytest.mark.slow
 FAMILIES = [
     "sdxl",
-    *(pytest.param(name, marks=SLOW) for name in ("sd", "sd3", "flux_dev", "zimage")),
+    *(pytest.param(name, marks=SLOW) for name in ("sd", "sd3", "flux_dev", "zimage", "sana")),
 ]
 DOUBLE = [
     f"transformer_blocks.0.attn.{name}"
@@ -101,6 +102,62 @@ def test_a_lora_for_web_interfaces(folder: Path, tmp_path: Path) -> None:
     first, second = load_file(tmp_path / WEB_LORA), load_file(tmp_path / "again" / WEB_LORA)
     assert first.keys() == second.keys()
     assert all(torch.equal(second[name], value) for name, value in first.items())
+
+
+STABILITY = "https://github.com/Stability-AI/generative-models"
+BLACK_FOREST = "https://github.com/black-forest-labs/flux"
+NAMES: list[tuple[str, dict[str, Any], bool, tuple[str, str, str], int]] = [
+    ("StableDiffusion", {}, False, ("sd_v1", "stable-diffusion-v1", "diffusers"), 1),
+    (
+        "StableDiffusion",
+        {"cross_attention_dim": 1024},
+        False,
+        ("sd_v2", "stable-diffusion-v2-512", "diffusers"),
+        2,
+    ),
+    (
+        "StableDiffusion",
+        {"cross_attention_dim": 1024},
+        True,
+        ("sd_v2_v", "stable-diffusion-v2-768-v", "diffusers"),
+        2,
+    ),
+    (
+        "StableDiffusionXL",
+        {},
+        False,
+        ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base", STABILITY),
+        3,
+    ),
+    ("Flux", {"guidance_embeds": True}, False, ("flux1", "flux-1-dev", BLACK_FOREST), 1),
+    ("Flux", {"guidance_embeds": False}, False, ("flux1", "flux-1-schnell", BLACK_FOREST), 1),
+]
+
+
+@pytest.mark.parametrize(("kind", "config", "v", "names", "shown_for"), NAMES, ids=str)
+def test_the_base_model_has_kohyas_names(
+    kind: str,
+    config: dict[str, Any],
+    v: bool,
+    names: tuple[str, str, str],
+    shown_for: int,
+    tmp_path: Path,
+) -> None:
+    unet = kind.startswith("Stable")
+    home = Home(getattr(diffusers, f"{kind}Pipeline"), "unet" if unet else "transformer", config)
+    layer = "mid_block.attentions.0.proj_in" if unet else "transformer_blocks.0.attn.to_q"
+    weights = {f"{layer}.lora_{half}.weight": torch.ones(2, 2) for half in "AB"}
+    path = save_web_lora(weights, 2, 2, home, tmp_path / WEB_LORA, "a title", v)
+    with safe_open(path, "pt") as file:
+        found = file.metadata()
+    version, architecture, implementation = names
+    assert found["ss_base_model_version"] == version
+    assert found["modelspec.architecture"] == f"{architecture}/lora"
+    assert found["modelspec.implementation"] == implementation
+    assert found.get("modelspec.prediction_type") == (("v" if v else "epsilon") if unet else None)
+    # How AUTOMATIC1111 tells the kinds of Stable Diffusion apart, for 1, 2 and XL.
+    other = 2 if str(found.get("ss_v2", "")) == "True" else 1
+    assert shown_for == (3 if found["ss_base_model_version"].startswith("sdxl_") else other)
 
 
 @pytest.mark.parametrize("folder", ["sdxl"], indirect=True)

@@ -12,7 +12,13 @@ from lit_rlft.core.sampling import Sampler
 from lit_rlft.loop.reference import LoRA, adapt
 from tests.domains.text_to_image.families.tiny import tiny
 
-FAMILY_NAMES = ["sdxl", "sd3", "flux_dev", pytest.param("zimage", marks=pytest.mark.slow)]
+SLOW = pytest.mark.slow
+FAMILY_NAMES = [
+    "sdxl",
+    "sd3",
+    "flux_dev",
+    *(pytest.param(name, marks=SLOW) for name in ("zimage", "sana")),
+]
 SIZE = {"height": 32, "width": 32}
 
 

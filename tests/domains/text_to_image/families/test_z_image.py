@@ -101,6 +101,45 @@ def test_guidance_scale_means_what_it_means_in_diffusers(
     torch.testing.assert_close(pictures, expected, atol=1e-4, rtol=0)
 
 
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> Any:
+    pipe: Any = ZImagePipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize(
+    ("normalization", "truncation"),
+    [
+        (1.0, None),
+        (0.7, 0.5),
+        pytest.param(0.0, 0.25, marks=SLOW),
+        pytest.param(1.2, 0.0, marks=SLOW),
+    ],
+)
+def test_normalised_and_truncated_guidance_is_that_of_diffusers(
+    folder: Path, plain: Any, normalization: float, truncation: float | None
+) -> None:
+    pipeline = TextToImagePipeline(
+        str(folder),
+        guidance_scale=4.0,
+        cfg_normalization=normalization,
+        cfg_truncation=truncation,
+        **SIZE,
+    )
+    condition, z = pipeline.encode({"prompt": list(SHORT)}), noise(pipeline, len(SHORT))
+    with torch.no_grad():
+        latents = Sampler(num_steps=4).sample(pipeline, pipeline.process, z, condition)
+    settings: dict[str, Any] = {"cfg_normalization": normalization}
+    if truncation is not None:
+        settings["cfg_truncation"] = truncation
+    given = {"guidance_scale": 4.0, "num_inference_steps": 4, "output_type": "latent", **SIZE}
+    expected = plain(list(SHORT), latents=z.clone(), **settings, **given).images
+    torch.testing.assert_close(latents, expected, atol=2e-4, rtol=1e-4)
+    without = plain(list(SHORT), latents=z.clone(), **given).images
+    assert (without - expected).abs().max() > 1e-2
+
+
 @SLOW
 def test_long_prompts_end_where_diffusers_ends_them(folder: Path) -> None:
     family = family_of(ZImagePipeline.from_pretrained(folder), max_sequence_length=40)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     DDIMScheduler,
     DiffusionPipeline,
@@ -13,6 +14,8 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -28,6 +31,9 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3Model,
@@ -103,6 +109,26 @@ def _qwen3() -> tuple[Qwen3Model, Qwen2Tokenizer]:
         max_position_embeddings=1024,
     )
     return Qwen3Model(config), tokenizer
+
+
+def _gemma2() -> tuple[Gemma2Model, GemmaTokenizer]:
+    """Return a decoder of text and a tokenizer of letters."""
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁"]
+    letters = sorted({*_LETTERS, *_LETTERS.upper(), *':;>"\n'})
+    vocabulary = {token: i for i, token in enumerate([*special, *letters])}
+    tokenizer = GemmaTokenizer(vocab=vocabulary, merges=[], model_max_length=4096)
+    config = Gemma2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=8,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=4096,
+        sliding_window=4096,
+    )
+    return Gemma2Model(config), tokenizer
 
 
 def _vae(channels: int, **settings: Any) -> AutoencoderKL:
@@ -290,6 +316,48 @@ def zimage() -> DiffusionPipeline:
     )
 
 
+def sana() -> DiffusionPipeline:
+    """Return Sana with eight pixels per latent instead of 32; sizes are multiples of 32 pixels."""
+    encoder, tokenizer = _gemma2()
+    transformer = SanaTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=8,
+        sample_size=8,
+        timestep_scale=0.5,
+    )
+    blocks = ("ResBlock", "ResBlock", "EfficientViTBlock", "EfficientViTBlock")
+    vae = AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=4,
+        encoder_block_types=blocks,
+        decoder_block_types=blocks,
+        encoder_block_out_channels=(8,) * 4,
+        decoder_block_out_channels=(8,) * 4,
+        encoder_qkv_multiscales=((), (), (), (5,)),
+        decoder_qkv_multiscales=((), (), (), (5,)),
+        encoder_layers_per_block=(1,) * 4,
+        decoder_layers_per_block=(1,) * 4,
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+        scaling_factor=0.41407,
+    )
+    return SanaPipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+    )
+
+
 MAKERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "sd": sd,
     "sd2": lambda: sd("v_prediction"),
@@ -300,6 +368,7 @@ MAKERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "flux_dev": flux,
     "flux_schnell": lambda: flux(schnell=True),
     "zimage": zimage,
+    "sana": sana,
 }
 
 
