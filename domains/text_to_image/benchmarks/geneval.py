@@ -154,7 +154,8 @@ def is_correct(
         objects: What was found, by name, the surest first.
         colours: Function of a name and some of its objects; returns their colours' names.
     """
-    right, groups = True, []
+    right = True
+    groups: list[list[Found] | None] = []
     for wish in record["include"]:
         name, count = wish["class"], wish["count"]
         own = list(objects.get(name, ()))[:count]

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, BlipForQuestionAnswering, ImageProcessingMixin
 
-from domains.text_to_image.phrases import noun_phrases
 from domains.text_to_image.networks.clip import Precision, Preprocessing, precision
 from domains.text_to_image.networks.texts import TextReader
+from domains.text_to_image.phrases import noun_phrases
 from domains.text_to_image.rewards.published import reading
 from domains.text_to_image.samples import check_pictures, prompts_of
 from lit_rlft.core.checks import at_least

@@ -37,7 +37,7 @@ class PromptFile(Source[list[Record]]):
         return str(self.path)
 
     def load(self) -> list[Record]:
-        records = [
+        records: list[Record] = [
             {**record, **category}
             for path, category in _files(self.path)
             for record in read_prompts(path, self.column)
@@ -70,7 +70,7 @@ def _files(path: Path) -> list[tuple[Path, Record]]:
     return [(one, {"category": name}) for one, name in zip(found, names, strict=True)]
 
 
-def _of_one_form(records: list[Record]) -> list[Record]:
+def _of_one_form(records: Sequence[Record]) -> list[Record]:
     """Return records that all have the columns of all, None where a record lacks one."""
     columns = dict.fromkeys(name for record in records for name in record)
     return [{**columns, **record} for record in records]
@@ -84,7 +84,7 @@ def read_prompts(path: Path, column: str = "prompt") -> list[Record]:
     """
     records = _records(path, column)
     texts = ["" if record[column] is None else str(record[column]).strip() for record in records]
-    prompts = [
+    prompts: list[Record] = [
         {**record, "prompt": text}
         for record, text in zip(_of_one_form(records), texts, strict=True)
         if text

@@ -62,20 +62,28 @@ def owl_folder(folder: Path) -> Path:
     return folder
 
 
+_WORDS = [
+    *("[PAD]", "[UNK]", "[CLS]", "[SEP]", "yes", "no", "a", "the", "green", "red", "blue"),
+    *("bench", "bowl", "car", "and", "?", "##s"),
+]
+
+
 def blip_folder(folder: Path) -> Path:
-    """Write a BlipForQuestionAnswering that sees 32 pixels."""
-    words = tokens()
-    text = {"vocab_size": len(words) + 2, "hidden_size": 32, "intermediate_size": 48}
+    """Write a BlipForQuestionAnswering that sees 32 pixels, with a tokenizer of a few words."""
+    count = len(_WORDS)
+    text = {"vocab_size": count + 2, "hidden_size": 32, "intermediate_size": 48}
     text |= {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 40}
-    text |= {"bos_token_id": len(words), "encoder_hidden_size": 32, "is_decoder": True}
+    # Beside the words there are the marks of an answer's and of a question's beginning.
+    text |= {"bos_token_id": count, "pad_token_id": 0, "sep_token_id": 3, "eos_token_id": 3}
+    text |= {"encoder_hidden_size": 32, "is_decoder": True}
     vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     vision |= {"num_attention_heads": 2, "image_size": 32, "patch_size": 8}
     model = BlipForQuestionAnswering(BlipConfig(text_config=text, vision_config=vision))
     _draw(model)
     model.tie_weights()
     model.save_pretrained(folder)
-    for path in TOKENIZER.iterdir():
-        shutil.copy(path, folder)
+    (folder / "vocab.txt").write_text("\n".join(_WORDS) + "\n")
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
     settings = {"size": {"height": 32, "width": 32}, "do_center_crop": False}
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
     return folder
