@@ -230,22 +230,31 @@ class TextToImagePipeline(Pipeline):
         return self.family.cfg_scale(self.guidance_scale)
 
     def encode(self, batch: Batch) -> Condition:
-        """Encode `batch["prompt"]`, each unique prompt once, and the negative prompt last."""
-        prompts = list(batch["prompt"])
-        first: dict[str, int] = {}
-        for i, prompt in enumerate(prompts):
-            first.setdefault(prompt, i)
-        unique = list(first)
+        """Encode `batch["prompt"]`, each unique prompt once, and the negative prompt last.
+
+        Prompts that are the same with other columns beside them are conditions of their own.
+        """
         columns = [name for name in batch if name != "index"]
-        entries = [{name: batch[name][i] for name in columns} for i in first.values()]
-        rows = {prompt: row for row, prompt in enumerate(unique)}
-        numbers = batch["index"].tolist() if "index" in batch else range(len(prompts))
-        self.family.tell_cuts(unique, [int(numbers[i]) for i in first.values()])
+        records = [{name: batch[name][i] for name in columns} for i in range(len(batch["prompt"]))]
+        first: dict[str, int] = {}
+        places = [first.setdefault(_identity(record), i) for i, record in enumerate(records)]
+        entries = [records[i] for i in first.values()]
+        numbers = batch["index"].tolist() if "index" in batch else range(len(records))
+        prompts: dict[str, int] = {}
+        for i in first.values():
+            prompts.setdefault(records[i]["prompt"], int(numbers[i]))
+        self.family.tell_cuts(list(prompts), list(prompts.values()))
+        tables = self.family.tables(list(prompts), self.negative_prompt)
+        if len(prompts) < len(entries):
+            known = {prompt: row for row, prompt in enumerate(prompts)}
+            rows = torch.tensor([*(known[entry["prompt"]] for entry in entries), len(prompts)])
+            tables = {name: table[rows.to(table.device)] for name, table in tables.items()}
+        row_of = {place: row for row, place in enumerate(first.values())}
         return Condition(
             entries=entries,
-            tables=self.family.tables(unique, self.negative_prompt),
-            rows=torch.tensor([rows[prompt] for prompt in prompts]),
-            null=len(unique),
+            tables=tables,
+            rows=torch.tensor([row_of[place] for place in places]),
+            null=len(entries),
         )
 
     def example(self) -> Condition:
@@ -370,3 +379,8 @@ def _mode(encoded: Any) -> Tensor:
     """Return the mode of what a VAE returned; an AutoencoderDC has no posterior, but latents."""
     latent = getattr(encoded, "latent", None)
     return encoded.latent_dist.mode() if latent is None else latent
+
+
+def _identity(record: Mapping[str, Any]) -> str:
+    """Return what tells a record from others: all that is in it but tensors."""
+    return repr({name: value for name, value in record.items() if not isinstance(value, Tensor)})

@@ -250,6 +250,19 @@ def test_size_of_latents_follows_the_autoencoder(tiny_stable_diffusion: Folder) 
     assert TextToImagePipeline(str(folder), height=20).latent_size == (5, 8)
 
 
+def test_one_prompt_with_different_records_is_encoded_once_and_stays_apart() -> None:
+    pipeline = TextToImagePipeline()
+    prompts = ["a red ring", "a blue square", "a red ring", "a red ring"]
+    batch = {"prompt": prompts, "category": ["color", "shape", "numeracy", "color"]}
+    condition = pipeline.encode(batch)
+    assert condition.rows.tolist() == [0, 1, 2, 0] and condition.null == 3
+    assert [record["category"] for record in condition.each()] == batch["category"]
+    plain = pipeline.encode({"prompt": prompts})
+    assert plain.rows.tolist() == [0, 1, 0, 0]
+    for name, table in condition.tables.items():
+        assert table.equal(plain.tables[name][[0, 1, 0, 2]])
+
+
 def test_unique_prompts_are_encoded_once(tiny_stable_diffusion: Folder) -> None:
     pipeline = TextToImagePipeline(str(tiny_stable_diffusion()), negative_prompt="no")
     calls: list[int] = []
