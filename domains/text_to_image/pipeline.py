@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderTiny, DiffusionPipeline
 from lightning.pytorch.utilities import rank_zero_info
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from domains.text_to_image import EMBEDDED, card
@@ -24,6 +24,7 @@ from lit_rlft.core.checks import UsageError, at_least, require
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline, column
 from lit_rlft.core.process import GaussianProcess
 from lit_rlft.core.state import State, tensor_of
+from lit_rlft.kit.compiled import How, compile_network
 from lit_rlft.kit.frozen import frozen
 from lit_rlft.kit.images import save_pictures
 from lit_rlft.kit.weightless import weightless
@@ -82,6 +83,8 @@ class TextToImagePipeline(Pipeline):
             the same text encoders reads them there. Several runs may share it. None keeps none.
         text_encoders: "keep" them on the device; or "cpu", where they come to the device for each
             encoding alone and cannot be trained.
+        compile: Have torch compile the denoiser when it is first called: its repeated "blocks",
+            or the "whole" of it. The first calls take minutes, the later ones less than before.
         tile_decoder: Decode large pictures in overlapping tiles: less memory, and faint seams.
         from_scratch: Keep the architecture and draw new weights for U-Net and text encoder, to
             pretrain them; for Stable Diffusion 1.x and 2.x.
@@ -125,6 +128,7 @@ class TextToImagePipeline(Pipeline):
         encode_batch_size: int = 128,
         embedding_cache: str | None = None,
         text_encoders: Literal["keep", "cpu"] = "keep",
+        compile: How | None = None,
         tile_decoder: bool = False,
         from_scratch: bool = False,
         save_dtype: Precision = "float32",
@@ -134,8 +138,8 @@ class TextToImagePipeline(Pipeline):
         options: dict[str, Any] = {"true_cfg_scale": true_cfg_scale, "crop": crop}
         options |= {"cfg_normalization": cfg_normalization, "cfg_truncation": cfg_truncation}
         sizes = {"original_size": original_size, "max_sequence_length": max_sequence_length}
-        sizes["encode_batch_size"] = encode_batch_size
         at_least(0, self, guidance_scale=guidance_scale, **options)
+        sizes |= {"encode_batch_size": encode_batch_size}
         at_least(1, self, decode_batch_size=decode_batch_size, **sizes)
         self.pretrained, self.config, self.from_scratch = pretrained, config, from_scratch
         self.guidance_gradient, self.negative_prompt = guidance_gradient, negative_prompt
@@ -145,7 +149,7 @@ class TextToImagePipeline(Pipeline):
         self.diffusers = self._load(files, getattr(torch, dtype), variant)
         family = self.family = family_of(self.diffusers, (height, width), **options, **sizes)
         self.guidance_scale = family.guidance_scale if guidance_scale is None else guidance_scale
-        self._adopt(checkpoint_denoiser, tile_decoder, channels_last, text_encoders == "cpu")
+        self._adopt(compile, checkpoint_denoiser, tile_decoder, channels_last, text_encoders)
         self._keep_encodings(embedding_cache, files, [dtype, variant])
 
     def _load(self, files: Files, dtype: torch.dtype, variant: str | None) -> DiffusionPipeline:
@@ -154,10 +158,15 @@ class TextToImagePipeline(Pipeline):
         )
 
     def _adopt(
-        self, checkpoint_denoiser: bool, tile_decoder: bool, channels_last: bool, idle: bool
+        self,
+        compile: How | None,
+        checkpoint_denoiser: bool,
+        tile_decoder: bool,
+        channels_last: bool,
+        text_encoders: str,
     ) -> None:
         """Take over the parts of the model."""
-        family = self.family
+        family, idle = self.family, text_encoders == "cpu"
         self.denoiser, self.encoder = family.denoiser, family.encoders
         require(
             not (idle and self.from_scratch),
@@ -181,8 +190,14 @@ class TextToImagePipeline(Pipeline):
                 f"false: {family.name} has a transformer, whose layers have no channels to reorder",
             )
             self.denoiser.to(memory_format=torch.channels_last)
+        self.compile_how = compile
+        self.compile_denoiser(self.denoiser)
         if tile_decoder:
             self.vae.enable_tiling()
+
+    def compile_denoiser(self, denoiser: nn.Module) -> None:
+        if self.compile_how is not None and not weightless():
+            compile_network(denoiser, self.compile_how, self.family.blocks())
 
     def _keep_encodings(self, folder: str | None, files: Files, loaded: list[Any]) -> None:
         """Keep encodings of prompts in a folder, if one is given, by all that they depend on."""

@@ -49,6 +49,8 @@ def sentence(error: Exception, config: Namespace | None = None) -> str | None:
         return unborn
     if memory := _memory(causes):
         return memory
+    if uncompiled := _uncompiled(causes):
+        return uncompiled
     if unmade := _unmade(causes, config):
         return unmade
     return _settings(causes, config)
@@ -73,6 +75,18 @@ def _memory(causes: Sequence[BaseException]) -> str | None:
             return (
                 f"out of memory{size}; lower the sizes, such as data.init_args.batch_size, "
                 "model.init_args.num_candidates, sampling_batch_size or microbatch_size"
+            )
+    return None
+
+
+def _uncompiled(causes: Sequence[BaseException]) -> str | None:
+    """Return the sentence on a network that torch could not compile."""
+    for cause in causes:
+        if type(cause).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            why = short(str(cause).partition("\n")[0], 150)
+            return (
+                f"pipeline.init_args.compile: torch could not compile the denoiser ({why}); set it "
+                "to null, or install a C++ compiler and, for a GPU, triton"
             )
     return None
 

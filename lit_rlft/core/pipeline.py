@@ -136,6 +136,9 @@ class Pipeline(nn.Module, ABC):
         """Return the prediction that is sampled from: `predict`, or a guided version of it."""
         return self.predict(x_t, t, condition)
 
+    def compile_denoiser(self, denoiser: nn.Module) -> None:
+        """Compile the denoiser, or a copy of it, where the settings say so; nothing by default."""
+
     def example(self) -> Condition:
         """Return the condition of any one sample; it shows the shapes of states and features.
 

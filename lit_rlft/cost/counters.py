@@ -4,9 +4,10 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -25,6 +26,8 @@ __all__ = [
     "now",
     "peak_memory_bytes",
 ]
+
+Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 _CPU_ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
 """What attention is on a CPU, which torch's own table of formulas leaves out."""
@@ -68,7 +71,7 @@ def count_calls(
         spent = cost()
         setattr(spent, counter, getattr(spent, counter) + _num_rows(inputs))
 
-    network.register_forward_pre_hook(count)
+    network.register_forward_pre_hook(_untraced(count))
 
 
 def count_flops(network: nn.Module, cost: Callable[[], Cost]) -> None:
@@ -93,7 +96,13 @@ def count_flops(network: nn.Module, cost: Callable[[], Cost]) -> None:
             cost().counting_seconds += now() - started
         cost().flops += round(known[key] * rows)
 
-    network.register_forward_pre_hook(count, with_kwargs=True)
+    network.register_forward_pre_hook(_untraced(count), with_kwargs=True)
+
+
+def _untraced(hook: Hook) -> Hook:
+    """Return a hook that torch.compile leaves alone: traced, it would break graphs apart."""
+    untraced: Hook = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+    return untraced
 
 
 def _measured(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
@@ -111,11 +120,17 @@ def _measured(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return int(counter.get_total_flops())
 
 
-def flop_counter() -> FlopCounterMode:
-    """Return torch's counter, which also knows attention on a CPU here."""
+@contextmanager
+def flop_counter() -> Iterator[FlopCounterMode]:
+    """Count operations with torch's counter, which also knows attention on a CPU here.
+
+    Compiled networks run as they were before: the counter does not see compiled operations.
+    """
     attention = getattr(torch.ops.aten, _CPU_ATTENTION, None)
     formulas = {} if attention is None else {attention: _attention}
-    return FlopCounterMode(display=False, custom_mapping=formulas)
+    counter = FlopCounterMode(display=False, custom_mapping=formulas)
+    with torch.compiler.set_stance("force_eager"), counter:
+        yield counter
 
 
 def _attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:

@@ -262,6 +262,8 @@ class Reference(nn.Module):
         self._layers = tuple(layer for layer in layers if isinstance(layer, BaseTunerLayer))
         moves = not adapted and any(p.requires_grad for p in pipeline.denoiser.parameters())
         self.frozen = copy.deepcopy(pipeline.denoiser).requires_grad_(False) if moves else None
+        if self.frozen is not None:
+            pipeline.compile_denoiser(self.frozen)
 
     def forward(self, x_t: State, t: Tensor, condition: Condition) -> State:
         """Return the prediction of the frozen pretrained model."""

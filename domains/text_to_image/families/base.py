@@ -158,6 +158,11 @@ class Family(ABC):
         """Return what encodings depend on beside the text encoders and the encodings' shapes."""
         return {}
 
+    def blocks(self) -> list[str]:
+        """Return the classes of the denoiser's repeated blocks, by name."""
+        named = getattr(self.denoiser, "_repeated_blocks", None) or self.denoiser._no_split_modules
+        return [name for name in named if name.endswith("Block")]
+
     def readers(self) -> list[Reader]:
         """Return the tokenizers at which a prompt's words are lost to the model: all of CLIP."""
         named = [name.replace("text_encoder", "tokenizer") for name in self.encoder_names]
