@@ -29,6 +29,8 @@ _WITHOUT_EFFECT = (
     "model.best_of",
     "model.sampling_batch_size",
     "model.microbatch_size",
+    "model.reward_workers",
+    *(f"model.reward_workers.{name}" for name in ("kind", "ahead", "timeout", "restarts")),
     "model.lora.pretrained",
     "data.eval_batch_size",
     "data.num_workers",
