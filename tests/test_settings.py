@@ -38,6 +38,7 @@ INTERNAL = {
     "PointCloudGaussian", "PointClouds", "RealFeatures", "Residual", "Rollout",
     "Rollouts", "Route", "Rows", "SizeBatches", "TimedBlock", "Update", "Preprocessing",
     "CoupledPointClouds", "FlowMLP", "DiscreteVP", "NoisePolicy", "Report", "Stopped",
+    "Lane", "SideProcess", "SideTimes",
 }  # fmt: skip
 """Made by other classes, from settings that those have checked, or from files."""
 
@@ -78,7 +79,7 @@ ALLOWED: Mapping[str, tuple[Sequence[float], set[str]]] = {
     "0 switches it off": (
         ZERO,
         {
-            "*.num_workers", "HTTPReward.retries", "*.best_of",
+            "*.num_workers", "HTTPReward.retries", "RewardWorkers.restarts", "*.best_of",
             "MMD.num_draws", "SetDistances.num_draws",
             "DDPO.kl_coef", "RewardGradient.kl_coef",
             "NoisePPO.beta", "PGRAFT.contrast", "PGRAFT.cut", "GRAFT.contrast", "EMA.decay",

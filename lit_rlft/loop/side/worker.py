@@ -1,10 +1,11 @@
 """Workers that hold a reward: a process or a thread that answers calls one after the other."""
 
-import multiprocessing
+import json
 import os
 import pickle
 import queue
-import signal
+import subprocess
+import sys
 import threading
 import traceback
 import warnings
@@ -12,7 +13,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection, wait
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -22,9 +24,15 @@ from lit_rlft.core.checks import UsageError
 from lit_rlft.core.reward import Reward
 from lit_rlft.loop.side.call import Answer, Call, answer
 
-__all__ = ["Hangs", "Lost", "SideProcess", "SideThread", "Worker", "packed"]
+__all__ = ["Hangs", "Lost", "SideProcess", "SideThread", "Worker", "packed", "serve"]
 
-_SPAWN = multiprocessing.get_context("spawn")
+_PROGRAM = """
+import json, sys
+sys.path[:] = json.loads(sys.argv[1])
+from lit_rlft.loop.side.worker import serve
+serve(*map(int, sys.argv[2:]))
+"""
+"""What a side process runs: `multiprocessing` would run the main script once more."""
 
 
 class Lost(Exception):
@@ -84,8 +92,10 @@ def packed(reward: Reward) -> bytes:
     """Return a reward as bytes that a side process can read.
 
     Raises:
-        UsageError: It cannot be sent, such as one with a function that was defined in another one.
+        UsageError: It cannot be sent: it holds a function without a name, or is of the main script.
     """
+    if any(type(part).__module__ == "__main__" for part in reward.modules()):
+        raise _unsendable(reward.name, "its class belongs to the main script, not to a module")
     try:
         return pickle.dumps(reward)
     except Exception as error:  # every class has its own reasons
@@ -100,7 +110,7 @@ def _unsendable(name: str, reason: str) -> UsageError:
 
 
 class SideProcess(Worker):
-    """A process of its own, started afresh.
+    """A process of its own, started afresh; it ends when this one does.
 
     Args:
         name: The reward's.
@@ -109,20 +119,27 @@ class SideProcess(Worker):
     """
 
     def __init__(self, name: str, reward: bytes, start_timeout: float) -> None:
-        self._connection, theirs = _SPAWN.Pipe()
+        self._connection, theirs = Pipe()
+        # Its other end closes when this process ends, however it does.
+        watched, self._alive = os.pipe()
         self._tables: Mapping[str, Tensor] | None = None
-        self._process = _SPAWN.Process(
-            target=_serve, args=(theirs, _Settings.here()), daemon=True, name=f"reward {name}"
+        handles = (theirs.fileno(), watched)
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _PROGRAM, json.dumps(sys.path), *map(str, handles)],
+            stdin=subprocess.DEVNULL,
+            pass_fds=handles,
+            # Ctrl-C reaches all processes of a terminal's group: the main one decides.
+            start_new_session=True,
         )
-        self._process.start()
         theirs.close()
-        ready = self._exchange(reward, start_timeout)
+        os.close(watched)
+        ready = self._exchange(pickle.dumps((_Settings.here(), reward)), start_timeout)
         if isinstance(ready, _Failure):
             self.stop()
             raise _unsendable(name, f"{ready.name}: {ready.text}")
 
     @property
-    def pid(self) -> int | None:
+    def pid(self) -> int:
         """Number of the process."""
         return self._process.pid
 
@@ -140,8 +157,10 @@ class SideProcess(Worker):
 
     def stop(self) -> None:
         self._process.kill()
-        self._process.join()
-        self._connection.close()
+        self._process.wait()
+        if self._alive >= 0:
+            os.close(self._alive)
+            self._alive = -1
 
     def _exchange(self, sent: bytes, timeout: float) -> Any:
         late = threading.Event()
@@ -159,9 +178,9 @@ class SideProcess(Worker):
         except (EOFError, OSError) as error:
             if late.is_set():
                 raise Hangs(f"gave no answer within {timeout:g} s") from error
-            with suppress(ValueError, AssertionError):
-                self._process.join(5)
-            raise Lost(f"ended with status {self._process.exitcode}") from error
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(5)
+            raise Lost(f"ended with status {self._process.poll()}") from error
         finally:
             timer.cancel()
 
@@ -190,15 +209,20 @@ class _Settings:
         torch.use_deterministic_algorithms(self.deterministic)
 
 
-def _serve(connection: Connection, settings: _Settings) -> None:
-    """Answer calls until the main process is gone."""
-    # Ctrl-C reaches all processes of a terminal: the main one says what becomes of its workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_the_main_process, daemon=True).start()
-    settings.apply()
+def serve(calls: int, watched: int) -> None:
+    """Answer calls until the main process is gone.
+
+    Args:
+        calls: Handle of the connection.
+        watched: Handle of a pipe whose other end the main process holds.
+    """
+    connection: Connection[Any, Any] = Connection(calls)
+    threading.Thread(target=_end_with, args=(watched,), daemon=True).start()
     with suppress(EOFError, OSError):
+        settings, sent = pickle.loads(connection.recv_bytes())
+        settings.apply()
         try:
-            reward = pickle.loads(connection.recv_bytes())
+            reward = pickle.loads(sent)
         except Exception as error:
             connection.send_bytes(pickle.dumps(_Failure.of(error)))
             return
@@ -228,10 +252,8 @@ def _placed_answer(reward: Reward, call: Call) -> Answer:
     return answer(reward, call)
 
 
-def _end_with_the_main_process() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
+def _end_with(watched: int) -> None:
+    os.read(watched, 1)
     os._exit(1)
 
 
