@@ -110,7 +110,7 @@ def test_a_run_is_the_same_to_the_last_bit(name: str) -> None:
     assert_equal(logged(plain), logged(aside))
     assert len(side_rewards(aside.reward)) == 3
     times = aside.trainer.logged_metrics
-    assert {"time/reward_hidden", "time/reward_waited"} <= times.keys()
+    assert times["time/reward_hidden"] >= 0 and times["time/reward_waited"] > 0
     settings_of = [
         {key: value for key, value in own._settings().items() if "reward_workers" not in key}
         for own in (plain, aside)
@@ -173,6 +173,7 @@ def test_the_next_chunk_is_drawn_meanwhile(monkeypatch: pytest.MonkeyPatch) -> N
     release.join()
     assert chunks == [5, 5, 5, 1]
     assert tuner.trainer.logged_metrics["train/failed_rewards"] == 0
+    assert tuner.trainer.logged_metrics["time/reward_waited"] > 0.1
 
 
 def test_parts_are_scored_side_by_side() -> None:

@@ -139,7 +139,7 @@ class SideReward(Reward):
     def __init__(self, reward: Reward, workers: RewardWorkers, device: str | None) -> None:
         super().__init__()
         self._held = (reward.requires_grad_(False).eval(),)
-        self.waits = reward.waits
+        self.waits, self.distinguishes = reward.waits, reward.distinguishes
         self.workers, self.device = workers, device
         self.times = SideTimes()
         # Trainers change the type of floating-point buffers with that of weights.

@@ -34,12 +34,11 @@ class SideWatch(Hooks):
 
     def __init__(self) -> None:
         self._before = SideTimes()
-        self._sides: list[SideReward] = []
+        self._module: LightningModule | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the rewards."""
-        assert isinstance(pl_module.reward, Reward)
-        self._sides = side_rewards(pl_module.reward)
+        """Remember whose rewards they are; the module gives them workers after this."""
+        self._module = pl_module
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -72,15 +71,19 @@ class SideWatch(Hooks):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """End the workers, whatever they do."""
-        self._stop(pl_module)
+        self._stop()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """End the workers."""
-        self._stop(pl_module)
+        self._stop()
 
-    def _stop(self, module: LightningModule) -> None:
-        reward = getattr(module, "reward", None)
-        for side in side_rewards(reward) if isinstance(reward, Reward) else ():
+    @property
+    def _sides(self) -> list[SideReward]:
+        reward = getattr(self._module, "reward", None)
+        return side_rewards(reward) if isinstance(reward, Reward) else []
+
+    def _stop(self) -> None:
+        for side in self._sides:
             side.stop()
 
     def _times(self) -> SideTimes:

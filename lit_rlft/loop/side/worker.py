@@ -95,7 +95,7 @@ def packed(reward: Reward) -> bytes:
         UsageError: It cannot be sent: it holds a function without a name, or is of the main script.
     """
     if any(type(part).__module__ == "__main__" for part in reward.modules()):
-        raise _unsendable(reward.name, "its class belongs to the main script, not to a module")
+        raise _unsendable(reward.name, "a class of the main script; move it to a module")
     try:
         return pickle.dumps(reward)
     except Exception as error:  # every class has its own reasons
