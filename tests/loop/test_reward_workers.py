@@ -1,6 +1,9 @@
 """Rewards in workers: the same numbers, in less time, and what becomes of workers that are lost."""
 
 import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -318,3 +321,48 @@ def test_devices_are_shared_out_over_processes_and_parts() -> None:
     assert side.device == "meta" and side.inner.scale == 0.3
     for one in (*side_rewards(reward), side):
         one.stop()
+
+
+@pytest.mark.slow  # a command of its own, killed in three ways
+@pytest.mark.parametrize("sent", ["SIGKILL", "SIGTERM", "two SIGINT"])
+def test_no_process_outlives_its_run(sent: str, tmp_path: Path) -> None:
+    words = [
+        "--config=gaussian_mixture", "--config=p_graft", "--data.num_train=64",
+        "--data.batch_size=4", "--model.sampler.num_steps=3", "--trainer.accelerator=cpu",
+        "--model.reward_workers.kind=process", "--reward=tests.loop.side_rewards.Sleeps",
+        "--reward.seconds=0.5", "--model.sampling_batch_size=4", f"--root={tmp_path}",
+    ]  # fmt: skip
+    run = subprocess.Popen(
+        [sys.executable, "-m", "lit_rlft", "fit", *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        side = next(pid for pid in _until(lambda: _children(run.pid), 120) if alive(pid))
+        _until(lambda: len(_children(run.pid)) == 1 and any(tmp_path.iterdir()), 120)
+        time.sleep(3)
+        number = getattr(signal, sent.split()[-1])
+        for _ in range(2 if sent.startswith("two") else 1):
+            run.send_signal(number)
+            time.sleep(0.5)
+        assert run.wait(120) != 0
+    finally:
+        run.kill()
+    assert _until(lambda: not alive(side), 20)
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task").glob("*/children")
+                for child in child.read_text().split()]  # fmt: skip
+    except OSError:
+        return []
+
+
+def _until(found: Callable[[], Any], seconds: float) -> Any:
+    """Wait until something is so, and return it."""
+    end = time.monotonic() + seconds
+    while not (value := found()) and time.monotonic() < end:
+        time.sleep(0.1)
+    return value
