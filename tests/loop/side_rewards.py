@@ -1,6 +1,7 @@
 """Rewards that tests of workers send to other processes: they wait, die, hang, fail."""
 
 import os
+import subprocess
 import time
 import warnings
 from pathlib import Path
@@ -13,7 +14,7 @@ from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Reward
 
-__all__ = ["Dies", "Hangs", "Raises", "Sleeps", "Sums"]
+__all__ = ["Dies", "Hangs", "Raises", "Sleeps", "Starts", "Sums"]
 
 
 class Sums(Reward):
@@ -42,6 +43,14 @@ class Sleeps(Sums):
     def forward(self, samples: Any, condition: Condition) -> Tensor:
         time.sleep(self.seconds)
         return super().forward(samples, condition)
+
+
+class Starts(Sums):
+    """Starts a process of its own, whose number is its value."""
+
+    def forward(self, samples: Any, condition: Condition) -> Tensor:
+        number = subprocess.Popen(["sleep", "300"]).pid
+        return torch.full((len(samples),), number, dtype=torch.float64)
 
 
 class _Once(Sums):

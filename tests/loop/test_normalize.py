@@ -121,7 +121,7 @@ def fit(cls: type[RewardFineTuner], folder: Path, rounds: int, path: Path | None
     return tuner
 
 
-@pytest.mark.parametrize("cls", [PGRAFT, DDPO])
+@pytest.mark.parametrize("cls", [PGRAFT, pytest.param(DDPO, marks=pytest.mark.slow)])
 def test_a_resumed_run_goes_on_bit_for_bit(cls: type[RewardFineTuner], tmp_path: Path) -> None:
     whole = fit(cls, tmp_path, 2)
     fit(cls, tmp_path, 1)

@@ -29,13 +29,12 @@ from lit_rlft.core.sampling import Sampler
 from lit_rlft.loop.scoring import Scoring
 from lit_rlft.loop.side.rewards import RewardWorkers, SideReward, begin, side_rewards
 from lit_rlft.loop.side.worker import SideProcess, SideThread
-from tests.loop.side_rewards import Dies, Hangs, Raises, Sums
+from tests.loop.side_rewards import Dies, Hangs, Raises, Starts, Sums
 from tests.support import assert_equal, trainer_of
 
 THREADS = RewardWorkers(kind="thread")
 ALGORITHMS: dict[str, tuple[type[RewardFineTuner], dict[str, Any]]] = {
     "p_graft": (PGRAFT, {}),
-    "ddpo": (DDPO, {"sampler": Sampler(3, eta=1.0)}),
     "gdpo": (DDPO, {"sampler": Sampler(3, eta=1.0), "decoupled_rewards": True}),
     "noise_ppo": (NoisePPO, {}),
 }
@@ -107,8 +106,8 @@ def beside() -> Iterator[Beside]:
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_a_run_is_the_same_to_the_last_bit(name: str) -> None:
     cls, settings = ALGORITHMS[name]
-    plain = fit(tuner_of(both(), None, cls, **settings))
-    aside = fit(tuner_of(both(), THREADS, cls, **settings))
+    plain = fit(tuner_of(both(), None, cls, **settings), limit_train_batches=1)
+    aside = fit(tuner_of(both(), THREADS, cls, **settings), limit_train_batches=1)
     assert_equal(plain.trainable().state_dict(), aside.trainable().state_dict())
     assert_equal(logged(plain), logged(aside))
     assert len(side_rewards(aside.reward)) == 3
@@ -247,6 +246,15 @@ def test_a_process_that_hangs_is_ended(tmp_path: Path, beside: Beside) -> None:
     assert isinstance(first, SideProcess)
     assert not alive(first.pid)
     assert_equal(side(samples, condition), Sums()(samples, condition))
+
+
+@pytest.mark.slow
+def test_what_a_process_has_started_ends_with_it(beside: Beside) -> None:
+    side = beside(Starts())
+    number = int(side(*points())[0])
+    assert alive(number)
+    side.stop()
+    assert _until(lambda: not alive(number), 10)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -156,18 +157,24 @@ class SideProcess(Worker):
         return found
 
     def stop(self) -> None:
-        self._process.kill()
+        self._kill()
         self._process.wait()
         if self._alive >= 0:
             os.close(self._alive)
             self._alive = -1
+
+    def _kill(self) -> None:
+        """Kill the process and those that it started: it leads a group of its own."""
+        if self._process.returncode is None:  # until it is waited for, its number is its own
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
 
     def _exchange(self, sent: bytes, timeout: float) -> Any:
         late = threading.Event()
 
         def give_up() -> None:
             late.set()
-            self._process.kill()
+            self._kill()
 
         timer = threading.Timer(timeout, give_up)
         timer.daemon = True
@@ -178,9 +185,10 @@ class SideProcess(Worker):
         except (EOFError, OSError) as error:
             if late.is_set():
                 raise Hangs(f"gave no answer within {timeout:g} s") from error
-            with suppress(subprocess.TimeoutExpired):
-                self._process.wait(5)
-            raise Lost(f"ended with status {self._process.poll()}") from error
+            with suppress(ChildProcessError):
+                os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
+            self.stop()
+            raise Lost(f"ended with status {self._process.returncode}") from error
         finally:
             timer.cancel()
 
@@ -254,7 +262,7 @@ def _placed_answer(reward: Reward, call: Call) -> Answer:
 
 def _end_with(watched: int) -> None:
     os.read(watched, 1)
-    os._exit(1)
+    os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
 class SideThread(Worker):
