@@ -46,6 +46,7 @@ _PLACES = {
     "Sampler": "core.sampling",
     "UsageError": "core.checks",
     "LoRA": "loop.reference",
+    "RewardWorkers": "loop.side.rewards",
     "SplitData": "kit.data",
     "CostMeter": "callbacks.cost_meter",
     "EMA": "callbacks.ema",

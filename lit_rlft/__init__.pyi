@@ -42,5 +42,6 @@ from lit_rlft.core.selection import Unique as Unique
 from lit_rlft.inference import NoiseGenerator as NoiseGenerator
 from lit_rlft.kit.data import SplitData as SplitData
 from lit_rlft.loop.reference import LoRA as LoRA
+from lit_rlft.loop.side.rewards import RewardWorkers as RewardWorkers
 
 __version__: str

@@ -39,6 +39,7 @@ INTERNAL = {
     "PointCloudGaussian", "PointClouds", "RealFeatures", "Residual", "Rollout",
     "Rollouts", "Route", "Rows", "SizeBatches", "TimedBlock", "Update", "Preprocessing",
     "CoupledPointClouds", "Found", "FlowMLP", "DiscreteVP", "NoisePolicy", "Report", "Stopped",
+    "Lane", "SideProcess", "SideTimes",
 }  # fmt: skip
 """Made by other classes, from settings that those have checked, or from files."""
 
@@ -85,7 +86,7 @@ ALLOWED: Mapping[str, tuple[Sequence[float], set[str]]] = {
     "0 switches it off": (
         ZERO,
         {
-            "*.num_workers", "HTTPReward.retries", "*.best_of",
+            "*.num_workers", "HTTPReward.retries", "RewardWorkers.restarts", "*.best_of",
             "MMD.num_draws", "SetDistances.num_draws", "Duplicates.num_draws",
             "DDPO.kl_coef", "RewardGradient.kl_coef",
             "NoisePPO.beta", "PGRAFT.contrast", "PGRAFT.cut", "GRAFT.contrast", "EMA.decay",

@@ -20,6 +20,7 @@ from domains.text_to_image.loading import Files, load_parts
 from domains.text_to_image.networks.lora import Home, lora_weights, read_lora, save_lora
 from domains.text_to_image.networks.web_lora import WEB_LORA, save_web_lora
 from domains.text_to_image.overflow import check_latents, check_vae
+from domains.text_to_image.probes import probe_pictures
 from lit_rlft.core.checks import UsageError, at_least, require
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline, column
 from lit_rlft.core.process import GaussianProcess
@@ -323,6 +324,11 @@ class TextToImagePipeline(Pipeline):
             pictures = decode(latents)
         check_vae(pictures, self.vae, "pictures")
         return pictures
+
+    def probes(self) -> tuple[Tensor, Condition]:
+        pictures = probe_pictures(*self.family.pixels).to(self.device, self.precision)
+        rows = torch.zeros(len(pictures), dtype=torch.int64)
+        return pictures, Condition([{"prompt": "a dark disc, drawn to probe a reward"}], {}, rows)
 
     def check_states(self) -> None:
         if isinstance(self.vae, AutoencoderTiny):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from lightning import Trainer
+from lightning import Callback, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
@@ -34,6 +34,8 @@ from lit_rlft.loop.reference import LoRA, adapt, completed
 from lit_rlft.loop.rollouts import Rollouts, track
 from lit_rlft.loop.round_log import log_round, round_means, write_round
 from lit_rlft.loop.route import Leg, Route
+from lit_rlft.loop.side.rewards import RewardWorkers
+from lit_rlft.loop.side.watch import SideWatch, beside
 from lit_rlft.loop.updates import Shares, Update, accumulate, gradient_norm, layout, no_sync, plan
 from lit_rlft.runs.folder import run_folder, summary_writer, writes_nothing
 
@@ -65,6 +67,7 @@ class RewardFineTuner(Checkpointed, ABC):
         sampling_batch_size: Samples drawn at a time, which bounds the sampler's memory.
         num_eval_samples: Samples per condition in `validate`, `test` and `predict`.
         best_of: n of `test`'s baselines best of n samples and of n initial noises; 0 for none.
+        reward_workers: Score beside sampling, in other processes or threads; None scores between.
         seed: Seed of all noise.
     """
 
@@ -85,13 +88,14 @@ class RewardFineTuner(Checkpointed, ABC):
         sampling_batch_size: int = 64,
         num_eval_samples: int = 4,
         best_of: int = 0,
+        reward_workers: RewardWorkers | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.automatic_optimization = self.strict_loading = False
         self.pipeline, self.reward = pipeline, reward
         self.metrics = metrics or Metrics()
-        self.sampler, self.lora = sampler, lora
+        self.sampler, self.lora, self.reward_workers = sampler, lora, reward_workers
         self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
         self.num_epochs, self.minibatch_size = num_epochs, minibatch_size
         self.microbatch_size, self.max_grad_norm = microbatch_size, max_grad_norm
@@ -163,7 +167,12 @@ class RewardFineTuner(Checkpointed, ABC):
             self._build()
         if self._trainer is not None:
             secure(self._trainer)
+        self.reward = beside(self.reward, self.reward_workers, self._trainer)
         self._listen(self._trainer)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Return who watches over the workers of rewards, if there are any."""
+        return [SideWatch()] if self.reward_workers else []
 
     def _listen(self, trainer: Trainer | None) -> None:
         """Make what draws, measures and reports, for a trainer or for none."""
@@ -174,16 +183,6 @@ class RewardFineTuner(Checkpointed, ABC):
         self.evaluator = Evaluator(self.rollouts, self.metrics, self.num_eval_samples)
         self.evaluator.phase = self.audience.phase
         self.evaluator.shown = trainer is None or trainer.is_global_zero
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies do not take the trainer along."""
-        held = {"audience", "rollouts", "evaluator"}
-        return {name: value for name, value in super().__getstate__().items() if name not in held}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if self.pretrained:
-            self._listen(None)
 
     def _build(self) -> None:
         for name in ("num_epochs", "minibatch_size", "num_eval_samples", "best_of", "seed"):

@@ -46,6 +46,8 @@ from lit_rlft.core.trajectory import Trajectories, transition_of, walk_with_log_
 from lit_rlft.distributed import gather
 from lit_rlft.loop.advantages import check_parts, judge
 from lit_rlft.loop.experience import Experience
+from lit_rlft.loop.rollouts import Drawn
+from lit_rlft.loop.scoring import Scoring
 
 __all__ = ["DDPO", "Rollout"]
 
@@ -222,16 +224,16 @@ class DDPO(RewardFineTuner):
         candidates = condition.repeat(self.num_candidates)
         stream = (Stream.ROLLOUT, self.num_rounds)
         seeds = self.rollouts.seeds(batch, self.num_candidates, *stream)
-        trajectories, x_0 = self._sample(candidates, seeds)
+        scoring = Scoring(self.rollouts, by_part=self.decoupled_rewards)
+        trajectories, x_0 = self._sample(candidates, seeds, scoring.drawn)
         self.num_samples += len(candidates) * self.trainer.world_size
         judged = judge(
-            self.rollouts,
+            scoring,
             x_0,
             condition,
             seeds,
             advantage=self.advantage,
             clip=self.advantage_clip,
-            decoupled=self.decoupled_rewards,
             world_size=self.trainer.world_size,
         )
         random = trajectories.log_probs.cpu() != 0
@@ -277,7 +279,9 @@ class DDPO(RewardFineTuner):
     def statistics(self) -> Mapping[str, Advantage]:
         return {"advantage": self.advantage}
 
-    def _sample(self, condition: Condition, seeds: Sequence[int]) -> tuple[Trajectories, State]:
+    def _sample(
+        self, condition: Condition, seeds: Sequence[int], drawn: Drawn
+    ) -> tuple[Trajectories, State]:
         """Draw trajectories in chunks; return what is kept of them, and x_0."""
         process, num_steps = self.pipeline.process, self.sampler.num_steps
         times, ends = process.times(num_steps), process.ends(num_steps)
@@ -297,6 +301,7 @@ class DDPO(RewardFineTuner):
                 ends=ends,
             )
             x_0.append(kept.record(chunk.rows.start, walk))
+            drawn(chunk, x_0[-1])
         return kept, cat(x_0)
 
     @property

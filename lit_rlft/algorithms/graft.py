@@ -29,6 +29,7 @@ from lit_rlft.core.streams import Stream
 from lit_rlft.distributed import mean_of_all
 from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.route import Leg, Route
+from lit_rlft.loop.scoring import Scoring
 
 __all__ = ["GRAFT", "PGRAFT"]
 
@@ -118,9 +119,10 @@ class PGRAFT(RewardFineTuner):
         seeds = self.rollouts.seeds(batch, self.num_candidates, *stream)
         route = self.route() if self.iterative else self.reference_route()
         keep = (self.cut_step, self.sampler.num_steps)
-        x_tau, x_0 = self.rollouts.draw(route, candidates, seeds, keep=keep)
+        scoring = Scoring(self.rollouts)
+        x_tau, x_0 = self.rollouts.draw(route, candidates, seeds, keep=keep, drawn=scoring.drawn)
         self.num_samples += len(candidates) * (world_size := self.trainer.world_size)
-        rewards, keys = self.rollouts.score(x_0, candidates, may_fail=True)
+        rewards, keys = scoring.finish(x_0, candidates, seeds, world_size)
         known = rewards[rewards.isfinite()]
         if math.isnan(reward := mean_of_all(known, world_size)):
             raise all_failed(self.reward.name, len(candidates) * world_size)

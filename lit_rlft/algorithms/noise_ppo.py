@@ -37,6 +37,7 @@ from lit_rlft.inference import NoiseGenerator
 from lit_rlft.loop.advantages import check_parts, judge
 from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.route import Route
+from lit_rlft.loop.scoring import Scoring
 
 __all__ = ["NoisePPO"]
 
@@ -160,16 +161,18 @@ class NoisePPO(RewardFineTuner):
         stream = (Stream.ROLLOUT, self.num_rounds)
         seeds = self.rollouts.seeds(batch, self.num_candidates, *stream)
         ends = (0, self.sampler.num_steps)
-        x_1, x_0 = self.rollouts.draw(self.route(), candidates, seeds, keep=ends)
+        scoring = Scoring(self.rollouts, by_part=self.decoupled_rewards)
+        x_1, x_0 = self.rollouts.draw(
+            self.route(), candidates, seeds, keep=ends, drawn=scoring.drawn
+        )
         self.num_samples += len(candidates) * self.trainer.world_size
         judged = judge(
-            self.rollouts,
+            scoring,
             x_0,
             condition,
             seeds,
             advantage=self.advantage,
             clip=self.advantage_clip,
-            decoupled=self.decoupled_rewards,
             world_size=self.trainer.world_size,
         )
         prior = _precise(self.prior(candidates))

@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lit_rlft.algorithms.base import RewardFineTuner
-from lit_rlft.core.checks import UsageError, at_least, finite
+from lit_rlft.core.checks import UsageError, at_least, finite, require
 from lit_rlft.core.gradient_plan import DRTune, GradientMethod, GradientPlan
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline
 from lit_rlft.core.randomness import Generators, generators, seed_from
-from lit_rlft.core.reward import Combination, Reward
+from lit_rlft.core.reward import Combination, Reward, WeightedSum
 from lit_rlft.core.sampling import Denoiser, Sampler, walk
 from lit_rlft.core.state import State, batch_size, cat, detach, index, leaves
 from lit_rlft.core.streams import Stream
@@ -89,6 +89,21 @@ class RewardGradient(RewardFineTuner):
                 f"{self.algorithm} needs a differentiable reward, but {_opaque(self.reward)} has "
                 "no gradient; choose a reward with differentiable = True, or an algorithm that "
                 "needs none (configs/algorithms/p_graft.yaml)"
+            )
+        rule = (
+            f"null for {self.algorithm}, which follows gradients through the reward; for a reward"
+        )
+        require(
+            self.reward_workers is None,
+            self,
+            "reward_workers",
+            f"{rule} in workers use configs/algorithms/p_graft.yaml or ddpo.yaml",
+        )
+        normalises = isinstance(self.reward, WeightedSum) and bool(self.reward.moments)
+        if normalises:
+            raise UsageError(
+                f"{self.algorithm} scores a few samples at a time, but reward.init_args.normalize "
+                "takes all those of a round; set it to false and give reward.init_args.ranges"
             )
         self.method.check(self.sampler.num_steps)
         at_least(0, self, "kl_coef")

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Mapping
 
-from lightning import LightningModule
+from lightning import LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from lit_rlft.algorithms.base import RewardFineTuner
+from lit_rlft.callbacks.reward_probes import check_on_probes
 from lit_rlft.core.checks import UsageError, at_least
 from lit_rlft.core.process import Process
 from lit_rlft.core.sampling import Sampler
@@ -33,16 +34,39 @@ class SelfCheck(Hooks):
     that failed or are all the same, of groups without differences, of parameters that the loss
     does not reach, and of gradients that are zero.
 
+    Before anything is drawn, in `fit` and `test`, rewards that never give much different samples
+    the same number have to tell the domain's known samples apart (`Pipeline.probes`).
+
     Args:
         enabled: Whether to check.
+        reward_probes: Whether to check rewards before anything is drawn.
         ratio_tolerance: How far from 1 the first ratios may be; half the clip range, and 0.01 at
             most, unless given: from there on clipping, not the reward, would decide the gradient.
     """
 
-    def __init__(self, enabled: bool = True, ratio_tolerance: float | None = None) -> None:
+    def __init__(
+        self,
+        enabled: bool = True,
+        ratio_tolerance: float | None = None,
+        reward_probes: bool = True,
+    ) -> None:
         at_least(0, self, ratio_tolerance=ratio_tolerance)
         self.enabled, self.ratio_tolerance = enabled, ratio_tolerance
+        self.reward_probes = reward_probes
         self._said: set[str] = set()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check the reward."""
+        self._probe(trainer, pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check the reward."""
+        self._probe(trainer, pl_module)
+
+    def _probe(self, trainer: Trainer, module: LightningModule) -> None:
+        if self.enabled and self.reward_probes and isinstance(module, RewardFineTuner):
+            precision = trainer.precision_plugin.forward_context()
+            check_on_probes(module.reward, module.pipeline, precision)
 
     def on_experience(self, module: LightningModule, experience: Experience) -> None:
         """Check the rewards of a round."""

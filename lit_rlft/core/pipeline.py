@@ -194,6 +194,14 @@ class Pipeline(nn.Module, ABC):
         rows = rows.to(samples.device)
         return samples[rows] if isinstance(samples, Tensor) else samples.index(rows)
 
+    def probes(self) -> tuple[Any, Condition] | None:
+        """Return some decoded samples that have nothing in common; None where a domain has none.
+
+        They show, before a run, whether a reward tells samples apart. Their conditions are records
+        alone, without encodings, and never those of a run.
+        """
+        return None
+
     def keys(self, samples: Any, condition: Condition) -> list[Hashable] | None:
         """Return each sample's equivalence class for de-duplication, or None where none exists."""
         return None

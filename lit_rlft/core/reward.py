@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lit_rlft.core.answers import numbers, tensors, unchanged
 from lit_rlft.core.checks import BadArgument, UsageError, finite, require
 from lit_rlft.core.guard import Guard
+from lit_rlft.core.moments import RunningMoments
 from lit_rlft.core.pipeline import Condition, Pipeline
 
 __all__ = [
@@ -140,9 +141,15 @@ class Reward(Metric):
 
     Attributes:
         differentiable: Whether gradients flow from the reward to the samples.
+        distinguishes: Whether samples that differ much never have the same reward: a run then
+            stops at its start where the domain's probes do. False for rewards with few values.
+        waits: Whether it waits for another program rather than computes: a thread is then as good
+            as a process (`reward_workers`), and the run's start sends it no probes.
     """
 
     differentiable: bool = False
+    distinguishes: bool = False
+    waits: bool = False
 
     @property
     def name(self) -> str:
@@ -195,6 +202,9 @@ class Combination(Reward):
             self._check_names(argument)
         self._check_pairs("ranges", lambda a, b: None not in (a, b) and a != b, "different numbers")
         self._check_pairs("limits", lambda a, b: None in (a, b) or a < b, "a smaller number first")
+        normalised = [n for n, r in rewards.items() if isinstance(r, WeightedSum) and r.moments]
+        rule = f"without normalize in its parts {normalised}: only the whole reward can have it"
+        require(not normalised, self, "rewards", rule)
         if len(set(self.held_out)) == len(rewards):
             raise BadArgument(self, "held_out", "must leave a reward to train on")
         self.differentiable = all(reward.differentiable for reward in self.counted.values())
@@ -208,14 +218,32 @@ class Combination(Reward):
             if isinstance(part, Reward) and name not in self.held_out
         }
 
+    def raw_parts(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
+        """Return each part that counts, [B], in its own units, NaN where it failed."""
+        return {
+            name: rewards_of(reward, samples, condition, may_fail=True)
+            for name, reward in self.counted.items()
+        }
+
+    def scaled(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return parts by name, [B], within their limits and in units of their ranges."""
+        scaled = {}
+        for name, part in self.limited(parts).items():
+            start, end = self.ranges.get(name, (0.0, 1.0))
+            scaled[name] = (part - start) / (end - start)
+        return scaled
+
+    def limited(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return parts by name, [B], within their limits, in their own units."""
+        found = {}
+        for name, part in parts.items():
+            low, high = self.limits.get(name, (None, None))
+            found[name] = part if low is None and high is None else part.clamp(low, high)
+        return found
+
     def parts(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
-        """Return each part that counts, [B], within its limits and in units of its range."""
-        return self._scaled(
-            {
-                name: rewards_of(reward, samples, condition, may_fail=True)
-                for name, reward in self.counted.items()
-            }
-        )
+        """Return each part that counts, [B], as they are combined."""
+        return self.scaled(self.raw_parts(samples, condition))
 
     def forward(self, samples: Any, condition: Condition) -> Tensor:
         return self.combine(self.parts(samples, condition))
@@ -228,21 +256,12 @@ class Combination(Reward):
             for key, value in values_of(reward, samples, condition).items():
                 detail = key.removeprefix(reward.name).removeprefix("/")
                 values[f"{name}/{detail}" if detail else name] = value
-        counted = self._scaled({name: values[name] for name in self.counted})
+        counted = self.scaled({name: values[name] for name in self.counted})
         return {self.name: self.combine(counted), **values}
 
     @abstractmethod
     def combine(self, parts: Mapping[str, Tensor]) -> Tensor:
         """Return the combination [B] of what `parts` returns."""
-
-    def _scaled(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        scaled = {}
-        for name, part in parts.items():
-            low, high = self.limits.get(name, (None, None))
-            part = part if low is None and high is None else part.clamp(low, high)
-            start, end = self.ranges.get(name, (0.0, 1.0))
-            scaled[name] = (part - start) / (end - start)
-        return scaled
 
     def _check_names(self, argument: str) -> None:
         if unknown := sorted(set(getattr(self, argument)) - set(self.rewards)):
@@ -265,6 +284,12 @@ class WeightedSum(Combination):
         ranges: As in `Combination`.
         limits: As in `Combination`.
         held_out: As in `Combination`.
+        normalize: Bring parts without a range to mean 0 and deviation 1 over all samples that the
+            run has trained on, this round's included. Weights then say how much each part counts
+            whatever its units. The unit changes during a run, most in its first rounds.
+
+    Attributes:
+        moments: Mean and deviation of each part that is normalised, within its limits.
     """
 
     def __init__(
@@ -274,12 +299,33 @@ class WeightedSum(Combination):
         ranges: dict[str, tuple[float, float]] | None = None,
         limits: dict[str, tuple[float | None, float | None]] | None = None,
         held_out: list[str] | None = None,
+        normalize: bool = False,
     ) -> None:
         super().__init__(rewards, ranges, limits, held_out)
+        self.normalize = normalize
+        without = [name for name in self.counted if name not in self.ranges] if normalize else []
+        self.moments = {name: RunningMoments() for name in without}
         self.weights: Mapping[str, float] = dict(weights or {})
         self._check_names("weights")
         self.weights = {name: self.weights.get(name, 1.0) for name in rewards}
         finite(self, "weights")
+
+    def scaled(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return parts as in `Combination`; those that are normalised, by the moments so far."""
+        scaled = super().scaled(parts)
+        for name in self.moments.keys() & scaled.keys():
+            scaled[name] = self.moments[name].standardised(scaled[name])
+        return scaled
+
+    def learn(self, parts: Mapping[str, Tensor]) -> None:
+        """Take the parts of further samples into the moments.
+
+        Args:
+            parts: By name, [n] in their own units, the same on every process.
+        """
+        for name, part in self.limited(parts).items():
+            if name in self.moments:
+                self.moments[name].update(part)
 
     def combine(self, parts: Mapping[str, Tensor]) -> Tensor:
         return torch.stack([self.weights[name] * part for name, part in parts.items()]).sum(dim=0)

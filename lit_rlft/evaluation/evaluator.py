@@ -22,6 +22,7 @@ from lit_rlft.evaluation.measurements import Arm, Measurements
 from lit_rlft.loop.experience import Draw
 from lit_rlft.loop.rollouts import Rollouts
 from lit_rlft.loop.route import Route
+from lit_rlft.loop.side.rewards import begin
 
 __all__ = ["Evaluator"]
 
@@ -153,6 +154,7 @@ class Evaluator:
     ) -> None:
         """Decode and measure samples of some rows; `known` holds the values known already."""
         samples = self.pipeline.decode(x_0, condition)
+        begin(self.reward, "evaluate", samples, condition)
         values = values_of(self.reward, samples, condition)
         self._check_scored(values.get(self.reward.name), len(condition))
         values |= values_of(self.metrics, samples, condition) | known

@@ -52,6 +52,8 @@ class HTTPReward(Reward):
         UsageError: At the start: nobody answers there, or something else than rewards.
     """
 
+    waits = True
+
     def __init__(
         self, url: str, batch_size: int = 16, timeout: float = 60.0, retries: int = 3
     ) -> None:

@@ -17,7 +17,7 @@ from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Reward, WeightedSum, all_failed
 from lit_rlft.core.state import State
 from lit_rlft.distributed import gather
-from lit_rlft.loop.rollouts import Rollouts
+from lit_rlft.loop.scoring import Scoring
 
 __all__ = ["Judged", "check_parts", "compare", "judge"]
 
@@ -38,35 +38,33 @@ class Judged(NamedTuple):
 
 
 def judge(
-    rollouts: Rollouts,
+    scoring: Scoring,
     x_0: State,
     condition: Condition,
     seeds: Sequence[int],
     *,
     advantage: Advantage,
     clip: float | None,
-    decoupled: bool,
     world_size: int,
 ) -> Judged:
     """Score samples and compare their rewards with those of all processes, which all call this.
 
     Args:
-        rollouts: Decodes and scores.
+        scoring: Decodes and scores; where it does so by part, parts are compared each for itself.
         x_0: G * M samples, the candidates of one condition side by side.
         condition: G rows.
         seeds: G * M integers, one per sample.
         advantage: As in `compare`.
         clip: As in `compare`.
-        decoupled: Compare the parts of the reward each for itself.
         world_size: Number of processes.
 
     Raises:
         UsageError: The reward failed for all samples.
     """
-    num, reward = len(seeds) // len(condition), rollouts.reward
-    weights = _weights(reward) if decoupled else (1.0,)
+    num, reward = len(seeds) // len(condition), scoring.rollouts.reward
+    weights = _weights(reward) if scoring.by_part else (1.0,)
     candidates = condition.repeat(num)
-    rewards = rollouts.score(x_0, candidates, may_fail=True, by_part=decoupled).rewards.cpu()
+    rewards = scoring.finish(x_0, candidates, seeds, world_size).rewards.cpu()
     advantages, metrics = compare(
         rewards,
         condition,

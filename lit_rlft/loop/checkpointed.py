@@ -5,15 +5,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
-from lightning import LightningModule
+from lightning import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lit_rlft.core.advantage import Advantage
 from lit_rlft.core.checks import UsageError
+from lit_rlft.core.moments import RunningMoments
 from lit_rlft.core.pipeline import Pipeline
-from lit_rlft.core.reward import Reward
+from lit_rlft.core.reward import Reward, WeightedSum
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.cost.meter import Meter
 from lit_rlft.loop import checkpoint as contents
@@ -29,6 +30,7 @@ __all__ = ["Checkpointed"]
 
 _PARTS = ("pipeline", "reward", "metrics")
 _WITH_THE_WEIGHTS = "pretrained"
+_MOMENTS = "reward_moments"
 _AVERAGE = "EMA"
 """How the states of callbacks are called that average the weights."""
 _TOLD = "the weights are the run's average (EMA)"
@@ -46,6 +48,10 @@ class Checkpointed(LightningModule):
     make_optimizer: Any
     make_lr_scheduler: Any
 
+    @abstractmethod
+    def _listen(self, trainer: Trainer | None) -> None:
+        """Make what draws, measures and reports, for a trainer or for none."""
+
     @property
     @abstractmethod
     def algorithm(self) -> str:
@@ -58,6 +64,16 @@ class Checkpointed(LightningModule):
     @abstractmethod
     def statistics(self) -> Mapping[str, Advantage]:
         """Return the advantages whose state a resumed run needs, by name in the checkpoint."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies do not take the trainer along."""
+        held = {"audience", "rollouts", "evaluator"}
+        return {name: value for name, value in super().__getstate__().items() if name not in held}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.pretrained:
+            self._listen(None)
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -113,6 +129,7 @@ class Checkpointed(LightningModule):
             "cost": self.meter.as_dict(),
             **{name: getattr(self, name) for name in COUNTERS},
             **{name: part.state_dict() for name, part in self.statistics().items()},
+            _MOMENTS: {name: part.state_dict() for name, part in self._moments().items()},
         }
         contents.reduce(checkpoint, contents.trained_shapes(self, trained.values()), ours)
 
@@ -132,7 +149,14 @@ class Checkpointed(LightningModule):
         vars(self).update({name: ours[name] for name in COUNTERS})
         for name, part in self.statistics().items():
             part.load_state_dict(ours.get(name, {}))
+        for name, moments in self._moments().items():
+            if name in (known := ours.get(_MOMENTS, {})):
+                moments.load_state_dict(known[name])
         self.meter.restore(ours["cost"], first=trainer is None or self.global_rank == 0)
+
+    def _moments(self) -> Mapping[str, RunningMoments]:
+        """Return the moments of the parts of a reward that are normalised, by name."""
+        return self.reward.moments if isinstance(self.reward, WeightedSum) else {}
 
     def _check_resume(self, checkpoint: dict[str, Any], old: dict[str, Plain] | None) -> None:
         check_resumable(checkpoint)

@@ -29,6 +29,7 @@ _WITHOUT_EFFECT = (
     "model.best_of",
     "model.sampling_batch_size",
     "model.microbatch_size",
+    "model.reward_workers",
     "model.lora.pretrained",
     "data.eval_batch_size",
     "data.num_workers",
@@ -113,7 +114,7 @@ def list_changes(
             "they are not compared"
         )
         return
-    found = [one for one in changes(old, new) if one[0] not in _WITHOUT_EFFECT]
+    found = [one for one in changes(old, new) if not _without_effect(one[0])]
     if found:
         listed = ", ".join(f"{key} {_short(a)} -> {_short(b)}" for key, a, b in found)
         rank_zero_info(f"resuming with other settings: {listed}")
@@ -123,6 +124,10 @@ def list_changes(
             _set_in_optimizer(checkpoint, name, before, now)
         elif key == f"{SCHEDULER}.{name}":
             checkpoint["lr_schedulers"][0][name] = now
+
+
+def _without_effect(key: str) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in _WITHOUT_EFFECT)
 
 
 def _set_in_optimizer(checkpoint: Mapping[str, Any], name: str, before: Any, now: Any) -> None:

@@ -11,12 +11,13 @@ from tqdm.auto import tqdm
 
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline
 from lit_rlft.core.randomness import Generators, generators, seed_from
-from lit_rlft.core.reward import Combination, Reward, rewards_of
+from lit_rlft.core.reward import Reward, rewards_of
 from lit_rlft.core.state import State, cat, index, slices
 from lit_rlft.cost.meter import Meter
 from lit_rlft.loop.route import Route
+from lit_rlft.loop.side.rewards import begin
 
-__all__ = ["Chunk", "Rollouts", "Scores", "Track", "track"]
+__all__ = ["Chunk", "Drawn", "Rollouts", "Scores", "Track", "track"]
 
 T = TypeVar("T")
 Track = Callable[[Iterable[Any], str], Iterable[Any]]
@@ -35,6 +36,10 @@ class Chunk(NamedTuple):
     rows: slice
     condition: Condition
     noise: Generators
+
+
+Drawn = Callable[[Chunk, State], None]
+"""Takes a chunk of samples and their x_0."""
 
 
 class Scores(NamedTuple):
@@ -106,6 +111,7 @@ class Rollouts:
         *,
         keep: Sequence[int],
         label: str = "Sampling",
+        drawn: Drawn | None = None,
     ) -> list[State]:
         """Walk a route and keep the states at some indices of its grid.
 
@@ -115,6 +121,7 @@ class Rollouts:
             seeds: One integer per sample; all its noise comes from it.
             keep: Indices into the grid [num_steps + 1]; num_steps is x_0.
             label: Text of the progress bar.
+            drawn: Is told of each chunk when it is done.
 
         Returns:
             One state per entry of `keep`, all samples concatenated.
@@ -125,18 +132,17 @@ class Rollouts:
                 for states, wanted in zip(kept, keep, strict=True):
                     if i == wanted:
                         states.append(x)
+            if drawn is not None:
+                drawn(chunk, x)
         return [cat(states) for states in kept]
 
-    def score(
-        self, x_0: State, condition: Condition, *, may_fail: bool = False, by_part: bool = False
-    ) -> Scores:
+    def score(self, x_0: State, condition: Condition, *, may_fail: bool = False) -> Scores:
         """Decode and score samples.
 
         Args:
             x_0: The samples, one per row of `condition`.
             condition: One row per sample.
             may_fail: Samples that could not be scored have NaN.
-            by_part: Score them by the parts of a combined reward, each for itself; they may fail.
 
         Raises:
             UsageError: The reward returns something other than a finite number per sample.
@@ -145,10 +151,8 @@ class Rollouts:
         keys: list[Hashable] = []
         for chunk in self.chunks(condition, label="Scoring"):
             samples = self.pipeline.decode(index(x_0, chunk.rows), chunk.condition)
-            if by_part:
-                rewards.append(self._parts_of(samples, chunk.condition))
-            else:
-                rewards.append(self.reward_of(samples, chunk.condition, may_fail=may_fail))
+            begin(self.reward, "forward", samples, chunk.condition)
+            rewards.append(self.reward_of(samples, chunk.condition, may_fail=may_fail))
             keys.extend(self.pipeline.keys(samples, chunk.condition) or [])
         return Scores(torch.cat(rewards), keys or None)
 
@@ -156,11 +160,6 @@ class Rollouts:
         """Return the rewards of decoded samples, [B], as `score` does."""
         self.meter.current.reward_calls += len(condition)
         return rewards_of(self.reward, samples, condition, may_fail=may_fail)
-
-    def _parts_of(self, samples: Any, condition: Condition) -> Tensor:
-        assert isinstance(self.reward, Combination)
-        self.meter.current.reward_calls += len(condition)
-        return torch.stack([*self.reward.parts(samples, condition).values()], dim=1)
 
 
 def track(items: Iterable[T], label: str, *, trainer: Trainer | None) -> Iterable[T]:

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from lit_rlft.loop.side.rewards import SideReward
+
 __all__ = ["Plain", "arguments", "changes", "settings"]
 
 Plain = bool | int | float | str | None
@@ -75,6 +77,8 @@ def _walk(value: Any, key: str, without: frozenset[str], depth: int) -> Iterator
         yield from _walk(value.keywords, key, without, depth)
     elif isinstance(value, type) or inspect.isroutine(value):
         yield key, _path(value)
+    elif isinstance(value, SideReward):
+        yield from _walk(value.inner, key, without, depth)
     else:
         yield key, _path(type(value))
         for name, part in _attributes(value).items():

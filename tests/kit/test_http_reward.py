@@ -3,6 +3,9 @@
 import base64
 import io
 import json
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -205,3 +208,69 @@ def test_a_scorer_that_is_gone_ends_the_run_where_it_can_go_on(
     server.answer = first_coordinates
     main(["fit", *words, "--ckpt_path=runs/run/checkpoints/last.ckpt"])
     assert len(scalars("run")["train/failed_rewards"]) == 4
+
+
+SCORER = """
+import json, os, signal, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+port, calls, dies_at = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3].split(",")
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        samples = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["samples"]
+        with calls.open("a") as file:
+            file.write("x")
+        if str(len(calls.read_text())) in dies_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"rewards": list(range(len(samples)))}).encode())
+
+    def log_message(self, *args):
+        pass
+
+HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+@pytest.mark.slow  # waits for a scorer to come back
+def test_a_scorer_that_is_killed_in_mid_run_costs_its_samples_and_not_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(http_reward, "_FIRST_WAIT", 2.0)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    over, started = threading.Event(), []
+
+    def keep_up() -> None:
+        while not over.is_set():
+            words = [sys.executable, "-c", SCORER, str(port), "calls", "5,6"]
+            with subprocess.Popen(words) as scorer:
+                started.append(scorer)
+                scorer.wait()
+
+    keeper = threading.Thread(target=keep_up)
+    keeper.start()
+    try:
+        while not _listens(port):
+            time.sleep(0.05)
+        main(
+            ["fit", *TINY, f"--reward.url=http://127.0.0.1:{port}/score", "--reward.retries=1",
+             "--reward.batch_size=8", "--model.reward_workers.kind=process"]
+        )  # fmt: skip
+    finally:
+        over.set()
+        started[-1].kill()
+        keeper.join()
+    # After the probe two requests of 8 samples a round: the fourth one kills its scorer twice.
+    assert scalars("run")["train/failed_rewards"] == [0, 0.5, 0, 0]
+    assert len(started) == 3
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as one:
+        return one.connect_ex(("127.0.0.1", port)) == 0

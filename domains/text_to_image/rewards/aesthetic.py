@@ -56,7 +56,7 @@ class LAIONAesthetic(Reward):
         https://github.com/LAION-AI/aesthetic-predictor
     """
 
-    differentiable = True
+    differentiable = distinguishes = True
 
     def __init__(
         self,

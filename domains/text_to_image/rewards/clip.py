@@ -31,7 +31,7 @@ class CLIPScore(Reward):
         2021), https://arxiv.org/abs/2103.00020
     """
 
-    differentiable = True
+    differentiable = distinguishes = True
 
     def __init__(self, pretrained: str = "shapes_clip") -> None:
         super().__init__()

@@ -51,7 +51,7 @@ class HPSv2(Reward):
         Human Preference Score v2 (Wu et al., 2023), https://arxiv.org/abs/2306.09341
     """
 
-    differentiable = True
+    differentiable = distinguishes = True
 
     def __init__(
         self,

@@ -39,7 +39,7 @@ class PickScore(Reward):
         al., 2023), https://arxiv.org/abs/2305.01569
     """
 
-    differentiable = True
+    differentiable = distinguishes = True
 
     def __init__(
         self,

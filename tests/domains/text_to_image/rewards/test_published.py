@@ -1,23 +1,30 @@
 """Rewards from published weights against independent computations, on tiny random models."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor, CLIPModel, LlavaForConditionalGeneration
 
+from domains.gaussian_mixture.pipeline import GaussianMixturePipeline
 from domains.text_to_image.networks import texts
 from domains.text_to_image.networks.open_clip import BlackBars
+from domains.text_to_image.probes import probe_pictures
 from domains.text_to_image.rewards import (
+    CLIPScore,
     HPSv2,
     ImageReward,
     LAIONAesthetic,
     PickScore,
     VQAScore,
+    image_reward,
 )
 from domains.text_to_image.rewards import hpsv2 as hpsv2_module
 from domains.text_to_image.rewards.aesthetic import _head
@@ -338,15 +345,67 @@ def test_chunks_and_half_precision_change_little(name: str, make: Callable) -> N
     assert values.allclose(whole, rtol=0.1, atol=0.05)
 
 
-@pytest.mark.parametrize("name", ["PickScore", "HPSv2"])
-def test_each_text_is_embedded_once(name: str, make: Callable) -> None:
-    reward, embedded = make(name), []
-    reward.encoder.clip.text_model.register_forward_pre_hook(
-        lambda module, args, kwargs: embedded.append(len(kwargs["input_ids"])), with_kwargs=True
-    )
+def _count(rows: list[int], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    given = kwargs.get("input_ids", kwargs.get("pixel_values", args[0] if args else None))
+    rows.append(len(given))
+
+
+PASSES: dict[str, dict[str, list[int]]] = {
+    "PickScore": {"encoder.clip.vision_model": [3, 3], "encoder.clip.text_model": [2]},
+    "HPSv2": {"encoder.clip.vision_model": [3, 3], "encoder.clip.text_model": [2]},
+    "CLIPScore": {"encoder.clip.vision_model": [3, 3], "encoder.clip.text_model": [2]},
+    "LAIONAesthetic": {"encoder.clip.vision_model": [3, 3]},
+    # A text is read together with its picture.
+    "ImageReward": {"network.vision": [3, 3], "network.text": [3, 3]},
+    "VQAScore": {"network.model": [3, 3]},
+}
+"""Rows of each pass of each network when three pictures of two prompts are scored twice."""
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_each_picture_takes_one_pass_and_each_text_one(name: str, make: Callable) -> None:
+    assert len(set(PROMPTS)) == 2 and len(PROMPTS) == 3
+    reward: Reward = CLIPScore() if name == "CLIPScore" else make(name)
+    passes: dict[str, list[int]] = {path: [] for path in PASSES[name]}
+    for path, rows in passes.items():
+        network = reward
+        for part in path.split("."):
+            network = getattr(network, part)
+        network.register_forward_pre_hook(partial(_count, rows), with_kwargs=True)
     for _ in range(2):
         reward(pictures(), condition(PROMPTS))
-    assert embedded == [2]
+    assert passes == PASSES[name]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["PickScore", "HPSv2", "LAIONAesthetic", "ImageReward"])
+def test_known_pictures_are_told_apart(name: str, dtype: str, make: Callable) -> None:
+    reward = make(name, dtype=dtype)
+    assert reward.distinguishes
+    values = reward(probe_pictures(24, 40), condition([PROMPTS[0]] * 4))
+    assert values.isfinite().all() and values.min() < values.max()
+
+
+def test_published_examples_are_scored_before_a_run(
+    make: Callable, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(4):
+        to_image(pictures(30, 40)[i % 3].roll(i)).save(tmp_path / f"{i + 1}.webp", lossless=True)
+    reward, pipeline = make("ImageReward", self_test=str(tmp_path)), GaussianMixturePipeline()
+    with pytest.raises(UsageError, match=r"self_test fails: .* where 0.5812, .* are published"):
+        reward.check(pipeline)
+    loaded = torch.stack([_picture(tmp_path / f"{i + 1}.webp") for i in range(4)])
+    scores = make("ImageReward")(loaded, condition([image_reward._PROMPT] * 4))
+    monkeypatch.setattr(image_reward, "_EXAMPLES", tuple(scores.tolist()))
+    reward.check(pipeline)
+    (tmp_path / "4.webp").unlink()
+    with pytest.raises(UsageError, match=r"4.webp is no picture"):
+        reward.check(pipeline)
+
+
+def _picture(path: Path) -> Tensor:
+    pixels = np.asarray(Image.open(path).convert("RGB"), dtype=np.float32)
+    return torch.from_numpy(pixels / 255).permute(2, 0, 1)
 
 
 @pytest.mark.parametrize("name", ["PickScore", "HPSv2", "ImageReward"])
