@@ -38,7 +38,7 @@ INTERNAL = {
     "Gaussian", "GaussianMixtureDenoiser", "Generated", "GradientPlan", "Images",
     "PointCloudGaussian", "PointClouds", "RealFeatures", "Residual", "Rollout",
     "Rollouts", "Route", "Rows", "SizeBatches", "TimedBlock", "Update", "Preprocessing",
-    "CoupledPointClouds", "Found", "FlowMLP", "DiscreteVP", "NoisePolicy", "Report", "Stopped",
+    "CoupledPointClouds", "FlowMLP", "DiscreteVP", "NoisePolicy", "Report", "Stopped",
     "Lane", "SideProcess", "SideTimes",
 }  # fmt: skip
 """Made by other classes, from settings that those have checked, or from files."""
@@ -126,7 +126,6 @@ ALLOWED: Mapping[str, tuple[Sequence[float], set[str]]] = {
 FIXED = {
     "GRAFT.cut", "Enumerated.max_atoms",
     "PromptData.num_train", "PromptData.num_val", "PromptData.num_test", "VLMJudge.scale",
-    "T2ICompBench.threshold",
 }  # fmt: skip
 """Arguments of a base class that the class sets itself, and one that takes any number."""
 

@@ -24,7 +24,6 @@ class PromptData(SourceData[list[Record]]):
 
     Args:
         source: The file. A `.txt` has one prompt a line; the others have records with `column`.
-            Of a pattern with one *, all files that fit, with what * stands for as "category".
         column: Key or column of the prompt.
         val_source: File of the validation split; None takes `val_fraction` of `source`.
         test_source: File of the test split; None takes `test_fraction` of `source`.

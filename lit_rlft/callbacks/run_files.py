@@ -20,7 +20,6 @@ from lit_rlft.callbacks.result_table import result_table
 from lit_rlft.core.checks import at_least
 from lit_rlft.distributed import gather
 from lit_rlft.evaluation.exploitation import Exploitation, exploitation, guards_of
-from lit_rlft.evaluation.win_rate import win_rates
 from lit_rlft.loop.checkpoint_file import COUNTERS
 from lit_rlft.loop.experience import Draw
 from lit_rlft.runs.before_after import comparison, png
@@ -93,8 +92,6 @@ class RunFiles(Callback):
         cost = meter.report(gather(meter.counts(), trainer.world_size))
         reward = pl_module.reward
         guards = guards_of(reward, pl_module.metrics)
-        judges = [reward.name, *(name for name, one in guards.items() if one.worse == "lower")]
-        wins = win_rates(evaluator.measurements, judges, trainer.world_size)
         if not trainer.is_global_zero:
             return
         folder = run_folder(trainer)
@@ -109,7 +106,6 @@ class RunFiles(Callback):
             "seed": pl_module.seed,
             "checkpoint": newer,
             **{arm: _without_nan(metrics) for arm, metrics in summary.items()},
-            "win_rate": _without_nan(wins),
             "exploitation": _signs(found),
             "cost": cost,
         }

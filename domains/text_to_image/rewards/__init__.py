@@ -1,7 +1,6 @@
 """Rewards of pictures, [B, 3, H, W] in [0, 1], some of them given the prompt."""
 
 from domains.text_to_image.rewards.aesthetic import LAIONAesthetic
-from domains.text_to_image.rewards.blip_vqa import BLIPVQA
 from domains.text_to_image.rewards.clip import CLIPScore
 from domains.text_to_image.rewards.function import FunctionReward
 from domains.text_to_image.rewards.hpsv2 import HPSv2
@@ -20,7 +19,6 @@ from domains.text_to_image.rewards.vqa_score import VQAScore
 from domains.text_to_image.samples import check_pictures, prompts_of
 
 __all__ = [
-    "BLIPVQA",
     "Brightness",
     "CLIPScore",
     "Colourfulness",

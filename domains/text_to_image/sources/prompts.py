@@ -18,11 +18,10 @@ __all__ = ["PromptFile", "read_prompts"]
 
 
 class PromptFile(Source[list[Record]]):
-    """The records of a prompt file, or of several.
+    """The records of a prompt file.
 
     Args:
-        path: The file. With a * in its name, all files that fit; their records have what * stands
-            for as their "category".
+        path: The file.
         column: Key or column of the prompt.
         once: Keep the first record of each prompt alone.
     """
@@ -37,12 +36,7 @@ class PromptFile(Source[list[Record]]):
         return str(self.path)
 
     def load(self) -> list[Record]:
-        records: list[Record] = [
-            {**record, **category}
-            for path, category in _files(self.path)
-            for record in read_prompts(path, self.column)
-        ]
-        records = _of_one_form(records)
+        records = read_prompts(self.path, self.column)
         kept = _once(records) if self.once else records
         if len(kept) < len(records):
             repeats = len(records) - len(kept)
@@ -56,26 +50,6 @@ class PromptFile(Source[list[Record]]):
         return self.noun  # columns may differ from file to file
 
 
-def _files(path: Path) -> list[tuple[Path, Record]]:
-    """Return the files of a pattern, each with its category; the file itself where it is none."""
-    start, star, end = path.name.partition("*")
-    if not star:
-        return [(path, {})]
-    if "*" in end:
-        raise UsageError(f"data.init_args.source: {path} has several *; one stands for a category")
-    found = sorted(path.parent.glob(f"{start}*{end}"))
-    if not found:
-        raise UsageError(f"data.init_args.source: there is no file {path}")
-    names = [one.name.removeprefix(start).removesuffix(end) for one in found]
-    return [(one, {"category": name}) for one, name in zip(found, names, strict=True)]
-
-
-def _of_one_form(records: Sequence[Record]) -> list[Record]:
-    """Return records that all have the columns of all, None where a record lacks one."""
-    columns = dict.fromkeys(name for record in records for name in record)
-    return [{**columns, **record} for record in records]
-
-
 def read_prompts(path: Path, column: str = "prompt") -> list[Record]:
     """Return the records of a prompt file, all with the same columns, the prompt under "prompt".
 
@@ -83,10 +57,11 @@ def read_prompts(path: Path, column: str = "prompt") -> list[Record]:
         UsageError: The file is missing, empty, of an unknown type, or lacks the column.
     """
     records = _records(path, column)
+    columns = dict.fromkeys(name for record in records for name in record)
     texts = ["" if record[column] is None else str(record[column]).strip() for record in records]
     prompts: list[Record] = [
-        {**record, "prompt": text}
-        for record, text in zip(_of_one_form(records), texts, strict=True)
+        {**columns, **record, "prompt": text}
+        for record, text in zip(records, texts, strict=True)
         if text
     ]
     if not prompts:
