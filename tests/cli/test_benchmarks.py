@@ -1,0 +1,91 @@
+"""The configs of benchmarks, each on a tiny family with tiny models of the real classes."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import lit_rlft
+from lit_rlft.cli import main
+from tests.domains.text_to_image.benchmarks.tiny_models import benchmark_models
+from tests.domains.text_to_image.families.tiny import tiny
+
+BENCHMARKS = Path(lit_rlft.__file__).parents[1] / "configs/benchmarks"
+RUN = {
+    "pipeline": {
+        "class_path": "domains.text_to_image.pipeline.TextToImagePipeline",
+        "init_args": {"pretrained": "sd", "guidance_scale": 1.0, "dtype": "float32"},
+    },
+    "reward": {"class_path": "domains.text_to_image.rewards.Brightness"},
+    "model": {
+        "class_path": "lit_rlft.algorithms.graft.GRAFT",
+        "init_args": {"sampler": {"num_steps": 2}, "num_eval_samples": 1},
+    },
+    "trainer": {"accelerator": "cpu", "devices": 1},
+}
+"""What a user tunes with; the benchmark stands after it."""
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = benchmark_models(tmp_path_factory.mktemp("models"))
+    tiny("sd").save_pretrained(folder / "sd")
+    return folder
+
+
+def geneval(folder: Path) -> str:
+    cow = {"tag": "counting", "include": [{"class": "cow", "count": 2}], "prompt": "two cows"}
+    red = {"class": "cow", "count": 1, "color": "red"}
+    dog = {"class": "dog", "count": 1, "position": ["left of", 0]}
+    other = {"tag": "position", "include": [red, dog], "prompt": "a dog left of a red cow"}
+    path = folder / "geneval.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in (cow, other)))
+    return str(path)
+
+
+FILES: dict[str, Callable[[Path], str]] = {"geneval": geneval}
+WEIGHTS: dict[str, dict[str, str]] = {
+    "GenEvalHF": {"detector": "mask2former", "clip": "clip"},
+}
+"""Folder of the tiny model for each argument of a metric."""
+MEASURED = {"geneval": {"GenEvalHF", "GenEvalHF/counting", "GenEvalHF/position"}}
+
+
+def small(name: str, models: Path, folder: Path) -> dict[str, Any]:
+    """Return a benchmark's config with tiny models; all else is as it ships."""
+    config = yaml.safe_load((BENCHMARKS / f"{name}.yaml").read_text())
+    for part in config["metrics"]["parts"]:
+        own = WEIGHTS[part["class_path"].rpartition(".")[2]]
+        assert set(own) <= set(part["init_args"])
+        part["init_args"] |= {key: str(models / value) for key, value in own.items()}
+    config["data"]["init_args"] |= {"source": FILES[name](folder), "eval_batch_size": 4}
+    return config
+
+
+def test_all_benchmarks_are_here() -> None:
+    assert {path.stem for path in BENCHMARKS.glob("*.yaml")} == set(FILES) == set(MEASURED)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_benchmark_is_one_config(
+    name: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = RUN | {"pipeline": {**RUN["pipeline"]}}  # type: ignore[dict-item]
+    own = {**RUN["pipeline"]["init_args"], "pretrained": str(models / "sd")}  # type: ignore[index]
+    run["pipeline"] = {"class_path": RUN["pipeline"]["class_path"], "init_args": own}  # type: ignore[index]
+    Path("run.yaml").write_text(yaml.safe_dump(run))
+    config = small(name, models, tmp_path)
+    Path("benchmark.yaml").write_text(yaml.safe_dump(config))
+    main(["test", "--config=run.yaml", "--config=benchmark.yaml", "--name=run"])
+    report = json.loads(Path("runs/run/metrics.json").read_text())
+    assert set(report["tuned"]) >= MEASURED[name] | {"Brightness"}
+    # Nothing was trained: both models are one.
+    for key in MEASURED[name]:
+        if key in report["gain"]:
+            assert report["gain"][key]["mean"] == 0
+    prompts = len(Path(config["data"]["init_args"]["source"]).read_text().splitlines())
+    assert report["num_samples"] == prompts * config["model"]["init_args"]["num_eval_samples"]
