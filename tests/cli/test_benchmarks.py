@@ -1,5 +1,6 @@
 """The configs of benchmarks, each on a tiny family with tiny models of the real classes."""
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +10,13 @@ import pytest
 import yaml
 
 import lit_rlft
+from domains.text_to_image.benchmarks.prompts import CATEGORIES
 from lit_rlft.cli import main
 from tests.domains.text_to_image.benchmarks.tiny_models import benchmark_models
 from tests.domains.text_to_image.families.tiny import tiny
 
 BENCHMARKS = Path(lit_rlft.__file__).parents[1] / "configs/benchmarks"
-RUN = {
+RUN: dict[str, Any] = {
     "pipeline": {
         "class_path": "domains.text_to_image.pipeline.TextToImagePipeline",
         "init_args": {"pretrained": "sd", "guidance_scale": 1.0, "dtype": "float32"},
@@ -46,12 +48,33 @@ def geneval(folder: Path) -> str:
     return str(path)
 
 
-FILES: dict[str, Callable[[Path], str]] = {"geneval": geneval}
+def t2i_compbench(folder: Path) -> str:
+    prompts = {
+        "color": "a red car",
+        "shape": "a round hat",
+        "texture": "a glass cup",
+        "spatial": "a cat near a dog",
+        "3d_spatial": "a dog behind a cat",
+        "numeracy": "two dogs",
+        "non_spatial": "a man looks at a map",
+        "complex": "the red hat was next to the bag",
+    }
+    for category, prompt in prompts.items():
+        (folder / f"{category}_val.txt").write_text(prompt + "\n")
+    return str(folder)
+
+
+FILES: dict[str, Callable[[Path], str]] = {"geneval": geneval, "t2i_compbench": t2i_compbench}
 WEIGHTS: dict[str, dict[str, str]] = {
     "GenEvalHF": {"detector": "mask2former", "clip": "clip"},
+    "T2ICompBench": {"blip": "blip", "clip": "clip", "detector": "owl", "depth": "depth"},
 }
 """Folder of the tiny model for each argument of a metric."""
-MEASURED = {"geneval": {"GenEvalHF", "GenEvalHF/counting", "GenEvalHF/position"}}
+MEASURED = {
+    "geneval": {"GenEvalHF", "GenEvalHF/counting", "GenEvalHF/position"},
+    "t2i_compbench": {"T2ICompBench", *(f"T2ICompBench/{name}" for name in CATEGORIES)},
+}
+PROMPTS = {"geneval": 2, "t2i_compbench": 8}
 
 
 def small(name: str, models: Path, folder: Path) -> dict[str, Any]:
@@ -74,9 +97,8 @@ def test_a_benchmark_is_one_config(
     name: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    run = RUN | {"pipeline": {**RUN["pipeline"]}}  # type: ignore[dict-item]
-    own = {**RUN["pipeline"]["init_args"], "pretrained": str(models / "sd")}  # type: ignore[index]
-    run["pipeline"] = {"class_path": RUN["pipeline"]["class_path"], "init_args": own}  # type: ignore[index]
+    run = copy.deepcopy(RUN)
+    run["pipeline"]["init_args"]["pretrained"] = str(models / "sd")
     Path("run.yaml").write_text(yaml.safe_dump(run))
     config = small(name, models, tmp_path)
     Path("benchmark.yaml").write_text(yaml.safe_dump(config))
@@ -87,5 +109,4 @@ def test_a_benchmark_is_one_config(
     for key in MEASURED[name]:
         if key in report["gain"]:
             assert report["gain"][key]["mean"] == 0
-    prompts = len(Path(config["data"]["init_args"]["source"]).read_text().splitlines())
-    assert report["num_samples"] == prompts * config["model"]["init_args"]["num_eval_samples"]
+    assert report["num_samples"] == PROMPTS[name] * config["model"]["init_args"]["num_eval_samples"]

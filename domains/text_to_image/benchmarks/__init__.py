@@ -1,5 +1,6 @@
 """Published benchmarks of text-to-image models: their prompts and their scores."""
 
+from domains.text_to_image.benchmarks.compbench import T2ICompBench
 from domains.text_to_image.benchmarks.geneval import GenEvalHF
 from domains.text_to_image.benchmarks.prompts import (
     DrawBenchPrompts,
@@ -15,5 +16,6 @@ __all__ = [
     "GenEvalPrompts",
     "HPDv2Prompts",
     "PartiPrompts",
+    "T2ICompBench",
     "T2ICompBenchPrompts",
 ]

@@ -1,11 +1,12 @@
 """Boxes of found objects: overlap, and where one lies beside another."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
-__all__ = ["Box", "Found", "apart", "overlap"]
+__all__ = ["Box", "Found", "apart", "kept", "overlap"]
 
 Box = tuple[float, float, float, float]
 """Left, top, right and bottom, in pixels; y grows downwards."""
@@ -57,3 +58,23 @@ def apart(a: Box, b: Box, threshold: float) -> set[str]:
     x, y = rest / np.linalg.norm(offset)
     known = {"left of": x < -0.5, "right of": x > 0.5, "above": y < -0.5, "below": y > 0.5}
     return {relation for relation, holds in known.items() if holds}
+
+
+def kept(
+    objects: Sequence[Found], threshold: float, max_objects: int, max_overlap: float = 1.0
+) -> list[Found]:
+    """Return the objects of one class that count, the surest first.
+
+    Args:
+        objects: Those found.
+        threshold: Scores must be above it.
+        max_objects: How many at most.
+        max_overlap: Boxes that overlap a surer one's as much do not count; 1 is no limit.
+    """
+    sure = sorted((one for one in objects if one.score > threshold), key=lambda one: -one.score)
+    chosen: list[Found] = []
+    for one in sure[:max_objects]:
+        alone = all(overlap(one.box, other.box, pixel=1) < max_overlap for other in chosen)
+        if max_overlap == 1 or alone:
+            chosen.append(one)
+    return chosen

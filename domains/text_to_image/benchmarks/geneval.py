@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from domains.text_to_image.benchmarks.boxes import Found, apart, overlap
+from domains.text_to_image.benchmarks.boxes import Found, apart, kept
 from domains.text_to_image.benchmarks.group_means import GroupMeans
 from domains.text_to_image.networks.clip import CLIPEncoder, Precision, precision
 from domains.text_to_image.networks.mask2former import Mask2Former
@@ -16,7 +16,7 @@ from domains.text_to_image.samples import check_pictures
 from lit_rlft.core.checks import BadArgument, UsageError, at_least, within
 from lit_rlft.core.pipeline import Condition
 
-__all__ = ["COLORS", "RELATIONS", "TASKS", "GenEvalHF", "judged", "kept"]
+__all__ = ["COLORS", "RELATIONS", "TASKS", "GenEvalHF", "judged"]
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 COLORS = (
@@ -192,26 +192,6 @@ def judged(
         for clause in record.get("exclude") or ()
     )
     return None not in matched and not too_many
-
-
-def kept(
-    objects: Sequence[Found], threshold: float, max_objects: int, max_overlap: float = 1.0
-) -> list[Found]:
-    """Return the objects of one class that count, the surest first.
-
-    Args:
-        objects: Those found.
-        threshold: Scores must be above it.
-        max_objects: How many at most.
-        max_overlap: Boxes that overlap a surer one's as much do not count; 1 is no limit.
-    """
-    sure = sorted((one for one in objects if one.score > threshold), key=lambda one: -one.score)
-    chosen: list[Found] = []
-    for one in sure[:max_objects]:
-        alone = all(overlap(one.box, other.box, pixel=1) < max_overlap for other in chosen)
-        if max_overlap == 1 or alone:
-            chosen.append(one)
-    return chosen
 
 
 def _record(entry: Mapping[str, Any]) -> Mapping[str, Any]:

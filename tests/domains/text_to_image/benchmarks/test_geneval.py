@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from domains.text_to_image.benchmarks import geneval
-from domains.text_to_image.benchmarks.boxes import Box, Found, apart, overlap
-from domains.text_to_image.benchmarks.geneval import COLORS, GenEvalHF, judged, kept
+from domains.text_to_image.benchmarks.boxes import Box, Found, apart, kept, overlap
+from domains.text_to_image.benchmarks.geneval import COLORS, GenEvalHF, judged
 from domains.text_to_image.networks.mask2former import Mask2Former, instances
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition

@@ -4,11 +4,32 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
+from transformers import (
+    BertTokenizer,
+    BlipConfig,
+    BlipForQuestionAnswering,
+    CLIPTokenizer,
+    DPTConfig,
+    DPTForDepthEstimation,
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
+    Owlv2Config,
+    Owlv2ForObjectDetection,
+    Owlv2Processor,
+    SwinConfig,
+)
 
+from tests.conftest import TOKENIZER
 from tests.domains.text_to_image.rewards.published import clip_folder
 
-__all__ = ["COCO", "benchmark_models", "mask2former_folder"]
+__all__ = [
+    "COCO",
+    "benchmark_models",
+    "blip_folder",
+    "depth_folder",
+    "mask2former_folder",
+    "owl_folder",
+]
 
 COCO = [
     *("person", "bicycle", "car", "motorbike", "aeroplane", "bus", "train", "truck", "boat"),
@@ -63,8 +84,70 @@ def mask2former_folder(folder: Path, labels: list[str] = COCO) -> Path:
     return folder
 
 
+def blip_folder(folder: Path) -> Path:
+    """Write a tiny BLIP that answers questions, with a tokenizer of letters, "yes" and "no"."""
+    torch.manual_seed(0)
+    folder.mkdir()
+    letters = [start + letter for start in ("", "##") for letter in "abcdefghijklmnopqrstuvwxyz"]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, "yes", "no", "?"]
+    BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained(folder)
+    tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    tower |= {"num_attention_heads": 2}
+    text = tower | {"vocab_size": len(words) + 2, "bos_token_id": len(words)}
+    text |= {"encoder_hidden_size": 32, "max_position_embeddings": 40, "pad_token_id": 0}
+    vision = tower | {"image_size": 28, "patch_size": 7}
+    config = BlipConfig(text_config=text, vision_config=vision, projection_dim=16)
+    model = BlipForQuestionAnswering(config)
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape) * 0.3
+    model.save_pretrained(folder)
+    processor("BlipImageProcessor")(size={"height": 28, "width": 28}).save_pretrained(folder)
+    return folder
+
+
+def owl_folder(folder: Path) -> Path:
+    """Write a tiny OWLv2 with its processor."""
+    torch.manual_seed(0)
+    words = CLIPTokenizer.from_pretrained(TOKENIZER)
+    tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    tower |= {"num_attention_heads": 2}
+    text = {"vocab_size": len(words), "max_position_embeddings": 16}
+    text |= {"eos_token_id": words.eos_token_id, "bos_token_id": words.bos_token_id}
+    text |= {"pad_token_id": words.pad_token_id}
+    vision = {"image_size": 32, "patch_size": 8}
+    config = Owlv2Config(text_config=tower | text, vision_config=tower | vision, projection_dim=32)
+    Owlv2ForObjectDetection(config).save_pretrained(folder)
+    words.model_max_length = 16
+    made = processor("Owlv2ImageProcessor")(size={"height": 32, "width": 32})
+    Owlv2Processor(image_processor=made, tokenizer=words).save_pretrained(folder)
+    return folder
+
+
+def depth_folder(folder: Path) -> Path:
+    """Write a tiny DPT with its processor."""
+    torch.manual_seed(0)
+    config = DPTConfig(
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=48,
+        image_size=32,
+        patch_size=8,
+        backbone_out_indices=[0, 1, 2, 3],
+        neck_hidden_sizes=[8, 8, 8, 8],
+        reassemble_factors=[4, 2, 1, 0.5],
+        fusion_hidden_size=16,
+    )
+    DPTForDepthEstimation(config).save_pretrained(folder)
+    processor("DPTImageProcessor")(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
 def benchmark_models(folder: Path) -> Path:
     """Write the tiny models of all benchmarks into a folder; return it."""
     mask2former_folder(folder / "mask2former")
     clip_folder(folder / "clip")
+    blip_folder(folder / "blip")
+    owl_folder(folder / "owl")
+    depth_folder(folder / "depth")
     return folder
