@@ -2,6 +2,7 @@
 
 from domains.text_to_image.benchmarks.compbench import T2ICompBench
 from domains.text_to_image.benchmarks.geneval import GenEvalHF
+from domains.text_to_image.benchmarks.preference import RewardByGroup
 from domains.text_to_image.benchmarks.prompts import (
     DrawBenchPrompts,
     GenEvalPrompts,
@@ -16,6 +17,7 @@ __all__ = [
     "GenEvalPrompts",
     "HPDv2Prompts",
     "PartiPrompts",
+    "RewardByGroup",
     "T2ICompBench",
     "T2ICompBenchPrompts",
 ]

@@ -38,8 +38,8 @@ _BETWEEN = _words(
     "since through throughout to toward towards under underneath until up upon via while with "
     "within without when where which who whose if because so than then and nor yet it they he "
     "she them him we you i is are was were be been being am has have had having does do did "
-    "could will would may might must should not there here together apart away forth back "
-    "aside instead just only also too very quite still once again never always often nearby "
+    "could will would may might must should not there here together apart away forth aside "
+    "instead just only also too very quite still once again never always often nearby "
     "overhead"
 )
 _VERBS = _words(
@@ -63,8 +63,8 @@ _VERBS = _words(
 )
 """Of the sets' sentences; regular ones are known by their endings."""
 _NOUNS = _words(
-    "painting building ring earring string ceiling lighting wing king clothing thing spring "
-    "morning evening crossing railing coating icing dumpling duckling pudding stuffing "
+    "sapling painting building ring earring string ceiling lighting wing king clothing thing "
+    "spring morning evening crossing railing coating icing dumpling duckling pudding stuffing "
     "frosting wedding landing bedding siding carving carvings dressing seasoning flooring "
     "topping filling setting bed seed weed shed sled feed reed red teddy bear sink set stand "
     "frame frames line lines mix shape shapes match rest seat cover covers cut drink fly rose "

@@ -20,7 +20,11 @@ from transformers import (
 )
 
 from tests.conftest import TOKENIZER
-from tests.domains.text_to_image.rewards.published import clip_folder
+from tests.domains.text_to_image.rewards.published import (
+    clip_folder,
+    hps_file,
+    image_reward_file,
+)
 
 __all__ = [
     "COCO",
@@ -147,6 +151,8 @@ def benchmark_models(folder: Path) -> Path:
     """Write the tiny models of all benchmarks into a folder; return it."""
     mask2former_folder(folder / "mask2former")
     clip_folder(folder / "clip")
+    hps_file(folder / "HPS_v2.1_compressed.pt")
+    image_reward_file(folder / "ImageReward.pt")
     blip_folder(folder / "blip")
     owl_folder(folder / "owl")
     depth_folder(folder / "depth")
