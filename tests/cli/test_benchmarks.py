@@ -108,7 +108,7 @@ MEASURED = {
     "hpdv2": {"HPSv2/groups", "HPSv2/anime", "HPSv2/concept_art", "HPSv2/paintings", "HPSv2/photo"},
 }
 PROMPTS = {"geneval": 2, "t2i_compbench": 8, "parti": 2, "drawbench": 2, "hpdv2": 4}
-DEFAULT = {"t2i_compbench", "parti"}
+DEFAULT = {"geneval", "parti"}
 
 
 def small(name: str, models: Path, folder: Path) -> dict[str, Any]:
