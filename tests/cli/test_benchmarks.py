@@ -108,7 +108,8 @@ MEASURED = {
     "hpdv2": {"HPSv2/groups", "HPSv2/anime", "HPSv2/concept_art", "HPSv2/paintings", "HPSv2/photo"},
 }
 PROMPTS = {"geneval": 2, "t2i_compbench": 8, "parti": 2, "drawbench": 2, "hpdv2": 4}
-DEFAULT = {"geneval", "parti"}
+DEFAULT = {"parti"}
+SOME = [pytest.param(n, marks=[] if n in DEFAULT else pytest.mark.slow) for n in FILES]
 
 
 def small(name: str, models: Path, folder: Path) -> dict[str, Any]:
@@ -126,10 +127,7 @@ def test_all_benchmarks_are_here() -> None:
     assert {path.stem for path in BENCHMARKS.glob("*.yaml")} == set(FILES) == set(MEASURED)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=[] if n in DEFAULT else pytest.mark.slow) for n in FILES],
-)
+@pytest.mark.parametrize("name", SOME)
 def test_a_benchmark_is_one_config(
     name: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,7 +149,7 @@ def test_a_benchmark_is_one_config(
     assert report["num_samples"] == PROMPTS[name] * config["model"]["init_args"]["num_eval_samples"]
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", SOME)
 def test_every_key_of_a_benchmark_is_used(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """After the domain and the algorithm that its first line names."""
     path = BENCHMARKS / f"{name}.yaml"
