@@ -97,6 +97,17 @@ class SetMetric(Metric):
         """
         return None
 
+    def beside(
+        self, features: Mapping[str, Tensor], reference: Mapping[str, Tensor]
+    ) -> dict[str, tuple[float, float]]:
+        """Return numbers of the tuned model beside the reference, each with its standard error.
+
+        Args:
+            features: Those of `compare`, of the tuned model.
+            reference: Those of the reference under the same conditions and noise.
+        """
+        return {}
+
     def left_out(self, features: Mapping[str, Tensor], pairs: Tensor) -> dict[str, LeftOut]:
         """Return those numbers that are quick to have without each sample and without some pairs.
 

@@ -80,6 +80,8 @@ def compared(
 ) -> dict[str, dict[str, Moments]]:
     """Return the metric of each model's samples and, as "gain", tuned - reference.
 
+    The tuned model's numbers hold those that are of both models, such as win rates.
+
     A standard error is that of drawing other samples from the model. The gain's is that of a paired
     difference: the same rows of both models are left out together.
 
@@ -100,13 +102,19 @@ def compared(
     if "tuned" in values and "reference" in values:
         tuned, reference = values["tuned"], values["reference"]
         values["gain"] = {name: tuned[name] - reference[name] for name in tuned}
-    return {
+    found = {
         arm: {
             name: {"mean": value, "sem": errors.get(arm, {}).get(name, float("nan"))}
             for name, value in own.items()
         }
         for arm, own in values.items()
     }
+    if "gain" in found and _length(arms["tuned"]) == _length(arms["reference"]):
+        found["tuned"] |= {
+            name: {"mean": value, "sem": error}
+            for name, (value, error) in metric.beside(arms["tuned"], arms["reference"]).items()
+        }
+    return found
 
 
 def _known_errors(
