@@ -90,15 +90,14 @@ class RunFiles(Callback):
             pl_module.log(f"test/{name}", values["mean"], sync_dist=True)
         meter = pl_module.meter
         cost = meter.report(gather(meter.counts(), trainer.world_size))
-        reward = pl_module.reward
-        guards = guards_of(reward, pl_module.metrics)
         if not trainer.is_global_zero:
             return
         folder = run_folder(trainer)
         for hooks in pl_module.audience:
             cost |= hooks.report()
         newer = _measured(trainer, pl_module)
-        found = exploitation(summary, reward.name, guards)
+        reward = pl_module.reward
+        found = exploitation(summary, reward.name, guards_of(reward, pl_module.metrics))
         report = {
             "algorithm": pl_module.algorithm,
             "domain": pl_module.pipeline.name,

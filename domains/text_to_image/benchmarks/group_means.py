@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_rlft.core.guard import Guard
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import SetMetric
 from lit_rlft.kit.ratios import error_of_mean, ratio, ratio_parts
@@ -65,6 +66,10 @@ class GroupMeans(SetMetric):
             errors[group] = error_of_mean(parts, beside)
         squares = sum(error**2 for error in errors.values())
         return self._named(errors, math.sqrt(squares) / len(errors) if errors else math.nan)
+
+    def guards(self) -> dict[str, Guard]:
+        """Return the mean of the groups' means: a fall is a sign."""
+        return {self.name: Guard()}
 
     def _pairs(self, features: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         """Return scores and ones of each group's samples, in the order of the groups' names."""
