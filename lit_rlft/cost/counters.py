@@ -4,6 +4,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any, Literal
@@ -68,7 +69,7 @@ def count_calls(
         spent = cost()
         setattr(spent, counter, getattr(spent, counter) + _num_rows(inputs))
 
-    network.register_forward_pre_hook(count)
+    network.register_forward_pre_hook(_unseen(network, count))
 
 
 def count_flops(network: nn.Module, cost: Callable[[], Cost]) -> None:
@@ -93,7 +94,25 @@ def count_flops(network: nn.Module, cost: Callable[[], Cost]) -> None:
             cost().counting_seconds += now() - started
         cost().flops += round(known[key] * rows)
 
-    network.register_forward_pre_hook(count, with_kwargs=True)
+    network.register_forward_pre_hook(_unseen(network, count), with_kwargs=True)
+
+
+def _unseen(network: nn.Module, hook: Callable[..., None]) -> Callable[..., None]:
+    """Return a hook that torch.compile leaves alone where it compiles the network as a whole."""
+    if network._compiled_call_impl is None:
+        return hook
+    unseen: Callable[..., None] = torch.compiler.disable(hook)
+    return unseen
+
+
+@contextmanager
+def _as_written(network: nn.Module) -> Iterator[None]:
+    """Run no compiled code within the block, in which operations could not be counted."""
+    if all(part._compiled_call_impl is None for part in network.modules()):
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def _measured(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
@@ -101,7 +120,7 @@ def _measured(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
-        with flop_counter() as counter, torch.no_grad():
+        with _as_written(module), flop_counter() as counter, torch.no_grad():
             module.forward(*args, **kwargs)  # not the module itself, whose hooks have run
     finally:
         for part, training in modes:
@@ -128,7 +147,7 @@ def flops_per_call(pipeline: Pipeline, condition: Condition) -> int:
     one = condition.index(slice(0, 1))
     x = pipeline.process.prior(pipeline.blank(one)).sample()
     t = torch.ones(1, dtype=torch.float64, device=pipeline.device)
-    with flop_counter() as counter, torch.no_grad():
+    with _as_written(pipeline.denoiser), flop_counter() as counter, torch.no_grad():
         pipeline.predict(x, t, one)
     return int(counter.get_total_flops())
 

@@ -1,0 +1,117 @@
+"""Compiling a denoiser, or its blocks, with torch.compile."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from lit_rlft.core.checks import UsageError
+
+__all__ = ["Compiled", "blocks_of", "compile_network", "compiling"]
+
+Compiled = Literal["blocks", "whole"]
+
+_VARIANTS = 256
+"""Graphs of one block's code: its widths, with and without adapter and gradients, batch sizes."""
+
+
+def compile_network(
+    network: nn.Module,
+    how: Compiled,
+    *,
+    key: str = "pipeline.init_args.compile",
+    backend: str | Callable[..., Any] = "inductor",
+) -> None:
+    """Have torch compile a network in place when it is first called; no name in it changes.
+
+    An adapter may be attached later, and switched on and off: each case is compiled once. A deep
+    copy of the network is not compiled.
+
+    Args:
+        network: The denoiser.
+        how: "blocks" compiles each block for itself, and blocks of the same kind and sizes once;
+            "whole" compiles the network as one, which takes longer.
+        key: The setting, for messages.
+        backend: One of torch.compile's.
+
+    Raises:
+        UsageError: There is no compiler, or the network has no blocks.
+    """
+    if backend == "inductor":
+        _check_compiler(key)
+    parts = [network] if how == "whole" else blocks_of(network)
+    if not parts:
+        raise UsageError(
+            f"{key}: a {type(network).__name__} has no list of blocks; set it to 'whole' or null"
+        )
+    import torch._dynamo  # not above: it takes a second
+
+    torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, _VARIANTS)
+    limit = max(torch._dynamo.config.accumulated_cache_size_limit, 4 * _VARIANTS)
+    torch._dynamo.config.accumulated_cache_size_limit = limit
+    for part in parts:
+        part.compile(backend=backend)
+
+
+def blocks_of(network: nn.Module) -> list[nn.Module]:
+    """Return the repeated blocks of a network.
+
+    They are those that diffusers names in `_repeated_blocks`. Without that attribute they are the
+    members of the network's own lists of modules.
+    """
+    if names := getattr(network, "_repeated_blocks", None):
+        return [part for part in network.modules() if type(part).__name__ in names]
+    lists = [part for part in network.children() if isinstance(part, nn.ModuleList)]
+    return [block for part in lists for block in part]
+
+
+@contextmanager
+def compiling(key: str = "pipeline.init_args.compile") -> Iterator[None]:
+    """Turn what torch.compile raises within the block into one sentence with the remedy.
+
+    Args:
+        key: The setting.
+
+    Raises:
+        UsageError: A graph could not be compiled.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        reason = next((line for line in str(error).splitlines() if line.strip()), "no reason")
+        raise UsageError(
+            f"{key}: torch could not compile the denoiser ({type(error).__name__}: "
+            f"{reason.strip()[:200]}); set it to null"
+        ) from error
+
+
+def _check_compiler(key: str) -> None:
+    """Raise UsageError where torch has nothing to compile with."""
+    if torch.cuda.is_available():
+        from torch.utils._triton import has_triton
+
+        if not has_triton():
+            raise UsageError(
+                f"{key} needs Triton, which is not there or does not know this GPU; "
+                "run `pip install triton`, or set it to null"
+            )
+        found = shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
+    else:
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            from torch._inductor.cpp_builder import get_cpp_compiler
+
+            found = get_cpp_compiler()
+        except InvalidCxxCompiler:
+            found = None
+    if not found:
+        raise UsageError(
+            f"{key} needs a C++ compiler and finds none; install g++ (`apt-get install g++`) or "
+            "name one in the environment variable CXX, or set it to null"
+        )
