@@ -81,6 +81,8 @@ class TextToImagePipeline(Pipeline):
             the same text encoders reads them there. Several runs may share it. None keeps none.
         text_encoders: "keep" them on the device; or "cpu", where they come to the device for each
             encoding alone and cannot be trained.
+        max_table_gb: Encodings of a batch's prompts that take more GB (2^30 bytes) stay in the
+            processor's memory, and only the rows of each call go to the device.
         tile_decoder: Decode large pictures in overlapping tiles: less memory, and faint seams.
         from_scratch: Keep the architecture and draw new weights for U-Net and text encoder, to
             pretrain them; for Stable Diffusion 1.x and 2.x.
@@ -123,6 +125,7 @@ class TextToImagePipeline(Pipeline):
         encode_batch_size: int = 128,
         embedding_cache: str | None = None,
         text_encoders: Literal["keep", "cpu"] = "keep",
+        max_table_gb: float = 1.0,
         tile_decoder: bool = False,
         from_scratch: bool = False,
         save_dtype: Precision = "float32",
@@ -147,6 +150,8 @@ class TextToImagePipeline(Pipeline):
         own = self.family.guidance_scale
         self.guidance_scale = own if guidance_scale is None else guidance_scale
         self._adopt(checkpoint_denoiser, tile_decoder, channels_last, text_encoders == "cpu")
+        at_least(0, self, max_table_gb=max_table_gb)
+        self.family.max_table_bytes = max_table_gb * 2**30
         self._keep_encodings(embedding_cache, files, [dtype, variant])
         if compile is not None and not weightless():
             compile_network(self.denoiser, compile)
@@ -255,7 +260,7 @@ class TextToImagePipeline(Pipeline):
 
     def predict(self, x_t: State, t: Tensor, condition: Condition) -> Tensor:
         x = tensor_of(x_t)
-        tables = {name: condition.table(name).to(x.device) for name in condition.tables}
+        tables = {name: _brought(condition.table(name), x.device) for name in condition.tables}
         with compiling():
             prediction = self.family.denoise(
                 self.denoiser, x.to(self.denoiser.dtype), t, tables, self.guidance_scale
@@ -360,3 +365,10 @@ class TextToImagePipeline(Pipeline):
     @property
     def _home(self) -> Home:
         return Home(type(self.diffusers), self.family.denoiser_name, self.denoiser.config)
+
+
+def _brought(table: Tensor, device: torch.device) -> Tensor:
+    """Return rows of a table on the device; to a GPU they go through pinned memory."""
+    if device.type != "cuda" or table.device == device:
+        return table.to(device)
+    return table.pin_memory().to(device, non_blocking=True)

@@ -47,6 +47,7 @@ class Family(ABC):
         option_names: The settings that this family has beside the common ones.
         cache: Encodings on disk, which come before those of the text encoders; None without them.
         idle_encoders: The text encoders where they stay on the CPU between encodings, else None.
+        max_table_bytes: Tables that take more stay in the processor's memory.
         tell_cuts: Warns once of prompts that are cut at a tokenizer's limit.
 
     Raises:
@@ -73,6 +74,7 @@ class Family(ABC):
         self.encode_batch_size = encode_batch_size
         self.cache: EmbeddingCache | None = None
         self.idle_encoders: nn.Module | None = None
+        self.max_table_bytes = float("inf")
         given = {name: value for name, value in options.items() if value is not None}
         for name in given.keys() - set(self.option_names):
             raise UsageError(f"pipeline.init_args.{name} does not apply to {self.name}; leave it")
@@ -168,7 +170,13 @@ class Family(ABC):
         if self._bare:
             like = next(self.denoiser.parameters())  # without weights there are shapes alone
             shapes = self.encoded_shapes().items()
-            return {name: like.new_empty(len(prompts), *shape) for name, shape in shapes}
+            one = {name: like.new_empty(1, *shape) for name, shape in shapes}
+            device = self._place(one, len(prompts), like.device)
+            # Zeros: the processor's memory is not taken for them before they are written to.
+            return {
+                name: torch.zeros(len(prompts), *row.shape[1:], dtype=row.dtype, device=device)
+                for name, row in one.items()
+            }
         return self._run(prompts) if self.cache is None else self._cached(prompts, self.cache)
 
     @contextmanager
@@ -187,10 +195,18 @@ class Family(ABC):
         """Return what the text encoders make of prompts, in chunks."""
         size = self.encode_batch_size
         with quiet(), self._at_work():
-            parts = [
-                self.encode_some(list(prompts[i : i + size])) for i in range(0, len(prompts), size)
-            ]
+            parts: list[Tables] = []
+            for i in range(0, len(prompts), size):
+                part = self.encode_some(list(prompts[i : i + size]))
+                own = next(iter(part.values())).device
+                device = self._place(part, len(prompts) / len(prompts[i : i + size]), own)
+                parts.append({name: table.to(device) for name, table in part.items()})
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _place(self, tables: Tables, times: float, device: torch.device) -> torch.device:
+        """Return where tables belong that are so many times as large: the CPU if too large."""
+        size = sum(table.numel() * table.element_size() for table in tables.values()) * times
+        return torch.device("cpu") if size > self.max_table_bytes else device
 
     def _cached(self, prompts: Sequence[str], cache: EmbeddingCache) -> dict[str, Tensor]:
         """Return the encodings of prompts; those that are not on disk are made and kept there."""
@@ -209,7 +225,7 @@ class Family(ABC):
             cache.write(prompt, own)
             found[prompt] = own
         rows = [tables for prompt in prompts if (tables := found[prompt]) is not None]
-        device = next(self.denoiser.parameters()).device
+        device = self._place(rows[0], len(rows), next(self.denoiser.parameters()).device)
         return {name: torch.stack([row[name] for row in rows]).to(device) for name in cache.shapes}
 
     def tables(self, prompts: Sequence[str], negative: str | None) -> dict[str, Tensor]:
