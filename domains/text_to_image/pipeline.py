@@ -26,6 +26,7 @@ from lit_rlft.core.process import GaussianProcess
 from lit_rlft.core.state import State, tensor_of
 from lit_rlft.kit.compiled import Compiled, compile_network, compiling
 from lit_rlft.kit.frozen import frozen
+from lit_rlft.kit.idle import at_work, put_away
 from lit_rlft.kit.images import save_pictures
 from lit_rlft.kit.weightless import weightless
 
@@ -81,6 +82,8 @@ class TextToImagePipeline(Pipeline):
             the same text encoders reads them there. Several runs may share it. None keeps none.
         text_encoders: "keep" them on the device; or "cpu", where they come to the device for each
             encoding alone and cannot be trained.
+        offload: Parts that stay in the processor's memory while they have nothing to do: "vae".
+            It comes to the device to decode, and stays there for a backward pass.
         max_table_gb: Encodings of a batch's prompts that take more GB (2^30 bytes) stay in the
             processor's memory, and only the rows of each call go to the device.
         tile_decoder: Decode large pictures in overlapping tiles: less memory, and faint seams.
@@ -125,6 +128,7 @@ class TextToImagePipeline(Pipeline):
         encode_batch_size: int = 128,
         embedding_cache: str | None = None,
         text_encoders: Literal["keep", "cpu"] = "keep",
+        offload: list[Literal["vae"]] | None = None,
         max_table_gb: float = 1.0,
         tile_decoder: bool = False,
         from_scratch: bool = False,
@@ -150,6 +154,8 @@ class TextToImagePipeline(Pipeline):
         own = self.family.guidance_scale
         self.guidance_scale = own if guidance_scale is None else guidance_scale
         self._adopt(checkpoint_denoiser, tile_decoder, channels_last, text_encoders == "cpu")
+        if offload:
+            put_away(self, "vae")
         at_least(0, self, max_table_gb=max_table_gb)
         self.family.max_table_bytes = max_table_gb * 2**30
         self._keep_encodings(embedding_cache, files, [dtype, variant])
@@ -289,7 +295,9 @@ class TextToImagePipeline(Pipeline):
         latents = self.family.to_vae(tensor_of(x_0)).to(self.vae.dtype)
         size = self.decode_batch_size
         starts = range(0, len(latents), size)
-        pictures = torch.cat([self._decode(latents[i : i + size]) for i in starts])
+        graph = latents.requires_grad and torch.is_grad_enabled()
+        with at_work(self._idle_vae, latents.device, stays=graph):
+            pictures = torch.cat([self._decode(latents[i : i + size]) for i in starts])
         return (pictures.to(self.precision) / 2 + 0.5).clamp(0, 1)
 
     def _decode(self, latents: Tensor) -> Tensor:
@@ -311,11 +319,15 @@ class TextToImagePipeline(Pipeline):
                 "pictures with; give a folder with an AutoencoderKL"
             )
 
+    @property
+    def _idle_vae(self) -> torch.nn.Module | None:
+        return None if "vae" in self._modules else self.vae
+
     def states(self, batch: Batch) -> Tensor:
         """Return the latents of `batch["image"]`, uint8 [B, 3, H, W]: the VAE's mode, scaled."""
         self.check_states()
         pictures = column(batch, "image").to(self.device, self.vae.dtype) / 127.5 - 1
-        with torch.no_grad():
+        with torch.no_grad(), at_work(self._idle_vae, self.device):
             parts = pictures.split(self.decode_batch_size)
             modes = torch.cat([self.vae.encode(part).latent_dist.mode() for part in parts])
         check_vae(modes, self.vae, "latents of the given pictures")

@@ -101,7 +101,7 @@ def _unseen(network: nn.Module, hook: Callable[..., None]) -> Callable[..., None
     """Return a hook that torch.compile leaves alone where it compiles the network as a whole."""
     if network._compiled_call_impl is None:
         return hook
-    unseen: Callable[..., None] = torch.compiler.disable(hook)
+    unseen: Callable[..., None] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
     return unseen
 
 

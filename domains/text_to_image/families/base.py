@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +14,7 @@ from domains.text_to_image.networks.weightless import NoTokenizer
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.process import GaussianProcess
 from lit_rlft.kit.frozen import frozen
+from lit_rlft.kit.idle import at_work
 from lit_rlft.kit.shapes import output_shape
 
 __all__ = ["Family", "Tables"]
@@ -179,22 +179,10 @@ class Family(ABC):
             }
         return self._run(prompts) if self.cache is None else self._cached(prompts, self.cache)
 
-    @contextmanager
-    def _at_work(self) -> Iterator[None]:
-        """Have idle text encoders beside the denoiser for a while."""
-        encoders = self.idle_encoders
-        if encoders is not None:
-            encoders.to(next(self.denoiser.parameters()).device)
-        try:
-            yield
-        finally:
-            if encoders is not None:
-                encoders.to("cpu")
-
     def _run(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Return what the text encoders make of prompts, in chunks."""
         size = self.encode_batch_size
-        with quiet(), self._at_work():
+        with quiet(), at_work(self.idle_encoders, next(self.denoiser.parameters()).device):
             parts: list[Tables] = []
             for i in range(0, len(prompts), size):
                 part = self.encode_some(list(prompts[i : i + size]))

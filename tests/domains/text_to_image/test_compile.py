@@ -1,13 +1,16 @@
 """A compiled denoiser: the same predictions, few graphs, and no trace in what is saved."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from domains.text_to_image.pipeline import TextToImagePipeline
+from lit_rlft.cli import main
 from lit_rlft.core.checks import UsageError
 from lit_rlft.cost.meter import Meter
 from lit_rlft.kit.compiled import blocks_of, compile_network
@@ -122,3 +125,40 @@ def test_inductor_changes_no_prediction() -> None:
     pipeline, plain = _pipeline("blocks", "inductor"), _pipeline(None, None)
     for ours, theirs in zip(_round(*pipeline[:2]), _round(*plain[:2]), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("algorithm", "words"),
+    [
+        ("p_graft", ["--trainer.callbacks+", "EMA"]),
+        (
+            "drtune",
+            [
+                "--reward=CLIPScore",
+                "--model.gradient_checkpointing=blocks",
+                "--pipeline.offload=[vae]",
+            ],
+        ),
+    ],
+)
+def test_fits_resume_and_export(
+    algorithm: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    graphs = Graphs()
+    monkeypatch.setattr(
+        "domains.text_to_image.pipeline.compile_network", partial(compile_network, backend=graphs)
+    )
+    limits = ["--trainer.limit_train_batches=1", "--trainer.limit_val_batches=0"]
+    sizes = ["--data.batch_size=2", "--model.minibatch_size=2", "--model.sampler.num_steps=3"]
+    common = ["--config=shapes", f"--config={algorithm}", *limits, *sizes, *words]
+    common += ["--pipeline.compile=blocks", "--trainer.accelerator=cpu"]
+    main(["fit", *common, "--trainer.max_epochs=1", "--name=a"])
+    last = tmp_path / "runs/a/checkpoints/last.ckpt"
+    main(["fit", *common, "--trainer.max_epochs=2", "--name=b", f"--ckpt_path={last}"])
+    assert graphs.count
+    content = torch.load(last, weights_only=False)
+    assert "_orig_mod" not in str(content.keys()) + str(content["state_dict"].keys())
+    exported = [*(tmp_path / "runs/b/tuned").glob("*.safetensors")]
+    assert exported and all("_orig_mod" not in name for name in load_file(exported[0]))

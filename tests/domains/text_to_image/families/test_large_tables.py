@@ -25,9 +25,12 @@ def test_tables_above_the_limit_stay_with_the_processor(
 
     monkeypatch.setattr(pipeline.family, "encode_some", encode_some)
     places: list[Any] = []
-    monkeypatch.setattr(
-        pipeline.family, "denoise", lambda _n, x, _t, tables, _g: places.append(tables) or x
-    )
+
+    def denoise(_n: Any, x: torch.Tensor, _t: Any, tables: Any, _g: float) -> torch.Tensor:
+        places.append(tables)
+        return x
+
+    monkeypatch.setattr(pipeline.family, "denoise", denoise)
     condition = pipeline.encode({"prompt": ["a", "b", "c"]})  # and the negative prompt
     assert condition.tables["embedding"].device.type == place
     assert condition.tables["embedding"].shape == (4, 77, 4)
