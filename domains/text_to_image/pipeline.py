@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from domains.text_to_image import EMBEDDED, card
 from domains.text_to_image.embeddings import EmbeddingCache, identity
 from domains.text_to_image.families import FAMILIES
+from domains.text_to_image.families.base import Family
 from domains.text_to_image.loading import Files, load_parts
 from domains.text_to_image.networks.lora import Home, lora_weights, read_lora, save_lora
 from domains.text_to_image.networks.web_lora import WEB_LORA, save_web_lora
@@ -136,29 +137,44 @@ class TextToImagePipeline(Pipeline):
         web_lora: bool = False,
     ) -> None:
         super().__init__()
-        at_least(0, self, guidance_scale=guidance_scale, true_cfg_scale=true_cfg_scale, crop=crop)
+        options: dict[str, Any] = {"true_cfg_scale": true_cfg_scale, "crop": crop}
+        at_least(0, self, guidance_scale=guidance_scale, max_table_gb=max_table_gb, **options)
+        sizes = {"original_size": original_size, "max_sequence_length": max_sequence_length}
         at_least(1, self, decode_batch_size=decode_batch_size, encode_batch_size=encode_batch_size)
-        at_least(1, self, max_sequence_length=max_sequence_length, original_size=original_size)
+        at_least(1, self, **sizes)
         self.pretrained, self.config, self.from_scratch = pretrained, config, from_scratch
         self.guidance_gradient, self.negative_prompt = guidance_gradient, negative_prompt
         self.decode_batch_size, self.checkpoint_decoder = decode_batch_size, checkpoint_decoder
         self.save_dtype, self.web_lora = getattr(torch, save_dtype), web_lora
         files = Files(config, vae, textual_inversions or ())
-        self.diffusers = load_parts(
-            pretrained, getattr(torch, dtype), files, variant=variant, from_scratch=from_scratch
-        )
-        options: dict[str, Any] = {"original_size": original_size, "crop": crop}
-        options |= {"max_sequence_length": max_sequence_length, "true_cfg_scale": true_cfg_scale}
-        kind, size = FAMILIES[type(self.diffusers).__name__], (height, width)
-        self.family = kind(self.diffusers, size, encode_batch_size=encode_batch_size, **options)
-        own = self.family.guidance_scale
-        self.guidance_scale = own if guidance_scale is None else guidance_scale
+        given = {"encode_batch_size": encode_batch_size, **options, **sizes}
+        family = self._load(files, getattr(torch, dtype), variant, (height, width), given)
+        self.guidance_scale = family.guidance_scale if guidance_scale is None else guidance_scale
         self._adopt(checkpoint_denoiser, tile_decoder, channels_last, text_encoders == "cpu")
+        self._spare(offload or [], max_table_gb, compile)
+        self._keep_encodings(embedding_cache, files, [dtype, variant])
+
+    def _load(
+        self,
+        files: Files,
+        dtype: torch.dtype,
+        variant: str | None,
+        size: tuple[int | None, int | None],
+        options: Mapping[str, Any],
+    ) -> Family:
+        """Load the model and return its family."""
+        self.diffusers = load_parts(
+            self.pretrained, dtype, files, variant=variant, from_scratch=self.from_scratch
+        )
+        kind = FAMILIES[type(self.diffusers).__name__]
+        self.family = kind(self.diffusers, size, **options)
+        return self.family
+
+    def _spare(self, offload: Sequence[str], max_table_gb: float, compile: Compiled | None) -> None:
+        """Save memory and time as the settings have it."""
         if offload:
             put_away(self, "vae")
-        at_least(0, self, max_table_gb=max_table_gb)
         self.family.max_table_bytes = max_table_gb * 2**30
-        self._keep_encodings(embedding_cache, files, [dtype, variant])
         if compile is not None and not weightless():
             compile_network(self.denoiser, compile)
 

@@ -136,6 +136,7 @@ def test_inductor_changes_no_prediction() -> None:
             "drtune",
             [
                 "--reward=CLIPScore",
+                "--model.method.m=1",
                 "--model.gradient_checkpointing=blocks",
                 "--pipeline.offload=[vae]",
             ],
