@@ -13,7 +13,7 @@ from domains.text_to_image.pipeline import TextToImagePipeline
 from lit_rlft.cli import main
 from lit_rlft.core.checks import UsageError
 from lit_rlft.cost.meter import Meter
-from lit_rlft.kit.compiled import blocks_of, compile_network
+from lit_rlft.kit.compiled import blocks_of, compile_network, compiling
 from lit_rlft.loop.reference import LoRA, adapt
 from tests.domains.text_to_image.families.tiny import tiny
 
@@ -28,6 +28,11 @@ class Graphs:
         self.count += 1
         self.operations += sum(node.op == "call_function" for node in graph.graph.nodes)
         return graph.forward
+
+
+class _Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
 
 
 @pytest.fixture(autouse=True)
@@ -88,6 +93,7 @@ def test_rounds_after_the_first_compile_nothing(how: str, most: int) -> None:
     assert meter.current.flops == 3 * plain[2].current.flops > 0
 
 
+@pytest.mark.slow
 def test_no_name_of_weights_changes(tmp_path: Path) -> None:
     pipeline, _, _ = _pipeline("blocks", Graphs())
     plain, _, _ = _pipeline(None, None)
@@ -110,9 +116,11 @@ def test_without_compiler_or_blocks_there_is_a_sentence(monkeypatch: pytest.Monk
     def fails(graph: Any, inputs: Any) -> Any:
         raise RuntimeError("no such instruction")
 
-    pipeline, reference, _ = _pipeline("blocks", fails)
-    with pytest.raises(UsageError, match=r"compile: torch could not compile .*set it to null"):
-        _round(pipeline, reference)
+    layer = _Doubled()
+    compile_network(layer, "whole", backend=fails)
+    told = r"compile: torch could not compile .*set it to null"
+    with pytest.raises(UsageError, match=told), compiling():
+        layer(torch.ones(1, 2))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setenv("CXX", "/nowhere/g++")
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/nowhere/g++",))
