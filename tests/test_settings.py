@@ -78,6 +78,11 @@ NEEDED: Mapping[str, Mapping[str, Any]] = {
     "domains.text_to_image.set_metrics.Copies": {"folder": "folder", "pretrained": "shapes_clip"},
     "domains.text_to_image.set_metrics.Duplicates": {"pretrained": "shapes_clip"},
     "domains.text_to_image.data.PromptData": {"source": "file.txt"},
+    "domains.text_to_image.benchmarks.DrawBenchPrompts": {"source": "file.csv"},
+    "domains.text_to_image.benchmarks.GenEvalPrompts": {"source": "file.jsonl"},
+    "domains.text_to_image.benchmarks.HPDv2Prompts": {"source": "folder"},
+    "domains.text_to_image.benchmarks.PartiPrompts": {"source": "file.tsv"},
+    "domains.text_to_image.benchmarks.T2ICompBenchPrompts": {"source": "folder"},
     "lit_rlft.kit.http_reward.HTTPReward": {"url": "http://localhost:8000"},
 }  # fmt: skip
 
@@ -95,6 +100,7 @@ ALLOWED: Mapping[str, tuple[Sequence[float], set[str]]] = {
             "MuonAdamW.momentum", "MuonAdamW.weight_decay", "MuonAdamW.lr", "MuonAdamW.betas",
             "LayoutPipeline.category_weight", "MoleculePipeline.type_weight",
             "ProductProcess.weights", "Grammar.jitter", "TextToImagePipeline.guidance_scale",
+            "TextToImagePipeline.max_table_gb",
             "Architecture.charge_scale", "Architecture.norm_constant",
         },
     ),
@@ -125,9 +131,11 @@ ALLOWED: Mapping[str, tuple[Sequence[float], set[str]]] = {
 
 FIXED = {
     "GRAFT.cut", "Enumerated.max_atoms",
-    "PromptData.num_train", "PromptData.num_val", "PromptData.num_test", "VLMJudge.scale",
+    "PromptData.num_train", "PromptData.num_val", "PromptData.num_test",
+    "VLMJudge.scale", "GenEvalHF.threshold", "GenEvalHF.counting_threshold",
+    "GenEvalHF.max_overlap", "GenEvalHF.position_threshold", "T2ICompBench.detector_threshold",
 }  # fmt: skip
-"""Arguments of a base class that the class sets itself, and one that takes any number."""
+"""Arguments of a base class that the class sets itself; and those where 0 waits for weights."""
 
 
 def cases() -> Iterator[tuple[Entry, type, str, Any]]:

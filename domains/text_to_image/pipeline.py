@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderTiny, DiffusionPipeline
+from diffusers import AutoencoderTiny
 from lightning.pytorch.utilities import rank_zero_info
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -25,8 +25,9 @@ from lit_rlft.core.checks import UsageError, at_least, require
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline, column
 from lit_rlft.core.process import GaussianProcess
 from lit_rlft.core.state import State, tensor_of
-from lit_rlft.kit.compiled import How, compile_network
+from lit_rlft.kit.compiled import Compiled, compile_network
 from lit_rlft.kit.frozen import frozen
+from lit_rlft.kit.idle import at_work, put_away
 from lit_rlft.kit.images import save_pictures
 from lit_rlft.kit.weightless import weightless
 
@@ -76,6 +77,8 @@ class TextToImagePipeline(Pipeline):
             and compute the blocks again there: less memory, about a third more time.
         channels_last: Keep the U-Net's weights and activations with channels last in memory, which
             convolutions on GPUs prefer; for Stable Diffusion 1.x, 2.x and XL.
+        compile: Have torch compile the denoiser's "blocks", each kind once, or the "whole" of it:
+            a slower start and faster calls. It works with a LoRA on and off. None compiles nothing.
         decode_batch_size: Pictures decoded at a time, which bounds the VAE's memory.
         checkpoint_decoder: Where gradients flow through the VAE, keep only its input and decode
             again in the backward pass.
@@ -84,8 +87,10 @@ class TextToImagePipeline(Pipeline):
             the same text encoders reads them there. Several runs may share it. None keeps none.
         text_encoders: "keep" them on the device; or "cpu", where they come to the device for each
             encoding alone and cannot be trained.
-        compile: Have torch compile the denoiser when it is first called: its repeated "blocks",
-            or the "whole" of it. The first calls take minutes, the later ones less than before.
+        offload: Parts that stay in the processor's memory while they have nothing to do: "vae".
+            It comes to the device to decode, and stays there for a backward pass.
+        max_table_gb: Encodings of a batch's prompts that take more GB (2^30 bytes) stay in the
+            processor's memory, and only the rows of each call go to the device.
         tile_decoder: Decode large pictures in overlapping tiles: less memory, and faint seams.
         from_scratch: Keep the architecture and draw new weights for U-Net and text encoder, to
             pretrain them; for Stable Diffusion 1.x and 2.x.
@@ -124,50 +129,68 @@ class TextToImagePipeline(Pipeline):
         dtype: Precision = "float32",
         checkpoint_denoiser: bool = False,
         channels_last: bool = False,
+        compile: Compiled | None = None,
         decode_batch_size: int = 32,
         checkpoint_decoder: bool = True,
         encode_batch_size: int = 128,
         embedding_cache: str | None = None,
         text_encoders: Literal["keep", "cpu"] = "keep",
-        compile: How | None = None,
+        offload: list[Literal["vae"]] | None = None,
+        max_table_gb: float = 1.0,
         tile_decoder: bool = False,
         from_scratch: bool = False,
         save_dtype: Precision = "float32",
         web_lora: bool = False,
     ) -> None:
         super().__init__()
-        options: dict[str, Any] = {"true_cfg_scale": true_cfg_scale, "crop": crop}
-        options |= {"cfg_normalization": cfg_normalization, "cfg_truncation": cfg_truncation}
-        sizes = {"original_size": original_size, "max_sequence_length": max_sequence_length}
-        at_least(0, self, guidance_scale=guidance_scale, **options)
-        sizes |= {"encode_batch_size": encode_batch_size}
-        at_least(1, self, decode_batch_size=decode_batch_size, **sizes)
+        at_least(0, self, guidance_scale=guidance_scale, max_table_gb=max_table_gb)
         self.pretrained, self.config, self.from_scratch = pretrained, config, from_scratch
         self.guidance_gradient, self.negative_prompt = guidance_gradient, negative_prompt
         self.decode_batch_size, self.checkpoint_decoder = decode_batch_size, checkpoint_decoder
         self.save_dtype, self.web_lora = getattr(torch, save_dtype), web_lora
+        options: dict[str, Any] = {"true_cfg_scale": true_cfg_scale, "crop": crop}
+        options |= {"cfg_normalization": cfg_normalization, "cfg_truncation": cfg_truncation}
+        sizes = {"original_size": original_size, "max_sequence_length": max_sequence_length}
+        sizes |= {"encode_batch_size": encode_batch_size}
         files = Files(config, vae, textual_inversions or ())
-        self.diffusers = self._load(files, getattr(torch, dtype), variant)
-        family = self.family = family_of(self.diffusers, (height, width), **options, **sizes)
-        self.guidance_scale = family.guidance_scale if guidance_scale is None else guidance_scale
-        self._adopt(compile, checkpoint_denoiser, tile_decoder, channels_last, text_encoders)
+        self._load(files, dtype, variant, (height, width), options, sizes)
+        own = self.family.guidance_scale
+        self.guidance_scale = own if guidance_scale is None else guidance_scale
+        self._adopt(checkpoint_denoiser, tile_decoder, channels_last, text_encoders == "cpu")
+        self._spare(offload or [], max_table_gb, compile)
         self._keep_encodings(embedding_cache, files, [dtype, variant])
 
-    def _load(self, files: Files, dtype: torch.dtype, variant: str | None) -> DiffusionPipeline:
-        return load_parts(
-            self.pretrained, dtype, files, variant=variant, from_scratch=self.from_scratch
+    def _load(
+        self,
+        files: Files,
+        dtype: Precision,
+        variant: str | None,
+        size: tuple[int | None, int | None],
+        options: Mapping[str, Any],
+        sizes: Mapping[str, Any],
+    ) -> None:
+        """Load the model and find its family; settings from 0 up, and sizes from 1 up."""
+        at_least(0, self, **options)
+        at_least(1, self, "decode_batch_size", **sizes)
+        kind, scratch = getattr(torch, dtype), self.from_scratch
+        self.diffusers = load_parts(
+            self.pretrained, kind, files, variant=variant, from_scratch=scratch
         )
+        self.family = family_of(self.diffusers, size, **options, **sizes)
+
+    def _spare(self, offload: Sequence[str], max_table_gb: float, compile: Compiled | None) -> None:
+        """Save memory and time as the settings have it."""
+        if offload:
+            put_away(self, "vae")
+        self.family.max_table_bytes = max_table_gb * 2**30
+        self.compile_how = compile
+        self.compile_denoiser(self.denoiser)
 
     def _adopt(
-        self,
-        compile: How | None,
-        checkpoint_denoiser: bool,
-        tile_decoder: bool,
-        channels_last: bool,
-        text_encoders: str,
+        self, checkpoint_denoiser: bool, tile_decoder: bool, channels_last: bool, idle: bool
     ) -> None:
         """Take over the parts of the model."""
-        family, idle = self.family, text_encoders == "cpu"
+        family = self.family
         self.denoiser, self.encoder = family.denoiser, family.encoders
         require(
             not (idle and self.from_scratch),
@@ -191,14 +214,12 @@ class TextToImagePipeline(Pipeline):
                 f"false: {family.name} has a transformer, whose layers have no channels to reorder",
             )
             self.denoiser.to(memory_format=torch.channels_last)
-        self.compile_how = compile
-        self.compile_denoiser(self.denoiser)
         if tile_decoder:
             self.vae.enable_tiling()
 
     def compile_denoiser(self, denoiser: nn.Module) -> None:
         if self.compile_how is not None and not weightless():
-            compile_network(denoiser, self.compile_how, self.family.blocks())
+            compile_network(denoiser, self.compile_how)
 
     def _keep_encodings(self, folder: str | None, files: Files, loaded: list[Any]) -> None:
         """Keep encodings of prompts in a folder, if one is given, by all that they depend on."""
@@ -283,7 +304,7 @@ class TextToImagePipeline(Pipeline):
 
     def predict(self, x_t: State, t: Tensor, condition: Condition) -> Tensor:
         x = tensor_of(x_t)
-        tables = {name: condition.table(name).to(x.device) for name in condition.tables}
+        tables = {name: _brought(condition.table(name), x.device) for name in condition.tables}
         prediction = self.family.denoise(
             self.denoiser, x.to(self.denoiser.dtype), t, tables, self.guidance_scale
         )
@@ -311,7 +332,9 @@ class TextToImagePipeline(Pipeline):
         latents = self.family.to_vae(tensor_of(x_0)).to(self.vae.dtype)
         size = self.decode_batch_size
         starts = range(0, len(latents), size)
-        pictures = torch.cat([self._decode(latents[i : i + size]) for i in starts])
+        graph = latents.requires_grad and torch.is_grad_enabled()
+        with at_work(self._idle_vae, latents.device, stays=graph):
+            pictures = torch.cat([self._decode(latents[i : i + size]) for i in starts])
         return (pictures.to(self.precision) / 2 + 0.5).clamp(0, 1)
 
     def _decode(self, latents: Tensor) -> Tensor:
@@ -338,11 +361,15 @@ class TextToImagePipeline(Pipeline):
                 "pictures with; give a folder with an AutoencoderKL"
             )
 
+    @property
+    def _idle_vae(self) -> torch.nn.Module | None:
+        return None if "vae" in self._modules else self.vae
+
     def states(self, batch: Batch) -> Tensor:
         """Return the latents of `batch["image"]`, uint8 [B, 3, H, W]: the VAE's mode, scaled."""
         self.check_states()
         pictures = column(batch, "image").to(self.device, self.vae.dtype) / 127.5 - 1
-        with torch.no_grad():
+        with torch.no_grad(), at_work(self._idle_vae, self.device):
             parts = pictures.split(self.decode_batch_size)
             modes = torch.cat([_mode(self.vae.encode(part)) for part in parts])
         check_vae(modes, self.vae, "latents of the given pictures")
@@ -405,3 +432,10 @@ def _mode(encoded: Any) -> Tensor:
 def _identity(record: Mapping[str, Any]) -> str:
     """Return what tells a record from others: all that is in it but tensors."""
     return repr({name: value for name, value in record.items() if not isinstance(value, Tensor)})
+
+
+def _brought(table: Tensor, device: torch.device) -> Tensor:
+    """Return rows of a table on the device; to a GPU they go through pinned memory."""
+    if device.type != "cuda" or table.device == device:
+        return table.to(device)
+    return table.pin_memory().to(device, non_blocking=True)

@@ -156,7 +156,7 @@ class Pipeline(nn.Module, ABC):
         if not tables:
             return torch.ones(len(condition), 1, device=self.device)
         table = torch.cat(tables, dim=1)
-        return table[condition.rows.to(table.device)]
+        return table[condition.rows.to(table.device)].to(self.device)
 
     def given(self, condition: Condition) -> State | None:
         """Return which entries of a state the condition fixes, bool [B, ...]; None where none are.

@@ -1,55 +1,94 @@
-"""Networks compiled by torch, in place: names of parameters stay as they are.
+"""Compiling a denoiser, or its blocks, with torch.compile."""
 
-The counters of calls and operations are hooks that torch does not trace (`lit_rlft.cost`).
-"""
-
-from collections.abc import Iterable
-from typing import Literal
+import shutil
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from lit_rlft.core.checks import UsageError
 
-__all__ = ["How", "compile_network"]
+__all__ = ["Compiled", "blocks_of", "compile_network"]
 
-How = Literal["blocks", "whole"]
+Compiled = Literal["blocks", "whole"]
 
-_VARIANTS = 128
-"""Compiled forms of one function at most; beyond them torch goes on without compiling.
-
-Widths of blocks, adapters on and off, with and without gradients, one and several batch sizes.
-"""
+_VARIANTS = 256
+"""Graphs of one block's code: its widths, with and without adapter and gradients, batch sizes."""
 
 
 def compile_network(
-    network: nn.Module, how: How, blocks: Iterable[str], backend: str = "inductor"
+    network: nn.Module,
+    how: Compiled,
+    *,
+    key: str = "pipeline.init_args.compile",
+    backend: str | Callable[..., Any] = "inductor",
 ) -> None:
-    """Have torch compile a network when it is first called.
+    """Have torch compile a network in place when it is first called; no name in it changes.
+
+    An adapter may be attached later, and switched on and off: each case is compiled once. A deep
+    copy of the network is not compiled.
 
     Args:
-        network: It keeps its class and the names of its parameters. Copies are not compiled.
-        how: "blocks" compiles each of the repeated blocks, which is quick since equal ones share
-            their compiled form; "whole" all of the network, which may run faster.
-        blocks: Names of the classes of repeated blocks.
-        backend: Of torch.compile.
+        network: The denoiser.
+        how: "blocks" compiles each block for itself, and blocks of the same kind and sizes once;
+            "whole" compiles the network as one, which takes longer.
+        key: The setting, for messages.
+        backend: One of torch.compile's.
 
     Raises:
-        UsageError: The network has no such blocks.
+        UsageError: There is no compiler, or the network has no blocks.
     """
-    for name in ("recompile_limit", "cache_size_limit"):  # by torch's release
-        limit = getattr(torch._dynamo.config, name, None)
-        if limit is not None:
-            setattr(torch._dynamo.config, name, max(limit, _VARIANTS))
-    if how == "whole":
-        network.compile(backend=backend)
-        return
-    known = set(blocks)
-    found = [module for module in network.modules() if type(module).__name__ in known]
+    if backend == "inductor":
+        _check_compiler(key)
+    parts = [network] if how == "whole" else blocks_of(network)
+    if not parts:
+        raise UsageError(
+            f"{key}: a {type(network).__name__} has no list of blocks; set it to 'whole' or null"
+        )
+    import torch._dynamo  # not above: it takes a second
+
+    torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, _VARIANTS)
+    limit = max(torch._dynamo.config.accumulated_cache_size_limit, 4 * _VARIANTS)
+    torch._dynamo.config.accumulated_cache_size_limit = limit
+    for part in parts:
+        part.compile(backend=backend)
+
+
+def blocks_of(network: nn.Module) -> list[nn.Module]:
+    """Return the repeated blocks of a network.
+
+    They are those that diffusers names in `_repeated_blocks`. Without that attribute they are the
+    members of the network's own lists of modules.
+    """
+    if names := getattr(network, "_repeated_blocks", None):
+        return [part for part in network.modules() if type(part).__name__ in names]
+    lists = [part for part in network.children() if isinstance(part, nn.ModuleList)]
+    return [block for part in lists for block in part]
+
+
+def _check_compiler(key: str) -> None:
+    """Raise UsageError where torch has nothing to compile with."""
+    if torch.cuda.is_available():
+        from torch.utils._triton import has_triton
+
+        if not has_triton():
+            raise UsageError(
+                f"{key} needs Triton, which is not there or does not know this GPU; "
+                "run `pip install triton`, or set it to null"
+            )
+        found = shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
+    else:
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            from torch._inductor.cpp_builder import get_cpp_compiler
+
+            found = get_cpp_compiler()
+        except InvalidCxxCompiler:
+            found = None
     if not found:
         raise UsageError(
-            f"pipeline.init_args.compile: {type(network).__name__} has no blocks that are known "
-            "here; set it to 'whole' or null"
+            f"{key} needs a C++ compiler and finds none; install g++ (`apt-get install g++`) or "
+            "name one in the environment variable CXX, or set it to null"
         )
-    for module in found:
-        module.compile(backend=backend)

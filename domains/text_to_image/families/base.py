@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +15,7 @@ from domains.text_to_image.networks.weightless import NoTokenizer
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.process import GaussianProcess
 from lit_rlft.kit.frozen import frozen
+from lit_rlft.kit.idle import at_work
 from lit_rlft.kit.shapes import output_shape
 
 __all__ = ["Family", "Tables"]
@@ -49,6 +49,7 @@ class Family(ABC):
         overflows_in_half: Parts that cannot be in float16, in words.
         cache: Encodings on disk, which come before those of the text encoders; None without them.
         idle_encoders: The text encoders where they stay on the CPU between encodings, else None.
+        max_table_bytes: Tables that take more stay in the processor's memory.
         tell_cuts: Warns once of prompts that are cut at a tokenizer's limit.
 
     Raises:
@@ -76,6 +77,7 @@ class Family(ABC):
         self.encode_batch_size = encode_batch_size
         self.cache: EmbeddingCache | None = None
         self.idle_encoders: nn.Module | None = None
+        self.max_table_bytes = float("inf")
         given = {name: value for name, value in options.items() if value is not None}
         for name in given.keys() - set(self.option_names):
             raise UsageError(f"pipeline.init_args.{name} does not apply to {self.name}; leave it")
@@ -158,11 +160,6 @@ class Family(ABC):
         """Return what encodings depend on beside the text encoders and the encodings' shapes."""
         return {}
 
-    def blocks(self) -> list[str]:
-        """Return the classes of the denoiser's repeated blocks, by name."""
-        named = getattr(self.denoiser, "_repeated_blocks", None) or self.denoiser._no_split_modules
-        return [name for name in named if name.endswith("Block")]
-
     def readers(self) -> list[Reader]:
         """Return the tokenizers at which a prompt's words are lost to the model: all of CLIP."""
         named = [name.replace("text_encoder", "tokenizer") for name in self.encoder_names]
@@ -180,29 +177,31 @@ class Family(ABC):
         if self._bare:
             like = next(self.denoiser.parameters())  # without weights there are shapes alone
             shapes = self.encoded_shapes().items()
-            return {name: like.new_empty(len(prompts), *shape) for name, shape in shapes}
+            one = {name: like.new_empty(1, *shape) for name, shape in shapes}
+            device = self._place(one, len(prompts), like.device)
+            # Zeros: the processor's memory is not taken for them before they are written to.
+            return {
+                name: torch.zeros(len(prompts), *row.shape[1:], dtype=row.dtype, device=device)
+                for name, row in one.items()
+            }
         return self._run(prompts) if self.cache is None else self._cached(prompts, self.cache)
-
-    @contextmanager
-    def _at_work(self) -> Iterator[None]:
-        """Have idle text encoders beside the denoiser for a while."""
-        encoders = self.idle_encoders
-        if encoders is not None:
-            encoders.to(next(self.denoiser.parameters()).device)
-        try:
-            yield
-        finally:
-            if encoders is not None:
-                encoders.to("cpu")
 
     def _run(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Return what the text encoders make of prompts, in chunks."""
         size = self.encode_batch_size
-        with quiet(), self._at_work():
-            parts = [
-                self.encode_some(list(prompts[i : i + size])) for i in range(0, len(prompts), size)
-            ]
+        with quiet(), at_work(self.idle_encoders, next(self.denoiser.parameters()).device):
+            parts: list[Tables] = []
+            for i in range(0, len(prompts), size):
+                part = self.encode_some(list(prompts[i : i + size]))
+                own = next(iter(part.values())).device
+                device = self._place(part, len(prompts) / len(prompts[i : i + size]), own)
+                parts.append({name: table.to(device) for name, table in part.items()})
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _place(self, tables: Tables, times: float, device: torch.device) -> torch.device:
+        """Return where tables belong that are so many times as large: the CPU if too large."""
+        size = sum(table.numel() * table.element_size() for table in tables.values()) * times
+        return torch.device("cpu") if size > self.max_table_bytes else device
 
     def _cached(self, prompts: Sequence[str], cache: EmbeddingCache) -> dict[str, Tensor]:
         """Return the encodings of prompts; those that are not on disk are made and kept there."""
@@ -221,7 +220,7 @@ class Family(ABC):
             cache.write(prompt, own)
             found[prompt] = own
         rows = [tables for prompt in prompts if (tables := found[prompt]) is not None]
-        device = next(self.denoiser.parameters()).device
+        device = self._place(rows[0], len(rows), next(self.denoiser.parameters()).device)
         return {name: torch.stack([row[name] for row in rows]).to(device) for name in cache.shapes}
 
     def tables(self, prompts: Sequence[str], negative: str | None) -> dict[str, Tensor]:
