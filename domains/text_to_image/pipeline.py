@@ -151,11 +151,9 @@ class TextToImagePipeline(Pipeline):
         options: dict[str, Any] = {"true_cfg_scale": true_cfg_scale, "crop": crop}
         options |= {"cfg_normalization": cfg_normalization, "cfg_truncation": cfg_truncation}
         sizes = {"original_size": original_size, "max_sequence_length": max_sequence_length}
-        sizes |= {"encode_batch_size": encode_batch_size}
         files = Files(config, vae, textual_inversions or ())
-        self._load(files, dtype, variant, (height, width), options, sizes)
-        own = self.family.guidance_scale
-        self.guidance_scale = own if guidance_scale is None else guidance_scale
+        sizes["encode_batch_size"] = encode_batch_size
+        self._load(files, dtype, variant, (height, width), options, sizes, guidance_scale)
         self._adopt(checkpoint_denoiser, tile_decoder, channels_last, text_encoders == "cpu")
         self._spare(offload or [], max_table_gb, compile)
         self._keep_encodings(embedding_cache, files, [dtype, variant])
@@ -168,6 +166,7 @@ class TextToImagePipeline(Pipeline):
         size: tuple[int | None, int | None],
         options: Mapping[str, Any],
         sizes: Mapping[str, Any],
+        guidance_scale: float | None,
     ) -> None:
         """Load the model and find its family; settings from 0 up, and sizes from 1 up."""
         at_least(0, self, **options)
@@ -177,6 +176,8 @@ class TextToImagePipeline(Pipeline):
             self.pretrained, kind, files, variant=variant, from_scratch=scratch
         )
         self.family = family_of(self.diffusers, size, **options, **sizes)
+        own = self.family.guidance_scale
+        self.guidance_scale = own if guidance_scale is None else guidance_scale
 
     def _spare(self, offload: Sequence[str], max_table_gb: float, compile: Compiled | None) -> None:
         """Save memory and time as the settings have it."""

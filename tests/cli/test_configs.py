@@ -27,7 +27,11 @@ HUB = {"flux", "sana", "sd15", "sd2", "sd35", "sdxl", "zimage"}
 # Recipes of the hub's models: test_recipes.py runs tiny ones in their places.
 OF_THE_HUB = {path.stem for path in EXPERIMENTS if path.stem.split("_")[0] in {*HUB, "sd35m"}}
 # What another experiment runs too, with other numbers.
-LONG = {"shapes_pretrain_2", "shapes_unconditional_pretrain", "publaynet_pretrain"}
+LONG = {
+    *("shapes_pretrain_2", "shapes_unconditional_pretrain", "publaynet_pretrain", "qm9_pretrain"),
+    *("digits_pretrain", "layout_mixed_pretrain", "molecule_heavy_pretrain", "layout_pretrain"),
+    *("molecule_mixed_pretrain", "shapes_drtune"),
+}
 WEIGHTS = [ASSETS / "shapes/unet/diffusion_pytorch_model.safetensors", ASSETS / "shapes_clip"]
 # What needs a continuous state.
 CONTINUOUS = {"RewardGradient", "NoisePPO", "InverseNoiseCorrection"}
@@ -37,15 +41,15 @@ VARIANTS = {"align_prop", "ddpo_sf", "dpok", "draft", "draft_lv", "grpo", "refl"
 # What runs by default. The other files of this folder run all other algorithms on the Gaussian
 # mixture, and test_pipeline.py of layouts and molecules runs them on their models.
 DEFAULT = {
-    "digits": {"ddpo", "drtune", "inverse_noise_correction", "noise_ppo", "p_graft", "pretrain"},
+    "digits": {"inverse_noise_correction", "noise_ppo", "p_graft"},
     "gaussian_mixture": {"p_graft", "random_k"},
-    "layout": {"drtune", "p_graft"},
+    "layout": {"p_graft"},
     "layout_mixed": {"ddpo"},
     "molecule_mixed": {"ddpo"},
-    "molecule_soft": {"drtune", "p_graft"},
+    "molecule_soft": {"drtune"},
 }
 # Experiments run the same models, data, rewards and algorithm by default.
-IN_EXPERIMENTS = {"molecule", "shapes"}
+IN_EXPERIMENTS = {"molecule", "shapes", "shapes_unconditional"}
 # What needs data, and data that are none.
 FROM_DATA, CONDITIONS = {"Pretrain", "InverseNoiseCorrection"}, {"AtomCounts"}
 needs_weights = pytest.mark.skipif(

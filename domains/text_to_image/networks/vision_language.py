@@ -25,6 +25,8 @@ _FIXED = ("CLIPImageProcessor", "SiglipImageProcessor")
 """Processors that give every picture one size."""
 _PROBE = (48, 64)
 _TYPES = "mm_token_type_ids"
+_BLANK = 16
+"""Pixels a side of the pictures that only tell a processor how many there are."""
 
 
 class Reader(Protocol):
@@ -150,7 +152,8 @@ class _ProcessorReader:
         self.differentiable = self.twin is not None
 
     def __call__(self, pictures: Tensor, questions: Sequence[str]) -> dict[str, Tensor]:
-        shown = torch.zeros(pictures.shape, device="cpu") if self.twin else pictures
+        # The twin's pixels take the place of those that are read from small blank pictures.
+        shown = torch.zeros(len(pictures), 3, _BLANK, _BLANK) if self.twin else pictures
         read = self.processor(
             text=[self._text(question) for question in questions],
             images=[[to_image(picture)] for picture in shown],

@@ -291,7 +291,7 @@ def test_a_vae_of_other_latents_is_refused(tmp_path: Path, model: Model) -> None
         with pytest.raises(UsageError, match=rf"init_args.vae: .* has {name} {value}, and the mo"):
             TextToImagePipeline(str(folder), vae=str(path), **SIZE)
     (path / "config.json").write_text(json.dumps({**config, "_class_name": "AutoencoderDC"}))
-    with pytest.raises(UsageError, match="is a AutoencoderDC, not an AutoencoderKL"):
+    with pytest.raises(UsageError, match="is of class AutoencoderDC, not an AutoencoderKL"):
         TextToImagePipeline(str(folder), vae=str(path), **SIZE)
     lora = one(tmp_path / "x.safetensors", **{"lora_unet_x.lora_down.weight": (1,)})
     with pytest.raises(
