@@ -1,7 +1,7 @@
 """Loads a text-to-image model of a known family: from a folder, by an embedded name, a hub id."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from domains.text_to_image import EMBEDDED
 from domains.text_to_image.extras import add_textual_inversions, load_vae
 from domains.text_to_image.families import FAMILIES
+from domains.text_to_image.networks.on_demand import hollow, read_network
 from domains.text_to_image.networks.weightless import bare_pipeline
 from domains.text_to_image.single_file import load_single_file
 from lit_rlft.core.checks import UsageError
@@ -23,7 +24,7 @@ from lit_rlft.kit.weight_file import PICKLES
 from lit_rlft.kit.weightless import check_cached, weightless
 from lit_rlft.kit.whole_folder import check_whole
 
-__all__ = ["Files", "load_parts"]
+__all__ = ["Files", "load_parts", "text_encoder_reader"]
 
 _KEY = "pipeline.init_args.pretrained"
 _ALIKE = {"StableDiffusionImg2ImgPipeline": "StableDiffusionPipeline"}
@@ -45,11 +46,13 @@ class Files:
         config: Of a single file: folder or hub id with what the file has not.
         vae: Folder, hub id or file of a VAE to take instead of the model's own.
         textual_inversions: Files with further tokens for prompts.
+        hollow_encoders: Leave the text encoders without weights; `text_encoder_reader` reads them.
     """
 
     config: str | None = None
     vae: str | None = None
     textual_inversions: Sequence[str] = ()
+    hollow_encoders: bool = False
 
 
 def load_parts(
@@ -85,6 +88,22 @@ def load_parts(
         parts.vae.float()
     add_textual_inversions(parts, files.textual_inversions)
     return parts
+
+
+def text_encoder_reader(
+    pretrained: str, dtype: torch.dtype, variant: str | None
+) -> Callable[[str], nn.Module]:
+    """Return a function that reads a text encoder of a folder or hub id by its name."""
+    shipped = EMBEDDED / pretrained
+    source = str(shipped) if not Path(pretrained).exists() and shipped.exists() else pretrained
+
+    def read(name: str) -> nn.Module:
+        own = variant
+        if own is None and Path(source).is_dir():
+            own = found_variant(Path(source), (name,))
+        return read_network(source, name, dtype, own)
+
+    return read
 
 
 def _check_file_settings(
@@ -137,6 +156,7 @@ def _read(
         read = [part for part in FAMILIES[kind].weighed() if part not in others]
         check_whole(folder, read, variant, _KEY)
     new |= _new_networks(source, kind, dtype) if from_scratch else {}
+    new |= hollow(source, FAMILIES[kind].encoder_names, dtype) if files.hollow_encoders else {}
     with warnings.catch_warnings():
         # Older versions know this name of it alone.
         warnings.filterwarnings("ignore", "`torch_dtype` is deprecated")

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from domains.text_to_image import EMBEDDED, card
 from domains.text_to_image.embeddings import EmbeddingCache, identity
 from domains.text_to_image.families import family_of
-from domains.text_to_image.loading import Files, load_parts
+from domains.text_to_image.loading import Files, load_parts, text_encoder_reader
 from domains.text_to_image.networks.lora import Home, lora_weights, read_lora, save_lora
 from domains.text_to_image.networks.web_lora import WEB_LORA, save_web_lora
 from domains.text_to_image.overflow import check_latents, check_vae
@@ -34,6 +34,7 @@ from lit_rlft.kit.weightless import weightless
 __all__ = ["EMBEDDED", "TextToImagePipeline"]
 
 Precision = Literal["float32", "float16", "bfloat16"]
+TextEncoders = Literal["keep", "cpu", "drop"]
 
 
 class TextToImagePipeline(Pipeline):
@@ -85,8 +86,9 @@ class TextToImagePipeline(Pipeline):
         encode_batch_size: Prompts encoded at a time, which bounds the text encoders' memory.
         embedding_cache: Folder that keeps the encodings of prompts, one file each; a later run of
             the same text encoders reads them there. Several runs may share it. None keeps none.
-        text_encoders: "keep" them on the device; or "cpu", where they come to the device for each
-            encoding alone and cannot be trained.
+        text_encoders: "keep" them on the device; "cpu", where they come to the device for each
+            encoding alone and cannot be trained; or "drop" them: they are read from disk for
+            prompts that `embedding_cache` lacks, and not at all where it has every prompt.
         offload: Parts that stay in the processor's memory while they have nothing to do: "vae".
             It comes to the device to decode, and stays there for a backward pass.
         max_table_gb: Encodings of a batch's prompts that take more GB (2^30 bytes) stay in the
@@ -134,7 +136,7 @@ class TextToImagePipeline(Pipeline):
         checkpoint_decoder: bool = True,
         encode_batch_size: int = 128,
         embedding_cache: str | None = None,
-        text_encoders: Literal["keep", "cpu"] = "keep",
+        text_encoders: TextEncoders = "keep",
         offload: list[Literal["vae"]] | None = None,
         max_table_gb: float = 1.0,
         tile_decoder: bool = False,
@@ -143,7 +145,6 @@ class TextToImagePipeline(Pipeline):
         web_lora: bool = False,
     ) -> None:
         super().__init__()
-        at_least(0, self, guidance_scale=guidance_scale, max_table_gb=max_table_gb)
         self.pretrained, self.config, self.from_scratch = pretrained, config, from_scratch
         self.guidance_gradient, self.negative_prompt = guidance_gradient, negative_prompt
         self.decode_batch_size, self.checkpoint_decoder = decode_batch_size, checkpoint_decoder
@@ -151,10 +152,11 @@ class TextToImagePipeline(Pipeline):
         options: dict[str, Any] = {"true_cfg_scale": true_cfg_scale, "crop": crop}
         options |= {"cfg_normalization": cfg_normalization, "cfg_truncation": cfg_truncation}
         sizes = {"original_size": original_size, "max_sequence_length": max_sequence_length}
-        files = Files(config, vae, textual_inversions or ())
-        sizes["encode_batch_size"] = encode_batch_size
+        files = Files(config, vae, textual_inversions or (), text_encoders == "drop")
+        at_least(0, self, guidance_scale=guidance_scale, max_table_gb=max_table_gb)
+        self._check_encoders(files, embedding_cache)
         self._load(files, dtype, variant, (height, width), options, sizes, guidance_scale)
-        self._adopt(checkpoint_denoiser, tile_decoder, channels_last, text_encoders == "cpu")
+        self._adopt(checkpoint_denoiser, tile_decoder, channels_last, text_encoders != "keep")
         self._spare(offload or [], max_table_gb, compile)
         self._keep_encodings(embedding_cache, files, [dtype, variant])
 
@@ -172,12 +174,25 @@ class TextToImagePipeline(Pipeline):
         at_least(0, self, **options)
         at_least(1, self, "decode_batch_size", **sizes)
         kind, scratch = getattr(torch, dtype), self.from_scratch
-        self.diffusers = load_parts(
-            self.pretrained, kind, files, variant=variant, from_scratch=scratch
-        )
+        loading: dict[str, Any] = {"variant": variant, "from_scratch": scratch}
+        self.diffusers = load_parts(self.pretrained, kind, files, **loading)
         self.family = family_of(self.diffusers, size, **options, **sizes)
         own = self.family.guidance_scale
         self.guidance_scale = own if guidance_scale is None else guidance_scale
+        if files.hollow_encoders and not weightless():
+            self.family.read_encoder = text_encoder_reader(self.pretrained, kind, variant)
+
+    def _check_encoders(self, files: Files, embedding_cache: str | None) -> None:
+        """Check, before anything is loaded, that dropped text encoders can be read again."""
+        if not files.hollow_encoders:
+            return
+        rule = "'keep' or 'cpu' {}: what is dropped is read again from a folder or hub id"
+        cached = embedding_cache is not None
+        require(cached, self, "text_encoders", rule.format("without pipeline.embedding_cache"))
+        own = files.textual_inversions or Path(self.pretrained).is_file()
+        require(not own, self, "text_encoders", rule.format("with single files and inversions"))
+        scratch = self.from_scratch
+        require(not scratch, self, "text_encoders", rule.format("with from_scratch"))
 
     def _spare(self, offload: Sequence[str], max_table_gb: float, compile: Compiled | None) -> None:
         """Save memory and time as the settings have it."""
@@ -199,7 +214,7 @@ class TextToImagePipeline(Pipeline):
             "text_encoders",
             "'keep' with from_scratch, whose text encoder is trained",
         )
-        if idle and not weightless():
+        if idle and not weightless() and family.read_encoder is None:
             family.idle_encoders = self.encoder
         if idle:
             self.encoder = None  # no part of this module, so that it does not move with it
@@ -394,7 +409,8 @@ class TextToImagePipeline(Pipeline):
             return [*save_lora(self.denoiser, self._home, folder), *self._save_web_lora(folder)]
         if self.web_lora:
             rank_zero_info("pipeline.web_lora: no LoRA was trained, so none is written")
-        whole = copy.deepcopy(self.diffusers).to(dtype=self.save_dtype)
+        with self.family.encoders_here(torch.device("cpu")):
+            whole = copy.deepcopy(self.diffusers).to(dtype=self.save_dtype)
         whole.save_pretrained(folder)
         return [folder]
 

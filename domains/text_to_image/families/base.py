@@ -1,7 +1,8 @@
 """What one family of text-to-image models adds to the pipeline: text, sizes, the network's call."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -49,6 +50,7 @@ class Family(ABC):
         overflows_in_half: Parts that cannot be in float16, in words.
         cache: Encodings on disk, which come before those of the text encoders; None without them.
         idle_encoders: The text encoders where they stay on the CPU between encodings, else None.
+        read_encoder: Reads a text encoder by its name where they are read for encodings alone.
         max_table_bytes: Tables that take more stay in the processor's memory.
         tell_cuts: Warns once of prompts that are cut at a tokenizer's limit.
 
@@ -77,6 +79,7 @@ class Family(ABC):
         self.encode_batch_size = encode_batch_size
         self.cache: EmbeddingCache | None = None
         self.idle_encoders: nn.Module | None = None
+        self.read_encoder: Callable[[str], nn.Module] | None = None
         self.max_table_bytes = float("inf")
         given = {name: value for name, value in options.items() if value is not None}
         for name in given.keys() - set(self.option_names):
@@ -189,7 +192,8 @@ class Family(ABC):
     def _run(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Return what the text encoders make of prompts, in chunks."""
         size = self.encode_batch_size
-        with quiet(), at_work(self.idle_encoders, next(self.denoiser.parameters()).device):
+        device = next(self.denoiser.parameters()).device
+        with quiet(), self.encoders_here(device), at_work(self.idle_encoders, device):
             parts: list[Tables] = []
             for i in range(0, len(prompts), size):
                 part = self.encode_some(list(prompts[i : i + size]))
@@ -197,6 +201,20 @@ class Family(ABC):
                 device = self._place(part, len(prompts) / len(prompts[i : i + size]), own)
                 parts.append({name: table.to(device) for name, table in part.items()})
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    @contextmanager
+    def encoders_here(self, device: torch.device) -> Iterator[None]:
+        """Have the text encoders with their weights within the block, where they have none else."""
+        names = [name for name in self.encoder_names if getattr(self.parts, name, None) is not None]
+        kept = {name: getattr(self.parts, name) for name in names if self.read_encoder is not None}
+        try:
+            for name in kept:
+                assert self.read_encoder is not None
+                setattr(self.parts, name, frozen(self.read_encoder(name)).to(device))
+            yield
+        finally:
+            for name, network in kept.items():
+                setattr(self.parts, name, network)
 
     def _place(self, tables: Tables, times: float, device: torch.device) -> torch.device:
         """Return where tables belong that are so many times as large: the CPU if too large."""
