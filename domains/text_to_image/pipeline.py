@@ -152,9 +152,9 @@ class TextToImagePipeline(Pipeline):
         options: dict[str, Any] = {"true_cfg_scale": true_cfg_scale, "crop": crop}
         options |= {"cfg_normalization": cfg_normalization, "cfg_truncation": cfg_truncation}
         sizes = {"original_size": original_size, "max_sequence_length": max_sequence_length}
+        sizes["encode_batch_size"] = encode_batch_size
         files = Files(config, vae, textual_inversions or (), text_encoders == "drop")
-        at_least(0, self, guidance_scale=guidance_scale, max_table_gb=max_table_gb)
-        self._check_encoders(files, embedding_cache)
+        self._check_memory(files, embedding_cache, max_table_gb)
         self._load(files, dtype, variant, (height, width), options, sizes, guidance_scale)
         self._adopt(checkpoint_denoiser, tile_decoder, channels_last, text_encoders != "keep")
         self._spare(offload or [], max_table_gb, compile)
@@ -171,7 +171,7 @@ class TextToImagePipeline(Pipeline):
         guidance_scale: float | None,
     ) -> None:
         """Load the model and find its family; settings from 0 up, and sizes from 1 up."""
-        at_least(0, self, **options)
+        at_least(0, self, guidance_scale=guidance_scale, **options)
         at_least(1, self, "decode_batch_size", **sizes)
         kind, scratch = getattr(torch, dtype), self.from_scratch
         loading: dict[str, Any] = {"variant": variant, "from_scratch": scratch}
@@ -182,13 +182,18 @@ class TextToImagePipeline(Pipeline):
         if files.hollow_encoders and not weightless():
             self.family.read_encoder = text_encoder_reader(self.pretrained, kind, variant)
 
-    def _check_encoders(self, files: Files, embedding_cache: str | None) -> None:
+    def _check_memory(self, files: Files, cache: str | None, max_table_gb: float) -> None:
         """Check, before anything is loaded, that dropped text encoders can be read again."""
+        at_least(0, self, max_table_gb=max_table_gb)
         if not files.hollow_encoders:
             return
         rule = "'keep' or 'cpu' {}: what is dropped is read again from a folder or hub id"
-        cached = embedding_cache is not None
-        require(cached, self, "text_encoders", rule.format("without pipeline.embedding_cache"))
+        require(
+            cache is not None,
+            self,
+            "text_encoders",
+            rule.format("without pipeline.embedding_cache"),
+        )
         own = files.textual_inversions or Path(self.pretrained).is_file()
         require(not own, self, "text_encoders", rule.format("with single files and inversions"))
         scratch = self.from_scratch
