@@ -214,7 +214,10 @@ LOGGER = "lightning.pytorch.loggers."
     "logger",
     [
         False,
-        [{"class_path": f"{LOGGER}CSVLogger", "init_args": {"save_dir": "logs"}}],
+        pytest.param(
+            [{"class_path": f"{LOGGER}CSVLogger", "init_args": {"save_dir": "logs"}}],
+            marks=pytest.mark.slow,
+        ),
         [
             {"class_path": f"{LOGGER}CSVLogger", "init_args": {"save_dir": "logs"}},
             {"class_path": f"{LOGGER}TensorBoardLogger", "init_args": {"save_dir": "logs"}},
