@@ -1,6 +1,9 @@
 """Errors name the argument in Python and its key on the command line."""
 
+from typing import Any
+
 import pytest
+import torch
 from jsonargparse import Namespace
 
 from lit_rlft.cli import main
@@ -61,3 +64,23 @@ def test_keys_are_found_in_lists_and_below_other_classes() -> None:
         "metrics.parts.1.init_args.k must be at least 1, got 0"
     )
     assert sentence(raised.value, Namespace(metrics={})) == str(raised.value)
+
+
+def test_a_network_that_cannot_be_compiled_is_told_with_the_remedy() -> None:
+    def broken(graph: Any, inputs: Any) -> Any:
+        raise ValueError("no such instruction")
+
+    class Twice(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * x
+
+    torch._dynamo.reset()
+    layer = Twice()
+    layer.compile(backend=broken)
+    with pytest.raises(Exception) as caught:
+        layer(torch.zeros(1, 1))
+    torch._dynamo.reset()
+    told = sentence(caught.value)
+    assert told is not None and "\n" not in told
+    assert told.startswith("pipeline.init_args.compile: torch could not compile the denoiser")
+    assert "set it to null" in told
