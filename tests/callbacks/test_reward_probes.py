@@ -66,7 +66,8 @@ def run(pipeline: TextToImagePipeline, tmp_path: Path) -> Run:
         given = {"sampler": Sampler(1), "num_candidates": 2, "num_eval_samples": 1}
         tuner = GRAFT(pipeline, reward, lora=None, reward_workers=workers, **given)
         data = PromptData(str(tmp_path / "prompts.txt"), batch_size=1, eval_batch_size=1)
-        trainer = trainer_of(callbacks=[SelfCheck(**own)], limit_train_batches=1)
+        settings = {"default_root_dir": tmp_path, "limit_train_batches": 1}  # tuned/ goes there
+        trainer = trainer_of(callbacks=[SelfCheck(**own)], **settings)
         getattr(trainer, stage)(tuner, data)
         return tuner
 
