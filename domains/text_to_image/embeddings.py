@@ -17,6 +17,7 @@ from torch import Tensor
 
 from domains.text_to_image import EMBEDDED
 from lit_rlft.core.checks import UsageError
+from lit_rlft.kit.network_folder import source_of
 
 __all__ = ["EmbeddingCache", "identity"]
 
@@ -111,9 +112,7 @@ def identity(source: str, folders: Sequence[str]) -> list[Any]:
     Raises:
         UsageError: A hub id whose commit is not known.
     """
-    path = Path(source)
-    if not path.exists() and (EMBEDDED / source).exists():
-        path = EMBEDDED / source
+    path = Path(source_of(source, EMBEDDED))
     if path.exists():
         return [str(path.resolve()), *(list(_facts(file)) for file in _files(path, folders))]
     found = try_to_load_from_cache(source, "model_index.json")

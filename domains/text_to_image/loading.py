@@ -19,7 +19,7 @@ from domains.text_to_image.networks.on_demand import hollow, read_network
 from domains.text_to_image.networks.weightless import bare_pipeline
 from domains.text_to_image.single_file import load_single_file
 from lit_rlft.core.checks import UsageError
-from lit_rlft.kit.network_folder import found_variant, load_pretrained
+from lit_rlft.kit.network_folder import found_variant, load_pretrained, source_of
 from lit_rlft.kit.weight_file import PICKLES
 from lit_rlft.kit.weightless import check_cached, weightless
 from lit_rlft.kit.whole_folder import check_whole
@@ -94,8 +94,7 @@ def text_encoder_reader(
     pretrained: str, dtype: torch.dtype, variant: str | None
 ) -> Callable[[str], nn.Module]:
     """Return a function that reads a text encoder of a folder or hub id by its name."""
-    shipped = EMBEDDED / pretrained
-    source = str(shipped) if not Path(pretrained).exists() and shipped.exists() else pretrained
+    source = source_of(pretrained, EMBEDDED)
 
     def read(name: str) -> nn.Module:
         own = variant

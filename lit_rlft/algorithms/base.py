@@ -17,7 +17,7 @@ from lit_rlft.core.checks import at_least, positive, require
 from lit_rlft.core.distribution import Distribution
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline
 from lit_rlft.core.randomness import Generators
-from lit_rlft.core.reward import Metric, Metrics, Reward
+from lit_rlft.core.reward import Metric, Metrics, Reward, check_parts
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.cost.meter import Meter
 from lit_rlft.distributed import gather, together
@@ -193,9 +193,8 @@ class RewardFineTuner(Checkpointed, ABC):
         at_least(0, self, "best_of", "seed")
         require(self.best_of != 1, self, "best_of", "0 for none, or above 1")
         self.check()
-        for part in (*self.reward.modules(), *self.metrics.modules()):
-            if isinstance(part, Metric):
-                part.requires_grad_(False).check(self.pipeline)
+        check_parts(self.reward, self.pipeline)
+        check_parts(self.metrics, self.pipeline)
         self.build()
         self.lora = self.lora and completed(self.lora, self.pipeline)
         pretrained = fingerprint(self.pipeline.denoiser)

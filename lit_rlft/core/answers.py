@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lit_rlft.core.checks import UsageError
 
-__all__ = ["numbers", "tensors", "unchanged"]
+__all__ = ["device_of", "numbers", "tensors", "unchanged"]
 
 
 def tensors(samples: Any) -> Iterator[Tensor]:
@@ -26,6 +26,11 @@ def tensors(samples: Any) -> Iterator[Tensor]:
     elif isinstance(samples, list | tuple):
         for part in samples:
             yield from tensors(part)
+
+
+def device_of(samples: Any, default: torch.device) -> torch.device:
+    """Return where samples are: the device of their first tensor, or the default without any."""
+    return next((one.device for one in tensors(samples)), default)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lit_rlft.core.answers import numbers, tensors, unchanged
+from lit_rlft.core.answers import device_of, numbers, unchanged
 from lit_rlft.core.checks import BadArgument, UsageError, finite, require
 from lit_rlft.core.guard import Guard
 from lit_rlft.core.moments import RunningMoments
@@ -23,6 +23,7 @@ __all__ = [
     "SetMetric",
     "WeightedSum",
     "all_failed",
+    "check_parts",
     "check_rewards",
     "rewards_of",
     "values_of",
@@ -364,8 +365,7 @@ def rewards_of(
     with unchanged(samples, reward.name):
         values = reward(samples, condition)
     values = check_rewards(reward, values, len(condition), may_fail=may_fail)
-    device = next((one.device for one in tensors(samples)), values.device)
-    return values.to(device)
+    return values.to(device_of(samples, values.device))
 
 
 def values_of(metric: Metric, samples: Any, condition: Condition) -> dict[str, Tensor]:
@@ -416,6 +416,17 @@ def check_rewards(
         f"{reward.name} returned {known} for {int((~finite).sum())} of {num_samples} samples; "
         "give failed samples a finite low reward"
     )
+
+
+def check_parts(metric: Metric, pipeline: Pipeline) -> None:
+    """Freeze a metric or reward and all that it is made of, and check each with a pipeline.
+
+    Raises:
+        UsageError: The pipeline's samples do not fit.
+    """
+    for part in metric.modules():
+        if isinstance(part, Metric):
+            part.requires_grad_(False).check(pipeline)
 
 
 def all_failed(source: str, num_samples: int) -> UsageError:

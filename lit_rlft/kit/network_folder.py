@@ -66,8 +66,7 @@ def load_pretrained(
     Raises:
         UsageError: Reading failed.
     """
-    shipped = embedded / pretrained
-    source = str(shipped) if not Path(pretrained).exists() and shipped.exists() else pretrained
+    source = source_of(pretrained, embedded)
     try:
         sentence = f"{key}: {pretrained!r} could not be loaded as {kind}; give {give}"
         with loading(sentence), hub_errors(source, key):
@@ -77,6 +76,20 @@ def load_pretrained(
         if other or pretrained in str(error):
             raise
         raise UsageError(f"{key}: {pretrained!r} is damaged: {error}") from None
+
+
+def source_of(pretrained: str, embedded: Path) -> str:
+    """Return the path of an embedded model by its name; a path that exists comes before it.
+
+    Args:
+        pretrained: A path, an embedded model's name or a hub id.
+        embedded: Folder of the models that ship with a domain, by their names.
+
+    Returns:
+        The path, or `pretrained` itself where there is none.
+    """
+    shipped = embedded / pretrained
+    return str(shipped) if not Path(pretrained).exists() and shipped.exists() else pretrained
 
 
 def check_one_given(pretrained: str | None, architecture: object | None) -> None:

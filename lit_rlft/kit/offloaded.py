@@ -5,13 +5,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_rlft.core.answers import tensors
+from lit_rlft.core.answers import device_of, tensors
 from lit_rlft.core.checks import BadArgument
 from lit_rlft.core.pipeline import Condition, Pipeline
-from lit_rlft.core.reward import Combination, Metric, Reward, values_of
+from lit_rlft.core.reward import Combination, Reward, check_parts, values_of
 from lit_rlft.kit.idle import at_work, put_away
 
 __all__ = ["Offloaded"]
+
+_CPU = torch.device("cpu")
 
 
 class Offloaded(Reward):
@@ -43,21 +45,16 @@ class Offloaded(Reward):
         return self.reward.name
 
     def check(self, pipeline: Pipeline) -> None:
-        for part in self.reward.modules():
-            if isinstance(part, Metric):
-                part.requires_grad_(False).check(pipeline)
+        check_parts(self.reward, pipeline)
 
     def forward(self, samples: Any, condition: Condition) -> Tensor:
         """Return the reward of each sample, [B]."""
-        given = list(tensors(samples))
-        graph = torch.is_grad_enabled() and any(one.requires_grad for one in given)
-        device = next((one.device for one in given), torch.device("cpu"))
-        with at_work(self.reward, device, stays=graph):
+        graph = torch.is_grad_enabled() and any(one.requires_grad for one in tensors(samples))
+        with at_work(self.reward, device_of(samples, _CPU), stays=graph):
             rewards: Tensor = self.reward(samples, condition)
         return rewards
 
     def evaluate(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
         """Return what the reward measures."""
-        device = next((one.device for one in tensors(samples)), torch.device("cpu"))
-        with at_work(self.reward, device):
+        with at_work(self.reward, device_of(samples, _CPU)):
             return values_of(self.reward, samples, condition)

@@ -503,6 +503,6 @@ def _bound(name: str, config: Config, key: str) -> Clip | Threshold | None:
         return kind(**{argument: config[option] for argument, option in options.items()})
     except BadArgument as error:
         raise UsageError(
-            f"{key}: {options[error.argument]} of the model's {name} {error.problem}; mend it in "
+            f"{key}: {options[error.argument]} of the model's {name} {error.problem}; fix it in "
             "scheduler_config.json"
         ) from error

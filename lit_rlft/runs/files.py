@@ -175,7 +175,7 @@ def disk_trouble(error: BaseException, path: Path | str, remedy: str) -> str | N
     path = Path(named or path)
     free = _free(path)
     space = f" ({free} free)" if free else ""
-    first = "make room there" if number in _FULL else "mend that"
+    first = "make room there" if number in _FULL else "fix that"
     return f"{path}: {_TROUBLES[number]}{space}; {first}, {remedy}"
 
 

@@ -226,7 +226,7 @@ def test_a_process_that_dies_is_started_again(tmp_path: Path, beside: Beside) ->
     assert_equal(side(samples, condition), Sums()(samples, condition))
     with (
         pytest.warns(UserWarning, match="scored once more"),
-        pytest.raises(UsageError, match="started again 4 times already; mend the reward"),
+        pytest.raises(UsageError, match="started again 4 times already; fix the reward"),
     ):
         side(samples, condition)
 

@@ -4,7 +4,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch.utils.data import Dataset
 
@@ -35,15 +35,26 @@ class _Prompts(SplitData, ABC):
     """Prompts of a benchmark: all of them are the test split, and none are to train on.
 
     Args:
+        source: The benchmark's file or folder.
         num_val_prompts: Validate on so many prompts, spread evenly over all.
         num_test_prompts: Test on so many prompts, spread evenly over all; None takes all.
         **loading: Arguments of the loaders: batch_size, eval_batch_size, seed, num_workers.
+
+    Attributes:
+        trains: Whether there are prompts to train on, too.
     """
 
+    trains: ClassVar[bool] = False
+
     def __init__(
-        self, num_val_prompts: int | None = 48, num_test_prompts: int | None = None, **loading: Any
+        self,
+        source: str,
+        num_val_prompts: int | None = 48,
+        num_test_prompts: int | None = None,
+        **loading: Any,
     ) -> None:
         super().__init__(**loading)
+        self.source = Path(source)
         at_least(1, self, num_val_prompts=num_val_prompts, num_test_prompts=num_test_prompts)
         self.numbers = {"val": num_val_prompts, "test": num_test_prompts}
         self._read: dict[str, list[Record]] = {}
@@ -68,6 +79,11 @@ class _Prompts(SplitData, ABC):
 
     def records(self, split: Split) -> list[Record]:
         """Return the prompts of a split, read once."""
+        if split == "train" and not self.trains:
+            raise UsageError(
+                f"{type(self).__name__} has prompts to test on and none to train on; give the "
+                "prompts of the training as data, and the benchmark to `lit-rlft test`"
+            )
         if split not in self._read:
             self._read[split] = self.read(split)
         return self._read[split]
@@ -78,13 +94,6 @@ class _Prompts(SplitData, ABC):
         # Files are sorted by group: the first prompts would be of one alone.
         chosen = _spread(records, number)
         return Rows(len(chosen), lambda i: chosen[i])
-
-    def _no_training(self, split: Split) -> None:
-        if split == "train":
-            raise UsageError(
-                f"{type(self).__name__} has prompts to test on and none to train on; give the "
-                "prompts of the training as data, and the benchmark to `lit-rlft test`"
-            )
 
 
 class GenEvalPrompts(_Prompts):
@@ -100,12 +109,7 @@ class GenEvalPrompts(_Prompts):
         UsageError: In `setup`, the file is missing or damaged; the sentence names its line.
     """
 
-    def __init__(self, source: str, **loading: Any) -> None:
-        super().__init__(**loading)
-        self.source = Path(source)
-
     def read(self, split: Split) -> list[Record]:
-        self._no_training(split)
         return [self._record(line, text) for line, text in lines_of(self.source)]
 
     def _record(self, line: int, text: str) -> Record:
@@ -141,9 +145,11 @@ class T2ICompBenchPrompts(_Prompts):
         UsageError: A category is unknown; in `setup`, a file is missing or empty.
     """
 
+    trains = True
+
     def __init__(self, source: str, categories: Sequence[str] = CATEGORIES, **loading: Any) -> None:
-        super().__init__(**loading)
-        self.source, self.categories = Path(source), tuple(categories)
+        super().__init__(source, **loading)
+        self.categories = tuple(categories)
         if unknown := [one for one in self.categories if one not in CATEGORIES]:
             problem = f"must be among {list(CATEGORIES)}, got {unknown[0]!r}"
             raise BadArgument(self, "categories", problem)
@@ -183,12 +189,7 @@ class PartiPrompts(_Prompts):
         UsageError: In `setup`, the file is missing or damaged; the sentence names its line.
     """
 
-    def __init__(self, source: str, **loading: Any) -> None:
-        super().__init__(**loading)
-        self.source = Path(source)
-
     def read(self, split: Split) -> list[Record]:
-        self._no_training(split)
         wanted = {"prompt": ("prompt",), "category": ("category",), "challenge": ("challenge",)}
         return table_of(self.source, wanted, tabs=True)
 
@@ -206,12 +207,7 @@ class DrawBenchPrompts(_Prompts):
         UsageError: In `setup`, the file is missing or damaged; the sentence names its line.
     """
 
-    def __init__(self, source: str, **loading: Any) -> None:
-        super().__init__(**loading)
-        self.source = Path(source)
-
     def read(self, split: Split) -> list[Record]:
-        self._no_training(split)
         wanted = {"prompt": ("prompts", "prompt"), "category": ("category",)}
         return table_of(self.source, wanted, tabs=False)
 
@@ -231,15 +227,14 @@ class HPDv2Prompts(_Prompts):
     """
 
     def __init__(self, source: str, styles: Sequence[str] = STYLES, **loading: Any) -> None:
-        super().__init__(**loading)
-        self.source, self.styles = Path(source), tuple(styles)
+        super().__init__(source, **loading)
+        self.styles = tuple(styles)
         if unknown := [one for one in self.styles if one not in STYLES]:
             raise BadArgument(self, "styles", f"must be among {list(STYLES)}, got {unknown[0]!r}")
         if not self.styles:
             raise BadArgument(self, "styles", "must name at least one style")
 
     def read(self, split: Split) -> list[Record]:
-        self._no_training(split)
         return [
             {"prompt": text, "style": style}
             for style in self.styles

@@ -205,11 +205,13 @@ class Family(ABC):
     @contextmanager
     def encoders_here(self, device: torch.device) -> Iterator[None]:
         """Have the text encoders with their weights within the block, where they have none else."""
+        if self.read_encoder is None:
+            yield
+            return
         names = [name for name in self.encoder_names if getattr(self.parts, name, None) is not None]
-        kept = {name: getattr(self.parts, name) for name in names if self.read_encoder is not None}
+        kept = {name: getattr(self.parts, name) for name in names}
         try:
             for name in kept:
-                assert self.read_encoder is not None
                 setattr(self.parts, name, frozen(self.read_encoder(name)).to(device))
             yield
         finally:

@@ -6,7 +6,9 @@ from typing import Any
 from diffusers import AutoencoderKL, AutoencoderTiny
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-__all__ = ["clip_problems", "latent_problems", "missing", "unet_problems"]
+from domains.text_to_image.networks.weightless import NoTokenizer
+
+__all__ = ["clip_problems", "latent_problems", "missing", "text_problems", "unet_problems"]
 
 
 def missing(parts: Any, names: Sequence[str]) -> Iterator[str]:
@@ -65,6 +67,27 @@ def clip_problems(encoder: Any, tokenizer: Any, which: str = "") -> Iterator[str
         yield (
             f"its {which}tokenizer's model_max_length {tokenizer.model_max_length} exceeds the "
             f"{own.max_position_embeddings} positions of its text encoder"
+        )
+
+
+def text_problems(encoder: Any, tokenizer: Any, width: int) -> Iterator[str]:
+    """Iterate over what does not fit in a language model, its tokenizer and a transformer.
+
+    Args:
+        encoder: The language model.
+        tokenizer: Its tokenizer; that of a model without files is not looked at.
+        width: Numbers of a token's features that the transformer reads.
+    """
+    own = encoder.config
+    if own.hidden_size != width:
+        yield (
+            f"its transformer reads text features of {width} numbers, its text encoder makes "
+            f"{own.hidden_size}"
+        )
+    if not isinstance(tokenizer, NoTokenizer) and not 2 < len(tokenizer) <= own.vocab_size:
+        yield (
+            f"its tokenizer has {len(tokenizer)} tokens, its text encoder {own.vocab_size}; they "
+            "must be of one model"
         )
 
 

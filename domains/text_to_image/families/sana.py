@@ -10,9 +10,8 @@ from diffusers import AutoencoderDC
 from torch import Tensor
 
 from domains.text_to_image.families.base import Family, Tables
-from domains.text_to_image.families.checks import latent_problems, missing
+from domains.text_to_image.families.checks import latent_problems, missing, text_problems
 from domains.text_to_image.networks.texts import Reader
-from domains.text_to_image.networks.weightless import NoTokenizer
 from lit_rlft.core.process import GaussianProcess
 from lit_rlft.kit.captions import masked
 from lit_rlft.kit.flow_schedulers import flow_process, flow_timestep
@@ -51,7 +50,7 @@ class Sana(Family):
     def problems(self) -> Iterator[str]:
         parts, config = self.parts, self.denoiser.config
         yield from missing(parts, self.needed())
-        yield from _text_problems(parts.text_encoder, parts.tokenizer, config["caption_channels"])
+        yield from text_problems(parts.text_encoder, parts.tokenizer, config["caption_channels"])
         if config.get("guidance_embeds"):
             yield "its transformer is given the guidance scale, as SANA-Sprint's is"
         read = config["in_channels"]
@@ -126,20 +125,3 @@ class Sana(Family):
             return_dict=False,
         )[0]
         return output[:, : config["in_channels"]]
-
-
-def _text_problems(encoder: Any, tokenizer: Any, width: int) -> Iterator[str]:
-    """Iterate over what does not fit in the text encoder, its tokenizer and the transformer."""
-    config = encoder.config
-    if config.hidden_size != width:
-        yield (
-            f"its transformer reads text features of {width} numbers, its text encoder makes "
-            f"{config.hidden_size}"
-        )
-    if isinstance(tokenizer, NoTokenizer):
-        return
-    if not 2 < len(tokenizer) <= config.vocab_size:
-        yield (
-            f"its tokenizer has {len(tokenizer)} tokens, its text encoder {config.vocab_size}; "
-            "they must be of one model"
-        )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from domains.text_to_image.families.base import Family, Tables
-from domains.text_to_image.families.checks import latent_problems, missing
+from domains.text_to_image.families.checks import latent_problems, missing, text_problems
 from domains.text_to_image.networks.texts import Reader
 from domains.text_to_image.networks.weightless import NoTokenizer
 from lit_rlft.core.checks import UsageError
@@ -51,7 +51,8 @@ class ZImage(Family):
     def problems(self) -> Iterator[str]:
         parts, config = self.parts, self.denoiser.config
         yield from missing(parts, self.needed())
-        yield from _text_problems(parts.text_encoder, parts.tokenizer, config["cap_feat_dim"])
+        yield from text_problems(parts.text_encoder, parts.tokenizer, config["cap_feat_dim"])
+        yield from _chat_problems(parts.text_encoder, parts.tokenizer)
         patches = zip(config["all_patch_size"], config["all_f_patch_size"], strict=False)
         if (_PATCH, 1) not in patches:
             yield f"its transformer has no patches of {_PATCH} x {_PATCH} latents (all_patch_size)"
@@ -158,21 +159,10 @@ def _captions(rows: Tensor) -> list[Tensor]:
     return [row[:length, :-1] for row, length in zip(rows, lengths, strict=True)]
 
 
-def _text_problems(encoder: Any, tokenizer: Any, width: int) -> Iterator[str]:
-    """Iterate over what does not fit in the text encoder, its tokenizer and the transformer."""
-    config = encoder.config
-    if config.hidden_size != width:
-        yield (
-            f"its transformer reads text features of {width} numbers, its text encoder makes "
-            f"{config.hidden_size}"
-        )
+def _chat_problems(encoder: Any, tokenizer: Any) -> Iterator[str]:
+    """Iterate over what a tokenizer lacks to write prompts as a chat."""
     if isinstance(tokenizer, NoTokenizer) or encoder.device.type == "meta":
         return
-    if not 2 < len(tokenizer) <= config.vocab_size:
-        yield (
-            f"its tokenizer has {len(tokenizer)} tokens, its text encoder {config.vocab_size}; "
-            "they must be of one model"
-        )
     if getattr(tokenizer, "chat_template", None) is None:
         yield (
             "its tokenizer has no chat template; copy chat_template.jinja, or the template in "

@@ -111,7 +111,7 @@ class Lane:
         what = f"the side worker of {self.name} {loss}"
         if self.num_restarts > self.restarts:
             raise UsageError(
-                f"{what}, and was started again {self.restarts} times already; mend the reward, or "
+                f"{what}, and was started again {self.restarts} times already; fix the reward, or "
                 "set model.init_args.reward_workers to null to see it fail in this process"
             ) from loss
         fate = "are scored once more" if again else "are left out"

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lit_rlft.core.answers import tensors
+from lit_rlft.core.answers import device_of
 from lit_rlft.core.checks import BadArgument, UsageError, at_least, positive
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Combination, Reward
@@ -224,8 +224,7 @@ class SideReward(Reward):
         return None if self.follows.dtype == torch.float32 else self.follows.dtype
 
     def _device_of(self, samples: Any) -> str:
-        own = next((str(one.device) for one in tensors(samples)), "cpu")
-        return self.device or own
+        return self.device or str(device_of(samples, torch.device("cpu")))
 
     def _finish(self, kind: Kind, samples: Any, condition: Condition) -> Answer | None:
         begun = next((b for b in self._begun if b.samples is samples and b.kind == kind), None)
