@@ -8,13 +8,16 @@ __all__ = ["result_table"]
 Moments = Mapping[str, float]
 """{"mean", "sem"}: a number and its standard error, NaN where it has none."""
 Summary = Mapping[str, Mapping[str, Moments]]
-"""By arm ("reference", "tuned", "gain", or a baseline's name) and metric."""
+"""By arm ("reference", "tuned", "gain", "kept", or a baseline's name) and metric."""
+
+_COMPARED = ("gain", "kept")
+"""Arms that compare others, with their errors."""
 
 _GAP = "  "
 
 
 def result_table(summary: Summary, width: int = 80) -> str:
-    """Return a line per metric: reference, baselines, tuned, and gain ± its standard error.
+    """Return a line per metric: reference, baselines, tuned, gain, share kept of best of n.
 
     Baselines that do not fit stand in a table of their own below, in as many as it takes.
 
@@ -24,11 +27,12 @@ def result_table(summary: Summary, width: int = 80) -> str:
     """
     names = list(summary["tuned"])
     label = min(max(map(len, ["metric", *names])), width // 2)
-    baselines = [arm for arm in summary if arm not in ("reference", "tuned", "gain")]
-    inner = _columns(summary, ["reference", *baselines, "tuned", "gain"], names)
+    ends = ["tuned", *(arm for arm in _COMPARED if arm in summary)]
+    baselines = [arm for arm in summary if arm not in ("reference", *ends)]
+    inner = _columns(summary, ["reference", *baselines, *ends], names)
     if _width(inner) + label <= width:
         return _text(names, inner, label)
-    main = _columns(summary, ["reference", "tuned", "gain"], names)
+    main = _columns(summary, ["reference", *ends], names)
     tables = [_text(names, main, max(6, min(label, width - _width(main))))]
     rest = _columns(summary, baselines, names)
     while rest:
@@ -50,8 +54,9 @@ def _cell(summary: Summary, arm: str, name: str) -> str:
     moments = summary[arm].get(name)
     if moments is None or math.isnan(moments["mean"]):
         return "-"
-    form = _format([values[name] for values in summary.values() if name in values])
-    error = moments["sem"] if arm == "gain" else math.nan
+    row = [own[name] for other, own in summary.items() if name in own and other != "kept"]
+    form = _format([moments] if arm == "kept" else row)  # a share has no unit
+    error = moments["sem"] if arm in _COMPARED else math.nan
     text = format(moments["mean"], form)
     return text if math.isnan(error) else f"{text} ± {format(error, form)}"
 

@@ -52,6 +52,7 @@ class Evaluator:
         self.pipeline, self.reward = rollouts.pipeline, rollouts.reward
         self.measurements, self.num_pictures, self.world_size = Measurements(), 0, 1
         self.shown, self._scored, self._said = True, False, False
+        self._best: Arm | None = None
         self.latest: dict[Arm, dict[str, Moments]] = {}
         self.phase: Phase = lambda name, num_samples: nullcontext()
 
@@ -64,7 +65,7 @@ class Evaluator:
         """Start a fresh evaluation by all processes; the reference's measurements can be kept."""
         self.world_size = world_size
         kept = self.measurements.reference if keep_reference else None
-        self.measurements = Measurements(kept)
+        self.measurements, self._best = Measurements(kept), None
 
     def run(
         self, batch: Batch, batch_idx: int, tuned: Route, reference: Route, *, num_best: int = 0
@@ -90,6 +91,7 @@ class Evaluator:
                 self._measure_route("reference", *common, reference)
             if num_best:
                 arms = best_of(self.rollouts, reference, condition, seeds, num_best)
+                self._best = next(iter(arms))
                 for arm, x_0 in arms.items():
                     self._measure(arm, batch_idx, rows, x_0, condition)
         return condition
@@ -105,7 +107,8 @@ class Evaluator:
 
     def summary(self, *, errors: bool = False) -> dict[Arm, dict[str, Moments]]:
         """Return mean and standard error per arm and metric (`Measurements.summary`)."""
-        return self.measurements.summary(self.world_size, self.set_metrics, errors=errors)
+        sets, best = self.set_metrics, self._best
+        return self.measurements.summary(self.world_size, sets, errors=errors, best=best)
 
     def means(self) -> dict[str, float]:
         """Return the means of `summary` by "/<metric>", and by "_<arm>/<metric>" of other arms."""

@@ -15,7 +15,10 @@ from lit_rlft.kit.ratios import error_of_mean, ratio, ratio_parts
 Arm = str
 """The "tuned" model, the "reference", or the name of a baseline."""
 
-__all__ = ["Arm", "Measured", "Measurements", "moments", "paired_moments"]
+__all__ = ["Arm", "Measured", "Measurements", "kept_share", "moments", "paired_moments"]
+
+_CERTAIN = 2.0
+"""Standard errors that best of n must gain: a share of less is a share of nothing known."""
 
 _Batches = dict[int, Tensor]
 
@@ -111,16 +114,24 @@ class Measurements:
         measured.rows[batch] = torch.zeros(len(labels)).long() if rows is None else rows.cpu()
 
     def summary(
-        self, world_size: int, sets: Sequence[SetMetric] = (), *, errors: bool = False
+        self,
+        world_size: int,
+        sets: Sequence[SetMetric] = (),
+        *,
+        errors: bool = False,
+        best: Arm | None = None,
     ) -> dict[Arm, dict[str, Moments]]:
         """Return mean and standard error per arm and metric, over all processes.
 
-        "gain" is tuned - reference of what was measured of both, with the error of paired samples.
+        "gain" is tuned - reference of what was measured of both, with the error of paired samples;
+        "kept" is the share of a baseline's gain that one sample of the tuned model has
+        (`kept_share`).
 
         Args:
             world_size: Number of processes; all of them must call this.
             sets: The metrics of whole sets, in the order in which `add` was given their features.
             errors: Whether these have standard errors, which takes a while; NaN otherwise.
+            best: The baseline that "kept" is a share of; None leaves it out.
         """
         gathered = gather({arm: m.columns() for arm, m in self.arms.items()}, world_size)
         whole = {arm: _concatenated([part[arm] for part in gathered]) for arm in self.arms}
@@ -133,6 +144,12 @@ class Measurements:
             for name, values in whole["tuned"].items()
             if all(_are_pairs(part["tuned"], part["reference"], name) for part in gathered)
         }
+        if best is not None and best in whole:
+            summary["kept"] = {
+                name: kept_share(whole["tuned"][name], whole["reference"][name], whole[best][name])
+                for name in summary["gain"]
+                if len(whole[best].get(name, ())) == len(whole["reference"][name])
+            }
         features = gather({arm: m.sets() for arm, m in self.arms.items()}, world_size)
         rows = gather({arm: m.all_rows() for arm, m in self.arms.items()}, world_size)
         for i, metric in enumerate(sets):
@@ -185,10 +202,40 @@ def paired_moments(tuned: Tensor, reference: Tensor) -> Moments:
     """
     if torch.equal(tuned.isnan(), reference.isnan()):
         return moments(tuned - reference)
-    ones = torch.ones_like(tuned)
-    own, other = (ratio_parts(values, ones) for values in (tuned, reference))
-    mean = ratio(tuned, ones) - ratio(reference, ones)
-    return {"mean": mean, "sem": error_of_mean(own, other)}
+    mean = _mean(tuned) - _mean(reference)
+    return {"mean": mean, "sem": error_of_mean(_moves(tuned), _moves(reference))}
+
+
+def kept_share(tuned: Tensor, reference: Tensor, best: Tensor) -> Moments:
+    r"""Return the share of a best-of-n gain that one sample of the tuned model has.
+
+    With means t, r and b it is :math:`S = (t - r) / (b - r)`, and its error to first order that of
+    the mean of :math:`(t_i - r_i - S (b_i - r_i)) / (b - r)` over samples (the delta method). It is
+    1 where a sample of the tuned model is as good as the best of n, which costs n times as much.
+
+    Args:
+        tuned: [n] values.
+        reference: [n] values of the same conditions and noise.
+        best: [n] values of the best of n samples of the reference, its own among them.
+
+    Returns:
+        NaN where best of n is not above or below the reference by two standard errors.
+    """
+    headroom = paired_moments(best, reference)
+    if not abs(headroom["mean"]) > _CERTAIN * headroom["sem"]:  # NaN is no gain either
+        return {"mean": float("nan"), "sem": float("nan")}
+    share = (_mean(tuned) - _mean(reference)) / headroom["mean"]
+    apart = _moves(tuned) - _moves(reference) - share * (_moves(best) - _moves(reference))
+    return {"mean": share, "sem": error_of_mean(apart / headroom["mean"])}
+
+
+def _mean(values: Tensor) -> float:
+    return ratio(values, torch.ones_like(values))
+
+
+def _moves(values: Tensor) -> Tensor:
+    """Return how far each sample moves the mean of those that are not NaN, [n]."""
+    return ratio_parts(values, torch.ones_like(values))
 
 
 def moments(values: Tensor) -> Moments:

@@ -150,6 +150,20 @@ def test_baselines_are_columns_where_they_fit_and_a_table_where_not() -> None:
     assert "best_of_8_noise" in others[0] and "best_of_8_samples" in others[0]
 
 
+def test_a_kept_share_has_decimals_of_its_own() -> None:
+    summary = {
+        "reference": {"fid": moments(3125.0), "kl": moments(0.0)},
+        "tuned": {"fid": moments(2850.0), "kl": moments(0.5)},
+        "gain": {"fid": moments(-275.0, 20.0), "kl": moments(0.5, 0.1)},
+        "best_of_4_samples": {"fid": moments(2500.0)},
+        "kept": {"fid": moments(0.44, 0.035)},
+    }
+    header, fid, kl = result_table(summary).splitlines()
+    assert header.split() == ["metric", "reference", "best_of_4_samples", "tuned", "gain", "kept"]
+    assert fid.split()[-6:] == ["-275", "±", "20", "0.440", "±", "0.035"]
+    assert kl.split() == ["kl", "0.00", "-", "0.50", "0.50", "±", "0.10", "-"]
+
+
 def test_values_that_are_unknown_or_tiny() -> None:
     summary = {
         "reference": {"a": moments(math.nan), "b": moments(1.5e-7)},

@@ -90,6 +90,8 @@ def test_through_the_command_line(tmp_path: Path) -> None:
     assert set(metrics["best_of_3_noise"]) >= {"Coordinate"}
     own, samples, noise = (metrics[arm]["Coordinate"]["mean"] for arm in arms)
     assert samples == noise > own  # with a deterministic sampler
+    tuned, rows = metrics["tuned"]["Coordinate"]["mean"], metrics["kept"]["Coordinate"]
+    assert rows["mean"] == pytest.approx((tuned - own) / (samples - own), abs=1e-9)
     assert metrics["num_samples"] == 16 and metrics["cost"]["test_reward_calls"] == 16 * 3
     assert metrics["cost"]["test_denoiser_calls"] == 16 * 3 * (2 + 3)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_rlft.evaluation.measurements import Measurements, moments, paired_moments
+from lit_rlft.evaluation.measurements import Measurements, kept_share, moments, paired_moments
 from lit_rlft.runs.before_after import before_after, comparison
 
 NAN = float("nan")
@@ -86,6 +86,38 @@ def test_error_of_a_gain_where_some_do_not_count() -> None:
     error = torch.tensor([gain["sem"] for gain in found]).square().mean().sqrt().item()
     assert error == pytest.approx(true, rel=0.1)
     assert math.isnan(paired_moments(torch.tensor([NAN]), torch.tensor([1.0]))["mean"])
+
+
+@pytest.mark.parametrize("known", [1.0, 0.7])
+def test_the_share_kept_of_best_of_n_and_its_error(known: float) -> None:
+    """The deviation over fresh sets: normal rewards, best of 4, and a model that keeps 0.4."""
+    generator = torch.Generator().manual_seed(0)
+    num, sets, shift = 400, 400, 0.4 * 1.0293754  # the mean of the largest of four normals
+
+    def drawn() -> dict[str, float]:
+        candidates = torch.randn(num, 4, generator=generator, dtype=torch.float64)
+        noise = torch.randn(num, generator=generator, dtype=torch.float64)
+        arms = 0.6 * candidates[:, 0] + 0.8 * noise + shift, candidates[:, 0], candidates.amax(1)
+        lost = [torch.rand(num, generator=generator) > known for _ in arms]
+        tuned, reference, best = (x.where(~y, NAN) for x, y in zip(arms, lost, strict=True))
+        return kept_share(tuned, reference, best)
+
+    found = [drawn() for _ in range(sets)]
+    shares = torch.tensor([one["mean"] for one in found])
+    error = torch.tensor([one["sem"] for one in found]).square().mean().sqrt().item()
+    assert error == pytest.approx(shares.std().item(), rel=0.15)
+    assert shares.mean().item() == pytest.approx(0.4, abs=4 * error / sets**0.5)
+
+
+def test_no_share_of_what_best_of_n_does_not_gain() -> None:
+    evaluation = Measurements()
+    added(evaluation, "reference", 0, r=[1.0, 2.0, 3.0], other=[1.0, 2.0, 3.0])
+    added(evaluation, "tuned", 0, r=[2.0, 3.0, 4.0], other=[2.0, 3.0, 4.0])
+    added(evaluation, "best", 0, r=[3.0, 4.0, 5.0], other=[1.0, 3.0, 2.5])
+    kept = evaluation.summary(1, best="best")["kept"]
+    assert kept["r"] == {"mean": 0.5, "sem": 0.0}
+    assert math.isnan(kept["other"]["mean"]) and math.isnan(kept["other"]["sem"])
+    assert "kept" not in evaluation.summary(1)
 
 
 def test_reference_is_kept_for_the_next_evaluation() -> None:
