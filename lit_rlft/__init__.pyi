@@ -5,6 +5,7 @@ from lit_rlft.algorithms.graft import PGRAFT as PGRAFT
 from lit_rlft.algorithms.inverse_noise_correction import (
     InverseNoiseCorrection as InverseNoiseCorrection,
 )
+from lit_rlft.algorithms.nft import DiffusionNFT as DiffusionNFT
 from lit_rlft.algorithms.noise_ppo import NoisePPO as NoisePPO
 from lit_rlft.algorithms.pretrain import Pretrain as Pretrain
 from lit_rlft.algorithms.reward_gradient import RewardGradient as RewardGradient

@@ -12,7 +12,6 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
-from lit_rlft.core.advantage import Advantage
 from lit_rlft.core.checks import at_least, positive, require
 from lit_rlft.core.distribution import Distribution
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline
@@ -22,7 +21,7 @@ from lit_rlft.core.sampling import Sampler
 from lit_rlft.cost.meter import Meter
 from lit_rlft.distributed import gather, together
 from lit_rlft.evaluation.evaluator import Evaluator
-from lit_rlft.loop.checkpoint import fingerprint
+from lit_rlft.loop.checkpoint import Kept, fingerprint
 from lit_rlft.loop.checkpoint_file import secure
 from lit_rlft.loop.checkpointed import Checkpointed
 from lit_rlft.loop.experience import Draw, Experience
@@ -135,8 +134,8 @@ class RewardFineTuner(Checkpointed, ABC):
         """Return what is trained, checkpointed and exported."""
         return self.pipeline.denoiser
 
-    def statistics(self) -> Mapping[str, Advantage]:
-        """Return the advantages whose state a resumed run needs, by name in the checkpoint."""
+    def statistics(self) -> Mapping[str, Kept]:
+        """Return what else has a state that a resumed run needs, by its name in the checkpoint."""
         return {}
 
     def export(self, folder: Path) -> list[Path]:

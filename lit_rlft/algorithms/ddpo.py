@@ -45,6 +45,7 @@ from lit_rlft.core.surrogate import importance_sampling, ratio_values, score_fun
 from lit_rlft.core.trajectory import Trajectories, transition_of, walk_with_log_probs
 from lit_rlft.distributed import gather
 from lit_rlft.loop.advantages import check_parts, judge
+from lit_rlft.loop.checkpoint import Kept
 from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.rollouts import Drawn
 from lit_rlft.loop.scoring import Scoring
@@ -276,7 +277,7 @@ class DDPO(RewardFineTuner):
             values["reference_kl"] = kl.detach()
         return losses * weight, values
 
-    def statistics(self) -> Mapping[str, Advantage]:
+    def statistics(self) -> Mapping[str, Kept]:
         return {"advantage": self.advantage}
 
     def _sample(

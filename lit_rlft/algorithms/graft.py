@@ -20,11 +20,12 @@ from torch import Tensor
 
 from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.core.checks import at_least, below_one, require
+from lit_rlft.core.implicit import implicit
 from lit_rlft.core.pipeline import Batch, Condition
 from lit_rlft.core.randomness import Generators, generators, rand_like, seed_from
 from lit_rlft.core.reward import all_failed
 from lit_rlft.core.selection import Selection, TopK
-from lit_rlft.core.state import State, expand_as, index, leaves, tensor_of, tree_map
+from lit_rlft.core.state import State, index, leaves, tensor_of
 from lit_rlft.core.streams import Stream
 from lit_rlft.distributed import mean_of_all
 from lit_rlft.loop.experience import Experience
@@ -192,8 +193,7 @@ class PGRAFT(RewardFineTuner):
         predict = self.pipeline if self.guided_loss else self.pipeline.predict
         with torch.no_grad(), self.reference.active():
             reference = predict(x_t, t, condition)
-        share = sign / self.contrast
-        return tree_map(lambda f_ref, f: f_ref.lerp(f, expand_as(share, f)), reference, prediction)
+        return implicit(prediction, reference, sign / self.contrast)
 
 
 class GRAFT(PGRAFT):

@@ -35,6 +35,7 @@ from lit_rlft.core.streams import Stream
 from lit_rlft.core.surrogate import importance_sampling, ratio_values
 from lit_rlft.inference import NoiseGenerator
 from lit_rlft.loop.advantages import check_parts, judge
+from lit_rlft.loop.checkpoint import Kept
 from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.route import Route
 from lit_rlft.loop.scoring import Scoring
@@ -210,7 +211,7 @@ class NoisePPO(RewardFineTuner):
         generator = NoiseGenerator(self.trainable(), notes)
         return [generator.save(folder / "noise_generator.safetensors")]
 
-    def statistics(self) -> Mapping[str, Advantage]:
+    def statistics(self) -> Mapping[str, Kept]:
         return {"advantage": self.advantage}
 
 

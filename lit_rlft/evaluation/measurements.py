@@ -1,7 +1,7 @@
 """Measurements of the tuned model beside the reference, and their standard errors."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -150,6 +150,14 @@ class Measurements:
                 for name in summary["gain"]
                 if len(whole[best].get(name, ())) == len(whole["reference"][name])
             }
+        for arm, values in self._compared(world_size, sets, errors):
+            summary[arm] |= values
+        return summary
+
+    def _compared(
+        self, world_size: int, sets: Sequence[SetMetric], errors: bool
+    ) -> Iterator[tuple[Arm, dict[str, Moments]]]:
+        """Iterate over the numbers of metrics of whole sets, by arm."""
         features = gather({arm: m.sets() for arm, m in self.arms.items()}, world_size)
         rows = gather({arm: m.all_rows() for arm, m in self.arms.items()}, world_size)
         for i, metric in enumerate(sets):
@@ -162,9 +170,7 @@ class Measurements:
             }
             present = {arm: values for arm, values in own.items() if values}
             num_draws = metric.num_draws if errors else 0
-            for arm, values in compared(metric, present, num_draws).items():
-                summary[arm] |= values
-        return summary
+            yield from compared(metric, present, num_draws).items()
 
 
 def _joined(columns: Mapping[str, _Batches]) -> Features:

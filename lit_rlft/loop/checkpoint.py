@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -10,7 +10,17 @@ from torch import nn
 from lit_rlft.core.checks import UsageError
 from lit_rlft.loop.checkpoint_file import check_file
 
-__all__ = ["check_file", "fingerprint", "read", "reduce", "trained_shapes"]
+__all__ = ["Kept", "check_file", "fingerprint", "read", "reduce", "trained_shapes"]
+
+
+class Kept(Protocol):
+    """What a resumed run needs beside the weights, such as an advantage's statistics."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return its state: tensors and plain values by name."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned; nothing for {}."""
 
 
 def fingerprint(module: nn.Module) -> str:

@@ -10,7 +10,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lit_rlft.core.advantage import Advantage
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.moments import RunningMoments
 from lit_rlft.core.pipeline import Pipeline
@@ -62,8 +61,8 @@ class Checkpointed(LightningModule):
         """Return what is trained, checkpointed and exported."""
 
     @abstractmethod
-    def statistics(self) -> Mapping[str, Advantage]:
-        """Return the advantages whose state a resumed run needs, by name in the checkpoint."""
+    def statistics(self) -> Mapping[str, contents.Kept]:
+        """Return what else has a state that a resumed run needs, by its name in the checkpoint."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies do not take the trainer along."""

@@ -70,6 +70,7 @@ ALGORITHMS: dict[str, tuple[str, dict[str, Any]]] = {
     "GRAFT with contrast": ("graft", {"model.init_args.contrast": 1.0}),
     "DDPO": ("ddpo", RUNNING),
     "GRPO": ("grpo", {}),
+    "DiffusionNFT": ("nft", {"model.init_args.decay_rate": 0.3}),
     "NoisePPO": ("noise_ppo", RUNNING),
     "DRTune": ("drtune", {**QUADRATIC, "model.init_args.method.init_args.m": 2}),
     "INC": ("inverse_noise_correction", FLOW),

@@ -1,0 +1,206 @@
+r"""DiffusionNFT: policy improvement on the forward process, from good and bad samples alike.
+
+Each round draws M samples per condition from a policy f_old with any sampler. A sample's reward
+becomes the probability :math:`r` of being good. Its :math:`x_0` is noised to a random t, and
+
+.. math::
+    r \, \ell(f_+, x_0) + (1 - r) \, \ell(f_-, x_0), \qquad
+    f_\pm = f_{old} \pm \beta (f - f_{old}),
+
+is minimised with the model's own denoising loss :math:`\ell`. For squared errors the minimiser is
+
+.. math::
+    f^* = f_{old} + \frac{2}{\beta} E[r \mid x_t] \,
+          \big(E[target \mid x_t, good] - f_{old}\big) .
+
+No likelihood of a path and no stored trajectory is needed. After each round f_old follows f.
+
+References:
+    DiffusionNFT (Zheng et al., 2025), https://arxiv.org/abs/2509.16117
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lit_rlft.algorithms.base import RewardFineTuner
+from lit_rlft.core.checks import BadArgument, at_least, below_one, positive, require
+from lit_rlft.core.implicit import group_probabilities, implicit
+from lit_rlft.core.pipeline import Batch, Condition
+from lit_rlft.core.process import GaussianProcess, Process
+from lit_rlft.core.randomness import Generators, rand_like
+from lit_rlft.core.reward import all_failed
+from lit_rlft.core.state import State, index, leaves, tensor_of
+from lit_rlft.core.streams import Stream
+from lit_rlft.distributed import gather, mean_of_all
+from lit_rlft.loop.checkpoint import Kept
+from lit_rlft.loop.experience import Experience
+from lit_rlft.loop.old_policy import OldPolicy
+from lit_rlft.loop.scoring import Scoring
+
+__all__ = ["DiffusionNFT", "contrastive_loss"]
+
+Weighting = Literal["native", "self_normalized"]
+
+_SMALLEST = 1e-5
+"""Of the error that a self-normalised loss is divided by."""
+
+
+class DiffusionNFT(RewardFineTuner):
+    """DiffusionNFT: for any reward, any sampler, and any process.
+
+    Categorical parts of a state draw f_+ and f_- in logits, a choice of ours: the paper has
+    Gaussian states alone. Sampling without guidance is the published way: the contrast replaces it.
+    Under guidance the guided prediction is trained, since it is what is sampled from.
+
+    Args:
+        *args: Pipeline and reward.
+        num_candidates: M, samples drawn per condition and round.
+        beta: Strength of the guidance that f_+ and f_- stand for; smaller steps further.
+        reward_clip: A reward counts as far from its condition's mean as so many standard
+            deviations, those of all such differences in the round.
+        max_decay: Largest share of its own weights that f_old keeps after a round, in [0, 1).
+        decay_rate: After round i it keeps min(decay_rate i, max_decay); 0 samples from the
+            policy that is trained.
+        weighting: Of the levels t: the model's "native" loss, or the published "self_normalized"
+            one, the squared error of x_0 divided by its mean absolute error; for Gaussian states.
+        **base: Arguments of `RewardFineTuner`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        num_candidates: int = 4,
+        beta: float = 1.0,
+        reward_clip: float = 1.0,
+        max_decay: float = 0.5,
+        decay_rate: float = 0.001,
+        weighting: Weighting = "native",
+        **base: Any,
+    ) -> None:
+        super().__init__(*args, **base)
+        self.num_candidates = num_candidates
+        self.beta, self.reward_clip = beta, reward_clip
+        self.max_decay, self.decay_rate = max_decay, decay_rate
+        self.weighting: Weighting = weighting
+        self.old_policy = OldPolicy()
+
+    def check(self) -> None:
+        rule = "2 or more: a sample is compared with the others of its condition"
+        require(self.num_candidates >= 2, self, "num_candidates", rule)
+        positive(self, "beta", "reward_clip")
+        at_least(0, self, "max_decay", "decay_rate")
+        below_one(self, "max_decay")
+        if self.weighting == "native":
+            return
+        if self.weighting != "self_normalized":
+            problem = f"must be 'native' or 'self_normalized', got {self.weighting!r}"
+            raise BadArgument(self, "weighting", problem)
+        name = type(self.pipeline.process).__name__
+        gaussian = isinstance(self.pipeline.process, GaussianProcess)
+        rule = f"'native' for a {name}: parts of its states have no squared error of x_0"
+        require(gaussian, self, "weighting", rule)
+
+    def statistics(self) -> Mapping[str, Kept]:
+        return {"old_policy": self.old_policy}
+
+    def collect(self, batch: Batch, condition: Condition) -> Experience:
+        """Draw M samples per condition from f_old; keep x_0 and how likely it counts as good.
+
+        Raises:
+            UsageError: All rewards failed.
+        """
+        trained, world_size = self._trained(), self.trainer.world_size
+        if self.num_rounds:
+            self.old_policy.follow(trained, min(self.decay_rate * self.num_rounds, self.max_decay))
+        candidates = condition.repeat(self.num_candidates)
+        seeds = self.rollouts.seeds(batch, self.num_candidates, Stream.ROLLOUT, self.num_rounds)
+        scoring, end = Scoring(self.rollouts), self.sampler.num_steps
+        with self.old_policy.active(trained):
+            (x_0,) = self.rollouts.draw(
+                self.route(), candidates, seeds, keep=[end], drawn=scoring.drawn
+            )
+        self.num_samples += len(candidates) * world_size
+        rewards = scoring.finish(x_0, candidates, seeds, world_size).rewards
+        groups = rewards.double().cpu().view(-1, self.num_candidates)
+        good = self._probabilities(groups)
+        known = good.isfinite()
+        rows = known.flatten().nonzero().flatten()
+        return Experience(
+            states={
+                "x_0": index(x_0, rows.to(leaves(x_0)[0].device)),
+                "good": good.flatten()[rows].to(leaves(x_0)[0].device, torch.float32),
+            },
+            condition=candidates.index(rows),
+            seeds=[seeds[i] for i in rows.tolist()],
+            metrics={
+                "reward": mean_of_all(groups[known], world_size),
+                "failed_rewards": mean_of_all(1 - known.double(), world_size),
+            },
+            histograms={"reward": groups[known], "good": good[known]},
+            counts=known.sum(dim=1).tolist(),
+        )
+
+    def _probabilities(self, groups: Tensor) -> Tensor:
+        """Return how likely each sample of this process counts as good, [G, M]."""
+        centred = groups - groups.nanmean(dim=1, keepdim=True)
+        parts = gather(centred[centred.isfinite()], self.trainer.world_size)
+        # Sorted, so that the sum does not depend on the number of processes.
+        every = torch.cat(parts).sort().values
+        if not len(every):
+            total = groups.numel() * self.trainer.world_size
+            raise all_failed(self.reward.name, total)
+        return group_probabilities(groups, float(every.std(correction=0)), self.reward_clip)
+
+    def loss(self, experience: Experience, noise: Generators) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the contrastive loss of the samples at random levels, [n]."""
+        process, x_0 = self.pipeline.process, experience.states["x_0"]
+        uniform = rand_like(torch.empty(len(experience), device=leaves(x_0)[0].device), noise)
+        t = process.draw_times(uniform)
+        x_t = process.noised(x_0, torch.zeros_like(t), t, noise)
+        with self.old_policy.active(self._trained()):
+            old = self.pipeline(x_t, t, experience.condition)
+        prediction = self.pipeline(x_t, t, experience.condition)
+        good = tensor_of(experience.states["good"])
+        losses = contrastive_loss(
+            process, prediction, old, x_0, x_t, t, good, self.beta, self.weighting
+        )
+        return losses, {}
+
+
+def contrastive_loss(
+    process: Process,
+    prediction: State,
+    old: State,
+    x_0: State,
+    x_t: State,
+    t: Tensor,
+    good: Tensor,
+    beta: float,
+    weighting: Weighting = "native",
+) -> Tensor:
+    """Return r l(f_+) + (1 - r) l(f_-) of each sample, [B].
+
+    Args:
+        process: Its denoising loss is l.
+        prediction: f, [B, ...].
+        old: f_old.
+        x_0: The samples.
+        x_t: The same, noised.
+        t: Levels, [B].
+        good: r, [B] in [0, 1].
+        beta: f_+ and f_- lie at f_old + beta (f - f_old) and f_old - beta (f - f_old).
+        weighting: As of `DiffusionNFT`.
+    """
+    losses = []
+    for side in (beta, -beta):
+        own = implicit(prediction, old, torch.full_like(t, side))
+        if weighting == "native":
+            losses.append(process.loss(own, x_0, x_t, torch.zeros_like(t), t))
+            continue
+        error = (tensor_of(process.denoised(own, x_t, t)) - tensor_of(x_0)).flatten(start_dim=1)
+        size = error.detach().abs().mean(dim=1).clamp(min=_SMALLEST)
+        losses.append(error.square().mean(dim=1) / size)
+    return good * losses[0] + (1 - good) * losses[1]

@@ -1,0 +1,53 @@
+"""DiffusionNFT through the command line: resume, precision, costs."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lit_rlft.cli import main
+from tests.cli.test_runs import GAUSSIAN, TINY
+from tests.support import arguments, assert_equal, checkpoint, report, working_directory
+
+LAST = "runs/run/checkpoints/last.ckpt"
+# The policy that samples lags behind from the second round on.
+LAGGING = {
+    "model.init_args.num_candidates": 4,
+    "model.init_args.num_epochs": 1,
+    "model.init_args.decay_rate": 0.4,
+}
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path) -> Iterator[None]:
+    with working_directory(tmp_path):
+        yield
+
+
+def command(stage: str, name: str, settings: dict[str, Any]) -> None:
+    configs = (GAUSSIAN[0], "configs/algorithms/nft.yaml")
+    main(arguments(stage, configs, TINY, LAGGING, {"name": name}, settings))
+
+
+def test_a_run_resumes_bit_by_bit_with_the_policy_that_samples() -> None:
+    command("fit", "whole", {"trainer.max_epochs": 3})
+    command("fit", "run", {"trainer.max_epochs": 2})
+    command("fit", "run", {"trainer.max_epochs": 3, "ckpt_path": LAST})
+    whole, resumed = checkpoint("whole"), checkpoint("run")
+    for key in ("state_dict", "optimizer_states"):
+        assert_equal(resumed[key], whole[key])
+    lagging = resumed["lit_rlft"]["old_policy"]
+    assert_equal(lagging, whole["lit_rlft"]["old_policy"])
+    trained = list(resumed["state_dict"].values())
+    assert any((a != b).any() for a, b in zip(lagging.values(), trained, strict=True))
+    command("test", "run", {"ckpt_path": LAST})
+    metrics = report()
+    assert metrics["algorithm"] == "DiffusionNFT"
+    assert metrics["gain"]["Coordinate"]["mean"] != 0
+
+
+@pytest.mark.slow
+def test_bfloat16() -> None:
+    command("fit", "run", {"trainer.precision": "bf16-mixed"})
+    assert checkpoint("run")["lit_rlft"]["num_updates"] > 0
