@@ -13,6 +13,7 @@ __version__ = "0.2.0"
 
 _PLACES = {
     "DDPO": "algorithms.ddpo",
+    "DiffusionDPO": "algorithms.dpo",
     "DiffusionNFT": "algorithms.nft",
     "GRAFT": "algorithms.graft",
     "PGRAFT": "algorithms.graft",

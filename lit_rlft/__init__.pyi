@@ -1,5 +1,6 @@
 from lit_rlft.algorithms.base import RewardFineTuner as RewardFineTuner
 from lit_rlft.algorithms.ddpo import DDPO as DDPO
+from lit_rlft.algorithms.dpo import DiffusionDPO as DiffusionDPO
 from lit_rlft.algorithms.graft import GRAFT as GRAFT
 from lit_rlft.algorithms.graft import PGRAFT as PGRAFT
 from lit_rlft.algorithms.inverse_noise_correction import (

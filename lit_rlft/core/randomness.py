@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["Generators", "generators", "rand_like", "randn_like", "seed_from"]
+__all__ = ["Generators", "generators", "paired", "rand_like", "randn_like", "seed_from"]
 
 Generators = Sequence[torch.Generator] | None
 """One generator per row of the batch, or None for torch's global generator."""
@@ -26,6 +26,18 @@ def seed_from(*key: int) -> int:
 def generators(seeds: Sequence[int]) -> list[torch.Generator]:
     """Return one CPU generator per seed, in the state `torch.Generator().manual_seed(seed)`."""
     return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+
+
+def paired(noise: Generators, num: int) -> tuple[list[torch.Generator], list[torch.Generator]]:
+    """Return two generators per row that draw the same noise, seeded from a row's own.
+
+    Args:
+        noise: One generator per row, or None for torch's global one.
+        num: Number of rows.
+    """
+    own = [None] * num if noise is None else list(noise)
+    seeds = [int(torch.randint(2**62, (), generator=one)) for one in own]
+    return generators(seeds), generators(seeds)
 
 
 def randn_like(like: Tensor, noise: Generators = None) -> Tensor:

@@ -20,6 +20,7 @@ from domains.layout.sources.formats import read_json
 from domains.layout.sources.packed import Page
 from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.algorithms.ddpo import DDPO
+from lit_rlft.algorithms.dpo import DiffusionDPO
 from lit_rlft.algorithms.graft import GRAFT, PGRAFT
 from lit_rlft.algorithms.nft import DiffusionNFT
 from lit_rlft.algorithms.noise_ppo import NoisePPO
@@ -144,6 +145,7 @@ ALGORITHMS: dict[str, tuple[type[RewardFineTuner], dict[str, Any]]] = {
         {"num_candidates": 2, "sampler": Sampler(3, 1.0), "advantage": GroupAdvantage()},
     ),
     "nft": (DiffusionNFT, {"num_candidates": 2, "sampler": Sampler(3, 0.0)}),
+    "dpo": (DiffusionDPO, {"num_candidates": 2, "sampler": Sampler(3, 0.0)}),
     "drtune": (RewardGradient, {"method": DRTune(k=1, m=2), "sampler": Sampler(4, 0.0)}),
     "noise_ppo": (NoisePPO, {"num_candidates": 2, "lora": None, "sampler": Sampler(3, 0.0)}),
     "pretrain": (Pretrain, {"condition_dropout": 0.0, "lora": None, "sampler": Sampler(3, 0.5)}),

@@ -16,6 +16,7 @@ from domains.molecule.pipeline import MoleculePipeline
 from domains.molecule.samples import EMPTY, Molecules, check_molecules
 from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.algorithms.ddpo import DDPO
+from lit_rlft.algorithms.dpo import DiffusionDPO
 from lit_rlft.algorithms.graft import GRAFT, PGRAFT
 from lit_rlft.algorithms.inverse_noise_correction import InverseNoiseCorrection
 from lit_rlft.algorithms.nft import DiffusionNFT
@@ -254,6 +255,7 @@ ALGORITHMS: dict[str, tuple[type[RewardFineTuner], dict[str, Any]]] = {
         {"num_candidates": 2, "sampler": Sampler(3, 1.0), "advantage": GroupAdvantage()},
     ),
     "nft": (DiffusionNFT, {"num_candidates": 2, "sampler": Sampler(3, 0.0)}),
+    "dpo": (DiffusionDPO, {"num_candidates": 2, "sampler": Sampler(3, 0.0)}),
     "drtune": (RewardGradient, {"method": DRTune(k=1, m=2), "sampler": Sampler(4, 0.0)}),
     "noise_ppo": (NoisePPO, {"num_candidates": 2, "lora": None, "sampler": Sampler(3, 0.0)}),
     "pretrain": (Pretrain, {"condition_dropout": 0.0, "lora": None, "sampler": Sampler(3, 0.5)}),
