@@ -46,7 +46,7 @@ def in_single(network: nn.Module) -> None:
         f"the {type(network).__name__} was loaded in {name} and is trained in float32 from there; "
         "set pipeline.init_args.frozen_dtype to auto to start from its weights as they are"
     )
-    network.to(torch.float32)
+    network.float()
 
 
 def settle(pipeline: Pipeline, trained: nn.Module, trainer: Trainer | None) -> None:
@@ -58,9 +58,10 @@ def settle(pipeline: Pipeline, trained: nn.Module, trainer: Trainer | None) -> N
         trainer: The run's; without one everything stays where the pipeline is.
     """
     in_single(trained)
-    device = pipeline.device if trainer is None else trainer.strategy.root_device
-    precision = "32-true" if trainer is None else trainer.precision
-    pipeline.settle(device, frozen_dtype(device, precision))
+    if trainer is not None:
+        device = trainer.strategy.root_device
+        computes_in = trainer.precision if device.type == "cuda" else "32-true"
+        pipeline.settle(device, frozen_dtype(device, computes_in))
 
 
 def check_precision(precision: object) -> None:
