@@ -81,8 +81,8 @@ class TextToImagePipeline(Pipeline):
             trained and exported with them.
         checkpoint_denoiser: Keep only the inputs of the denoiser's blocks for the backward pass
             and compute the blocks again there: less memory, about a third more time.
-        channels_last: Keep the U-Net's weights and activations with channels last in memory, which
-            convolutions on GPUs prefer; for Stable Diffusion 1.x, 2.x and XL.
+        channels_last: Keep weights and activations of U-Net and VAE with channels last in memory,
+            which convolutions on GPUs prefer; for Stable Diffusion 1.x, 2.x and XL.
         compile: Have torch compile the denoiser's "blocks", each kind once, or the "whole" of it:
             a slower start and faster calls. It works with a LoRA on and off. None compiles nothing.
         decode_batch_size: Pictures decoded at a time, which bounds the VAE's memory.
@@ -240,7 +240,8 @@ class TextToImagePipeline(Pipeline):
                 "channels_last",
                 f"false: {family.name} has a transformer, whose layers have no channels to reorder",
             )
-            self.denoiser.to(memory_format=torch.channels_last)
+            for network in (self.denoiser, self.vae):
+                network.to(memory_format=torch.channels_last)
         if tile_decoder:
             self.vae.enable_tiling()
 
