@@ -2,6 +2,7 @@
 
 import pickle
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,9 @@ import pytest
 import torch
 
 from lit_rlft.callbacks.tf32 import TF32
+from lit_rlft.cli import main
 from lit_rlft.loop.side.worker import _Settings
+from tests.support import TINY_MIXTURE, arguments
 
 
 def switches() -> tuple[str, bool]:
@@ -58,3 +61,14 @@ def test_a_side_process_takes_both_switches() -> None:
     torch.backends.cudnn.allow_tf32 = True
     pickle.loads(sent).apply()
     assert switches() == ("high", False)
+
+
+@pytest.mark.slow
+def test_the_command_has_the_switch_and_leaves_a_cpu_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = switches()
+    main(arguments("fit", ("gaussian_mixture", "p_graft"), TINY_MIXTURE, {"tf32.enabled": False}))
+    assert "tf32:\n  enabled: false\n" in Path("runs/run/config.yaml").read_text()
+    assert switches() == before
