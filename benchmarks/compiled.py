@@ -34,7 +34,7 @@ def main() -> None:
     args = parser.parse_args()
     made = {
         how: TextToImagePipeline(
-            args.pretrained, dtype=args.dtype, compile=how, guidance_scale=3.0
+            args.pretrained, frozen_dtype=args.dtype, compile=how, guidance_scale=3.0
         ).to(args.device)
         for how in HOW
     }

@@ -12,13 +12,14 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     UNet2DModel,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from domains.image import EMBEDDED
 from lit_rlft.core.checks import UsageError, positive
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline, column
 from lit_rlft.core.process import GaussianProcess
 from lit_rlft.core.state import State, tensor_of
+from lit_rlft.kit.compiled import SmallCompiled, compile_small
 from lit_rlft.kit.images import save_pictures
 from lit_rlft.kit.network_folder import found_variant, load_pretrained, merged
 from lit_rlft.kit.saved_grids import SavedFlow, SavedVP, plain_flow
@@ -58,6 +59,8 @@ class ImagePipeline(Pipeline):
             networks are rectified flows unless "ddpm" is given.
         shift: The time shift of a new rectified flow; a saved scheduler has its own.
         save_dtype: Precision in which a model is written.
+        compile: Have torch compile the denoiser's "blocks", each kind once, or the "whole" of it;
+            "graphs" also records CUDA graphs, on a GPU alone. None compiles nothing.
 
     Raises:
         UsageError: `pretrained` was not saved by diffusers or is of another kind, or `architecture`
@@ -77,6 +80,7 @@ class ImagePipeline(Pipeline):
         schedule: Schedule = "saved",
         shift: float = 1.0,
         save_dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+        compile: SmallCompiled | None = None,
     ) -> None:
         super().__init__()
         if (pretrained is None) == (architecture is None):
@@ -97,6 +101,11 @@ class ImagePipeline(Pipeline):
         _check(self.denoiser)
         self.process = saved_process(self.scheduler, flows=True)
         self.save_dtype = getattr(torch, save_dtype)
+        self.compile_how = compile
+        self.compile_denoiser(self.denoiser)
+
+    def compile_denoiser(self, denoiser: nn.Module) -> None:
+        compile_small(denoiser, self.compile_how)
 
     @property
     def name(self) -> str:

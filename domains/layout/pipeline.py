@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from domains.layout import EMBEDDED
@@ -23,6 +23,7 @@ from lit_rlft.core.pipeline import Batch, Condition, Pipeline, column
 from lit_rlft.core.process import GaussianProcess, MaskedProcess, Process, ProductProcess
 from lit_rlft.core.schedule import RectifiedFlow
 from lit_rlft.core.state import State, expand_as, fields_of, tensor_of
+from lit_rlft.kit.compiled import SmallCompiled, compile_small
 from lit_rlft.kit.network_folder import check_one_given, load_pretrained, save_network
 
 __all__ = ["EMBEDDED", "LayoutPipeline"]
@@ -43,6 +44,8 @@ class LayoutPipeline(Pipeline):
         architecture: Sizes of the new network; of a pretrained one its own.
         category_weight: Weight of the classes' loss beside the boxes', for mixed states.
         save_dtype: Precision in which the tuned model is written.
+        compile: Have torch compile the denoiser's "blocks", each kind once, or the "whole" of it;
+            "graphs" also records CUDA graphs, on a GPU alone. None compiles nothing.
 
     Raises:
         UsageError: `pretrained` is no such folder, or it is given along with an architecture.
@@ -58,6 +61,7 @@ class LayoutPipeline(Pipeline):
         architecture: Architecture | None = None,
         category_weight: float = 1.0,
         save_dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+        compile: SmallCompiled | None = None,
     ) -> None:
         super().__init__()
         check_one_given(pretrained, architecture)
@@ -70,12 +74,17 @@ class LayoutPipeline(Pipeline):
         self.architecture = self.denoiser.architecture
         self.classes = self.architecture.class_names
         self.save_dtype = getattr(torch, save_dtype)
+        self.compile_how = compile
+        self.compile_denoiser(self.denoiser)
         self.process: Process = GaussianProcess(RectifiedFlow(), "velocity")
         if self.architecture.state == "mixed":
             self.process = ProductProcess(
                 {"box": self.process, "category": MaskedProcess(len(self.classes) + 1)},
                 {"category": category_weight},
             )
+
+    def compile_denoiser(self, denoiser: nn.Module) -> None:
+        compile_small(denoiser, self.compile_how)
 
     @property
     def name(self) -> str:

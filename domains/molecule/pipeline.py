@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from domains.molecule import EMBEDDED
@@ -38,6 +38,7 @@ from lit_rlft.core.process import GaussianProcess, MaskedProcess, Process, Produ
 from lit_rlft.core.schedule import PolynomialVP, RectifiedFlow
 from lit_rlft.core.state import State, cat, index
 from lit_rlft.core.subspace import PointClouds
+from lit_rlft.kit.compiled import SmallCompiled, compile_small
 from lit_rlft.kit.network_folder import check_one_given, load_pretrained, save_network
 
 __all__ = ["EMBEDDED", "MoleculePipeline"]
@@ -62,6 +63,8 @@ class MoleculePipeline(Pipeline):
         architecture: Sizes of the new network; of a pretrained one its own.
         type_weight: Weight of the types' loss beside the positions', for mixed states.
         save_dtype: Precision in which the tuned model is written.
+        compile: Have torch compile the denoiser's "blocks", each kind once, or the "whole" of it;
+            "graphs" also records CUDA graphs, on a GPU alone. None compiles nothing.
 
     Raises:
         UsageError: `pretrained` is no such folder, or it is given along with an architecture.
@@ -81,6 +84,7 @@ class MoleculePipeline(Pipeline):
         architecture: Architecture | None = None,
         type_weight: float = 1.0,
         save_dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+        compile: SmallCompiled | None = None,
     ) -> None:
         super().__init__()
         check_one_given(pretrained, architecture)
@@ -94,12 +98,17 @@ class MoleculePipeline(Pipeline):
         self.architecture = a = self.denoiser.architecture
         self.elements = a.symbols
         self.save_dtype = getattr(torch, save_dtype)
+        self.compile_how = compile
+        self.compile_denoiser(self.denoiser)
         self._field = _process(a)
         self.process: Process = self._field
         if a.state == "mixed":
             types = MaskedProcess(len(self.elements), padded=True, power=a.type_power)
             fields = {"position": self._field, "type": types}
             self.process = ProductProcess(fields, {"type": type_weight})
+
+    def compile_denoiser(self, denoiser: nn.Module) -> None:
+        compile_small(denoiser, self.compile_how)
 
     @property
     def name(self) -> str:

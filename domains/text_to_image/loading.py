@@ -176,7 +176,7 @@ def _check_half(kind: str, dtype: torch.dtype) -> None:
     family = FAMILIES[kind]
     if dtype == torch.float16 and family.overflows_in_half:
         raise UsageError(
-            f"pipeline.init_args.dtype is float16, in which the "
+            f"pipeline.init_args.frozen_dtype is float16, in which the "
             f"{' and the '.join(family.overflows_in_half)} of {family.name} overflow; set it to "
             "bfloat16 or float32"
         )

@@ -9,7 +9,7 @@ from lit_rlft.core.checks import UsageError
 
 __all__ = ["check_latents", "check_vae"]
 
-_WEIGHTS = "pipeline.init_args.dtype"
+_WEIGHTS = "pipeline.init_args.frozen_dtype"
 _VAE = "pipeline.init_args.vae"
 _OTHER_VAE = "madebyollin/sdxl-vae-fp16-fix"
 

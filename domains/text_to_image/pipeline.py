@@ -1,7 +1,8 @@
 """The text-to-image pipeline on diffusers' models, of all families."""
 
 import copy
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +27,7 @@ from lit_rlft.core.pipeline import Batch, Condition, Pipeline, column
 from lit_rlft.core.process import GaussianProcess
 from lit_rlft.core.state import State, tensor_of
 from lit_rlft.kit.compiled import Compiled, compile_network
-from lit_rlft.kit.frozen import frozen
+from lit_rlft.kit.frozen import cast_frozen, frozen
 from lit_rlft.kit.idle import at_work, put_away
 from lit_rlft.kit.images import save_pictures
 from lit_rlft.kit.weightless import weightless
@@ -34,6 +35,7 @@ from lit_rlft.kit.weightless import weightless
 __all__ = ["EMBEDDED", "TextToImagePipeline"]
 
 Precision = Literal["float32", "float16", "bfloat16"]
+FrozenDtype = Literal["auto", "float32", "float16", "bfloat16"]
 TextEncoders = Literal["keep", "cpu", "drop"]
 
 
@@ -73,11 +75,14 @@ class TextToImagePipeline(Pipeline):
             conditional one; diffusers' true is 1. None bounds nothing.
         cfg_truncation: For Z-Image: no guidance where 1 - t, from 0 at noise to 1 at data, is above
             this. None guides all steps.
-        dtype: Precision of the frozen weights. A LoRA is trained in single precision in any case.
+        frozen_dtype: Precision of the frozen weights; states and what is trained have single
+            precision in any case (of a LoRA: `lora.dtype`). "auto" loads them in float32, and makes
+            them bfloat16 on a GPU under the trainer's bf16-mixed, unless all of the denoiser is
+            trained and exported with them.
         checkpoint_denoiser: Keep only the inputs of the denoiser's blocks for the backward pass
             and compute the blocks again there: less memory, about a third more time.
-        channels_last: Keep the U-Net's weights and activations with channels last in memory, which
-            convolutions on GPUs prefer; for Stable Diffusion 1.x, 2.x and XL.
+        channels_last: Keep weights and activations of U-Net and VAE with channels last in memory,
+            which convolutions on GPUs prefer; for Stable Diffusion 1.x, 2.x and XL.
         compile: Have torch compile the denoiser's "blocks", each kind once, or the "whole" of it:
             a slower start and faster calls. It works with a LoRA on and off. None compiles nothing.
         decode_batch_size: Pictures decoded at a time, which bounds the VAE's memory.
@@ -98,6 +103,7 @@ class TextToImagePipeline(Pipeline):
             pretrain them; for Stable Diffusion 1.x and 2.x.
         save_dtype: Precision in which a fully trained pipeline is written.
         web_lora: Write a trained LoRA a second time, for web interfaces: web_lora.safetensors.
+        dtype: The old name of `frozen_dtype`.
 
     Raises:
         UsageError: `pretrained` is neither a pipeline folder nor a loadable hub id, is of a family
@@ -128,7 +134,7 @@ class TextToImagePipeline(Pipeline):
         true_cfg_scale: float | None = None,
         cfg_normalization: float | None = None,
         cfg_truncation: float | None = None,
-        dtype: Precision = "float32",
+        frozen_dtype: FrozenDtype = "auto",
         checkpoint_denoiser: bool = False,
         channels_last: bool = False,
         compile: Compiled | None = None,
@@ -143,53 +149,52 @@ class TextToImagePipeline(Pipeline):
         from_scratch: bool = False,
         save_dtype: Precision = "float32",
         web_lora: bool = False,
+        dtype: Precision | None = None,
     ) -> None:
         super().__init__()
-        self.pretrained, self.config, self.from_scratch = pretrained, config, from_scratch
+        self.pretrained, self.config, self.variant = pretrained, config, variant
         self.guidance_gradient, self.negative_prompt = guidance_gradient, negative_prompt
         self.decode_batch_size, self.checkpoint_decoder = decode_batch_size, checkpoint_decoder
-        self.save_dtype, self.web_lora = getattr(torch, save_dtype), web_lora
+        self.frozen_dtype, self.save_dtype = _new(self, frozen_dtype, dtype), _type(save_dtype)
+        self.encode_batch_size, self.max_table_gb = encode_batch_size, max_table_gb
+        self.from_scratch, self.web_lora, self._cached_in = from_scratch, web_lora, embedding_cache
         options: dict[str, Any] = {"true_cfg_scale": true_cfg_scale, "crop": crop}
         options |= {"cfg_normalization": cfg_normalization, "cfg_truncation": cfg_truncation}
         sizes = {"original_size": original_size, "max_sequence_length": max_sequence_length}
-        sizes["encode_batch_size"] = encode_batch_size
         files = Files(config, vae, textual_inversions or (), text_encoders == "drop")
-        self._check_memory(files, embedding_cache, max_table_gb)
-        self._load(files, dtype, variant, (height, width), options, sizes, guidance_scale)
+        self._load(files, (height, width), options, sizes, guidance_scale)
         self._adopt(checkpoint_denoiser, tile_decoder, channels_last, text_encoders != "keep")
-        self._spare(offload or [], max_table_gb, compile)
-        self._keep_encodings(embedding_cache, files, [dtype, variant])
+        self._spare(offload or [], compile)
 
     def _load(
         self,
         files: Files,
-        dtype: Precision,
-        variant: str | None,
         size: tuple[int | None, int | None],
         options: Mapping[str, Any],
         sizes: Mapping[str, Any],
         guidance_scale: float | None,
     ) -> None:
         """Load the model and find its family; settings from 0 up, and sizes from 1 up."""
-        at_least(0, self, guidance_scale=guidance_scale, **options)
-        at_least(1, self, "decode_batch_size", **sizes)
-        kind, scratch = getattr(torch, dtype), self.from_scratch
-        loading: dict[str, Any] = {"variant": variant, "from_scratch": scratch}
-        self.diffusers = load_parts(self.pretrained, kind, files, **loading)
-        self.family = family_of(self.diffusers, size, **options, **sizes)
+        at_least(0, self, "max_table_gb", guidance_scale=guidance_scale, **options)
+        at_least(1, self, "decode_batch_size", "encode_batch_size", **sizes)
+        self._check_memory(files)
+        rows = self.encode_batch_size
+        loading: dict[str, Any] = {"variant": self.variant, "from_scratch": self.from_scratch}
+        self.diffusers = load_parts(self.pretrained, self._loaded, files, **loading)
+        self.family = family_of(self.diffusers, size, encode_batch_size=rows, **options, **sizes)
         own = self.family.guidance_scale
         self.guidance_scale = own if guidance_scale is None else guidance_scale
         if files.hollow_encoders and not weightless():
-            self.family.read_encoder = text_encoder_reader(self.pretrained, kind, variant)
+            self.family.read_encoder = self._reader(self._loaded)
 
-    def _check_memory(self, files: Files, cache: str | None, max_table_gb: float) -> None:
+    def _check_memory(self, files: Files) -> None:
         """Check, before anything is loaded, that dropped text encoders can be read again."""
-        at_least(0, self, max_table_gb=max_table_gb)
+        self._files = files
         if not files.hollow_encoders:
             return
         rule = "'keep' or 'cpu' {}: what is dropped is read again from a folder or hub id"
         require(
-            cache is not None,
+            self._cached_in is not None,
             self,
             "text_encoders",
             rule.format("without pipeline.embedding_cache"),
@@ -199,13 +204,14 @@ class TextToImagePipeline(Pipeline):
         scratch = self.from_scratch
         require(not scratch, self, "text_encoders", rule.format("with from_scratch"))
 
-    def _spare(self, offload: Sequence[str], max_table_gb: float, compile: Compiled | None) -> None:
+    def _spare(self, offload: Sequence[str], compile: Compiled | None) -> None:
         """Save memory and time as the settings have it."""
         if offload:
             put_away(self, "vae")
-        self.family.max_table_bytes = max_table_gb * 2**30
+        self.family.max_table_bytes = self.max_table_gb * 2**30
         self.compile_how = compile
         self.compile_denoiser(self.denoiser)
+        self._keep_encodings(self._loaded)
 
     def _adopt(
         self, checkpoint_denoiser: bool, tile_decoder: bool, channels_last: bool, idle: bool
@@ -234,16 +240,43 @@ class TextToImagePipeline(Pipeline):
                 "channels_last",
                 f"false: {family.name} has a transformer, whose layers have no channels to reorder",
             )
-            self.denoiser.to(memory_format=torch.channels_last)
+            for network in (self.denoiser, self.vae):
+                network.to(memory_format=torch.channels_last)
         if tile_decoder:
             self.vae.enable_tiling()
+
+    @property
+    def _loaded(self) -> torch.dtype:
+        """Precision in which weights are read."""
+        return _type("float32" if self.frozen_dtype == "auto" else self.frozen_dtype)
+
+    def _reader(self, dtype: torch.dtype) -> Callable[[str], nn.Module]:
+        return text_encoder_reader(self.pretrained, dtype, self.variant)
+
+    def settle(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Give the frozen weights the precision that suits the run where `frozen_dtype` is auto.
+
+        A pipeline that is trained whole is exported whole: nothing of it is rounded.
+        """
+        parts = [getattr(self.diffusers, name) for name in self.family.weighed()]
+        parts = [part for part in parts if part is not None]
+        whole = not self._has_lora and any(p.requires_grad for n in parts for p in n.parameters())
+        fixed = self.frozen_dtype != "auto" or self.from_scratch
+        if fixed or whole or self.vae.dtype in (dtype, torch.float64):
+            return
+        for part in parts:
+            cast_frozen(part, dtype)
+        if self.family.read_encoder is not None:
+            self.family.read_encoder = self._reader(dtype)
+        self._keep_encodings(dtype)
 
     def compile_denoiser(self, denoiser: nn.Module) -> None:
         if self.compile_how is not None and not weightless():
             compile_network(denoiser, self.compile_how)
 
-    def _keep_encodings(self, folder: str | None, files: Files, loaded: list[Any]) -> None:
+    def _keep_encodings(self, dtype: torch.dtype) -> None:
         """Keep encodings of prompts in a folder, if one is given, by all that they depend on."""
+        folder, files = self._cached_in, self._files
         if folder is None:
             return
         if self.from_scratch:
@@ -259,7 +292,7 @@ class TextToImagePipeline(Pipeline):
         model = {
             "family": self.family.name,
             "sources": [identity(source, [*encoders, *tokenizers]) for source in sources],
-            "loaded": loaded,
+            "loaded": [str(dtype).removeprefix("torch."), self.variant],
             **self.family.encoding_settings(),
         }
         self.family.cache = EmbeddingCache(Path(folder), model, self.family.encoded_shapes())
@@ -410,7 +443,7 @@ class TextToImagePipeline(Pipeline):
 
     def save(self, folder: Path) -> list[Path]:
         """Write a LoRA that `load_lora_weights` of the family's pipeline reads, or all weights."""
-        if any(isinstance(layer, BaseTunerLayer) for layer in self.denoiser.modules()):
+        if self._has_lora:
             return [*save_lora(self.denoiser, self._home, folder), *self._save_web_lora(folder)]
         if self.web_lora:
             rank_zero_info("pipeline.web_lora: no LoRA was trained, so none is written")
@@ -441,8 +474,34 @@ class TextToImagePipeline(Pipeline):
         return read_lora(path, self._home)
 
     @property
+    def _has_lora(self) -> bool:
+        return any(isinstance(layer, BaseTunerLayer) for layer in self.denoiser.modules())
+
+    @property
     def _home(self) -> Home:
         return Home(type(self.diffusers), self.family.denoiser_name, self.denoiser.config)
+
+
+def _new(
+    owner: TextToImagePipeline, frozen_dtype: FrozenDtype, dtype: Precision | None
+) -> FrozenDtype:
+    """Return `frozen_dtype`, or what is given under its old name, and say that it is old."""
+    if dtype is None:
+        return frozen_dtype
+    rule = f"null beside frozen_dtype {frozen_dtype}, which is its new name"
+    require(frozen_dtype in ("auto", dtype), owner, "dtype", rule)
+    warnings.warn(
+        f"pipeline.dtype is called frozen_dtype now: write frozen_dtype: {dtype} instead; the old "
+        "name is deprecated and goes next",
+        FutureWarning,
+        stacklevel=3,
+    )
+    return dtype
+
+
+def _type(name: str) -> torch.dtype:
+    kind: torch.dtype = getattr(torch, name)
+    return kind
 
 
 def _mode(encoded: Any) -> Tensor:

@@ -28,7 +28,7 @@ from lit_rlft.loop.experience import Draw, Experience
 from lit_rlft.loop.export import write_tuned
 from lit_rlft.loop.hooks import Audience
 from lit_rlft.loop.learning_rate import after_round, after_update, after_validation, optimizer_of
-from lit_rlft.loop.precision import check_precision, check_weights
+from lit_rlft.loop.precision import check_precision, check_weights, settle
 from lit_rlft.loop.reference import LoRA, adapt, completed
 from lit_rlft.loop.rollouts import Rollouts, track
 from lit_rlft.loop.round_log import log_round, round_means, write_round
@@ -198,6 +198,7 @@ class RewardFineTuner(Checkpointed, ABC):
         self.lora = self.lora and completed(self.lora, self.pipeline)
         pretrained = fingerprint(self.pipeline.denoiser)
         self.reference = adapt(self.pipeline, self.lora, self.seed)
+        settle(self.pipeline, self.trainable(), self._trainer)
         self.meter.watch(self.pipeline, self.trainable(), self.reference)
         self.pretrained = pretrained
 
@@ -292,6 +293,5 @@ class RewardFineTuner(Checkpointed, ABC):
         trainer, steps = self.trainer, self.route().tuned_steps
         writes = trainer.is_global_zero and self.num_updates and not writes_nothing(trainer)
         facts = self._facts() | {"num_steps": len(steps), "tuned_steps": int(steps.sum())}
-        export = self.export if writes else None
-        folder = run_folder(trainer) / "tuned"
+        export, folder = self.export if writes else None, run_folder(trainer) / "tuned"
         write_tuned(folder, export, trainer.world_size, facts, self._model_card)

@@ -95,7 +95,8 @@ def facts(trainer: Trainer, module: RewardFineTuner, conditions: int | None) -> 
     parts = [
         f"{module.algorithm} on {module.pipeline.name} for {module.reward.name}",
         f"{_short(trained)} parameters trained, {_short(frozen)} frozen",
-        f"{_device(trainer)} {trainer.precision}",
+        f"{_device(trainer)} {trainer.precision}{_tf32(trainer)}",
+        *_halves(module),
         *_lengths(trainer, module, conditions),
     ]
     return "; ".join(parts)
@@ -150,6 +151,20 @@ def _device(trainer: Trainer) -> str:
     device: torch.device = trainer.strategy.root_device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return name if trainer.world_size == 1 else f"{trainer.world_size} x {name}"
+
+
+def _tf32(trainer: Trainer) -> str:
+    """Return whether float32 is multiplied as TF32, on a GPU."""
+    if trainer.strategy.root_device.type != "cuda":
+        return ""
+    return " without TF32" if torch.get_float32_matmul_precision() == "highest" else " with TF32"
+
+
+def _halves(module: RewardFineTuner) -> list[str]:
+    """Return the precision of frozen weights where some are not in float32."""
+    frozen = {p.dtype for p in module.pipeline.parameters() if not p.requires_grad}
+    names = sorted(str(dtype).removeprefix("torch.") for dtype in frozen)
+    return [f"frozen weights in {' and '.join(names)}"] if names not in ([], ["float32"]) else []
 
 
 def _named(found: Mapping[str, torch.Tensor], prefix: str, names: tuple[str, ...]) -> str:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 
+import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities import rank_zero_warn
@@ -198,11 +199,15 @@ def _cause(denoiser: nn.Module, precision: str, *, sized: bool) -> str:
             "the denoiser has dropout, which is active in training and not while sampling; set it "
             "to 0"
         )
-    if "32" not in precision and "64" not in precision:
+    mixed = "32" not in precision and "64" not in precision
+    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in denoiser.parameters())
+    if mixed or half:
+        exact = ["trainer.precision to 32-true"] if mixed else []
+        exact += ["pipeline.init_args.frozen_dtype to auto"] if half else []
         return (
             "in half precision the denoiser rounds differently in batches of another size; set "
             + ("" if sized else "model.init_args.microbatch_size, which gives them one size, or ")
-            + "trainer.precision to 32-true"
+            + " and ".join(exact)
         )
     return (
         "the denoiser does not return the same for the same input; look for noise, state or "

@@ -27,6 +27,7 @@ from lit_rlft.callbacks.run_files import RunFiles, SaveConfig
 from lit_rlft.callbacks.sample_panel import SamplePanel
 from lit_rlft.callbacks.self_check import SelfCheck
 from lit_rlft.callbacks.signals import ended_by_signals
+from lit_rlft.callbacks.tf32 import TF32
 from lit_rlft.cli.errors import own_frames, sentence
 from lit_rlft.cli.same_domain import check_domains
 from lit_rlft.cli.which import NONE, choose
@@ -54,7 +55,10 @@ CLIPScore, and likewise --pipeline.help, --data.help. The whole config of a run:
 The options below are those that every run has."""
 
 
-_CALLBACKS = ("checkpoint", "run_files", "sample_panel", "self_check", "exploitation", "cost_meter")
+_CALLBACKS = (
+    *("checkpoint", "run_files", "sample_panel", "self_check", "exploitation", "cost_meter"),
+    "tf32",
+)
 """Groups of the callbacks that every run has."""
 
 
@@ -106,6 +110,7 @@ class Command(LightningCLI):
         parser.add_lightning_class_args(SelfCheck, "self_check")
         parser.add_lightning_class_args(ExploitationWatch, "exploitation")
         parser.add_lightning_class_args(CostMeter, "cost_meter")
+        parser.add_lightning_class_args(TF32, "tf32")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         # The base class warns wherever arguments are given, which here they always are.

@@ -26,6 +26,7 @@ from lit_rlft.cost.plan import GB, Part, Plan, report
 from lit_rlft.cost.rehearsal import Ledger, backward, rehearsal, remembered
 from lit_rlft.kit.weightless import without_weights
 from lit_rlft.loop.experience import Experience
+from lit_rlft.loop.precision import frozen_dtype
 from lit_rlft.loop.updates import Shares, Update, accumulate, layout
 from lit_rlft.loop.updates import plan as planned
 
@@ -38,7 +39,7 @@ _MEASURED = 2
 """Microbatches of an update that are run: the second one meets the gradients of the first."""
 _KEYS = {
     "pipeline": (
-        "dtype",
+        "frozen_dtype",
         "checkpoint_denoiser",
         "guidance_gradient",
         "decode_batch_size",
@@ -145,10 +146,21 @@ def rehearse(
     tuner.meter = _Calls()
     with rehearsal(_LOW.get(str(settings.trainer["precision"]))) as ledger:
         tuner.setup("fit")
+        tuner.pipeline.settle(_card_of(settings), _frozen(settings))
         tuner.to("meta")
         ledger.hold([*tuner.parameters(), *tuner.buffers()])
         _watch(tuner, ledger)
         return _Round(tuner, ledger).run(_moved(batch), _rounds(trainer, len(loader)), settings)
+
+
+def _card_of(settings: Namespace) -> torch.device:
+    """Return where a fit runs: on a card, unless its config says CPU."""
+    return torch.device("cpu" if settings.trainer["accelerator"] == "cpu" else "cuda")
+
+
+def _frozen(settings: Namespace) -> torch.dtype:
+    """Return the precision of frozen weights where the pipeline leaves it to the run."""
+    return frozen_dtype(_card_of(settings), settings.trainer["precision"])
 
 
 def _moved(batch: Any) -> Any:
@@ -341,4 +353,6 @@ def _settings(config: Namespace) -> dict[str, Any]:
     for group, names in _KEYS.items():
         given = config[group].init_args
         found |= {f"{group}.{name}": given[name] for name in names if name in given}
+    if found.get(key := "pipeline.frozen_dtype") == "auto":
+        found[key] = str(_frozen(config)).removeprefix("torch.")
     return found

@@ -136,6 +136,19 @@ class Pipeline(nn.Module, ABC):
         """Return the prediction that is sampled from: `predict`, or a guided version of it."""
         return self.predict(x_t, t, condition)
 
+    def settle(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Take on what a run decides: called once networks are adapted, before they move.
+
+        The default does nothing.
+
+        Args:
+            device: Where the networks will run.
+            dtype: Precision of frozen weights, where the settings leave it to the run.
+
+        Raises:
+            UsageError: A setting cannot work on that device.
+        """
+
     def compile_denoiser(self, denoiser: nn.Module) -> None:
         """Compile the denoiser, or a copy of it, where the settings say so; nothing by default."""
 

@@ -206,7 +206,7 @@ def first_change(plan: Plan, memory: int) -> str | None:
 
 def _for_weights(plan: Plan) -> str | None:
     return (
-        _switch(plan, "pipeline.dtype", "float32", "bfloat16")
+        _switch(plan, "pipeline.frozen_dtype", "float32", "bfloat16")
         if plan.settings.get("model.lora") is not None
         else _switch(plan, "model.lora", None, "8", ".rank")
     )

@@ -1,17 +1,20 @@
-"""Compiling a denoiser, or its blocks, with torch.compile."""
+"""Compiling a denoiser, or its blocks, with torch.compile; CUDA graphs of small ones."""
 
 import shutil
 from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from lit_rlft.core.checks import UsageError
+from lit_rlft.kit.weightless import weightless
 
-__all__ = ["Compiled", "blocks_of", "compile_network"]
+__all__ = ["Compiled", "SmallCompiled", "blocks_of", "compile_network", "compile_small"]
 
 Compiled = Literal["blocks", "whole"]
+SmallCompiled = Literal["blocks", "whole", "graphs"]
 
 _VARIANTS = 256
 """Graphs of one block's code: its widths, with and without adapter and gradients, batch sizes."""
@@ -23,6 +26,8 @@ def compile_network(
     *,
     key: str = "pipeline.init_args.compile",
     backend: str | Callable[..., Any] = "inductor",
+    mode: str | None = None,
+    dynamic: bool | None = None,
 ) -> None:
     """Have torch compile a network in place when it is first called; no name in it changes.
 
@@ -35,6 +40,9 @@ def compile_network(
             "whole" compiles the network as one, which takes longer.
         key: The setting, for messages.
         backend: One of torch.compile's.
+        mode: Another one of its own.
+        dynamic: False compiles each batch size by itself. None compiles the first one so, and all
+            others together.
 
     Raises:
         UsageError: There is no compiler, or the network has no blocks.
@@ -52,7 +60,55 @@ def compile_network(
     limit = max(torch._dynamo.config.accumulated_cache_size_limit, 4 * _VARIANTS)
     torch._dynamo.config.accumulated_cache_size_limit = limit
     for part in parts:
-        part.compile(backend=backend)
+        part.compile(backend=backend, mode=mode, dynamic=dynamic)
+
+
+def compile_small(network: nn.Module, how: SmallCompiled | None) -> None:
+    """Compile a small denoiser in place as its pipeline's setting `compile` has it.
+
+    "graphs" compiles the whole of it, for each batch size by itself, and records its kernels as
+    CUDA graphs. What it returns is copied, since the next call writes to the same memory.
+
+    Args:
+        network: The denoiser.
+        how: The setting; None compiles nothing, nor does anything without weights.
+
+    Raises:
+        UsageError: As `compile_network`; or CUDA graphs are asked for without a GPU.
+    """
+    if how is None or weightless():
+        return
+    if how != "graphs":
+        compile_network(network, how)
+        return
+    key = "pipeline.init_args.compile"
+    if not torch.cuda.is_available():
+        raise UsageError(
+            f"{key} is 'graphs', which records CUDA graphs, but torch finds no GPU of NVIDIA here; "
+            "set it to 'whole' or null"
+        )
+    compile_network(network, "whole", key=key, mode="reduce-overhead", dynamic=False)
+    network.register_forward_pre_hook(_untraced(_on_gpu))
+    network.register_forward_hook(_untraced(_copied))
+
+
+def _untraced(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a hook that runs beside the compiled graph."""
+    untraced: Callable[..., Any] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+    return untraced
+
+
+def _on_gpu(network: nn.Module, inputs: tuple[Any, ...]) -> None:
+    device = next(network.parameters()).device
+    if device.type != "cuda":
+        raise UsageError(
+            "pipeline.init_args.compile is 'graphs', which records CUDA graphs, but this run is on "
+            f"{device.type}; set it to 'whole' or null, or trainer.accelerator to gpu"
+        )
+
+
+def _copied(network: nn.Module, inputs: tuple[Any, ...], outputs: Any) -> Any:
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, outputs)
 
 
 def blocks_of(network: nn.Module) -> list[nn.Module]:

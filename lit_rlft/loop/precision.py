@@ -3,18 +3,65 @@
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from lightning import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
 
 from lit_rlft.core.checks import UsageError
+from lit_rlft.core.pipeline import Pipeline
 
-__all__ = ["check_precision", "check_weights"]
+__all__ = ["check_precision", "check_weights", "frozen_dtype", "in_single", "settle"]
 
+_HALF = (torch.float16, torch.bfloat16)
 _REFUSED = {"16-true": "16-mixed", "bf16-true": "bf16-mixed"}
 """Precisions in which weights themselves are too coarse to be trained, and what to use instead.
 
 In fp16, Adam's 1e-8 is 0, and 0 / 0 ends the run. In bf16, at a learning rate of 1e-4, weights move
 half as far as they should: what is below 1/256 of a weight rounds to nothing.
 """
+
+
+def frozen_dtype(device: torch.device, precision: object) -> torch.dtype:
+    """Return the precision of frozen weights that suits a run: the one it computes in, on a GPU.
+
+    Autocast would cast weights in single precision again in every call, and the graph would keep
+    a copy of them for each.
+
+    Args:
+        device: Where the networks run.
+        precision: The trainer's, such as "bf16-mixed".
+    """
+    low = device.type == "cuda" and str(precision) == "bf16-mixed"
+    return torch.bfloat16 if low else torch.float32
+
+
+def in_single(network: nn.Module) -> None:
+    """Give a network in half precision single precision if it is trained without an adapter."""
+    half = [p for p in network.parameters() if p.requires_grad and p.dtype in _HALF]
+    if not half or any(isinstance(part, BaseTunerLayer) for part in network.modules()):
+        return
+    name = str(half[0].dtype).removeprefix("torch.")
+    rank_zero_warn(
+        f"the {type(network).__name__} was loaded in {name} and is trained in float32 from there; "
+        "set pipeline.init_args.frozen_dtype to auto to start from its weights as they are"
+    )
+    network.float()
+
+
+def settle(pipeline: Pipeline, trained: nn.Module, trainer: Trainer | None) -> None:
+    """Give trained weights single precision, and frozen ones the precision that suits the run.
+
+    Args:
+        pipeline: With its adapter.
+        trained: What is trained.
+        trainer: The run's; without one everything stays where the pipeline is.
+    """
+    in_single(trained)
+    if trainer is not None:
+        device = trainer.strategy.root_device
+        computes_in = trainer.precision if device.type == "cuda" else "32-true"
+        pipeline.settle(device, frozen_dtype(device, computes_in))
 
 
 def check_precision(precision: object) -> None:

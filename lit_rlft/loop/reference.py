@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -18,9 +19,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from lit_rlft.core.checks import BadArgument, UsageError, at_least, positive
+from lit_rlft.core.checks import BadArgument, UsageError, at_least, positive, require
 from lit_rlft.core.pipeline import Condition, Pipeline
 from lit_rlft.core.state import State
+from lit_rlft.loop.precision import in_single
 
 __all__ = ["LoRA", "Reference", "adapt", "attach_lora", "completed"]
 
@@ -46,6 +48,8 @@ class LoRA:
         pretrained: A saved LoRA to go on from, such as a run's folder `tuned`; what is given beside
             it has to agree with it. None starts from an update of zero. Either way the reference is
             the model without an adapter.
+        dtype: Precision of the adapter and of its optimiser's state: "float32", or "bfloat16" at
+            half the memory, where an update below 1/256 of a weight rounds to nothing.
 
     References:
         LoRA (Hu et al., 2021), https://arxiv.org/abs/2106.09685
@@ -55,6 +59,7 @@ class LoRA:
     alpha: int | None = None
     targets: list[str] | None = None
     pretrained: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         for name in ("rank", "alpha"):
@@ -62,6 +67,7 @@ class LoRA:
                 object.__setattr__(self, name, _DEFAULT)
         at_least(1, self, "rank")
         positive(self, "alpha")
+        require(self.dtype in ("float32", "bfloat16"), self, "dtype", "float32 or bfloat16")
 
 
 def attach_lora(pipeline: Pipeline, lora: LoRA) -> None:
@@ -87,7 +93,8 @@ def attach_lora(pipeline: Pipeline, lora: LoRA) -> None:
         raise _no_layer(pipeline, str(targets)) from error
     for parameter in pipeline.denoiser.parameters():
         if parameter.requires_grad:  # a frozen network in half precision learns in single
-            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+            own = torch.promote_types(parameter.dtype, torch.float32)
+            parameter.data = parameter.data.to(torch.bfloat16 if lora.dtype == "bfloat16" else own)
     if lora.pretrained is not None:
         _load(pipeline, lora, lora.pretrained)
 
@@ -309,4 +316,6 @@ def adapt(pipeline: Pipeline, lora: LoRA | None, seed: int) -> Reference:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             attach_lora(pipeline, lora)
+    else:
+        in_single(pipeline.denoiser)
     return Reference(pipeline, adapted=lora is not None)

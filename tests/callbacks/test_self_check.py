@@ -21,7 +21,7 @@ from lit_rlft.algorithms.ddpo import DDPO
 from lit_rlft.algorithms.graft import GRAFT
 from lit_rlft.algorithms.noise_ppo import NoisePPO
 from lit_rlft.algorithms.reward_gradient import RewardGradient
-from lit_rlft.callbacks.self_check import SelfCheck
+from lit_rlft.callbacks.self_check import SelfCheck, _cause
 from lit_rlft.cli import main
 from lit_rlft.core.advantage import GroupAdvantage
 from lit_rlft.core.checks import UsageError
@@ -144,6 +144,22 @@ def test_dropout_is_named(tmp_path: Path) -> None:
     assert re.search(r"first update of round 0 a probability ratio at step [0-3] \(t = ", message)
     assert "in float32 (trainer.precision 32-true): the denoiser has dropout" in message
     assert tuner.num_updates == 0
+
+
+@pytest.mark.parametrize(
+    ("precision", "half", "remedy"),
+    [
+        ("bf16-mixed", False, "set trainer.precision to 32-true"),
+        ("bf16-mixed", True, "trainer.precision to 32-true and pipeline.init_args.frozen_dtype to"),
+        ("32-true", True, "set pipeline.init_args.frozen_dtype to auto"),
+        ("32-true", False, "look for noise, state or batch statistics"),
+    ],
+)
+def test_the_remedy_is_for_what_is_in_half_precision(
+    precision: str, half: bool, remedy: str
+) -> None:
+    denoiser = nn.Linear(2, 2)
+    assert remedy in _cause(denoiser.bfloat16() if half else denoiser, precision, sized=True)
 
 
 def test_a_denoiser_with_noise_of_its_own_is_found(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ BENCHMARKS = Path(lit_rlft.__file__).parents[1] / "configs/benchmarks"
 RUN: dict[str, Any] = {
     "pipeline": {
         "class_path": "domains.text_to_image.pipeline.TextToImagePipeline",
-        "init_args": {"pretrained": "sd", "guidance_scale": 1.0, "dtype": "float32"},
+        "init_args": {"pretrained": "sd", "guidance_scale": 1.0, "frozen_dtype": "float32"},
     },
     "reward": {"class_path": "domains.text_to_image.rewards.Brightness"},
     "model": {

@@ -182,7 +182,7 @@ def test_numbers() -> None:
          "--pipeline.decode_batch_size 2"),
         ({"update": 9, "decode": 17}, {"pipeline__tile_decoder": False},
          "--pipeline.tile_decoder true"),
-        ({"update": 24}, {"pipeline__dtype": "float32"}, "--pipeline.dtype bfloat16"),
+        ({"update": 24}, {"pipeline__frozen_dtype": "float32"}, "--pipeline.frozen_dtype bfloat16"),
     ],
 )  # fmt: skip
 def test_what_to_change_first(
@@ -194,6 +194,6 @@ def test_what_to_change_first(
 def test_weights_that_do_not_fit_ask_for_a_lora_or_for_half_precision() -> None:
     phases = {"update": 24.0}
     assert first_change(made(phases, model__lora=None), 6 * GB) == "--model.lora.rank 8"
-    assert first_change(made(phases, pipeline__dtype="float32"), 6 * GB) == (
-        "--pipeline.dtype bfloat16"
+    assert first_change(made(phases, pipeline__frozen_dtype="float32"), 6 * GB) == (
+        "--pipeline.frozen_dtype bfloat16"
     )

@@ -62,7 +62,7 @@ def small(recipe: dict[str, Any], family: str, models: Path) -> dict[str, Any]:
     """Return a recipe for tiny models, two prompts and few steps; all else is the recipe's."""
     if not (models / family).exists():
         tiny(family).save_pretrained(models / family)
-    size = {"height": 32, "width": 32, "dtype": "float32"}
+    size = {"height": 32, "width": 32, "frozen_dtype": "float32"}
     recipe["pipeline"]["init_args"] |= {"pretrained": str(models / family), **size}
     for part in (recipe["reward"], *recipe["metrics"]["parts"]):
         part["init_args"] |= weights(models)[class_name(part)]

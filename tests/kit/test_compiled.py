@@ -73,3 +73,21 @@ def test_a_switched_adapter_compiles_nothing_after_the_first_round(how: Compiled
     assert (cost.denoiser_calls, cost.flops) == (plain.denoiser_calls, plain.flops) and cost.flops
     assert names == plain_names
     torch._dynamo.reset()
+
+
+def test_an_odd_last_batch_makes_one_graph_more_and_later_sizes_none() -> None:
+    torch._dynamo.reset()
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    network, seen = _Network(), []
+    compile_network(network, "whole", backend=backend)
+    for rows in (5, 3, 5, 2, 7):
+        x = torch.randn(rows, 4)
+        torch.testing.assert_close(network(x), network.forward(x))
+        seen.append(len(graphs))
+    assert seen == [1, 2, 2, 2, 2]
+    torch._dynamo.reset()

@@ -199,6 +199,7 @@ class _Settings:
 
     num_threads: int
     matmul_precision: str
+    convolutions_tf32: bool
     deterministic: bool
 
     @classmethod
@@ -207,6 +208,7 @@ class _Settings:
         return cls(
             torch.get_num_threads(),
             torch.get_float32_matmul_precision(),
+            torch.backends.cudnn.allow_tf32,
             torch.are_deterministic_algorithms_enabled(),
         )
 
@@ -214,6 +216,7 @@ class _Settings:
         """Take them on."""
         torch.set_num_threads(self.num_threads)
         torch.set_float32_matmul_precision(self.matmul_precision)
+        torch.backends.cudnn.allow_tf32 = self.convolutions_tf32
         torch.use_deterministic_algorithms(self.deterministic)
 
 

@@ -35,6 +35,8 @@ def test_channels_last_changes_no_picture_of_a_unet(tmp_path: Path) -> None:
     weight = other.denoiser.conv_in.weight
     assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
     assert plain.denoiser.conv_in.weight.is_contiguous()
+    weight = other.vae.decoder.conv_in.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
     torch.testing.assert_close(pictures(other), pictures(plain), atol=1e-5, rtol=1e-4)
 
 

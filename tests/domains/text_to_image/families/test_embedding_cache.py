@@ -114,7 +114,7 @@ def test_encodings_are_of_one_model_and_its_settings(folders: Any, tmp_path: Pat
         return store.path("a ring")
 
     one = path(negative_prompt="dull")
-    other = path(max_sequence_length=24, dtype="bfloat16")
+    other = path(max_sequence_length=24, frozen_dtype="bfloat16")
     parts = ["text_encoder_3"]
     before = identity(folders("sd3"), parts)
     assert identity(folders("sd3"), parts) == before

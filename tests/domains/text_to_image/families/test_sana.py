@@ -152,8 +152,8 @@ def test_what_a_solver_would_do_otherwise_is_refused(
 def test_half_precision_is_refused_before_weights_are_read(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "sana"
     shutil.copytree(folder, path, ignore=shutil.ignore_patterns("*.safetensors"))
-    with pytest.raises(UsageError, match=r"^pipeline\.init_args\.dtype is float16.*to bfloat16"):
-        TextToImagePipeline(str(path), dtype="float16", **SIZE)
+    with pytest.raises(UsageError, match=r"init_args\.frozen_dtype is float16.*to bfloat16"):
+        TextToImagePipeline(str(path), frozen_dtype="float16", **SIZE)
 
 
 def changed(change: str) -> SanaPipeline:

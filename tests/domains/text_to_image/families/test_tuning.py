@@ -68,7 +68,7 @@ def test_a_lora_goes_to_diffusers_and_back(folder: Path, tmp_path: Path) -> None
 
 
 def test_frozen_weights_in_half_precision_leave_states_and_lora_in_single(folder: Path) -> None:
-    pipeline = perturbed(TextToImagePipeline(str(folder), dtype="bfloat16", **SIZE))
+    pipeline = perturbed(TextToImagePipeline(str(folder), frozen_dtype="bfloat16", **SIZE))
     trained = {p.dtype for p in pipeline.denoiser.parameters() if p.requires_grad}
     frozen = {p.dtype for p in pipeline.denoiser.parameters() if not p.requires_grad}
     assert trained == {torch.float32} and frozen == {torch.bfloat16}
