@@ -48,10 +48,13 @@ class VisionLanguage(Frozen):
     Attributes:
         differentiable: Whether gradients reach the pictures: of LLaVA 1.5 and PaliGemma, whose
             processors give every picture one size, and of Qwen2-VL and its kin.
+        template: The question of VQAScore; {} stands for the prompt.
 
     Raises:
         ValueError, OSError: It is no such model.
     """
+
+    template = 'Does this figure show "{}"? Please answer Yes or No.'
 
     def __init__(self, source: str, dtype: torch.dtype) -> None:
         super().__init__()
@@ -87,6 +90,23 @@ class VisionLanguage(Frozen):
                 "probability of an answer is that of its token"
             )
         return ids[0]
+
+    def check_answers(self, answers: Sequence[str]) -> None:
+        """Raise ValueError unless each answer is one token."""
+        for answer in answers:
+            self.token(answer)
+
+    def log_probabilities(
+        self, pictures: Tensor, questions: Sequence[str], answers: Sequence[str]
+    ) -> Tensor:
+        """Return the log-probability of each answer's token, the first one said, [B, answers].
+
+        Args:
+            pictures: [B, 3, H, W] in [0, 1].
+            questions: One for each picture.
+            answers: The same for all pictures.
+        """
+        return self.answers(pictures, questions)[:, [self.token(answer) for answer in answers]]
 
     def answers(self, pictures: Tensor, questions: Sequence[str]) -> Tensor:
         """Return log-probabilities of the answers' first token over the vocabulary, [B, V].
