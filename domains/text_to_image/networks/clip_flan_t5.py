@@ -185,6 +185,8 @@ def _config(source: str, **loading: Any) -> Any:
         if found is None or value not in (None, found):
             needed = f"has to be {value}" if value else "has to name a CLIP"
             raise ValueError(f"its config.json has {name} {found!r}, which {needed}")
+    # Newer releases of transformers tie all T5s; FlanT5's output layer is not its embeddings.
+    config.tie_word_embeddings = False
     config.mm_vision_select_layer = getattr(config, "mm_vision_select_layer", -2)
     return config
 
@@ -220,6 +222,7 @@ def _load(
     load_all(projector, _own(parts[_PROJECTED], projector_names), projector_names)
     given = _own(parts[""], language_names)
     language = model_of(T5ForConditionalGeneration, config, given, language_names, dtype)
+    language.encoder.embed_tokens = language.decoder.embed_tokens = language.shared
     if parts[_SEEN]:
         given = _own(parts[_SEEN], vision_names)
         vision = model_of(CLIPVisionModel, sees, given, vision_names, dtype)

@@ -12,8 +12,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils import cached_file
 
-from domains.text_to_image.networks.texts import quiet
-
 __all__ = [
     "check_has",
     "collapsed",
@@ -146,9 +144,7 @@ def model_of(
     with torch.device("meta"):
         wanted = kind(config).state_dict()
     _check(wanted, weights, named)
-    # It would warn of weights that its config ties, where a file holds two that differ.
-    with quiet(["transformers.modeling_utils"]):
-        return kind.from_pretrained(None, config=config, state_dict=dict(weights), dtype=dtype)
+    return kind.from_pretrained(None, config=config, state_dict=dict(weights), dtype=dtype)
 
 
 def _check(

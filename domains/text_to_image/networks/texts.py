@@ -51,10 +51,10 @@ class Reader:
 
 
 @contextmanager
-def quiet(names: Sequence[str] = _NOISY) -> Iterator[None]:
-    """Keep some loggers from warning; by default those of libraries that name each long prompt."""
-    levels = {name: logging.getLogger(name).level for name in names}
-    for name in names:
+def quiet() -> Iterator[None]:
+    """Keep libraries from warning of each long prompt."""
+    levels = {name: logging.getLogger(name).level for name in _NOISY}
+    for name in _NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         yield
