@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
     CLIPConfig,
@@ -38,6 +39,7 @@ __all__ = [
     "clip_flan_t5_folder",
     "clip_folder",
     "hps_file",
+    "hps_v3_file",
     "image_reward_file",
     "in_two_files",
     "llava_folder",
@@ -288,6 +290,31 @@ def qwen_folder(folder: Path) -> Path:
     sizes |= {"image_processor_type": "Qwen2VLImageProcessor"}
     (folder / "preprocessor_config.json").write_text(json.dumps(sizes))
     return folder
+
+
+def hps_v3_file(path: Path, qwen: Path, earlier: bool = True) -> dict[str, Tensor]:
+    """Write a state dict as HPSv3's, with names as of its release of transformers or of today's.
+
+    Args:
+        path: Where.
+        qwen: Folder of the tiny Qwen2-VL, whose weights it has, and one token more.
+        earlier: Take the names of transformers 4.45.
+    """
+    state = dict(Qwen2VLForConditionalGeneration.from_pretrained(qwen).state_dict())
+    for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
+        state[name] = torch.cat([state[name], torch.randn(1, 32, generator=_seeded(1)) / 5])
+    if earlier:
+        state = {
+            n.replace("model.visual.", "visual.").replace("model.language_model.", "model."): v
+            for n, v in state.items()
+        }
+    widths = (32, 12, 6, 2)
+    for place, size, out in zip((0, 3, 5), widths, widths[1:], strict=False):
+        drawn = torch.randn(out, size + 1, generator=_seeded(place)) / size**0.5
+        state[f"rm_head.{place}.weight"] = drawn[:, 1:].clone()
+        state[f"rm_head.{place}.bias"] = drawn[:, 0].clone()
+    save_file({n: v.contiguous() for n, v in state.items()}, path)
+    return state
 
 
 def pil_processor() -> Callable[..., Any]:
