@@ -156,8 +156,10 @@ def test_gradients_are_finite_differences(made: Made) -> None:
 
 def test_chunks_and_precision(made: Made) -> None:
     shown, given = pictures(30, 40), condition(PROMPTS)
-    whole = score(made[0])(shown, given)
-    assert score(made[0], batch_size=2)(shown, given).allclose(whole, rtol=1e-4, atol=1e-5)
+    reward = score(made[0])
+    whole = reward(shown, given)
+    reward.batch_size = 2
+    assert reward(shown, given).allclose(whole, rtol=1e-4, atol=1e-5)
     half = score(made[0], dtype="bfloat16")
     assert {p.dtype for p in half.network.model.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in half.network.head.parameters()} == {torch.float32}
