@@ -1,5 +1,6 @@
 """Measurements of pictures that no reward sees."""
 
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -7,14 +8,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from domains.text_to_image.networks.clip import CLIPEncoder
-from lit_rlft.core.checks import UsageError
+from domains.text_to_image.networks.lpips import LPIPS, alexnet_of, heads_of
+from domains.text_to_image.networks.state_dicts import read_state_dict
+from lit_rlft.core.checks import UsageError, at_least, loading
 from lit_rlft.core.guard import LARGE_FALL, Guard
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Metric
 from lit_rlft.kit.images import check_pictures
 from lit_rlft.kit.set_metrics import sums_over_others
 
-__all__ = ["Diversity"]
+__all__ = ["Diversity", "LPIPSDiversity"]
 
 _POOLED = 16  # pixels a side that pictures are pooled to, so that fine noise is no diversity
 
@@ -63,3 +66,58 @@ class Diversity(Metric):
         embeddings = self.encoder.embed_pictures(pictures)
         with torch.autocast(embeddings.device.type, enabled=False):
             return 1 - embeddings @ embeddings.T
+
+
+class LPIPSDiversity(Metric):
+    """Mean LPIPS distance of a sample to the others of the same condition; 0 when all are equal.
+
+    LPIPS 0.1 with AlexNet, on pictures as they are, without resizing. Licences: BSD-3-Clause
+    (torchvision's weights), BSD-2-Clause (LPIPS's).
+
+    Args:
+        network: File of torchvision's AlexNet, alexnet-owt-7be5be79.pth, from
+            https://download.pytorch.org/models.
+        heads: File of LPIPS's weights for AlexNet, lpips/weights/v0.1/alex.pth of the package lpips
+            (`pip download --no-deps lpips`).
+        batch_size: Pictures that pass the network at a time, which bounds the memory.
+
+    Raises:
+        UsageError: A file is none of these; the first missing or unknown key is named.
+
+    References:
+        The Unreasonable Effectiveness of Deep Features as a Perceptual Metric (Zhang et al., 2018),
+        https://arxiv.org/abs/1801.03924
+    """
+
+    def __init__(self, network: str, heads: str, *, batch_size: int = 32) -> None:
+        super().__init__()
+        at_least(1, self, batch_size=batch_size)
+        with loading(f"network: {network!r} could not be loaded as torchvision's AlexNet"):
+            features = alexnet_of(read_state_dict(Path(network).expanduser()))
+        with loading(f"heads: {heads!r} could not be loaded as LPIPS's weights for AlexNet"):
+            weights = heads_of(read_state_dict(Path(heads).expanduser()))
+        self.network = LPIPS(features, weights)
+        self.batch_size = batch_size
+
+    @torch.no_grad()
+    def evaluate(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
+        """Return {"lpips_diversity": [B]}, NaN for a sample that is alone in its condition.
+
+        Raises:
+            UsageError: Pictures are too small for AlexNet.
+        """
+        pictures = check_pictures(samples, condition)
+        smallest = self.network.smallest
+        if min(pictures.shape[-2:]) < smallest:
+            raise UsageError(
+                f"LPIPSDiversity takes pictures of at least {smallest} pixels a side, got "
+                f"{tuple(pictures.shape[-2:])}; raise pipeline.init_args.height and width, or take "
+                "Diversity"
+            )
+        distances = self.network.distances(pictures, self.batch_size).to(pictures.device)
+        totals, counts = sums_over_others(distances, condition.rows.to(pictures.device))
+        return {"lpips_diversity": totals / counts}
+
+    def guards(self) -> dict[str, Guard]:
+        """Return {"lpips_diversity"}, of which a fall by a fifth is a sign."""
+        return {"lpips_diversity": LARGE_FALL}

@@ -1,15 +1,29 @@
 """Published state dicts: found, read without running code, and loaded with every key named."""
 
+import json
 import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers.utils import cached_file
 
-__all__ = ["check_has", "collapsed", "load_all", "read_state_dict", "weight_file"]
+__all__ = [
+    "check_has",
+    "collapsed",
+    "load_all",
+    "model_of",
+    "read_checkpoint",
+    "read_state_dict",
+    "weight_file",
+]
+
+_CHECKPOINTS = ("model.safetensors", "pytorch_model.bin")
+"""Names under which transformers saves weights, whole or, with an index, in several files."""
 
 
 def weight_file(source: str, name: str) -> Path:
@@ -56,6 +70,34 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     return dict(read)
 
 
+def read_checkpoint(source: str) -> dict[str, Tensor]:
+    """Return all tensors of a model of transformers, whose weights may be in several files.
+
+    Args:
+        source: A folder or a hub id.
+
+    Raises:
+        FileNotFoundError: It has no weights.
+        ValueError: A file holds anything else.
+    """
+    for name in _CHECKPOINTS:
+        if whole := _find(source, name):
+            return read_state_dict(whole)
+        if index := _find(source, f"{name}.index.json"):
+            state: dict[str, Tensor] = {}
+            for part in sorted(set(json.loads(index.read_text())["weight_map"].values())):
+                if (path := _find(source, part)) is None:
+                    raise FileNotFoundError(f"{part}, which its {index.name} names, is not there")
+                state |= read_state_dict(path)
+            return state
+    raise FileNotFoundError(f"it has neither {' nor '.join(_CHECKPOINTS)}")
+
+
+def _find(source: str, name: str) -> Path | None:
+    found = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+    return None if found is None else Path(found)
+
+
 def check_has(state: Mapping[str, Tensor], names: Iterable[str]) -> None:
     """Raise ValueError, naming the first one, unless a state dict has all of some keys."""
     missing = [name for name in names if name not in state]
@@ -76,7 +118,39 @@ def load_all(
     Raises:
         ValueError: Keys are missing, or others are there; the first of each is named.
     """
-    wanted, named = network.state_dict(), named or {}
+    _check(network.state_dict(), weights, named or {})
+    network.load_state_dict({n: v.float() for n, v in weights.items()}, assign=True)
+
+
+def model_of(
+    kind: Any,
+    config: Any,
+    weights: Mapping[str, Tensor],
+    named: Mapping[str, str],
+    dtype: torch.dtype,
+) -> Any:
+    """Return a model of transformers with given weights; all have to be given and used.
+
+    Args:
+        kind: Its class.
+        config: Its sizes.
+        weights: By the model's own names.
+        named: The names in the file by the model's own, for messages.
+        dtype: Precision of the weights.
+
+    Raises:
+        ValueError: Keys are missing, or others are there; the first of each is named.
+    """
+    with torch.device("meta"):
+        wanted = kind(config).state_dict()
+    _check(wanted, weights, named)
+    return kind.from_pretrained(None, config=config, state_dict=dict(weights), dtype=dtype)
+
+
+def _check(
+    wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor], named: Mapping[str, str]
+) -> None:
+    """Raise ValueError unless the weights are those that are wanted."""
     problems = [
         f"{verb} {named.get(names[0], names[0])}" + (f" and {more} more" if more else "")
         for verb, names in (
@@ -94,7 +168,6 @@ def load_all(
     ][:1]
     if problems:
         raise ValueError("it " + ", and it ".join(problems))
-    network.load_state_dict({n: v.float() for n, v in weights.items()}, assign=True)
 
 
 def collapsed(layers: list[tuple[Tensor, Tensor]]) -> nn.Linear:

@@ -19,7 +19,7 @@ from lit_rlft.kit.frozen import Frozen, frozen
 from lit_rlft.kit.images import to_image
 from lit_rlft.kit.weightless import check_cached, weightless
 
-__all__ = ["VisionLanguage"]
+__all__ = ["VisionLanguage", "inputs_of"]
 
 _FIXED = ("CLIPImageProcessor", "SiglipImageProcessor")
 """Processors that give every picture one size."""
@@ -48,10 +48,13 @@ class VisionLanguage(Frozen):
     Attributes:
         differentiable: Whether gradients reach the pictures: of LLaVA 1.5 and PaliGemma, whose
             processors give every picture one size, and of Qwen2-VL and its kin.
+        template: The question of VQAScore; {} stands for the prompt.
 
     Raises:
         ValueError, OSError: It is no such model.
     """
+
+    template = 'Does this figure show "{}"? Please answer Yes or No.'
 
     def __init__(self, source: str, dtype: torch.dtype) -> None:
         super().__init__()
@@ -70,8 +73,6 @@ class VisionLanguage(Frozen):
             if info["missing_keys"]:
                 raise ValueError(f"its weights lack {sorted(info['missing_keys'])[0]}")
         self.model = frozen(model)
-        # Earlier releases of transformers tell pictures from texts without it.
-        self._takes_types = _TYPES in inspect.signature(model.forward).parameters
         self.differentiable = self.reader.differentiable
 
     def token(self, answer: str) -> int:
@@ -87,6 +88,23 @@ class VisionLanguage(Frozen):
                 "probability of an answer is that of its token"
             )
         return ids[0]
+
+    def check_answers(self, answers: Sequence[str]) -> None:
+        """Raise ValueError unless each answer is one token."""
+        for answer in answers:
+            self.token(answer)
+
+    def log_probabilities(
+        self, pictures: Tensor, questions: Sequence[str], answers: Sequence[str]
+    ) -> Tensor:
+        """Return the log-probability of each answer's token, the first one said, [B, answers].
+
+        Args:
+            pictures: [B, 3, H, W] in [0, 1].
+            questions: One for each picture.
+            answers: The same for all pictures.
+        """
+        return self.answers(pictures, questions)[:, [self.token(answer) for answer in answers]]
 
     def answers(self, pictures: Tensor, questions: Sequence[str]) -> Tensor:
         """Return log-probabilities of the answers' first token over the vocabulary, [B, V].
@@ -124,15 +142,31 @@ class VisionLanguage(Frozen):
 
     def inputs(self, pictures: Tensor, questions: Sequence[str]) -> dict[str, Tensor]:
         """Return the model's inputs in the type and on the device of its weights."""
-        weight = next(self.model.parameters())
-        read = self.reader(pictures.to(weight.device), questions)
-        return {
-            name: value.to(weight.device, weight.dtype)
-            if value.is_floating_point()
-            else value.to(weight.device)
-            for name, value in read.items()
-            if name != _TYPES or self._takes_types
-        }
+        return inputs_of(self.model, self.reader, pictures, questions)
+
+
+def inputs_of(
+    model: Any, reader: Reader, pictures: Tensor, questions: Sequence[str]
+) -> dict[str, Tensor]:
+    """Return a model's inputs in the type and on the device of its weights.
+
+    Args:
+        model: One of transformers.
+        reader: Makes its inputs.
+        pictures: [B, 3, H, W] in [0, 1].
+        questions: One for each picture.
+    """
+    weight = next(model.parameters())
+    # Earlier releases of transformers tell pictures from texts without them.
+    takes_types = _TYPES in inspect.signature(model.forward).parameters
+    read = reader(pictures.to(weight.device), questions)
+    return {
+        name: value.to(weight.device, weight.dtype)
+        if value.is_floating_point()
+        else value.to(weight.device)
+        for name, value in read.items()
+        if name != _TYPES or takes_types
+    }
 
 
 class _ProcessorReader:

@@ -4,6 +4,7 @@ from domains.text_to_image.rewards.aesthetic import LAIONAesthetic
 from domains.text_to_image.rewards.clip import CLIPScore
 from domains.text_to_image.rewards.function import FunctionReward
 from domains.text_to_image.rewards.hpsv2 import HPSv2
+from domains.text_to_image.rewards.hpsv3 import HPSv3
 from domains.text_to_image.rewards.image_reward import ImageReward
 from domains.text_to_image.rewards.jpeg import (
     JPEGCompressibility,
@@ -24,6 +25,7 @@ __all__ = [
     "Colourfulness",
     "FunctionReward",
     "HPSv2",
+    "HPSv3",
     "ImageReward",
     "JPEGCompressibility",
     "JPEGIncompressibility",

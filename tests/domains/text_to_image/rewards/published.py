@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
     CLIPConfig,
@@ -21,6 +22,9 @@ from transformers import (
     Qwen2Tokenizer,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
+    T5Tokenizer,
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -32,9 +36,12 @@ __all__ = [
     "CLIP_WIDTH",
     "aesthetic_head",
     "all_weights",
+    "clip_flan_t5_folder",
     "clip_folder",
     "hps_file",
+    "hps_v3_file",
     "image_reward_file",
+    "in_two_files",
     "llava_folder",
     "pil_processor",
     "qwen_folder",
@@ -197,6 +204,51 @@ def llava_folder(folder: Path, answers: tuple[str, ...] = ("Yes", "No")) -> Path
     return folder
 
 
+def clip_flan_t5_folder(folder: Path) -> dict[str, Tensor]:
+    """Write a tiny CLIP-FlanT5 as its authors': weights in two files, CLIP's among them.
+
+    CLIP itself is in openai/tiny beside it, without weights.
+    """
+    clip_folder(folder / "openai/tiny")
+    seen = CLIPModel.from_pretrained(folder / "openai/tiny").vision_model.state_dict()
+    (folder / "openai/tiny/model.safetensors").unlink()
+    letters = [*"abcdefghijklmnopqrstuvwxyzADTUSERINYo.:,?'\""]
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -10.0), ("▁", -2.0)]
+    pieces = [("▁Yes", -1.0), ("▁N", -2.0), *((letter, -3.0) for letter in letters)]
+    words = T5Tokenizer(vocab=special + pieces, extra_ids=0, model_max_length=2048)
+    words.save_pretrained(folder)
+    sizes = {"vocab_size": len(words), "d_model": 24, "d_kv": 6, "d_ff": 40, "num_layers": 2}
+    sizes |= {"num_heads": 3, "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0}
+    network = T5ForConditionalGeneration(T5Config(**sizes, tie_word_embeddings=False))
+    _draw(network)
+    state = {n: v for n, v in network.state_dict().items() if "embed_tokens" not in n}
+    state["lm_head.weight"] = torch.randn(len(words), 24, generator=_seeded(1)) / 5
+    for place, size in ((0, 32), (2, 24)):
+        drawn = torch.randn(24, size + 1, generator=_seeded(place)) / size**0.5
+        state[f"mm_projector.{place}.weight"] = drawn[:, 1:].clone()
+        state[f"mm_projector.{place}.bias"] = drawn[:, 0].clone()
+    start = "vision_tower.vision_tower.vision_model."
+    state |= {start + n.removeprefix("vision_model."): v for n, v in seen.items()}
+    config = {"model_type": "clip_t5", "architectures": ["CLIPT5ForConditionalGeneration"]}
+    config |= {"mm_vision_tower": "openai/tiny", "mm_projector_type": "mlp2x_gelu"}
+    config |= {"mm_vision_select_layer": -2, "mm_vision_select_feature": "patch"}
+    config |= {**sizes, "tie_word_embeddings": False, "mm_hidden_size": 32}
+    (folder / "config.json").write_text(json.dumps(config))
+    in_two_files(folder, state)
+    return state
+
+
+def in_two_files(folder: Path, state: dict[str, Tensor]) -> None:
+    """Write weights as older releases of transformers did, with an index."""
+    places = {}
+    for i in range(2):
+        part = dict(list(state.items())[i::2])
+        torch.save(part, folder / f"pytorch_model-0000{i + 1}-of-00002.bin")
+        places |= dict.fromkeys(part, f"pytorch_model-0000{i + 1}-of-00002.bin")
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
 def _words(answers: tuple[str, ...], *special: str) -> Qwen2Tokenizer:
     """Return a tokenizer of bytes, with a token for some answers and for some marks."""
     alphabet = list(bytes_to_unicode().values())
@@ -238,6 +290,31 @@ def qwen_folder(folder: Path) -> Path:
     sizes |= {"image_processor_type": "Qwen2VLImageProcessor"}
     (folder / "preprocessor_config.json").write_text(json.dumps(sizes))
     return folder
+
+
+def hps_v3_file(path: Path, qwen: Path, earlier: bool = True) -> dict[str, Tensor]:
+    """Write a state dict as HPSv3's, with names as of its release of transformers or of today's.
+
+    Args:
+        path: Where.
+        qwen: Folder of the tiny Qwen2-VL, whose weights it has, and one token more.
+        earlier: Take the names of transformers 4.45.
+    """
+    state = dict(Qwen2VLForConditionalGeneration.from_pretrained(qwen).state_dict())
+    for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
+        state[name] = torch.cat([state[name], torch.randn(1, 32, generator=_seeded(1)) / 5])
+    if earlier:
+        state = {
+            n.replace("model.visual.", "visual.").replace("model.language_model.", "model."): v
+            for n, v in state.items()
+        }
+    widths = (32, 12, 6, 2)
+    for place, size, out in zip((0, 3, 5), widths, widths[1:], strict=False):
+        drawn = torch.randn(out, size + 1, generator=_seeded(place)) / size**0.5
+        state[f"rm_head.{place}.weight"] = drawn[:, 1:].clone()
+        state[f"rm_head.{place}.bias"] = drawn[:, 0].clone()
+    save_file({n: v.contiguous() for n, v in state.items()}, path)
+    return state
 
 
 def pil_processor() -> Callable[..., Any]:
