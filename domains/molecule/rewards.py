@@ -384,8 +384,9 @@ class FunctionReward(_Chemical):
         UsageError: The function returns something else.
     """
 
+    # Not list[Chem.Mol]: the command line's parser cannot read RDKit's types.
     def __init__(
-        self, function: Callable[[list[Chem.Mol]], Sequence[float | None]], invalid: float = 0.0
+        self, function: Callable[[list[Any]], Sequence[float | None]], invalid: float = 0.0
     ) -> None:
         super().__init__(invalid)
         self.function = function
