@@ -108,9 +108,8 @@ class RunFiles(Callback):
             "checkpoint": newer,
             **{arm: _without_nan(metrics) for arm, metrics in summary.items()},
             "exploitation": _signs(found),
-            **({"training": training} if training else {}),
             "cost": cost,
-        }
+        } | ({"training": training} if training else {})
         path, shown = folder / "metrics.json", folder / "comparison.png"
         picture = self._picture(pl_module, summary, num_samples)
         with writing(path):
@@ -124,13 +123,9 @@ class RunFiles(Callback):
         if writes_nothing(trainer):
             paths = "fast_dev_run: nothing was written"
         self._result = f"\n{title}\n\n{result_table(summary)}\n\n{paths}"
-        if training:
-            told = ", ".join(f"{name} {value:.6g}" for name, value in training.items())
-            self._result += f"\ntraining {told}"
-        if kept:
-            self._result += f"\n{kept}"
-        if found:
-            self._result += f"\n{found.sentence()}"
+        told = " ".join(f"{name} {value:.6g}" for name, value in training.items())
+        rest = (told and f"training {told}", kept, found and found.sentence())
+        self._result += "".join(f"\n{line}" for line in rest if line)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the result that `validate` shows; validations within a fit are not shown."""
