@@ -16,7 +16,6 @@ from transformers import AutoProcessor, CLIPModel, LlavaForConditionalGeneration
 from domains.gaussian_mixture.pipeline import GaussianMixturePipeline
 from domains.text_to_image.networks import texts
 from domains.text_to_image.networks.open_clip import BlackBars
-from domains.text_to_image.probes import probe_pictures
 from domains.text_to_image.rewards import (
     CLIPScore,
     HPSv2,
@@ -32,6 +31,7 @@ from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Reward
 from lit_rlft.kit.images import to_image
+from lit_rlft.kit.probe_pictures import probe_pictures
 from lit_rlft.kit.weightless import without_weights
 from tests.conftest import TOKENIZER
 from tests.domains.text_to_image.rewards.published import (
