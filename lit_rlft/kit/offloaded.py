@@ -1,5 +1,6 @@
 """A reward that is on the device only while it scores."""
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ class Offloaded(Reward):
 
     They come to the samples' device for each call and leave it after: memory for sampling and
     training, at the price of their way. Where gradients flow they stay until a call without
-    gradients, since the backward pass goes through them. Of a `WeightedSum` wrap the parts.
+    gradients, since the backward pass goes through them. Of a `WeightedSum` wrap the parts. Numbers
+    are those of the reward alone, in every precision and in workers too.
 
     Args:
         reward: The reward; it keeps its name.
@@ -28,13 +30,17 @@ class Offloaded(Reward):
         BadArgument: `reward` is a combination of several.
     """
 
+    follows: Tensor
+
     def __init__(self, reward: Reward) -> None:
         super().__init__()
         if isinstance(reward, Combination):
             problem = "must be a single reward; wrap the parts of a combination"
             raise BadArgument(self, "reward", problem)
-        self.reward = reward
+        self.reward = reward.eval()  # a module that is put away hears nothing of modes
         put_away(self, "reward")
+        # Nor of types: trainers change that of floating-point buffers with that of weights.
+        self.register_buffer("follows", torch.zeros((), dtype=torch.float32), persistent=False)
         self.differentiable, self.distinguishes = reward.differentiable, reward.distinguishes
         self.waits = reward.waits
 
@@ -49,15 +55,19 @@ class Offloaded(Reward):
 
     def forward(self, samples: Any, condition: Condition) -> Tensor:
         """Return the reward of each sample, [B]."""
-        given = list(tensors(samples))
-        graph = torch.is_grad_enabled() and any(one.requires_grad for one in given)
-        device = next((one.device for one in given), torch.device("cpu"))
-        with at_work(self.reward, device, stays=graph):
+        graph = torch.is_grad_enabled() and any(one.requires_grad for one in tensors(samples))
+        with self._working(samples, stays=graph):
             rewards: Tensor = self.reward(samples, condition)
         return rewards
 
     def evaluate(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
         """Return what the reward measures."""
-        device = next((one.device for one in tensors(samples)), torch.device("cpu"))
-        with at_work(self.reward, device):
+        with self._working(samples):
             return values_of(self.reward, samples, condition)
+
+    def _working(self, samples: Any, *, stays: bool = False) -> AbstractContextManager[None]:
+        """Return the time in which the reward is where the samples are."""
+        if self.follows.dtype != torch.float32:
+            self.reward.to(self.follows.dtype)
+        device = next((one.device for one in tensors(samples)), torch.device("cpu"))
+        return at_work(self.reward, device, stays=stays)
