@@ -47,6 +47,7 @@ NOT_RUN = {
     "--config sdxl": "needs models of the hub; test_recipes.py runs tiny ones in their places",
     "qm9_pretrain": "needs QM9's archive; test_configs.py runs it on a made one",
     "publaynet_pretrain": "needs PubLayNet; test_configs.py runs it on a made one",
+    "my_docking.affinity": "needs a program; test_top_molecules.py runs one in its place",
     "--config ddp": "takes all GPUs; two processes are run by the next",
     "--trainer.devices 2": "starts processes; the tests of two processes run the same",
 }

@@ -22,6 +22,7 @@ from lit_rlft.core.state import State, tensor_of
 from lit_rlft.kit.compiled import SmallCompiled, compile_small
 from lit_rlft.kit.images import save_pictures
 from lit_rlft.kit.network_folder import found_variant, load_pretrained, merged
+from lit_rlft.kit.probe_pictures import probe_pictures
 from lit_rlft.kit.saved_grids import SavedFlow, SavedVP, plain_flow
 from lit_rlft.kit.schedulers import saved_process
 from lit_rlft.kit.shapes import output_shape
@@ -155,6 +156,12 @@ class ImagePipeline(Pipeline):
                 "data.init_args.source to the model's"
             )
         return images.to(self.device, self.denoiser.dtype) / 127.5 - 1
+
+    def probes(self) -> tuple[Tensor, Condition]:
+        pictures = probe_pictures(*self.image_size).to(self.device)
+        if self.denoiser.config["in_channels"] == 1:
+            pictures = pictures.mean(dim=1, keepdim=True).expand(-1, 3, -1, -1)
+        return pictures, self.encode({"index": torch.arange(len(pictures))})
 
     def render(self, samples: Any, condition: Condition) -> Tensor:
         return samples

@@ -24,7 +24,7 @@ class Brightness(Reward):
         target: None rewards brightness itself; a number a in [0, 1] gives -|brightness - a|.
     """
 
-    differentiable = True
+    differentiable = distinguishes = True
 
     def __init__(self, target: float | None = None) -> None:
         super().__init__()
@@ -79,6 +79,7 @@ class ClassProbability(Frozen, Reward):
                 f"reward.init_args.label is {label!r}; {pretrained!r} knows {', '.join(classes)}"
             )
         self.label, self.output = classes.index(str(label)), output
+        self.distinguishes = output == "log_probability"  # a probability can be 1 for all of them
         self.classifier = network
 
     def forward(self, samples: Any, condition: Condition) -> Tensor:

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from domains.layout import EMBEDDED
 from domains.layout.networks.transformer import Architecture, LayoutTransformer, load_network
+from domains.layout.probes import probe_pages
 from domains.layout.render import draw, save_layout
 from domains.layout.samples import EMPTY, Layouts
 from lit_rlft.core.checks import UsageError, at_least
@@ -215,6 +216,14 @@ class LayoutPipeline(Pipeline):
             return {"box": boxes, "category": category}
         scores = 2 * functional.one_hot(category, self._empty + 1) - 1
         return torch.cat([boxes, scores.to(boxes)], dim=-1)
+
+    def probes(self) -> tuple[Layouts, Condition] | None:
+        pages = probe_pages(self.classes, self.architecture.num_slots)
+        if pages is None:
+            return None
+        rows = torch.zeros(len(pages), dtype=torch.int64)
+        entries = [{"task": "unconditional", "given": []}]
+        return pages.to(self.device), Condition(entries, {}, rows)
 
     def render(self, samples: Any, condition: Condition) -> Tensor:
         return draw(samples, self.architecture.canvas)

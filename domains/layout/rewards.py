@@ -67,6 +67,8 @@ class _Twinned(Reward):
 class Alignment(_Twinned):
     """How well elements align: minus A, in (-inf, 0]; -1 for fewer than two elements."""
 
+    distinguishes = True
+
     def value(self, layouts: Layouts, *, smooth: bool = False) -> Tensor:
         return _unless_few(-measures.alignment(layouts, smooth=smooth), layouts)
 
@@ -77,6 +79,8 @@ class Overlap(_Twinned):
     Args:
         ignored: Names of classes that are left out, such as RICO's "Background Image".
     """
+
+    distinguishes = True
 
     def __init__(self, ignored: Sequence[str] = ()) -> None:
         super().__init__()
@@ -336,6 +340,7 @@ class Critic(Judge):
 
     def __init__(self, pretrained: str = "critic", output: Output = "log_probability") -> None:
         super().__init__(output)
+        self.distinguishes = output != "probability"  # one can be 1, or 0, for all of them
         self.encoder = load_encoder(pretrained)
 
     def forward(self, samples: Any, condition: Condition) -> Tensor:

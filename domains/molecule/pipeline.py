@@ -30,6 +30,7 @@ from domains.molecule.networks import (
 from domains.molecule.networks.coupling import CoupledPointClouds
 from domains.molecule.networks.edm import ARGS, EDM, load_edm
 from domains.molecule.networks.preconditioning import Preconditioning
+from domains.molecule.probes import probe_molecules
 from domains.molecule.render import draw, save_molecule
 from domains.molecule.samples import EMPTY, Molecules
 from lit_rlft.core.checks import UsageError, at_least
@@ -212,6 +213,18 @@ class MoleculePipeline(Pipeline):
 
     def render(self, samples: Any, condition: Condition) -> Tensor:
         return draw(samples)
+
+    def probes(self) -> tuple[Molecules, Condition] | None:
+        molecules = probe_molecules(
+            self.elements,
+            self.architecture.max_atoms,
+            implicit_hydrogens=self.implicit_hydrogens,
+        )
+        if molecules is None:
+            return None
+        entries = [{"num_atoms": size} for size in molecules.num_atoms.tolist()]
+        condition = Condition(entries, {}, torch.arange(len(molecules)))
+        return molecules.to(self.device), condition
 
     def keys(self, samples: Any, condition: Condition) -> list[Hashable]:
         """Return canonical SMILES; molecules that are not valid are one class."""

@@ -144,6 +144,8 @@ class QED(_Chemical):
         invalid: Reward of molecules that are not valid and connected.
     """
 
+    distinguishes = True
+
     def __init__(self, scale: float = 1.0, invalid: float = 0.0) -> None:
         super().__init__(invalid)
         positive(self, scale=scale)
@@ -159,6 +161,8 @@ class SyntheticAccessibility(_Chemical):
     Args:
         invalid: Reward of molecules that are not valid and connected.
     """
+
+    distinguishes = True
 
     def values(self, chemistry: Chemistry) -> NDArray[np.float64]:
         return (10 - chemistry.values("sa")) / 9
@@ -384,8 +388,9 @@ class FunctionReward(_Chemical):
         UsageError: The function returns something else.
     """
 
+    # Not list[Chem.Mol]: the command line's parser cannot read RDKit's types.
     def __init__(
-        self, function: Callable[[list[Chem.Mol]], Sequence[float | None]], invalid: float = 0.0
+        self, function: Callable[[list[Any]], Sequence[float | None]], invalid: float = 0.0
     ) -> None:
         super().__init__(invalid)
         self.function = function

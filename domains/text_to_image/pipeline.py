@@ -21,7 +21,6 @@ from domains.text_to_image.loading import Files, load_parts, text_encoder_reader
 from domains.text_to_image.networks.lora import Home, lora_weights, read_lora, save_lora
 from domains.text_to_image.networks.web_lora import WEB_LORA, save_web_lora
 from domains.text_to_image.overflow import check_latents, check_vae
-from domains.text_to_image.probes import probe_pictures
 from lit_rlft.core.checks import UsageError, at_least, require
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline, column
 from lit_rlft.core.process import GaussianProcess
@@ -30,6 +29,7 @@ from lit_rlft.kit.compiled import Compiled, compile_network
 from lit_rlft.kit.frozen import cast_frozen, frozen
 from lit_rlft.kit.idle import at_work, put_away
 from lit_rlft.kit.images import save_pictures
+from lit_rlft.kit.probe_pictures import probe_pictures
 from lit_rlft.kit.weightless import weightless
 
 __all__ = ["EMBEDDED", "TextToImagePipeline"]

@@ -50,6 +50,6 @@ def _judge(part: Reward, values: Tensor) -> None:
     found = f"no finite number for {wrong}" if wrong else f"{float(values[0]):.6g} for each"
     raise UsageError(
         f"{part.name} returned {found} of {len(values)} known samples that have nothing in common: "
-        "its weights or their precision are at fault; check its pretrained and its dtype in "
-        "reward.init_args, or set self_check.reward_probes to false"
+        "its weights, their precision or its settings are at fault; check its pretrained, its "
+        "dtype and its scale in reward.init_args, or set self_check.reward_probes to false"
     )

@@ -17,6 +17,7 @@ from torch import Tensor
 from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.callbacks.facts import say
 from lit_rlft.callbacks.result_table import result_table
+from lit_rlft.callbacks.training_metrics import training_values
 from lit_rlft.core.checks import at_least
 from lit_rlft.distributed import gather
 from lit_rlft.evaluation.exploitation import Exploitation, exploitation, guards_of
@@ -98,6 +99,7 @@ class RunFiles(Callback):
         newer = _measured(trainer, pl_module)
         reward = pl_module.reward
         found = exploitation(summary, reward.name, guards_of(reward, pl_module.metrics))
+        training = training_values(pl_module.metrics)
         report = {
             "algorithm": pl_module.algorithm,
             "domain": pl_module.pipeline.name,
@@ -107,7 +109,7 @@ class RunFiles(Callback):
             **{arm: _without_nan(metrics) for arm, metrics in summary.items()},
             "exploitation": _signs(found),
             "cost": cost,
-        }
+        } | ({"training": training} if training else {})
         path, shown = folder / "metrics.json", folder / "comparison.png"
         picture = self._picture(pl_module, summary, num_samples)
         with writing(path):
@@ -121,10 +123,9 @@ class RunFiles(Callback):
         if writes_nothing(trainer):
             paths = "fast_dev_run: nothing was written"
         self._result = f"\n{title}\n\n{result_table(summary)}\n\n{paths}"
-        if kept:
-            self._result += f"\n{kept}"
-        if found:
-            self._result += f"\n{found.sentence()}"
+        told = " ".join(f"{name} {value:.6g}" for name, value in training.items())
+        rest = (told and f"training {told}", kept, found and found.sentence())
+        self._result += "".join(f"\n{line}" for line in rest if line)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the result that `validate` shows; validations within a fit are not shown."""

@@ -28,6 +28,7 @@ from lit_rlft.callbacks.sample_panel import SamplePanel
 from lit_rlft.callbacks.self_check import SelfCheck
 from lit_rlft.callbacks.signals import ended_by_signals
 from lit_rlft.callbacks.tf32 import TF32
+from lit_rlft.callbacks.training_metrics import TrainingMetrics
 from lit_rlft.cli.errors import own_frames, sentence
 from lit_rlft.cli.same_domain import check_domains
 from lit_rlft.cli.which import NONE, choose
@@ -145,7 +146,7 @@ class Command(LightningCLI):
         own = own if isinstance(own, list) else [own]
         shown, bars = progress(own, given["enable_progress_bar"])
         settings = trainer_settings(given, self.folder) | {
-            "callbacks": [*own, *shown, Facts(), LeftOut(), Monitored()],
+            "callbacks": [*own, *shown, Facts(), LeftOut(), Monitored(), TrainingMetrics()],
             "enable_progress_bar": bars,
         }
         trainer = super().instantiate_trainer(**settings, **kwargs)

@@ -17,7 +17,7 @@ from lit_rlft.cost.meter import Meter
 from lit_rlft.loop.route import Route
 from lit_rlft.loop.side.rewards import begin
 
-__all__ = ["Chunk", "Drawn", "Rollouts", "Scores", "Track", "track"]
+__all__ = ["Chunk", "Drawn", "Rollouts", "Scored", "Scores", "Track", "track", "unheard"]
 
 T = TypeVar("T")
 Track = Callable[[Iterable[Any], str], Iterable[Any]]
@@ -40,6 +40,8 @@ class Chunk(NamedTuple):
 
 Drawn = Callable[[Chunk, State], None]
 """Takes a chunk of samples and their x_0."""
+Scored = Callable[[Any, Condition, Tensor], None]
+"""Takes decoded samples, their conditions and their rewards, without a graph."""
 
 
 class Scores(NamedTuple):
@@ -54,6 +56,10 @@ class Scores(NamedTuple):
     keys: list[Hashable] | None
 
 
+def unheard(samples: Any, condition: Condition, rewards: Tensor) -> None:
+    """Take scored samples and do nothing."""
+
+
 class Rollouts:
     """Draws and scores samples of a pipeline.
 
@@ -66,6 +72,7 @@ class Rollouts:
 
     Attributes:
         track: Shows the progress; shows nothing unless it is set.
+        scored: Hears of samples that were scored; callbacks set it.
     """
 
     def __init__(
@@ -79,6 +86,7 @@ class Rollouts:
         self.pipeline, self.reward = pipeline, reward
         self.chunk_size, self.seed, self.meter = chunk_size, seed, meter
         self.track: Track = lambda items, label: items
+        self.scored: Scored = unheard
 
     def seeds(self, batch: Batch, num: int, *stream: int) -> list[int]:
         """Return `num` seeds for each row of the batch, by the row's place in its data set."""
@@ -159,7 +167,9 @@ class Rollouts:
     def reward_of(self, samples: Any, condition: Condition, *, may_fail: bool = False) -> Tensor:
         """Return the rewards of decoded samples, [B], as `score` does."""
         self.meter.current.reward_calls += len(condition)
-        return rewards_of(self.reward, samples, condition, may_fail=may_fail)
+        rewards = rewards_of(self.reward, samples, condition, may_fail=may_fail)
+        self.scored(samples, condition, rewards.detach())
+        return rewards
 
 
 def track(items: Iterable[T], label: str, *, trainer: Trainer | None) -> Iterable[T]:

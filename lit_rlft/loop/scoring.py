@@ -96,6 +96,8 @@ class Scoring:
         assert isinstance(reward, Combination)
         self.rollouts.meter.current.reward_calls += len(condition)
         parts = reward.raw_parts(samples, condition)
+        if not self._normalises:  # those wait for the moments of all samples
+            self.rollouts.scored(samples, condition, reward.combine(reward.scaled(parts)))
         self._rewards.append(torch.stack([*parts.values()], dim=1))
 
     def _scaled(self, raw: Tensor, seeds: Sequence[int], world_size: int) -> Tensor:

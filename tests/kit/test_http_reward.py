@@ -18,6 +18,8 @@ import torch
 from PIL import Image
 
 from domains.gaussian_mixture.pipeline import GaussianMixturePipeline
+from domains.layout.pipeline import LayoutPipeline
+from domains.molecule.pipeline import MoleculePipeline
 from domains.text_to_image.pipeline import TextToImagePipeline
 from lit_rlft.cli import main
 from lit_rlft.core.checks import UsageError
@@ -119,6 +121,27 @@ def test_pictures_go_out_as_png_beside_their_prompts(serve: Callable[[Answer], S
     sent = [sample["condition"]["prompt"] for sample in server.asked[1]]
     assert sent == ["a red ring", "a blue disc"]
     assert [sample["file"][-4:] for sample in server.asked[1]] == [".png", ".png"]
+
+
+def test_molecules_go_out_as_sdf_and_layouts_as_json(serve: Callable[[Answer], Server]) -> None:
+    def atoms(samples: list[dict[str, Any]]) -> Any:
+        texts = [base64.b64decode(sample["data"]).decode() for sample in samples]
+        return {"rewards": [int(text.splitlines()[3][:3]) for text in texts]}
+
+    def elements(samples: list[dict[str, Any]]) -> Any:
+        return {"rewards": [base64.b64decode(s["data"]).count(b'"label"') for s in samples]}
+
+    for pipeline, answer, end, expected in (
+        (MoleculePipeline(), atoms, ".sdf", [5, 6, 9, 5]),
+        (LayoutPipeline(), elements, ".json", [6, 5, 2, 3]),
+    ):
+        server = serve(answer)
+        reward = HTTPReward(server.url)
+        reward.check(pipeline)
+        probes = pipeline.probes()
+        assert probes is not None
+        assert reward(*probes).tolist() == expected
+        assert {Path(sample["file"]).suffix for sample in server.asked[1]} == {end}
 
 
 FAULTS: dict[str, tuple[Any, str]] = {

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -61,7 +62,9 @@ def tuner_of(
 
 def fit(tuner: RewardFineTuner, **settings: Any) -> RewardFineTuner:
     data = MixtureData(num_train=8, batch_size=4, num_val=2, num_test=2)
-    trainer_of(**{"limit_val_batches": 1, **settings}).fit(tuner, data)
+    with tempfile.TemporaryDirectory() as folder:  # for tuned/
+        given = {"limit_val_batches": 1, "default_root_dir": folder, **settings}
+        trainer_of(**given).fit(tuner, data)
     return tuner
 
 

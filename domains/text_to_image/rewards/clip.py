@@ -19,6 +19,8 @@ class CLIPScore(Reward):
     That one is not used here because its processor rounds pictures to bytes on the CPU, which
     stops gradients, encodes every text each time, and knows only a few models by name.
 
+    Published: of CLIP ViT-H/14, right on 57.1 % of ImageReward's test pairs and 65.1 % of HPDv2's.
+
     Args:
         pretrained: A CLIP folder, a hub id (e.g. openai/clip-vit-base-patch32), or "shapes_clip",
             the embedded model of the shapes world.

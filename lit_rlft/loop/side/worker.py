@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.reward import Reward
+from lit_rlft.kit.offloaded import Offloaded
 from lit_rlft.loop.side.call import Answer, Call, answer
 
 __all__ = ["Hangs", "Lost", "SideProcess", "SideThread", "Worker", "packed", "serve"]
@@ -95,7 +96,9 @@ def packed(reward: Reward) -> bytes:
     Raises:
         UsageError: It cannot be sent: it holds a function without a name, or is of the main script.
     """
-    if any(type(part).__module__ == "__main__" for part in reward.modules()):
+    parts = [*reward.modules()]
+    parts += [part for one in parts if isinstance(one, Offloaded) for part in one.reward.modules()]
+    if any(type(part).__module__ == "__main__" for part in parts):
         raise _unsendable(reward.name, "a class of the main script; move it to a module")
     try:
         return pickle.dumps(reward)

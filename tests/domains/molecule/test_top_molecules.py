@@ -1,8 +1,10 @@
 """The best molecules, by hand and against RDKit's own similarities."""
 
 import json
+import os
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,6 +64,22 @@ def test_a_function_gets_molecules_with_positions() -> None:
     values = FunctionReward(extent, invalid=-1.0)(batch, conditions(3))
     assert [Chem.MolToSmiles(Chem.RemoveHs(mol)) for mol in seen] == ["CCO", "C"]
     assert values[0] == -1 and values[2] == -1 and 0 < values[1] < 2
+
+
+def test_another_program_scores_as_the_page_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[3] / "docs/how_to/own_reward.md").read_text()
+    names: dict[str, Any] = {}
+    exec(page.split("# my_docking.py\n")[1].split("```")[0], names)
+    program = tmp_path / "dock"  # prints minus the file's lines; knows no molecules with nitrogen
+    program.write_text('#!/bin/sh\ngrep -q " N " "$1" && exit 1\nprintf -- -; wc -l < "$1"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    reward = FunctionReward(names["affinity"], invalid=-5.0)
+    assert reward.name == "affinity"
+    values = reward(from_atoms([geometry("C"), geometry("N")]), conditions(2))
+    assert values.tolist() == [4 + 5 + 4 + 1, -5.0]  # header, atoms, bonds, end
 
 
 def test_k_is_checked() -> None:

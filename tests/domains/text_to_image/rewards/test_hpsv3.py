@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from domains.text_to_image.probes import probe_pictures
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, Qwen2VLForConditionalGeneration
 
 from domains.text_to_image.networks import hps_v3
 from domains.text_to_image.networks.hps_v3 import qwen_parts
-from domains.text_to_image.probes import probe_pictures
 from domains.text_to_image.rewards import HPSv3
 from lit_rlft.core.checks import UsageError
 from lit_rlft.kit.images import to_image

@@ -1,5 +1,6 @@
 """Rewards from published weights against independent computations, on tiny random models."""
 
+import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -10,13 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoProcessor, CLIPModel, LlavaForConditionalGeneration
 
 from domains.gaussian_mixture.pipeline import GaussianMixturePipeline
 from domains.text_to_image.networks import texts
 from domains.text_to_image.networks.open_clip import BlackBars
-from domains.text_to_image.probes import probe_pictures
 from domains.text_to_image.rewards import (
     CLIPScore,
     HPSv2,
@@ -32,11 +33,13 @@ from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Reward
 from lit_rlft.kit.images import to_image
+from lit_rlft.kit.probe_pictures import probe_pictures
 from lit_rlft.kit.weightless import without_weights
 from tests.conftest import TOKENIZER
 from tests.domains.text_to_image.rewards.published import (
     aesthetic_head,
     all_weights,
+    llava_folder,
     pil_processor,
     tokens,
 )
@@ -66,23 +69,25 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return all_weights(tmp_path_factory.mktemp("published"))
 
 
+def made(name: str, files: Path, **settings: Any) -> Reward:
+    """Return a reward whose weights are in a folder as `all_weights` writes it."""
+    words = str(TOKENIZER)
+    return {
+        "PickScore": lambda: PickScore(str(files / "clip"), None, **settings),
+        "HPSv2": lambda: HPSv2(str(files), tokenizer=words, **settings),
+        "LAIONAesthetic": lambda: LAIONAesthetic(
+            str(files / "head.pth"), str(files / "clip"), **settings
+        ),
+        "ImageReward": lambda: ImageReward(
+            str(files / "ImageReward.pt"), tokenizer=words, **settings
+        ),
+        "VQAScore": lambda: VQAScore(str(files / "llava"), **{"dtype": "float32", **settings}),
+    }[name]()
+
+
 @pytest.fixture
 def make(files: Path) -> Callable[..., Reward]:
-    def made(name: str, **settings: Any) -> Reward:
-        words = str(TOKENIZER)
-        return {
-            "PickScore": lambda: PickScore(str(files / "clip"), None, **settings),
-            "HPSv2": lambda: HPSv2(str(files), tokenizer=words, **settings),
-            "LAIONAesthetic": lambda: LAIONAesthetic(
-                str(files / "head.pth"), str(files / "clip"), **settings
-            ),
-            "ImageReward": lambda: ImageReward(
-                str(files / "ImageReward.pt"), tokenizer=words, **settings
-            ),
-            "VQAScore": lambda: VQAScore(str(files / "llava"), **{"dtype": "float32", **settings}),
-        }[name]()
-
-    return made
+    return lambda name, **settings: made(name, files, **settings)
 
 
 def pixels_of(folder: Path, given: Tensor) -> Tensor:
@@ -463,6 +468,51 @@ def test_wrong_keys_are_named(change: Callable, message: str, files: Path, tmp_p
     torch.save({"state_dict": state}, tmp_path / "hps.pt")
     with pytest.raises(UsageError, match=rf"^pretrained: .*as an HPSv2; give.*{message}"):
         HPSv2(str(tmp_path / "hps.pt"), tokenizer=str(TOKENIZER))
+
+
+MODELS: dict[str, tuple[str, str, str]] = {
+    "PickScore": ("clip", "text_model.final_layer_norm.bias", r"lack text_model\.final_layer"),
+    "LAIONAesthetic": ("clip", "visual_projection.weight", r"lack visual_projection\.weight"),
+    "VQAScore": ("llava", "multi_modal_projector.linear_1.bias", r"lack .*projector\.linear_1"),
+    "ImageReward": ("ImageReward.pt", "mlp.layers.4.bias", r"mlp\.layers\.4\.bias"),
+}
+"""Of each reward the model, a weight of it, and what is said where it is not there."""
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_missing_weight_is_named_in_every_format(name: str, files: Path, tmp_path: Path) -> None:
+    model, key, message = MODELS[name]
+    for path in files.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / model).unlink()
+    if (files / model).is_dir():
+        shutil.copytree(files / model, tmp_path / model)
+        weights = load_file(tmp_path / model / "model.safetensors")
+        held = [own for own in weights if own.endswith(key)]
+        kept = {own: value for own, value in weights.items() if own not in held}
+        save_file(kept, tmp_path / model / "model.safetensors", {"format": "pt"})
+    else:
+        weights = torch.load(files / model, weights_only=True)
+        held = [own for own in weights if own == key]
+        torch.save({own: weights[own] for own in weights if own not in held}, tmp_path / model)
+    assert len(held) == 1
+    with pytest.raises(UsageError, match=message):
+        made(name, tmp_path)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pictures_that_are_none_are_refused(name: str, make: Callable) -> None:
+    reward, given = make(name), condition(PROMPTS)
+    with pytest.raises(UsageError, match=r"in \[0, 1\], got values from -1 to 1"):
+        reward(2 * pictures().round() - 1, given)
+    with pytest.raises(UsageError, match=r"float32 in \[0, 1\], got torch.uint8"):
+        reward((255 * pictures()).byte(), given)
+
+
+def test_a_tokenizer_without_a_token_for_yes_is_refused(tmp_path: Path) -> None:
+    mute = llava_folder(tmp_path, answers=("No",))
+    with pytest.raises(UsageError, match="no single token for 'Yes', but 3, and the probability"):
+        VQAScore(str(mute), dtype="float32")
 
 
 class Harmful:
