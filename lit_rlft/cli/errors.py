@@ -74,7 +74,8 @@ def _memory(causes: Sequence[BaseException]) -> str | None:
             size = f" (for {wanted.group(1)})" if wanted else ""
             return (
                 f"out of memory{size}; lower the sizes, such as data.init_args.batch_size, "
-                "model.init_args.num_candidates, sampling_batch_size or microbatch_size"
+                "model.init_args.num_candidates, sampling_batch_size or microbatch_size; on a GPU "
+                "auto finds the last two"
             )
     return None
 
