@@ -128,9 +128,7 @@ def test_a_run_is_that_of_the_sizes_it_comes_to(
 
 
 @pytest.mark.slow
-def test_a_resumed_run_goes_on_with_its_sizes(
-    card: Card, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_resumed_run_goes_on_with_its_sizes(card: Card, caplog: pytest.LogCaptureFixture) -> None:
     """Also where more memory is at hand by then; a number that is given takes their place."""
     card([5], [3])
     run("fit", "graft", "run", {**AUTO, "trainer.max_epochs": 1})
