@@ -151,9 +151,9 @@ def sized(given: int | BatchSize, key: str = "batch size") -> BatchSize:
 
 
 def free_memory() -> None:
-    """Give back what an error has left behind: cycles of frames, and torch's own blocks."""
-    gc.collect()
+    """Give back what an error has left behind on a GPU: in cycles of frames, in torch's blocks."""
     if _gpus_in_use():
+        gc.collect()
         torch.cuda.empty_cache()
 
 

@@ -192,7 +192,8 @@ def pictures(tiny_stable_diffusion: Callable[..., Path]) -> Path:
     return write_picture_domain(Path("domain.yaml"), folder, "prompts.txt", **sizes)
 
 
-@pytest.mark.parametrize("algorithm", ["p_graft", slow("drtune")])
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["p_graft", "drtune"])
 def test_pictures_are_decoded_as_many_at_a_time_as_fit(
     algorithm: str, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
