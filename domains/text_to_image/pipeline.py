@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from domains.text_to_image import EMBEDDED, card
+from domains.text_to_image.decode_size import DecodeSize
 from domains.text_to_image.embeddings import EmbeddingCache, identity
 from domains.text_to_image.families import family_of
 from domains.text_to_image.loading import Files, load_parts, text_encoder_reader
 from domains.text_to_image.networks.lora import Home, lora_weights, read_lora, save_lora
 from domains.text_to_image.networks.web_lora import WEB_LORA, save_web_lora
 from domains.text_to_image.overflow import check_latents, check_vae
+from lit_rlft.core.batch_size import BatchSize
 from lit_rlft.core.checks import UsageError, at_least, require
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline, column
 from lit_rlft.core.process import GaussianProcess
@@ -85,7 +87,9 @@ class TextToImagePipeline(Pipeline):
             which convolutions on GPUs prefer; for Stable Diffusion 1.x, 2.x and XL.
         compile: Have torch compile the denoiser's "blocks", each kind once, or the "whole" of it:
             a slower start and faster calls. It works with a LoRA on and off. None compiles nothing.
-        decode_batch_size: Pictures decoded at a time, which bounds the VAE's memory.
+        decode_batch_size: Pictures decoded at a time, which bounds the VAE's memory. "auto" takes
+            what half of the GPU's free memory has room for, and fewer where it runs out; on a CPU,
+            and at most, 32.
         checkpoint_decoder: Where gradients flow through the VAE, keep only its input and decode
             again in the backward pass.
         encode_batch_size: Prompts encoded at a time, which bounds the text encoders' memory.
@@ -138,7 +142,7 @@ class TextToImagePipeline(Pipeline):
         checkpoint_denoiser: bool = False,
         channels_last: bool = False,
         compile: Compiled | None = None,
-        decode_batch_size: int = 32,
+        decode_batch_size: int | Literal["auto"] = "auto",
         checkpoint_decoder: bool = True,
         encode_batch_size: int = 128,
         embedding_cache: str | None = None,
@@ -178,6 +182,7 @@ class TextToImagePipeline(Pipeline):
         at_least(0, self, "max_table_gb", guidance_scale=guidance_scale, **options)
         at_least(1, self, "decode_batch_size", "encode_batch_size", **sizes)
         self._check_memory(files)
+        self._decode_size = DecodeSize(self.decode_batch_size)
         rows = self.encode_batch_size
         loading: dict[str, Any] = {"variant": self.variant, "from_scratch": self.from_scratch}
         self.diffusers = load_parts(self.pretrained, self._loaded, files, **loading)
@@ -384,11 +389,13 @@ class TextToImagePipeline(Pipeline):
     def decode(self, x_0: State, condition: Condition) -> Tensor:
         check_latents(tensor_of(x_0), self.denoiser, self.encoder, condition.tables.values())
         latents = self.family.to_vae(tensor_of(x_0)).to(self.vae.dtype)
-        size = self.decode_batch_size
-        starts = range(0, len(latents), size)
         graph = latents.requires_grad and torch.is_grad_enabled()
+        parts = []
         with at_work(self._idle_vae, latents.device, stays=graph):
-            pictures = torch.cat([self._decode(latents[i : i + size]) for i in starts])
+            for part in self._at_a_time(graph=graph).parts(len(latents)):
+                with part:
+                    parts.append(self._decode(latents[part.rows]))
+        pictures = torch.cat(parts)
         return (pictures.to(self.precision) / 2 + 0.5).clamp(0, 1)
 
     def _decode(self, latents: Tensor) -> Tensor:
@@ -415,6 +422,16 @@ class TextToImagePipeline(Pipeline):
                 "pictures with; give a folder with an AutoencoderKL"
             )
 
+    def batch_sizes(self) -> Mapping[str, BatchSize]:
+        return self._decode_size.by_key()
+
+    def _at_a_time(self, *, graph: bool) -> BatchSize:
+        """Return how many pictures go through the VAE at a time."""
+        if self._decode_size.given != self.decode_batch_size:
+            self._decode_size = DecodeSize(self.decode_batch_size)
+        device, dtype = self.device, self.vae.dtype
+        return self._decode_size.at(self.family.pixels, device, dtype, graph=graph)
+
     @property
     def _idle_vae(self) -> torch.nn.Module | None:
         return None if "vae" in self._modules else self.vae
@@ -423,9 +440,12 @@ class TextToImagePipeline(Pipeline):
         """Return the latents of `batch["image"]`, uint8 [B, 3, H, W]: the VAE's mode, scaled."""
         self.check_states()
         pictures = column(batch, "image").to(self.device, self.vae.dtype) / 127.5 - 1
+        encoded = []
         with torch.no_grad(), at_work(self._idle_vae, self.device):
-            parts = pictures.split(self.decode_batch_size)
-            modes = torch.cat([_mode(self.vae.encode(part)) for part in parts])
+            for part in self._at_a_time(graph=False).parts(len(pictures)):
+                with part:
+                    encoded.append(_mode(self.vae.encode(pictures[part.rows])))
+        modes = torch.cat(encoded)
         check_vae(modes, self.vae, "latents of the given pictures")
         return self.family.from_vae(modes.to(self.precision))
 

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from lightning import Callback, Trainer
@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
-from lit_rlft.core.checks import at_least, positive, require
+from lit_rlft.core.block_checkpointing import checkpoint_blocks
 from lit_rlft.core.distribution import Distribution
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline
 from lit_rlft.core.randomness import Generators
@@ -21,6 +21,8 @@ from lit_rlft.core.sampling import Sampler
 from lit_rlft.cost.meter import Meter
 from lit_rlft.distributed import gather, together
 from lit_rlft.evaluation.evaluator import Evaluator
+from lit_rlft.loop.base_settings import check_settings
+from lit_rlft.loop.batch_sizes import BatchSizes, fitting
 from lit_rlft.loop.checkpoint import Kept, fingerprint
 from lit_rlft.loop.checkpoint_file import secure
 from lit_rlft.loop.checkpointed import Checkpointed
@@ -35,7 +37,7 @@ from lit_rlft.loop.round_log import log_round, round_means, write_round
 from lit_rlft.loop.route import Leg, Route
 from lit_rlft.loop.side.rewards import RewardWorkers
 from lit_rlft.loop.side.watch import SideWatch, beside
-from lit_rlft.loop.updates import Shares, Update, accumulate, gradient_norm, layout, no_sync, plan
+from lit_rlft.loop.updates import Shares, Update, gradient_norm, layout, no_sync, plan
 from lit_rlft.runs.folder import run_folder, summary_writer, writes_nothing
 
 __all__ = ["RewardFineTuner"]
@@ -61,9 +63,11 @@ class RewardFineTuner(Checkpointed, ABC):
         num_epochs: Passes over the experience of each round.
         minibatch_size: Samples per update over all processes, at most.
         microbatch_size: Samples per backward pass and process, which bounds the memory of training
-            and changes no gradient; None takes all of the minibatch.
+            and changes no gradient; None takes all of the minibatch, "auto" as many as fit.
+        gradient_checkpointing: "blocks" keeps the inputs of the trained network's blocks alone and
+            computes the blocks again in the backward pass; None keeps all activations.
         max_grad_norm: Gradients are clipped to this norm; None leaves them alone.
-        sampling_batch_size: Samples drawn at a time, which bounds the sampler's memory.
+        sampling_batch_size: Samples drawn at a time, for memory; "auto": 64, if they fit.
         num_eval_samples: Samples per condition in `validate`, `test` and `predict`.
         best_of: n of `test`'s baselines best of n samples and of n initial noises; 0 for none.
         reward_workers: Score beside sampling, in other processes or threads; None scores between.
@@ -82,9 +86,10 @@ class RewardFineTuner(Checkpointed, ABC):
         lr_scheduler: LRSchedulerCallable | None = None,
         num_epochs: int = 1,
         minibatch_size: int = 32,
-        microbatch_size: int | None = None,
+        microbatch_size: int | Literal["auto"] | None = None,
+        gradient_checkpointing: Literal["blocks"] | None = None,
         max_grad_norm: float | None = 1.0,
-        sampling_batch_size: int = 64,
+        sampling_batch_size: int | Literal["auto"] = 64,
         num_eval_samples: int = 4,
         best_of: int = 0,
         reward_workers: RewardWorkers | None = None,
@@ -92,13 +97,14 @@ class RewardFineTuner(Checkpointed, ABC):
     ) -> None:
         super().__init__()
         self.automatic_optimization = self.strict_loading = False
-        self.pipeline, self.reward = pipeline, reward
-        self.metrics = metrics or Metrics()
+        self.pipeline, self.reward, self.metrics = pipeline, reward, metrics or Metrics()
         self.sampler, self.lora, self.reward_workers = sampler, lora, reward_workers
         self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
         self.num_epochs, self.minibatch_size = num_epochs, minibatch_size
         self.microbatch_size, self.max_grad_norm = microbatch_size, max_grad_norm
+        self.gradient_checkpointing: str | None = gradient_checkpointing
         self.sampling_batch_size = sampling_batch_size
+        self.sizes = BatchSizes(microbatch_size, sampling_batch_size, pipeline.batch_sizes())
         self.num_eval_samples, self.best_of, self.seed = num_eval_samples, best_of, seed
         self.meter, self.pretrained = Meter(), ""
         self.num_rounds = self.num_samples = self.num_updates = self._collected_at = 0
@@ -166,6 +172,7 @@ class RewardFineTuner(Checkpointed, ABC):
             self._build()
         if self._trainer is not None:
             secure(self._trainer)
+            self.sizes.check(self._trainer)
         self.reward = beside(self.reward, self.reward_workers, self._trainer)
         self._listen(self._trainer)
 
@@ -175,22 +182,16 @@ class RewardFineTuner(Checkpointed, ABC):
 
     def _listen(self, trainer: Trainer | None) -> None:
         """Make what draws, measures and reports, for a trainer or for none."""
-        size = self.sampling_batch_size
         self.audience = Audience(self, trainer)
-        self.rollouts = Rollouts(self.pipeline, self.reward, size, self.seed, self.meter)
+        drawing = (self.pipeline, self.reward, self.sizes.sampling, self.seed, self.meter)
+        self.rollouts = Rollouts(*drawing)
         self.rollouts.track = partial(track, trainer=trainer)
         self.evaluator = Evaluator(self.rollouts, self.metrics, self.num_eval_samples)
         self.evaluator.phase = self.audience.phase
         self.evaluator.shown = trainer is None or trainer.is_global_zero
 
     def _build(self) -> None:
-        for name in ("num_epochs", "minibatch_size", "num_eval_samples", "best_of", "seed"):
-            require(getattr(self, name) is not None, self, name, "a whole number, not null")
-        at_least(1, self, "num_epochs", "minibatch_size", "microbatch_size")
-        at_least(1, self, "sampling_batch_size", "num_eval_samples")
-        positive(self, "max_grad_norm")
-        at_least(0, self, "best_of", "seed")
-        require(self.best_of != 1, self, "best_of", "0 for none, or above 1")
+        check_settings(self)
         self.check()
         check_parts(self.reward, self.pipeline)
         check_parts(self.metrics, self.pipeline)
@@ -199,6 +200,7 @@ class RewardFineTuner(Checkpointed, ABC):
         pretrained = fingerprint(self.pipeline.denoiser)
         self.reference = adapt(self.pipeline, self.lora, self.seed)
         settle(self.pipeline, self.trainable(), self._trainer)
+        checkpoint_blocks(self.trainable(), self.gradient_checkpointing)
         self.meter.watch(self.pipeline, self.trainable(), self.reference)
         self.pretrained = pretrained
 
@@ -235,6 +237,7 @@ class RewardFineTuner(Checkpointed, ABC):
                 updates = plan(experience, layouts, self.global_rank, *sizes)
                 outcomes = [self._update(one) for one in self.rollouts.track(updates, "Training")]
             check_weights(self._trained(), self.num_updates)
+            self.sizes.settle(self.trainer)
         self.num_rounds += 1
         self.meter.end_round(gather(self.meter.counts(), world_size))
         means = round_means(experience.metrics, outcomes, world_size)
@@ -248,10 +251,10 @@ class RewardFineTuner(Checkpointed, ABC):
         optimizer, trainer = self.optimizers(), self.trainer
         assert isinstance(optimizer, LightningOptimizer)
         optimizer.zero_grad()
-        alone, loss = partial(no_sync, trainer.strategy), self.audience.watched(self.loss)
-        shares = Shares(self.microbatch_size, trainer.world_size, alone)
+        shares = Shares(None, trainer.world_size, partial(no_sync, trainer.strategy))
         trained = list(self._trained().values())
-        logged = accumulate(update, loss, self.manual_backward, trained, shares)
+        what = (update, self.audience.watched(self.loss), self.manual_backward, trained, shares)
+        logged = fitting(*what, self.sizes, self.meter)
         norm = gradient_norm(trained, optimizer, trainer.precision_plugin, trainer.world_size)
         self.audience.on_gradients(norm)
         self.clip_gradients(optimizer.optimizer, self.max_grad_norm, "norm")

@@ -26,7 +26,7 @@ References:
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -45,10 +45,12 @@ from lit_rlft.core.surrogate import importance_sampling, ratio_values, score_fun
 from lit_rlft.core.trajectory import Trajectories, transition_of, walk_with_log_probs
 from lit_rlft.distributed import gather
 from lit_rlft.loop.advantages import check_parts, judge
+from lit_rlft.loop.batch_sizes import rehearse
 from lit_rlft.loop.checkpoint import Kept
 from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.rollouts import Drawn
 from lit_rlft.loop.scoring import Scoring
+from lit_rlft.loop.updates import Shares, no_sync
 
 __all__ = ["DDPO", "Rollout"]
 
@@ -289,20 +291,22 @@ class DDPO(RewardFineTuner):
         kept = Trajectories(len(condition), times, self._draw_steps(), self.state_dtype, ends)
         x_0 = []
         for chunk in self.rollouts.chunks(condition, seeds, "Sampling"):
-            walk = walk_with_log_probs(
-                self.pipeline,
-                process,
-                self.prior(chunk.condition).sample(chunk.noise),
-                chunk.condition,
-                times,
-                self.sampler.eta,
-                chunk.noise,
-                dtype=self.state_dtype,
-                reduction=self.log_prob_reduction,
-                ends=ends,
-            )
-            x_0.append(kept.record(chunk.rows.start, walk))
-            drawn(chunk, x_0[-1])
+            with chunk.part:
+                walk = walk_with_log_probs(
+                    self.pipeline,
+                    process,
+                    self.prior(chunk.condition).sample(chunk.noise),
+                    chunk.condition,
+                    times,
+                    self.sampler.eta,
+                    chunk.noise,
+                    dtype=self.state_dtype,
+                    reduction=self.log_prob_reduction,
+                    ends=ends,
+                )
+                last = kept.record(chunk.rows.start, walk)
+                drawn(chunk, last)
+                x_0.append(last)
         return kept, cat(x_0)
 
     @property
@@ -314,8 +318,9 @@ class DDPO(RewardFineTuner):
 
     def _replay(self, rollout: Rollout) -> None:
         """Take the old log-probabilities as the updates will take the new ones."""
+        self._rehearse(rollout)
         pairs_of_update = rollout.num_terms * self.minibatch_size // max(len(rollout), 1)
-        size = self.microbatch_size or max(pairs_of_update, 1)
+        size = self.sizes.microbatch.rows or max(pairs_of_update, 1)
         for part in slices(rollout.num_terms, size):
             rows = torch.arange(part.start, part.stop)
             pairs = self._filled(rollout.terms(rows))
@@ -323,9 +328,21 @@ class DDPO(RewardFineTuner):
             old = policy.log_prob(pairs.states["x_s"], self.log_prob_reduction)
             rollout.replace_log_probs(rows, old[: len(rows)])
 
+    def _rehearse(self, rollout: Rollout) -> None:
+        """Find the automatic number of pairs, on which the old log-probabilities depend."""
+        trainer = self.trainer
+        share = -(-self.minibatch_size // trainer.world_size)
+        minibatch = rollout.index(torch.arange(min(share, len(rollout))))
+        trained, alone = list(self._trained().values()), partial(no_sync, trainer.strategy)
+        shares = Shares(None, trainer.world_size, alone)
+        self.train()
+        args = (minibatch, self.loss, self.manual_backward, trained, shares, self.sizes, self.meter)
+        rehearse(*args)
+        self.eval()
+
     def _filled(self, pairs: Experience) -> Experience:
         """Repeat the first pair up to a whole microbatch where rounding depends on its size."""
-        missing = (self.microbatch_size or 0) - len(pairs)
+        missing = (self.sizes.microbatch.rows or 0) - len(pairs)
         if missing <= 0 or not self._rounds_by_batch:
             return pairs
         return pairs.index(torch.cat([torch.arange(len(pairs)), torch.zeros(missing).long()]))

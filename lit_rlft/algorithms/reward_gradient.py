@@ -108,18 +108,6 @@ class RewardGradient(RewardFineTuner):
         self.method.check(self.sampler.num_steps)
         at_least(0, self, "kl_coef")
         finite(self, "reward_ceiling")
-        enable = getattr(self.pipeline.denoiser, "enable_gradient_checkpointing", None)
-        if self.gradient_checkpointing == "blocks" and enable is None:
-            raise UsageError(
-                f"{self.algorithm} was asked for gradient_checkpointing 'blocks', which the "
-                f"denoiser {type(self.pipeline.denoiser).__name__} does not offer; set "
-                "model.init_args.gradient_checkpointing to 'steps'"
-            )
-
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        if self.gradient_checkpointing == "blocks":
-            self.pipeline.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
 
     def collect(self, batch: Batch, condition: Condition) -> Experience:
         """Return the conditions and the seeds; samples are drawn inside the loss."""

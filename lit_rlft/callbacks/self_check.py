@@ -152,7 +152,7 @@ class SelfCheck(Hooks):
             f"before the first update of round {module.num_rounds} a probability ratio{where} is "
             f"off 1 by {float(deviation[worst]):.2g}, more than {tolerance:.2g}, in {weights} "
             f"(trainer.precision {precision}): "
-            + _cause(denoiser, str(precision), sized=module.microbatch_size is not None)
+            + _cause(denoiser, str(precision), sized=module.sizes.microbatch.rows is not None)
         )
 
     def _check_constant(self, rewards: Tensor | None, source: str, number: int) -> None:

@@ -70,11 +70,12 @@ def _memory(causes: Sequence[BaseException]) -> str | None:
         if isinstance(cause, MemoryError) or re.search(
             "out of memory|can't allocate memory|not enough memory|Storage size calculation", text
         ):
-            wanted = re.search(r"(?:tried|tries) to allocate ([\d.]+ \w+)", text)
+            wanted = re.search(r"[Tt]rie(?:d|s) to allocate ([\d.]+ \w+)", text)
             size = f" (for {wanted.group(1)})" if wanted else ""
             return (
                 f"out of memory{size}; lower the sizes, such as data.init_args.batch_size, "
-                "model.init_args.num_candidates, sampling_batch_size or microbatch_size"
+                "model.init_args.num_candidates, sampling_batch_size or microbatch_size; on a GPU "
+                "auto finds the last two"
             )
     return None
 

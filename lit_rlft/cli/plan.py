@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.algorithms.reward_gradient import RewardGradient
 from lit_rlft.cli.app import Command, run
+from lit_rlft.core.batch_size import AUTO
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Pipeline
 from lit_rlft.core.reward import Metric, Reward
@@ -45,7 +46,7 @@ _KEYS = {
         "decode_batch_size",
         "tile_decoder",
     ),
-    "model": ("gradient_checkpointing", "lora", "sampling_batch_size"),
+    "model": ("gradient_checkpointing", "lora", "method", "sampling_batch_size"),
 }
 
 
@@ -138,6 +139,8 @@ def rehearse(
             "run one round of the fit instead: --trainer.max_epochs 1 "
             "--trainer.limit_train_batches 1"
         )
+    for size in tuner.sizes.automatic.values():
+        size.go_on(1)  # as far as it comes down
     data.prepare_data()
     data.setup("fit")
     loader = data.train_dataloader()
@@ -256,7 +259,7 @@ class _Round:
         before = self._spent()
         with ledger.phase("update", whole=True):
             tuner.train()
-            shares = Shares(tuner.microbatch_size, 1, nullcontext)
+            shares = Shares(tuner.sizes.microbatch.rows, 1, nullcontext)
             for _ in _draws(tuner):
                 self.parts_run = 0
                 accumulate(updates[0], self._loss, backward, self.trained, shares)
@@ -268,7 +271,9 @@ class _Round:
         totals = [int(b + scale * u) for b, u in zip(before, update, strict=True)]
         phases = {n: size + optimizer for n, size in ledger.peaks.items() if n != "other"}
         phases["optimiser step"] = ledger.peaks["optimiser step"]
-        micro = min(updates[0].minibatch.num_terms, tuner.microbatch_size or 10**9)
+        size = tuner.sizes.microbatch
+        most = updates[0].minibatch.num_terms
+        micro = AUTO if size.automatic else min(most, size.rows or most)
         return Plan(
             parts=weights,
             optimizer=optimizer,

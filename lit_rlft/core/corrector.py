@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from lit_rlft.core.block_checkpointing import BlockCheckpointing
 from lit_rlft.core.checks import at_least
 from lit_rlft.core.distribution import Distribution, Reduction
 from lit_rlft.core.pipeline import Condition
@@ -119,7 +120,7 @@ def _along_arcs(base: Process) -> Process:
     return AngularFlow(base.subspace if isinstance(base, GaussianProcess) else None)
 
 
-class _MLP(nn.Module):
+class _MLP(nn.Module, BlockCheckpointing):
     """Residual layers on (x_t, t, features); the output layer is zero at the start."""
 
     def __init__(self, dims: int, num_features: int, width: int, depth: int) -> None:
@@ -138,5 +139,9 @@ class _MLP(nn.Module):
         known = bounded(features.to(x_t))
         hidden = nn.functional.silu(self.first(torch.cat([x_t, clock.to(x_t), known], dim=1)))
         for layer in self.hidden:
-            hidden = hidden + nn.functional.silu(layer(hidden))
+            hidden = self.run(_residual, layer, hidden)
         return self.last(hidden)
+
+
+def _residual(layer: nn.Module, hidden: Tensor) -> Tensor:
+    return hidden + nn.functional.silu(layer(hidden))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_rlft.core.batch_size import BatchSize
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.process import Process
 from lit_rlft.core.state import State
@@ -151,6 +152,10 @@ class Pipeline(nn.Module, ABC):
 
     def compile_denoiser(self, denoiser: nn.Module) -> None:
         """Compile the denoiser, or a copy of it, where the settings say so; nothing by default."""
+
+    def batch_sizes(self) -> Mapping[str, BatchSize]:
+        """Return the batch sizes of its own networks by key; a run keeps those that change."""
+        return {}
 
     def example(self) -> Condition:
         """Return the condition of any one sample; it shows the shapes of states and features.

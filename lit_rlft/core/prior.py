@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from lit_rlft.core.block_checkpointing import BlockCheckpointing
 from lit_rlft.core.checks import at_least
 from lit_rlft.core.distribution import Gaussian
 
@@ -84,7 +85,7 @@ class LowRank(Maps):
         return nn.Sequential(_zero_linear(width, 2 * self.rank), _Combine(self.rank, shape))
 
 
-class NoisePolicy(nn.Module):
+class NoisePolicy(nn.Module, BlockCheckpointing):
     """The distribution N(mu(c), sigma(c)^2) of the initial noise, N(0, I) at the start.
 
     Args:
@@ -120,9 +121,12 @@ class NoisePolicy(nn.Module):
         with torch.autocast(weight.device.type, enabled=False):
             # Multiplied by 0, not left out: all parameters keep a gradient.
             features = bounded(features.to(weight)) * self.conditional
-            hidden = self.trunk(features)
-            mu, log_sigma = self.head(hidden).unbind(dim=1)
+            mu, log_sigma = self.run(self._maps_of, features).unbind(dim=1)
         return Gaussian(mu, log_sigma.exp())
+
+    def _maps_of(self, features: Tensor) -> Tensor:
+        maps: Tensor = self.head(self.trunk(features))
+        return maps
 
 
 class _Upsample(nn.Module):

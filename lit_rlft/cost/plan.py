@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lit_rlft.core.batch_size import AUTO
+
 __all__ = ["GB", "Part", "Plan", "first_change", "report"]
 
 GB = 2**30
@@ -58,6 +60,11 @@ class Plan:
     reward_calls: int
     flops: int
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def automatic(self) -> list[str]:
+        """The batch sizes that are "auto", which were weighed at 1."""
+        return [key for key, value in self.settings.items() if value == AUTO]
 
     @property
     def weights(self) -> int:
@@ -115,6 +122,7 @@ def report(plan: Plan, memory: int, flops: float, share: float) -> str:
         *_memory(plan),
         "",
         _verdict(plan, memory),
+        *_automatic(plan, memory),
         "",
         f"calls of the fit, without validation ({plan.rounds:,} rounds)",
         f"  denoiser  {plan.rounds * plan.denoiser_calls:>14,} rows",
@@ -141,6 +149,7 @@ def _memory(plan: Plan) -> Iterator[str]:
 def _bounds(settings: Mapping[str, Any]) -> str:
     """Return what bounds the activations, in words."""
     micro = settings["model.microbatch_size"]
+    weighed = " (weighed at 1)" if micro == AUTO else ""
     on = [
         name
         for name, off in (
@@ -149,7 +158,7 @@ def _bounds(settings: Mapping[str, Any]) -> str:
         )
         if settings.get(name, off) != off
     ]
-    return f"microbatch {micro}, " + ("checkpointed" if on else "nothing checkpointed")
+    return f"microbatch {micro}{weighed}, " + ("checkpointed" if on else "nothing checkpointed")
 
 
 def _row(what: str, size: int) -> str:
@@ -179,6 +188,16 @@ def _verdict(plan: Plan, memory: int) -> str:
     change = first_change(plan, int(_USABLE * memory))
     first = f"change first: {change}" if change else "no switch is left: take a larger card"
     return f"does not fit: {peak} of {card} (--memory), of which 10 % are left to CUDA\n{first}"
+
+
+def _automatic(plan: Plan, memory: int) -> Iterator[str]:
+    """Say what automatic batch sizes were weighed at, and about what a microbatch comes to."""
+    if not plan.automatic:
+        return
+    yield f"weighed at 1, as far as auto comes down: {', '.join(plan.automatic)}"
+    room = int(_USABLE * memory) - plan.standing - plan.gradients
+    if "model.microbatch_size" in plan.automatic and room > plan.activations > 0:
+        yield f"room for a microbatch of about {room // plan.activations:,}"
 
 
 def first_change(plan: Plan, memory: int) -> str | None:
@@ -214,10 +233,11 @@ def _for_weights(plan: Plan) -> str | None:
 
 def _for_update(plan: Plan, memory: int) -> str | None:
     room = memory - plan.standing - plan.gradients
+    recomputed = "steps" if "model.method" in plan.settings else "blocks"
     return (
         _fewer(plan, "model.microbatch_size", plan.activations, room)
         or _switch(plan, "pipeline.checkpoint_denoiser", False, "true")
-        or _switch(plan, "model.gradient_checkpointing", None, "steps")
+        or _switch(plan, "model.gradient_checkpointing", None, recomputed)
         or _switch(plan, "pipeline.guidance_gradient", "both", "conditional")
         or _switch(plan, "trainer.precision", "32-true", "bf16-mixed")
     )
@@ -226,7 +246,7 @@ def _for_update(plan: Plan, memory: int) -> str | None:
 def _fewer(plan: Plan, key: str, taken: int, room: int) -> str | None:
     """Return the option with the number that fits, memory being about linear in it."""
     now = plan.settings.get(key)
-    if now is None or now <= 1:
+    if now is None or now == AUTO or now <= 1:
         return None
     return f"--{key} {min(max(int(now * room / max(taken, 1)), 1), now - 1)}"
 

@@ -55,6 +55,7 @@ def _again(
     """Walk from x_1 once more, with other noise on the way."""
     parts = []
     for chunk in rollouts.chunks(condition, [seed_from(s, Stream.BEST_OF_AGAIN) for s in seeds]):
-        *_, (_, x_0) = route.walk(chunk.condition, chunk.noise, index(x_1, chunk.rows))
-        parts.append(x_0)
+        with chunk.part:
+            *_, (_, x_0) = route.walk(chunk.condition, chunk.noise, index(x_1, chunk.rows))
+            parts.append(x_0)
     return cat(parts)

@@ -205,9 +205,10 @@ class Evaluator:
         with self.rollouts.meter.unbilled():
             own = [seed_from(seed, Stream.DIVERGENCE) for seed in seeds]
             for chunk in self.rollouts.chunks(condition, own):
-                x = index(x_0, chunk.rows)
-                args = (tuned[0], reference, x, chunk.condition, times, steps, chunk.noise)
-                parts.append(path_kl(route.process, *args, route.ends))
+                with chunk.part:
+                    x = index(x_0, chunk.rows)
+                    args = (tuned[0], reference, x, chunk.condition, times, steps, chunk.noise)
+                    parts.append(path_kl(route.process, *args, route.ends))
         return prior + torch.cat(parts)
 
 

@@ -10,6 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from lit_rlft.core.batch_size import AUTO
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.moments import RunningMoments
 from lit_rlft.core.pipeline import Pipeline
@@ -18,6 +19,7 @@ from lit_rlft.core.sampling import Sampler
 from lit_rlft.cost.meter import Meter
 from lit_rlft.loop import checkpoint as contents
 from lit_rlft.loop import resume
+from lit_rlft.loop.batch_sizes import BatchSizes
 from lit_rlft.loop.checkpoint_file import COUNTERS, check_resumable, load
 from lit_rlft.loop.learning_rate import optimizer_of
 from lit_rlft.loop.precision import check_weights
@@ -42,6 +44,7 @@ class Checkpointed(LightningModule):
     pipeline: Pipeline
     reward: Reward
     meter: Meter
+    sizes: BatchSizes
     pretrained: str
     num_updates: int
     make_optimizer: Any
@@ -126,6 +129,7 @@ class Checkpointed(LightningModule):
             "algorithm": self.algorithm,
             "settings": self._settings() | self._optimizer_settings(),
             "cost": self.meter.as_dict(),
+            "batch_sizes": self.sizes.state(),
             **{name: getattr(self, name) for name in COUNTERS},
             **{name: part.state_dict() for name, part in self.statistics().items()},
             _MOMENTS: {name: part.state_dict() for name, part in self._moments().items()},
@@ -146,6 +150,7 @@ class Checkpointed(LightningModule):
         if fitting:
             self._check_resume(checkpoint, ours.get("settings"))
         vars(self).update({name: ours[name] for name in COUNTERS})
+        self.sizes.load(ours.get("batch_sizes", {}))
         for name, part in self.statistics().items():
             part.load_state_dict(ours.get(name, {}))
         for name, moments in self._moments().items():
@@ -262,7 +267,7 @@ def _plain_arguments(cls: type, recorded: Mapping[str, Plain]) -> dict[str, Any]
     for name, parameter in arguments(cls).items():
         value = recorded.get(f"model.{name}", parameter.empty)
         # Text can be the class of an object, or a path of somebody else's.
-        if value is not parameter.empty and type(value) in _TAKEN | {type(parameter.default)}:
+        if value == AUTO or type(value) in _TAKEN | {type(parameter.default)}:
             found[name] = value
     for name, kind in (("sampler", Sampler), ("lora", LoRA)):
         if isinstance(recorded.get(f"model.{name}"), str):

@@ -29,8 +29,12 @@ _WITHOUT_EFFECT = (
     "model.best_of",
     "model.sampling_batch_size",
     "model.microbatch_size",
+    "model.gradient_checkpointing",
     "model.reward_workers",
     "model.lora.pretrained",
+    "pipeline.decode_batch_size",
+    "pipeline.checkpoint_denoiser",
+    "pipeline.checkpoint_decoder",
     "data.eval_batch_size",
     "data.num_workers",
 )

@@ -1,6 +1,7 @@
 """Draws and scores samples in chunks that fit into memory; chunks do not change the noise."""
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -9,10 +10,11 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from lit_rlft.core.batch_size import BatchSize, Part, sized
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline
 from lit_rlft.core.randomness import Generators, generators, seed_from
 from lit_rlft.core.reward import Reward, rewards_of
-from lit_rlft.core.state import State, cat, index, slices
+from lit_rlft.core.state import State, cat, index
 from lit_rlft.cost.meter import Meter
 from lit_rlft.loop.route import Route
 from lit_rlft.loop.side.rewards import begin
@@ -31,11 +33,14 @@ class Chunk(NamedTuple):
         rows: Which of all samples they are.
         condition: One row per sample.
         noise: One generator per sample; None where none were asked for.
+        part: The block for the work on them, `with chunk.part:`. Where memory runs out in it, the
+            same samples come again in smaller chunks, if their number is automatic.
     """
 
     rows: slice
     condition: Condition
     noise: Generators
+    part: Part
 
 
 Drawn = Callable[[Chunk, State], None]
@@ -79,12 +84,12 @@ class Rollouts:
         self,
         pipeline: Pipeline,
         reward: Reward,
-        chunk_size: int,
+        chunk_size: int | BatchSize,
         seed: int,
         meter: Meter,
     ) -> None:
         self.pipeline, self.reward = pipeline, reward
-        self.chunk_size, self.seed, self.meter = chunk_size, seed, meter
+        self.chunk_size, self.seed, self.meter = sized(chunk_size), seed, meter
         self.track: Track = lambda items, label: items
         self.scored: Scored = unheard
 
@@ -106,10 +111,13 @@ class Rollouts:
             seeds: One integer per sample, which its generator starts from.
             label: Text of the progress bar; None shows none.
         """
-        parts = list(slices(len(condition), self.chunk_size))
-        for rows in parts if label is None else self.track(parts, label):
-            noise = None if seeds is None else generators(seeds[rows])
-            yield Chunk(rows, condition.index(rows), noise)
+        parts = self.chunk_size.parts(len(condition))
+        for part in parts if label is None else self.track(parts, label):
+            noise = None if seeds is None else generators(seeds[part.rows])
+            counted = replace(self.meter.current)
+            yield Chunk(part.rows, condition.index(part.rows), noise, part)
+            if part.failed:  # nobody pays for what is done again
+                vars(self.meter.current).update(vars(counted))
 
     def draw(
         self,
@@ -136,12 +144,15 @@ class Rollouts:
         """
         kept: list[list[State]] = [[] for _ in keep]
         for chunk in self.chunks(condition, seeds, label):
-            for i, x in route.walk(chunk.condition, chunk.noise):
+            with chunk.part:
+                found: dict[int, State] = {}
+                for i, x in route.walk(chunk.condition, chunk.noise):
+                    if i in keep:
+                        found[i] = x
+                if drawn is not None:
+                    drawn(chunk, x)
                 for states, wanted in zip(kept, keep, strict=True):
-                    if i == wanted:
-                        states.append(x)
-            if drawn is not None:
-                drawn(chunk, x)
+                    states.append(found[wanted])
         return [cat(states) for states in kept]
 
     def score(self, x_0: State, condition: Condition, *, may_fail: bool = False) -> Scores:
@@ -158,10 +169,12 @@ class Rollouts:
         rewards: list[Tensor] = []
         keys: list[Hashable] = []
         for chunk in self.chunks(condition, label="Scoring"):
-            samples = self.pipeline.decode(index(x_0, chunk.rows), chunk.condition)
-            begin(self.reward, "forward", samples, chunk.condition)
-            rewards.append(self.reward_of(samples, chunk.condition, may_fail=may_fail))
-            keys.extend(self.pipeline.keys(samples, chunk.condition) or [])
+            with chunk.part:
+                samples = self.pipeline.decode(index(x_0, chunk.rows), chunk.condition)
+                begin(self.reward, "forward", samples, chunk.condition)
+                own = self.reward_of(samples, chunk.condition, may_fail=may_fail)
+                keys.extend(self.pipeline.keys(samples, chunk.condition) or [])
+                rewards.append(own)
         return Scores(torch.cat(rewards), keys or None)
 
     def reward_of(self, samples: Any, condition: Condition, *, may_fail: bool = False) -> Tensor:

@@ -63,7 +63,8 @@ class Scoring:
         """
         for chunk in self.rollouts.chunks(condition, label="Scoring"):
             if chunk.rows.start >= self._num_begun:
-                self._begin(chunk, index(x_0, chunk.rows))
+                with chunk.part:
+                    self._begin(chunk, index(x_0, chunk.rows))
         while self._waiting:
             self._take()
         rewards = torch.cat(self._rewards)
@@ -77,6 +78,17 @@ class Scoring:
         return self.by_part or self._normalises
 
     def _begin(self, chunk: Chunk, x_0: State) -> None:
+        """Begin with a chunk; where memory runs out it has not begun."""
+        before = (self._num_begun, list(self._waiting), len(self._rewards), len(self._keys))
+        try:
+            self._begin_once(chunk, x_0)
+        except torch.OutOfMemoryError:
+            self._num_begun, waiting, num_rewards, num_keys = before
+            self._waiting = deque(waiting)
+            del self._rewards[num_rewards:], self._keys[num_keys:]
+            raise
+
+    def _begin_once(self, chunk: Chunk, x_0: State) -> None:
         pipeline, condition = self.rollouts.pipeline, chunk.condition
         samples = pipeline.decode(x_0, condition)
         begin(self.rollouts.reward, "forward", samples, condition)

@@ -29,6 +29,7 @@ __all__ = [
     "gradient_norm",
     "is_maximum",
     "layout",
+    "meet",
     "no_sync",
     "plan",
 ]
@@ -157,11 +158,13 @@ class Shares(NamedTuple):
         microbatch_size: Terms per backward pass; None takes all.
         world_size: Number of processes, over which gradients are averaged.
         no_sync: Makes a context in which a backward pass does not wait for other processes.
+        held: Whether no backward pass waits; the processes `meet` afterwards.
     """
 
     microbatch_size: int | None = None
     world_size: int = 1
     no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext
+    held: bool = False
 
 
 def accumulate(
@@ -194,11 +197,13 @@ def accumulate(
         try:
             total, values = _summed(minibatch.terms(rows), update.epoch, loss, parameters)
         except Exception:
-            if shares.world_size > 1:  # the others wait in their all-reduce: let them hear of it
+            # The others wait in their all-reduce: let them hear of it.
+            if shares.world_size > 1 and not shares.held:
                 backward(_zeros(parameters) * math.nan)
             raise
         # One all-reduce per update: only the last backward pass synchronises.
-        with nullcontext() if start == starts[-1] else shares.no_sync():
+        last = start == starts[-1] and not shares.held
+        with nullcontext() if last else shares.no_sync():
             backward(total * scale)
         for name, value in values.items():
             if is_maximum(name):
@@ -207,6 +212,11 @@ def accumulate(
                 weight = 1.0 if name == "loss" else share
                 logged[name] += float((value * weight).sum()) * scale
     return dict(logged)
+
+
+def meet(backward: Callable[[Tensor], object], parameters: Sequence[nn.Parameter]) -> None:
+    """Average the gradients that processes have held back."""
+    backward(_zeros(parameters))
 
 
 def _summed(

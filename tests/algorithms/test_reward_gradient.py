@@ -361,11 +361,6 @@ def test_a_discrete_process_is_refused() -> None:
         tuner.setup("fit")
 
 
-def test_blocks_of_a_denoiser_that_has_none_are_refused() -> None:
-    with pytest.raises(UsageError, match=r"GaussianMixtureDenoiser does not offer; .* 'steps'"):
-        tuner_of(DRaFT(1), gradient_checkpointing="blocks")
-
-
 def test_the_hinge_leaves_good_samples_alone() -> None:
     plain = tuner_of(DRaFT(2))
     losses, values = plain.loss(experience_of(plain), generators(SEEDS))

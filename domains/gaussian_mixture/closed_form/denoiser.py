@@ -4,13 +4,14 @@ import torch
 from torch import Tensor, nn
 
 from domains.gaussian_mixture.closed_form.mixture import Mixture
+from lit_rlft.core.block_checkpointing import BlockCheckpointing
 from lit_rlft.core.process import GaussianProcess
 from lit_rlft.core.state import expand_as
 
 __all__ = ["GaussianMixtureDenoiser", "Residual"]
 
 
-class GaussianMixtureDenoiser(nn.Module):
+class GaussianMixtureDenoiser(nn.Module, BlockCheckpointing):
     r"""The posterior mean of a Gaussian mixture, plus a residual network that starts at zero.
 
     With :math:`v_k = \alpha_t^2 s_k^2 + \sigma_t^2` and responsibilities
@@ -48,9 +49,11 @@ class GaussianMixtureDenoiser(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Return the prediction for x_t [B, d] at times t [B]."""
-        x_0, eps = self.posterior_means(x_t, t)
+        x_0, eps = self.run(self.posterior_means, x_t, t)
         prediction = self.process.prediction(x_0, eps, t)
-        return prediction if self.residual is None else prediction + self.residual(x_t, t)
+        if self.residual is None:
+            return prediction
+        return prediction + self.run(self.residual, x_t, t)
 
     def posterior_means(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return E[x_0 | x_t] and E[eps | x_t] of the mixture; no level divides by zero."""

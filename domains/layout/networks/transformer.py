@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from domains.layout.page.classes import class_list
+from lit_rlft.core.block_checkpointing import BlockCheckpointing
 from lit_rlft.core.checks import UsageError, at_least, positive
 from lit_rlft.core.state import State
 from lit_rlft.kit.network_folder import load_weights, read_settings
@@ -71,7 +72,7 @@ class Architecture:
         return class_list(self.classes)
 
 
-class LayoutTransformer(nn.Module):
+class LayoutTransformer(nn.Module, BlockCheckpointing):
     """Predicts the velocity of boxes, and the velocity of class scores or the classes' logits.
 
     The class after the last stands for an empty slot, in mixed states the one after it for a
@@ -115,7 +116,7 @@ class LayoutTransformer(nn.Module):
         hidden = hidden + self.class_in(category.to(dtype) if category.dim() == 3 else category)
         time = functional.silu(self.time_in(frequencies(t).to(dtype)))
         for block in self.blocks:
-            hidden = block(hidden, time)
+            hidden = self.run(block, hidden, time)
         scale, shift = self.modulate(time).unsqueeze(1).chunk(2, dim=-1)
         prediction = self.out(normed(hidden) * (1 + scale) + shift)
         if isinstance(x_t, Tensor):

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from domains.molecule.networks.architecture import Architecture
+from lit_rlft.core.block_checkpointing import BlockCheckpointing
 from lit_rlft.kit.network_folder import load_weights, read_settings
 from lit_rlft.kit.time_layers import NUM_FREQUENCIES, frequencies
 
 __all__ = ["Inputs", "MoleculeNetwork", "centred", "load_network"]
 
 
-class MoleculeNetwork(nn.Module, ABC):
+class MoleculeNetwork(nn.Module, BlockCheckpointing, ABC):
     """A network from noisy atoms to predictions of the same shapes.
 
     Args:

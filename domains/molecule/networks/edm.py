@@ -81,11 +81,17 @@ class EDM(MoleculeNetwork):
         first = self._embedded(_squares(start))
         hidden = self.inputs(torch.cat([features.to(dtype), time], dim=-1))
         for block in self.blocks:
-            distances = torch.cat([self._embedded(_squares(x)), first], dim=-1)
-            hidden, x = block(hidden, x, distances, pairs)
+            hidden, x = self.run(self._through, block, hidden, x, first, pairs)
         moves = (x - start) * atoms
         moves = moves - atoms * moves.sum(dim=1, keepdim=True) / atoms.sum(dim=1, keepdim=True)
         return moves, (self.out(hidden) * atoms)[..., :-1]
+
+    def _through(
+        self, block: nn.Module, hidden: Tensor, x: Tensor, first: Tensor, pairs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        distances = torch.cat([self._embedded(_squares(x)), first], dim=-1)
+        moved: tuple[Tensor, Tensor] = block(hidden, x, distances, pairs)
+        return moved
 
     def _embedded(self, squares: Tensor) -> Tensor:
         if not self.architecture.sin_embedding:

@@ -58,7 +58,8 @@ class EGNN(MoleculeNetwork):
         first = _radial(_distances(start))
         moved, edges = start, None
         for layer in self.layers:
-            hidden, moved, edges = layer(hidden, moved, edges, first, pairs, time)
+            given = (hidden, moved, edges, first, pairs, time)
+            hidden, moved, edges = self.run(layer, *given)
         return centred(moved - start, full), self.out(normed(hidden))
 
 

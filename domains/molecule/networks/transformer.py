@@ -30,7 +30,7 @@ class Transformer(MoleculeNetwork):
         hidden = hidden + self.position_in(positions.to(hidden.dtype))
         seen = None if full is None else full[:, None, None, :]
         for block in self.blocks:
-            hidden = block(hidden, time, seen)
+            hidden = self.run(block, hidden, time, seen)
         scale, shift = self.modulate(time).unsqueeze(1).chunk(2, dim=-1)
         prediction = self.out(normed(hidden) * (1 + scale) + shift)
         return centred(prediction[..., :3], full), prediction[..., 3:]

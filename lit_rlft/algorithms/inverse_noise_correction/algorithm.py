@@ -192,7 +192,7 @@ class InverseNoiseCorrection(RewardFineTuner):
         data = NoisyData(self.pipeline, rows, collate, std=self.data_noise, seed=self.seed)
         folder = Path(self.noise_folder or run_folder(self.trainer) / "inverted_noise")
         store = InvertedNoise(folder, len(data), self.shard_size)
-        size = self.sampling_batch_size
+        size = self.sizes.sampling
         return Inversion(data, store, self.reference, self.sampler, self.solver, size)
 
     def on_validation_start(self) -> None:

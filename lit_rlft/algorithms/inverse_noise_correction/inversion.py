@@ -11,12 +11,13 @@ from torch.utils.data import Dataset
 
 from lit_rlft.algorithms.inverse_noise_correction.fingerprint import alike, probe
 from lit_rlft.algorithms.inverse_noise_correction.noise_store import InvertedNoise
+from lit_rlft.core.batch_size import BatchSize, sized
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.fixed_point import FixedPoint
 from lit_rlft.core.pipeline import Condition, Pipeline
 from lit_rlft.core.randomness import generators, seed_from
 from lit_rlft.core.sampling import Denoiser, Sampler
-from lit_rlft.core.state import State, cat, flatten, slices, tree_map
+from lit_rlft.core.state import State, cat, flatten, tree_map
 from lit_rlft.core.streams import Stream
 from lit_rlft.distributed import gather, together
 from lit_rlft.loop.rollouts import Track
@@ -77,17 +78,18 @@ class NoisyData:
             noisy = tree_map(lambda fixed, x, e: x.where(fixed, e), given, x_0, noisy)
         return noisy, condition
 
-    def probe(self, rows: Sequence[int], chunk_size: int) -> list[float] | None:
+    def probe(self, rows: Sequence[int], chunk_size: BatchSize) -> list[float] | None:
         """Return a fingerprint of these rows; None where they differ each time they are read."""
         first, again = (self._probe(rows, chunk_size) for _ in range(2))
         return first if alike(first, again) else None
 
-    def _probe(self, rows: Sequence[int], chunk_size: int) -> list[float]:
-        numbers = []
-        for chunk in slices(len(rows), chunk_size):
-            x_0, condition = self.read(rows[chunk])
-            features = self.pipeline.features(condition)
-            numbers += probe({"x_0": flatten(x_0), "features": features.to(flatten(x_0))})
+    def _probe(self, rows: Sequence[int], chunk_size: BatchSize) -> list[float]:
+        numbers: list[float] = []
+        for part in chunk_size.parts(len(rows)):
+            with part:
+                x_0, condition = self.read(rows[part.rows])
+                features = self.pipeline.features(condition)
+                numbers += probe({"x_0": flatten(x_0), "features": features.to(flatten(x_0))})
         return numbers
 
 
@@ -118,10 +120,10 @@ class Inversion:
         denoiser: Denoiser,
         sampler: Sampler,
         solver: FixedPoint,
-        chunk_size: int,
+        chunk_size: int | BatchSize,
     ) -> None:
         self.data, self.store, self.denoiser = data, store, denoiser
-        self.sampler, self.solver, self.chunk_size = sampler, solver, chunk_size
+        self.sampler, self.solver, self.chunk_size = sampler, solver, sized(chunk_size)
 
     def run(
         self, base: Mapping[str, Any], rank: int, world_size: int, track: Track
@@ -166,19 +168,21 @@ class Inversion:
         Raises:
             UsageError: It is not finite.
         """
-        process, parts = self.data.pipeline.process, []
-        for chunk in slices(len(rows), self.chunk_size):
-            x_0, condition = self.data.read(rows[chunk])
-            parts.append(self.sampler.invert(self.denoiser, process, x_0, condition, self.solver))
-        x_1 = cat([part.x_1 for part in parts])
-        residuals = torch.cat([part.residuals for part in parts])
+        process, done = self.data.pipeline.process, []
+        for part in self.chunk_size.parts(len(rows)):
+            with part:
+                x_0, condition = self.data.read(rows[part.rows])
+                args = (self.denoiser, process, x_0, condition, self.solver)
+                done.append(self.sampler.invert(*args))
+        x_1 = cat([one.x_1 for one in done])
+        residuals = torch.cat([one.residuals for one in done])
         if not flatten(x_1).isfinite().all():
             raise UsageError(
                 f"the inversion of rows {rows.start} to {rows.stop - 1} of the data overflows; "
                 "raise model.init_args.sampler.num_steps, or look for numbers in the data that "
                 "are not finite"
             )
-        iterations = torch.cat([part.iterations for part in parts]).double()
+        iterations = torch.cat([one.iterations for one in done]).double()
         return x_1, {
             "num_rows": len(rows),
             "solver": asdict(self.solver),

@@ -28,6 +28,7 @@ from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.randomness import generators
 from lit_rlft.core.sampling import Sampler
+from lit_rlft.core.state import tensor_of
 from lit_rlft.loop.reference import LoRA, Reference, attach_lora
 from tests.support import assert_close_in_rounding
 
@@ -405,6 +406,33 @@ def test_decoding_in_chunks(tiny_stable_diffusion: Folder) -> None:
         assert sizes == [2, 2, 1]
         pipeline.decode_batch_size = 5
         torch.testing.assert_close(images, pipeline.decode(x_0, condition))
+
+
+def test_decoding_goes_on_with_fewer_pictures_where_memory_runs_out(
+    tiny_stable_diffusion: Folder,
+) -> None:
+    """The default; what was decoded before stays, and encoding pictures shares the number."""
+    folder = str(tiny_stable_diffusion())
+    pipeline, fixed = TextToImagePipeline(folder), TextToImagePipeline(folder, decode_batch_size=2)
+    sizes: list[int] = []
+
+    def bounded(module: torch.nn.Module, args: tuple[Tensor]) -> None:
+        sizes.append(len(args[0]))
+        if len(args[0]) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    for part in (pipeline.vae.decoder, pipeline.vae.encoder):
+        part.register_forward_pre_hook(bounded)
+    x_0, condition = torch.randn(5, 4, 2, 2), encoded(fixed, ["a"] * 5)
+    with torch.no_grad():
+        assert torch.equal(pipeline.decode(x_0, condition), fixed.decode(x_0, condition))
+        assert sizes == [5, 4, 2, 2, 1]
+    batch = {"image": torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8)}
+    assert torch.equal(tensor_of(pipeline.states(batch)), tensor_of(fixed.states(batch)))
+    assert sizes[5:] == [2, 2, 1]
+    rows = {key: size.rows for key, size in pipeline.batch_sizes().items()}
+    key = "pipeline.decode_batch_size"
+    assert rows == {key: 2, f"{key} with gradients": 32}
 
 
 def test_states_of_pictures_invert_decoding(tiny_stable_diffusion: Folder) -> None:

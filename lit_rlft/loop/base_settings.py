@@ -1,0 +1,22 @@
+"""The checks of the settings that all algorithms share."""
+
+from typing import Any
+
+from lit_rlft.core.checks import at_least, positive, require
+
+__all__ = ["check_settings"]
+
+
+def check_settings(owner: Any) -> None:
+    """Raise BadArgument where a setting of `RewardFineTuner`'s own is impossible.
+
+    Args:
+        owner: Has them as attributes.
+    """
+    for name in ("num_epochs", "minibatch_size", "num_eval_samples", "best_of", "seed"):
+        require(getattr(owner, name) is not None, owner, name, "a whole number, not null")
+    at_least(1, owner, "num_epochs", "minibatch_size", "microbatch_size")
+    at_least(1, owner, "sampling_batch_size", "num_eval_samples")
+    positive(owner, "max_grad_norm")
+    at_least(0, owner, "best_of", "seed")
+    require(owner.best_of != 1, owner, "best_of", "0 for none, or above 1")
