@@ -13,7 +13,7 @@ from torch import Tensor
 from lit_rlft.core.distribution import Distribution, Reduction
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.process import Process
-from lit_rlft.core.randomness import Generators
+from lit_rlft.core.randomness import Generators, next_step, step_noise
 from lit_rlft.core.sampling import Denoiser
 from lit_rlft.core.state import State, batch_size, index, leaves, tree_map
 
@@ -30,8 +30,20 @@ def transition_of(
     eta: float,
 ) -> Distribution:
     """Return p(x_s | x_t), computed in single precision at least; sampler and replay share it."""
+    return law_of(denoiser, process, x_t, t, process.coefficients(t, s, eta), condition)
+
+
+def law_of(
+    denoiser: Denoiser,
+    process: Process,
+    x_t: State,
+    t: Tensor,
+    coefficients: State,
+    condition: Condition,
+) -> Distribution:
+    """Return p(x_s | x_t) of steps whose coefficients are known, as `transition_of` does."""
     prediction = denoiser(x_t, t, condition)
-    return process.transition(_single(prediction), _single(x_t), t, s, eta)
+    return process.step(_single(prediction), _single(x_t), coefficients)
 
 
 def walk_with_log_probs(
@@ -62,13 +74,13 @@ def walk_with_log_probs(
         ends: [num_steps], where each step leads (`Process.ends`); None is the grid's next.
     """
     x, size = rounded(x_1, x_1, dtype), batch_size(x_1)
-    times = times.to(leaves(x_1)[0].device)
-    ends = times[1:] if ends is None else ends.to(times)
+    steps = process.steps(times, ends, eta, _single(x_1))
+    ahead = step_noise(noise, len(steps))
     yield x, None
-    for i in range(len(times) - 1):
-        t, s = times[i].expand(size), ends[i].expand(size)
-        transition = transition_of(denoiser, process, x, t, s, condition, eta)
-        x = rounded(transition.rsample(noise), x_1, dtype)
+    for i in range(len(steps)):
+        t = steps.levels(i, size)
+        transition = law_of(denoiser, process, x, t, steps.row(i), condition)
+        x = rounded(transition.rsample(next_step(ahead)), x_1, dtype)
         yield x, transition.log_prob(x, reduction)
 
 
