@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lit_rlft.core.checks import UsageError
-from lit_rlft.core.distribution import Distribution, Gaussian, Reduction
+from lit_rlft.core.distribution import Distribution, Gaussian, Reduction, density_of
 from lit_rlft.core.randomness import Generators, randn_like
 from lit_rlft.core.state import State, tensor_of
 
@@ -109,8 +109,14 @@ class PointCloudGaussian(Gaussian):
         return self.loc + _project(offset, self.full, self.num_coordinates)
 
     def log_prob(self, state: State, reduction: Reduction = "sum") -> Tensor:
-        offset, weights = tensor_of(state) - self.loc, self._weights
-        dimensions = self.num_dimensions.to(offset)
+        offset, dimensions = tensor_of(state) - self.loc, self.num_dimensions.to(self.loc)
+        if self.std.dim() == 0 or self.std.shape[1:].numel() == 1:
+            # All stds of a sample are equal: the density is the usual one of what exists.
+            rate, peak = (values.flatten().to(offset) for values in density_of(self.std))
+            squares = _project(offset, self.full, self.num_coordinates).square().sum(dim=(1, 2))
+            values = dimensions * peak - 0.5 * rate.square() * squares
+            return values if reduction == "sum" else values / dimensions.clamp(min=1)
+        weights = self._weights
         values = self._squares(offset, weights) + self._log_det + dimensions * math.log(2 * math.pi)
         return self._reduced(-0.5 * values, reduction)
 

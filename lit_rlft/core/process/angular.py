@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from lit_rlft.core.process.gaussian import GaussianProcess
+from lit_rlft.core.process.gaussian import GaussianProcess, Linear
 from lit_rlft.core.schedule import CosineVP
 from lit_rlft.core.subspace import Subspace
 
@@ -34,4 +34,5 @@ class AngularFlow(GaussianProcess):
         if eta:
             return super().coefficients(t, s, eta)
         angle = math.pi / 2 * (t - s)
-        return torch.stack([torch.ones_like(angle), -angle, torch.zeros_like(angle)], dim=-1)
+        one, zero = torch.ones_like(angle), torch.zeros_like(angle)
+        return torch.stack(Linear(one, -angle, zero, zero, zero), dim=-1)

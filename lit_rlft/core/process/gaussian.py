@@ -24,14 +24,14 @@ import torch
 from torch import Tensor
 
 from lit_rlft.core.checks import UsageError, at_least
-from lit_rlft.core.distribution import Gaussian
+from lit_rlft.core.distribution import Gaussian, density_of
 from lit_rlft.core.process.base import Process
 from lit_rlft.core.randomness import Generators, randn_like
 from lit_rlft.core.schedule import Schedule
 from lit_rlft.core.state import State, expand_as, tensor_of
 from lit_rlft.core.subspace import Subspace
 
-__all__ = ["GaussianProcess", "PredictionType"]
+__all__ = ["GaussianProcess", "Linear", "PredictionType"]
 
 PredictionType = Literal["epsilon", "sample", "v", "velocity"]
 _MIN_SIGNAL = 1e-5
@@ -108,7 +108,7 @@ class GaussianProcess(Process):
         return self._law(loc, std, tensor_of(blank))
 
     def coefficients(self, t: Tensor, s: Tensor, eta: float) -> Tensor:
-        """Return the columns of `_Linear`, or of `_Bounded` under a bound, float64 [B, C]."""
+        """Return the columns of `Linear`, or of `_Bounded` under a bound, float64 [B, C]."""
         (alpha_t, alpha_s), (sigma_t, sigma_s) = self.schedule.levels(torch.stack([t, s]))
         variance = _forward_variance(alpha_s, sigma_s, alpha_t, sigma_t)
         std = eta * (sigma_s / sigma_t) * variance.sqrt()
@@ -117,25 +117,28 @@ class GaussianProcess(Process):
             std = eta * variance.sqrt() * (t > self.wide_above)
         a, b = self._weights(alpha_t, sigma_t)
         determinant = b * alpha_t - a * sigma_t
-        columns: _Linear | _Bounded
+        columns: Linear | _Bounded
         if self.bound is None:
             of_x = (alpha_s * b - direction * a) / determinant
             of_p = (direction * alpha_t - alpha_s * sigma_t) / determinant
-            columns = _Linear(of_x, of_p, std)
+            columns = Linear(of_x, of_p, std, *density_of(std))
         else:
             estimate = (b / determinant, -sigma_t / determinant)
-            columns = _Bounded(alpha_s, direction, std, *estimate, alpha_t, sigma_t)
+            columns = _Bounded(
+                alpha_s, direction, std, *density_of(std), *estimate, alpha_t, sigma_t
+            )
         return torch.stack(columns, dim=-1)
 
     def step(self, prediction: State, x_t: State, coefficients: State) -> Gaussian:
         x = tensor_of(x_t)
         p, columns = tensor_of(prediction).to(x.dtype), _columns(tensor_of(coefficients), x)
         if self.bound is None:
-            of_x, of_p, std = _Linear(*columns)
-            return self._law(of_x * x + of_p * p, std, x)
-        bounded = _Bounded(*columns)
-        x_0, eps = self._bounded(p, x, bounded)
-        return self._law(bounded.alpha_s * x_0 + bounded.direction * eps, bounded.std, x)
+            of_x, of_p, std, *density = Linear(*columns)
+            return self._law(of_x * x + of_p * p, std, x, density)
+        step = _Bounded(*columns)
+        x_0, eps = self._bounded(p, x, step)
+        mean = step.alpha_s * x_0 + step.direction * eps
+        return self._law(mean, step.std, x, (step.rate, step.peak))
 
     def _bounded(self, p: Tensor, x: Tensor, step: "_Bounded") -> tuple[Tensor, Tensor]:
         """Return the bounded estimate of x_0, and the noise that a step goes on with."""
@@ -232,9 +235,11 @@ class GaussianProcess(Process):
     def ends(self, num_steps: int) -> Tensor:
         return self.schedule.ends(num_steps)
 
-    def _law(self, loc: Tensor, std: Tensor, like: Tensor) -> Gaussian:
+    def _law(
+        self, loc: Tensor, std: Tensor, like: Tensor, density: Sequence[Tensor] | None = None
+    ) -> Gaussian:
         if self.subspace is None:
-            return Gaussian(loc, std)
+            return Gaussian(loc, std, None if density is None else (density[0], density[1]))
         return self.subspace.gaussian(loc, std, like)
 
     def _projected(self, x: Tensor, like: Tensor) -> Tensor:
@@ -252,26 +257,32 @@ class GaussianProcess(Process):
         return -one, one
 
 
-class _Linear(NamedTuple):
+class Linear(NamedTuple):
     """A step as x_s = of_x x_t + of_p p + std z, written in x_t and the prediction p.
 
-    That is alpha_s x_0 + direction eps + std z in few passes over states.
+    That is alpha_s x_0 + direction eps + std z in few passes over states. The rest is
+    `density_of(std)`.
     """
 
     of_x: Tensor
     of_p: Tensor
     std: Tensor
+    rate: Tensor
+    peak: Tensor
 
 
 class _Bounded(NamedTuple):
     """A step as x_s = alpha_s x_0 + direction eps + std z.
 
-    x_0 is the bound of x_0_of_x x_t + x_0_of_p p, and x_t is alpha_t x_0 + sigma_t eps.
+    x_0 is the bound of x_0_of_x x_t + x_0_of_p p, and x_t is alpha_t x_0 + sigma_t eps. Rate and
+    peak are `density_of(std)`.
     """
 
     alpha_s: Tensor
     direction: Tensor
     std: Tensor
+    rate: Tensor
+    peak: Tensor
     x_0_of_x: Tensor
     x_0_of_p: Tensor
     alpha_t: Tensor
