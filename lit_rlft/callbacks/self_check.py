@@ -14,6 +14,7 @@ from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.callbacks.reward_probes import check_on_probes
 from lit_rlft.core.checks import UsageError, at_least
 from lit_rlft.core.process import Process
+from lit_rlft.core.reward import check_rewards
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.state import tensor_of
 from lit_rlft.distributed import gather
@@ -35,11 +36,13 @@ class _Seen(NamedTuple):
         losses: [n].
         deviation: [n], of ratios that should be 1; None where there are none.
         levels: [n], the times of their transitions; None without any.
+        rewards: [n], where the loss computes them; None elsewhere.
     """
 
     losses: Tensor
     deviation: Tensor | None
     levels: Tensor | None
+    rewards: Tensor | None
 
     def bad(self, tolerance: float) -> Tensor:
         """Return whether the update must not be made, a bool on the device."""
@@ -126,7 +129,8 @@ class SelfCheck(Hooks):
                 "yours, and for trainable parameters (model.init_args.lora)"
             )
         deviation, levels = values.get("first_ratio_deviation_max"), part.states.get("t")
-        seen = _Seen(losses.detach(), deviation, None if levels is None else tensor_of(levels))
+        level = None if levels is None else tensor_of(levels)
+        seen = _Seen(losses.detach(), deviation, level, values.get("reward"))
         bad = seen.bad(self._tolerance(module))
         # Nothing waits for the device here: the gradients of all processes become NaN instead.
         losses.register_hook(lambda grad: grad.masked_fill(bad, math.nan))  # type: ignore[no-untyped-call]
@@ -179,6 +183,8 @@ class SelfCheck(Hooks):
     def _check_seen(self, module: RewardFineTuner, seen: "_Seen") -> None:
         """Raise UsageError where losses are not finite, or a ratio of the policy's own is not 1."""
         losses, deviation, tolerance = seen.losses, seen.deviation, self._tolerance(module)
+        if seen.rewards is not None:
+            check_rewards(module.reward, seen.rewards.cpu(), len(losses))
         if not losses.isfinite().all():
             wrong = int((~losses.isfinite()).sum())
             raise _not_finite(module, f"{wrong} of {len(losses)} losses")

@@ -174,7 +174,7 @@ class Trajectories:
         steps = torch.tensor(self.steps)
         slots = torch.tensor([self._slots[i] for i in self.steps])
         own = {"step": steps, "slot": slots, "t": self.times[steps], "s": self.ends[steps]}
-        return {name: values.to(self._device) for name, values in own.items()}
+        return {name: one.to(self._device, non_blocking=True) for name, one in own.items()}
 
     def replace_log_probs(self, places: Tensor, samples: Tensor, values: Tensor) -> None:
         """Set the log-probabilities of some pairs, [P], counted as in `pairs`."""
