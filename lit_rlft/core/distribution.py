@@ -90,8 +90,8 @@ class Gaussian(Distribution):
         if not alike:
             return _reduce(peak - 0.5 * squares, reduction)
         # One std a sample, as transitions have: few numbers after one pass over states.
-        num = squares.shape[1:].numel() if reduction == "sum" else 1
-        return num * peak.flatten() - 0.5 * _reduce(squares, reduction)
+        total = peak * squares.shape[1:].numel() if reduction == "sum" else peak
+        return total.flatten() - 0.5 * _reduce(squares, reduction)
 
     def kl(self, other: Distribution, reduction: Reduction = "sum") -> Tensor:
         if not isinstance(other, Gaussian):
