@@ -3,7 +3,6 @@
 import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -376,13 +375,12 @@ class TextToImagePipeline(Pipeline):
         """
         if self.cfg_scale <= 1:
             return self.predict(x_t, t, condition)
-        null = condition.dropped(torch.ones_like(condition.rows, dtype=torch.bool))
+        both = condition.beside_null()
         if self.guidance_gradient == "conditional" and torch.is_grad_enabled():
             with torch.no_grad():
-                u = self.predict(x_t, t, null)
+                u = self.predict(x_t, t, both.index(slice(0, len(condition))))
             c = self.predict(x_t, t, condition)
         else:
-            both = replace(condition, rows=torch.cat([null.rows, condition.rows]))
             u, c = self.predict(torch.cat([tensor_of(x_t)] * 2), t.repeat(2), both).chunk(2)
         return self.family.guided(u, c, t, self.guidance_scale)
 

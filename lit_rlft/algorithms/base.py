@@ -37,7 +37,7 @@ from lit_rlft.loop.round_log import log_round, round_means, write_round
 from lit_rlft.loop.route import Leg, Route
 from lit_rlft.loop.side.rewards import RewardWorkers
 from lit_rlft.loop.side.watch import SideWatch, beside
-from lit_rlft.loop.updates import Shares, Update, gradient_norm, layout, no_sync, plan
+from lit_rlft.loop.updates import Shares, Update, clip, layout, no_sync, plan, settled
 from lit_rlft.runs.folder import run_folder, summary_writer, writes_nothing
 
 __all__ = ["RewardFineTuner"]
@@ -255,13 +255,13 @@ class RewardFineTuner(Checkpointed, ABC):
         trained = list(self._trained().values())
         what = (update, self.audience.watched(self.loss), self.manual_backward, trained, shares)
         logged = fitting(*what, self.sizes, self.meter)
-        norm = gradient_norm(trained, optimizer, trainer.precision_plugin, trainer.world_size)
-        self.audience.on_gradients(norm)
-        self.clip_gradients(optimizer.optimizer, self.max_grad_norm, "norm")
+        values, norm = settled(logged, trained, optimizer, trainer.precision_plugin)
+        self.audience.on_gradients(values["grad_norm"])
+        clip(trained, norm, self.max_grad_norm)
         optimizer.step()
         self.num_updates += 1
         after_update(self.lr_schedulers())
-        return {**logged, "grad_norm": norm}
+        return values
 
     def on_validation_epoch_start(self) -> None:
         """Start a fresh evaluation, not on training's bill; the reference's first one is kept."""

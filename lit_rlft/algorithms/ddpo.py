@@ -42,7 +42,13 @@ from lit_rlft.core.sampling import Denoiser
 from lit_rlft.core.state import State, cat, slices, tensor_of
 from lit_rlft.core.streams import Stream
 from lit_rlft.core.surrogate import importance_sampling, ratio_values, score_function
-from lit_rlft.core.trajectory import Trajectories, transition_of, walk_with_log_probs
+from lit_rlft.core.trajectory import (
+    Trajectories,
+    law_of,
+    single,
+    transition_of,
+    walk_with_log_probs,
+)
 from lit_rlft.distributed import gather
 from lit_rlft.loop.advantages import check_parts, judge
 from lit_rlft.loop.batch_sizes import rehearse
@@ -102,7 +108,7 @@ class Rollout(Experience):
         samples = self.rows[chosen]
         states = self.trajectories.pairs(places, samples)
         old = tensor_of(states["log_prob"])
-        states["advantage"] = self.advantages[samples].to(old)
+        states["advantage"] = self.advantages[samples].to(old, non_blocking=True)
         states["weight"] = torch.full_like(old, 1 / self.num_steps)
         seeds = [self.seeds[i] for i in chosen.tolist()]
         return Experience(states, self.condition.index(chosen), seeds)
@@ -288,7 +294,10 @@ class DDPO(RewardFineTuner):
         """Draw trajectories in chunks; return what is kept of them, and x_0."""
         process, num_steps = self.pipeline.process, self.sampler.num_steps
         times, ends = process.times(num_steps), process.ends(num_steps)
-        kept = Trajectories(len(condition), times, self._draw_steps(), self.state_dtype, ends)
+        blank = single(self.pipeline.blank(condition.index(slice(0, 1))))
+        table = process.steps(times, ends, self.sampler.eta, blank).coefficients
+        grid = (times, self._draw_steps(), self.state_dtype, ends, table)
+        kept = Trajectories(len(condition), *grid)
         x_0 = []
         for chunk in self.rollouts.chunks(condition, seeds, "Sampling"):
             with chunk.part:
@@ -366,7 +375,9 @@ class DDPO(RewardFineTuner):
         return num
 
     def _transition(self, denoiser: Denoiser, pairs: Experience) -> Distribution:
-        states = pairs.states
-        t, s = tensor_of(states["t"]), tensor_of(states["s"])
-        process, eta = self.pipeline.process, self.sampler.eta
-        return transition_of(denoiser, process, states["x_t"], t, s, pairs.condition, eta)
+        states, process = pairs.states, self.pipeline.process
+        t, x_t = tensor_of(states["t"]), states["x_t"]
+        if "coefficients" not in states:
+            args = (x_t, t, tensor_of(states["s"]), pairs.condition, self.sampler.eta)
+            return transition_of(denoiser, process, *args)
+        return law_of(denoiser, process, x_t, t, states["coefficients"], pairs.condition)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from lightning import LightningModule, Trainer
@@ -14,8 +15,10 @@ from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.callbacks.reward_probes import check_on_probes
 from lit_rlft.core.checks import UsageError, at_least
 from lit_rlft.core.process import Process
+from lit_rlft.core.reward import check_rewards
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.state import tensor_of
+from lit_rlft.distributed import gather
 from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.hooks import Hooks
 from lit_rlft.loop.precision import check_weights
@@ -25,6 +28,27 @@ __all__ = ["SelfCheck"]
 _MAX_TOLERANCE = 0.01
 _FEW_GROUPS = 0.9
 """Share of groups without differences above which a round teaches next to nothing."""
+
+
+class _Seen(NamedTuple):
+    """What is kept of some terms of an update until their gradients are there.
+
+    Attributes:
+        losses: [n].
+        deviation: [n], of ratios that should be 1; None where there are none.
+        levels: [n], the times of their transitions; None without any.
+        rewards: [n], where the loss computes them; None elsewhere.
+    """
+
+    losses: Tensor
+    deviation: Tensor | None
+    levels: Tensor | None
+    rewards: Tensor | None
+
+    def bad(self, tolerance: float) -> Tensor:
+        """Return whether the update must not be made, a bool on the device."""
+        bad = ~self.losses.isfinite().all()
+        return bad if self.deviation is None else bad | (self.deviation.max() > tolerance)
 
 
 class SelfCheck(Hooks):
@@ -55,6 +79,8 @@ class SelfCheck(Hooks):
         self.enabled, self.ratio_tolerance = enabled, ratio_tolerance
         self.reward_probes = reward_probes
         self._said: set[str] = set()
+        self._seen: list[_Seen] = []
+        self._rewards: list[Tensor] = []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the reward."""
@@ -103,16 +129,32 @@ class SelfCheck(Hooks):
                 "trainable; look for torch.no_grad, detach or .item() in a reward or pipeline of "
                 "yours, and for trainable parameters (model.init_args.lora)"
             )
-        if not losses.isfinite().all():
-            wrong = int((~losses.isfinite()).sum())
-            raise _not_finite(module, f"{wrong} of {len(losses)} losses")
-        if "first_ratio_deviation_max" in values:
-            self._check_ratios(module, part, values["first_ratio_deviation_max"])
-        self._check_constant(values.get("reward"), module.reward.name, module.num_rounds)
+        deviation, levels = values.get("first_ratio_deviation_max"), part.states.get("t")
+        level = None if levels is None else tensor_of(levels)
+        seen = _Seen(losses.detach(), deviation, level, values.get("reward"))
+        bad = seen.bad(self._tolerance(module))
+        # Nothing waits for the device here: the gradients of all processes become NaN instead.
+        losses.register_hook(lambda grad: grad.masked_fill(bad, math.nan))  # type: ignore[no-untyped-call]
+        self._seen.append(seen)
+        if "reward" in values and "constant rewards" not in self._said:
+            self._rewards.append(values["reward"])
+
+    def on_phase_end(self, module: LightningModule, name: str, num_samples: int) -> None:
+        """Check the rewards that the updates of a round have seen."""
+        if name == "update":
+            assert isinstance(module, RewardFineTuner)
+            rewards, self._rewards, self._seen = self._rewards, [], []
+            for own in rewards:
+                self._check_constant(own, module.reward.name, module.num_rounds)
 
     def on_gradients(self, module: LightningModule, norm: float) -> None:
-        """Check that gradients are finite and that there are any."""
+        """Check losses and ratios, that gradients are finite and that there are any."""
         assert isinstance(module, RewardFineTuner)
+        all_seen, self._seen = self._seen, []
+        if not math.isfinite(norm):
+            for seen in all_seen:
+                self._check_seen(module, seen)
+            gather(None, module.trainer.world_size)  # another process says what it has found
         named = [(n, p) for n, p in module.trainable().named_parameters() if p.requires_grad]
         precision = module.trainer.precision_plugin
         scaled = isinstance(precision, MixedPrecision) and precision.scaler is not None
@@ -133,18 +175,25 @@ class SelfCheck(Hooks):
                 "parameters but does not depend on them there",
             )
 
-    def _check_ratios(self, module: RewardFineTuner, part: Experience, deviation: Tensor) -> None:
-        """Raise UsageError where a ratio is not 1 though the policy drew the samples."""
-        clip = getattr(module, "clip_range", 2 * _MAX_TOLERANCE)
-        tolerance = self.ratio_tolerance
-        if tolerance is None:
-            tolerance = min(_MAX_TOLERANCE, clip / 2)
-        worst = int(deviation.argmax())
-        if deviation[worst] <= tolerance:
+    def _tolerance(self, module: RewardFineTuner) -> float:
+        """Return how far from 1 the first ratios may be."""
+        if self.ratio_tolerance is not None:
+            return self.ratio_tolerance
+        return min(_MAX_TOLERANCE, getattr(module, "clip_range", 2 * _MAX_TOLERANCE) / 2)
+
+    def _check_seen(self, module: RewardFineTuner, seen: "_Seen") -> None:
+        """Raise UsageError where losses are not finite, or a ratio of the policy's own is not 1."""
+        losses, deviation, tolerance = seen.losses, seen.deviation, self._tolerance(module)
+        if seen.rewards is not None:
+            check_rewards(module.reward, seen.rewards.cpu(), len(losses))
+        if not losses.isfinite().all():
+            wrong = int((~losses.isfinite()).sum())
+            raise _not_finite(module, f"{wrong} of {len(losses)} losses")
+        if deviation is None or deviation.max() <= tolerance:
             return
-        where = ""
-        if "t" in part.states:
-            level = float(tensor_of(part.states["t"])[worst])
+        worst, where = int(deviation.argmax()), ""
+        if seen.levels is not None:
+            level = float(seen.levels[worst])
             where = _step_of(level, module.pipeline.process, module.sampler)
         precision, denoiser = module.trainer.precision, module.pipeline.denoiser
         weights = str(next(denoiser.parameters()).dtype).removeprefix("torch.")

@@ -15,7 +15,7 @@ from torch import Tensor
 from lit_rlft.core.randomness import Generators, rand_like, randn_like
 from lit_rlft.core.state import State, fields_of, tensor_of
 
-__all__ = ["Categorical", "Distribution", "Gaussian", "Product", "Reduction"]
+__all__ = ["Categorical", "Distribution", "Gaussian", "Product", "Reduction", "density_of"]
 
 Reduction = Literal["sum", "mean"]
 
@@ -53,10 +53,13 @@ class Gaussian(Distribution):
         loc: [B, ...].
         std: Broadcastable against `loc`. A sample whose std is 0 is a point mass: it can be drawn,
             and it counts 0 in log-probabilities and divergences.
+        density: `density_of(std)`, where it is known.
     """
 
-    def __init__(self, loc: Tensor, std: Tensor) -> None:
-        self.loc, self.std = loc, std
+    def __init__(
+        self, loc: Tensor, std: Tensor, density: tuple[Tensor, Tensor] | None = None
+    ) -> None:
+        self.loc, self.std, self._density = loc, std, density
 
     @property
     def mean(self) -> Tensor:
@@ -81,10 +84,14 @@ class Gaussian(Distribution):
         return self.loc + self.std * randn_like(self.loc, noise)
 
     def log_prob(self, state: State, reduction: Reduction = "sum") -> Tensor:
-        std = self._positive_std
-        x = tensor_of(state)
-        values = -0.5 * ((x - self.loc) / std) ** 2 - std.log() - 0.5 * math.log(2 * math.pi)
-        return _reduce(values.where(self.std > 0, 0), reduction)
+        rate, peak = self._density or density_of(self.std)
+        squares = ((tensor_of(state) - self.loc) * rate).square()
+        alike = peak.dim() in (0, squares.dim()) and peak.shape[1:].numel() == 1
+        if not alike:
+            return _reduce(peak - 0.5 * squares, reduction)
+        # One std a sample, as transitions have: few numbers after one pass over states.
+        total = peak * squares.shape[1:].numel() if reduction == "sum" else peak
+        return total.flatten() - 0.5 * _reduce(squares, reduction)
 
     def kl(self, other: Distribution, reduction: Reduction = "sum") -> Tensor:
         if not isinstance(other, Gaussian):
@@ -97,6 +104,14 @@ class Gaussian(Distribution):
     @property
     def _positive_std(self) -> Tensor:
         return self.std.where(self.std > 0, 1)
+
+
+def density_of(std: Tensor) -> tuple[Tensor, Tensor]:
+    """Return 1 / std and the largest log-density of N(0, std^2), both 0 where std is 0."""
+    certain = std <= 0
+    positive = std.masked_fill(certain, 1)
+    peak = -positive.log() - 0.5 * math.log(2 * math.pi)
+    return positive.reciprocal().masked_fill(certain, 0), peak.masked_fill(certain, 0)
 
 
 class Categorical(Distribution):

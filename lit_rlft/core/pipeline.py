@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,8 @@ class Condition:
     tables: Mapping[str, Tensor]
     rows: Tensor
     null: int | None = None
+    _known: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """What samplers ask for in every step."""
 
     def __len__(self) -> int:
         """Return B, the number of samples described."""
@@ -76,7 +78,24 @@ class Condition:
     def table(self, name: str) -> Tensor:
         """Return one encoding for every sample, [B, ...]."""
         table = self.tables[name]
-        return table[self.rows.to(table.device)]
+        return table[self.rows_on(table.device)]
+
+    def rows_on(self, device: torch.device) -> Tensor:
+        """Return `rows` on a device, moved there once."""
+        if device not in self._known:
+            self._known[device] = self.rows.to(device, non_blocking=True)
+        return self._known[device]
+
+    def beside_null(self) -> "Condition":
+        """Return the null condition for every sample, followed by the samples' own: 2 B rows.
+
+        Raises:
+            UsageError: The domain has no null condition.
+        """
+        if "beside null" not in self._known:
+            null = self.dropped(torch.ones_like(self.rows, dtype=torch.bool))
+            self._known["beside null"] = replace(self, rows=torch.cat([null.rows, self.rows]))
+        return self._known["beside null"]
 
     def each(self) -> list[Mapping[str, Any]]:
         """Return the readable record of every sample."""
@@ -174,7 +193,7 @@ class Pipeline(nn.Module, ABC):
         if not tables:
             return torch.ones(len(condition), 1, device=self.device)
         table = torch.cat(tables, dim=1)
-        return table[condition.rows.to(table.device)].to(self.device)
+        return table[condition.rows_on(table.device)].to(self.device)
 
     def given(self, condition: Condition) -> State | None:
         """Return which entries of a state the condition fixes, bool [B, ...]; None where none are.

@@ -3,18 +3,95 @@
 Each sample owns a generator seeded from what identifies it (seed, round, condition, candidate).
 Noise is drawn on the CPU and moved, as diffusers does for CPU generators, so that a seed means the
 same picture on every device, in any chunk, under any number of processes.
+
+A walk draws the noise of several steps at once (`StepNoise`): a call costs as much as hundreds of
+numbers. How many depends on the size of one sample alone.
 """
 
 import hashlib
 from collections.abc import Callable, Sequence
+from typing import overload
 
 import torch
 from torch import Tensor
 
-__all__ = ["Generators", "generators", "paired", "rand_like", "randn_like", "seed_from"]
+__all__ = [
+    "Generators",
+    "StepNoise",
+    "generators",
+    "next_step",
+    "paired",
+    "rand_like",
+    "randn_like",
+    "seed_from",
+    "step_noise",
+]
+
+_MOST_AHEAD = 4096
+"""Numbers of a sample that are drawn at once for several steps; a larger state draws each step."""
 
 Generators = Sequence[torch.Generator] | None
 """One generator per row of the batch, or None for torch's global generator."""
+
+Fill = Callable[[Tensor, torch.Generator], object]
+"""Draws a tensor's numbers in place."""
+
+
+class StepNoise(Sequence[torch.Generator]):
+    """The generators of a walk, which draw for several of its steps at once.
+
+    Every step makes the same draws: one, or one for each field of the state. The first time, each
+    draw is made for as many steps as have 4,096 numbers of a sample in all, or for one.
+
+    Args:
+        own: One generator per row of the batch.
+        num_steps: Number of the walk's steps.
+    """
+
+    def __init__(self, own: Sequence[torch.Generator], num_steps: int) -> None:
+        self.own, self._left, self._draw = own, num_steps + 1, 0
+        self._ahead: list[list[Tensor]] = []
+        """By draw of a step, its noise for the next steps, the last of them first."""
+
+    @overload
+    def __getitem__(self, row: int) -> torch.Generator: ...
+    @overload
+    def __getitem__(self, row: slice) -> Sequence[torch.Generator]: ...
+    def __getitem__(self, row: int | slice) -> torch.Generator | Sequence[torch.Generator]:
+        return self.own[row]
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.own)
+
+    def next(self) -> None:
+        """Go on to the next step, or to the first."""
+        self._left, self._draw = self._left - 1, 0
+
+    def drawn(self, fill: Fill, like: Tensor) -> Tensor:
+        """Return the noise of this step's next draw, of the shape, dtype and device of `like`."""
+        if self._draw == len(self._ahead):
+            self._ahead.append([])
+        ahead = self._ahead[self._draw]
+        self._draw += 1
+        if not ahead:
+            num = min(self._left, _MOST_AHEAD // max(like.shape[1:].numel(), 1))
+            ahead.extend(reversed(_filled(fill, like, self.own, max(num, 1)).unbind(dim=1)))
+        return ahead.pop()
+
+
+def step_noise(noise: Generators, num_steps: int) -> Generators:
+    """Return the noise of a walk of so many steps, or of one that a longer walk has begun."""
+    if noise is None or isinstance(noise, StepNoise):
+        return noise
+    return StepNoise(noise, num_steps)
+
+
+def next_step(noise: Generators) -> Generators:
+    """Return the noise of a walk, gone on to its next step, or to the first."""
+    if isinstance(noise, StepNoise):
+        noise.next()
+    return noise
 
 
 def seed_from(*key: int) -> int:
@@ -42,23 +119,31 @@ def paired(noise: Generators, num: int) -> tuple[list[torch.Generator], list[tor
 
 def randn_like(like: Tensor, noise: Generators = None) -> Tensor:
     """Draw standard normal noise of the shape, dtype and device of `like` ([B, ...])."""
-    return _draw(torch.randn, torch.randn_like, like, noise)
+    if noise is None:
+        return torch.randn_like(like)
+    return _drawn(lambda row, own: row.normal_(generator=own), like, noise)
 
 
 def rand_like(like: Tensor, noise: Generators = None) -> Tensor:
     """Draw uniform noise in [0, 1) of the shape, dtype and device of `like` ([B, ...])."""
-    return _draw(torch.rand, torch.rand_like, like, noise)
-
-
-def _draw(
-    draw: Callable[..., Tensor],
-    draw_like: Callable[[Tensor], Tensor],
-    like: Tensor,
-    noise: Generators,
-) -> Tensor:
     if noise is None:
-        return draw_like(like)
-    if len(noise) != like.shape[0]:
-        raise ValueError(f"{len(noise)} generators were given for a batch of {like.shape[0]}")
-    drawn = [draw(like.shape[1:], generator=own, dtype=like.dtype) for own in noise]
-    return torch.stack(drawn).to(like.device, non_blocking=True)
+        return torch.rand_like(like)
+    return _drawn(lambda row, own: row.uniform_(generator=own), like, noise)
+
+
+def _drawn(fill: Fill, like: Tensor, noise: Sequence[torch.Generator]) -> Tensor:
+    if isinstance(noise, StepNoise):
+        return noise.drawn(fill, like)
+    return _filled(fill, like, noise, 1)[:, 0]
+
+
+def _filled(fill: Fill, like: Tensor, own: Sequence[torch.Generator], num: int) -> Tensor:
+    """Draw for `num` steps, [B, num, ...]: one call for each generator."""
+    size, *shape = like.shape
+    if len(own) != size:
+        raise ValueError(f"{len(own)} generators were given for a batch of {size}")
+    pinned = like.device.type == "cuda"
+    drawn = torch.empty(size, num, *shape, dtype=like.dtype, pin_memory=pinned)
+    for row, generator in zip(drawn.unbind(), own, strict=True):
+        fill(row, generator)
+    return drawn.to(like.device, non_blocking=True)

@@ -394,7 +394,8 @@ def check_rewards(
     """Return rewards as float32 [B]; float64 rewards stay float64.
 
     Bool, integers and half precision are converted. Where no gradients are computed, the rewards
-    carry none.
+    carry none. Where they are computed, on an accelerator, values are not looked at: that would
+    wait for it in the middle of an update. `SelfCheck` looks at them once the gradients are there.
 
     Returns:
         Finite numbers, and NaN where one is not, if rewards `may_fail`.
@@ -406,6 +407,8 @@ def check_rewards(
     values = numbers(reward.name, values, num_samples, "reward")
     if not torch.is_grad_enabled():
         values = values.detach()
+    elif not values.is_cpu:
+        return values
     finite = values.float().isfinite()
     if finite.all():
         return values

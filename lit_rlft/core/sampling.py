@@ -10,7 +10,7 @@ from lit_rlft.core.checks import UsageError, at_least, require, within
 from lit_rlft.core.fixed_point import FixedPoint
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.process import Process
-from lit_rlft.core.randomness import Generators
+from lit_rlft.core.randomness import Generators, next_step, step_noise
 from lit_rlft.core.state import State, batch_size, index, leaves
 
 __all__ = ["Denoiser", "Inverted", "Sampler", "walk"]
@@ -128,13 +128,16 @@ def walk(
         ends: [num_steps], where each step leads (`Process.ends`); None is the grid's next.
     """
     x, size = x_1, batch_size(x_1)
-    times = times.to(leaves(x_1)[0].device)
-    ends = times[1:] if ends is None else ends.to(times)
+    steps = process.steps(times, ends, eta, x_1)
+    ahead = step_noise(noise, len(steps))
     yield 0, x
-    for i in range(len(times) - 1):
-        t, s = times[i].expand(size), ends[i].expand(size)
-        transition = process.transition(denoiser(x, t, condition), x, t, s, eta)
-        x = transition.mean if eta == 0 and process.differentiable else transition.rsample(noise)
+    for i in range(len(steps)):
+        prediction = denoiser(x, steps.levels(i, size), condition)
+        transition = process.step(prediction, x, steps.row(i))
+        if eta == 0 and process.differentiable:
+            x = transition.mean
+        else:
+            x = transition.rsample(next_step(ahead))
         yield i + 1, x
 
 

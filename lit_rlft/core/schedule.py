@@ -96,16 +96,21 @@ class DiscreteVP(Schedule):
         alphas_bar = torch.cumprod(1 - betas, dim=0).double()
         table = torch.cat([torch.ones(1, dtype=torch.float64), alphas_bar.cpu()])
         self.register_buffer("alpha_bar", table, persistent=False)
+        middles = (torch.arange(1, len(table) - 1) + 0.5) / (len(table) - 1)
+        self.register_buffer("middles", middles.double(), persistent=False)
         self.spacing, self.steps_offset, self.ends_at_zero = spacing, steps_offset, ends_at_zero
         self.strides = strides
 
     alpha_bar: Tensor
+    middles: Tensor
+    """Where the nearest table index changes: halfway between neighbouring levels, [T - 1]."""
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-        # `pipeline.half()` must not round the table; a device move is all that is wanted.
-        exact = self.alpha_bar
+        # `pipeline.half()` must not round the tables; a device move is all that is wanted.
+        exact, middles = self.alpha_bar, self.middles
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.alpha_bar = exact.to(self.alpha_bar.device)
+        self.middles = middles.to(self.middles.device)
         return self
 
     @property
@@ -115,7 +120,7 @@ class DiscreteVP(Schedule):
 
     def timestep(self, t: Tensor) -> Tensor:
         """Return the table index in [0, T - 1] that the network was trained with, int64."""
-        return (t.double() * self.num_levels).round().long().sub(1).clamp(min=0)
+        return torch.bucketize(t.double(), self.middles)
 
     def alpha(self, t: Tensor) -> Tensor:
         return self._at(t).sqrt()

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lit_rlft.core.checks import UsageError
-from lit_rlft.core.distribution import Distribution, Gaussian, Reduction
+from lit_rlft.core.distribution import Distribution, Gaussian, Reduction, density_of
 from lit_rlft.core.randomness import Generators, randn_like
 from lit_rlft.core.state import State, tensor_of
 
@@ -79,7 +79,8 @@ class PointClouds(Subspace):
         return PointCloudGaussian(loc, std, occupied(like), self.num_coordinates)
 
     def num_dimensions(self, like: Tensor) -> Tensor:
-        return _num_dimensions(occupied(like), like.shape[-1], self.num_coordinates)
+        num = occupied(like).sum(dim=(1, 2))
+        return _num_dimensions(num, like.shape[-1], self.num_coordinates)
 
 
 class PointCloudGaussian(Gaussian):
@@ -94,23 +95,33 @@ class PointCloudGaussian(Gaussian):
     """
 
     def __init__(self, loc: Tensor, std: Tensor, full: Tensor, num_coordinates: int) -> None:
-        super().__init__(_project(loc, full, num_coordinates), std)
         self.full, self.num_coordinates = full, num_coordinates
+        self._num = full.sum(dim=1, keepdim=True)
+        super().__init__(self._projected(loc), std)
+
+    def _projected(self, x: Tensor) -> Tensor:
+        return _project(x, self.full, self.num_coordinates, self._num)
 
     @property
     def num_dimensions(self) -> Tensor:
-        return _num_dimensions(self.full, self.loc.shape[-1], self.num_coordinates)
+        return _num_dimensions(self._num.flatten(), self.loc.shape[-1], self.num_coordinates)
 
     def like(self, loc: Tensor, std: Tensor) -> "PointCloudGaussian":
         return PointCloudGaussian(loc, std, self.full, self.num_coordinates)
 
     def rsample(self, noise: Generators = None) -> Tensor:
         offset = self.std * randn_like(self.loc, noise)
-        return self.loc + _project(offset, self.full, self.num_coordinates)
+        return self.loc + self._projected(offset)
 
     def log_prob(self, state: State, reduction: Reduction = "sum") -> Tensor:
-        offset, weights = tensor_of(state) - self.loc, self._weights
-        dimensions = self.num_dimensions.to(offset)
+        offset, dimensions = tensor_of(state) - self.loc, self.num_dimensions.to(self.loc)
+        if self.std.dim() == 0 or self.std.shape[1:].numel() == 1:
+            # All stds of a sample are equal: the density is the usual one of what exists.
+            rate, peak = (values.flatten().to(offset) for values in density_of(self.std))
+            squares = self._projected(offset).square().sum(dim=(1, 2))
+            values = dimensions * peak - 0.5 * rate.square() * squares
+            return values if reduction == "sum" else values / dimensions.clamp(min=1)
+        weights = self._weights
         values = self._squares(offset, weights) + self._log_det + dimensions * math.log(2 * math.pi)
         return self._reduced(-0.5 * values, reduction)
 
@@ -177,16 +188,22 @@ def occupied(like: Tensor) -> Tensor:
     return (like != 0).any(dim=-1, keepdim=True)
 
 
-def _project(x: Tensor, full: Tensor, num_coordinates: int) -> Tensor:
-    kept = x.where(full, 0)
-    num = full.sum(dim=1, keepdim=True).clamp(min=1)
-    mean = kept[..., :num_coordinates].sum(dim=1, keepdim=True) / num
-    centred = (kept[..., :num_coordinates] - mean).where(full, 0)
+def _project(x: Tensor, full: Tensor, num_coordinates: int, num: Tensor | None = None) -> Tensor:
+    """Project states; `num` is how many points each has, [B, 1, 1]."""
+    num = full.sum(dim=1, keepdim=True) if num is None else num
+    empty = ~full
+    kept = x.masked_fill(empty, 0)
+    coordinates = kept[..., :num_coordinates]
+    mean = coordinates.sum(dim=1, keepdim=True) / num.clamp(min=1)
+    centred = (coordinates - mean).masked_fill(empty, 0)
+    if num_coordinates >= x.shape[-1]:
+        return centred
     return torch.cat([centred, kept[..., num_coordinates:]], dim=-1)
 
 
-def _num_dimensions(full: Tensor, num_channels: int, num_coordinates: int) -> Tensor:
-    num = full.sum(dim=(1, 2)).double()
+def _num_dimensions(num: Tensor, num_channels: int, num_coordinates: int) -> Tensor:
+    """Return how many numbers are free of so many points [B], float64."""
+    num = num.double()
     return num * num_channels - num_coordinates * num.clamp(max=1)
 
 

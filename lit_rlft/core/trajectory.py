@@ -6,6 +6,7 @@ replay then sees exactly what the sampler saw, and the first ratio is 1.
 """
 
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,11 +14,11 @@ from torch import Tensor
 from lit_rlft.core.distribution import Distribution, Reduction
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.process import Process
-from lit_rlft.core.randomness import Generators
+from lit_rlft.core.randomness import Generators, next_step, step_noise
 from lit_rlft.core.sampling import Denoiser
 from lit_rlft.core.state import State, batch_size, index, leaves, tree_map
 
-__all__ = ["Trajectories", "rounded", "transition_of", "walk_with_log_probs"]
+__all__ = ["Trajectories", "law_of", "rounded", "single", "transition_of", "walk_with_log_probs"]
 
 
 def transition_of(
@@ -30,8 +31,20 @@ def transition_of(
     eta: float,
 ) -> Distribution:
     """Return p(x_s | x_t), computed in single precision at least; sampler and replay share it."""
+    return law_of(denoiser, process, x_t, t, process.coefficients(t, s, eta), condition)
+
+
+def law_of(
+    denoiser: Denoiser,
+    process: Process,
+    x_t: State,
+    t: Tensor,
+    coefficients: State,
+    condition: Condition,
+) -> Distribution:
+    """Return p(x_s | x_t) of steps whose coefficients are known, as `transition_of` does."""
     prediction = denoiser(x_t, t, condition)
-    return process.transition(_single(prediction), _single(x_t), t, s, eta)
+    return process.step(single(prediction), single(x_t), coefficients)
 
 
 def walk_with_log_probs(
@@ -62,13 +75,13 @@ def walk_with_log_probs(
         ends: [num_steps], where each step leads (`Process.ends`); None is the grid's next.
     """
     x, size = rounded(x_1, x_1, dtype), batch_size(x_1)
-    times = times.to(leaves(x_1)[0].device)
-    ends = times[1:] if ends is None else ends.to(times)
+    steps = process.steps(times, ends, eta, single(x_1))
+    ahead = step_noise(noise, len(steps))
     yield x, None
-    for i in range(len(times) - 1):
-        t, s = times[i].expand(size), ends[i].expand(size)
-        transition = transition_of(denoiser, process, x, t, s, condition, eta)
-        x = rounded(transition.rsample(noise), x_1, dtype)
+    for i in range(len(steps)):
+        t = steps.levels(i, size)
+        transition = law_of(denoiser, process, x, t, steps.row(i), condition)
+        x = rounded(transition.rsample(next_step(ahead)), x_1, dtype)
         yield x, transition.log_prob(x, reduction)
 
 
@@ -81,6 +94,8 @@ class Trajectories:
         steps: The S trained steps, numbers in [0, T).
         dtype: Floating type of the kept states; None takes that of the states given.
         ends: [T], where each step leads (`Process.ends`); None is the grid's next.
+        coefficients: [T, C] of each field, of all steps (`Process.steps`); None leaves them out of
+            `pairs`.
 
     Attributes:
         steps: The trained steps in order.
@@ -93,10 +108,12 @@ class Trajectories:
         steps: Iterable[int],
         dtype: torch.dtype | None = None,
         ends: Tensor | None = None,
+        coefficients: State | None = None,
     ) -> None:
         self.num, self.times, self.dtype = num, times, dtype
         self.ends = times[1:] if ends is None else ends
         self.steps = sorted(set(steps))
+        self._coefficients = coefficients
         needed = sorted({i + end for i in self.steps for end in (0, 1)})
         self._slots = {i: slot for slot, i in enumerate(needed)}
         self._states: State | None = None
@@ -129,25 +146,40 @@ class Trajectories:
             samples: [P] int64 on the CPU, numbers of trajectories.
 
         Returns:
-            `x_t` and `x_s` [P, ...] in the types of the states once given, `t` and `s` [P], and
-            `log_prob` [P].
+            `x_t` and `x_s` [P, ...] in the types of the states once given, `t` and `s` [P],
+            `log_prob` [P], and `coefficients` [P, C] of each field where they are known.
         """
-        device = self.log_probs.device
-        steps = torch.tensor(self.steps)[places]
-        slots = torch.tensor([self._slots[i] for i in self.steps])[places].to(device)
-        places, samples = places.to(device), samples.to(device)
-        return {
+        known = self._by_place
+        places, samples = (rows.to(self._device, non_blocking=True) for rows in (places, samples))
+        slots = known["slot"][places]
+        pairs: dict[str, State] = {
             "x_t": self._read(slots, samples),
             "x_s": self._read(slots + 1, samples),  # the next state has the next slot
-            "t": self.times[steps].to(device),
-            "s": self.ends[steps].to(device),
+            "t": known["t"][places],
+            "s": known["s"][places],
             "log_prob": self.log_probs[places, samples],
         }
+        if self._coefficients is not None:
+            steps = known["step"][places]
+            pairs["coefficients"] = index(self._coefficients, steps)
+        return pairs
+
+    @property
+    def _device(self) -> torch.device:
+        return self.log_probs.device
+
+    @cached_property
+    def _by_place(self) -> dict[str, Tensor]:
+        """Numbers, slots and levels of the trained steps, each [S], on the device."""
+        steps = torch.tensor(self.steps)
+        slots = torch.tensor([self._slots[i] for i in self.steps])
+        own = {"step": steps, "slot": slots, "t": self.times[steps], "s": self.ends[steps]}
+        return {name: one.to(self._device, non_blocking=True) for name, one in own.items()}
 
     def replace_log_probs(self, places: Tensor, samples: Tensor, values: Tensor) -> None:
         """Set the log-probabilities of some pairs, [P], counted as in `pairs`."""
-        device = self.log_probs.device
-        self.log_probs[places.to(device), samples.to(device)] = values.to(self.log_probs)
+        places, samples = (rows.to(self._device, non_blocking=True) for rows in (places, samples))
+        self.log_probs[places, samples] = values.to(self.log_probs)
 
     @property
     def num_bytes(self) -> int:
@@ -181,7 +213,9 @@ def _stored_type(leaf: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     return dtype if dtype is not None and leaf.is_floating_point() else leaf.dtype
 
 
-def _single(state: State) -> State:
+def single(state: State) -> State:
+    """Return a state whose numbers in half precision are in single precision."""
+
     def upcast(leaf: Tensor) -> Tensor:
         half = leaf.dtype in (torch.float16, torch.bfloat16)
         return leaf.float() if half else leaf

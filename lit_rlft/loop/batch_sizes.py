@@ -120,7 +120,7 @@ def fitting(
     shares: Shares,
     sizes: BatchSizes,
     meter: Meter,
-) -> dict[str, float]:
+) -> dict[str, Tensor]:
     """Accumulate an update's gradients, from the start with fewer terms where memory runs out.
 
     Nothing is left of an attempt that failed: no gradient, no cost, no random number. So the
@@ -167,7 +167,7 @@ def _attempt(
     backward: Callable[[Tensor], object],
     parameters: Sequence[nn.Parameter],
     shares: Shares,
-) -> tuple[dict[str, float], str | None]:
+) -> tuple[dict[str, Tensor], str | None]:
     """Return what `accumulate` does, and what was said where memory ran out.
 
     With the error gone, so are the tensors of its traceback.

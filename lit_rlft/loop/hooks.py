@@ -1,5 +1,6 @@
 """Callbacks that watch a round from inside, where Lightning has no hooks."""
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -8,6 +9,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lit_rlft.core.randomness import Generators
+from lit_rlft.distributed import gather
 from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.updates import Loss
 
@@ -52,6 +54,9 @@ class Hooks(Callback):
         values: Mapping[str, Tensor],
     ) -> None:
         """See the losses [n] of some terms, and what is logged of them, before the backward pass.
+
+        To look at numbers here makes the update wait for the device; `on_gradients` comes after a
+        wait and before the weights change.
 
         Args:
             module: Whose loss it is.
@@ -115,6 +120,13 @@ class Audience:
         return told
 
     def on_gradients(self, norm: float) -> None:
-        """Report the norm of an update's gradients."""
+        """Report the norm of an update's gradients.
+
+        Raises:
+            UsageError: Another process has failed, which leaves all with gradients that are not
+                finite (`accumulate`).
+        """
         for hooks in self:
             hooks.on_gradients(self.module, norm)
+        if self.trainer is not None and not math.isfinite(norm):
+            gather(None, self.trainer.world_size)  # a process that has failed says so here

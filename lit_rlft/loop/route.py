@@ -10,7 +10,7 @@ from torch import Tensor
 from lit_rlft.core.distribution import Distribution
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.process import Process
-from lit_rlft.core.randomness import Generators
+from lit_rlft.core.randomness import Generators, step_noise
 from lit_rlft.core.sampling import Denoiser, walk
 from lit_rlft.core.state import State
 
@@ -87,10 +87,11 @@ class Route:
         """
         x = self.prior(condition).sample(noise) if x_1 is None else x_1
         times, ends, first = self.times, self.ends, 0
+        ahead = step_noise(noise, self.num_steps)
         yield 0, x
         for leg in self.legs:
             part = times[first : first + leg.num_steps + 1]
-            args = (condition, part, self.eta, noise, ends[first : first + leg.num_steps])
+            args = (condition, part, self.eta, ahead, ends[first : first + leg.num_steps])
             for i, state in walk(leg.denoiser, self.process, x, *args):
                 if i:
                     yield first + i, (x := state)

@@ -2,8 +2,7 @@
 
 import itertools
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.randomness import Generators, generators, seed_from
 from lit_rlft.core.streams import Stream
-from lit_rlft.distributed import gather
 from lit_rlft.loop.experience import Experience
 
 __all__ = [
@@ -26,12 +24,13 @@ __all__ = [
     "Shares",
     "Update",
     "accumulate",
-    "gradient_norm",
+    "clip",
     "is_maximum",
     "layout",
     "meet",
     "no_sync",
     "plan",
+    "settled",
 ]
 
 Loss = Callable[[Experience, Generators], tuple[Tensor, dict[str, Tensor]]]
@@ -173,8 +172,10 @@ def accumulate(
     backward: Callable[[Tensor], object],
     parameters: Sequence[nn.Parameter],
     shares: Shares,
-) -> dict[str, float]:
+) -> dict[str, Tensor]:
     """Accumulate an update's gradients; return what to log, averaged over its terms.
+
+    Nothing here waits for the device.
 
     Args:
         update: The minibatch.
@@ -191,7 +192,7 @@ def accumulate(
     num_terms = max(minibatch.num_terms, 1)
     size = shares.microbatch_size or num_terms
     starts = range(0, num_terms, size)
-    logged: dict[str, float] = defaultdict(float)
+    logged: dict[str, Tensor] = {}
     for start in starts:
         rows = torch.arange(start, min(start + size, minibatch.num_terms))
         try:
@@ -207,11 +208,12 @@ def accumulate(
             backward(total * scale)
         for name, value in values.items():
             if is_maximum(name):
-                logged[name] = max(logged[name], float(value.max()))
+                largest = value.max()
+                logged[name] = largest.maximum(logged.get(name, largest))
             else:
-                weight = 1.0 if name == "loss" else share
-                logged[name] += float((value * weight).sum()) * scale
-    return dict(logged)
+                weight = scale * (1.0 if name == "loss" else share)
+                logged[name] = logged.get(name, 0.0) + value.sum(dtype=torch.float64) * weight
+    return logged
 
 
 def meet(backward: Callable[[Tensor], object], parameters: Sequence[nn.Parameter]) -> None:
@@ -234,31 +236,41 @@ def _zeros(parameters: Sequence[nn.Parameter]) -> Tensor:
     return torch.stack([p.sum() * 0 for p in parameters]).sum()
 
 
-def gradient_norm(
+def settled(
+    logged: Mapping[str, Tensor],
     parameters: Iterable[nn.Parameter],
     optimizer: LightningOptimizer,
     precision: object,
-    world_size: int = 1,
-) -> float:
-    """Return the norm of all gradients, in units of the loss.
+) -> tuple[dict[str, float], Tensor]:
+    """Return the numbers that an update logs, and the norm of all gradients, "grad_norm" there.
+
+    Waits for the device once, for all of them together.
 
     Args:
+        logged: What `accumulate` returned.
         parameters: The trained parameters.
         optimizer: Their optimiser.
-        precision: The trainer's plugin, which may have scaled them.
-        world_size: Number of processes, which all have the same gradients.
-
-    Raises:
-        UsageError: Another process has failed (`accumulate`).
+        precision: The trainer's plugin, which may have scaled the gradients.
     """
     if isinstance(precision, MixedPrecision) and precision.scaler is not None:
         # fp16 gradients are scaled until the scaler is told to undo it.
         precision.scaler.unscale_(optimizer.optimizer)
-    grads = [p.grad for p in parameters if p.grad is not None]
-    norm = float(torch.nn.utils.get_total_norm(grads))
-    if not math.isfinite(norm):
-        gather(None, world_size)  # a process that has failed says so here
-    return norm
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    values = {**logged, "grad_norm": norm}
+    numbers = torch.stack([value.detach().double() for value in values.values()]).tolist()
+    return dict(zip(values, numbers, strict=True)), norm
+
+
+def clip(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float | None) -> None:
+    """Scale gradients down to a norm.
+
+    Args:
+        parameters: The trained parameters.
+        norm: Of all their gradients.
+        max_norm: The largest that is left alone; None leaves all alone.
+    """
+    if max_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
 
 
 def no_sync(strategy: object) -> AbstractContextManager[Any]:

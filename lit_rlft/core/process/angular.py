@@ -5,10 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from lit_rlft.core.distribution import Gaussian
-from lit_rlft.core.process.gaussian import GaussianProcess
+from lit_rlft.core.process.gaussian import GaussianProcess, Linear
 from lit_rlft.core.schedule import CosineVP
-from lit_rlft.core.state import State, expand_as, tensor_of
 from lit_rlft.core.subspace import Subspace
 
 __all__ = ["AngularFlow"]
@@ -32,12 +30,9 @@ class AngularFlow(GaussianProcess):
     def __init__(self, subspace: Subspace | None = None) -> None:
         super().__init__(CosineVP(), "v", subspace)
 
-    def transition(
-        self, prediction: State, x_t: State, t: Tensor, s: Tensor, eta: float
-    ) -> Gaussian:
+    def coefficients(self, t: Tensor, s: Tensor, eta: float) -> Tensor:
         if eta:
-            return super().transition(prediction, x_t, t, s, eta)
-        x = tensor_of(x_t)
+            return super().coefficients(t, s, eta)
         angle = math.pi / 2 * (t - s)
-        mean = x - expand_as(angle, x) * tensor_of(prediction).to(x.dtype)
-        return self._law(mean, expand_as(torch.zeros_like(angle), x), x)
+        one, zero = torch.ones_like(angle), torch.zeros_like(angle)
+        return torch.stack(Linear(one, -angle, zero, zero, zero), dim=-1)

@@ -1,10 +1,12 @@
 """The interface of a noising process."""
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 from torch import Tensor, nn
 
 from lit_rlft.core.distribution import Distribution
+from lit_rlft.core.process.steps import Steps, StepTables
 from lit_rlft.core.randomness import Generators
 from lit_rlft.core.state import State
 
@@ -16,6 +18,9 @@ class Process(nn.Module, ABC):
 
     Times `t` and `s` are [B] in [0, 1] with `s < t`; a *prediction* is what the denoiser returned
     for x_t and has the structure of a state.
+
+    A reverse transition has two halves: `coefficients` is what it takes from its levels, and `step`
+    applies that to states. Samplers and their replay compute the first half once (`steps`).
 
     Attributes:
         differentiable: Whether reverse transitions carry gradients from x_s to x_t.
@@ -30,15 +35,56 @@ class Process(nn.Module, ABC):
         "with a continuous state"
     )
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._tables = StepTables()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "transition" in vars(cls):
+            raise TypeError(
+                f"{cls.__name__} overrides transition; override its halves, coefficients and step, "
+                "which samplers call"
+            )
+
     @abstractmethod
     def prior(self, blank: State) -> Distribution:
         """Return the distribution of x_1 for the shape, dtype and device of `blank`."""
 
     @abstractmethod
+    def coefficients(self, t: Tensor, s: Tensor, eta: float) -> State:
+        """Return what `step` takes from its levels, [B, C] of each field; eta 0 is deterministic.
+
+        In double precision, as long as single precision would not be exact enough.
+        """
+
+    @abstractmethod
+    def step(self, prediction: State, x_t: State, coefficients: State) -> Distribution:
+        """Return the distribution of x_s given x_t under the denoiser.
+
+        Args:
+            prediction: The denoiser's for x_t.
+            x_t: [B, ...].
+            coefficients: Of each field [B, C], or [C] where all samples take the same step.
+        """
+
     def transition(
         self, prediction: State, x_t: State, t: Tensor, s: Tensor, eta: float
     ) -> Distribution:
         """Return the distribution of x_s given x_t under the denoiser; eta 0 is deterministic."""
+        return self.step(prediction, x_t, self.coefficients(t, s, eta))
+
+    def steps(self, times: Tensor, ends: Tensor | None, eta: float, like: State) -> Steps:
+        """Return the steps of a grid for states like `like`; a grid is computed once.
+
+        Args:
+            times: [T + 1], decreasing.
+            ends: [T], where each step leads; None is the grid's next.
+            eta: Noise of the transitions.
+            like: Their device, and the type of their numbers.
+        """
+        ends = times[1:] if ends is None else ends
+        return self._tables.of(self.coefficients, times[:-1], ends, eta, like)
 
     def inverted(self, prediction: State, x_t: State, x_s: State, t: Tensor, s: Tensor) -> State:
         """Return a better guess of the state that the deterministic transition takes to x_s.

@@ -59,24 +59,26 @@ class MaskedProcess(Process):
         start = torch.full_like(x, self.mask)
         if self.padded:
             start = start.where(x != self.empty, self.empty)
-        return Categorical(self._one_hot(start).log(), self._num_positions(x))
+        return Categorical(self._point(start.unsqueeze(-1)), self._num_positions(x))
 
-    def transition(
-        self, prediction: State, x_t: State, t: Tensor, s: Tensor, eta: float
-    ) -> Categorical:
-        """Return the distribution of x_s given x_t; there is one sampler, `eta` is unused."""
-        x, logits = tensor_of(x_t), tensor_of(prediction).float()
+    def coefficients(self, t: Tensor, s: Tensor, eta: float) -> Tensor:
+        """Return the logarithms of the shares of masks that a step lifts and leaves, [B, 2].
+
+        In single precision, as logits are. There is one sampler, `eta` is unused.
+        """
         before, after = self._hidden(t), self._hidden(s)
-        share = (before - after) / before.clamp(min=torch.finfo(t.dtype).tiny)
-        unmask = expand_as(share, x).float()
-        unmask = unmask.expand(x.shape).unsqueeze(-1)
-        parts = [unmask.log() + logits.log_softmax(-1), (1 - unmask).log()]
+        lifted = ((before - after) / before.clamp(min=torch.finfo(t.dtype).tiny)).float()
+        return torch.stack([lifted.log(), (1 - lifted).log()], dim=-1)
+
+    def step(self, prediction: State, x_t: State, coefficients: State) -> Categorical:
+        x, logits = tensor_of(x_t).unsqueeze(-1), tensor_of(prediction).float()
+        lifted, left = (expand_as(one, x) for one in tensor_of(coefficients).unbind(dim=-1))
+        parts = [logits.log_softmax(-1) + lifted, left.expand(x.shape)]
         if self.padded:
-            parts.append(torch.full_like(unmask, -torch.inf))
-        shown = self._one_hot(x).log()
+            parts.append(logits.new_full((1,), -torch.inf).expand(x.shape))
         hidden = torch.cat(parts, dim=-1)
-        log_probs = torch.where((x == self.mask).unsqueeze(-1), hidden, shown)
-        return Categorical(log_probs, self._num_positions(x))
+        log_probs = torch.where(x == self.mask, hidden, self._point(x))
+        return Categorical(log_probs, self._num_positions(x.squeeze(-1)))
 
     def denoised(self, prediction: State, x_t: State, t: Tensor) -> Tensor:
         """Return x_t with each hidden position set to its most likely class."""
@@ -118,8 +120,11 @@ class MaskedProcess(Process):
         """Return the probability of a mask at t, 1 - alpha_t."""
         return t if self.power == 1 else 1 - (1 - t) ** self.power
 
-    def _one_hot(self, x: Tensor) -> Tensor:
-        return torch.nn.functional.one_hot(x, self.num_classes + 1 + self.padded)
+    def _point(self, x: Tensor) -> Tensor:
+        """Return the log-probabilities of values [B, ..., 1] that are certain, [B, ..., V]."""
+        values = torch.arange(self.num_classes + 1 + self.padded, device=x.device)
+        impossible = torch.full((), -torch.inf, device=x.device)
+        return impossible.masked_fill(x == values, 0)
 
     def _num_positions(self, x: Tensor) -> Tensor | None:
         """Return how many positions are not empty, [B], or None where none can be."""

@@ -17,21 +17,21 @@ References:
     Flow Straight and Fast (Liu et al., 2023), https://arxiv.org/abs/2209.03003
 """
 
-from collections.abc import Callable
-from typing import Literal, get_args
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from lit_rlft.core.checks import UsageError, at_least
-from lit_rlft.core.distribution import Gaussian
+from lit_rlft.core.distribution import Gaussian, density_of
 from lit_rlft.core.process.base import Process
 from lit_rlft.core.randomness import Generators, randn_like
 from lit_rlft.core.schedule import Schedule
 from lit_rlft.core.state import State, expand_as, tensor_of
 from lit_rlft.core.subspace import Subspace
 
-__all__ = ["GaussianProcess", "PredictionType"]
+__all__ = ["GaussianProcess", "Linear", "PredictionType"]
 
 PredictionType = Literal["epsilon", "sample", "v", "velocity"]
 _MIN_SIGNAL = 1e-5
@@ -107,38 +107,49 @@ class GaussianProcess(Process):
         std = torch.full((), self.schedule.start_scale, dtype=loc.dtype, device=loc.device)
         return self._law(loc, std, tensor_of(blank))
 
-    def transition(
-        self, prediction: State, x_t: State, t: Tensor, s: Tensor, eta: float
-    ) -> Gaussian:
-        x = tensor_of(x_t)
+    def coefficients(self, t: Tensor, s: Tensor, eta: float) -> Tensor:
+        """Return the columns of `Linear`, or of `_Bounded` under a bound, float64 [B, C]."""
         (alpha_t, alpha_s), (sigma_t, sigma_s) = self.schedule.levels(torch.stack([t, s]))
         variance = _forward_variance(alpha_s, sigma_s, alpha_t, sigma_t)
         std = eta * (sigma_s / sigma_t) * variance.sqrt()
         direction = (sigma_s**2 - std**2).clamp(min=0).sqrt()
         if self.wide_above is not None:
             std = eta * variance.sqrt() * (t > self.wide_above)
-        if self.bound is not None:
-            x_0, eps = self._bounded(tensor_of(prediction).to(x.dtype), x, t)
-            mean = expand_as(alpha_s, x) * x_0 + expand_as(direction, x) * eps
-            return self._law(mean, expand_as(std, x), x)
-        # alpha_s x_0 + direction eps, written in x_t and the prediction p: few passes over states.
         a, b = self._weights(alpha_t, sigma_t)
         determinant = b * alpha_t - a * sigma_t
-        of_x = (alpha_s * b - direction * a) / determinant
-        of_p = (direction * alpha_t - alpha_s * sigma_t) / determinant
-        mean = expand_as(of_x, x) * x + expand_as(of_p, x) * tensor_of(prediction).to(x.dtype)
-        return self._law(mean, expand_as(std, x), x)
+        columns: Linear | _Bounded
+        if self.bound is None:
+            of_x = (alpha_s * b - direction * a) / determinant
+            of_p = (direction * alpha_t - alpha_s * sigma_t) / determinant
+            columns = Linear(of_x, of_p, std, *density_of(std))
+        else:
+            estimate = (b / determinant, -sigma_t / determinant)
+            columns = _Bounded(
+                alpha_s, direction, std, *density_of(std), *estimate, alpha_t, sigma_t
+            )
+        return torch.stack(columns, dim=-1)
 
-    def _bounded(self, prediction: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, prediction: State, x_t: State, coefficients: State) -> Gaussian:
+        x = tensor_of(x_t)
+        p, columns = tensor_of(prediction).to(x.dtype), _columns(tensor_of(coefficients), x)
+        if self.bound is None:
+            of_x, of_p, std, *density = Linear(*columns)
+            return self._law(of_x * x + of_p * p, std, x, density)
+        step = _Bounded(*columns)
+        x_0, eps = self._bounded(p, x, step)
+        mean = step.alpha_s * x_0 + step.direction * eps
+        return self._law(mean, step.std, x, (step.rate, step.peak))
+
+    def _bounded(self, p: Tensor, x: Tensor, step: "_Bounded") -> tuple[Tensor, Tensor]:
         """Return the bounded estimate of x_0, and the noise that a step goes on with."""
         assert self.bound is not None
-        free = self.denoised(prediction, x, t)
+        free = p if self.prediction_type == "sample" else step.x_0_of_x * x + step.x_0_of_p * p
+        free = self._projected(free, x)
         x_0 = self.bound(free)
         if self.keeps_noise and self.prediction_type == "epsilon":
-            return x_0, prediction
-        alpha, sigma = self.schedule.levels(t)
+            return x_0, p
         kept = free if self.keeps_noise else x_0
-        return x_0, (x - expand_as(alpha, x) * kept) / expand_as(sigma, x)
+        return x_0, (x - step.alpha_t * kept) / step.sigma_t
 
     def inverted(self, prediction: State, x_t: State, x_s: State, t: Tensor, s: Tensor) -> Tensor:
         r"""Return x_t plus its transition's error divided by the slope of a known transition.
@@ -155,7 +166,7 @@ class GaussianProcess(Process):
             slope = (alpha_s + sigma_s) / (alpha_t + sigma_t)
         else:
             slope = (alpha_s * alpha_t + sigma_s * sigma_t) / (alpha_t**2 + sigma_t**2)
-        error = tensor_of(x_s) - self.transition(prediction, x, t, s, 0.0).mean
+        error = tensor_of(x_s) - tensor_of(self.transition(prediction, x, t, s, 0.0).mean)
         # Projected: no transition would remove what iterations add up outside the subspace.
         return self._projected(x + error / expand_as(slope, x), x)
 
@@ -224,9 +235,11 @@ class GaussianProcess(Process):
     def ends(self, num_steps: int) -> Tensor:
         return self.schedule.ends(num_steps)
 
-    def _law(self, loc: Tensor, std: Tensor, like: Tensor) -> Gaussian:
+    def _law(
+        self, loc: Tensor, std: Tensor, like: Tensor, density: Sequence[Tensor] | None = None
+    ) -> Gaussian:
         if self.subspace is None:
-            return Gaussian(loc, std)
+            return Gaussian(loc, std, None if density is None else (density[0], density[1]))
         return self.subspace.gaussian(loc, std, like)
 
     def _projected(self, x: Tensor, like: Tensor) -> Tensor:
@@ -242,6 +255,44 @@ class GaussianProcess(Process):
         if self.prediction_type == "v":
             return -sigma, alpha
         return -one, one
+
+
+class Linear(NamedTuple):
+    """A step as x_s = of_x x_t + of_p p + std z, written in x_t and the prediction p.
+
+    That is alpha_s x_0 + direction eps + std z in few passes over states. The rest is
+    `density_of(std)`.
+    """
+
+    of_x: Tensor
+    of_p: Tensor
+    std: Tensor
+    rate: Tensor
+    peak: Tensor
+
+
+class _Bounded(NamedTuple):
+    """A step as x_s = alpha_s x_0 + direction eps + std z.
+
+    x_0 is the bound of x_0_of_x x_t + x_0_of_p p, and x_t is alpha_t x_0 + sigma_t eps. Rate and
+    peak are `density_of(std)`.
+    """
+
+    alpha_s: Tensor
+    direction: Tensor
+    std: Tensor
+    rate: Tensor
+    peak: Tensor
+    x_0_of_x: Tensor
+    x_0_of_p: Tensor
+    alpha_t: Tensor
+    sigma_t: Tensor
+
+
+def _columns(coefficients: Tensor, like: Tensor) -> Sequence[Tensor]:
+    """Return the columns of [B, C] or [C], each to broadcast against [B, ...]."""
+    columns = coefficients.to(like.dtype).unbind(dim=-1)
+    return columns if coefficients.dim() == 1 else [expand_as(one, like) for one in columns]
 
 
 def _forward_variance(alpha_s: Tensor, sigma_s: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:

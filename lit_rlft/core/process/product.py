@@ -50,12 +50,13 @@ class ProductProcess(Process):
         x = fields_of(blank)
         return Product({name: self.field(name).prior(x[name]) for name in self.names})
 
-    def transition(
-        self, prediction: State, x_t: State, t: Tensor, s: Tensor, eta: float
-    ) -> Product:
-        p, x = fields_of(prediction), fields_of(x_t)
+    def coefficients(self, t: Tensor, s: Tensor, eta: float) -> dict[str, Tensor]:
+        return {name: tensor_of(self.field(name).coefficients(t, s, eta)) for name in self.names}
+
+    def step(self, prediction: State, x_t: State, coefficients: State) -> Product:
+        p, x, own = fields_of(prediction), fields_of(x_t), fields_of(coefficients)
         return Product(
-            {name: self.field(name).transition(p[name], x[name], t, s, eta) for name in self.names}
+            {name: self.field(name).step(p[name], x[name], own[name]) for name in self.names}
         )
 
     def inverted(self, prediction: State, x_t: State, x_s: State, t: Tensor, s: Tensor) -> State:

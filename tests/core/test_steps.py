@@ -1,0 +1,213 @@
+"""The steps of a grid: what they take from their levels is computed once, and little is left."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from domains.text_to_image.pipeline import TextToImagePipeline
+from lit_rlft.core.distribution import Gaussian
+from lit_rlft.core.pipeline import Condition
+from lit_rlft.core.process import (
+    AngularFlow,
+    GaussianProcess,
+    MaskedProcess,
+    Process,
+    ProductProcess,
+)
+from lit_rlft.core.randomness import generators
+from lit_rlft.core.sampling import walk
+from lit_rlft.core.schedule import CosineVP, DiscreteVP, RectifiedFlow, vp_betas
+from lit_rlft.core.state import State, index, tensor_of, tree_map
+from lit_rlft.core.subspace import PointClouds
+from lit_rlft.core.trajectory import walk_with_log_probs
+from lit_rlft.kit.saved_grids import Clip
+from tests.operations import NOISE, Operations
+from tests.support import assert_equal
+
+B, T, CLASSES = 6, 8, 5
+MASKED = MaskedProcess(CLASSES)
+FLOW = GaussianProcess(RectifiedFlow(), "velocity")
+GAUSSIAN: dict[str, GaussianProcess] = {
+    "discrete VP": GaussianProcess(DiscreteVP(vp_betas(100))),
+    "cosine VP": GaussianProcess(CosineVP(), "v"),
+    "flow": FLOW,
+    "arcs": AngularFlow(),
+}
+PROCESSES: dict[str, Process] = {
+    **GAUSSIAN,
+    "sample": GaussianProcess(CosineVP(), "sample"),
+    "wide": GaussianProcess(DiscreteVP(vp_betas(100)), wide_above=0.3),
+    "clipped": GaussianProcess(DiscreteVP(vp_betas(100)), bound=Clip(1.0)),
+    "clipped, v": GaussianProcess(CosineVP(), "v", bound=Clip(1.0), keeps_noise=False),
+    "points": GaussianProcess(RectifiedFlow(), "velocity", PointClouds(3)),
+    "masked": MASKED,
+    "padded": MaskedProcess(CLASSES, padded=True, power=2.0),
+    "product": ProductProcess({"box": FLOW, "category": MASKED}),
+}
+each_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
+
+
+def conditions() -> Condition:
+    return Condition([{}], {}, torch.zeros(B, dtype=torch.int64))
+
+
+def start(process: Process) -> State:
+    """Return a state with some variety, categories half shown."""
+    numbers = torch.randn(B, 4, 3)
+    category = torch.arange(B * 4).view(B, 4) % (CLASSES + 1)
+    if isinstance(process, ProductProcess):
+        return {"box": numbers, "category": category}
+    return category if isinstance(process, MaskedProcess) else numbers
+
+
+def predicted(x: State) -> State:
+    """Return a prediction for a state."""
+
+    def of(leaf: Tensor) -> Tensor:
+        if leaf.is_floating_point():
+            return leaf.roll(1, dims=1).tanh()
+        return torch.linspace(-1, 1, CLASSES) * (1 + leaf.unsqueeze(-1))
+
+    return tree_map(of, x)
+
+
+def denoiser(x: State, t: Tensor, condition: Condition) -> State:
+    return predicted(x)
+
+
+@each_process
+@pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_row_of_the_table_is_the_transition(
+    process: Process, eta: float, dtype: torch.dtype
+) -> None:
+    """To the last bit, for all samples at one step and for each at its own: ratios are then 1."""
+    torch.manual_seed(0)
+    x = tree_map(lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf, start(process))
+    prediction, steps = predicted(x), process.steps(process.times(T), None, eta, x)
+    numbers = torch.tensor([0, 3, T - 1, 3, 1, T - 2])
+    mixed = process.step(prediction, x, steps.pick(numbers).coefficients)
+    assert_equal(steps.pick(numbers).t, process.times(T)[numbers])
+    for row, i in enumerate(numbers.tolist()):
+        t, s = (process.times(T)[i + end].expand(B) for end in (0, 1))
+        assert_equal(steps.levels(i, B), t)
+        alone = process.step(prediction, x, steps.row(i))
+        general = process.transition(prediction, x, t, s, eta)
+        target = general.sample(generators(range(B)))
+        for law in (alone, mixed):
+            rows = slice(None) if law is alone else slice(row, row + 1)
+            assert_equal(index(law.mean, rows), index(general.mean, rows))
+            if law is alone or not isinstance(process, GaussianProcess):
+                continue
+            own = law.log_prob(target)
+            assert_equal(own[rows], alone.log_prob(target)[rows])
+        assert_equal(alone.sample(generators(range(B))), target)
+
+
+def counted(walked: Callable[[], Iterator[Any]], count: Operations) -> float:
+    """Return the operations per step of a second walk, its grid being known, without draws."""
+    with torch.no_grad():
+        list(walked())
+        with count:
+            list(walked())
+    return count.total / T
+
+
+WALKS: dict[str, Callable[..., Iterator[Any]]] = {
+    "eta 0": partial(walk, eta=0.0),
+    "eta 1": partial(walk, eta=1.0),
+    "log-probabilities": partial(walk_with_log_probs, eta=1.0),
+}
+MOST = {
+    **{name: (3, 5, 11) for name in GAUSSIAN},
+    "masked": (20, 20, 25),
+    "product": (24, 24, 37),
+    "points": (16, 28, 55),
+}
+
+
+@pytest.mark.parametrize("name", MOST)
+@pytest.mark.parametrize("place", range(3), ids=WALKS)
+def test_few_operations_are_left_for_a_step(name: str, place: int) -> None:
+    process, make = PROCESSES[name], [*WALKS.values()][place]
+    x, condition = start(process), conditions()
+    known, times, count = predicted(x), process.times(T), Operations()
+    args = (lambda *_: known, process, x, condition, times)
+    found = counted(lambda: make(*args, noise=generators(range(B))), count)
+    # Beside those of the steps, the noise of each field needs a place.
+    assert found <= MOST[name][place] + 2 / T, count.found
+    # Each sample draws once for all steps, and for each field.
+    fields = 2 if name == "product" else 1
+    draws = sum(count.found[kind] for kind in NOISE)
+    still = name in GAUSSIAN or name == "points"
+    assert draws == (0 if place == 0 and still else B * fields)
+
+
+def test_at_most_twenty_operations_surround_a_guided_network(
+    tiny_stable_diffusion: Callable[..., Path],
+) -> None:
+    pipeline: Any = TextToImagePipeline(str(tiny_stable_diffusion()), guidance_scale=3.0)
+    pipeline.requires_grad_(False)
+    prompts = [f"a circle {i}" for i in range(B)]
+    condition = pipeline.encode({"index": torch.arange(B), "prompt": prompts})
+    x = torch.randn_like(pipeline.blank(condition))
+    process = pipeline.process
+    args = (pipeline, process, x, condition, process.times(T))
+    for make in WALKS.values():
+        count = Operations()
+        with count.without(pipeline.denoiser):
+            found = counted(lambda: make(*args, noise=generators(range(B))), count)  # noqa: B023
+        assert found <= 20, count.found
+
+
+def test_a_grid_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    process, calls = GaussianProcess(RectifiedFlow(), "velocity"), []
+    rule = process.coefficients
+
+    def told(*args: Any) -> Tensor:
+        calls.append(args[-1])
+        return rule(*args)
+
+    monkeypatch.setattr(process, "coefficients", told)
+    x = torch.randn(B, 3)
+    for eta in (1.0, 0.0, 1.0):
+        for size in (B, 2):
+            rows = torch.arange(size)
+            grid = (process.times(T), eta, generators(range(size)))
+            list(walk(denoiser, process, x[rows], conditions().index(rows), *grid))
+    assert calls == [1.0, 0.0]
+    process.steps(process.times(T), None, 1.0, x.double())
+    process.steps(process.times(T + 1), None, 1.0, x)
+    process.steps(process.times(T), process.times(T)[1:] / 2, 1.0, x)
+    assert len(calls) == 5
+
+
+def test_a_grid_of_an_evaluation_serves_training() -> None:
+    """Lightning evaluates in inference mode, whose tensors no graph may keep."""
+    process, x = GaussianProcess(DiscreteVP(vp_betas(100))), torch.randn(B, 3)
+    weight = torch.tensor(0.5, requires_grad=True)
+    with torch.inference_mode():
+        list(walk(denoiser, process, x, conditions(), process.times(T), 0.0))
+    seen: list[Tensor] = []
+
+    def trained(x: State, t: Tensor, condition: Condition) -> State:
+        seen.append(t)
+        return weight * tensor_of(x) * t.unsqueeze(1).to(weight)
+
+    *_, (_, x_0) = walk(trained, process, x, conditions(), process.times(T), 0.0)
+    (grad,) = torch.autograd.grad(tensor_of(x_0).sum(), weight)
+    assert grad.isfinite() and len(seen) == T
+
+
+def test_a_process_of_ones_own_has_two_halves() -> None:
+    """An overridden `transition` would never be called by samplers."""
+    with pytest.raises(TypeError, match="Mine overrides transition; override its halves"):
+
+        class Mine(GaussianProcess):
+            def transition(self, *args: Any) -> Gaussian:
+                raise AssertionError
