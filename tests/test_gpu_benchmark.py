@@ -9,7 +9,9 @@ import torch
 
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.bench import Bench, NotHere, quartiles
+from benchmarks.gpu.models import DENOISERS
 from benchmarks.gpu.parts import PARTS
+from benchmarks.gpu.parts.denoisers import inputs_of
 from benchmarks.gpu.runs import read
 from benchmarks.gpu.table import NOTHING, PAGE, RESULTS, TABLES, page
 
@@ -145,6 +147,26 @@ def test_the_table_says_what_the_rows_say(tmp_path: Path) -> None:
         f"| flux, 1 | {NOTHING} |",  # its part was not finished
     ):
         assert expected in text, expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "numbers"),
+    [("sdxl", 2_567_463_684), ("sd3", 2_243_171_520), ("flux", 11_901_408_320)],
+)
+def test_denoisers_have_the_published_sizes_and_take_their_inputs(
+    family: str, numbers: int
+) -> None:
+    """On the meta device: shapes are checked, nothing is computed."""
+    bench = Bench(torch.device("meta"), False, seconds=60)
+    with torch.device("meta"):
+        network = DENOISERS[family]().to(bench.half)
+    assert sum(p.numel() for p in network.parameters()) == numbers
+    with torch.no_grad():
+        (out, *_) = network(**inputs_of(bench, network, family, 2), return_dict=False)
+    assert out.shape == {"sdxl": (2, 4, 128, 128), "sd3": (2, 16, 128, 128)}.get(
+        family, (2, 4096, 64)
+    )
 
 
 @pytest.mark.slow

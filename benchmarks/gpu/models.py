@@ -34,7 +34,7 @@ from domains.text_to_image.pipeline import TextToImagePipeline
 from tests.domains.text_to_image.families import real_sizes
 from tests.domains.text_to_image.families.tiny import tiny
 
-__all__ = ["denoiser", "parts_of", "pipeline_of"]
+__all__ = ["DENOISERS", "denoiser", "parts_of", "pipeline_of"]
 
 
 def pipeline_of(
@@ -60,7 +60,6 @@ def pipeline_of(
     with patch("domains.text_to_image.pipeline.load_parts", lambda *a, **k: parts):
         pipeline = TextToImagePipeline(family, **settings)
     pipeline.eval().to(bench.device)
-    # Parts that are no part of the module, such as text encoders that move, go with diffusers'.
     return pipeline
 
 
@@ -78,7 +77,7 @@ def denoiser(bench: Bench, family: str) -> nn.Module:
         parts = tiny("flux_dev" if family == "flux" else family)
         network: nn.Module = parts.unet if family == "sdxl" else parts.transformer
         return network.to(bench.device, bench.half)
-    return _filled(_DENOISERS[family], bench.device)
+    return _filled(DENOISERS[family], bench.device)
 
 
 def _sd3() -> nn.Module:
@@ -113,11 +112,12 @@ def _sdxl_unet() -> nn.Module:
     return network
 
 
-_DENOISERS: dict[str, Callable[[], nn.Module]] = {
+DENOISERS: dict[str, Callable[[], nn.Module]] = {
     "sdxl": _sdxl_unet,
     "sd3": _sd3,
     "flux": _flux,
 }
+"""Makers of denoisers of the real sizes, by family."""
 
 
 def _sd(device: torch.device) -> DiffusionPipeline:
@@ -160,7 +160,9 @@ def _sdxl(device: torch.device) -> DiffusionPipeline:
 @contextmanager
 def _sdxl_folder() -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
-        yield real_sizes.sdxl(Path(folder))
+        with torch.device("cpu"):  # a scheduler's numbers are no part of a network without any
+            written = real_sizes.sdxl(Path(folder))
+        yield written
 
 
 def _vae(size: int, scale: float, **settings: Any) -> nn.Module:

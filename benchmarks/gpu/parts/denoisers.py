@@ -9,7 +9,7 @@ from benchmarks.gpu.bench import Bench, Row
 from benchmarks.gpu.models import denoiser
 from lit_rlft.cost.counters import flop_counter
 
-__all__ = ["measure"]
+__all__ = ["inputs_of", "measure"]
 
 
 def measure(bench: Bench) -> None:
@@ -25,7 +25,7 @@ def measure(bench: Bench) -> None:
 @torch.no_grad()
 def _calls(bench: Bench, family: str, batch: int) -> Row:
     network = denoiser(bench, family).eval()
-    inputs = _inputs(bench, network, family, batch)
+    inputs = inputs_of(bench, network, family, batch)
     with flop_counter() as counter:
         network(**inputs)
     found = bench.turns({"": lambda: network(**inputs)})[""]
@@ -34,7 +34,7 @@ def _calls(bench: Bench, family: str, batch: int) -> Row:
     return {**found, "flops": flops, "parameters": numbers, "peak_gib": bench.peak()}
 
 
-def _inputs(bench: Bench, network: nn.Module, family: str, batch: int) -> dict[str, Any]:
+def inputs_of(bench: Bench, network: nn.Module, family: str, batch: int) -> dict[str, Any]:
     """Return arguments of a denoiser for pictures of 1,024 pixels, or tiny ones."""
     config: Any = network.config
 
