@@ -16,7 +16,7 @@ import io
 import statistics
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +32,7 @@ class Clock:
     """Gives the processor's time to the innermost block that runs."""
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds: dict[str, float] = defaultdict(float)
         self._open: list[str] = []
         self._since = 0.0
 
@@ -71,9 +71,9 @@ def watch(tuner: RewardFineTuner, clock: Clock) -> None:
     optimizer.step = clock.timed("optimiser", optimizer.step)
 
 
-def measure(words: list[str]) -> list[Counter[str]]:
+def measure(words: list[str]) -> list[dict[str, float]]:
     """Run a fit; return the seconds of each round but the first, by name."""
-    clock, rounds = Clock(), list[Counter[str]]()
+    clock, rounds = Clock(), list[dict[str, float]]()
     step = RewardFineTuner.training_step
     timed = clock.timed(FRAMEWORK, step)
 
@@ -84,7 +84,7 @@ def measure(words: list[str]) -> list[Counter[str]]:
             return
         clock.seconds.clear()
         timed(self, batch, batch_idx)
-        rounds.append(clock.seconds.copy())
+        rounds.append(dict(clock.seconds))
 
     RewardFineTuner.training_step = training_step  # type: ignore[method-assign]
     try:
@@ -107,11 +107,13 @@ def main() -> None:
         words += ["--trainer.accelerator=cpu", f"--trainer.limit_train_batches={options.rounds}"]
         words += ["--trainer.limit_val_batches=0", "--trainer.enable_progress_bar=false"]
         rounds = measure([*words, "--name=run", *rest])
-    shares = [seconds[FRAMEWORK] / seconds.total() for seconds in rounds]
+    shares = [seconds[FRAMEWORK] / sum(seconds.values()) for seconds in rounds]
     low, middle, high = statistics.quantiles(shares, n=4, method="inclusive")
     print(f"{' + '.join(options.config)}: framework {middle:.0%} ({low:.0%}-{high:.0%})")
     names = sorted({name for seconds in rounds for name in seconds})
-    medians = {name: statistics.median(seconds[name] for seconds in rounds) for name in names}
+    medians = {
+        name: statistics.median(seconds.get(name, 0.0) for seconds in rounds) for name in names
+    }
     for name, seconds in sorted(medians.items(), key=lambda entry: -entry[1]):
         print(f"  {name:10}{1000 * seconds:9.1f} ms of the processor")
 

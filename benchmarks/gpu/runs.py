@@ -33,7 +33,7 @@ def about(device: torch.device) -> dict[str, Any]:
             "cudnn": torch.backends.cudnn.version(),
         }
     found["python"] = platform.python_version()
-    return found | {name: metadata.version(name) for name in _PACKAGES}
+    return found | {name: metadata.version(name) for name in _PACKAGES}  # type: ignore[no-untyped-call]
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 import logging
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from lightning import Callback, Trainer
@@ -76,7 +77,7 @@ def arms_on_an_update(
 
             bench.case({"arm": name, **keys[name], **work}, once)
         fitting = {name: arm for name, arm in arms.items() if name in peaks}
-        calls = {name: lambda arm=arm: arm(given) for name, arm in fitting.items()}  # type: ignore[misc]
+        calls = {name: partial(arm, given) for name, arm in fitting.items()}
         found = bench.turns(calls, warm=0) if calls else {}
         for row in bench.rows:
             if row.get("arm") in found and not {"error", "seconds"} & set(row):

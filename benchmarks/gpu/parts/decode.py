@@ -1,5 +1,7 @@
 """Memory and time of decoding: several numbers of pictures at once, 512 and 1,024 pixels."""
 
+from functools import partial
+
 import torch
 
 from benchmarks.gpu.bench import Bench, Row
@@ -16,7 +18,7 @@ def measure(bench: Bench) -> None:
         for batch in bench.pick((1, 4, 16, 32), (1, 2)):
             bench.case(
                 {"pixels": pixels, "batch": batch},
-                lambda pixels=pixels, batch=batch: _decode(bench, pipeline, pixels, batch),
+                partial(_decode, bench, pipeline, pixels, batch),
             )
 
 

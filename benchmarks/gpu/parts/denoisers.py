@@ -1,5 +1,6 @@
 """Denoisers alone: SDXL, Stable Diffusion 3.5 medium and FLUX.1-dev at 1,024 pixels, in bf16."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ def measure(bench: Bench) -> None:
         for batch in bench.pick((1, 4), (1,)):
             bench.case(
                 {"family": family, "batch": batch},
-                lambda family=family, batch=batch: _calls(bench, family, batch),
+                partial(_calls, bench, family, batch),
             )
 
 

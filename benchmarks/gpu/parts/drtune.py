@@ -1,5 +1,7 @@
 """DRTune's update with 1, 2 and 4 trained steps."""
 
+from typing import Any
+
 from benchmarks.gpu.bench import Bench, Row
 from benchmarks.gpu.models import pipeline_of
 from benchmarks.gpu.tuning import Arm, arms_on_an_update, checkpointing, fit
@@ -43,6 +45,7 @@ def _round(bench: Bench) -> Row:
             name = f"K = {k}{', checkpointed' if on else ''}"
             arms[name], keys[name] = take, {"k": k, "checkpointed": on}
     work = {"pictures": prompts, "steps": steps}
-    tuner._update = arms_on_an_update(bench, arms, keys, work)  # type: ignore[method-assign]
+    taken: Any = arms_on_an_update(bench, arms, keys, work)
+    tuner._update = taken  # type: ignore[method-assign]
     fit(bench, tuner, [], 1, prompts)
     return {}

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -16,7 +17,7 @@ __all__ = ["measure"]
 def measure(bench: Bench) -> None:
     """Run rounds of P-GRAFT and DDPO on the shapes; report what the last one logs as `time/`."""
     for algorithm in ("p_graft", "ddpo"):
-        bench.case({"algorithm": algorithm}, lambda name=algorithm: _fit(bench, name))
+        bench.case({"algorithm": algorithm}, partial(_fit, bench, algorithm))
 
 
 def _fit(bench: Bench, algorithm: str) -> Row:

@@ -65,7 +65,8 @@ def _round(bench: Bench) -> Row:
 
         arms[name], keys[name] = take, {"microbatch": size, "checkpointed": False}
     work = {"pairs": prompts * candidates * steps}
-    tuner._update = arms_on_an_update(bench, arms, keys, work)  # type: ignore[method-assign]
+    taken: Any = arms_on_an_update(bench, arms, keys, work)
+    tuner._update = taken  # type: ignore[method-assign]
     fit(bench, tuner, [], 1, prompts)
     return {}
 
@@ -87,7 +88,7 @@ def _plain_loop(tuner: DDPO, update: Update, batch: int) -> None:
         clipped = ratio.clamp(1 - tuner.clip_range, 1 + tuner.clip_range)
         advantage = own["advantage"]
         loss = torch.maximum(-advantage * ratio, -advantage * clipped).mean() / len(starts)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         loss.item()  # for the log, as TRL does
     trained = [p for p in tuner.pipeline.denoiser.parameters() if p.requires_grad]
     torch.nn.utils.clip_grad_norm_(trained, 1.0)

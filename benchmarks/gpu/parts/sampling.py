@@ -1,5 +1,6 @@
 """Sampling of Stable Diffusion 1.5 beside diffusers' official pipeline, in bf16."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ def measure(bench: Bench) -> None:
     for batch in batches:
         bench.case(
             {"batch": batch, "steps": steps, "arm": "all"},
-            lambda batch=batch: _rows(bench, plain, compiled, batch, steps),
+            partial(_rows, bench, plain, compiled, batch, steps),
         )
     bench.rows = [row for whole in bench.rows for row in _apart(whole)]
 
@@ -39,7 +40,7 @@ def _rows(bench: Bench, plain: TextToImagePipeline, compiled: Any, batch: int, s
     if compiled is not None:
         draws["ours, compiled"] = ours(compiled, sampler)
     with torch.inference_mode() if compiled is None else torch.no_grad():
-        arms = {name: lambda draw=draw: draw(prompts) for name, draw in draws.items()}
+        arms = {name: partial(draw, prompts) for name, draw in draws.items()}
         found = bench.turns(arms)
         peak = bench.peak()
         with flop_counter() as counter:

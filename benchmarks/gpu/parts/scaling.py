@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ def measure(bench: Bench) -> None:
         parts_of(bench, "sd").save_pretrained(f"{folder}/model")
         bench.fresh()
         for devices in (1, 2):
-            bench.case({"devices": devices}, lambda n=devices: _fit(Path(folder), n))
+            bench.case({"devices": devices}, partial(_fit, Path(folder), devices))
 
 
 def _fit(folder: Path, devices: int) -> Row:

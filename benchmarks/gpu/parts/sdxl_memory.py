@@ -1,6 +1,7 @@
 """Peak memory of SDXL LoRA rounds at 1,024 pixels, for cards of 24 GB."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ def measure(bench: Bench) -> None:
         ),
     }
     for name, make in makers.items():
-        bench.case({"algorithm": name}, lambda make=make: _round(bench, make))
+        bench.case({"algorithm": name}, partial(_round, bench, make))
 
 
 def _round(bench: Bench, make: Callable[[Any], RewardFineTuner]) -> Row:

@@ -1,5 +1,8 @@
 """Sampling of 1,024 layouts and molecules with the embedded models."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 
 from benchmarks.gpu.bench import Bench, Row
@@ -14,14 +17,18 @@ __all__ = ["measure"]
 
 def measure(bench: Bench) -> None:
     """Draw them in single precision, from noise of their own, all in one batch."""
-    made = {"layout": LayoutPipeline, "molecule": MoleculePipeline}
+    made: dict[str, Callable[[], Pipeline]] = {
+        "layout": LayoutPipeline,
+        "molecule": MoleculePipeline,
+    }
     for name, kind in made.items():
-        bench.case({"domain": name}, lambda kind=kind: _draw(bench, kind()))
+        bench.case({"domain": name}, partial(_draw, bench, kind))
 
 
 @torch.no_grad()
-def _draw(bench: Bench, pipeline: Pipeline) -> Row:
+def _draw(bench: Bench, kind: Callable[[], Pipeline]) -> Row:
     samples, steps = bench.pick((1024, 50), (4, 2))
+    pipeline = kind()
     pipeline.eval().to(bench.device)
     condition = pipeline.example().repeat(samples)
     sampler = Sampler(steps, 1.0)

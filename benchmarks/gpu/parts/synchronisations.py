@@ -58,7 +58,7 @@ def _round(bench: Bench) -> Row:
         with (_by_warnings if bench.cuda else _by_operations)(lines):
             step(*given)
 
-    tuner.training_step = counted  # type: ignore[method-assign]
+    tuner.training_step = counted  # type: ignore[assignment, method-assign]
     fit(bench, tuner, [], 2, prompts)
     microbatches = -(-prompts * 2 * steps // 4)
     work = {"steps": steps, "microbatches": microbatches, "updates": 1}

@@ -1,6 +1,7 @@
 """Each switch alone, beside the settings without it: a guided call, and one with its backward."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ def measure(bench: Bench) -> None:
     for name, settings in TOGGLES.items():
         if bench.tiny and "compile" in settings:
             continue  # needs a compiler, and minutes
-        bench.case({"toggle": name, "batch": batch}, lambda s=settings: _beside(bench, plain, s))
+        bench.case({"toggle": name, "batch": batch}, partial(_beside, bench, plain, settings))
     bench.case({"toggle": "LoRA merged", "batch": batch}, lambda: _merged(bench, plain))
     bench.case({"toggle": "TF32, all in fp32", "batch": batch}, lambda: _tf32(bench))
 

@@ -1,5 +1,6 @@
 """How much of a slow reward's time workers hide behind sampling."""
 
+from functools import partial
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
@@ -35,7 +36,7 @@ def measure(bench: Bench) -> None:
     """Run rounds of P-GRAFT on Stable Diffusion 1.5 with JPEG files as reward, both ways."""
     kind: Any = bench.pick("process", "thread")
     for name, workers in (("between", None), (kind, RewardWorkers(kind))):
-        bench.case({"rewards": name}, lambda workers=workers: _rounds(bench, workers))
+        bench.case({"rewards": name}, partial(_rounds, bench, workers))
 
 
 def _rounds(bench: Bench, workers: RewardWorkers | None) -> Row:
