@@ -8,6 +8,8 @@ from lightning import LightningModule, Trainer
 
 from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.cost.counters import Cost, now
+from lit_rlft.cost.peaks import peak_of
+from lit_rlft.cost.throughput import RoundCost, throughput
 from lit_rlft.loop.hooks import Hooks
 
 __all__ = ["CostMeter"]
@@ -23,8 +25,12 @@ class CostMeter(Hooks):
 
     Counts and seconds are those of this process. Operations are those of forward passes; the time
     that counting them takes is not part of a phase's seconds. The counts are part of the
-    checkpoint, so that a test reports what training spent. Each round's seconds and the operations
-    so far go to TensorBoard, under `time/` and `cost/flops`.
+    checkpoint, so that a test reports what training spent. The operations so far go to TensorBoard
+    under `cost/flops`, and under `time/` each round's seconds by phase, the milliseconds of each
+    phase per sample drawn (`collect_ms_per_sample`), `samples_per_second`,
+    `denoiser_rows_per_second` and, on cards whose peak is known, `mfu`: the operations of forward
+    and backward passes over what the card could do in that time in bfloat16, dense, by its maker's
+    data sheet.
     """
 
     def __init__(self) -> None:
@@ -60,17 +66,25 @@ class CostMeter(Hooks):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Remember what training had spent before this round."""
-        self._before = {name: spent["seconds"] for name, spent in self._training.items()}
+        assert isinstance(pl_module, RewardFineTuner)
+        self._before = self._spent(pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the round."""
         assert isinstance(pl_module, RewardFineTuner)
-        for name, spent in self._training.items():
-            seconds = spent["seconds"] - self._before.get(name, 0.0)
-            if seconds > 0:
-                pl_module.log(f"time/{name}", seconds)
+        after, before = self._spent(pl_module), self._before
+        cost = RoundCost(
+            after.seconds - before.seconds,
+            after.samples - before.samples,
+            after.denoiser_calls - before.denoiser_calls,
+            after.flops - before.flops,
+            {name: s - before.phases.get(name, 0.0) for name, s in after.phases.items()},
+        )
+        peak = peak_of(pl_module.device)
+        for name, value in throughput(cost, trainer.world_size, peak).items():
+            pl_module.log(f"time/{name}", value)
         pl_module.log("cost/flops", float(pl_module.meter.total("flops")))
 
     def report(self) -> dict[str, Any]:
@@ -103,9 +117,17 @@ class CostMeter(Hooks):
             for stage, page in state_dict.items()
         }
 
-    @property
-    def _training(self) -> dict[str, Spent]:
-        return self.books.get("train", {})
+    def _spent(self, module: RewardFineTuner) -> RoundCost:
+        """Return what training has spent so far; the time of counting is no part of it."""
+        own = module.meter.training
+        phases = {name: spent["seconds"] for name, spent in self.books.get("train", {}).items()}
+        return RoundCost(
+            now() - own.counting_seconds,
+            module.num_samples,
+            module.meter.total("denoiser_calls"),
+            own.flops + own.backward_flops,
+            phases,
+        )
 
 
 def _plain(spent: Spent) -> dict[str, float]:

@@ -29,6 +29,7 @@ from lit_rlft.callbacks.self_check import SelfCheck
 from lit_rlft.callbacks.signals import ended_by_signals
 from lit_rlft.callbacks.tf32 import TF32
 from lit_rlft.callbacks.training_metrics import TrainingMetrics
+from lit_rlft.cli.collector import resume
 from lit_rlft.cli.errors import own_frames, sentence
 from lit_rlft.cli.same_domain import check_domains
 from lit_rlft.cli.which import NONE, choose
@@ -134,6 +135,10 @@ class Command(LightningCLI):
             config.return_predictions = False  # they are written as they come
         elif self.subcommand in ("validate", "test"):
             config.verbose = False  # a table of our own shows the reference too
+
+    def instantiate_classes(self) -> None:
+        resume()  # networks may leave cycles behind, which take memory until they are found
+        super().instantiate_classes()
 
     def after_instantiate_classes(self) -> None:
         if self.subcommand == "fit" and isinstance(self.datamodule, SplitData):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from lit_rlft import __version__
 from lit_rlft.cli import listing
+from lit_rlft.cli.collector import without_collection
 from lit_rlft.cli.names import with_class_paths
 from lit_rlft.cli.paths import with_config_files
 from lit_rlft.cli.quiet import quieten
@@ -98,11 +99,12 @@ def _command(words: list[str]) -> None:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # classes of the user's own, as `python` finds them
     words = with_class_paths(with_config_files(configs_first(words)))
-    if words[0] == "plan":
-        from lit_rlft.cli.plan import plan_words
+    with without_collection():
+        if words[0] == "plan":
+            from lit_rlft.cli.plan import plan_words
 
-        plan_words(words[1:])
-        return
-    from lit_rlft.cli.app import run  # seconds, which no other command should take
+            plan_words(words[1:])
+            return
+        from lit_rlft.cli.app import run  # seconds, which no other command should take
 
-    run(words)
+        run(words)

@@ -29,6 +29,7 @@ __all__ = [
 
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 
+_OF_A_ROUND = ("counting_seconds", "backward_flops")
 _CPU_ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
 """What attention is on a CPU, which torch's own table of formulas leaves out."""
 
@@ -46,6 +47,9 @@ class Cost:
         prior_calls: Rows that a learned prior's network was evaluated on: a noise policy's, or a
             corrector's, once per step.
         counting_seconds: Wall time of what was run for the sake of counting `flops`.
+        backward_flops: Operations of backward passes, about: of each call with a graph as many as
+            of its forward pass for the gradients of activations, and as many again for those of
+            the weights where all are trained. What is run again for them is not counted.
     """
 
     denoiser_calls: int = 0
@@ -54,10 +58,11 @@ class Cost:
     flops: int = 0
     prior_calls: int = 0
     counting_seconds: float = 0.0
+    backward_flops: int = 0
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the counters by name, without `counting_seconds`."""
-        return {name: value for name, value in asdict(self).items() if name != "counting_seconds"}
+        """Return the counters by name, without those that serve the log of one round."""
+        return {name: value for name, value in asdict(self).items() if name not in _OF_A_ROUND}
 
 
 def count_calls(
@@ -84,6 +89,7 @@ def count_flops(network: nn.Module, cost: Callable[[], Cost]) -> None:
     """
     adapters = [layer for layer in network.modules() if isinstance(layer, BaseTunerLayer)]
     known: dict[tuple[Any, ...], Fraction] = {}
+    backward: dict[bool, Fraction] = {}
 
     def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         switched_off = bool(adapters) and adapters[0].disable_adapters
@@ -94,9 +100,27 @@ def count_flops(network: nn.Module, cost: Callable[[], Cost]) -> None:
             started = now()
             known[key] = Fraction(_measured(module, args, kwargs), rows)
             cost().counting_seconds += now() - started
-        cost().flops += round(known[key] * rows)
+            backward.setdefault(switched_off, _backward_share(module, switched_off))
+        spent, flops = cost(), round(known[key] * rows)
+        spent.flops += flops
+        if torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
+            spent.backward_flops += round(flops * backward[switched_off])
 
     network.register_forward_pre_hook(_untraced(count), with_kwargs=True)
+
+
+def _backward_share(network: nn.Module, switched_off: bool) -> Fraction:
+    """Return the operations of a backward pass over those of its forward pass, about.
+
+    Args:
+        network: Of the pass.
+        switched_off: Whether its adapter, which alone is trained, has no part in it.
+    """
+    numbers, trained = 0, 0
+    for parameter in network.parameters():
+        numbers += parameter.numel()
+        trained += parameter.numel() * parameter.requires_grad
+    return Fraction(numbers + trained, numbers) if trained and not switched_off else Fraction(0)
 
 
 def _untraced(hook: Hook) -> Hook:

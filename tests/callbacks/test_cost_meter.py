@@ -259,6 +259,46 @@ def test_counting_is_not_part_of_the_seconds_of_either_arm(
     assert report["seconds_per_sample"] == {"tuned": 6 + 3 * 0.25, "reference": 6}
 
 
+def test_the_log_of_a_round_by_a_clock_on_which_a_row_takes_a_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    logged: dict[str, float] = {}
+    forward = GaussianMixtureDenoiser.forward
+
+    def slow(self: Any, x_t: Tensor, *args: Any) -> Tensor:
+        clock[0] += len(x_t)
+        return forward(self, x_t, *args)
+
+    def counter() -> Any:
+        clock[0] += 1000
+        return flop_counter()
+
+    monkeypatch.setattr(GaussianMixtureDenoiser, "forward", slow)
+    monkeypatch.setattr("lit_rlft.cost.counters.flop_counter", counter)
+    monkeypatch.setattr("lit_rlft.cost.counters.now", lambda: clock[0])
+    monkeypatch.setattr("lit_rlft.callbacks.cost_meter.now", lambda: clock[0])
+    monkeypatch.setattr("lit_rlft.callbacks.cost_meter.peak_of", lambda device: 1000.0)
+    settings: dict[str, Any] = {"num_candidates": 3, "num_eval_samples": 1, "lora": LoRA(2, 2)}
+    tuner = GRAFT(GaussianMixturePipeline(), Coordinate(), sampler=Sampler(5), **settings)
+    monkeypatch.setattr(tuner, "log", lambda name, value, **_: logged.setdefault(name, value))
+    run(tuner, tmp_path)
+    found = {name: logged[name] for name in sorted(logged) if name.startswith("time/")}
+    # 4 conditions x 3 candidates x 5 steps without gradient, and 4 accepted samples with one.
+    adapter, mixture = 2 * (6 + 64 + 64 + 64 + 64 + 2), 5 * (1 + 2 + 1)
+    numbers = (6 + 1) * 64 + (64 + 1) * 64 + (64 + 1) * 2 + mixture + adapter
+    flops = 60 * MIXTURE + 4 * (MIXTURE + 2 * adapter) * (2 + adapter / numbers)
+    assert found == {
+        "time/collect": 60.0,
+        "time/collect_ms_per_sample": 5000.0,
+        "time/denoiser_rows_per_second": 1.0,
+        "time/mfu": pytest.approx(flops / 64 / 1000, rel=1e-6),
+        "time/samples_per_second": 12 / 64,
+        "time/update": 4.0,
+        "time/update_ms_per_sample": pytest.approx(4000 / 12),
+    }
+
+
 def test_books_go_on_after_a_checkpoint(tmp_path: Path) -> None:
     meter = run(
         GRAFT(GaussianMixturePipeline(), Coordinate(), sampler=Sampler(2), num_candidates=2),

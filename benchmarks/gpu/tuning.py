@@ -1,0 +1,93 @@
+"""Rounds of the algorithms under Lightning's trainer, without files."""
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from lightning import Callback, Trainer
+from torch.utils.data import DataLoader
+
+from benchmarks.gpu.bench import Bench, Row
+from lit_rlft.algorithms.base import RewardFineTuner
+from lit_rlft.kit.data import Rows, collate
+from lit_rlft.loop.updates import Update
+
+__all__ = ["Arm", "arms_on_an_update", "checkpointing", "fit"]
+
+Arm = Callable[[Update], object]
+"""Takes an optimiser step."""
+
+
+def fit(
+    bench: Bench, tuner: RewardFineTuner, callbacks: list[Callback], rounds: int, prompts: int
+) -> Trainer:
+    """Run rounds of a tuner in bf16-mixed on one device; return the trainer.
+
+    Args:
+        bench: The device.
+        tuner: Of text to image.
+        callbacks: Of the trainer.
+        rounds: How many.
+        prompts: Of each round, all different.
+    """
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    quiet: dict[str, Any] = dict.fromkeys(
+        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+    )
+    trainer = Trainer(
+        accelerator="gpu" if bench.cuda else "cpu",
+        devices=1,
+        precision="bf16-mixed",
+        max_epochs=1,
+        callbacks=callbacks,
+        **quiet,
+    )
+    rows = Rows(rounds * prompts, lambda i: {"prompt": f"a red ring, number {i % prompts}"})
+    loader = DataLoader(rows, batch_size=prompts, collate_fn=collate)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(tuner, loader)
+    return trainer
+
+
+def arms_on_an_update(
+    bench: Bench, arms: Mapping[str, Arm], keys: Mapping[str, Row], work: Row
+) -> Callable[[Update], dict[str, float]]:
+    """Return an `_update` that times several ways to take one and the same update.
+
+    Each is tried once, for its memory and because it may not fit; those that do then take turns.
+
+    Args:
+        bench: Collects a row of each.
+        arms: Ways to take the update, by name.
+        keys: What the rows say of each.
+        work: What all rows say.
+    """
+
+    def update(given: Update) -> dict[str, float]:
+        peaks: dict[str, float | None] = {}
+        for name, arm in arms.items():
+
+            def once(name: str = name, arm: Arm = arm) -> Row:
+                arm(given)
+                peaks[name] = bench.peak()
+                return {}
+
+            bench.case({"arm": name, **keys[name], **work}, once)
+        fitting = {name: arm for name, arm in arms.items() if name in peaks}
+        calls = {name: partial(arm, given) for name, arm in fitting.items()}
+        found = bench.turns(calls, warm=0) if calls else {}
+        for row in bench.rows:
+            if row.get("arm") in found and not {"error", "seconds"} & set(row):
+                row |= {**found[row["arm"]], "peak_gib": peaks[row["arm"]]}
+        return {"loss": 0.0, "grad_norm": 0.0}
+
+    return update
+
+
+def checkpointing(tuner: RewardFineTuner, on: bool) -> None:
+    """Switch block checkpointing of the denoiser on or off."""
+    denoiser: Any = tuner.pipeline.denoiser
+    (denoiser.enable_gradient_checkpointing if on else denoiser.disable_gradient_checkpointing)()
