@@ -199,7 +199,8 @@ class Evaluator:
         times, steps = route.times, route.tuned_steps
         (reference,) = {leg.denoiser for leg in other.legs}
         parts = []
-        with self.rollouts.meter.unbilled():
+        merged = self.rollouts.merged(route, condition, seeds)
+        with self.rollouts.meter.unbilled(), merged:
             own = [seed_from(seed, Stream.DIVERGENCE) for seed in seeds]
             for chunk in self.rollouts.chunks(condition, own):
                 x = index(x_0, chunk.rows)

@@ -1,6 +1,7 @@
 """Draws and scores samples in chunks that fit into memory; chunks do not change the noise."""
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -127,14 +128,33 @@ class Rollouts:
             One state per entry of `keep`, all samples concatenated.
         """
         kept: list[list[State]] = [[] for _ in keep]
-        for chunk in self.chunks(condition, seeds, label):
-            for i, x in route.walk(chunk.condition, chunk.noise):
-                for states, wanted in zip(kept, keep, strict=True):
-                    if i == wanted:
-                        states.append(x)
-            if drawn is not None:
-                drawn(chunk, x)
+        with self.merged(route, condition, seeds):
+            for chunk in self.chunks(condition, seeds, label):
+                for i, x in route.walk(chunk.condition, chunk.noise):
+                    for states, wanted in zip(kept, keep, strict=True):
+                        if i == wanted:
+                            states.append(x)
+                if drawn is not None:
+                    drawn(chunk, x)
         return [cat(states) for states in kept]
+
+    def merged(
+        self, route: Route, condition: Condition, seeds: Sequence[int]
+    ) -> AbstractContextManager[None]:
+        """Return a context in which a route may draw with its adapter merged.
+
+        Args:
+            route: The route; its first prediction of the first chunk is that which is compared.
+            condition: One row per sample.
+            seeds: One integer per sample.
+        """
+
+        def predict() -> State:
+            chunk = next(self.chunks(condition, seeds))
+            with self.meter.unbilled():
+                return route.first_prediction(chunk.condition, chunk.noise)
+
+        return route.merged(predict)
 
     def score(self, x_0: State, condition: Condition, *, may_fail: bool = False) -> Scores:
         """Decode and score samples.
