@@ -24,6 +24,9 @@ T = TypeVar("T")
 Track = Callable[[Iterable[Any], str], Iterable[Any]]
 """Iterates over items and shows under a label how far it is."""
 
+_COMPARED = 8
+"""Samples whose first prediction is made with and without merging an adapter, once."""
+
 
 class Chunk(NamedTuple):
     """Samples that are drawn together.
@@ -127,15 +130,26 @@ class Rollouts:
         Returns:
             One state per entry of `keep`, all samples concatenated.
         """
-        kept: list[list[State]] = [[] for _ in keep]
         with self.merged(route, condition, seeds):
-            for chunk in self.chunks(condition, seeds, label):
-                for i, x in route.walk(chunk.condition, chunk.noise):
-                    for states, wanted in zip(kept, keep, strict=True):
-                        if i == wanted:
-                            states.append(x)
-                if drawn is not None:
-                    drawn(chunk, x)
+            return self._draw(route, condition, seeds, keep, label, drawn)
+
+    def _draw(
+        self,
+        route: Route,
+        condition: Condition,
+        seeds: Sequence[int],
+        keep: Sequence[int],
+        label: str,
+        drawn: Drawn | None,
+    ) -> list[State]:
+        kept: list[list[State]] = [[] for _ in keep]
+        for chunk in self.chunks(condition, seeds, label):
+            for i, x in route.walk(chunk.condition, chunk.noise):
+                for states, wanted in zip(kept, keep, strict=True):
+                    if i == wanted:
+                        states.append(x)
+            if drawn is not None:
+                drawn(chunk, x)
         return [cat(states) for states in kept]
 
     def merged(
@@ -144,15 +158,15 @@ class Rollouts:
         """Return a context in which a route may draw with its adapter merged.
 
         Args:
-            route: The route; its first prediction of the first chunk is that which is compared.
+            route: The route; first predictions of the first few samples are those compared.
             condition: One row per sample.
             seeds: One integer per sample.
         """
+        few = slice(0, min(self.chunk_size, _COMPARED))
 
         def predict() -> State:
-            chunk = next(self.chunks(condition, seeds))
             with self.meter.unbilled():
-                return route.first_prediction(chunk.condition, chunk.noise)
+                return route.first_prediction(condition.index(few), generators(seeds[few]))
 
         return route.merged(predict)
 
