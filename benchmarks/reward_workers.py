@@ -11,7 +11,8 @@ Three arms are run in turn, `--repeats` times, so that a busy machine is busy fo
 - beside: the same rewards, each in a process of its own (`reward_workers`).
 
 A repeat is `collect` of one round with its workers ready. Printed are medians, the ratios to
-"alone" of each repeat with their range, and whether all arms accept the same samples.
+"alone" of each repeat with their range, and whether all arms accept the same samples. The second
+table has the same of an evaluation: two batches, each of the tuned model and of the reference.
 
     python benchmarks/reward_workers.py --samples 256 --chunk 16 --seconds 4 --repeats 5
 """
@@ -20,6 +21,7 @@ import argparse
 import logging
 import statistics
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -84,6 +86,26 @@ def timed(tuner: PGRAFT, batch: Batch) -> tuple[float, Tensor]:
     return taken, accepted
 
 
+def evaluated(tuner: PGRAFT, batch: Batch) -> float:
+    """Return the seconds of an evaluation of two batches."""
+    start = time.perf_counter()
+    tuner.evaluator.start()
+    with torch.no_grad():
+        for i in range(2):
+            tuner.evaluator.run(batch, i, tuner.route(), tuner.reference_route())
+    assert tuner.evaluator.measurements.tuned.has(1)
+    return time.perf_counter() - start
+
+
+def show(seconds: Mapping[str, Sequence[float]]) -> None:
+    """Print the seconds of each arm, and their ratios to "alone"."""
+    print(f"{'arm':10}{'seconds':>9}{'of alone':>10}  range")
+    for name, own in seconds.items():
+        ratios = [a / b for a, b in zip(own, seconds["alone"], strict=True)]
+        spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
+        print(f"{name:10}{statistics.median(own):9.3f}{statistics.median(ratios):10.3f}  {spread}")
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -107,17 +129,14 @@ def main() -> None:
     for _ in range(args.repeats):
         for name, arm in arms.items():
             seconds[name].append(timed(arm, batch)[0])
-    print(f"{'arm':10}{'seconds':>9}{'of alone':>10}  range")
-    for name, own in seconds.items():
-        ratios = [a / b for a, b in zip(own, seconds["alone"], strict=True)]
-        spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
-        print(f"{name:10}{statistics.median(own):9.3f}{statistics.median(ratios):10.3f}  {spread}")
+    show(seconds)
     sides = side_rewards(arms["beside"].reward)
     rounds = args.repeats + 1
     busy, waited = (sum(getattr(s.times, n) for s in sides) / rounds for n in ("busy", "waited"))
     print(f"of {busy:.2f} s of rewards a round, beside waits for {waited:.2f} s")
     same = torch.equal(accepted["between"], accepted["beside"])
     print(f"between and beside accept the same samples: {same}")
+    show({name: [evaluated(arm, batch) for _ in range(args.repeats)] for name, arm in arms.items()})
     for side in sides:
         side.stop()
 

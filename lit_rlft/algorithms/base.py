@@ -158,8 +158,8 @@ class RewardFineTuner(Checkpointed, ABC):
 
     def route(self) -> Route:
         """Return how the tuned model draws: unless overridden it runs all steps."""
-        leg = Leg(self.pipeline, self.sampler.num_steps, tuned=True)
-        return Route(self.pipeline.process, self.prior, [leg], self.sampler.eta)
+        process, leg = self.pipeline.process, Leg(self.pipeline, self.sampler.num_steps, tuned=True)
+        return Route(process, self.prior, [leg], self.sampler.eta, self.reference.adapter.merged)
 
     def reference_route(self) -> Route:
         """Return how the pretrained model draws."""

@@ -14,6 +14,7 @@ from lit_rlft.core.state import State, cat, index, leaves
 from lit_rlft.core.streams import Stream
 from lit_rlft.loop.rollouts import Rollouts
 from lit_rlft.loop.route import Route
+from lit_rlft.loop.scoring import Scoring
 
 __all__ = ["best_of"]
 
@@ -36,10 +37,16 @@ def best_of(
     candidates = condition.repeat(num)
     further = Stream.BEST_OF_CANDIDATES
     own = [seed_from(s, further, j) if j else s for s in seeds for j in range(num)]
+    scoring, ends = Scoring(rollouts, training=False), (0, route.num_steps)
     x_1, x_0 = rollouts.draw(
-        route, candidates, own, keep=(0, route.num_steps), label=f"Sampling (best of {num})"
+        route,
+        candidates,
+        own,
+        keep=ends,
+        label=f"Sampling (best of {num})",
+        drawn=scoring.drawn,
     )
-    rewards = rollouts.score(x_0, candidates).rewards
+    rewards = scoring.finish(x_0, candidates, own, world_size=1).rewards
     best = rewards.cpu().view(-1, num).argmax(dim=1) + num * torch.arange(len(condition))
     best = best.to(leaves(x_0)[0].device)
     samples = index(x_0, best)

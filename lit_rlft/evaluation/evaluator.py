@@ -1,8 +1,9 @@
 """Evaluation: the tuned model, its reference and baselines under the same conditions and noise."""
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -22,12 +23,23 @@ from lit_rlft.evaluation.measurements import Arm, Measurements
 from lit_rlft.loop.experience import Draw
 from lit_rlft.loop.rollouts import Rollouts
 from lit_rlft.loop.route import Route
-from lit_rlft.loop.side.rewards import begin
+from lit_rlft.loop.side.rewards import begin, side_rewards
 
 __all__ = ["Evaluator"]
 
 Phase = Callable[[str, int], AbstractContextManager[Any]]
 """Makes a context that tells what the time within it is spent on, and for how many samples."""
+
+
+class _Drawn(NamedTuple):
+    """Samples that wait for their measurement: the arguments of `Evaluator._measure`, decoded."""
+
+    arm: Arm
+    batch_idx: int
+    rows: Tensor
+    samples: Any
+    condition: Condition
+    known: dict[str, Tensor]
 
 
 class Evaluator:
@@ -39,7 +51,6 @@ class Evaluator:
         num_samples: Samples per condition.
 
     Attributes:
-        measurements: Those of the present evaluation.
         latest: The `summary` that `means` was last made of.
         world_size: Processes that share it; one that fails tells the others.
         num_pictures: Samples to render; callbacks that show them raise it.
@@ -50,11 +61,20 @@ class Evaluator:
     def __init__(self, rollouts: Rollouts, metrics: Metric, num_samples: int) -> None:
         self.rollouts, self.metrics, self.num_samples = rollouts, metrics, num_samples
         self.pipeline, self.reward = rollouts.pipeline, rollouts.reward
-        self.measurements, self.num_pictures, self.world_size = Measurements(), 0, 1
+        self._measurements, self.num_pictures, self.world_size = Measurements(), 0, 1
         self.shown, self._scored, self._said = True, False, False
         self._best: Arm | None = None
+        self._waiting: deque[_Drawn] = deque()
         self.latest: dict[Arm, dict[str, Moments]] = {}
         self.phase: Phase = lambda name, num_samples: nullcontext()
+
+    @property
+    def measurements(self) -> Measurements:
+        """Those of the present evaluation; waits for rewards that are still on their way."""
+        if self._waiting:
+            with telling(self.world_size), self.phase("measure", 0):
+                self._take_all(leave=0)
+        return self._measurements
 
     @property
     def set_metrics(self) -> list[SetMetric]:
@@ -64,8 +84,9 @@ class Evaluator:
     def start(self, world_size: int = 1, *, keep_reference: bool = False) -> None:
         """Start a fresh evaluation by all processes; the reference's measurements can be kept."""
         self.world_size = world_size
-        kept = self.measurements.reference if keep_reference else None
-        self.measurements, self._best = Measurements(kept), None
+        self._waiting.clear()
+        kept = self._measurements.reference if keep_reference else None
+        self._measurements, self._best = Measurements(kept), None
 
     def run(
         self, batch: Batch, batch_idx: int, tuned: Route, reference: Route, *, num_best: int = 0
@@ -87,7 +108,7 @@ class Evaluator:
             rows = batch["index"].repeat_interleave(self.num_samples)
             common = batch_idx, rows, condition, seeds
             self._measure_route("tuned", *common, tuned, kl_from=reference)
-            if not self.measurements.reference.has(batch_idx):
+            if not self._measurements.reference.has(batch_idx):
                 self._measure_route("reference", *common, reference)
             if num_best:
                 arms = best_of(self.rollouts, reference, condition, seeds, num_best)
@@ -155,16 +176,32 @@ class Evaluator:
         condition: Condition,
         **known: Tensor,
     ) -> None:
-        """Decode and measure samples of some rows; `known` holds the values known already."""
+        """Decode and measure samples of some rows; `known` holds the values known already.
+
+        Where workers score them, they are measured once further samples are drawn.
+        """
         samples = self.pipeline.decode(x_0, condition)
         begin(self.reward, "evaluate", samples, condition)
+        self._waiting.append(_Drawn(arm, batch_idx, rows, samples, condition, known))
+        sides, chunk = side_rewards(self.reward), self.rollouts.chunk_size.rows or len(condition)
+        self._take_all(leave=sides[0].workers.ahead * chunk if sides else 0)
+
+    def _take_all(self, leave: int) -> None:
+        """Measure what waits, in order, down to `leave` samples; the newest may be more."""
+        while self._waiting and (
+            not leave or sum(len(one.condition) for one in list(self._waiting)[:-1]) > leave
+        ):
+            self._take(self._waiting.popleft())
+
+    def _take(self, drawn: "_Drawn") -> None:
+        arm, batch_idx, rows, samples, condition, known = drawn
         values = values_of(self.reward, samples, condition)
         self._check_scored(values.get(self.reward.name), len(condition))
         values |= values_of(self.metrics, samples, condition) | known
         pictures = self._pictures(arm, samples, condition)
         labels = [self.pipeline.describe(entry) for entry in condition.each()]
         features = [_features(metric, samples, condition) for metric in self.set_metrics]
-        self.measurements.add(arm, batch_idx, values, pictures, labels, features, rows)
+        self._measurements.add(arm, batch_idx, values, pictures, labels, features, rows)
 
     def _check_scored(self, rewards: Any, num_samples: int) -> None:
         """Check rewards; say once that some are missing, and stop where there never were any."""
@@ -183,7 +220,7 @@ class Evaluator:
         """Render only what is still to be shown: some domains render more slowly than sample."""
         if arm not in ("tuned", "reference") or not self.shown:
             return None
-        missing = self.num_pictures - self.measurements.arms[arm].num_pictures
+        missing = self.num_pictures - self._measurements.arms[arm].num_pictures
         rows = torch.arange(max(0, min(missing, len(condition))))
         if not len(rows):
             return None
@@ -202,7 +239,8 @@ class Evaluator:
         times, steps = route.times, route.tuned_steps
         (reference,) = {leg.denoiser for leg in other.legs}
         parts = []
-        with self.rollouts.meter.unbilled():
+        merged = self.rollouts.merged(route, condition, seeds)
+        with self.rollouts.meter.unbilled(), merged:
             own = [seed_from(seed, Stream.DIVERGENCE) for seed in seeds]
             for chunk in self.rollouts.chunks(condition, own):
                 with chunk.part:

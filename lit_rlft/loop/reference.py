@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lit_rlft.core.checks import BadArgument, UsageError, at_least, positive, require
 from lit_rlft.core.pipeline import Condition, Pipeline
 from lit_rlft.core.state import State
+from lit_rlft.loop.adapter import AdapterSwitch, Merge
 from lit_rlft.loop.precision import in_single
 
 __all__ = ["LoRA", "Reference", "adapt", "attach_lora", "completed"]
@@ -50,6 +51,10 @@ class LoRA:
             the model without an adapter.
         dtype: Precision of the adapter and of its optimiser's state: "float32", or "bfloat16" at
             half the memory, where an update below 1/256 of a weight rounds to nothing.
+        merge_for_sampling: Whether the update is part of the weights while samples are drawn whose
+            log-probabilities nobody needs: in evaluations, `predict` and the rounds of iterative
+            P-GRAFT. It saves the adapter's own kernels. "auto" merges where layers compute in
+            single precision; in fewer digits a weight loses small updates.
 
     References:
         LoRA (Hu et al., 2021), https://arxiv.org/abs/2106.09685
@@ -60,6 +65,7 @@ class LoRA:
     targets: list[str] | None = None
     pretrained: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
+    merge_for_sampling: Merge = "auto"
 
     def __post_init__(self) -> None:
         for name in ("rank", "alpha"):
@@ -259,14 +265,19 @@ class Reference(nn.Module):
         pipeline: The pipeline that is tuned.
         adapted: Whether its denoiser carries an adapter; otherwise a frozen copy is made, unless
             the denoiser is frozen itself and so its own reference.
+        merge: Whether the adapter is merged while samples are drawn.
+
+    Attributes:
+        adapter: Switches the adapter, if there is one.
     """
 
-    def __init__(self, pipeline: Pipeline, *, adapted: bool) -> None:
+    def __init__(self, pipeline: Pipeline, *, adapted: bool, merge: Merge = False) -> None:
         super().__init__()
         layers = pipeline.denoiser.modules() if adapted else ()
         # In tuples, so that they are not registered as modules of this one.
         self._pipeline = (pipeline,)
-        self._layers = tuple(layer for layer in layers if isinstance(layer, BaseTunerLayer))
+        found = [layer for layer in layers if isinstance(layer, BaseTunerLayer)]
+        self.adapter = AdapterSwitch(found, merge)
         moves = not adapted and any(p.requires_grad for p in pipeline.denoiser.parameters())
         self.frozen = copy.deepcopy(pipeline.denoiser).requires_grad_(False) if moves else None
         if self.frozen is not None:
@@ -289,16 +300,8 @@ class Reference(nn.Module):
             finally:
                 pipeline.denoiser = tuned
             return
-        self._enable(False)
-        try:
+        with self.adapter.off():
             yield
-        finally:
-            self._enable(True)
-
-    def _enable(self, enabled: bool) -> None:
-        for layer in self._layers:
-            # peft's own switch also toggles requires_grad; forward reads this flag alone.
-            layer._disable_adapters = not enabled
 
 
 def adapt(pipeline: Pipeline, lora: LoRA | None, seed: int) -> Reference:
@@ -318,4 +321,5 @@ def adapt(pipeline: Pipeline, lora: LoRA | None, seed: int) -> Reference:
             attach_lora(pipeline, lora)
     else:
         in_single(pipeline.denoiser)
-    return Reference(pipeline, adapted=lora is not None)
+    merge = lora is not None and lora.merge_for_sampling
+    return Reference(pipeline, adapted=lora is not None, merge=merge)

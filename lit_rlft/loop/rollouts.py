@@ -1,6 +1,7 @@
 """Draws and scores samples in chunks that fit into memory; chunks do not change the noise."""
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -24,6 +25,9 @@ __all__ = ["Chunk", "Drawn", "Rollouts", "Scored", "Scores", "Track", "track", "
 T = TypeVar("T")
 Track = Callable[[Iterable[Any], str], Iterable[Any]]
 """Iterates over items and shows under a label how far it is."""
+
+_COMPARED = 8
+"""Samples whose first prediction is made with and without merging an adapter, once."""
 
 
 class Chunk(NamedTuple):
@@ -142,6 +146,18 @@ class Rollouts:
         Returns:
             One state per entry of `keep`, all samples concatenated.
         """
+        with self.merged(route, condition, seeds):
+            return self._draw(route, condition, seeds, keep, label, drawn)
+
+    def _draw(
+        self,
+        route: Route,
+        condition: Condition,
+        seeds: Sequence[int],
+        keep: Sequence[int],
+        label: str,
+        drawn: Drawn | None,
+    ) -> list[State]:
         kept: list[list[State]] = [[] for _ in keep]
         for chunk in self.chunks(condition, seeds, label):
             with chunk.part:
@@ -154,6 +170,24 @@ class Rollouts:
                 for states, wanted in zip(kept, keep, strict=True):
                     states.append(found[wanted])
         return [cat(states) for states in kept]
+
+    def merged(
+        self, route: Route, condition: Condition, seeds: Sequence[int]
+    ) -> AbstractContextManager[None]:
+        """Return a context in which a route may draw with its adapter merged.
+
+        Args:
+            route: The route; first predictions of the first few samples are those compared.
+            condition: One row per sample.
+            seeds: One integer per sample.
+        """
+        few = slice(0, min(self.chunk_size.rows or _COMPARED, _COMPARED))
+
+        def predict() -> State:
+            with self.meter.unbilled():
+                return route.first_prediction(condition.index(few), generators(seeds[few]))
+
+        return route.merged(predict)
 
     def score(self, x_0: State, condition: Condition, *, may_fail: bool = False) -> Scores:
         """Decode and score samples.

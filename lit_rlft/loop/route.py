@@ -1,6 +1,7 @@
 """How a model draws: where it starts, and who denoises which steps."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,12 +13,20 @@ from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.process import Process
 from lit_rlft.core.randomness import Generators, step_noise
 from lit_rlft.core.sampling import Denoiser, walk
-from lit_rlft.core.state import State
+from lit_rlft.core.state import State, leaves
 
-__all__ = ["Leg", "Prior", "Route"]
+__all__ = ["Leg", "Merged", "Prior", "Route"]
 
 Prior = Callable[[Condition], Distribution]
 """From conditions to the distribution of x_1."""
+
+
+Merged = Callable[[Callable[[], State]], AbstractContextManager[None]]
+"""From a prediction of the tuned model to a context in which it draws with fewer kernels."""
+
+
+def _as_it_is(predict: Callable[[], State]) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 class Leg(NamedTuple):
@@ -43,12 +52,14 @@ class Route:
         prior: Where the way starts.
         legs: Who denoises, in the order of the steps.
         eta: Noise of the transitions, in [0, 1].
+        merged: Merges the tuned model's adapter for as long as nobody needs log-probabilities.
     """
 
     process: Process
     prior: Prior
     legs: Sequence[Leg]
     eta: float
+    merged: Merged = _as_it_is
 
     @property
     def num_steps(self) -> int:
@@ -74,6 +85,17 @@ class Route:
     def deterministic(self) -> bool:
         """Whether x_1 alone decides x_0."""
         return self.eta == 0 and self.process.differentiable
+
+    def first_prediction(self, condition: Condition, noise: Generators) -> State:
+        """Return what the tuned model predicts of x_1.
+
+        Args:
+            condition: One row per sample.
+            noise: One generator per sample, or None for torch's global one.
+        """
+        x_1 = self.prior(condition).sample(noise)
+        t = self.times[0].to(leaves(x_1)[0].device).expand(len(condition))
+        return next(leg.denoiser for leg in self.legs if leg.tuned)(x_1, t, condition)
 
     def walk(
         self, condition: Condition, noise: Generators, x_1: State | None = None

@@ -24,12 +24,15 @@ class Scoring:
     Args:
         rollouts: Decodes and scores.
         by_part: Score by the parts of a combined reward, each for itself.
+        training: False scores the samples of an evaluation: a combined reward learns no scales from
+            them, and all of them must be scored.
     """
 
-    def __init__(self, rollouts: Rollouts, *, by_part: bool = False) -> None:
+    def __init__(self, rollouts: Rollouts, *, by_part: bool = False, training: bool = True) -> None:
         reward = rollouts.reward
-        self.rollouts, self.by_part = rollouts, by_part
-        self._normalises = isinstance(reward, WeightedSum) and bool(reward.moments)
+        self.rollouts, self.by_part, self.training = rollouts, by_part, training
+        learns = training and isinstance(reward, WeightedSum)
+        self._normalises = learns and bool(reward.moments)
         sides = side_rewards(reward)
         self._ahead = sides[0].workers.ahead if sides else 0
         self._num_begun = 0
@@ -103,7 +106,8 @@ class Scoring:
         samples, condition = self._waiting.popleft()
         reward = self.rollouts.reward
         if not self._raw:
-            self._rewards.append(self.rollouts.reward_of(samples, condition, may_fail=True))
+            may_fail = self.training
+            self._rewards.append(self.rollouts.reward_of(samples, condition, may_fail=may_fail))
             return
         assert isinstance(reward, Combination)
         self.rollouts.meter.current.reward_calls += len(condition)

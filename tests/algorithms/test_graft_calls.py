@@ -21,6 +21,9 @@ from lit_rlft.loop.reference import LoRA
 from tests.algorithms.graft_support import drawn, fit, tuner_of
 from tests.support import trainer_of
 
+APART = LoRA(rank=2, merge_for_sampling=False)
+"""Merged, the adapter is switched off for the tuned model too, and compared once."""
+
 
 def calls_of(tuner: PGRAFT) -> list[tuple[str, float, int, bool]]:
     """Record (who, t, rows, with gradients) of every call of the denoiser or its frozen copy."""
@@ -48,7 +51,7 @@ def _hook(who: str, calls: list[Any], tuner: PGRAFT) -> Any:
     return record
 
 
-@pytest.mark.parametrize("lora", [None, LoRA(rank=2)])
+@pytest.mark.parametrize("lora", [None, APART])
 @pytest.mark.parametrize(("cut", "cut_step"), [(0.25, 6), (0.5, 4), (0.0, 8), (0.8, 2)])
 def test_reference_runs_the_last_steps(
     folder: Path, lora: LoRA | None, cut: float, cut_step: int
@@ -81,7 +84,7 @@ def test_only_levels_above_the_cut_are_trained(folder: Path, train_from: Any, cu
 
 @pytest.mark.parametrize("iterative", [False, True])
 def test_rejected_samples_cost_nothing_after_selection(folder: Path, iterative: bool) -> None:
-    tuner = tuner_of(cut=0.25, num_epochs=3, iterative=iterative, lora=LoRA(rank=2), width=8)
+    tuner = tuner_of(cut=0.25, num_epochs=3, iterative=iterative, lora=APART, width=8)
     calls = calls_of(tuner)
     run = fit(tuner, 8, 2, default_root_dir=folder)
     accepted = sum(map(len, run.experiences))

@@ -27,6 +27,7 @@ from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Reward, WeightedSum
 from lit_rlft.core.sampling import Sampler
+from lit_rlft.evaluation.evaluator import Evaluator
 from lit_rlft.loop.scoring import Scoring
 from lit_rlft.loop.side.rewards import RewardWorkers, SideReward, begin, side_rewards
 from lit_rlft.loop.side.worker import SideProcess, SideThread
@@ -179,6 +180,62 @@ def test_the_next_chunk_is_drawn_meanwhile(monkeypatch: pytest.MonkeyPatch) -> N
     assert chunks == [5, 5, 5, 1]
     assert tuner.trainer.logged_metrics["train/failed_rewards"] == 0
     assert tuner.trainer.logged_metrics["time/reward_waited"] > 0.1
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_test_is_the_same_to_the_last_bit(
+    normalize: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over several batches, with the baselines; and it scores while further samples are drawn."""
+    waiting: list[int] = []
+    take = Evaluator._take
+
+    def taken(evaluator: Any, drawn: Any) -> None:
+        waiting.append(len(evaluator._waiting))
+        take(evaluator, drawn)
+
+    monkeypatch.setattr(Evaluator, "_take", taken)
+    found = {}
+    for workers in (None, RewardWorkers(kind="thread", ahead=1)):
+        tuner = tuner_of(both(normalize), workers, best_of=2, num_eval_samples=3)
+        data = MixtureData(num_train=8, batch_size=4, num_test=6, eval_batch_size=2)
+        trainer_of().fit(tuner, data)
+        waiting.clear()
+        trainer_of().test(tuner, data, verbose=False)
+        arms = tuner.evaluator.measurements.arms
+        found[workers] = {a: {**m.columns(), "rows": m.all_rows()} for a, m in arms.items()}
+        # The newest six samples wait, and none beside them: more than a chunk of five would.
+        assert waiting == ([0] * 12 if workers is None else [1] * 11 + [0])
+    assert found[None].keys() == {"tuned", "reference", "best_of_2_samples", "best_of_2_noise"}
+    assert_equal(*found.values())
+
+
+def test_an_evaluation_is_scored_while_the_reference_is_drawn() -> None:
+    drawn = threading.Event()
+
+    class Waits(Reward):
+        def forward(self, samples: Any, condition: Condition) -> Tensor:
+            assert drawn.wait(20)
+            return samples[:, 0]
+
+    tuner = tuner_of(Waits(), THREADS)
+    reference_route = tuner.reference_route
+
+    def route() -> Any:
+        found = reference_route()
+        walk = found.walk
+
+        class Told(type(found)):  # type: ignore[misc]
+            def walk(self, *args: Any) -> Iterator[Any]:
+                yield from walk(*args)
+                drawn.set()
+
+        return Told(found.process, found.prior, found.legs, found.eta)
+
+    tuner.reference_route = route  # type: ignore[method-assign]
+    data = MixtureData(num_train=8, batch_size=4, num_val=2, num_test=2)
+    trainer_of(limit_val_batches=1).validate(tuner, data, verbose=False)
+    assert drawn.is_set() and tuner.trainer.logged_metrics["val/Waits"].isfinite()
 
 
 def test_parts_are_scored_side_by_side() -> None:
