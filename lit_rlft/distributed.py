@@ -1,16 +1,28 @@
 """Values of all processes of a run in one place."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lit_rlft.core.checks import UsageError
 
-__all__ = ["gather", "mean_of_all", "telling", "together"]
+__all__ = [
+    "gather",
+    "leave",
+    "mean_of_all",
+    "of_all",
+    "own_part",
+    "split_like",
+    "telling",
+    "to_save",
+    "together",
+    "whole",
+]
 
 T = TypeVar("T")
 
@@ -51,6 +63,50 @@ def mean_of_all(values: Tensor, world_size: int) -> float:
     return sum(own for own, _ in sums) / number if number else float("nan")
 
 
+def leave() -> None:
+    """Leave the other processes in the midst of what they compute together: they fail, too."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor in one piece; where it is split among processes, all must call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """Return this process's part of a tensor, which may be all of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def split_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor that all processes have, split among them where `like` is."""
+    if isinstance(tensor, DTensor) or not isinstance(like, DTensor):
+        return tensor
+    mesh, placements = like.device_mesh, like.placements
+    return distribute_tensor(tensor.to(like.device), mesh, placements, src_data_rank=None)
+
+
+def of_all(finite: Tensor, weights: Iterable[Tensor]) -> Tensor:
+    """Return which flags are set on all processes, where any of the weights is split among them."""
+    if not any(isinstance(weight, DTensor) for weight in weights):
+        return finite
+    flags = finite.int()
+    torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MIN)
+    return flags.bool()
+
+
+def to_save(tensor: Tensor) -> Tensor:
+    """Return a tensor as the first process writes it, which is the only one to do so.
+
+    One that is split among processes, all of which must call this, is whole on the first one's CPU
+    and without numbers elsewhere.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor
+    return tensor.full_tensor().to("meta" if torch.distributed.get_rank() else "cpu")
+
+
 @contextmanager
 def telling(world_size: int) -> Iterator[None]:
     """Tell the other processes of an error of the block, at what they gather next.
@@ -63,7 +119,8 @@ def telling(world_size: int) -> Iterator[None]:
         raise
     except Exception as error:  # whatever it is, the others must hear of it
         with suppress(_FailedElsewhere):
-            gather(_Failure(_sentence(error)), world_size)
+            if world_size > 1 and torch.distributed.is_initialized():
+                gather(_Failure(_sentence(error)), world_size)
         raise
 
 

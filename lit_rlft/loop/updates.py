@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.randomness import Generators, generators, seed_from
 from lit_rlft.core.streams import Stream
-from lit_rlft.distributed import gather
+from lit_rlft.distributed import gather, leave, whole
 from lit_rlft.loop.experience import Experience
+from lit_rlft.loop.strategy import FSDP2Strategy
 
 __all__ = [
     "Layout",
@@ -51,12 +53,14 @@ class Update:
         epoch: Number of the pass.
         total: Number of samples of all processes.
         total_terms: Number of terms of the loss of all processes.
+        most_terms: Number of terms of the process that has the most.
     """
 
     minibatch: Experience
     epoch: int
     total: int
     total_terms: int
+    most_terms: int = 0
 
 
 class Layout(NamedTuple):
@@ -130,7 +134,9 @@ def plan(
         order = torch.randperm(len(owners), generator=generators([key])[0])
         for places in order.tensor_split(num_updates):
             own = experience.index(rows[places[mine[places]]])
-            updates.append(Update(own, epoch, len(places), int(terms[places].sum())))
+            shares = torch.bincount(torch.tensor(owners)[places], terms[places])
+            total = int(terms[places].sum())
+            updates.append(Update(own, epoch, len(places), total, int(shares.max())))
     return updates
 
 
@@ -157,11 +163,14 @@ class Shares(NamedTuple):
         microbatch_size: Terms per backward pass; None takes all.
         world_size: Number of processes, over which gradients are averaged.
         no_sync: Makes a context in which a backward pass does not wait for other processes.
+        idle: Computes a loss without weight. Given, every process makes as many passes as the one
+            that has the most terms, for all of them have parts of the weights.
     """
 
     microbatch_size: int | None = None
     world_size: int = 1
     no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext
+    idle: Callable[[], Tensor] | None = None
 
 
 def accumulate(
@@ -185,16 +194,20 @@ def accumulate(
     scale = shares.world_size / update.total
     # Values are means over terms: of samples with several each counts so much.
     share = update.total / max(update.total_terms, 1)
-    num_terms = max(minibatch.num_terms, 1)
+    num_terms = max(update.most_terms if shares.idle else minibatch.num_terms, 1)
     size = shares.microbatch_size or num_terms
     starts = range(0, num_terms, size)
+    # Other processes have samples: take part in their all-reduce with zeros.
+    idle = shares.idle or partial(_zeros, parameters)
     logged: dict[str, float] = defaultdict(float)
     for start in starts:
-        rows = torch.arange(start, min(start + size, minibatch.num_terms))
+        rows = torch.arange(start, max(start, min(start + size, minibatch.num_terms)))
         try:
-            total, values = _summed(minibatch.terms(rows), update.epoch, loss, parameters)
+            total, values = _summed(minibatch.terms(rows), update.epoch, loss, idle)
         except Exception:
-            if shares.world_size > 1:  # the others wait in their all-reduce: let them hear of it
+            if shares.idle:
+                leave()
+            elif shares.world_size > 1:  # the others wait in their all-reduce: let them hear of it
                 backward(_zeros(parameters) * math.nan)
             raise
         # One all-reduce per update: only the last backward pass synchronises.
@@ -210,11 +223,10 @@ def accumulate(
 
 
 def _summed(
-    part: Experience, epoch: int, loss: Loss, parameters: Sequence[nn.Parameter]
+    part: Experience, epoch: int, loss: Loss, idle: Callable[[], Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     if not len(part):
-        # Other processes have samples: take part in their all-reduce with zeros.
-        return _zeros(parameters), {}
+        return idle(), {}
     noise = generators([seed_from(seed, Stream.UPDATE, epoch) for seed in part.seeds])
     losses, values = loss(part, noise)
     return losses.sum(), {"loss": losses.detach(), **values}
@@ -245,7 +257,7 @@ def gradient_norm(
         # fp16 gradients are scaled until the scaler is told to undo it.
         precision.scaler.unscale_(optimizer.optimizer)
     grads = [p.grad for p in parameters if p.grad is not None]
-    norm = float(torch.nn.utils.get_total_norm(grads))
+    norm = float(whole(torch.nn.utils.get_total_norm(grads)))
     if not math.isfinite(norm):
         gather(None, world_size)  # a process that has failed says so here
     return norm
@@ -253,6 +265,6 @@ def gradient_norm(
 
 def no_sync(strategy: object) -> AbstractContextManager[Any]:
     """Return a context in which backward passes leave gradients on their process."""
-    if isinstance(strategy, DDPStrategy):
+    if isinstance(strategy, DDPStrategy | FSDP2Strategy):
         return strategy.block_backward_sync()
     return nullcontext()
