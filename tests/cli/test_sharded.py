@@ -1,0 +1,142 @@
+"""FSDP2 on two processes: the weights of DDP, checkpoints that one process reads, exact resumes."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lit_rlft.cli import main
+from lit_rlft.core.selection import Selection
+from tests.sharding_support import FORKED
+from tests.support import (
+    arguments,
+    assert_equal,
+    checkpoint,
+    report,
+    scalars,
+    working_directory,
+)
+
+TINY = {
+    "data.init_args.num_train": 12,
+    "data.init_args.num_val": 3,
+    "data.init_args.num_test": 3,
+    "data.init_args.batch_size": 6,
+    "data.init_args.eval_batch_size": 2,
+    "model.init_args.sampler.num_steps": 3,
+    "model.init_args.minibatch_size": 3,
+    "model.init_args.microbatch_size": 2,
+    "model.init_args.num_eval_samples": 1,
+    "model.init_args.optimizer.init_args.lr": 0.001,
+    "trainer.accelerator": "cpu",
+    # In single precision, Adam and clipping make more of a difference in the last digit.
+    "trainer.precision": "64-true",
+    "trainer.limit_val_batches": 0,
+    "trainer.enable_progress_bar": False,
+    "self_check.reward_probes": False,
+}
+WHOLE: dict[str, Any] = {"model.init_args.lora": None}
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "P-GRAFT of a mixture": ("p_graft", WHOLE),
+    "P-GRAFT, all weights": ("p_graft", WHOLE),
+    "P-GRAFT, LoRA": ("p_graft", {}),
+    "P-GRAFT with contrast, all weights": ("p_graft", {**WHOLE, "model.init_args.contrast": 1.0}),
+    "P-GRAFT, a process without samples": (
+        "p_graft",
+        {**WHOLE, "model.init_args.selection": "tests.cli.test_sharded.OnFirstProcess"},
+    ),
+    "DDPO, all weights": ("ddpo", {**WHOLE, "model.init_args.kl_coef": 0.1}),
+    "DDPO, LoRA": ("ddpo", {"model.init_args.kl_coef": 0.1}),
+    "DRTune, LoRA": ("drtune", {"model.init_args.method.init_args.m": 2}),
+    "Pretrain": ("pretrain", {}),
+}
+QUICK = "P-GRAFT of a mixture"
+
+
+class OnFirstProcess(Selection):
+    """Accepts all candidates of the first process, and none of the second one's."""
+
+    def __call__(self, rewards: Tensor, *args: Any) -> Tensor:
+        first = torch.distributed.get_rank() == 0
+        return torch.full_like(rewards, first, dtype=torch.bool)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path) -> Iterator[None]:
+    """Run from an empty folder."""
+    with working_directory(tmp_path):
+        yield
+
+
+def fit(
+    run: str, name: str, strategy: str, *settings: dict[str, Any], stage: str = "fit"
+) -> None:
+    algorithm, own = RUNS[run]
+    domain = "gaussian_mixture" if run == QUICK else "layout"
+    configs = (f"configs/domains/{domain}.yaml", f"configs/algorithms/{algorithm}.yaml")
+    processes = {"trainer.devices": 2, "trainer.strategy": strategy, "name": name}
+    main(arguments(stage, configs, TINY, own, processes, *settings))
+
+
+@pytest.mark.parametrize(
+    "run", [pytest.param(run, marks=[] if run == QUICK else pytest.mark.slow) for run in RUNS]
+)
+def test_fsdp2_trains_like_ddp(run: str) -> None:
+    """The same weights up to rounding, the same costs and logs; the files of one process."""
+    fit(run, "ddp", "ddp_fork")
+    fit(run, "fsdp2", FORKED)
+    ddp, fsdp2 = checkpoint("ddp"), checkpoint("fsdp2")
+    assert ddp["state_dict"].keys() == fsdp2["state_dict"].keys()
+    for name, value in ddp["state_dict"].items():
+        torch.testing.assert_close(fsdp2["state_dict"][name], value, rtol=1e-9, atol=1e-12)
+    states = [held["optimizer_states"][0]["state"] for held in (fsdp2, ddp)]
+    torch.testing.assert_close(*states, rtol=1e-7, atol=1e-12)
+    costs = [{**held["lit_rlft"]["cost"], "seconds": 0} for held in (fsdp2, ddp)]
+    assert costs[0] == costs[1]
+    logged = [
+        {tag: values for tag, values in scalars(name).items() if not tag.startswith("time/")}
+        for name in ("fsdp2", "ddp")
+    ]
+    assert logged[0].keys() == logged[1].keys()
+    for tag, values in logged[1].items():
+        assert logged[0][tag] == pytest.approx(values, rel=1e-5, abs=1e-9, nan_ok=True), tag
+    assert files("ddp") == files("fsdp2")
+
+
+def files(name: str) -> dict[str, bytes | int]:
+    """Return the tuned model's files by name: what settings they hold, how large weights are."""
+    found = Path(f"runs/{name}/tuned").glob("*.*")
+    return {
+        path.name: path.read_bytes() if path.suffix == ".json" else path.stat().st_size
+        for path in found
+        if path.name != "README.md"
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", ["P-GRAFT, all weights", "DDPO, LoRA"])
+def test_a_resumed_run_is_the_one_that_never_stopped(run: str) -> None:
+    """Bit by bit, with the average of its weights; then one process tests it."""
+    more = {"trainer.callbacks+": "EMA", "trainer.precision": "32-true"}
+    more |= {"trainer.limit_val_batches": 1.0}
+    fit(run, "whole", FORKED, more, {"trainer.max_epochs": 2})
+    fit(run, "parts", FORKED, more)
+    last = {"ckpt_path": "runs/parts/checkpoints/last.ckpt"}
+    fit(run, "parts", FORKED, more, last, {"trainer.max_epochs": 2})
+    whole, parts = checkpoint("whole"), checkpoint("parts")
+    assert whole["epoch"] == parts["epoch"] and whole["global_step"] == parts["global_step"]
+    for key in ("state_dict", "optimizer_states"):
+        assert_equal(parts[key], whole[key])
+    averages = [next(v for k, v in c["callbacks"].items() if "EMA" in k) for c in (whole, parts)]
+    assert_equal(averages[1]["average"], averages[0]["average"])
+    results = []
+    for strategy in ("auto", FORKED):
+        on = {"trainer.devices": 1 if strategy == "auto" else 2, "trainer.strategy": strategy}
+        fit(run, "parts", FORKED, {"trainer.precision": "32-true"}, last, on, stage="test")
+        results.append(report("runs/parts"))
+    assert results[0]["tuned"]["reward"]["mean"] == pytest.approx(
+        results[1]["tuned"]["reward"]["mean"], rel=1e-4, abs=1e-5
+    )
