@@ -26,6 +26,8 @@ __all__ = [
 
 T = TypeVar("T")
 
+_LEFT = "_left_the_other_processes"
+
 
 @dataclass(frozen=True)
 class _Failure:
@@ -63,10 +65,18 @@ def mean_of_all(values: Tensor, world_size: int) -> float:
     return sum(own for own, _ in sums) / number if number else float("nan")
 
 
-def leave() -> None:
-    """Leave the other processes in the midst of what they compute together: they fail, too."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+def leave(error: Exception) -> None:
+    """Leave the other processes in the midst of what they compute together: they fail, too.
+
+    Args:
+        error: Why; `telling` does not try to tell the others of it.
+    """
+    vars(error)[_LEFT] = True
+    torch.distributed.destroy_process_group()
+
+
+def _has_left(error: Exception) -> bool:
+    return _LEFT in vars(error)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -119,7 +129,7 @@ def telling(world_size: int) -> Iterator[None]:
         raise
     except Exception as error:  # whatever it is, the others must hear of it
         with suppress(_FailedElsewhere):
-            if world_size > 1 and torch.distributed.is_initialized():
+            if not _has_left(error):
                 gather(_Failure(_sentence(error)), world_size)
         raise
 

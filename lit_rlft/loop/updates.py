@@ -204,9 +204,9 @@ def accumulate(
         rows = torch.arange(start, max(start, min(start + size, minibatch.num_terms)))
         try:
             total, values = _summed(minibatch.terms(rows), update.epoch, loss, idle)
-        except Exception:
-            if shares.idle:
-                leave()
+        except Exception as error:
+            if shares.idle:  # the others wait in the midst of a network
+                leave(error)
             elif shares.world_size > 1:  # the others wait in their all-reduce: let them hear of it
                 backward(_zeros(parameters) * math.nan)
             raise

@@ -1,5 +1,6 @@
 """FSDP2 on two processes: the weights of DDP, checkpoints that one process reads, exact resumes."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,11 @@ from torch import Tensor
 
 from lit_rlft.cli import main
 from lit_rlft.core.selection import Selection
+from tests.cli.test_world_size import FAULTY, LOST
+from tests.cli.test_world_size import run as command
 from tests.sharding_support import FORKED
 from tests.support import (
+    SCRIPT,
     arguments,
     assert_equal,
     checkpoint,
@@ -71,9 +75,7 @@ def elsewhere(tmp_path: Path) -> Iterator[None]:
         yield
 
 
-def fit(
-    run: str, name: str, strategy: str, *settings: dict[str, Any], stage: str = "fit"
-) -> None:
+def fit(run: str, name: str, strategy: str, *settings: dict[str, Any], stage: str = "fit") -> None:
     algorithm, own = RUNS[run]
     domain = "gaussian_mixture" if run == QUICK else "layout"
     configs = (f"configs/domains/{domain}.yaml", f"configs/algorithms/{algorithm}.yaml")
@@ -84,10 +86,12 @@ def fit(
 @pytest.mark.parametrize(
     "run", [pytest.param(run, marks=[] if run == QUICK else pytest.mark.slow) for run in RUNS]
 )
-def test_fsdp2_trains_like_ddp(run: str) -> None:
+def test_fsdp2_trains_like_ddp(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same weights up to rounding, the same costs and logs; the files of one process."""
     fit(run, "ddp", "ddp_fork")
-    fit(run, "fsdp2", FORKED)
+    with monkeypatch.context() as patch:
+        reduced = counted(patch)
+        fit(run, "fsdp2", FORKED)
     ddp, fsdp2 = checkpoint("ddp"), checkpoint("fsdp2")
     assert ddp["state_dict"].keys() == fsdp2["state_dict"].keys()
     for name, value in ddp["state_dict"].items():
@@ -96,6 +100,10 @@ def test_fsdp2_trains_like_ddp(run: str) -> None:
     torch.testing.assert_close(*states, rtol=1e-7, atol=1e-12)
     costs = [{**held["lit_rlft"]["cost"], "seconds": 0} for held in (fsdp2, ddp)]
     assert costs[0] == costs[1]
+    # Of each block and of the rest, once an update however many microbatches it has.
+    groups = 1 if run == QUICK else 5
+    sizes = [path.stat().st_size for path in reduced.iterdir()]
+    assert sizes == [groups * fsdp2["lit_rlft"]["num_updates"]] * 2
     logged = [
         {tag: values for tag, values in scalars(name).items() if not tag.startswith("time/")}
         for name in ("fsdp2", "ddp")
@@ -106,13 +114,25 @@ def test_fsdp2_trains_like_ddp(run: str) -> None:
     assert files("ddp") == files("fsdp2")
 
 
-def files(name: str) -> dict[str, bytes | int]:
-    """Return the tuned model's files by name: what settings they hold, how large weights are."""
-    found = Path(f"runs/{name}/tuned").glob("*.*")
+def counted(patch: pytest.MonkeyPatch) -> Path:
+    """Count the times that processes add up gradients; return a folder of files as long."""
+    folder, add_up = Path("reduced").absolute(), torch.distributed.reduce_scatter_tensor
+    folder.mkdir()
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        with (folder / str(os.getpid())).open("a") as file:
+            file.write(".")
+        return add_up(*args, **kwargs)
+
+    patch.setattr(torch.distributed, "reduce_scatter_tensor", noted)
+    return folder
+
+
+def files(name: str) -> dict[str, int]:
+    """Return the tuned model's files by name, and the sizes of those that hold weights."""
+    found = Path(f"runs/{name}/tuned").iterdir()
     return {
-        path.name: path.read_bytes() if path.suffix == ".json" else path.stat().st_size
-        for path in found
-        if path.name != "README.md"
+        path.name: path.stat().st_size if path.suffix == ".safetensors" else 0 for path in found
     }
 
 
@@ -140,3 +160,35 @@ def test_a_resumed_run_is_the_one_that_never_stopped(run: str) -> None:
     assert results[0]["tuned"]["reward"]["mean"] == pytest.approx(
         results[1]["tuned"]["reward"]["mean"], rel=1e-4, abs=1e-5
     )
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_in_an_update_ends_the_others() -> None:
+    Path("faulty.py").write_text(FAULTY.replace("FAULT", LOST))
+    configs = ("configs/domains/gaussian_mixture.yaml", "configs/algorithms/drtune.yaml")
+    own = {"reward": "faulty.Faulty", "model.init_args.method.init_args.m": 2}
+    processes = {"trainer.devices": 2, "trainer.strategy": "fsdp2", "name": "run"}
+    done = command([str(SCRIPT), *arguments("fit", configs, TINY, own, processes)])
+    assert done.returncode != 0 and "RuntimeError: lost" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("algorithm", "settings", "sentence"),
+    [
+        ("noise_ppo", {}, "NoisePPO trains a network beside it; set trainer.strategy to ddp"),
+        (
+            "p_graft",
+            {"model.init_args.optimizer": "torch.optim.Adafactor"},
+            "Adafactor has not been tested with trainer.strategy fsdp2",
+        ),
+    ],
+)
+def test_what_cannot_be_split_is_refused(
+    algorithm: str, settings: dict[str, Any], sentence: str
+) -> None:
+    configs = ("configs/domains/gaussian_mixture.yaml", f"configs/algorithms/{algorithm}.yaml")
+    processes = {"trainer.devices": 1, "trainer.strategy": "fsdp2", "name": "run"}
+    done = command([str(SCRIPT), *arguments("fit", configs, TINY, settings, processes)])
+    assert done.returncode == 1 and sentence in done.stderr
+    assert not list(Path().rglob("*.ckpt"))
