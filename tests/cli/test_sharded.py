@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
 
 from lit_rlft.cli import main
 from lit_rlft.core.selection import Selection
@@ -116,7 +117,7 @@ def test_fsdp2_trains_like_ddp(run: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def counted(patch: pytest.MonkeyPatch) -> Path:
     """Count the times that processes add up gradients; return a folder of files as long."""
-    folder, add_up = Path("reduced").absolute(), torch.distributed.reduce_scatter_tensor
+    folder, add_up = Path("reduced").absolute(), DefaultReduceScatter.__call__
     folder.mkdir()
 
     def noted(*args: Any, **kwargs: Any) -> Any:
@@ -124,7 +125,7 @@ def counted(patch: pytest.MonkeyPatch) -> Path:
             file.write(".")
         return add_up(*args, **kwargs)
 
-    patch.setattr(torch.distributed, "reduce_scatter_tensor", noted)
+    patch.setattr(DefaultReduceScatter, "__call__", noted)
     return folder
 
 
@@ -152,6 +153,8 @@ def test_a_resumed_run_is_the_one_that_never_stopped(run: str) -> None:
         assert_equal(parts[key], whole[key])
     averages = [next(v for k, v in c["callbacks"].items() if "EMA" in k) for c in (whole, parts)]
     assert_equal(averages[1]["average"], averages[0]["average"])
+    fit(run, "parts", "ddp_fork", more, last, {"trainer.max_epochs": 3})  # goes on without parts
+    assert checkpoint("parts")["epoch"] == 3
     results = []
     for strategy in ("auto", FORKED):
         on = {"trainer.devices": 1 if strategy == "auto" else 2, "trainer.strategy": strategy}
@@ -160,6 +163,15 @@ def test_a_resumed_run_is_the_one_that_never_stopped(run: str) -> None:
     assert results[0]["tuned"]["reward"]["mean"] == pytest.approx(
         results[1]["tuned"]["reward"]["mean"], rel=1e-4, abs=1e-5
     )
+
+
+@pytest.mark.slow
+def test_fsdp2_computes_in_half_precision_like_ddp() -> None:
+    half = {"trainer.precision": "bf16-mixed"}
+    fit("DDPO, LoRA", "ddp", "ddp_fork", half)
+    fit("DDPO, LoRA", "fsdp2", FORKED, half)
+    for name, value in checkpoint("ddp")["state_dict"].items():
+        torch.testing.assert_close(checkpoint("fsdp2")["state_dict"][name], value)
 
 
 @pytest.mark.slow
