@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from lit_rlft.core.checks import UsageError
 
@@ -93,8 +93,12 @@ def split_like(tensor: Tensor, like: Tensor) -> Tensor:
     """Return a tensor that all processes have, split among them where `like` is."""
     if isinstance(tensor, DTensor) or not isinstance(like, DTensor):
         return tensor
-    mesh, placements = like.device_mesh, like.placements
-    return distribute_tensor(tensor.to(like.device), mesh, placements, src_data_rank=None)
+    mesh, full = like.device_mesh, tensor.contiguous()
+    # FSDP2 splits along the first dimension; the last processes may have nothing.
+    parts, rank = full.chunk(mesh.size()), mesh.get_local_rank()
+    own = (parts[rank] if rank < len(parts) else full[:0]).to(like.device, copy=True)
+    size = {"shape": full.shape, "stride": full.stride()}
+    return DTensor.from_local(own, mesh, like.placements, run_check=False, **size)
 
 
 def of_all(finite: Tensor, weights: Iterable[Tensor]) -> Tensor:

@@ -91,8 +91,8 @@ class _TrainOrder(DistributedSampler[Any]):
         done, first = divmod(epoch * num_batches if seen is None else seen, num_batches)
         cut, size = first * self.batch_size, num_batches * self.batch_size
         order = torch.cat([self._pass(done)[cut:size], self._pass(done + 1)[:cut]])
-        for part in order.split(_AT_A_TIME):
-            yield from part.tolist()
+        for start in range(0, len(order), _AT_A_TIME):
+            yield from order[start : start + _AT_A_TIME].tolist()
 
     def _pass(self, number: int) -> Tensor:
         """Return this rank's rows of a pass, as `DistributedSampler` has them, int64."""

@@ -24,7 +24,7 @@ from lit_rlft.loop.checkpoint_file import COUNTERS, check_resumable, load
 from lit_rlft.loop.export import write_tuned
 from lit_rlft.loop.learning_rate import optimizer_of
 from lit_rlft.loop.precision import check_weights
-from lit_rlft.loop.reference import LoRA
+from lit_rlft.loop.reference import LoRA, Reference
 from lit_rlft.loop.settings import Plain, arguments, changes, settings
 from lit_rlft.loop.sharded import whole_weights
 from lit_rlft.runs.folder import run_folder, writes_nothing
@@ -47,7 +47,7 @@ class Checkpointed(LightningModule):
     pipeline: Pipeline
     reward: Reward
     meter: Meter
-    reference: nn.Module
+    reference: Reference
     pretrained: str
     num_updates: int
     make_optimizer: Any

@@ -108,8 +108,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Return the networks whose weights are split; the first one is trained."""
         module = self.lightning_module
         assert isinstance(module, Checkpointed)
-        reference: nn.Module = module.reference
-        return [module.pipeline.denoiser, *reference.children()]
+        return [module.pipeline.denoiser, *module.reference.children()]
 
     def block_backward_sync(self) -> _GeneratorContextManager[None]:
         """Return a context in which backward passes leave gradients on their process."""
