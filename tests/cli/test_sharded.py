@@ -56,6 +56,13 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "DDPO, all weights": ("ddpo", {**WHOLE, "model.init_args.kl_coef": 0.1}),
     "DDPO, LoRA": ("ddpo", {"model.init_args.kl_coef": 0.1}),
     "DRTune, LoRA": ("drtune", {"model.init_args.method.init_args.m": 2}),
+    "DRTune, steps recomputed": (
+        "drtune",
+        {
+            "model.init_args.method.init_args.m": 2,
+            "model.init_args.gradient_checkpointing": "steps",
+        },
+    ),
     "Pretrain": ("pretrain", {}),
 }
 QUICK = "P-GRAFT of a mixture"
