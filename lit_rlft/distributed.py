@@ -97,8 +97,9 @@ def split_like(tensor: Tensor, like: Tensor) -> Tensor:
     # FSDP2 splits along the first dimension; the last processes may have nothing.
     parts, rank = full.chunk(mesh.size()), mesh.get_local_rank()
     own = (parts[rank] if rank < len(parts) else full[:0]).to(like.device, copy=True)
-    size = {"shape": full.shape, "stride": full.stride()}
-    return DTensor.from_local(own, mesh, like.placements, run_check=False, **size)
+    return DTensor.from_local(
+        own, mesh, like.placements, run_check=False, shape=full.shape, stride=full.stride()
+    )
 
 
 def of_all(finite: Tensor, weights: Iterable[Tensor]) -> Tensor:
