@@ -1,18 +1,32 @@
 """Values of all processes of a run in one place."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from lit_rlft.core.checks import UsageError
 
-__all__ = ["gather", "mean_of_all", "telling", "together"]
+__all__ = [
+    "gather",
+    "leave",
+    "mean_of_all",
+    "of_all",
+    "own_part",
+    "split_like",
+    "telling",
+    "to_save",
+    "together",
+    "whole",
+]
 
 T = TypeVar("T")
+
+_LEFT = "_left_the_other_processes"
 
 
 @dataclass(frozen=True)
@@ -51,6 +65,63 @@ def mean_of_all(values: Tensor, world_size: int) -> float:
     return sum(own for own, _ in sums) / number if number else float("nan")
 
 
+def leave(error: Exception) -> None:
+    """Leave the other processes in the midst of what they compute together: they fail, too.
+
+    Args:
+        error: Why; `telling` does not try to tell the others of it.
+    """
+    vars(error)[_LEFT] = True
+    torch.distributed.destroy_process_group()
+
+
+def _has_left(error: Exception) -> bool:
+    return _LEFT in vars(error)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor in one piece; where it is split among processes, all must call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """Return this process's part of a tensor, which may be all of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def split_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor that all processes have, split among them where `like` is."""
+    if isinstance(tensor, DTensor) or not isinstance(like, DTensor):
+        return tensor
+    mesh, full = like.device_mesh, tensor.contiguous()
+    # FSDP2 splits along the first dimension; the last processes may have nothing.
+    parts, rank = full.chunk(mesh.size()), mesh.get_local_rank()
+    own = (parts[rank] if rank < len(parts) else full[:0]).to(like.device, copy=True)
+    return DTensor.from_local(
+        own, mesh, like.placements, run_check=False, shape=full.shape, stride=full.stride()
+    )
+
+
+def of_all(finite: Tensor, weights: Iterable[Tensor]) -> Tensor:
+    """Return which flags are set on all processes, where any of the weights is split among them."""
+    if not any(isinstance(weight, DTensor) for weight in weights):
+        return finite
+    flags = finite.int()
+    torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MIN)
+    return flags.bool()
+
+
+def to_save(tensor: Tensor) -> Tensor:
+    """Return a tensor as the first process writes it, which is the only one to do so.
+
+    One that is split among processes, all of which must call this, is whole on the first one's CPU
+    and without numbers elsewhere.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor
+    return tensor.full_tensor().to("meta" if torch.distributed.get_rank() else "cpu")
+
+
 @contextmanager
 def telling(world_size: int) -> Iterator[None]:
     """Tell the other processes of an error of the block, at what they gather next.
@@ -63,7 +134,8 @@ def telling(world_size: int) -> Iterator[None]:
         raise
     except Exception as error:  # whatever it is, the others must hear of it
         with suppress(_FailedElsewhere):
-            gather(_Failure(_sentence(error)), world_size)
+            if not _has_left(error):
+                gather(_Failure(_sentence(error)), world_size)
         raise
 
 

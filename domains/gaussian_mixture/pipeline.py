@@ -85,7 +85,9 @@ class GaussianMixturePipeline(Pipeline):
         return Condition(entries=[{"name": "mixture"}], tables={}, rows=rows)
 
     def blank(self, condition: Condition) -> Tensor:
-        return self.denoiser.means.new_empty(len(condition), self.denoiser.means.shape[1])
+        means = self.denoiser.means
+        shape = len(condition), means.shape[1]
+        return torch.empty(shape, dtype=means.dtype, device=means.device)
 
     def predict(self, x_t: State, t: Tensor, condition: Condition) -> Tensor:
         return self.denoiser(tensor_of(x_t), t)
@@ -100,7 +102,7 @@ class GaussianMixturePipeline(Pipeline):
 
     def states(self, batch: Batch) -> Tensor:
         """Return `batch["x_0"]`, [B, d], on the pipeline's device and in its dtype."""
-        return column(batch, "x_0").to(self.denoiser.means)
+        return column(batch, "x_0").to(self.device, self.denoiser.means.dtype)
 
     def keys(self, samples: Any, condition: Condition) -> list[Hashable]:
         """Return the number of the pretrained mixture's nearest mode."""

@@ -151,11 +151,12 @@ class LayoutPipeline(Pipeline):
         )
 
     def blank(self, condition: Condition) -> State:
-        shape, like = (len(condition), self.architecture.num_slots), self.denoiser.slots
+        shape, own = (len(condition), self.architecture.num_slots), self.denoiser.slots
+        like: dict[str, Any] = {"dtype": own.dtype, "device": own.device}
         if self.architecture.state == "continuous":
-            return like.new_empty(*shape, 4 + len(self.classes) + 1)
-        category = torch.empty(shape, dtype=torch.int64, device=like.device)
-        return {"box": like.new_empty(*shape, 4), "category": category}
+            return torch.empty(*shape, 4 + len(self.classes) + 1, **like)
+        category = torch.empty(shape, dtype=torch.int64, device=own.device)
+        return {"box": torch.empty(*shape, 4, **like), "category": category}
 
     def predict(self, x_t: State, t: Tensor, condition: Condition) -> State:
         known = condition.table("known_boxes"), condition.table("known_labels")
@@ -210,7 +211,9 @@ class LayoutPipeline(Pipeline):
         self._check(batch)
         labels = batch["labels"].to(self.device)
         full = (labels != EMPTY).unsqueeze(-1)
-        boxes = _to_state(column(batch, "boxes").to(self.denoiser.slots)).where(full, 0)
+        own = self.denoiser.slots
+        boxes = column(batch, "boxes").to(own.device, own.dtype)
+        boxes = _to_state(boxes).where(full, 0)
         category = labels.where(labels != EMPTY, self._empty)
         if self.architecture.state == "mixed":
             return {"box": boxes, "category": category}

@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import Dataset
 
 from domains.text_to_image.shapes import world
-from domains.text_to_image.sources.prompts import PromptFile, read_prompts
+from domains.text_to_image.sources.prompts import PromptFile, Records, read_prompts
 from lit_rlft.core.checks import at_least
 from lit_rlft.kit.data import Record, Rows, Split, SplitData
 from lit_rlft.kit.sources import SourceData
@@ -15,12 +15,13 @@ from lit_rlft.kit.sources import SourceData
 __all__ = ["PromptData", "ShapesPictures", "ShapesPrompts", "read_prompts"]
 
 
-class PromptData(SourceData[list[Record]]):
+class PromptData(SourceData[Records]):
     """Prompts from a file: `.txt`, `.json`, `.jsonl`, `.csv` or `.tsv`.
 
     Further columns of a record travel with its prompt (GenEval's `tag` and `include`), None where
     a record lacks what another has. Where `source` is split, a prompt that occurs several times
-    counts once, so that no split sees another's.
+    counts once, so that no split sees another's. A file above 4 MiB is read once: its records are
+    kept on disk and mapped into memory, so a million prompts cost a process few bytes each.
 
     Args:
         source: The file. A `.txt` has one prompt a line; the others have records with `column`.
@@ -31,6 +32,8 @@ class PromptData(SourceData[list[Record]]):
         test_fraction: Share of `source` held out for the test, where it has no file.
         num_val_prompts: Validate on the first so many prompts; None takes all.
         num_test_prompts: Test on the first so many prompts; None takes all.
+        cache_dir: Where the prompts of a file above 4 MiB are kept, to be mapped into memory; None
+            takes `lit-rlft/prompts` in the user's cache folder.
         **loading: Arguments of the loaders: batch_size, eval_batch_size, seed, num_workers.
 
     Raises:
@@ -48,16 +51,17 @@ class PromptData(SourceData[list[Record]]):
         test_fraction: float = 0.1,
         num_val_prompts: int | None = None,
         num_test_prompts: int | None = None,
+        cache_dir: str | None = None,
         **loading: Any,
     ) -> None:
         at_least(1, self, num_val_prompts=num_val_prompts, num_test_prompts=num_test_prompts)
         whole = val_source is not None and test_source is not None
 
         def file(path: str | None) -> PromptFile | None:
-            return None if path is None else PromptFile(path, column)
+            return None if path is None else PromptFile(path, column, cache_dir=cache_dir)
 
         super().__init__(
-            PromptFile(source, column, once=not whole),
+            PromptFile(source, column, once=not whole, cache_dir=cache_dir),
             val_source=file(val_source),
             test_source=file(test_source),
             val_fraction=val_fraction,

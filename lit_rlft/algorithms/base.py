@@ -27,18 +27,20 @@ from lit_rlft.loop.checkpoint import Kept, fingerprint
 from lit_rlft.loop.checkpoint_file import secure
 from lit_rlft.loop.checkpointed import Checkpointed
 from lit_rlft.loop.experience import Draw, Experience
-from lit_rlft.loop.export import write_tuned
 from lit_rlft.loop.hooks import Audience
 from lit_rlft.loop.learning_rate import after_round, after_update, after_validation, optimizer_of
-from lit_rlft.loop.precision import check_precision, check_weights, settle
+from lit_rlft.loop.lockstep import Idle, idle_of
+from lit_rlft.loop.precision import check_weights, settle
 from lit_rlft.loop.reference import LoRA, adapt, completed
 from lit_rlft.loop.rollouts import Rollouts, track
 from lit_rlft.loop.round_log import log_round, round_means, write_round
 from lit_rlft.loop.route import Leg, Route
 from lit_rlft.loop.side.rewards import RewardWorkers
 from lit_rlft.loop.side.watch import SideWatch, beside
+from lit_rlft.loop.strategy import check_trainer
 from lit_rlft.loop.updates import Shares, Update, clip, layout, no_sync, plan, settled
-from lit_rlft.runs.folder import run_folder, summary_writer, writes_nothing
+from lit_rlft.loop.whole_draws import whole_draws
+from lit_rlft.runs.folder import summary_writer
 
 __all__ = ["RewardFineTuner"]
 
@@ -177,8 +179,8 @@ class RewardFineTuner(Checkpointed, ABC):
         self._listen(self._trainer)
 
     def configure_callbacks(self) -> list[Callback]:
-        """Return who watches over the workers of rewards, if there are any."""
-        return [SideWatch()] if self.reward_workers else []
+        """Return who watches over the workers of rewards, and over weights that are split."""
+        return [*([SideWatch()] if self.reward_workers else []), *whole_draws(self._trainer)]
 
     def _listen(self, trainer: Trainer | None) -> None:
         """Make what draws, measures and reports, for a trainer or for none."""
@@ -212,7 +214,7 @@ class RewardFineTuner(Checkpointed, ABC):
         return self
 
     def configure_optimizers(self) -> Any:
-        check_precision(self.trainer.precision)
+        check_trainer(self.trainer)
         makers = (self.make_optimizer, self.make_lr_scheduler)
         return optimizer_of(list(self._trained().values()), *makers, self.trainer)
 
@@ -235,7 +237,9 @@ class RewardFineTuner(Checkpointed, ABC):
                 layouts = gather(layout(experience, len(condition), world_size), world_size)
                 sizes = (self.num_epochs, self.minibatch_size, self.seed, self.num_rounds)
                 updates = plan(experience, layouts, self.global_rank, *sizes)
-                outcomes = [self._update(one) for one in self.rollouts.track(updates, "Training")]
+                strategy = self.trainer.strategy
+                idle = idle_of(strategy, self.loss, experience, layouts, self.meter)
+                outcomes = [self._update(u, idle) for u in self.rollouts.track(updates, "Training")]
             check_weights(self._trained(), self.num_updates)
             self.sizes.settle(self.trainer)
         self.num_rounds += 1
@@ -246,12 +250,12 @@ class RewardFineTuner(Checkpointed, ABC):
         write_round(summary_writer(self), means, spent, experience.histograms, self.num_updates)
         after_round(self.lr_schedulers(), means)
 
-    def _update(self, update: Update) -> dict[str, float]:
+    def _update(self, update: Update, idle: Idle) -> dict[str, float]:
         """Take one optimiser step; return what to log: the losses' means and the gradient norm."""
         optimizer, trainer = self.optimizers(), self.trainer
         assert isinstance(optimizer, LightningOptimizer)
         optimizer.zero_grad()
-        shares = Shares(None, trainer.world_size, partial(no_sync, trainer.strategy))
+        shares = Shares(None, trainer.world_size, partial(no_sync, trainer.strategy), idle=idle)
         trained = list(self._trained().values())
         what = (update, self.audience.watched(self.loss), self.manual_backward, trained, shares)
         logged = fitting(*what, self.sizes, self.meter)
@@ -292,9 +296,5 @@ class RewardFineTuner(Checkpointed, ABC):
 
     def on_fit_end(self) -> None:
         """Write the tuned model in the format of the domain's own tools; it must be finite."""
-        check_weights(self._trained(), self.num_updates)
-        trainer, steps = self.trainer, self.route().tuned_steps
-        writes = trainer.is_global_zero and self.num_updates and not writes_nothing(trainer)
-        facts = self._facts() | {"num_steps": len(steps), "tuned_steps": int(steps.sum())}
-        export, folder = self.export if writes else None, run_folder(trainer) / "tuned"
-        write_tuned(folder, export, trainer.world_size, facts, self._model_card)
+        steps = self.route().tuned_steps
+        self._write_tuned(self.export, num_steps=len(steps), tuned_steps=int(steps.sum()))

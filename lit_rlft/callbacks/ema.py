@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.core.checks import below_one
+from lit_rlft.distributed import split_like, to_save
 
 __all__ = ["EMA"]
 
@@ -35,6 +36,7 @@ class EMA(Callback):
         weights = _weights(pl_module)
         if self.average is None:
             self.average = [w.clone() for w in weights]
+        self.average = _split_like(self.average, weights)
         self.num_updates += 1
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         for average, weight in zip(self.average, weights, strict=True):
@@ -72,7 +74,8 @@ class EMA(Callback):
             _copy(self.average, _weights(pl_module))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"average": self.average, "num_updates": self.num_updates}
+        average = self.average and [to_save(own) for own in self.average]
+        return {"average": average, "num_updates": self.num_updates}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.average, self.num_updates = state_dict["average"], state_dict["num_updates"]
@@ -90,7 +93,12 @@ def _weights(pl_module: LightningModule) -> list[Tensor]:
     return [p.data for p in pl_module.trainable().parameters() if p.requires_grad]
 
 
+def _split_like(whole: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
+    """Return what a checkpoint holds whole as the weights are split among processes."""
+    return [split_like(own, like) for own, like in zip(whole, weights, strict=True)]
+
+
 @torch.no_grad()
 def _copy(source: list[Tensor], target: list[Tensor]) -> None:
-    for value, place in zip(source, target, strict=True):
+    for value, place in zip(_split_like(source, target), target, strict=True):
         place.copy_(value)

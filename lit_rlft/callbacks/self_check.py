@@ -18,7 +18,7 @@ from lit_rlft.core.process import Process
 from lit_rlft.core.reward import check_rewards
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.state import tensor_of
-from lit_rlft.distributed import gather
+from lit_rlft.distributed import gather, whole
 from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.hooks import Hooks
 from lit_rlft.loop.precision import check_weights
@@ -159,7 +159,8 @@ class SelfCheck(Hooks):
         precision = module.trainer.precision_plugin
         scaled = isinstance(precision, MixedPrecision) and precision.scaler is not None
         if not math.isfinite(norm) and not scaled:  # a scaler skips such updates and goes on
-            wrong = [n for n, p in named if p.grad is not None and not p.grad.isfinite().all()]
+            grads = [(n, whole(p.grad)) for n, p in named if p.grad is not None]
+            wrong = [n for n, grad in grads if not grad.isfinite().all()]
             # Finite ones can have a norm that is not.
             raise _not_finite(module, "gradients", f" (first in {wrong[0]})" if wrong else "")
         if unreached := [n for n, p in named if p.grad is None]:

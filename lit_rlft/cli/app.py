@@ -13,7 +13,6 @@ from lightning import LightningDataModule, Trainer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.callbacks.cost_meter import CostMeter
@@ -37,6 +36,7 @@ from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Pipeline
 from lit_rlft.core.reward import Metrics, Reward
 from lit_rlft.kit.data import SplitData
+from lit_rlft.loop.strategy import check_strategy
 from lit_rlft.runs.checkpoint_file import WholeCheckpoints
 from lit_rlft.runs.events import quiet_event_writer
 from lit_rlft.runs.files import disk_trouble
@@ -122,6 +122,8 @@ class Command(LightningCLI):
             if group in own and not isinstance(own[group], Namespace):
                 raise UsageError(f"{group} is {own[group]!r}, but must hold keys with values")
         check_domains(own.as_dict())
+        given = own.trainer.strategy
+        check_strategy(given if isinstance(given, str) else given.class_path)
         own.ckpt_path = choose(own, self.config.subcommand)
 
     def _parse_ckpt_path(self) -> None:
@@ -155,11 +157,7 @@ class Command(LightningCLI):
             "enable_progress_bar": bars,
         }
         trainer = super().instantiate_trainer(**settings, **kwargs)
-        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
-            raise UsageError(
-                "trainer.strategy must be ddp, or auto: the others split the weights, of which the "
-                "reference, the clipping of gradients and checkpoints need all"
-            )
+        check_strategy(trainer.strategy)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpoints()
         give_folder(trainer, self.folder)

@@ -9,11 +9,15 @@ import torch
 from lightning import LightningDataModule, Trainer
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lit_rlft.core.checks import UsageError, at_least
 
 __all__ = ["Record", "Rows", "Split", "SplitData", "batches_seen", "collate", "hold_out"]
+
+_AT_A_TIME = 4096
+"""Numbers of rows that are taken out of a pass together."""
 
 Split = Literal["train", "val", "test"]
 Record = Mapping[str, Any]
@@ -86,13 +90,17 @@ class _TrainOrder(DistributedSampler[Any]):
         num_batches = self._num_batches
         done, first = divmod(epoch * num_batches if seen is None else seen, num_batches)
         cut, size = first * self.batch_size, num_batches * self.batch_size
-        order = [*self._pass(done)[cut:size], *self._pass(done + 1)[:cut]]
-        self.epoch = epoch
-        return iter(order)
+        order = torch.cat([self._pass(done)[cut:size], self._pass(done + 1)[:cut]])
+        for start in range(0, len(order), _AT_A_TIME):
+            yield from order[start : start + _AT_A_TIME].tolist()
 
-    def _pass(self, number: int) -> list[int]:
-        self.epoch = number
-        return list(super().__iter__())
+    def _pass(self, number: int) -> Tensor:
+        """Return this rank's rows of a pass, as `DistributedSampler` has them, int64."""
+        generator = torch.Generator().manual_seed(self.seed + number)
+        num_rows: int = len(self.dataset)  # type: ignore[arg-type]
+        order = torch.randperm(num_rows, generator=generator)
+        padded = order.repeat(-(-self.total_size // max(num_rows, 1)))[: self.total_size]
+        return padded[self.rank :: self.num_replicas]
 
 
 class SplitData(LightningDataModule, ABC):

@@ -1,7 +1,8 @@
 """The part of a tuner that writes and reads its checkpoints, with a trainer and without one."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -21,10 +22,13 @@ from lit_rlft.loop import checkpoint as contents
 from lit_rlft.loop import resume
 from lit_rlft.loop.batch_sizes import BatchSizes
 from lit_rlft.loop.checkpoint_file import COUNTERS, check_resumable, load
+from lit_rlft.loop.export import write_tuned
 from lit_rlft.loop.learning_rate import optimizer_of
 from lit_rlft.loop.precision import check_weights
-from lit_rlft.loop.reference import LoRA
+from lit_rlft.loop.reference import LoRA, Reference
 from lit_rlft.loop.settings import Plain, arguments, changes, settings
+from lit_rlft.loop.sharded import whole_weights
+from lit_rlft.runs.folder import run_folder, writes_nothing
 from lit_rlft.runs.readme import readme
 
 __all__ = ["Checkpointed"]
@@ -45,6 +49,7 @@ class Checkpointed(LightningModule):
     reward: Reward
     meter: Meter
     sizes: BatchSizes
+    reference: Reference
     pretrained: str
     num_updates: int
     make_optimizer: Any
@@ -207,6 +212,16 @@ class Checkpointed(LightningModule):
             self.pipeline.name,
             self.pipeline.usage(files, facts),
         )
+
+    def _write_tuned(self, export: Callable[[Path], list[Path]], **steps: int) -> None:
+        """Write the tuned model into the run's folder; it must be finite."""
+        check_weights(self._trained(), self.num_updates)
+        trainer = self.trainer
+        writes = trainer.is_global_zero and self.num_updates and not writes_nothing(trainer)
+        folder, facts = run_folder(trainer) / "tuned", self._facts() | steps
+        own = export if writes else None
+        with whole_weights(self.pipeline.denoiser):
+            write_tuned(folder, own, trainer.world_size, facts, self._model_card)
 
     def _take_average(self, callbacks: Mapping[str, Any]) -> None:
         """Take the average of the weights, where the run kept one."""

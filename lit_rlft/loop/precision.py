@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Pipeline
+from lit_rlft.distributed import of_all, own_part
 
 __all__ = ["check_precision", "check_weights", "frozen_dtype", "in_single", "settle"]
 
@@ -93,9 +94,12 @@ def check_weights(weights: Mapping[str, Tensor], num_updates: int) -> None:
     if not weights:
         return
     with torch.no_grad():
+        parts = [own_part(weight) for weight in weights.values()]
         # The largest size of each is NaN where a number is: one wait for all of them together.
-        sizes = torch._foreach_norm(list(weights.values()), torch.inf)
-        finite = torch.stack([size.float() for size in sizes]).isfinite()
+        sizes = iter(torch._foreach_norm([p for p in parts if p.numel()], torch.inf))
+        none = parts[0].new_zeros(())  # of a weight with fewer rows than processes
+        finite = torch.stack([(next(sizes) if p.numel() else none).float() for p in parts])
+        finite = of_all(finite.isfinite(), weights.values())
     if finite.all():
         return
     first = list(weights)[int(finite.int().argmin())]

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.randomness import Generators, generators, seed_from
 from lit_rlft.core.streams import Stream
+from lit_rlft.distributed import leave, whole
 from lit_rlft.loop.experience import Experience
+from lit_rlft.loop.strategy import FSDP2Strategy
 
 __all__ = [
     "Layout",
@@ -51,12 +54,14 @@ class Update:
         epoch: Number of the pass.
         total: Number of samples of all processes.
         total_terms: Number of terms of the loss of all processes.
+        most_terms: Number of terms of the process that has the most.
     """
 
     minibatch: Experience
     epoch: int
     total: int
     total_terms: int
+    most_terms: int = 0
 
 
 class Layout(NamedTuple):
@@ -130,7 +135,9 @@ def plan(
         order = torch.randperm(len(owners), generator=generators([key])[0])
         for places in order.tensor_split(num_updates):
             own = experience.index(rows[places[mine[places]]])
-            updates.append(Update(own, epoch, len(places), int(terms[places].sum())))
+            shares = torch.bincount(torch.tensor(owners)[places], terms[places])
+            total = int(terms[places].sum())
+            updates.append(Update(own, epoch, len(places), total, int(shares.max())))
     return updates
 
 
@@ -158,12 +165,15 @@ class Shares(NamedTuple):
         world_size: Number of processes, over which gradients are averaged.
         no_sync: Makes a context in which a backward pass does not wait for other processes.
         held: Whether no backward pass waits; the processes `meet` afterwards.
+        idle: Computes a loss without weight. Given, every process makes as many passes as the one
+            that has the most terms, for all of them have parts of the weights.
     """
 
     microbatch_size: int | None = None
     world_size: int = 1
     no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext
     held: bool = False
+    idle: Callable[[], Tensor] | None = None
 
 
 def accumulate(
@@ -189,17 +199,21 @@ def accumulate(
     scale = shares.world_size / update.total
     # Values are means over terms: of samples with several each counts so much.
     share = update.total / max(update.total_terms, 1)
-    num_terms = max(minibatch.num_terms, 1)
+    num_terms = max(update.most_terms if shares.idle else minibatch.num_terms, 1)
     size = shares.microbatch_size or num_terms
     starts = range(0, num_terms, size)
+    # Other processes have samples: take part in their all-reduce with zeros.
+    idle = shares.idle or partial(_zeros, parameters)
     logged: dict[str, Tensor] = {}
     for start in starts:
-        rows = torch.arange(start, min(start + size, minibatch.num_terms))
+        rows = torch.arange(start, max(start, min(start + size, minibatch.num_terms)))
         try:
-            total, values = _summed(minibatch.terms(rows), update.epoch, loss, parameters)
-        except Exception:
-            # The others wait in their all-reduce: let them hear of it.
-            if shares.world_size > 1 and not shares.held:
+            total, values = _summed(minibatch.terms(rows), update.epoch, loss, idle)
+        except Exception as error:
+            if shares.idle:  # the others wait in the midst of a network
+                leave(error)
+            elif shares.world_size > 1 and not shares.held:
+                # The others wait in their all-reduce: let them hear of it.
                 backward(_zeros(parameters) * math.nan)
             raise
         # One all-reduce per update: only the last backward pass synchronises.
@@ -222,11 +236,10 @@ def meet(backward: Callable[[Tensor], object], parameters: Sequence[nn.Parameter
 
 
 def _summed(
-    part: Experience, epoch: int, loss: Loss, parameters: Sequence[nn.Parameter]
+    part: Experience, epoch: int, loss: Loss, idle: Callable[[], Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     if not len(part):
-        # Other processes have samples: take part in their all-reduce with zeros.
-        return _zeros(parameters), {}
+        return idle(), {}
     noise = generators([seed_from(seed, Stream.UPDATE, epoch) for seed in part.seeds])
     losses, values = loss(part, noise)
     return losses.sum(), {"loss": losses.detach(), **values}
@@ -255,7 +268,7 @@ def settled(
     if isinstance(precision, MixedPrecision) and precision.scaler is not None:
         # fp16 gradients are scaled until the scaler is told to undo it.
         precision.scaler.unscale_(optimizer.optimizer)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
     values = {**logged, "grad_norm": norm}
     numbers = torch.stack([value.detach().double() for value in values.values()]).tolist()
     return dict(zip(values, numbers, strict=True)), norm
@@ -275,6 +288,6 @@ def clip(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float | Non
 
 def no_sync(strategy: object) -> AbstractContextManager[Any]:
     """Return a context in which backward passes leave gradients on their process."""
-    if isinstance(strategy, DDPStrategy):
+    if isinstance(strategy, DDPStrategy | FSDP2Strategy):
         return strategy.block_backward_sync()
     return nullcontext()

@@ -13,6 +13,9 @@ import pytest
 import torch
 from lightning import LightningModule, Trainer
 from torch import Tensor
+from torch.distributed import GradBucket
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.cli import main
@@ -87,6 +90,9 @@ class Record(Hooks):
         assert isinstance(pl_module, RewardFineTuner)
         if trainer.world_size == 1:
             torch.save(pl_module.trainable().state_dict(), "start.pt")
+        elif isinstance(trainer.strategy.model, DistributedDataParallel):
+            file = Path(f"all_reduces_{trainer.world_size}_{trainer.global_rank}")
+            trainer.strategy.model.register_comm_hook(file, noted)
 
     def on_experience(self, module: LightningModule, experience: Experience) -> None:
         self._write(module, "collected", experience)
@@ -106,6 +112,13 @@ class Record(Hooks):
         line = json.dumps([f"round {module.num_rounds}, {what}", list(part.seeds)])
         with Path(f"seeds_{module.trainer.world_size}_{module.global_rank}").open("a") as file:
             file.write(f"{line}\n")
+
+
+def noted(file: Path, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    """Add up gradients as DDP does, and make a file longer by one."""
+    with file.open("a") as open_file:
+        open_file.write(".")
+    return allreduce_hook(None, bucket)
 
 
 @pytest.fixture(autouse=True)
@@ -149,6 +162,9 @@ def assert_trained_alike(world_size: int) -> None:
         f"{world_size} processes: weights moved by {moved:.2g}, differ by {apart / moved:.1e} of it"
     )
     assert moved > 1e-3 and apart < 1e-9 * moved
+    for rank in range(world_size):  # one each update, however many microbatches it has
+        all_reduces = Path(f"all_reduces_{world_size}_{rank}").stat().st_size
+        assert all_reduces == one["lit_rlft"]["num_updates"]
     for key in ("num_updates", "num_samples", "num_rounds"):
         assert own["lit_rlft"][key] == one["lit_rlft"][key]
     costs = [{**held["lit_rlft"]["cost"], "seconds": 0} for held in (one, own)]

@@ -3,10 +3,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, DistributedSampler
 
 from lit_rlft.core.checks import UsageError
-from lit_rlft.kit.data import Rows, Split, SplitData, collate
+from lit_rlft.kit.data import Rows, Split, SplitData, _TrainOrder, collate
 
 
 class Numbers(SplitData):
@@ -106,3 +106,15 @@ def test_a_small_training_split_still_gives_a_batch() -> None:
 def test_a_round_must_divide_among_processes() -> None:
     with pytest.raises(UsageError, match=r"batch_size \(5\)"):
         on(Numbers(batch_size=5), 2, 0).train_dataloader()
+
+
+@pytest.mark.parametrize(("num_rows", "ranks"), [(3, 2), (10, 1), (11, 3), (2, 3)])
+def test_passes_are_those_of_torch(num_rows: int, ranks: int) -> None:
+    rows = Rows(num_rows, lambda i: {})
+    for rank in range(ranks):
+        own = _TrainOrder(rows, ranks, rank, seed=4, batch_size=1, seen=lambda: None)
+        other = DistributedSampler(rows, ranks, rank, shuffle=True, seed=4)
+        for epoch in (0, 1, 5):
+            own.set_epoch(epoch)
+            other.set_epoch(epoch)
+            assert list(own) == list(other)[: len(own)]

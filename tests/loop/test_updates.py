@@ -1,6 +1,7 @@
 """How a round's experience becomes updates: which samples, in which order, on which process."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -172,3 +173,36 @@ def test_a_process_that_fails_makes_all_gradients_nan() -> None:
     with pytest.raises(UsageError, match=r"^no$"):
         accumulate(update, loss, torch.Tensor.backward, [weight], Shares(2, world_size=2))
     assert calls == [2, 2] and weight.grad is not None and weight.grad.isnan()
+
+
+@pytest.mark.parametrize("microbatch_size", [None, 1, 2])
+@pytest.mark.parametrize("own", [0, 1, 3])
+def test_processes_with_parts_of_the_weights_make_equally_many_passes(
+    own: int, microbatch_size: int | None
+) -> None:
+    """The one that has the most terms sets their number; the last one alone synchronises."""
+    w = nn.Parameter(torch.ones(()))
+    passes: list[str] = []
+
+    def loss(part: Experience, noise: Generators) -> tuple[Tensor, dict[str, Tensor]]:
+        passes.append("own")
+        return tensor_of(part.states["x"])[:, 0] * w, {}
+
+    def idle() -> Tensor:
+        passes.append("idle")
+        return 0 * w
+
+    @contextmanager
+    def alone() -> Iterator[None]:
+        passes.append("alone")
+        yield
+
+    update = Update(experience_of(own), 0, 3 + own, 3 + own, most_terms=3)
+    shares = Shares(microbatch_size, 2, alone, idle)
+    accumulate(update, loss, lambda total: total.backward(), [w], shares)
+    needed = -(-3 // (microbatch_size or 3))
+    of_own = -(-own // (microbatch_size or 3))
+    assert passes.count("own") == of_own and passes.count("idle") == needed - of_own
+    assert passes.count("alone") == needed - 1
+    assert w.grad is not None
+    torch.testing.assert_close(float(w.grad), 2 * sum(range(own)) / (3 + own))

@@ -32,8 +32,9 @@ class MoleculeNetwork(nn.Module, BlockCheckpointing, ABC):
 
     @property
     def like(self) -> Tensor:
-        """A tensor of the network's device and precision."""
-        return next(self.parameters())
+        """An empty tensor of the network's device and precision."""
+        weight = next(self.parameters())  # which may be split among processes
+        return torch.empty(0, dtype=weight.dtype, device=weight.device)
 
     @abstractmethod
     def forward(

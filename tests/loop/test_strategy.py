@@ -1,0 +1,66 @@
+"""Which strategies a run takes, and what it says of others."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
+
+from lit_rlft.core.checks import UsageError
+from lit_rlft.loop.strategy import FSDP2Strategy, check_strategy, check_trainer
+
+PATH = "lightning.pytorch.strategies"
+FSDP, REST = "--config fsdp", "has not been tested; use ddp, or --config fsdp"
+
+
+@pytest.mark.parametrize(
+    "known",
+    [
+        *("auto", "ddp", "ddp_find_unused_parameters_true", "ddp_notebook", "fsdp2"),
+        *("lit_rlft.loop.strategy.FSDP2Strategy", f"{PATH}.DDPStrategy", "mine.Strategy"),
+        *(DDPStrategy(), FSDP2Strategy(), SingleDeviceStrategy()),
+    ],
+    ids=str,
+)
+def test_known_strategies(known: object) -> None:
+    check_strategy(known)
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ("fsdp", f"trainer.strategy fsdp cannot run a network many times.*; use {FSDP}"),
+        ("fsdp_cpu_offload", f"fsdp_cpu_offload cannot run a network many times.*{FSDP}"),
+        (f"{PATH}.FSDPStrategy", f"FSDPStrategy cannot run a network many times.*{FSDP}"),
+        ("deepspeed_stage_2", f"deepspeed_stage_2 has not been tested; {FSDP}.* alike$"),
+        (f"{PATH}.DeepSpeedStrategy", f"DeepSpeedStrategy has not been tested; {FSDP}"),
+        ("xla", f"trainer.strategy xla {REST}"),
+        ("single_xla", f"trainer.strategy single_xla {REST}"),
+        ("colossalai", f"trainer.strategy colossalai {REST}"),
+        (ModelParallelStrategy(), f"trainer.strategy ModelParallelStrategy {REST}"),
+    ],
+    ids=str,
+)
+def test_other_strategies_are_refused_in_one_sentence(given: object, sentence: str) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        check_strategy(given)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "precision", "sentence"),
+    [
+        (FSDP2Strategy(), "16-mixed", "trainer.precision 16-mixed scales .* set it to bf16-mixed"),
+        (DDPStrategy(), "bf16-true", "trainer.precision bf16-true keeps"),
+        (ModelParallelStrategy(), "32-true", "ModelParallelStrategy has not been tested"),
+    ],
+)
+def test_a_trainer_is_checked_before_it_trains(
+    strategy: Any, precision: str, sentence: str
+) -> None:
+    trainer: Any = SimpleNamespace(strategy=strategy, precision=precision)
+    with pytest.raises(UsageError, match=sentence):
+        check_trainer(trainer)
