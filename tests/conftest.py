@@ -5,7 +5,7 @@ threads, or LIT_RLFT_TEST_ROUNDING to 1 for the rounding of another processor (`
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ torch.set_num_threads(int(os.environ.get("LIT_RLFT_TEST_THREADS", "1")))
 if os.environ.get("LIT_RLFT_TEST_ROUNDING") == "1":
     OtherRounding().__enter__()
 
-TOKENIZER = Path(__file__).parents[1] / "domains/text_to_image/assets/shapes/tokenizer"
+ROOT = Path(__file__).parents[1]
+TOKENIZER = ROOT / "domains/text_to_image/assets/shapes/tokenizer"
 
 
 HEAVY = ("test_documentation", "test_notebooks", "test_from_python", "test_runs", "test_configs")
@@ -30,6 +31,16 @@ HEAVY = ("test_documentation", "test_notebooks", "test_from_python", "test_runs"
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that take longest."""
     items.sort(key=lambda item: item.path.stem not in HEAVY)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def repository_stays_clean() -> Iterator[None]:
+    """Fail where tests have left a run's files at the root of the repository."""
+    left = [ROOT / name for name in ("tuned", "metrics.json", "lightning_logs")]
+    before = [path.exists() for path in left]
+    yield
+    new = [path.name for path, was in zip(left, before, strict=True) if path.exists() and not was]
+    assert not new, f"tests left {new} in {ROOT}; give their trainers default_root_dir"
 
 
 @pytest.fixture(autouse=True)

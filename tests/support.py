@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,8 +59,12 @@ TINY_SPLITS = {
 """What makes each DataModule's splits small, beside that."""
 
 
+_SCRATCH = tempfile.TemporaryDirectory(prefix="lit-rlft-tests-")
+"""Where tuned models go of runs whose test has no folder for them."""
+
+
 def trainer_of(**settings: Any) -> Trainer:
-    """Return a trainer that trains on the CPU and says, shows and keeps nothing."""
+    """Return a trainer that trains on the CPU, and says and shows nothing."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     disable_possible_user_warnings()
     quiet: dict[str, Any] = {
@@ -70,6 +75,7 @@ def trainer_of(**settings: Any) -> Trainer:
         "enable_checkpointing": False,
         "enable_model_summary": False,
         "limit_val_batches": 0,
+        "default_root_dir": _SCRATCH.name,
     }
     return Trainer(**{**quiet, **settings})
 
