@@ -37,8 +37,8 @@ from lit_rlft.loop.round_log import log_round, round_means, write_round
 from lit_rlft.loop.route import Leg, Route
 from lit_rlft.loop.side.rewards import RewardWorkers
 from lit_rlft.loop.side.watch import SideWatch, beside
-from lit_rlft.loop.strategy import check_trainer
-from lit_rlft.loop.updates import Shares, Update, clip, layout, no_sync, plan, settled
+from lit_rlft.loop.strategy import check_trainer, no_sync
+from lit_rlft.loop.updates import Shares, Update, clip, layout, plan, settled
 from lit_rlft.loop.whole_draws import whole_draws
 from lit_rlft.runs.folder import summary_writer
 

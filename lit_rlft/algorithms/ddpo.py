@@ -56,7 +56,8 @@ from lit_rlft.loop.checkpoint import Kept
 from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.rollouts import Drawn
 from lit_rlft.loop.scoring import Scoring
-from lit_rlft.loop.updates import Shares, no_sync
+from lit_rlft.loop.strategy import no_sync
+from lit_rlft.loop.updates import Shares
 
 __all__ = ["DDPO", "Rollout"]
 

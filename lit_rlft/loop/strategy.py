@@ -1,7 +1,7 @@
 """How the processes of a run share its weights: DDP, or FSDP2, which is registered here."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import _GeneratorContextManager
+from contextlib import AbstractContextManager, _GeneratorContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -28,7 +28,7 @@ from lit_rlft.loop.checkpointed import Checkpointed
 from lit_rlft.loop.precision import check_precision
 from lit_rlft.loop.sharded import leaves_gradients, shard
 
-__all__ = ["FSDP2Strategy", "check_strategy", "check_trainer"]
+__all__ = ["FSDP2Strategy", "check_strategy", "check_trainer", "no_sync"]
 
 _NAMES = ("auto", "ddp", "fsdp2", "single_device")
 _CONFIG = "--config fsdp (trainer.strategy fsdp2)"
@@ -229,3 +229,10 @@ StrategyRegistry.register(
     FSDP2Strategy,
     description="FSDP2 for networks that run many times in one step",
 )
+
+
+def no_sync(strategy: object) -> AbstractContextManager[Any]:
+    """Return a context in which backward passes leave gradients on their process."""
+    if isinstance(strategy, DDPStrategy | FSDP2Strategy):
+        return strategy.block_backward_sync()
+    return nullcontext()

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from lit_rlft.core.checks import UsageError
@@ -19,7 +18,6 @@ from lit_rlft.core.randomness import Generators, generators, seed_from
 from lit_rlft.core.streams import Stream
 from lit_rlft.distributed import leave, whole
 from lit_rlft.loop.experience import Experience
-from lit_rlft.loop.strategy import FSDP2Strategy
 
 __all__ = [
     "Layout",
@@ -31,7 +29,6 @@ __all__ = [
     "is_maximum",
     "layout",
     "meet",
-    "no_sync",
     "plan",
     "settled",
 ]
@@ -220,14 +217,21 @@ def accumulate(
         last = start == starts[-1] and not shares.held
         with nullcontext() if last else shares.no_sync():
             backward(total * scale)
-        for name, value in values.items():
-            if is_maximum(name):
-                largest = value.max()
-                logged[name] = largest.maximum(logged.get(name, largest))
-            else:
-                weight = scale * (1.0 if name == "loss" else share)
-                logged[name] = logged.get(name, 0.0) + value.sum(dtype=torch.float64) * weight
+        _log(logged, values, scale, share)
     return logged
+
+
+def _log(
+    logged: dict[str, Tensor], values: Mapping[str, Tensor], scale: float, share: float
+) -> None:
+    """Add the values of some terms to those logged so far: maxima, or means over all terms."""
+    for name, value in values.items():
+        if is_maximum(name):
+            largest = value.max()
+            logged[name] = largest.maximum(logged.get(name, largest))
+        else:
+            weight = scale * (1.0 if name == "loss" else share)
+            logged[name] = logged.get(name, 0.0) + value.sum(dtype=torch.float64) * weight
 
 
 def meet(backward: Callable[[Tensor], object], parameters: Sequence[nn.Parameter]) -> None:
@@ -284,10 +288,3 @@ def clip(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float | Non
     """
     if max_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-
-
-def no_sync(strategy: object) -> AbstractContextManager[Any]:
-    """Return a context in which backward passes leave gradients on their process."""
-    if isinstance(strategy, DDPStrategy | FSDP2Strategy):
-        return strategy.block_backward_sync()
-    return nullcontext()
