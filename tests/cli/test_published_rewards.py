@@ -30,7 +30,6 @@ REWARDS: Mapping[str, Callable[[Path], dict[str, object]]] = {
     "FunctionReward": lambda models: {"function": "tests.cli.test_published_rewards.redness"},
 }
 DIFFERENTIABLE = set(REWARDS) - {"FunctionReward"}
-DEFAULT = {("sd15", "ImageReward", "grpo")}
 RUNS = [("sd15", reward, algorithm) for reward in REWARDS for algorithm in ALGORITHMS]
 RUNS += [(f, "PickScore", algorithm) for f in FAMILIES if f != "sd15" for algorithm in ALGORITHMS]
 
@@ -61,10 +60,8 @@ def words(family: str, reward: str, algorithm: str, models: Path) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize(
-    ("family", "reward", "algorithm"),
-    [pytest.param(*run, marks=[] if run in DEFAULT else pytest.mark.slow) for run in RUNS],
-)
+@pytest.mark.slow  # test_recipes.py has a quick one
+@pytest.mark.parametrize(("family", "reward", "algorithm"), RUNS)
 def test_a_run_takes_one_word(
     family: str,
     reward: str,
