@@ -149,7 +149,6 @@ def _memory(plan: Plan) -> Iterator[str]:
 def _bounds(settings: Mapping[str, Any]) -> str:
     """Return what bounds the activations, in words."""
     micro = settings["model.microbatch_size"]
-    weighed = " (weighed at 1)" if micro == AUTO else ""
     on = [
         name
         for name, off in (
@@ -158,7 +157,7 @@ def _bounds(settings: Mapping[str, Any]) -> str:
         )
         if settings.get(name, off) != off
     ]
-    return f"microbatch {micro}{weighed}, " + ("checkpointed" if on else "nothing checkpointed")
+    return f"microbatch {micro}, " + ("checkpointed" if on else "nothing checkpointed")
 
 
 def _row(what: str, size: int) -> str:
