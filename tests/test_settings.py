@@ -39,7 +39,7 @@ INTERNAL = {
     "PointCloudGaussian", "PointClouds", "RealFeatures", "Residual", "Rollout",
     "Rollouts", "Route", "Rows", "SizeBatches", "TimedBlock", "Update", "Preprocessing",
     "CoupledPointClouds", "FlowMLP", "DiscreteVP", "NoisePolicy", "Report", "Stopped",
-    "Lane", "SideProcess", "SideTimes",
+    "Lane", "SideProcess", "SideTimes", "CLIPT5Config", "StepNoise", "Evaluator",
 }  # fmt: skip
 """Made by other classes, from settings that those have checked, or from files."""
 
@@ -74,6 +74,7 @@ NEEDED: Mapping[str, Mapping[str, Any]] = {
     "domains.molecule.top_molecules.TopMolecules": {"reward": Coordinate()},
     "domains.text_to_image.rewards.FunctionReward": {"function": len},
     "domains.text_to_image.rewards.OCRAccuracy": {"engine": len},
+    "domains.text_to_image.metrics.LPIPSDiversity": {"network": "file", "heads": "file"},
     "domains.text_to_image.set_metrics.CMMD": {"folder": "folder", "pretrained": "shapes_clip"},
     "domains.text_to_image.set_metrics.Copies": {"folder": "folder", "pretrained": "shapes_clip"},
     "domains.text_to_image.set_metrics.Duplicates": {"pretrained": "shapes_clip"},
@@ -93,6 +94,7 @@ ALLOWED: Mapping[str, tuple[Sequence[float], set[str]]] = {
         {
             "*.num_workers", "HTTPReward.retries", "RewardWorkers.restarts", "*.best_of",
             "MMD.num_draws", "SetDistances.num_draws", "Duplicates.num_draws",
+            "DiffusionNFT.max_decay", "DiffusionNFT.decay_rate",
             "DDPO.kl_coef", "RewardGradient.kl_coef",
             "NoisePPO.beta", "PGRAFT.contrast", "PGRAFT.cut", "GRAFT.contrast", "EMA.decay",
             "InverseNoiseCorrection.data_noise", "Pretrain.condition_dropout",

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from lit_rlft.algorithms.base import RewardFineTuner
-from lit_rlft.core.checks import positive, require
+from lit_rlft.core.checks import at_least, positive
 from lit_rlft.core.pipeline import Batch, Condition
 from lit_rlft.core.randomness import Generators, paired, rand_like
 from lit_rlft.core.reward import all_failed
@@ -69,7 +69,7 @@ class DiffusionDPO(RewardFineTuner):
         self.iterative, self.guided_loss = iterative, guided_loss
 
     def check(self) -> None:
-        require(self.num_candidates >= 2, self, "num_candidates", "2 or more: pairs are compared")
+        at_least(2, self, "num_candidates")
         positive(self, "beta")
 
     def collect(self, batch: Batch, condition: Condition) -> Experience:

@@ -88,8 +88,7 @@ class DiffusionNFT(RewardFineTuner):
         self.old_policy = OldPolicy()
 
     def check(self) -> None:
-        rule = "2 or more: a sample is compared with the others of its condition"
-        require(self.num_candidates >= 2, self, "num_candidates", rule)
+        at_least(2, self, "num_candidates")
         positive(self, "beta", "reward_clip")
         at_least(0, self, "max_decay", "decay_rate")
         below_one(self, "max_decay")

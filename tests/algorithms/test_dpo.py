@@ -141,7 +141,7 @@ def test_a_round_without_a_difference_teaches_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"num_candidates": 1}, "num_candidates must be 2 or more"), ({"beta": 0.0}, "beta")],
+    [({"num_candidates": 1}, "num_candidates must be at least 2"), ({"beta": 0.0}, "beta")],
 )
 def test_what_cannot_work_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):

@@ -226,7 +226,7 @@ def test_it_gains_and_an_unrelated_reward_does_not(tmp_path: Path, weighting: st
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_candidates": 1}, "num_candidates must be 2 or more"),
+        ({"num_candidates": 1}, "num_candidates must be at least 2"),
         ({"beta": 0.0}, "beta"),
         ({"max_decay": 1.0}, "max_decay"),
         ({"weighting": "published"}, "weighting must be 'native' or 'self_normalized'"),

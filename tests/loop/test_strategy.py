@@ -17,6 +17,11 @@ PATH = "lightning.pytorch.strategies"
 FSDP, REST = "--config fsdp", "has not been tested; use ddp, or --config fsdp"
 
 
+def named(value: object) -> str:
+    """Return a name that is the same in every process."""
+    return value if isinstance(value, str) else type(value).__name__
+
+
 @pytest.mark.parametrize(
     "known",
     [
@@ -24,7 +29,7 @@ FSDP, REST = "--config fsdp", "has not been tested; use ddp, or --config fsdp"
         *("lit_rlft.loop.strategy.FSDP2Strategy", f"{PATH}.DDPStrategy", "mine.Strategy"),
         *(DDPStrategy(), FSDP2Strategy(), SingleDeviceStrategy()),
     ],
-    ids=str,
+    ids=named,
 )
 def test_known_strategies(known: object) -> None:
     check_strategy(known)
@@ -43,7 +48,7 @@ def test_known_strategies(known: object) -> None:
         ("colossalai", f"trainer.strategy colossalai {REST}"),
         (ModelParallelStrategy(), f"trainer.strategy ModelParallelStrategy {REST}"),
     ],
-    ids=str,
+    ids=named,
 )
 def test_other_strategies_are_refused_in_one_sentence(given: object, sentence: str) -> None:
     with pytest.raises(UsageError, match=sentence):
@@ -57,6 +62,7 @@ def test_other_strategies_are_refused_in_one_sentence(given: object, sentence: s
         (DDPStrategy(), "bf16-true", "trainer.precision bf16-true keeps"),
         (ModelParallelStrategy(), "32-true", "ModelParallelStrategy has not been tested"),
     ],
+    ids=named,
 )
 def test_a_trainer_is_checked_before_it_trains(
     strategy: Any, precision: str, sentence: str

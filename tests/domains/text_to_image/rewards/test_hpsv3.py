@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from domains.text_to_image.probes import probe_pictures
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, Qwen2VLForConditionalGeneration
@@ -18,6 +17,7 @@ from domains.text_to_image.networks.hps_v3 import qwen_parts
 from domains.text_to_image.rewards import HPSv3
 from lit_rlft.core.checks import UsageError
 from lit_rlft.kit.images import to_image
+from lit_rlft.kit.probe_pictures import probe_pictures
 from lit_rlft.kit.weightless import without_weights
 from tests.domains.text_to_image.rewards.published import hps_v3_file, qwen_folder
 from tests.domains.text_to_image.rewards.test_published import PROMPTS, condition, pictures
