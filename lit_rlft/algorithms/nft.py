@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lit_rlft.algorithms.base import RewardFineTuner
-from lit_rlft.core.checks import BadArgument, at_least, below_one, positive, require
+from lit_rlft.core.checks import BadArgument, UsageError, at_least, below_one, positive, require
 from lit_rlft.core.implicit import group_probabilities, implicit
 from lit_rlft.core.pipeline import Batch, Condition
 from lit_rlft.core.process import GaussianProcess, Process
@@ -39,6 +39,7 @@ from lit_rlft.loop.checkpoint import Kept
 from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.old_policy import OldPolicy
 from lit_rlft.loop.scoring import Scoring
+from lit_rlft.loop.strategy import FSDP2Strategy
 
 __all__ = ["DiffusionNFT", "contrastive_loss"]
 
@@ -89,6 +90,10 @@ class DiffusionNFT(RewardFineTuner):
 
     def check(self) -> None:
         at_least(2, self, "num_candidates")
+        if isinstance(getattr(self._trainer, "strategy", None), FSDP2Strategy):
+            raise UsageError(
+                "trainer.strategy fsdp2 does not split the second policy of DiffusionNFT; use ddp"
+            )
         positive(self, "beta", "reward_clip")
         at_least(0, self, "max_decay", "decay_rate")
         below_one(self, "max_decay")

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.schedule import RectifiedFlow
 from lit_rlft.core.state import State, tensor_of
 from lit_rlft.loop.old_policy import OldPolicy
+from lit_rlft.loop.strategy import FSDP2Strategy
 from tests.algorithms.graft_support import ModeValue, nearest
 from tests.algorithms.test_noise_ppo_learning import Unrelated
 from tests.support import trainer_of
@@ -235,6 +237,13 @@ def test_it_gains_and_an_unrelated_reward_does_not(tmp_path: Path, weighting: st
 def test_what_cannot_work_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         tuner_of(ModeValue(), **settings).setup("fit")
+
+
+def test_weights_that_are_split_are_refused() -> None:
+    tuner = tuner_of(ModeValue())
+    tuner._trainer = SimpleNamespace(strategy=FSDP2Strategy())  # type: ignore[assignment]
+    with pytest.raises(UsageError, match=r"fsdp2 does not split .* use ddp"):
+        tuner.check()
 
 
 class Failing(Reward):
