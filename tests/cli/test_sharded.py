@@ -168,6 +168,7 @@ def test_a_resumed_run_is_the_one_that_never_stopped(run: str) -> None:
         on = {"trainer.devices": 1 if strategy == "auto" else 2, "trainer.strategy": strategy}
         fit(run, "parts", FORKED, {"trainer.precision": "32-true"}, last, on, stage="test")
         tuned = report("runs/parts")["tuned"]
+        del tuned["diversity"]  # among the samples of a batch, which are others on two processes
         results.append({name: moments["mean"] for name, moments in tuned.items()})
     assert results[1] == pytest.approx(results[0], rel=1e-4, abs=1e-5, nan_ok=True)
 
