@@ -54,7 +54,7 @@ def fit(
 
 def arms_on_an_update(
     bench: Bench, arms: Mapping[str, Arm], keys: Mapping[str, Row], work: Row
-) -> Callable[[Update], dict[str, float]]:
+) -> Callable[..., dict[str, float]]:
     """Return an `_update` that times several ways to take one and the same update.
 
     Each is tried once, for its memory and because it may not fit; those that do then take turns.
@@ -66,7 +66,7 @@ def arms_on_an_update(
         work: What all rows say.
     """
 
-    def update(given: Update) -> dict[str, float]:
+    def update(given: Update, *_: object) -> dict[str, float]:
         peaks: dict[str, float | None] = {}
         for name, arm in arms.items():
 

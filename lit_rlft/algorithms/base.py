@@ -250,7 +250,7 @@ class RewardFineTuner(Checkpointed, ABC):
         write_round(summary_writer(self), means, spent, experience.histograms, self.num_updates)
         after_round(self.lr_schedulers(), means)
 
-    def _update(self, update: Update, idle: Idle) -> dict[str, float]:
+    def _update(self, update: Update, idle: Idle = None) -> dict[str, float]:
         """Take one optimiser step; return what to log: the losses' means and the gradient norm."""
         optimizer, trainer = self.optimizers(), self.trainer
         assert isinstance(optimizer, LightningOptimizer)

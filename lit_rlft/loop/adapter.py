@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -105,7 +105,7 @@ class AdapterSwitch:
         return wide and not torch.is_autocast_enabled(self._weights[0].device.type)
 
     def _agree(self, predict: Callable[[], State]) -> bool:
-        """Compare predictions, once, and say how they differ."""
+        """Compare predictions, once, and say so if they differ too much."""
         if self._checked or not torch.stack([_delta(la).any() for la in self._layers]).any():
             return bool(self._merge)
         self._checked = True
@@ -115,10 +115,6 @@ class AdapterSwitch:
                 merged = predict()
         error, tolerance = _error(merged, apart), _TOLERANCE if self._precise else _COARSE_TOLERANCE
         if error <= tolerance:
-            rank_zero_info(
-                f"samples are drawn with the LoRA merged into the weights ({_KEY}): predictions "
-                f"differ by {error:.1e} of their size, at most {tolerance:g} is allowed"
-            )
             return True
         self._merge = False
         rank_zero_warn(

@@ -58,13 +58,14 @@ def test_states_kept_in_half_precision_keep_the_first_ratios(
 
 
 @pytest.mark.parametrize("process", [FLOW, MASKED, MIXED], ids=["flow", "masked", "product"])
-def test_first_ratios_of_a_half_precision_model(process: Process) -> None:
-    tuner = tuner_of(Toy(process).bfloat16())
+def test_a_half_precision_model_is_trained_in_single_precision(process: Process) -> None:
+    with pytest.warns(UserWarning, match="was loaded in bfloat16 and is trained in float32"):
+        tuner = tuner_of(Toy(process).bfloat16())
     rollout = collected(tuner)
     assert replayed(tuner, rollout, NUM)[1] < 1e-4
     pairs = pairs_of(rollout)[0].states
     floating = [leaf for leaf in leaves(pairs["x_t"]) if leaf.is_floating_point()]
-    assert all(leaf.dtype == torch.bfloat16 for leaf in floating)
+    assert all(leaf.dtype == torch.float32 for leaf in floating)
     assert tensor_of(pairs["log_prob"]).dtype == torch.float32
 
 

@@ -168,14 +168,10 @@ def test_auto_merges_where_no_digit_is_lost(merge: Merge) -> None:
 
 
 @torch.no_grad()
-def test_what_would_predict_something_else_stays_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    monkeypatch.setattr("lit_rlft.loop.adapter.rank_zero_info", said.append)
+def test_what_would_predict_something_else_stays_apart() -> None:
     good, wrong = Made(), Made(tied=True)  # merging changes a layer that has no LoRA
-    for _ in range(2):
-        with good.adapter.merged(good):
-            pass
-    assert len(said) == 1 and "at most 0.0001 is allowed" in said[0]
+    with good.adapter.merged(good):
+        assert good.adapter.is_merged
     apart = wrong()
     warned = pytest.warns(UserWarning, match=r"not merged .* differ by \d.*; set model\S+ to f")
     with warned, wrong.adapter.merged(wrong):

@@ -198,7 +198,7 @@ def test_processes_with_parts_of_the_weights_make_equally_many_passes(
         yield
 
     update = Update(experience_of(own), 0, 3 + own, 3 + own, most_terms=3)
-    shares = Shares(microbatch_size, 2, alone, idle)
+    shares = Shares(microbatch_size, 2, alone, idle=idle)
     accumulate(update, loss, lambda total: total.backward(), [w], shares)
     needed = -(-3 // (microbatch_size or 3))
     of_own = -(-own // (microbatch_size or 3))

@@ -78,7 +78,7 @@ SLOW = ("contrast", "DPOK", "NoisePPO")
 def test_an_update_waits_once(make: Callable[..., RewardFineTuner]) -> None:
     """For its logs, the norm of its gradients and what the self-check has found, together."""
     tuner = make(lambda: GaussianMixturePipeline(residual_width=8))
-    tuner.microbatch_size, batch = 1, {"index": torch.arange(NUM)}
+    tuner.sizes.microbatch.rows, batch = 1, {"index": torch.arange(NUM)}
     with rehearsal():
         to_device(tuner)
         with torch.no_grad():

@@ -44,7 +44,7 @@ def _round(bench: Bench) -> Row:
 
     def ours(size: int, on: bool) -> Arm:
         def take(update: Update) -> None:
-            tuner.microbatch_size = size
+            tuner.sizes.microbatch.rows = size
             checkpointing(tuner, on)
             own(update)
 
