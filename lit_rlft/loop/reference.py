@@ -52,9 +52,10 @@ class LoRA:
         dtype: Precision of the adapter and of its optimiser's state: "float32", or "bfloat16" at
             half the memory, where an update below 1/256 of a weight rounds to nothing.
         merge_for_sampling: Whether the update is part of the weights while samples are drawn whose
-            log-probabilities nobody needs: in evaluations, `predict` and the rounds of iterative
-            P-GRAFT. It saves the adapter's own kernels. "auto" merges where layers compute in
-            single precision; in fewer digits a weight loses small updates.
+            log-probabilities nobody needs: in evaluations, `predict`, and rounds of iterative
+            P-GRAFT, DiffusionNFT and Diffusion-DPO. It saves the adapter's own kernels. "auto"
+            merges where layers compute in single precision; in fewer digits a weight loses small
+            updates.
 
     References:
         LoRA (Hu et al., 2021), https://arxiv.org/abs/2106.09685
