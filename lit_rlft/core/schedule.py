@@ -120,7 +120,7 @@ class DiscreteVP(Schedule):
 
     def timestep(self, t: Tensor) -> Tensor:
         """Return the table index in [0, T - 1] that the network was trained with, int64."""
-        return torch.bucketize(t.double(), self.middles)
+        return torch.bucketize(t.double().contiguous(), self.middles)
 
     def alpha(self, t: Tensor) -> Tensor:
         return self._at(t).sqrt()

@@ -1,5 +1,6 @@
 import itertools
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -227,3 +228,16 @@ def test_training_times_may_have_normal_logits(shift: float, low: float) -> None
         assert (times <= t).double().mean().item() == pytest.approx(wanted, abs=1e-4)
     with pytest.raises(UsageError, match="logit_normal must be a mean and a standard deviation"):
         RectifiedFlow(logit_normal=(0.0, 0.0))
+
+
+def test_levels_of_a_whole_batch_are_looked_up_without_a_warning() -> None:
+    """They are one number, expanded, of which torch warns where it looks numbers up."""
+    schedule = DiscreteVP(vp_betas())
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = schedule.timestep(torch.tensor(0.5, dtype=torch.float64).expand(3))
+    finally:
+        torch.set_warn_always(False)
+    assert found.tolist() == [499] * 3
