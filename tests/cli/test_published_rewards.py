@@ -53,7 +53,7 @@ def words(family: str, reward: str, algorithm: str, models: Path) -> list[str]:
         *(f"--config={family}", f"--config={algorithm}", f"--reward={reward.split()[0]}"),
         *(f"--reward.{key}={value}" for key, value in given.items()),
         *(f"--pipeline.pretrained={folder}", "--pipeline.height=32", "--pipeline.width=32"),
-        *("--pipeline.dtype=float32", "--data.source=prompts.txt", "--data.batch_size=2"),
+        *("--pipeline.frozen_dtype=float32", "--data.source=prompts.txt", "--data.batch_size=2"),
         *("--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.limit_train_batches=1"),
         *("--trainer.limit_val_batches=0", "--model.sampler.num_steps=3", "--name=run"),
         *ALGORITHMS[algorithm],
