@@ -82,3 +82,7 @@ if __name__ != "__main__":
         def _end(self, *_: Any) -> None:
             print(json.dumps(self.seconds | {"first sample": time.process_time()}), flush=True)
             os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
