@@ -263,7 +263,7 @@ def our_side(options: argparse.Namespace) -> Turn:
     )
     take, deviations = tuner._update, []
 
-    def timed_take(update: Update) -> dict[str, float]:
+    def timed_take(update: Update, *_: object) -> dict[str, float]:
         with meter.phase("train"):
             outcome = take(update)
         seen["loss"].append(outcome["loss"])
