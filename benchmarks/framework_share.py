@@ -1,7 +1,7 @@
 """What share of a round's processor time is spent outside networks, rewards and the optimiser.
 
 Method: `lit-rlft fit` runs in this process, on one thread. From the second round on the processor's
-time is given to whatever runs innermost: the denoiser, decoding, the reward, encoding, keys,
+time is given to what runs innermost: the denoiser, decoding, the reward, encoding, keys,
 backward passes, the optimiser's step; what is left of `training_step` is the framework: sampler,
 noise, selection, advantages, logs. Printed is the median round of the share, with quartiles.
 A busy machine lengthens all parts alike, so that shares depend little on it.

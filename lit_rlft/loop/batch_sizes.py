@@ -203,7 +203,7 @@ def rehearse(
     if not sizes.microbatch.automatic or sizes.microbatch.begun:
         return
     terms = gather(minibatch.num_terms, shares.world_size)
-    sizes.microbatch.begin(max(*terms, 1, 1))
+    sizes.microbatch.begin(max(*terms, 1))
     noise, update = GlobalNoise(), Update(minibatch, 0, max(len(minibatch), 1), max(sum(terms), 1))
     with torch.enable_grad(), meter.unbilled():
         fitting(update, loss, backward, parameters, shares, sizes, meter)

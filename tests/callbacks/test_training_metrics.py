@@ -1,4 +1,4 @@
-"""Metrics of training see every sample that is scored, whatever scores it, also after a resume."""
+"""Metrics of training see every sample that is scored, by workers too, also after a resume."""
 
 from collections.abc import Mapping
 from pathlib import Path

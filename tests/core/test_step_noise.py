@@ -79,7 +79,7 @@ def test_without_generators_torchs_own_is_asked_each_step() -> None:
 
 @pytest.mark.parametrize("legs", [(6,), (4, 2), (1, 0, 5)])
 def test_the_legs_of_a_route_share_its_noise(legs: tuple[int, ...]) -> None:
-    """Whoever runs the last steps, their noise is that of the route of one leg."""
+    """The last steps have the noise of the route of one leg, for either network."""
     process: Any = GaussianProcess(RectifiedFlow(), "velocity")
 
     def denoiser(x: Any, t: Tensor, condition: Condition) -> Tensor:

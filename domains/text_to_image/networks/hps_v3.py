@@ -28,7 +28,7 @@ _WIDTHS = (1024, 16, 2)
 class HPSv3Network(Frozen):
     """Qwen2-VL and the head on the state of the token <|Reward|>.
 
-    A picture is resized to 200,704 pixels, about 448 x 448, whatever its size. Positions are those
+    A picture is resized to 200,704 pixels, about 448 x 448, from any size. Positions are those
     of the authors' code: it numbers all tokens in a row, the picture's too, where Qwen2-VL itself
     numbers rows and columns.
 

@@ -173,7 +173,7 @@ def test_score_is_the_forward_by_hand(
         ("yes_or_no", yes.exp() / (yes.exp() + no.exp())),
     ):
         reward.output = output
-        # Norms and softmaxes of T5 compute in float32, whatever the weights are.
+        # Norms and softmaxes of T5 compute in float32 for weights of any type.
         assert reward(shown, given).allclose(expected, rtol=1e-5, atol=0)
 
 

@@ -150,7 +150,7 @@ def test_gradients_are_finite_differences(made: Made) -> None:
         ahead, behind = (reward(shown + s * 1e-3 * direction, given).sum() for s in (1, -1))
     slope = (shown.grad * direction).sum()
     assert slope.abs() > 1e-9
-    # Norms of language models compute in float32, whatever the weights are.
+    # Norms of language models compute in float32 for weights of any type.
     assert torch.isclose((ahead - behind) / 2e-3, slope, rtol=1e-2)
 
 
