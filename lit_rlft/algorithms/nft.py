@@ -27,7 +27,7 @@ from torch import Tensor
 
 from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.core.checks import BadArgument, UsageError, at_least, below_one, positive, require
-from lit_rlft.core.implicit import group_probabilities, implicit
+from lit_rlft.core.implicit import centred, group_probabilities, implicit
 from lit_rlft.core.pipeline import Batch, Condition
 from lit_rlft.core.process import GaussianProcess, Process
 from lit_rlft.core.randomness import Generators, rand_like
@@ -149,8 +149,8 @@ class DiffusionNFT(RewardFineTuner):
 
     def _probabilities(self, groups: Tensor) -> Tensor:
         """Return how likely each sample of this process counts as good, [G, M]."""
-        centred = groups - groups.nanmean(dim=1, keepdim=True)
-        parts = gather(centred[centred.isfinite()], self.trainer.world_size)
+        apart = centred(groups)
+        parts = gather(apart[apart.isfinite()], self.trainer.world_size)
         # Sorted, so that the sum does not depend on the number of processes.
         every = torch.cat(parts).sort().values
         if not len(every):

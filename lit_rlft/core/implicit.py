@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lit_rlft.core.state import State, expand_as, tree_map
 
-__all__ = ["group_probabilities", "implicit"]
+__all__ = ["centred", "group_probabilities", "implicit"]
 
 
 def implicit(prediction: State, old: State, share: Tensor) -> State:
@@ -31,6 +31,20 @@ def implicit(prediction: State, old: State, share: Tensor) -> State:
     return tree_map(lambda f_old, f: f_old.lerp(f, expand_as(share, f)), old, prediction)
 
 
+def centred(rewards: Tensor) -> Tensor:
+    """Return how far each reward is from its row's mean, float64 [G, M], NaN where it is NaN.
+
+    Exactly 0 where all of a row are equal: rounding is no difference.
+
+    Args:
+        rewards: [G, M], a row per condition.
+    """
+    rewards = rewards.double()
+    largest = rewards.where(rewards.isfinite(), -torch.inf).amax(dim=1, keepdim=True)
+    below = rewards - largest
+    return below - below.nanmean(dim=1, keepdim=True)
+
+
 def group_probabilities(rewards: Tensor, scale: float, clip: float) -> Tensor:
     """Return how likely each sample counts as good, 1/2 + clip((R - mean) / scale) / (2 clip).
 
@@ -42,7 +56,7 @@ def group_probabilities(rewards: Tensor, scale: float, clip: float) -> Tensor:
     Returns:
         Float64 [G, M] in [0, 1]; NaN where the reward is.
     """
-    centred = rewards.double() - rewards.double().nanmean(dim=1, keepdim=True)
+    apart = centred(rewards)
     if scale == 0:
-        return torch.full_like(centred, 0.5).where(centred.isfinite(), torch.nan)
-    return 0.5 + (centred / scale).clamp(-clip, clip) / (2 * clip)
+        return torch.full_like(apart, 0.5).where(apart.isfinite(), torch.nan)
+    return 0.5 + (apart / scale).clamp(-clip, clip) / (2 * clip)

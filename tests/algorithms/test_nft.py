@@ -13,7 +13,7 @@ from domains.gaussian_mixture.data import MixtureData
 from domains.gaussian_mixture.pipeline import GaussianMixturePipeline
 from lit_rlft.algorithms.nft import DiffusionNFT, contrastive_loss
 from lit_rlft.core.checks import UsageError
-from lit_rlft.core.implicit import group_probabilities, implicit
+from lit_rlft.core.implicit import centred, group_probabilities, implicit
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.process import GaussianProcess, MaskedProcess, PredictionType
 from lit_rlft.core.reward import Reward
@@ -153,6 +153,15 @@ def test_probabilities_by_hand() -> None:
     wider = group_probabilities(rewards, scale=4.0, clip=2.0)
     assert wider[1].tolist() == pytest.approx([0.1875, 0.8125, 0.5])
     assert group_probabilities(torch.ones(1, 2), 0.0, 1.0).tolist() == [[0.5, 0.5]]
+
+
+@pytest.mark.parametrize("num", [3, 6, 7])
+def test_equal_rewards_do_not_differ_by_rounding(num: int) -> None:
+    rewards = torch.tensor([0.1, 0.7, 1e6 / 3], dtype=torch.float64).unsqueeze(1).expand(3, num)
+    assert not centred(rewards).any()
+    some = torch.cat([rewards, torch.full((3, 1), NAN)], dim=1)
+    assert not centred(some)[:, :num].any() and centred(some)[:, num].isnan().all()
+    assert centred(torch.full((1, 2), NAN)).isnan().all()
 
 
 def test_implicit_policies_mirror_each_other() -> None:
