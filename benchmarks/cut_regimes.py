@@ -87,9 +87,8 @@ def cells(seeds: Sequence[int], objectives: Sequence[str]) -> Iterator[Cell]:
                         yield Cell(seed, objective, accepted, trained, cut)
 
 
-def tuner_of(cell: Cell) -> PGRAFT:
+def tuner_of(cell: Cell, lora: LoRA | None) -> PGRAFT:
     """Return the tuner of a cell, set up."""
-    lora, _ = TRAINED[cell.trained]
     tuner = PGRAFT(
         LayoutPipeline("grammar"),
         Coverage(),
@@ -118,7 +117,7 @@ class Drawn:
     """
 
     def __init__(self, seed: int) -> None:
-        tuner = tuner_of(Cell(seed, "page", 64, "LoRA 4", 0.0))
+        tuner = tuner_of(Cell(seed, "page", 64, "LoRA 4", 0.0), LoRA(4, 4))
         self.condition = conditions(tuner, (max(ACCEPTED) + HELD_OUT) * CANDIDATES)
         seeds = [seed_from(seed, 1, i) for i in range(len(self.condition))]
         keep = [STEPS - round(cut * STEPS) for cut in CUTS]
@@ -207,7 +206,7 @@ def held_out_loss(tuner: PGRAFT, cell: Cell, drawn: Drawn) -> dict[str, float]:
 
 def run(cell: Cell, drawn: Drawn) -> dict[str, Any]:
     """Train and measure one cell."""
-    start, tuner = time.process_time(), tuner_of(cell)
+    start, tuner = time.process_time(), tuner_of(cell, TRAINED[cell.trained][0])
     train(tuner, cell, drawn)
     with torch.no_grad():
         (x_0,) = tuner.rollouts.draw(
@@ -258,11 +257,12 @@ def table(out: Path) -> None:
             [line["fid"] - line["fid_reference"] for line in lines],
             [line["gain"]["critic"] for line in lines],
         )
-        numbers = " | ".join(map(_mean, columns))
+        numbers = " | ".join(map(mean_and_error, columns))
         print(f"| {objective} | {accepted:,} | {trained} | {cut} | {numbers} | {len(lines)} |")
 
 
-def _mean(values: Sequence[float]) -> str:
+def mean_and_error(values: Sequence[float]) -> str:
+    """Return the mean over runs with its standard error, if there are two or more."""
     if len(values) == 1:
         return f"{values[0]:+.3f}"
     error = statistics.stdev(values) / len(values) ** 0.5
