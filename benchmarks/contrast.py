@@ -176,7 +176,7 @@ def snr(out: Path, seed: int, objective: str, batches: int = 384, groups: int = 
 
 
 def products(gradients: Tensor) -> tuple[float, float, float]:
-    """Return |E g|^2, unbiased, its jackknife error, and the trace of g's covariance, from [K, D]."""
+    """Return |E g|^2, unbiased, its error, and the trace of g's covariance, from draws [K, D]."""
     k, inner = len(gradients), (gradients @ gradients.T).double()
     lengths, rows = inner.diagonal(), inner.sum(dim=1)
     pairs = inner.sum() - lengths.sum()
