@@ -16,13 +16,14 @@ from lit_rlft.core.checks import UsageError
 __all__ = ["HELP", "main"]
 
 _RUNS = ("fit", "validate", "test", "predict")
-_COMMANDS = (*_RUNS, "plan", "list")
+_COMMANDS = (*_RUNS, "plan", "profile", "list")
 HELP = """\
 lit-rlft fine-tunes pretrained diffusion and flow models with rewards.
 
   lit-rlft fit      --config DOMAIN --config ALGORITHM [--config TRAINER] [--any.key VALUE]
   lit-rlft validate|test|predict  the same; takes the run's last checkpoint, or --ckpt_path FILE
   lit-rlft plan     the same as fit, and [--memory 24GB] [--flops 165e12] [--share 0.3]
+  lit-rlft profile  the same as fit, and [--conditions 32] [--candidates 8] [--completions 4]
   lit-rlft list     [algorithms|domains|rewards|metrics|selections|configs] [--domain NAME]
 
 Commands
@@ -31,6 +32,7 @@ Commands
   test      the same on the test data; writes metrics.json and a picture, before and after
   predict   draw samples from the tuned model and write them, with their rewards
   plan      what a fit would take: memory by part, calls, hours; loads no weights
+  profile   when the reward is decided between noise and data; suggests P-GRAFT's cut
   list      what there is to choose from, in one line each
 
 Examples
@@ -89,7 +91,7 @@ def _command(words: list[str]) -> None:
     if words[0].startswith("-"):
         known = ", ".join(_COMMANDS)
         raise UsageError(f"the command comes first, before {words[0]}; it is one of {known}")
-    if words[0] not in (*_RUNS, "plan"):
+    if words[0] not in (*_RUNS, "plan", "profile"):
         close = nearest(words[0], _COMMANDS)
         hint = f"did you mean {close}? " if close else ""
         raise UsageError(
@@ -104,6 +106,11 @@ def _command(words: list[str]) -> None:
             from lit_rlft.cli.plan import plan_words
 
             plan_words(words[1:])
+            return
+        if words[0] == "profile":
+            from lit_rlft.cli.profile import profile_words
+
+            profile_words(words[1:])
             return
         from lit_rlft.cli.app import run  # seconds, which no other command should take
 

@@ -25,6 +25,8 @@ class Stream(IntEnum):
     """Further candidates of best-of-n."""
     BEST_OF_AGAIN = 6
     """Noise on the way when a chosen x_1 is walked again."""
+    COMPLETION = 7
+    """Fresh noise from a state on the way to the data."""
     ROLLOUT = 10
     """Samples of a round of training."""
     SELECT = 11

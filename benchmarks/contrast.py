@@ -1,0 +1,312 @@
+r"""What contrast with the rejected adds to GRAFT's loss, as a control variate, on layouts.
+
+With candidates i of a condition, acceptance a_i and denoising loss l_i, the published loss is
+sum a_i l_i. Its gradient at the reference is that of sum (a_i - mean(a)) l_i plus mean(a) times
+that of sum l_i. The last term holds no reward: it is the error of the sampler's own samples, 0 for
+an exact sampler of a perfectly fitted model, and noise on top.
+
+`snr` measures this at the reference, over all weights: the squared length of the mean gradient
+(unbiased, from products of different batches) and the variance of batches of 16 conditions, for the
+published loss, its two terms, the bounded contrast of P-GRAFT (noise shared by a condition's
+candidates) and DiffusionNFT's loss. `curves` trains each loss from the reference on the same 4
+candidates of 1,024, 4,096, ... pages, 4 passes of 64 pages an update, LoRA of rank 16, AdamW with a
+learning rate falling linearly to 0. It is chosen per loss among three at 4,096 pages with a seed of
+its own, by the gain. Test: 1,024 pages, paired with the reference's.
+
+    python benchmarks/contrast.py snr --out contrast.jsonl
+    python benchmarks/contrast.py curves --out contrast.jsonl --seeds 0 1 2
+    python benchmarks/contrast.py table --out contrast.jsonl
+"""
+
+import argparse
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from cut_regimes import STEPS, TEST, Cell, conditions, mean_and_error, measured, scored, tuner_of
+from torch import Tensor
+
+from lit_rlft.algorithms.graft import PGRAFT
+from lit_rlft.algorithms.nft import contrastive_loss
+from lit_rlft.core.implicit import group_probabilities
+from lit_rlft.core.process import Process
+from lit_rlft.core.randomness import generators, rand_like, seed_from
+from lit_rlft.core.state import index
+from lit_rlft.kit.ratios import error_of_mean
+from lit_rlft.loop.experience import Experience
+from lit_rlft.loop.reference import LoRA
+
+M, GROUPS, PASSES, SEARCH_SEED, SEARCHED = 4, 64, 4, 100, 4096
+PAGES = (1024, 4096, 16384)
+RATES = (3e-4, 1e-3, 3e-3)
+STRENGTH = 16.0
+Part = tuple[Tensor, Sequence[int]]
+"""Rows of candidates, whole groups, and the seeds of their noise."""
+
+
+class Store:
+    """Candidates of the reference and their rewards.
+
+    Args:
+        seed: Of all noise.
+        pages: Number of groups of M candidates.
+        objective: The reward.
+    """
+
+    def __init__(self, seed: int, pages: int, objective: str) -> None:
+        tuner = base(seed)
+        self.condition = conditions(tuner, pages * M)
+        seeds = [seed_from(seed, 1, i) for i in range(pages * M)]
+        route = tuner.reference_route()
+        (self.x_0,) = tuner.rollouts.draw(route, self.condition, seeds, keep=[STEPS])
+        groups = scored(tuner, self.x_0, self.condition)[objective].view(-1, M)
+        best = groups.argmax(dim=1, keepdim=True)
+        self.accepted = torch.zeros_like(groups).scatter(1, best, 1.0).flatten()
+        spread = float((groups - groups.mean(dim=1, keepdim=True)).double().std(correction=0))
+        self.good = group_probabilities(groups.double(), spread, 1.0).flatten().float()
+        self.test = [seed_from(seed, 2, i) for i in range(TEST)]
+        (x_0,) = tuner.rollouts.draw(route, conditions(tuner, TEST), self.test, keep=[STEPS])
+        self.reference = measured(tuner, x_0)
+
+
+def base(seed: int, lora: LoRA | None = LoRA(16, 16)) -> PGRAFT:
+    """Return GRAFT on the layout model."""
+    return tuner_of(Cell(seed, "page", 0, "LoRA 16", 0.0), lora)
+
+
+def weighted(weight: Callable[[Store, Tensor], Tensor], contrast: float = 0.0) -> "Loss":
+    """Return a loss of `PGRAFT` with weights of its own; the loss's sum over candidates."""
+
+    def loss(tuner: PGRAFT, store: Store, part: Part) -> Tensor:
+        rows, seeds = part
+        weights = weight(store, rows)
+        if not contrast:  # what has no weight is left out
+            kept = weights.nonzero().flatten()
+            rows, weights = rows[kept], weights[kept]
+            seeds = [seeds[i] for i in kept.tolist()]
+        tuner.contrast = contrast
+        states = {"x_s": index(store.x_0, rows), "weight": weights}
+        own = Experience(states, store.condition.index(rows), seeds)
+        return tuner.loss(own, generators(seeds))[0].sum()
+
+    return loss
+
+
+def nft(tuner: PGRAFT, store: Store, part: Part) -> Tensor:
+    """Return DiffusionNFT's loss with the reference as the old policy; sum over candidates."""
+    rows, seeds = part
+    process: Process = tuner.pipeline.process
+    x_0, noise = index(store.x_0, rows), generators(seeds)
+    t = process.draw_times(rand_like(torch.empty(len(rows)), noise))
+    x_t = process.noised(x_0, torch.zeros_like(t), t, noise)
+    condition = store.condition.index(rows)
+    with torch.no_grad():
+        old = tuner.reference(x_t, t, condition)
+    prediction = tuner.pipeline(x_t, t, condition)
+    good = store.good[rows]
+    return contrastive_loss(process, prediction, old, x_0, x_t, t, good, 1.0).sum()
+
+
+Loss = Callable[[PGRAFT, Store, Part], Tensor]
+
+
+def accepted(store: Store, rows: Tensor) -> Tensor:
+    return store.accepted[rows]
+
+
+def apart(store: Store, rows: Tensor) -> Tensor:
+    return store.accepted[rows] - 1 / M
+
+
+def everything(store: Store, rows: Tensor) -> Tensor:
+    return torch.full((len(rows),), 1 / M)
+
+
+LOSSES: dict[str, Loss] = {
+    "published": weighted(accepted),
+    "contrast": weighted(apart, STRENGTH),
+    "DiffusionNFT": nft,
+}
+TERMS: dict[str, Loss] = LOSSES | {
+    "a - mean(a), noise apart": weighted(apart),
+    "mean(a), no reward": weighted(everything),
+}
+
+
+def parts_of(groups: Tensor, seed: int, update: int, *, alike: bool) -> Part:
+    """Return the candidates of groups; noise alike has one seed for a group."""
+    rows = (groups.unsqueeze(1) * M + torch.arange(M)).flatten()
+    own = range(len(rows))
+    return rows, [seed_from(seed, 3, update, i - i % M if alike else i) for i in own]
+
+
+def snr(out: Path, seed: int, objective: str, batches: int = 384, groups: int = 16) -> None:
+    """Measure the gradients at the reference."""
+    with torch.no_grad():
+        store = Store(seed, batches * groups, objective)
+    tuner = base(seed, None)
+    tuner.train()
+    trained = [p for p in tuner.trainable().parameters() if p.requires_grad]
+    for name, loss in TERMS.items():
+        gradients = []
+        for k in range(batches):
+            own = torch.arange(k * groups, (k + 1) * groups)
+            part = parts_of(own, seed, k, alike=name == "contrast")
+            grads = torch.autograd.grad(
+                loss(tuner, store, part) / groups, trained, allow_unused=True
+            )
+            gradients.append(torch.cat([g.flatten() for g in grads if g is not None]))
+        signal, error, noise = products(torch.stack(gradients))
+        line = {"what": "snr", "seed": seed, "objective": objective, "loss": name}
+        write(
+            out,
+            line
+            | {
+                "signal": signal,
+                "error": error,
+                "noise": noise,
+                "batch": groups,
+                "batches": batches,
+            },
+        )
+
+
+def products(gradients: Tensor) -> tuple[float, float, float]:
+    """Return |E g|^2, unbiased, its error, and the trace of g's covariance, from draws [K, D]."""
+    k, inner = len(gradients), (gradients @ gradients.T).double()
+    lengths, rows = inner.diagonal(), inner.sum(dim=1)
+    pairs = inner.sum() - lengths.sum()
+    signal = float(pairs / (k * (k - 1)))
+    without = (pairs - 2 * (rows - lengths)) / ((k - 1) * (k - 2))
+    error = float((without - without.mean()).square().sum() * (k - 1) / k) ** 0.5
+    return signal, error, float(lengths.mean()) - signal
+
+
+def curve(
+    out: Path, store: Store, name: str, pages: int, rate: float, line: dict[str, Any]
+) -> None:
+    """Train on the first pages and measure."""
+    start, seed = time.process_time(), line["seed"]
+    tuner = base(seed)
+    trained = [p for p in tuner.trainable().parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, rate, weight_decay=0.0)
+    updates = PASSES * pages // GROUPS
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, updates)
+    shuffled = torch.Generator().manual_seed(seed)
+    tuner.train()
+    for update in range(updates):
+        if not (at := update % (pages // GROUPS)):
+            order = torch.randperm(pages, generator=shuffled)
+        own = order[at * GROUPS : (at + 1) * GROUPS]
+        part = parts_of(own, seed, update, alike=name == "contrast")
+        optimizer.zero_grad()
+        (LOSSES[name](tuner, store, part) / GROUPS).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+    tuner.eval()
+    with torch.no_grad():
+        (x_0,) = tuner.rollouts.draw(
+            tuner.route(), conditions(tuner, TEST), store.test, keep=[STEPS]
+        )
+        values, fid = measured(tuner, x_0)
+    before, fid_before = store.reference
+    gains = {reward: values[reward] - before[reward] for reward in values}
+    write(
+        out,
+        line
+        | {"loss": name, "pages": pages, "rate": rate, "fid": fid, "fid_reference": fid_before}
+        | {"gain": {reward: float(gain.mean()) for reward, gain in gains.items()}}
+        | {"sem": {reward: error_of_mean(gain) for reward, gain in gains.items()}}
+        | {"processor_seconds": time.process_time() - start},
+    )
+
+
+def curves(out: Path, seeds: Sequence[int], pages: Sequence[int], objective: str) -> None:
+    """Search each loss's rate, then train at all sizes; what is in the file is not repeated."""
+    jobs = [("search", SEARCH_SEED, loss, SEARCHED, rate) for loss in LOSSES for rate in RATES] + [
+        ("curve", seed, loss, num, None) for seed in seeds for num in pages for loss in LOSSES
+    ]
+    store: tuple[int, Store] | None = None
+    for what, seed, loss, num, given in jobs:
+        rate = given or best_rate(out, loss, objective)
+        line = {"what": what, "seed": seed, "objective": objective}
+        wanted = line | {"loss": loss, "pages": num, "rate": rate}
+        if any(wanted.items() <= known.items() for known in read(out)):
+            continue
+        if store is None or store[0] != seed:
+            size = SEARCHED if what == "search" else max(pages)
+            with torch.no_grad():
+                store = (seed, Store(seed, size, objective))
+        curve(out, store[1], loss, num, rate, line)
+
+
+def best_rate(out: Path, loss: str, objective: str) -> float:
+    """Return the rate that gained most in the search."""
+    tried = {
+        line["rate"]: line["gain"][objective]
+        for line in read(out)
+        if line["what"] == "search" and (line["loss"], line["objective"]) == (loss, objective)
+    }
+    return max(tried, key=lambda rate: tried[rate])
+
+
+def read(out: Path) -> list[dict[str, Any]]:
+    """Return the lines so far, without what can be no part of a key."""
+    lines = out.read_text().splitlines() if out.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def write(out: Path, line: dict[str, Any]) -> None:
+    """Append a line and show it."""
+    with out.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    print(line, flush=True)
+
+
+def table(out: Path) -> None:
+    """Print both tables."""
+    lines = read(out)
+    print("| loss | mean gradient, squared | variance of a batch | ratio |\n|---|---|---|---|")
+    for line in lines:
+        if line["what"] == "snr":
+            signal, error, noise = line["signal"], line["error"], line["noise"]
+            share = f"{signal / noise:.4f} ± {error / noise:.4f}"
+            print(f"| {line['loss']} | {signal:.3g} | {noise:.3g} | {share} |")
+    print("\n| pages | loss | rate | gain | change of FID | critic |\n|---|---|---|---|---|---|")
+    found: dict[tuple[int, str, float], list[dict[str, Any]]] = defaultdict(list)
+    for line in lines:
+        if line["what"] == "curve":
+            found[line["pages"], line["loss"], line["rate"]].append(line)
+    for (pages, loss, rate), own in sorted(found.items()):
+        columns = (
+            [line["gain"][line["objective"]] for line in own],
+            [line["fid"] - line["fid_reference"] for line in own],
+            [line["gain"]["critic"] for line in own],
+        )
+        print(f"| {pages:,} | {loss} | {rate:g} | {' | '.join(map(mean_and_error, columns))} |")
+
+
+def main() -> None:
+    """Measure, train, or print the tables."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("what", choices=["snr", "curves", "table"])
+    parser.add_argument("--out", type=Path, default=Path("contrast.jsonl"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--pages", type=int, nargs="+", default=list(PAGES))
+    parser.add_argument("--objective", choices=["page", "coverage"], default="page")
+    options = parser.parse_args()
+    if options.what == "snr":
+        snr(options.out, options.seeds[0], options.objective)
+    elif options.what == "curves":
+        curves(options.out, options.seeds, options.pages, options.objective)
+    else:
+        table(options.out)
+
+
+if __name__ == "__main__":
+    main()

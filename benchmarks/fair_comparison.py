@@ -1,0 +1,216 @@
+"""All algorithms at equal reward calls or equal denoiser calls, each with searched settings.
+
+Method: every arm has six trials: learning rates, and clip ranges where the algorithm has one. A
+trial is one run with a seed of its own, 100, whose held-out conditions and noise are none of the
+reported ones; the one with the largest gain in the trained reward is taken. Then the arm is trained
+with each of the reported seeds. All train a LoRA of rank 16 (Noise PPO its policy) of the embedded
+model without guidance, in rounds of 512 candidates, until the fit has spent its budget of reward
+calls (`--reward-calls`) or of rows of the denoiser (`--denoiser-calls`). The seed sets the
+initialisation, the conditions and every sample. Tuned and reference samples share held-out
+conditions and noise. The table gives the interquartile mean of the seeds' paired gains with its
+95 % bootstrap interval, and the probability that a run gains more than one of the first arm's.
+
+    python benchmarks/fair_comparison.py layout --root runs/fair --seeds 0 1 2 3 4 --workers 2
+    python benchmarks/fair_comparison.py layout --denoiser-calls 400000 --root runs/fair_calls
+
+Finished runs are kept, so an interrupted benchmark goes on where it stopped.
+"""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from aggregates import improvement, interquartile_mean
+from command_line import Report, command_line, fit_and_test, print_table, run_all
+
+SEARCH_SEED = 100
+ROUND = 512  # candidates, which are reward calls
+RATES = ("1e-4", "3e-4", "1e-3", "3e-3", "1e-2", "3e-2")
+CLIPS = ("1e-4", "5e-3")
+LORA = ["--model.lora.rank", "16", "--model.lora.alpha", "16"]
+
+
+@dataclass(frozen=True)
+class Domain:
+    """Where algorithms are compared.
+
+    Attributes:
+        options: Configs and settings of the domain.
+        per_condition: Settings that give a round so many conditions.
+        steps: Steps of samplers.
+        metrics: Names in metrics.json; the first is the trained reward.
+        differentiable: Options that replace the reward by one with a gradient, or none where the
+            reward has one.
+    """
+
+    options: Sequence[str]
+    steps: int
+    metrics: Sequence[str]
+    differentiable: Sequence[str] = ()
+
+
+DOMAINS = {
+    "layout": Domain(
+        [
+            *("--config", "configs/domains/layout.yaml", "--data.source.num_pages", "65536"),
+            *("--data.num_test", "256", "--data.eval_batch_size", "256"),
+        ],
+        20,
+        ("WeightedSum", "fid", "diversity"),
+    ),
+    "molecule": Domain(
+        [
+            *("--config", "configs/domains/molecule.yaml", "--data.num_train", "65536"),
+            *("--data.num_test", "256", "--data.eval_batch_size", "256"),
+        ],
+        20,
+        ("Stability", "uniqueness", "novelty"),
+        ["--config", "configs/domains/molecule_soft.yaml"],
+    ),
+    "shapes": Domain(
+        [
+            *("--config", "configs/domains/shapes.yaml", "--pipeline.guidance_scale", "1.0"),
+            *("--data.num_train_prompts", "65536", "--data.num_test_prompts", "192"),
+        ],
+        10,
+        ("ShapesEval", "CLIPScore", "diversity"),
+        ["--reward", "domains.text_to_image.rewards.ShapesClassifier"],
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One algorithm.
+
+    Attributes:
+        config: Its config's name.
+        candidates: Candidates of a condition; 1 for reward gradients.
+        settings: What is set besides.
+        clips: Clip ranges to choose from, each with half of the learning rates.
+        gradient: Whether it needs the reward's gradient.
+    """
+
+    config: str
+    candidates: int
+    settings: Sequence[str] = ()
+    clips: bool = False
+    gradient: bool = False
+
+    def trials(self) -> dict[str, list[str]]:
+        """Return the settings to choose from, by name; all arms have as many."""
+        rate = "--model.optimizer.init_args.lr"
+        if not self.clips:
+            return {lr: [rate, lr] for lr in RATES}
+        return {
+            f"{lr} {clip}": [rate, lr, "--model.clip_range", clip]
+            for lr in RATES[1:4]
+            for clip in CLIPS
+        }
+
+
+_FIT = [*LORA, "--model.num_epochs", "2", "--model.minibatch_size", "128"]
+_POLICY = [*LORA, "--model.minibatch_size", "256", "--model.microbatch_size", "1024"]
+ARMS: Mapping[str, Arm] = {
+    "P-GRAFT (f = 0.25)": Arm("p_graft", 4, _FIT),
+    "GRAFT": Arm("graft", 4, _FIT),
+    "GRAFT, iterative, contrast 16": Arm(
+        "graft", 4, [*_FIT, "--model.iterative", "true", "--model.contrast", "16"]
+    ),
+    "RandomK (control)": Arm("random_k", 4, _FIT),
+    "RAFT": Arm("raft", 4, _FIT),
+    "RWR": Arm("rwr", 4, _FIT),
+    "DiffusionNFT": Arm("nft", 4, _FIT),
+    "Diffusion-DPO": Arm("dpo", 4, _FIT),
+    "DDPO": Arm("ddpo", 4, _POLICY, clips=True),
+    "GRPO": Arm("grpo", 8, _POLICY, clips=True),
+    "Flow-GRPO": Arm("flow_grpo", 8, _POLICY, clips=True),
+    "MixGRPO": Arm("mix_grpo", 8, _POLICY, clips=True),
+    "Noise PPO": Arm("noise_ppo", 4),
+    "DRTune": Arm("drtune", 1, [*LORA, "--model.minibatch_size", "64"], gradient=True),
+    "Adjoint matching": Arm("adjoint_matching", 1, LORA, gradient=True),
+}
+
+
+class Comparison:
+    """Runs of one domain.
+
+    Args:
+        domain: Its name.
+        root: Folder of the runs.
+        budget: Options that end the fit.
+        extra: Further options of every run.
+    """
+
+    def __init__(self, domain: str, root: Path, budget: Sequence[str], extra: list[str]) -> None:
+        self.domain, self.root, self.budget, self.extra = DOMAINS[domain], root, budget, extra
+        self.name = domain
+
+    def run(self, arm: str, trial: str, seed: int) -> Report:
+        """Train and test an arm; return its metrics.json."""
+        own, domain = ARMS[arm], self.domain
+        options = [*domain.options, *(domain.differentiable if own.gradient else [])]
+        options += ["--config", f"configs/algorithms/{own.config}.yaml", *own.settings]
+        options += ["--data.batch_size", str(ROUND // own.candidates)]
+        if own.candidates > 1:
+            options += ["--model.num_candidates", str(own.candidates)]
+        options += ["--model.sampler.num_steps", str(domain.steps)]
+        options += [*own.trials()[trial], *self.budget, *self.extra]
+        options += ["--model.seed", str(seed), "--data.seed", str(seed)]
+        return fit_and_test(self.root, f"{self.name} {arm} {trial} {seed}", options)
+
+    def gain(self, report: Report) -> float:
+        """Return the gain in the reward that the domain is about."""
+        return float(report["gain"][self.domain.metrics[0]]["mean"])
+
+    def best(self, arms: Sequence[str], workers: int) -> dict[str, str]:
+        """Return each arm's best trial."""
+        jobs = [(arm, trial, SEARCH_SEED) for arm in arms for trial in ARMS[arm].trials()]
+        found = run_all(jobs, lambda job: self.run(*job), workers)
+        gains = {job: self.gain(report) for job, report in found.items()}
+        return {
+            arm: max(ARMS[arm].trials(), key=lambda trial: gains[arm, trial, SEARCH_SEED])
+            for arm in arms
+        }
+
+    def row(self, arm: str, trial: str, reports: list[Report], against: list[Report]) -> list[str]:
+        """Return one line of the table."""
+        gains = [self.gain(report) for report in reports]
+        ahead = improvement(gains, [self.gain(report) for report in against])
+        cells = [arm, trial, f"{interquartile_mean(gains):+.3f}", f"{ahead:.2f}"]
+        for metric in self.domain.metrics[1:]:
+            moved = [r["tuned"][metric]["mean"] - r["reference"][metric]["mean"] for r in reports]
+            cells.append(f"{statistics.mean(moved):+.3f}")
+        for cost in ("reward_calls", "denoiser_calls", "seconds"):
+            cells.append(f"{statistics.mean(r['cost'][cost] for r in reports):,.0f}")
+        return cells
+
+
+def main() -> None:
+    """Search, run all arms and print the table."""
+    parser = command_line(__doc__ or "", "runs/fair_comparison", ARMS, range(5))
+    parser.add_argument("domain", choices=list(DOMAINS))
+    limit = parser.add_mutually_exclusive_group()
+    limit.add_argument("--reward-calls", type=int, default=20 * ROUND)
+    limit.add_argument("--denoiser-calls", type=int)
+    options, extra = parser.parse_known_args()
+    kind = "reward_calls" if options.denoiser_calls is None else "denoiser_calls"
+    budget = ["--trainer.callbacks+", "lit_rlft.callbacks.budget.Budget"]
+    budget += [f"--trainer.callbacks.{kind}", str(getattr(options, kind))]
+    compared = Comparison(
+        options.domain, options.root, [*budget, "--trainer.max_epochs", "9"], extra
+    )
+    best = compared.best(options.arms, options.workers)
+    jobs = [(arm, best[arm], seed) for seed in options.seeds for arm in options.arms]
+    found = run_all(jobs, lambda job: compared.run(*job), options.workers)
+    reports = {arm: [found[arm, best[arm], s] for s in options.seeds] for arm in options.arms}
+    against = reports[options.arms[0]]
+    rows = [compared.row(arm, best[arm], reports[arm], against) for arm in options.arms]
+    columns = ["arm", "settings", "gain, IQM (95 %)", f"P(better than {options.arms[0]})"]
+    columns += [*compared.domain.metrics[1:], "reward calls", "denoiser calls", "seconds"]
+    print_table(columns, rows)
+
+
+if __name__ == "__main__":
+    main()
