@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from lit_rlft.algorithms.base import RewardFineTuner
-from lit_rlft.core.checks import UsageError, within
+from lit_rlft.core.checks import UsageError, positive, within
 from lit_rlft.core.pipeline import Batch, Condition
+from lit_rlft.core.process.gaussian import GaussianProcess
 from lit_rlft.core.randomness import Generators, rand_like
 from lit_rlft.core.state import State, cat, index, leaves, to
 from lit_rlft.core.streams import Stream
@@ -22,6 +23,8 @@ class Pretrain(RewardFineTuner):
     Args:
         condition_dropout: Probability of training a sample on the null condition, which
             classifier-free guidance needs.
+        snr_gamma: Bound of min-SNR weighting, 5 in its paper; None leaves the native loss. Fewer
+            updates are spent on the last details. Gaussian processes only.
         train_encoder: Train the condition encoder along with the denoiser.
         cache_states: Keep each data sample's x_0 in memory once it was encoded; needs `index` in
             the batches and data without augmentation.
@@ -32,12 +35,14 @@ class Pretrain(RewardFineTuner):
         self,
         *args: Any,
         condition_dropout: float = 0.1,
+        snr_gamma: float | None = None,
         train_encoder: bool = False,
         cache_states: bool = False,
         **base: Any,
     ) -> None:
         super().__init__(*args, **base)
         self.condition_dropout = condition_dropout
+        self.snr_gamma = snr_gamma
         self.train_encoder = train_encoder
         self.cache_states = cache_states
         self._cache: dict[int, State] = {}
@@ -46,6 +51,13 @@ class Pretrain(RewardFineTuner):
         within(0, 1, self, "condition_dropout")
         if self.lora is not None:
             raise UsageError("Pretrain trains the whole denoiser; set model.init_args.lora to null")
+        if self.snr_gamma is not None:
+            positive(self, "snr_gamma")
+            if not isinstance(self.pipeline.process, GaussianProcess):
+                raise UsageError(
+                    f"{type(self.pipeline.process).__name__} has no signal-to-noise ratio; set "
+                    "model.init_args.snr_gamma to null"
+                )
         self.pipeline.check_states()
         encoder = self.pipeline.encoder
         if self.train_encoder and encoder is None:
@@ -80,7 +92,10 @@ class Pretrain(RewardFineTuner):
         if self.condition_dropout:
             dropped = rand_like(torch.empty(len(experience)), noise) < self.condition_dropout
             condition = condition.dropped(dropped)
-        return process.loss(self.pipeline.predict(x_t, t, condition), x_0, x_t, s, t), {}
+        loss = process.loss(self.pipeline.predict(x_t, t, condition), x_0, x_t, s, t)
+        if self.snr_gamma is not None and isinstance(process, GaussianProcess):
+            loss = loss * process.min_snr_weight(t, self.snr_gamma).to(loss.dtype)
+        return loss, {}
 
     def _states(self, batch: Batch) -> State:
         if not self.cache_states:

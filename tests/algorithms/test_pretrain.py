@@ -15,15 +15,20 @@ from domains.gaussian_mixture.closed_form.mixture import MEANS, STDS, WEIGHTS
 from domains.gaussian_mixture.data import MixtureData
 from domains.gaussian_mixture.pipeline import GaussianMixturePipeline
 from domains.gaussian_mixture.rewards import Coordinate
+from domains.layout.pipeline import LayoutPipeline
+from domains.layout.rewards import Coverage
 from domains.text_to_image.pipeline import TextToImagePipeline
 from lit_rlft.algorithms.pretrain import Pretrain
 from lit_rlft.callbacks.ema import EMA
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition, Pipeline
+from lit_rlft.core.process import GaussianProcess, PredictionType
 from lit_rlft.core.randomness import generators
 from lit_rlft.core.reward import Reward
 from lit_rlft.core.sampling import Sampler
+from lit_rlft.core.schedule import CosineVP
 from lit_rlft.kit.data import collate
+from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.reference import LoRA
 from tests.support import trainer_of
 
@@ -275,3 +280,49 @@ def test_settings_that_cannot_work_are_refused(tmp_path: Path) -> None:
         fit(tuner_of(mixture(residual_width=8), lora=LoRA()), data, tmp_path)
     with pytest.raises(UsageError, match="no condition encoder"):
         fit(tuner_of(mixture(), train_encoder=True), data, tmp_path)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v", "velocity"])
+def test_min_snr_weighs_the_error_of_x_0(prediction_type: PredictionType) -> None:
+    """min(SNR, gamma) of the mean squared error of x_0, whatever is predicted."""
+    process = GaussianProcess(CosineVP(min_alpha=0.01), prediction_type)
+    t = torch.tensor([0.02, 0.3, 0.5, 0.9], dtype=torch.float64)
+    x_0, guess = torch.randn(2, 4, 3, dtype=torch.float64, generator=generators([0])[0])
+    alpha, sigma = (level.unsqueeze(1) for level in process.schedule.levels(t))
+    x_t = alpha * x_0 + sigma * torch.ones_like(x_0)
+    prediction = process.prediction(guess, (x_t - alpha * guess) / sigma, t)
+    loss = process.loss(prediction, x_0, x_t, torch.zeros_like(t), t)
+    snr = (alpha / sigma).square().squeeze(1)
+    wanted = snr.clamp(max=5.0) * (guess - x_0).square().mean(dim=1)
+    torch.testing.assert_close(process.min_snr_weight(t, 5.0) * loss, wanted)
+
+
+def test_snr_gamma_weighs_each_sample() -> None:
+    """The loss of a round is the plain one times the weight of its time."""
+    losses = []
+    for gamma in (None, 5.0):
+        tuner = tuner_of(mixture(), snr_gamma=gamma)
+        tuner.trainer = trainer_of()
+        tuner.setup("fit")
+        condition = tuner.pipeline.encode({"index": torch.arange(8)})
+        experience = Experience({"x_0": torch.randn(8, 2).clone()}, condition, list(range(8)))
+        torch.manual_seed(0)
+        losses.append(tuner.loss(experience, generators(range(8)))[0])
+    assert not torch.equal(*losses)
+    uniform = torch.stack([torch.rand((), generator=g) for g in generators(range(8))])
+    process = tuner.pipeline.process
+    assert isinstance(process, GaussianProcess)
+    weight = process.min_snr_weight(process.draw_times(uniform), 5.0)
+    torch.testing.assert_close(losses[1], (losses[0] * weight).float())
+
+
+def test_snr_gamma_needs_a_signal_to_noise_ratio() -> None:
+    tuner = tuner_of(mixture(), snr_gamma=0.0)
+    with pytest.raises(UsageError, match="snr_gamma must be positive"):
+        tuner.setup("fit")
+
+
+def test_mixed_states_have_no_signal_to_noise_ratio() -> None:
+    tuner = tuner_of(LayoutPipeline("grammar_mixed"), Coverage(), snr_gamma=5.0)
+    with pytest.raises(UsageError, match=r"ProductProcess .* model.init_args.snr_gamma to null"):
+        tuner.setup("fit")

@@ -226,6 +226,17 @@ class GaussianProcess(Process):
         a, b = self._weights(*self.schedule.levels(t))
         return expand_as(a, x_0) * x_0 + expand_as(b, x_0) * eps
 
+    def min_snr_weight(self, t: Tensor, gamma: float) -> Tensor:
+        r"""Return the factor of `loss` at s = 0 under min-SNR weighting, [B], float64.
+
+        The error of x_0 then counts :math:`\min(\alpha_t^2 / \sigma_t^2, \gamma)`, whatever the
+        prediction type (Hang et al., 2023, https://arxiv.org/abs/2303.09556).
+        """
+        alpha, sigma = self.schedule.levels(t)
+        a, b = self._weights(alpha, sigma)
+        # The prediction's error is (a - b alpha / sigma) times that of x_0.
+        return torch.minimum(alpha**2, gamma * sigma**2) / (a * sigma - b * alpha) ** 2
+
     def draw_times(self, uniform: Tensor, low: float = 0.0) -> Tensor:
         return self.schedule.draw_times(uniform, low)
 
