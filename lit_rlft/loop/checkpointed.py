@@ -292,10 +292,11 @@ def _plain_arguments(cls: type, recorded: Mapping[str, Plain]) -> dict[str, Any]
 
 def _fields(kind: type, recorded: Mapping[str, Plain], key: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for name in arguments(kind):
+    for name, parameter in arguments(kind).items():
+        taken = _TAKEN | {type(parameter.default)}
         length = recorded.get(f"{key}.{name}.length")
         if isinstance(length, int):
             found[name] = [recorded[f"{key}.{name}.{i}"] for i in range(length)]
-        elif type(recorded.get(f"{key}.{name}", "")) in _TAKEN:
+        elif type(recorded.get(f"{key}.{name}", parameter.empty)) in taken:
             found[name] = recorded[f"{key}.{name}"]
     return found
