@@ -1,6 +1,7 @@
 """Flow-GRPO's stochastic differential equation, and noise in a window of steps alone."""
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,7 @@ def by_hand(x: float, v: float, z: float, t: float, s: float, after: float) -> f
 @pytest.mark.parametrize("num_steps", [2, 10])
 def test_the_step_is_the_published_one(num_steps: int) -> None:
     times = FLOW.times(num_steps).tolist()
-    for t, s in zip(times, times[1:], strict=False):
+    for t, s in pairwise(times):
         for x, v, z in ((0.3, -1.2, 0.4), (-2.0, 0.7, -1.1)):
             args = (column(v).view(1, 1), column(x).view(1, 1))
             law: Any = FLOW.step(*args, FLOW.flow_sde(column(t), column(s), A))
@@ -170,7 +171,9 @@ def test_steps_outside_the_window_are_the_odes_bit_by_bit(
     num, first, last = 6, 2, 4
     x_1, times = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)), process.times(num)
     grid = (times, Within(noise, first, last))
-    steps = [*walk_with_log_probs(network, process, x_1, conditions(5), *grid, generators(range(5)))]
+    steps = [
+        *walk_with_log_probs(network, process, x_1, conditions(5), *grid, generators(range(5)))
+    ]
     free = [x for _, x in walk(network, process, x_1, conditions(5), times, 0.0)]
     for i in range(num + 1):
         assert torch.equal(tensor_of(steps[i][0]), tensor_of(free[i])) == (i <= first)
@@ -217,7 +220,7 @@ def test_mixed_states_take_the_equation_where_they_have_it() -> None:
     assert process.has_sde and torch.equal(found["box"], FLOW.flow_sde(t, s, A))
     assert torch.equal(found["kind"], masked.coefficients(t, s, 1.0))
     assert not ProductProcess({"kind": masked}).has_sde
-    with pytest.raises(UsageError, match="MaskedProcess has no stochastic.*transition to eta"):
+    with pytest.raises(UsageError, match=r"MaskedProcess has no stochastic.*transition to eta"):
         masked.flow_sde(t, s, A)
 
 
