@@ -26,7 +26,7 @@ from tests.support import (
 
 METHODS = ("ddpo", "ddpo_sf", "dpok", "grpo", "flow_grpo", "mix_grpo", "grpo_guard")
 # Between them they have both estimators, the divergence and both kinds of advantages.
-TERMS = ("ddpo_sf", "grpo", "mix_grpo")
+TERMS = ("ddpo_sf", "grpo")
 NAMES = {"flow_grpo": "Flow-GRPO", "mix_grpo": "MixGRPO", "grpo_guard": "GRPO-Guard"}
 BY_GROUP = ("grpo", *NAMES)
 each_term = pytest.mark.parametrize(
