@@ -164,8 +164,8 @@ class DDPO(RewardFineTuner):
         advantage_clip: Advantages are clamped to this size; None leaves them alone.
         decoupled_rewards: Compare each part of a `WeightedSum` for itself and add the advantages,
             weighted (GDPO): parts of any units then count by their weights alone.
-        clip_range: Ratios count up to 1 ± this. The published 1e-4 belongs to the mean, and 2e-6 to
-            the mean under `ratio_norm`.
+        clip_range: Ratios count up to 1 ± this. The published 1e-4 belongs to the mean. Under
+            `ratio_norm` it is some 2e-6, which is that of an independent implementation.
         ratio_norm: Clip ratios that mean the same at every noise level (GRPO-Guard): log-ratios are
             centred and freed of their step's std (`normalized_log_ratio`), and steps are weighted
             by the inverse of what a step's mean moves with the prediction, 1 on average.
