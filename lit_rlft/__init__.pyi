@@ -18,6 +18,7 @@ from lit_rlft.callbacks.sample_panel import SamplePanel as SamplePanel
 from lit_rlft.callbacks.self_check import SelfCheck as SelfCheck
 from lit_rlft.core.advantage import BatchAdvantage as BatchAdvantage
 from lit_rlft.core.advantage import GroupAdvantage as GroupAdvantage
+from lit_rlft.core.advantage import LeaveOneOutAdvantage as LeaveOneOutAdvantage
 from lit_rlft.core.advantage import RunningAdvantage as RunningAdvantage
 from lit_rlft.core.checks import UsageError as UsageError
 from lit_rlft.core.gradient_plan import AlignProp as AlignProp
@@ -41,6 +42,7 @@ from lit_rlft.core.selection import RandomK as RandomK
 from lit_rlft.core.selection import Threshold as Threshold
 from lit_rlft.core.selection import TopK as TopK
 from lit_rlft.core.selection import Unique as Unique
+from lit_rlft.core.window import SlidingWindow as SlidingWindow
 from lit_rlft.inference import NoiseGenerator as NoiseGenerator
 from lit_rlft.kit.data import SplitData as SplitData
 from lit_rlft.loop.reference import LoRA as LoRA

@@ -161,12 +161,12 @@ class RewardFineTuner(Checkpointed, ABC):
     def route(self) -> Route:
         """Return how the tuned model draws: unless overridden it runs all steps."""
         process, leg = self.pipeline.process, Leg(self.pipeline, self.sampler.num_steps, tuned=True)
-        return Route(process, self.prior, [leg], self.sampler.eta, self.reference.adapter.merged)
+        return Route(process, self.prior, [leg], self.sampler.noise, self.reference.adapter.merged)
 
     def reference_route(self) -> Route:
         """Return how the pretrained model draws."""
         leg = Leg(self.reference, self.sampler.num_steps, tuned=False)
-        return Route(self.pipeline.process, self.reference_prior, [leg], self.sampler.eta)
+        return Route(self.pipeline.process, self.reference_prior, [leg], self.sampler.noise)
 
     def setup(self, stage: str) -> None:
         """Check the settings and attach the adapter; the reference is the model as loaded."""

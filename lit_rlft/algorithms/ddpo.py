@@ -11,7 +11,11 @@ Trajectories are drawn once with the current policy and replayed as (step, sampl
 | DDPO-SF | score function | per condition, running | one pass over the samples |
 | DDPO | importance sampling, clipped | per condition, running | |
 | DPOK | importance sampling, clipped | per condition, running | KL to the reference, per step |
-| GRPO (on a flow: Flow-GRPO) | importance sampling, clipped | per group | KL |
+| GRPO | importance sampling, clipped | per group | KL |
+| Flow-GRPO | importance sampling, clipped | per group | `sampler.transition` flow_sde, KL |
+| MixGRPO | importance sampling, clipped | per group | noise inside a `sliding` window alone |
+| GRPO-Guard | importance sampling, clipped, `ratio_norm` | per group | |
+| RLOO | either | leave one out | |
 
 A transition without noise, as the last one of many schedules, has no log-probability: it takes part
 in sampling alone, and so does any other step that left nothing to chance (a masked state that is
@@ -22,6 +26,8 @@ References:
     https://arxiv.org/abs/2305.13301
     DPOK (Fan et al., 2023), https://arxiv.org/abs/2305.16381
     Flow-GRPO (Liu et al., 2025), https://arxiv.org/abs/2505.05470
+    MixGRPO (Li et al., 2025), https://arxiv.org/abs/2507.21802
+    GRPO-Guard (Wang et al., 2025), https://arxiv.org/abs/2510.22319
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,15 +39,27 @@ import torch
 from torch import Tensor
 
 from lit_rlft.algorithms.base import RewardFineTuner
-from lit_rlft.core.advantage import Advantage, GroupAdvantage, RunningAdvantage
+from lit_rlft.core.advantage import (
+    Advantage,
+    GroupAdvantage,
+    LeaveOneOutAdvantage,
+    RunningAdvantage,
+)
 from lit_rlft.core.checks import UsageError, at_least, positive, require
-from lit_rlft.core.distribution import Distribution, Reduction
+from lit_rlft.core.distribution import Distribution, Gaussian, Reduction
 from lit_rlft.core.pipeline import Batch, Condition
+from lit_rlft.core.process import GaussianProcess, Noise, Within
+from lit_rlft.core.process.steps import Steps
 from lit_rlft.core.randomness import Generators, generators, seed_from
 from lit_rlft.core.sampling import Denoiser
 from lit_rlft.core.state import State, cat, slices, tensor_of
 from lit_rlft.core.streams import Stream
-from lit_rlft.core.surrogate import importance_sampling, ratio_values, score_function
+from lit_rlft.core.surrogate import (
+    importance_sampling,
+    normalized_log_ratio,
+    ratio_values,
+    score_function,
+)
 from lit_rlft.core.trajectory import (
     Trajectories,
     law_of,
@@ -49,12 +67,14 @@ from lit_rlft.core.trajectory import (
     transition_of,
     walk_with_log_probs,
 )
+from lit_rlft.core.window import SlidingWindow
 from lit_rlft.distributed import gather
 from lit_rlft.loop.advantages import check_parts, judge
 from lit_rlft.loop.batch_sizes import rehearse
 from lit_rlft.loop.checkpoint import Kept
 from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.rollouts import Drawn
+from lit_rlft.loop.route import Route
 from lit_rlft.loop.scoring import Scoring
 from lit_rlft.loop.strategy import no_sync
 from lit_rlft.loop.updates import Shares
@@ -74,6 +94,7 @@ class Rollout(Experience):
         advantages: [N] float64.
         rows: [n] int64, which trajectories are selected.
         num_steps: Steps over which a sample's terms are averaged.
+        balance: [S], weight of each trained step in the surrogate; None weighs all alike.
     """
 
     trajectories: Trajectories
@@ -81,6 +102,7 @@ class Rollout(Experience):
     advantages: Tensor
     rows: Tensor
     num_steps: int
+    balance: Tensor | None = None
 
     @property
     def num_terms(self) -> int:
@@ -111,17 +133,19 @@ class Rollout(Experience):
         old = tensor_of(states["log_prob"])
         states["advantage"] = self.advantages[samples].to(old, non_blocking=True)
         states["weight"] = torch.full_like(old, 1 / self.num_steps)
+        if self.balance is not None:
+            states["balance"] = self.balance[places].to(old, non_blocking=True)
         seeds = [self.seeds[i] for i in chosen.tolist()]
         return Experience(states, self.condition.index(chosen), seeds)
 
-    def replace_log_probs(self, rows: Tensor, values: Tensor) -> None:
-        """Set the old log-probabilities of some terms, [P]."""
+    def replace_log_probs(self, rows: Tensor, values: Tensor, law: Distribution) -> None:
+        """Set the old log-probabilities of some terms, [P], which are those of `law`."""
         places, chosen = self._pairs[rows].unbind(dim=1)
-        self.trajectories.replace_log_probs(places, self.rows[chosen], values)
+        self.trajectories.replace_log_probs(places, self.rows[chosen], values, law)
 
 
 class DDPO(RewardFineTuner):
-    """DDPO, DPOK, GRPO: policy gradients on the sampler's random steps, for any reward.
+    """DDPO, DPOK, GRPO and its kin: policy gradients on random steps, for any reward.
 
     `minibatch_size` counts samples: an update trains all their trained steps, averaged.
     `microbatch_size` counts (step, sample) pairs and bounds the memory of the replay.
@@ -140,13 +164,19 @@ class DDPO(RewardFineTuner):
         advantage_clip: Advantages are clamped to this size; None leaves them alone.
         decoupled_rewards: Compare each part of a `WeightedSum` for itself and add the advantages,
             weighted (GDPO): parts of any units then count by their weights alone.
-        clip_range: Ratios count up to 1 ± this. The published 1e-4 belongs to the mean.
+        clip_range: Ratios count up to 1 ± this. The published 1e-4 belongs to the mean. Under
+            `ratio_norm` it is some 2e-6, which is that of an independent implementation.
+        ratio_norm: Clip ratios that mean the same at every noise level (GRPO-Guard): log-ratios are
+            centred and freed of their step's std (`normalized_log_ratio`), and steps are weighted
+            by the inverse of what a step's mean moves with the prediction, 1 on average.
         log_prob_reduction: Log-probabilities are the "mean" over the dimensions of a state, as
             DDPO publishes, or their "sum", whose ratios grow with the number of dimensions.
         kl_coef: Weight of KL(policy || reference) of each trained transition, in closed form and
             reduced like log-probabilities; 0 never runs the reference.
         window: First trained step and the one after the last, counted from 0 at pure noise; None
             trains all.
+        sliding: A window that moves on over training, in place of `window`; only its steps draw
+            noise (MixGRPO), and evaluations draw none.
         num_train_steps: Train so many steps of the window, drawn again each round; None trains all.
         state_dtype: Type in which states are kept between sampling and replay; None takes the
             pipeline's. The sampler walks on rounded states, so ratios do not notice.
@@ -162,9 +192,11 @@ class DDPO(RewardFineTuner):
         advantage_clip: float | None = 5.0,
         decoupled_rewards: bool = False,
         clip_range: float = 1e-4,
+        ratio_norm: bool = False,
         log_prob_reduction: Reduction = "mean",
         kl_coef: float = 0.0,
         window: tuple[int, int] | None = None,
+        sliding: SlidingWindow | None = None,
         num_train_steps: int | None = None,
         state_dtype: Literal["float32", "float16", "bfloat16"] | None = None,
         **base: Any,
@@ -174,24 +206,32 @@ class DDPO(RewardFineTuner):
         self.estimator = estimator
         self.advantage = advantage or RunningAdvantage()
         self.advantage_clip, self.clip_range = advantage_clip, clip_range
-        self.decoupled_rewards = decoupled_rewards
+        self.decoupled_rewards, self.ratio_norm = decoupled_rewards, ratio_norm
         self.log_prob_reduction: Reduction = log_prob_reduction
         self.kl_coef = kl_coef
-        self.window, self.num_train_steps = window, num_train_steps
+        self.window, self.sliding, self.num_train_steps = window, sliding, num_train_steps
         self.state_dtype = None if state_dtype is None else getattr(torch, state_dtype)
 
     @property
     def algorithm(self) -> str:
         """The member of the family that the settings select, as in the table above."""
+        if isinstance(self.advantage, LeaveOneOutAdvantage):
+            return "RLOO"
         if isinstance(self.advantage, GroupAdvantage):
-            return "GRPO"
+            kinds = {
+                "GRPO-Guard": self.ratio_norm,
+                "MixGRPO": self.sliding is not None,
+                "Flow-GRPO": self.sampler.transition == "flow_sde",
+            }
+            return next((name for name, holds in kinds.items() if holds), "GRPO")
         if self.estimator == "score_function":
             return "DDPO-SF"
         return "DPOK" if self.kl_coef else "DDPO"
 
     def check(self) -> None:
         num_steps = self.sampler.num_steps
-        first, last = self.window or (0, num_steps)
+        self._check_sliding()
+        first, last = self._trained_window
         require(
             self.sampler.eta > 0,
             self,
@@ -221,9 +261,65 @@ class DDPO(RewardFineTuner):
             "1 for the score function, which holds for fresh samples only; or set "
             "model.init_args.estimator to importance_sampling",
         )
+        self._check_ratio_norm()
         self.advantage.check(self.num_candidates)
         if self.decoupled_rewards:
             check_parts(self.reward, self)
+
+    def _check_sliding(self) -> None:
+        if self.sliding is None:
+            return
+        require(self.window is None, self, "window", "null beside sliding, which moves it")
+        most, process = self.sampler.num_steps - 1, self.pipeline.process
+        require(
+            self.sliding.size <= most,
+            self.sliding,
+            "size",
+            f"at most {most}, one less than model.init_args.sampler.num_steps: the last step has "
+            "no noise",
+        )
+        require(
+            process.differentiable,
+            self,
+            "sliding",
+            f"null for a {type(process).__name__}, whose steps all leave something to chance; take "
+            "the config flow_grpo for mixed states, grpo for masked ones, or train a fixed window",
+        )
+
+    def _check_ratio_norm(self) -> None:
+        if not self.ratio_norm:
+            return
+        process = self.pipeline.process
+        rule = f"false for a {type(process).__name__}: steps of other states have no std"
+        require(isinstance(process, GaussianProcess), self, "ratio_norm", rule)
+        rule = "false where steps clip their estimate of x_0 (clip_sample, thresholding)"
+        require(getattr(process, "bound", None) is None, self, "ratio_norm", rule)
+        rule = "importance_sampling with ratio_norm: the score function has no ratios"
+        require(self.estimator == "importance_sampling", self, "estimator", rule)
+
+    @property
+    def _trained_window(self) -> tuple[int, int]:
+        """The first step of this round's window, and the one after its last."""
+        num_steps = self.sampler.num_steps
+        if self.sliding is not None:
+            return self.sliding.at(self.num_rounds, num_steps)
+        return self.window or (0, num_steps)
+
+    @property
+    def _noise(self) -> Noise:
+        """The noise of this round's trajectories."""
+        noise = self.sampler.noise
+        return noise if self.sliding is None else Within(noise, *self._trained_window)
+
+    def route(self) -> Route:
+        return self._evaluated(super().route())
+
+    def reference_route(self) -> Route:
+        return self._evaluated(super().reference_route())
+
+    def _evaluated(self, route: Route) -> Route:
+        """Return a route that does not depend on where the window is."""
+        return route if self.sliding is None else replace(route, eta=0.0)
 
     def collect(self, batch: Batch, condition: Condition) -> Rollout:
         """Draw M trajectories per condition with the current policy and compare their rewards.
@@ -251,7 +347,7 @@ class DDPO(RewardFineTuner):
             states={},
             condition=candidates,
             seeds=seeds,
-            metrics=judged.metrics,
+            metrics=judged.metrics | self._place,
             histograms=judged.histograms,
             trajectories=trajectories,
             # Without a KL term a pair without advantage has no gradient either.
@@ -259,6 +355,7 @@ class DDPO(RewardFineTuner):
             advantages=judged.advantages,
             rows=torch.arange(len(candidates)),
             num_steps=self._num_random(random),
+            balance=self._balance(candidates, trajectories.steps),
         )
         if self._rounds_by_batch:
             self._replay(rollout)
@@ -272,12 +369,17 @@ class DDPO(RewardFineTuner):
         )
         filled, size = self._filled(experience), len(experience)
         policy = self._transition(self.pipeline, filled)
-        new = policy.log_prob(filled.states["x_s"], self.log_prob_reduction)[:size]
+        new = policy.log_prob(filled.states["x_s"], self.log_prob_reduction)
+        if self.ratio_norm:
+            new, old = self._normalized(new, policy, filled.states), torch.zeros_like(old)
+        new = new[:size]
         if self.estimator == "score_function":
             losses = score_function(new, advantages)
         else:
             losses = importance_sampling(new, old, advantages, self.clip_range)
         values = ratio_values(new, old, self.clip_range, on_policy=self.on_policy)
+        if "balance" in pairs:
+            losses = losses * tensor_of(pairs["balance"])
         if self.kl_coef:
             with torch.no_grad():
                 reference = self._transition(self.reference, filled)
@@ -295,10 +397,9 @@ class DDPO(RewardFineTuner):
         """Draw trajectories in chunks; return what is kept of them, and x_0."""
         process, num_steps = self.pipeline.process, self.sampler.num_steps
         times, ends = process.times(num_steps), process.ends(num_steps)
-        blank = single(self.pipeline.blank(condition.index(slice(0, 1))))
-        table = process.steps(times, ends, self.sampler.eta, blank).coefficients
+        table = self._steps(condition.index(slice(0, 1))).coefficients
         grid = (times, self._draw_steps(), self.state_dtype, ends, table)
-        kept = Trajectories(len(condition), *grid)
+        kept = Trajectories(len(condition), *grid, keeps_means=self.ratio_norm)
         x_0 = []
         for chunk in self.rollouts.chunks(condition, seeds, "Sampling"):
             with chunk.part:
@@ -308,11 +409,12 @@ class DDPO(RewardFineTuner):
                     self.prior(chunk.condition).sample(chunk.noise),
                     chunk.condition,
                     times,
-                    self.sampler.eta,
+                    self._noise,
                     chunk.noise,
                     dtype=self.state_dtype,
                     reduction=self.log_prob_reduction,
                     ends=ends,
+                    seen=kept.means_from(chunk.rows.start),
                 )
                 last = kept.record(chunk.rows.start, walk)
                 drawn(chunk, last)
@@ -336,7 +438,7 @@ class DDPO(RewardFineTuner):
             pairs = self._filled(rollout.terms(rows))
             policy = self._transition(self.pipeline, pairs)
             old = policy.log_prob(pairs.states["x_s"], self.log_prob_reduction)
-            rollout.replace_log_probs(rows, old[: len(rows)])
+            rollout.replace_log_probs(rows, old[: len(rows)], policy)
 
     def _rehearse(self, rollout: Rollout) -> None:
         """Find the automatic number of pairs, on which the old log-probabilities depend."""
@@ -359,7 +461,7 @@ class DDPO(RewardFineTuner):
 
     def _draw_steps(self) -> list[int]:
         """Draw the trained steps of a round, the same on every process."""
-        first, last = self.window or (0, self.sampler.num_steps)
+        first, last = self._trained_window
         (generator,) = generators([seed_from(self.seed, Stream.STEPS, self.num_rounds)])
         order = torch.randperm(last - first, generator=generator)
         return (first + order[: self.num_train_steps]).tolist()
@@ -379,6 +481,35 @@ class DDPO(RewardFineTuner):
         states, process = pairs.states, self.pipeline.process
         t, x_t = tensor_of(states["t"]), states["x_t"]
         if "coefficients" not in states:
-            args = (x_t, t, tensor_of(states["s"]), pairs.condition, self.sampler.eta)
+            args = (x_t, t, tensor_of(states["s"]), pairs.condition, self.sampler.noise)
             return transition_of(denoiser, process, *args)
         return law_of(denoiser, process, x_t, t, states["coefficients"], pairs.condition)
+
+    def _steps(self, condition: Condition) -> Steps:
+        """Return the steps of this round's grid, for states of some conditions."""
+        process, num_steps = self.pipeline.process, self.sampler.num_steps
+        grid = (process.times(num_steps), process.ends(num_steps))
+        return process.steps(*grid, self._noise, single(self.pipeline.blank(condition)))
+
+    @property
+    def _place(self) -> dict[str, float]:
+        """The number of the sliding window's first step, to log."""
+        return {} if self.sliding is None else {"window": float(self._trained_window[0])}
+
+    def _balance(self, condition: Condition, steps: Sequence[int]) -> Tensor | None:
+        """Return the weights of trained steps in the surrogate, [S], or None for equal ones."""
+        if not self.ratio_norm:
+            return None
+        process = self.pipeline.process
+        assert isinstance(process, GaussianProcess)
+        table = tensor_of(self._steps(condition.index(slice(0, 1))).coefficients)
+        return process.balance(table[list(steps)]).cpu()
+
+    def _normalized(
+        self, log_probs: Tensor, policy: Distribution, pairs: Mapping[str, State]
+    ) -> Tensor:
+        """Return the log-ratios of pairs, [P], as GRPO-Guard clips them."""
+        assert isinstance(policy, Gaussian)
+        log_ratio = log_probs - tensor_of(pairs["log_prob"])
+        old = policy.like(tensor_of(pairs["mean"]), policy.std)
+        return normalized_log_ratio(log_ratio, policy, old, self.log_prob_reduction)

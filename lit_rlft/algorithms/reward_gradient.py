@@ -203,7 +203,7 @@ class GradientWalk:
                 return self.pipeline(x_t, t, condition)
 
         stop = sampler.num_steps - (self.plan.stop or 0)  # where the walk ends, on the grid
-        grid = (times[: stop + 1], sampler.eta, noise, ends[:stop])
+        grid = (times[: stop + 1], sampler.noise, noise, ends[:stop])
         *_, (_, x) = walk(denoise, process, x_1, self.condition, *grid)
         if self.plan.stop is not None:
             t = times[stop].to(leaves(x)[0].device).expand(len(self.condition))

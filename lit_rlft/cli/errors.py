@@ -20,6 +20,7 @@ _PLAIN = {
     "FixedPoint": "model.init_args.solver",
     "LoRA": "model.init_args.lora",
     "Sampler": "model.init_args.sampler",
+    "SlidingWindow": "model.init_args.sliding",
 }
 """Where the settings of classes are that have no class path in a config."""
 

@@ -12,6 +12,7 @@ References:
     Training Diffusion Models with Reinforcement Learning (Black et al., 2023; running statistics),
     https://arxiv.org/abs/2305.13301
     DeepSeekMath (Shao et al., 2024; groups), https://arxiv.org/abs/2402.03300
+    Back to Basics (Ahmadian et al., 2024; RLOO), https://arxiv.org/abs/2402.14740
 """
 
 import hashlib
@@ -28,6 +29,7 @@ __all__ = [
     "Advantage",
     "BatchAdvantage",
     "GroupAdvantage",
+    "LeaveOneOutAdvantage",
     "RunningAdvantage",
     "constant_groups",
 ]
@@ -83,6 +85,30 @@ class GroupAdvantage(Advantage):
 
     def peers(self, rewards: Tensor, conditions: Sequence[str]) -> list[Tensor]:
         return [_finite(group) for group in rewards]
+
+
+class LeaveOneOutAdvantage(GroupAdvantage):
+    r"""The reward less the mean of the *others* of its group (RLOO), in the reward's own unit.
+
+    .. math::
+        A_i = r_i - \frac{1}{M - 1} \sum_{j \ne i} r_j = \frac{M}{M - 1} (r_i - \bar r).
+
+    No sample is part of its own baseline: the policy gradient is that of the expected reward
+    itself. It is not divided by a standard deviation: scale the reward or `advantage_clip`.
+    """
+
+    def __call__(
+        self, rewards: Tensor, conditions: Sequence[str], clip: float | None = None
+    ) -> Tensor:
+        rewards = rewards.double()
+        known = rewards.isfinite()
+        num = known.sum(dim=1, keepdim=True)
+        # Differences to one of them, so that equal rewards leave no rounding.
+        apart = rewards - rewards.where(known, -torch.inf).amax(dim=1, keepdim=True)
+        apart = apart.where(known, 0)
+        others = (apart.sum(dim=1, keepdim=True) - apart) / (num - 1).clamp(min=1)
+        advantages = (apart - others).where(known & (num > 1), 0)
+        return advantages if clip is None else advantages.clamp(-clip, clip)
 
 
 class BatchAdvantage(Advantage):

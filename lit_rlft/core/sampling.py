@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -9,15 +10,18 @@ from torch import Tensor
 from lit_rlft.core.checks import UsageError, at_least, require, within
 from lit_rlft.core.fixed_point import FixedPoint
 from lit_rlft.core.pipeline import Condition
-from lit_rlft.core.process import Process
+from lit_rlft.core.process import FlowSDE, Noise, Process, of_step
 from lit_rlft.core.randomness import Generators, next_step, step_noise
 from lit_rlft.core.state import State, batch_size, index, leaves
 
-__all__ = ["Denoiser", "Inverted", "Sampler", "walk"]
+__all__ = ["Denoiser", "Inverted", "Sampler", "Transition", "walk"]
 
 Denoiser = Callable[[State, Tensor, Condition], State]
 """(x_t, t [B], condition) -> prediction."""
 
+
+Transition = Literal["eta", "flow_sde"]
+"""The kinds of noisy steps: DDIM(eta), and Flow-GRPO's stochastic differential equation."""
 
 _MOST_STEPS = 100_000
 """Far more steps than any sampler needs; a slip of the keyboard would never end."""
@@ -47,16 +51,28 @@ class Sampler:
 
     Attributes:
         num_steps: Denoiser evaluations from noise to data.
-        eta: Noise of each step: 0 is deterministic, 1 the ancestral sampler.
+        eta: Noise of each step: 0 is deterministic, 1 the ancestral sampler. Of "flow_sde" it is
+            the scale a, 0.7 as published.
+        transition: "eta" takes DDIM(eta)'s steps; "flow_sde" those of Flow-GRPO's stochastic
+            differential equation, which Gaussian states have.
     """
 
     num_steps: int = 20
     eta: float = 0.0
+    transition: Transition = "eta"
 
     def __post_init__(self) -> None:
         at_least(1, self, "num_steps")
         within(1, _MOST_STEPS, self, "num_steps")
-        within(0, 1, self, "eta")
+        kinds = get_args(Transition)
+        rule = f"one of {', '.join(kinds)}, got {self.transition!r}"
+        require(self.transition in kinds, self, "transition", rule)
+        within(0, 1 if self.transition == "eta" else 2, self, "eta")
+
+    @property
+    def noise(self) -> float | FlowSDE:
+        """The noise of the steps, as a process takes it."""
+        return FlowSDE(self.eta) if self.eta and self.transition == "flow_sde" else self.eta
 
     def sample(
         self,
@@ -69,7 +85,7 @@ class Sampler:
         """Return x_0 of the trajectories that start at `x_1`."""
         times = process.times(self.num_steps)
         ends = process.ends(self.num_steps)
-        *_, (_, x_0) = walk(denoiser, process, x_1, condition, times, self.eta, noise, ends)
+        *_, (_, x_0) = walk(denoiser, process, x_1, condition, times, self.noise, noise, ends)
         return x_0
 
     def invert(
@@ -111,7 +127,7 @@ def walk(
     x_1: State,
     condition: Condition,
     times: Tensor,
-    eta: float,
+    eta: Noise,
     noise: Generators = None,
     ends: Tensor | None = None,
 ) -> Iterator[tuple[int, State]]:
@@ -134,7 +150,7 @@ def walk(
     for i in range(len(steps)):
         prediction = denoiser(x, steps.levels(i, size), condition)
         transition = process.step(prediction, x, steps.row(i))
-        if eta == 0 and process.differentiable:
+        if process.differentiable and of_step(eta, i) == 0:
             x = transition.mean
         else:
             x = transition.rsample(next_step(ahead))

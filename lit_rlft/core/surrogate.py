@@ -9,11 +9,14 @@ References:
     https://arxiv.org/abs/2305.13301
     Proximal Policy Optimization Algorithms (Schulman et al., 2017),
     https://arxiv.org/abs/1707.06347
+    GRPO-Guard (Wang et al., 2025; ratio normalisation), https://arxiv.org/abs/2510.22319
 """
 
 from torch import Tensor
 
-__all__ = ["importance_sampling", "ratio_values", "score_function"]
+from lit_rlft.core.distribution import Gaussian, Reduction
+
+__all__ = ["importance_sampling", "normalized_log_ratio", "ratio_values", "score_function"]
 
 
 def score_function(log_probs: Tensor, advantages: Tensor) -> Tensor:
@@ -45,6 +48,26 @@ def importance_sampling(
     ratio = (log_probs - old_log_probs).exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return (-advantages * ratio).maximum(-advantages * clipped)
+
+
+def normalized_log_ratio(
+    log_ratio: Tensor, policy: Gaussian, old: Gaussian, reduction: Reduction
+) -> Tensor:
+    r"""Return GRPO-Guard's log-ratio, centred and free of the step's std, [B].
+
+    With :math:`\Delta = \mu_\theta - \mu_{old}` and the noise z of the step,
+    :math:`\log \rho = \Delta \cdot z / std - |\Delta|^2 / (2 std^2)`. Its mean is minus
+    KL(old || policy). That is added and the rest multiplied by std, which leaves
+    :math:`\Delta \cdot z`, reduced over dimensions like log-probabilities.
+
+    Args:
+        log_ratio: log p_theta - log p_old of the sampled states, [B].
+        policy: p_theta, with one std for each sample.
+        old: p_old, of the same stds.
+        reduction: Over dimensions, that of `log_ratio`.
+    """
+    centred = log_ratio + old.kl(policy, reduction)
+    return centred * policy.std.flatten()
 
 
 def ratio_values(

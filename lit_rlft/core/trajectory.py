@@ -5,18 +5,18 @@ type it is stored in *before* its log-probability is taken and before the walk g
 replay then sees exactly what the sampler saw, and the first ratio is 1.
 """
 
-from collections.abc import Iterable, Iterator
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
 from lit_rlft.core.distribution import Distribution, Reduction
 from lit_rlft.core.pipeline import Condition
-from lit_rlft.core.process import Process
+from lit_rlft.core.process import Noise, Process, of_step
 from lit_rlft.core.randomness import Generators, next_step, step_noise
 from lit_rlft.core.sampling import Denoiser
-from lit_rlft.core.state import State, batch_size, index, leaves, tree_map
+from lit_rlft.core.state import State, batch_size, index, leaves, tensor_of, tree_map
 
 __all__ = ["Trajectories", "law_of", "rounded", "single", "transition_of", "walk_with_log_probs"]
 
@@ -28,10 +28,10 @@ def transition_of(
     t: Tensor,
     s: Tensor,
     condition: Condition,
-    eta: float,
+    eta: Noise,
 ) -> Distribution:
     """Return p(x_s | x_t), computed in single precision at least; sampler and replay share it."""
-    return law_of(denoiser, process, x_t, t, process.coefficients(t, s, eta), condition)
+    return law_of(denoiser, process, x_t, t, process.noisy_coefficients(t, s, eta), condition)
 
 
 def law_of(
@@ -53,12 +53,13 @@ def walk_with_log_probs(
     x_1: State,
     condition: Condition,
     times: Tensor,
-    eta: float,
+    eta: Noise,
     noise: Generators = None,
     *,
     dtype: torch.dtype | None = None,
     reduction: Reduction = "mean",
     ends: Tensor | None = None,
+    seen: Callable[[int, Distribution], None] | None = None,
 ) -> Iterator[tuple[State, Tensor | None]]:
     """Iterate over (x, log-probability [B] of the step that led to it), from x_1 with None.
 
@@ -68,11 +69,12 @@ def walk_with_log_probs(
         x_1: State at `times[0]`; its types are those the denoiser is called with.
         condition: One row per sample.
         times: [num_steps + 1], decreasing.
-        eta: Noise of the transitions, above 0.
+        eta: Noise of the transitions; log-probabilities of those without any are 0.
         noise: One generator per sample, or None for torch's global one.
         dtype: Floating type that every state is rounded to; None takes x_1's own.
         reduction: Over the dimensions of a state.
         ends: [num_steps], where each step leads (`Process.ends`); None is the grid's next.
+        seen: Called with the number of each step and the distribution that it draws from.
     """
     x, size = rounded(x_1, x_1, dtype), batch_size(x_1)
     steps = process.steps(times, ends, eta, single(x_1))
@@ -81,7 +83,11 @@ def walk_with_log_probs(
     for i in range(len(steps)):
         t = steps.levels(i, size)
         transition = law_of(denoiser, process, x, t, steps.row(i), condition)
-        x = rounded(transition.rsample(next_step(ahead)), x_1, dtype)
+        if seen is not None:
+            seen(i, transition)
+        still = process.differentiable and of_step(eta, i) == 0
+        x = transition.mean if still else transition.rsample(next_step(ahead))
+        x = rounded(x, x_1, dtype)
         yield x, transition.log_prob(x, reduction)
 
 
@@ -96,6 +102,8 @@ class Trajectories:
         ends: [T], where each step leads (`Process.ends`); None is the grid's next.
         coefficients: [T, C] of each field, of all steps (`Process.steps`); None leaves them out of
             `pairs`.
+        keeps_means: Whether the means of the trained steps' Gaussians are kept too, in the
+            precision they are computed in.
 
     Attributes:
         steps: The trained steps in order.
@@ -109,7 +117,11 @@ class Trajectories:
         dtype: torch.dtype | None = None,
         ends: Tensor | None = None,
         coefficients: State | None = None,
+        *,
+        keeps_means: bool = False,
     ) -> None:
+        self.keeps_means = keeps_means
+        self._means: Tensor | None = None
         self.num, self.times, self.dtype = num, times, dtype
         self.ends = times[1:] if ends is None else ends
         self.steps = sorted(set(steps))
@@ -138,6 +150,22 @@ class Trajectories:
                 self._log_probs[self.steps.index(i - 1), rows] = log_prob
         return x
 
+    def means_from(self, first: int) -> Callable[[int, Distribution], None] | None:
+        """Return what a walk calls with its steps' Gaussians, or None where means are not kept.
+
+        Args:
+            first: Number of the walk's first trajectory.
+        """
+        return partial(self._keep_mean, first) if self.keeps_means else None
+
+    def _keep_mean(self, first: int, step: int, law: Distribution) -> None:
+        if step not in self.steps:
+            return
+        mean = tensor_of(law.mean)
+        if self._means is None:
+            self._means = mean.new_zeros(len(self.steps), self.num, *mean.shape[1:])
+        self._means[self.steps.index(step), first : first + len(mean)] = mean
+
     def pairs(self, places: Tensor, samples: Tensor) -> dict[str, State]:
         """Return the transitions of some (step, sample) pairs, gathered from the kept states.
 
@@ -147,7 +175,8 @@ class Trajectories:
 
         Returns:
             `x_t` and `x_s` [P, ...] in the types of the states once given, `t` and `s` [P],
-            `log_prob` [P], and `coefficients` [P, C] of each field where they are known.
+            `log_prob` [P], `coefficients` [P, C] of each field where they are known, and `mean`
+            [P, ...] where means are kept.
         """
         known = self._by_place
         places, samples = (rows.to(self._device, non_blocking=True) for rows in (places, samples))
@@ -162,6 +191,8 @@ class Trajectories:
         if self._coefficients is not None:
             steps = known["step"][places]
             pairs["coefficients"] = index(self._coefficients, steps)
+        if self._means is not None:
+            pairs["mean"] = self._means[places, samples]
         return pairs
 
     @property
@@ -176,10 +207,21 @@ class Trajectories:
         own = {"step": steps, "slot": slots, "t": self.times[steps], "s": self.ends[steps]}
         return {name: one.to(self._device, non_blocking=True) for name, one in own.items()}
 
-    def replace_log_probs(self, places: Tensor, samples: Tensor, values: Tensor) -> None:
-        """Set the log-probabilities of some pairs, [P], counted as in `pairs`."""
+    def replace_log_probs(
+        self, places: Tensor, samples: Tensor, values: Tensor, law: Distribution
+    ) -> None:
+        """Set the log-probabilities of some pairs, [P], counted as in `pairs`, and kept means.
+
+        Args:
+            places: As of `pairs`.
+            samples: As of `pairs`.
+            values: The log-probabilities.
+            law: What they are of, for as many samples or more.
+        """
         places, samples = (rows.to(self._device, non_blocking=True) for rows in (places, samples))
         self.log_probs[places, samples] = values.to(self.log_probs)
+        if self._means is not None:
+            self._means[places, samples] = tensor_of(law.mean)[: len(places)].to(self._means)
 
     @property
     def num_bytes(self) -> int:

@@ -3,8 +3,10 @@
 from typing import Any
 
 from lit_rlft.core.checks import at_least, positive, require
+from lit_rlft.core.process import Process
+from lit_rlft.core.sampling import Sampler
 
-__all__ = ["check_settings"]
+__all__ = ["check_sampler", "check_settings"]
 
 
 def check_settings(owner: Any) -> None:
@@ -19,4 +21,12 @@ def check_settings(owner: Any) -> None:
     at_least(1, owner, "sampling_batch_size", "num_eval_samples")
     positive(owner, "max_grad_norm")
     at_least(0, owner, "best_of", "seed")
+    check_sampler(owner.sampler, owner.pipeline.process)
     require(owner.best_of != 1, owner, "best_of", "0 for none, or above 1")
+
+
+def check_sampler(sampler: Sampler, process: Process) -> None:
+    """Raise BadArgument where a process does not have the sampler's kind of noise."""
+    holds = sampler.transition == "eta" or process.has_sde
+    rule = "whose states follow no differential equation; set it, and sampler.eta to 1"
+    require(holds, sampler, "transition", f"eta for a {type(process).__name__}, {rule}")

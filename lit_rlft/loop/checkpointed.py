@@ -17,6 +17,7 @@ from lit_rlft.core.moments import RunningMoments
 from lit_rlft.core.pipeline import Pipeline
 from lit_rlft.core.reward import Reward, WeightedSum
 from lit_rlft.core.sampling import Sampler
+from lit_rlft.core.window import SlidingWindow
 from lit_rlft.cost.meter import Meter
 from lit_rlft.loop import checkpoint as contents
 from lit_rlft.loop import resume
@@ -40,6 +41,8 @@ _AVERAGE = "EMA"
 """How the states of callbacks are called that average the weights."""
 _TOLD = "the weights are the run's average (EMA)"
 _TAKEN = {bool, int, float, type(None)}
+_GROUPS: dict[str, type] = {"sampler": Sampler, "lora": LoRA, "sliding": SlidingWindow}
+"""Arguments that are plain values together."""
 
 
 class Checkpointed(LightningModule):
@@ -94,9 +97,9 @@ class Checkpointed(LightningModule):
     ) -> Self:
         """Return the tuned model of a checkpoint, ready to sample from, without a trainer.
 
-        Numbers, sampler and LoRA that are not given are those that the checkpoint names. Nothing
-        else of the checkpoint's settings is used, and none of its code is run. Of a run with an
-        average of its weights (`EMA`) the model has the average.
+        Numbers, sampler, LoRA and sliding window that are not given are those that the checkpoint
+        names. Nothing else of the checkpoint's settings is used, and none of its code is run. Of a
+        run with an average of its weights (`EMA`) the model has the average.
 
         Args:
             checkpoint_path: The file.
@@ -277,14 +280,14 @@ def _average_in(
 
 
 def _plain_arguments(cls: type, recorded: Mapping[str, Plain]) -> dict[str, Any]:
-    """Return the recorded arguments of a tuner that are plain values, its sampler and its LoRA."""
+    """Return the recorded arguments of a tuner that are plain values, alone or in groups."""
     found: dict[str, Any] = {}
     for name, parameter in arguments(cls).items():
         value = recorded.get(f"model.{name}", parameter.empty)
         # Text can be the class of an object, or a path of somebody else's.
         if value == AUTO or type(value) in _TAKEN | {type(parameter.default)}:
             found[name] = value
-    for name, kind in (("sampler", Sampler), ("lora", LoRA)):
+    for name, kind in _GROUPS.items():
         if isinstance(recorded.get(f"model.{name}"), str):
             found[name] = kind(**_fields(kind, recorded, f"model.{name}"))
     return found
@@ -292,10 +295,11 @@ def _plain_arguments(cls: type, recorded: Mapping[str, Plain]) -> dict[str, Any]
 
 def _fields(kind: type, recorded: Mapping[str, Plain], key: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for name in arguments(kind):
+    for name, parameter in arguments(kind).items():
+        taken = _TAKEN | {type(parameter.default)}
         length = recorded.get(f"{key}.{name}.length")
         if isinstance(length, int):
             found[name] = [recorded[f"{key}.{name}.{i}"] for i in range(length)]
-        elif type(recorded.get(f"{key}.{name}", "")) in _TAKEN:
+        elif type(recorded.get(f"{key}.{name}", parameter.empty)) in taken:
             found[name] = recorded[f"{key}.{name}"]
     return found

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lit_rlft.core.distribution import Distribution
 from lit_rlft.core.pipeline import Condition
-from lit_rlft.core.process import Process
+from lit_rlft.core.process import Noise, Process
 from lit_rlft.core.randomness import Generators, step_noise
 from lit_rlft.core.sampling import Denoiser, walk
 from lit_rlft.core.state import State, leaves
@@ -51,14 +51,14 @@ class Route:
         process: The noising process.
         prior: Where the way starts.
         legs: Who denoises, in the order of the steps.
-        eta: Noise of the transitions, in [0, 1].
+        eta: Noise of the transitions.
         merged: Merges the tuned model's adapter for as long as nobody needs log-probabilities.
     """
 
     process: Process
     prior: Prior
     legs: Sequence[Leg]
-    eta: float
+    eta: Noise
     merged: Merged = _as_it_is
 
     @property

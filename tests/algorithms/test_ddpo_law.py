@@ -102,7 +102,8 @@ def expected_reward(tuner: DDPO) -> Tensor:
     for i in range(STEPS):
         t, s = times[i].expand(len(x)), times[i + 1].expand(len(x))
         prediction = tuner.pipeline(x.unsqueeze(1), t, condition)
-        law: Any = process.transition(prediction, x.unsqueeze(1), t, s, 1.0)
+        coefficients = process.noisy_coefficients(t, s, tuner.sampler.noise)
+        law: Any = process.step(prediction, x.unsqueeze(1), coefficients)
         mean, std = law.loc[:, 0], law.std[:, 0]
         if i == STEPS - 1:
             return (density * -((mean - 0.8) ** 2 + std**2)).sum() * spacing
@@ -111,10 +112,20 @@ def expected_reward(tuner: DDPO) -> Tensor:
     raise AssertionError
 
 
-@pytest.mark.parametrize("estimator", ["score_function", "importance_sampling"])
-def test_the_gradient_is_that_of_the_expected_reward(estimator: Any) -> None:
+SDE = Sampler(STEPS, 0.7, "flow_sde")
+
+
+@pytest.mark.parametrize(
+    ("estimator", "sampler"),
+    [
+        ("score_function", Sampler(STEPS, 1.0)),
+        ("importance_sampling", Sampler(STEPS, 1.0)),
+        pytest.param("importance_sampling", SDE, marks=pytest.mark.slow),
+    ],
+)
+def test_the_gradient_is_that_of_the_expected_reward(estimator: Any, sampler: Sampler) -> None:
     """Within 3 standard errors of 40 rounds, all six parameters; 10 errors and more from 0."""
-    tuner = line(estimator=estimator, log_prob_reduction="sum")
+    tuner = line(estimator=estimator, log_prob_reduction="sum", sampler=sampler)
     exact = expected_reward(tuner)
     analytic = gradient(tuner, exact)
     tuner.advantage = Raw(float(exact))
@@ -235,6 +246,7 @@ def test_logged_means_are_over_the_trained_pairs(shares: list[int]) -> None:
 def fitted(folder: Path, advantage: Advantage, num_rounds: int = 20, **settings: Any) -> DDPO:
     pipeline = GaussianMixturePipeline(residual_width=16)
     base: dict[str, Any] = {
+        "sampler": Sampler(8, 1.0),
         "num_candidates": 4,
         "clip_range": 0.2,
         "log_prob_reduction": "sum",
@@ -246,7 +258,6 @@ def fitted(folder: Path, advantage: Advantage, num_rounds: int = 20, **settings:
     tuner = DDPO(
         pipeline,
         Quadratic(CENTER),
-        sampler=Sampler(8, 1.0),
         advantage=advantage,
         **{**base, **settings},
     )

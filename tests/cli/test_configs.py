@@ -35,9 +35,11 @@ LONG = {
 WEIGHTS = [ASSETS / "shapes/unet/diffusion_pytorch_model.safetensors", ASSETS / "shapes_clip"]
 # What needs a continuous state.
 CONTINUOUS = {"RewardGradient", "NoisePPO", "InverseNoiseCorrection"}
+CONTINUOUS_SETTINGS = {"mix_grpo": "sliding must be null", "grpo_guard": "ratio_norm must be false"}
 # Of each family's algorithm these are other settings: test_runs.py and test_ddpo.py train and
 # test them on the Gaussian mixture; here they run only where slow tests are asked for.
 VARIANTS = {"align_prop", "ddpo_sf", "dpok", "draft", "draft_lv", "grpo", "refl"}
+VARIANTS |= {"flow_grpo", "mix_grpo", "grpo_guard"}
 # What runs by default. The other files of this folder run all other algorithms on the Gaussian
 # mixture, and test_pipeline.py of layouts and molecules runs them on their models.
 DEFAULT = {
@@ -125,6 +127,8 @@ def run(configs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     method = next((c["model"]["init_args"].get("method") for c in loaded if "model" in c), None)
     settings = TINY_METHODS.get(class_name(method), ()) if method else ()
     flags += [f"--model.init_args.method.init_args.{setting}" for setting in settings]
+    if any("sliding" in c["model"]["init_args"] for c in loaded if "model" in c):
+        flags.append("--model.init_args.sliding.size=1")
     flags += [*TINY, *(f"--data.init_args.{split}" for split in splits), "--name=run"]
     main(["fit", *flags])
     last = "runs/run/checkpoints/last.ckpt"
@@ -139,6 +143,8 @@ def refusal(domain: Path, algorithm: Path) -> str | None:
     kind = class_name(load(algorithm)["model"])
     if domain.stem in MIXED and kind in CONTINUOUS:
         return r"ProductProcess.*use configs/algorithms/"
+    if domain.stem in MIXED and algorithm.stem in CONTINUOUS_SETTINGS:
+        return rf"{CONTINUOUS_SETTINGS[algorithm.stem]} for a ProductProcess"
     if class_name(load(domain)["data"]) in CONDITIONS and kind in FROM_DATA:
         return r"the data have no 'types'.*pretrain\.yaml"
     return None

@@ -24,9 +24,11 @@ from tests.support import (
     working_directory,
 )
 
-METHODS = ("ddpo", "ddpo_sf", "dpok", "grpo")
+METHODS = ("ddpo", "ddpo_sf", "dpok", "grpo", "flow_grpo", "mix_grpo", "grpo_guard")
 # Between them they have both estimators, the divergence and both kinds of advantages.
 TERMS = ("ddpo_sf", "grpo")
+NAMES = {"flow_grpo": "Flow-GRPO", "mix_grpo": "MixGRPO", "grpo_guard": "GRPO-Guard"}
+BY_GROUP = ("grpo", *NAMES)
 each_term = pytest.mark.parametrize(
     "method", [pytest.param(m, marks=[] if m in TERMS else pytest.mark.slow) for m in METHODS]
 )
@@ -36,8 +38,14 @@ SHORT = {
     "model.init_args.microbatch_size": 7,
 }
 ROUNDS = {"trainer.max_epochs": 2}
-EPOCHS = {
+EPOCHS: dict[str, dict[str, Any]] = {
     method: {} if method == "ddpo_sf" else {"model.init_args.num_epochs": 2} for method in METHODS
+}
+# The window moves in the first run's second round, and once more in the resumed run.
+EPOCHS["mix_grpo"] |= {
+    "model.init_args.sliding.size": 2,
+    "model.init_args.sliding.interval": 1,
+    "model.init_args.sampler.num_steps": 6,
 }
 
 
@@ -70,12 +78,12 @@ def test_a_run_logs_and_resumes_bit_by_bit(method: str) -> None:
     for key in ("state_dict", "optimizer_states"):
         assert_equal(resumed[key], whole[key])
     assert_equal(resumed["lit_rlft"]["advantage"], whole["lit_rlft"]["advantage"])
-    assert bool(resumed["lit_rlft"]["advantage"]) == (method != "grpo")
+    assert bool(resumed["lit_rlft"]["advantage"]) == (method not in BY_GROUP)
     assert all((resumed["state_dict"][key] != before[key]).any() for key in before)
     main(command("test", method, "run", {"ckpt_path": last}))
     metrics = report()
     assert metrics["gain"]["Coordinate"]["mean"] != 0
-    assert metrics["algorithm"] == method.upper().replace("_", "-")
+    assert metrics["algorithm"] == NAMES.get(method, method.upper().replace("_", "-"))
 
 
 def test_statistics_matter_to_a_resumed_run() -> None:
@@ -97,7 +105,10 @@ def test_statistics_matter_to_a_resumed_run() -> None:
     assert any((other[key] != whole[key]).any() for key in whole)
 
 
-@pytest.mark.parametrize("method", ["ddpo", pytest.param("grpo", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "method",
+    ["ddpo", *(pytest.param(name, marks=pytest.mark.slow) for name in BY_GROUP)],
+)
 def test_two_processes_train_like_one(method: str) -> None:
     settings = {"trainer.limit_val_batches": 0, **ROUNDS}  # two minibatches a pass
     fit(method, "one", settings)
@@ -119,7 +130,7 @@ def assert_logged(method: str, logged: dict[str, list[float]]) -> None:
     names += ["approx_kl", "advantage_std", "zero_variance_groups", "failed_rewards", "loss"]
     names += [
         "first_ratio_deviation_max",
-        *(["reference_kl"] if method in ("dpok", "grpo") else []),
+        *(["reference_kl"] if method in ("dpok", "grpo", "flow_grpo") else []),
     ]
     for name in names:
         values = logged[f"train/{name}"]

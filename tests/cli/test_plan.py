@@ -25,6 +25,7 @@ CASES = {
         "--model.method.m=1",
     ],
     "ddpo": ["--data.batch_size=4", "--model.minibatch_size=8", "--model.microbatch_size=4"],
+    "grpo_guard": ["--data.batch_size=4", "--model.minibatch_size=8", "--model.microbatch_size=4"],
 }
 
 

@@ -129,7 +129,8 @@ def test_the_command_line_wins_over_files_and_later_files_over_earlier() -> None
     configs, folder = (*GAUSSIAN, "own.yaml"), Path("runs/own")
     main(arguments("validate", configs, TINY, {"name": "own"}))
     model = yaml.safe_load((folder / "config_validate.yaml").read_text())["model"]
-    assert model["init_args"]["sampler"] == {"num_steps": STEPS, "eta": 0.5}
+    expected = {"num_steps": STEPS, "eta": 0.5, "transition": "eta"}
+    assert model["init_args"]["sampler"] == expected
     assert model["init_args"]["seed"] == 3
     assert model["init_args"]["num_candidates"] == 4
 

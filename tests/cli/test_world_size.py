@@ -73,6 +73,8 @@ ALGORITHMS: dict[str, tuple[str, dict[str, Any]]] = {
     "GRAFT with contrast": ("graft", {"model.init_args.contrast": 1.0}),
     "DDPO": ("ddpo", RUNNING),
     "GRPO": ("grpo", {}),
+    "MixGRPO": ("mix_grpo", {"model.init_args.sliding": {"size": 2, "interval": 1}}),
+    "GRPO-Guard": ("grpo_guard", {}),
     "DiffusionNFT": ("nft", {"model.init_args.decay_rate": 0.3}),
     "DPO": ("dpo", {"model.init_args.beta": 10.0}),
     "NoisePPO": ("noise_ppo", RUNNING),

@@ -18,11 +18,13 @@ from domains.gaussian_mixture.rewards import Coordinate
 from domains.text_to_image.pipeline import TextToImagePipeline
 from domains.text_to_image.rewards import Symmetry
 from lit_rlft.algorithms.base import RewardFineTuner
+from lit_rlft.algorithms.ddpo import DDPO
 from lit_rlft.algorithms.graft import GRAFT, PGRAFT
 from lit_rlft.algorithms.pretrain import Pretrain
 from lit_rlft.callbacks.ema import EMA
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.sampling import Sampler
+from lit_rlft.core.window import SlidingWindow
 from lit_rlft.loop.checkpoint import check_file, fingerprint
 from lit_rlft.loop.reference import LoRA
 from lit_rlft.loop.settings import changes, settings
@@ -207,6 +209,18 @@ def test_a_checkpoint_gives_the_tuned_model_without_a_trainer(held: Path, tmp_pa
     fresh = tiny()
     fresh.setup("predict")
     assert not torch.equal(drawn(fresh), drawn(loaded))
+
+
+def test_words_and_windows_are_those_of_the_checkpoint(tmp_path: Path) -> None:
+    """Text was left out: the sampler took other steps, and an adapter had another precision."""
+    sampler, window = Sampler(3, 0.7, "flow_sde"), SlidingWindow(size=1, interval=2)
+    lora = LoRA(rank=2, dtype="bfloat16")
+    parts = {"pipeline": GaussianMixturePipeline(), "reward": Coordinate()}
+    trained(DDPO(**parts, sampler=sampler, sliding=window, lora=lora), tmp_path)
+    parts["pipeline"] = GaussianMixturePipeline()
+    loaded = DDPO.load_from_checkpoint(tmp_path / "file.ckpt", **parts)
+    assert (loaded.sampler, loaded.sliding) == (sampler, window)
+    assert loaded.lora is not None and loaded.lora.dtype == "bfloat16"
 
 
 def test_a_checkpoint_with_an_average_gives_the_average(tmp_path: Path) -> None:

@@ -4,13 +4,18 @@ from lit_rlft.core.process.angular import AngularFlow
 from lit_rlft.core.process.base import Process
 from lit_rlft.core.process.categorical import MaskedProcess
 from lit_rlft.core.process.gaussian import GaussianProcess, PredictionType
+from lit_rlft.core.process.noise import FlowSDE, Noise, Within, of_step
 from lit_rlft.core.process.product import ProductProcess
 
 __all__ = [
     "AngularFlow",
+    "FlowSDE",
     "GaussianProcess",
     "MaskedProcess",
+    "Noise",
     "PredictionType",
     "Process",
     "ProductProcess",
+    "Within",
+    "of_step",
 ]

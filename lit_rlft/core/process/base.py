@@ -5,7 +5,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lit_rlft.core.checks import UsageError
 from lit_rlft.core.distribution import Distribution
+from lit_rlft.core.process.noise import FlowSDE, Noise, Within, within
 from lit_rlft.core.process.steps import Steps, StepTables
 from lit_rlft.core.randomness import Generators
 from lit_rlft.core.state import State
@@ -26,6 +28,7 @@ class Process(nn.Module, ABC):
         differentiable: Whether reverse transitions carry gradients from x_s to x_t.
         invertible: Whether the deterministic sampler can be run backwards.
         one_way: Why it cannot, and what to do, where it cannot.
+        has_sde: Whether there are steps of a stochastic differential equation (`flow_sde`).
     """
 
     differentiable: bool
@@ -34,6 +37,7 @@ class Process(nn.Module, ABC):
         "its steps draw from distributions, and samples do not tell their noise; use a pipeline "
         "with a continuous state"
     )
+    has_sde: bool = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,6 +62,36 @@ class Process(nn.Module, ABC):
         In double precision, as long as single precision would not be exact enough.
         """
 
+    def flow_sde(self, t: Tensor, s: Tensor, scale: float) -> State:
+        """Return `coefficients` of Flow-GRPO's stochastic differential equation.
+
+        Args:
+            t: Levels that steps start from, [B].
+            s: Levels that they lead to, [B].
+            scale: Of its noise (`FlowSDE`).
+
+        Raises:
+            UsageError: The process has none.
+        """
+        raise UsageError(
+            f"a {type(self).__name__} has no stochastic differential equation; set "
+            "model.init_args.sampler.transition to eta"
+        )
+
+    def noisy_coefficients(self, t: Tensor, s: Tensor, noise: Noise) -> State:
+        """Return what `step` takes from its levels, [B, C] of each field, under any noise.
+
+        Args:
+            t: Levels that steps start from, [B]; all of a grid, in order, for a window of it.
+            s: Levels that they lead to, [B].
+            noise: Of the steps.
+        """
+        if isinstance(noise, Within):
+            return within(noise, lambda kind: self.noisy_coefficients(t, s, kind))
+        if isinstance(noise, FlowSDE):
+            return self.flow_sde(t, s, noise.scale)
+        return self.coefficients(t, s, noise)
+
     @abstractmethod
     def step(self, prediction: State, x_t: State, coefficients: State) -> Distribution:
         """Return the distribution of x_s given x_t under the denoiser.
@@ -74,7 +108,7 @@ class Process(nn.Module, ABC):
         """Return the distribution of x_s given x_t under the denoiser; eta 0 is deterministic."""
         return self.step(prediction, x_t, self.coefficients(t, s, eta))
 
-    def steps(self, times: Tensor, ends: Tensor | None, eta: float, like: State) -> Steps:
+    def steps(self, times: Tensor, ends: Tensor | None, eta: Noise, like: State) -> Steps:
         """Return the steps of a grid for states like `like`; a grid is computed once.
 
         Args:
@@ -84,7 +118,7 @@ class Process(nn.Module, ABC):
             like: Their device, and the type of their numbers.
         """
         ends = times[1:] if ends is None else ends
-        return self._tables.of(self.coefficients, times[:-1], ends, eta, like)
+        return self._tables.of(self.noisy_coefficients, times[:-1], ends, eta, like)
 
     def inverted(self, prediction: State, x_t: State, x_s: State, t: Tensor, s: Tensor) -> State:
         """Return a better guess of the state that the deterministic transition takes to x_s.

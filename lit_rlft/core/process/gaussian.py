@@ -69,6 +69,7 @@ class GaussianProcess(Process):
 
     differentiable = True
     invertible = True
+    has_sde = True
     one_way = (
         "its steps clip their estimate of x_0; set clip_sample and thresholding to false in the "
         "scheduler_config.json of pipeline.init_args.pretrained"
@@ -115,6 +116,46 @@ class GaussianProcess(Process):
         direction = (sigma_s**2 - std**2).clamp(min=0).sqrt()
         if self.wide_above is not None:
             std = eta * variance.sqrt() * (t > self.wide_above)
+        return self._stacked((alpha_t, alpha_s), (sigma_t, sigma_s), direction, std)
+
+    def flow_sde(self, t: Tensor, s: Tensor, scale: float) -> Tensor:
+        r"""Return `coefficients` of Euler-Maruyama's step of Flow-GRPO's equation, float64 [B, C].
+
+        With :math:`y = x / (\alpha + \sigma)` and :math:`\tau = \sigma / (\alpha + \sigma)` every
+        Gaussian process is the rectified flow :math:`y = (1 - \tau) x_0 + \tau \epsilon`. Its step
+        over :math:`\Delta = \tau_t - \tau_s` is, in x,
+
+        .. math::
+            x_s = \alpha_s \hat x_0 + \Big(\sigma_s - (\alpha_s + \sigma_s)
+                  \frac{a^2 \Delta}{2 (1 - \tau)}\Big) \hat\epsilon
+                  + (\alpha_s + \sigma_s)\, a \sqrt{\frac{\tau_t \Delta}{1 - \tau}}\; z.
+
+        :math:`1 - \tau` is that of t. It is that of s where the step is more than twice as long,
+        as the first one from pure noise is, where nothing of the data is left: with
+        :math:`u = a^2 \Delta / (1 - \tau)` Euler's step has :math:`1 + u^2 / 4` times the variance.
+        A step to clean data draws no noise.
+
+        References:
+            Flow-GRPO (Liu et al., 2025), https://arxiv.org/abs/2505.05470
+        """
+        (alpha_t, alpha_s), (sigma_t, sigma_s) = self.schedule.levels(torch.stack([t, s]))
+        size = alpha_s + sigma_s
+        tau, kept = sigma_t / (alpha_t + sigma_t), alpha_t / (alpha_t + sigma_t)
+        length = (tau - sigma_s / size).clamp(min=0)
+        kept = kept.where(length <= 2 * kept, alpha_s / size)
+        direction = sigma_s - size * scale**2 * length / (2 * kept)
+        std = size * scale * (tau * length / kept).sqrt() * (sigma_s > 0)
+        return self._stacked((alpha_t, alpha_s), (sigma_t, sigma_s), direction, std)
+
+    def _stacked(
+        self,
+        alphas: tuple[Tensor, Tensor],
+        sigmas: tuple[Tensor, Tensor],
+        direction: Tensor,
+        std: Tensor,
+    ) -> Tensor:
+        """Return the columns of x_s = alpha_s x_0 + direction eps + std z; levels are t's, s's."""
+        (alpha_t, alpha_s), (sigma_t, _) = alphas, sigmas
         a, b = self._weights(alpha_t, sigma_t)
         determinant = b * alpha_t - a * sigma_t
         columns: Linear | _Bounded
@@ -139,6 +180,20 @@ class GaussianProcess(Process):
         x_0, eps = self._bounded(p, x, step)
         mean = step.alpha_s * x_0 + step.direction * eps
         return self._law(mean, step.std, x, (step.rate, step.peak))
+
+    def balance(self, coefficients: Tensor) -> Tensor:
+        """Return weights of steps under which predictions move the means of all alike, [S].
+
+        They are inverse to what a step's mean moves with the prediction, 1 on average over the
+        steps with noise, and 0 for those without.
+
+        Args:
+            coefficients: [S, C], of a process without a bound.
+        """
+        step = Linear(*coefficients.unbind(dim=-1))
+        noisy = step.std > 0
+        inverse = step.of_p.abs().where(noisy, 1).reciprocal().where(noisy, 0)
+        return inverse * noisy.sum() / inverse.sum()
 
     def _bounded(self, p: Tensor, x: Tensor, step: "_Bounded") -> tuple[Tensor, Tensor]:
         """Return the bounded estimate of x_0, and the noise that a step goes on with."""

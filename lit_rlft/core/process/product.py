@@ -39,6 +39,7 @@ class ProductProcess(Process):
         at_least(0, self, "weights")
         self.differentiable = all(self.field(name).differentiable for name in self.names)
         self.invertible = all(self.field(name).invertible for name in self.names)
+        self.has_sde = any(self.field(name).has_sde for name in self.names)
 
     def field(self, name: str) -> Process:
         """Return the process of one field."""
@@ -52,6 +53,16 @@ class ProductProcess(Process):
 
     def coefficients(self, t: Tensor, s: Tensor, eta: float) -> dict[str, Tensor]:
         return {name: tensor_of(self.field(name).coefficients(t, s, eta)) for name in self.names}
+
+    def flow_sde(self, t: Tensor, s: Tensor, scale: float) -> dict[str, Tensor]:
+        """Return each field's coefficients; a field without an equation takes its own steps."""
+        rules = {name: self.field(name) for name in self.names}
+        return {
+            name: tensor_of(
+                rule.flow_sde(t, s, scale) if rule.has_sde else rule.coefficients(t, s, 1.0)
+            )
+            for name, rule in rules.items()
+        }
 
     def step(self, prediction: State, x_t: State, coefficients: State) -> Product:
         p, x, own = fields_of(prediction), fields_of(x_t), fields_of(coefficients)

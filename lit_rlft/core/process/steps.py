@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lit_rlft.core.process.noise import Noise
 from lit_rlft.core.state import State, index, leaves, tree_map
 
 __all__ = ["StepTables", "Steps"]
@@ -17,8 +18,8 @@ __all__ = ["StepTables", "Steps"]
 _MOST_TABLES = 32
 """Grids remembered, far more than a run has; a table takes some hundred bytes a step."""
 
-Rule = Callable[[Tensor, Tensor, float], State]
-"""`Process.coefficients`."""
+Rule = Callable[[Tensor, Tensor, Noise], State]
+"""`Process.noisy_coefficients`."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class StepTables:
     def __init__(self) -> None:
         self._known: dict[tuple[object, ...], Steps] = {}
 
-    def of(self, rule: Rule, t: Tensor, s: Tensor, eta: float, like: State) -> Steps:
+    def of(self, rule: Rule, t: Tensor, s: Tensor, eta: Noise, like: State) -> Steps:
         """Return the steps from levels t [T] to levels s [T], computed unless they are known.
 
         Args:
@@ -80,7 +81,7 @@ class StepTables:
         return self._known[key]
 
 
-def _computed(rule: Rule, t: list[float], s: list[float], eta: float, like: State) -> Steps:
+def _computed(rule: Rule, t: list[float], s: list[float], eta: Noise, like: State) -> Steps:
     device = leaves(like)[0].device
     start, end = (torch.tensor(level, dtype=torch.float64, device=device) for level in (t, s))
     return Steps(start, end, tree_map(_cast, rule(start, end, eta), like))
