@@ -10,6 +10,7 @@ Tests open it once per module and skip where there is none:
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,8 @@ import pytest
 _OPTIONS = (
     *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-    *("--disable-dev-shm-usage", "--hide-scrollbars", "--force-device-scale-factor=1"),
+    *("--enable-unsafe-swiftshader", "--disable-dev-shm-usage"),  # views in space without a card
+    *("--hide-scrollbars", "--force-device-scale-factor=1"),
 )
 _OWN = ("data:", "blob:", "about:", "chrome:", "chrome-extension:")
 """Schemes of what a browser makes or holds itself."""
@@ -46,10 +48,20 @@ class Browser:
         """Return what a script returns, `return document.title`; `arguments` holds `args`."""
         return self.driver.execute_script(script, *args)
 
+    def wait(self, condition: str, seconds: float = 20.0) -> None:
+        """Wait until a script returns something true; fail where it never does."""
+        end = time.monotonic() + seconds
+        while not self.run(condition):
+            assert time.monotonic() < end, f"never true: {condition}"
+            time.sleep(0.02)
+
     def errors(self) -> list[str]:
-        """Return the errors and warnings that the console has shown since the last call."""
+        """Return the errors that the console has shown since the last call.
+
+        Warnings are left out: drawing without a graphics card makes some.
+        """
         logged = self.driver.get_log("browser")
-        return [one["message"] for one in logged if one["level"] in ("SEVERE", "WARNING")]
+        return [one["message"] for one in logged if one["level"] == "SEVERE"]
 
     def requests(self) -> list[str]:
         """Return the addresses asked for since the last call, with the page's own."""
