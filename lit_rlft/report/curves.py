@@ -12,7 +12,7 @@ import numpy as np
 
 __all__ = ["AXES", "Curves", "read_curves"]
 
-AXES = {"reward_calls": "cost/reward_calls", "samples": "cost/samples", "seconds": "cost/seconds"}
+AXES = {"reward_calls": "cost/reward_calls", "samples": "cost/samples", "seconds": "time/elapsed"}
 """What curves are shown over, and the tag that says so at each step."""
 
 _TRAINING = "train/"

@@ -14,6 +14,7 @@ from lit_rlft.report import tables
 from lit_rlft.report.payload import Payload, payload, same_noise
 from lit_rlft.report.run import Run, check_domain, distinct_names, read_run
 from lit_rlft.runs.files import write_whole, writing
+from lit_rlft.runs.plain import told
 
 __all__ = ["REPORT", "write_report"]
 
@@ -52,7 +53,7 @@ def page(runs: Sequence[Run]) -> str:
     drawn = payload(runs)
     first = runs[0]
     algorithms = dict.fromkeys(str(run.settings.get("model", "")) for run in runs)
-    model = first.metrics.get("domain") or first.settings.get("pipeline")
+    model = told(str(first.metrics.get("domain") or first.settings.get("pipeline")))
     title = f"{', '.join(algorithms)} on {model}"
     title += f" for {first.reward}" if first.reward else ""
     several = f": {len(runs)} runs" if len(runs) > 1 else ""

@@ -35,7 +35,7 @@ def facts(runs: Sequence[Run]) -> str:
         cells = (
             f"<td>{dot}{escape(run.name)}</td>",
             _cell(_text(run.settings.get("model"))),
-            _cell(str(run.metrics.get("domain", _text(run.settings.get("pipeline"))))),
+            _cell(told(str(run.metrics.get("domain", _text(run.settings.get("pipeline")))))),
             _cell(run.reward or _text(run.settings.get("reward"))),
             _cell(short(counts.get("num_rounds"))),
             _cell(short(counts.get("num_updates"))),

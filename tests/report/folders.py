@@ -107,7 +107,7 @@ def write_events(folder: Path, steps: Sequence[int], offset: float = 0.0) -> Non
     for step in steps:
         writer.add_scalar("train/reward", step + offset, step)
         writer.add_scalar("cost/reward_calls", 100.0 * (step + 1), step)
-        writer.add_scalar("cost/seconds", 9.0 * (step + 1), step)
+        writer.add_scalar("time/elapsed", 9.0 * (step + 1), step)
         if step % 2:
             writer.add_scalar("val/Reward", 2 * step + offset, step)
             writer.add_scalar("val_reference/Reward", 0.5, step)

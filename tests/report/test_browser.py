@@ -8,6 +8,8 @@ from lit_rlft.report import write_report
 from tests.browser import Browser, headless
 from tests.report.folders import config, write_run
 
+pytestmark = pytest.mark.slow  # a browser takes seconds to start
+
 EVIL = "<script>window.hit = 1</script><img src=x onerror='window.hit = 1'>"
 
 

@@ -252,4 +252,8 @@ async function start() {
   document.body.dataset.ready = "yes";
 }
 
-start();
+start().catch((error) => {
+  const wait = document.getElementById("wait");
+  if (wait) wait.textContent = `Curves and samples cannot be drawn (${error.message}).`;
+  console.error(error);
+});
