@@ -1,8 +1,11 @@
 """Pictures, texts and settings for the loggers that take them; numbers go to all by themselves."""
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
+from jsonargparse import Namespace
 from lightning import LightningModule
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from PIL import Image
@@ -11,9 +14,34 @@ from torch.utils.tensorboard.summary import hparams
 from lit_rlft.core.checks import UsageError
 from lit_rlft.runs.folder import summary_writer
 
-__all__ = ["log_picture", "log_settings", "log_text"]
+_PACKAGES = {
+    "WandbLogger": "wandb",
+    "CometLogger": "comet_ml",
+    "MLFlowLogger": "mlflow",
+    "NeptuneLogger": "neptune",
+}
+"""What Lightning's loggers need beside itself."""
+
+__all__ = ["check_loggers", "log_picture", "log_settings", "log_text"]
 
 Plain = bool | int | float | str
+
+
+def check_loggers(given: Any) -> None:
+    """Raise UsageError where a logger's package is not installed.
+
+    Args:
+        given: `trainer.logger` of a config: a class with its path, a list of them, or anything.
+    """
+    for one in given if isinstance(given, list) else [given]:
+        path = str(one.get("class_path", "")) if isinstance(one, Mapping | Namespace) else ""
+        name = path.rpartition(".")[2]
+        package = _PACKAGES.get(name)
+        if package is not None and find_spec(package) is None:
+            raise UsageError(
+                f"trainer.logger: {name} needs the package {package}, which is not installed: pip "
+                f"install {package}, or take TensorBoardLogger or CSVLogger"
+            )
 
 
 def log_picture(
@@ -60,9 +88,6 @@ def log_settings(module: LightningModule, settings: Mapping[str, Plain]) -> None
     Args:
         module: Whose trainer has the loggers.
         settings: By key.
-
-    Raises:
-        UsageError: Weights & Biases is asked for and not installed.
     """
     writer = summary_writer(module)
     if writer is not None and writer.file_writer is not None:
@@ -72,13 +97,7 @@ def log_settings(module: LightningModule, settings: Mapping[str, Plain]) -> None
         return
     for logger in module.trainer.loggers:
         if isinstance(logger, WandbLogger | CSVLogger):
-            try:
-                logger.log_hyperparams(dict(settings))
-            except ModuleNotFoundError as error:
-                raise UsageError(
-                    f"trainer.logger: {type(logger).__name__} needs the package {error.name}; "
-                    f"pip install {error.name}, or take TensorBoardLogger or CSVLogger"
-                ) from error
+            logger.log_hyperparams(dict(settings))
 
 
 def _wandb(module: LightningModule) -> list[WandbLogger]:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ class ReportFiles(Callback):
         at_least(1, self, num_samples=num_samples)
         self.enabled, self.num_samples = enabled, num_samples
         self._extremes: Extremes | None = None
+        self._told = ""
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at all samples."""
@@ -72,15 +74,22 @@ class ReportFiles(Callback):
         with writing(folder / SHOWN / TEST):
             write_shown(folder / SHOWN / TEST, record)
         if self.enabled and not writes_nothing(trainer):
-            _write(folder)
+            self._told = _write(folder)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Say where the report is, below the result."""
+        if self._told:
+            say(self._told)
+            self._told = ""
 
 
-def _write(folder: Any) -> None:
+def _write(folder: Path) -> str:
+    """Write the report; return a line that says where it is, or why there is none."""
     try:
-        say(f"report   {write_report([folder], folder / REPORT)}")
+        return f"report   {write_report([folder], folder / REPORT)}"
     except Exception as error:  # the test is over and written: a page must not make it fail
         reason = " ".join(str(error).split()) or type(error).__name__
-        say(f"no report was written: {reason}; `lit-rlft report {folder}` tries again")
+        return f"no report was written: {reason}; `lit-rlft report {folder}` tries again"
 
 
 def _table(measurements: Measurements, world_size: int) -> str:

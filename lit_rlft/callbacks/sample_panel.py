@@ -60,8 +60,8 @@ class SamplePanel(Callback):
         labels = [label for i in sorted(each) for label in each[i]][: self.num_samples]
         size, title = min(pl_module.num_eval_samples, len(labels)), _title(pl_module)
         starts = range(0, len(labels) - size + 1, size)[: self.num_columns]
-        labelled = comparison(*arms, labels, [*starts, min(size, 4)], title)
-        log_picture(pl_module, "val/before_after", labelled, title, updates)
+        shown = arms[0], arms[1], labels, [*starts, min(size, 4)], title
+        log_picture(pl_module, "val/before_after", comparison(*shown), title, updates)
         if trainer.state.fn == TrainerFn.FITTING:
             path = folder / SHOWN / f"{updates:06d}.json.gz"
             with writing(path):

@@ -21,6 +21,7 @@ from lit_rlft.callbacks.exploitation_watch import ExploitationWatch
 from lit_rlft.callbacks.facts import Facts
 from lit_rlft.callbacks.last_checkpoint import LastCheckpoint
 from lit_rlft.callbacks.left_out import LeftOut
+from lit_rlft.callbacks.logged import check_loggers
 from lit_rlft.callbacks.monitored import Monitored
 from lit_rlft.callbacks.progress import progress
 from lit_rlft.callbacks.report_files import ReportFiles
@@ -128,6 +129,7 @@ class Command(LightningCLI):
         check_domains(own.as_dict())
         given = own.trainer.strategy
         check_strategy(given if isinstance(given, str) else given.class_path)
+        check_loggers(own.trainer.logger)
         own.ckpt_path = choose(own, self.config.subcommand)
 
     def _parse_ckpt_path(self) -> None:

@@ -110,7 +110,7 @@ class Extremes:
             samples, values = pair[arm]
             chosen = self.pipeline.index_samples(samples, kept)
             pictures = (self.pipeline.render(chosen, few).detach().clamp(0, 1) * 255).round().byte()
-            figures = self.pipeline.figures(chosen, few) or [None] * len(kept)
+            figures: Sequence[Figure | None] = self.pipeline.figures(chosen, few) or _no(len(kept))
             own = [{name: float(x[i]) for name, x in values.items()} for i in kept.tolist()]
             drawn.append([shown(*one) for one in zip(pictures.cpu(), figures, own, strict=True)])
         return [
@@ -131,8 +131,13 @@ def _entry(row: int, sample: int, label: str, reference: Any, tuned: Any) -> Ent
     return {"row": row, "sample": sample, "label": label, "reference": reference, "tuned": tuned}
 
 
+def _no(count: int) -> list[Figure | None]:
+    """Return the figures of samples that have none."""
+    return [None] * count
+
+
 def _drawn(arm: Measured, batch: int, count: int) -> list[dict[str, Any]]:
-    figures: Sequence[Figure | None] = arm.figures.get(batch) or [None] * count
+    figures: Sequence[Figure | None] = arm.figures.get(batch) or _no(count)
     values = {name: own[batch] for name, own in arm.values.items() if batch in own}
     return [
         shown(arm.pictures[batch][i], figures[i], {n: float(x[i]) for n, x in values.items()})

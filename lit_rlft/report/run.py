@@ -23,6 +23,7 @@ __all__ = ["Run", "check_domain", "distinct_names", "read_run", "settings_that_d
 
 METRICS, CONFIG = "metrics.json", "config.yaml"
 
+_OF_A_VALIDATION = {"reward", "updates", "reward_calls", "guards", "summary"}
 _NO_SETTINGS = ("name", "root", "ckpt_path", "trainer.logger", "trainer.callbacks")
 """Keys that say where a run is rather than what it does."""
 
@@ -68,7 +69,10 @@ class Run:
         """Records of its validations, in order."""
         names = sorted((self.folder / SHOWN).glob("*.json.gz"))
         found = [self._record(path) for path in names if re.match(r"\d+\.json", path.name)]
-        records = [record for record in found if record and "updates" in record]
+        records = [record for record in found if record]
+        for record in [one for one in records if not one.keys() >= _OF_A_VALIDATION]:
+            records.remove(record)
+            self.notes.append("a record of a validation lacks its numbers and is left out")
         if not found:
             self.notes.append(
                 "no samples of validations: the run kept none (report/*.json.gz); fits of this "

@@ -11,6 +11,8 @@ from lit_rlft.runs.plain import Plain, told
 
 __all__ = ["costs", "differences", "facts", "gains", "notes", "table", "told_warnings"]
 
+_LONGEST = 400
+"""Characters of a setting that are shown."""
 _SURE = 2.0
 """Standard errors of a gain that is shown in bold."""
 
@@ -177,4 +179,4 @@ def _cell(text: str) -> str:
 def _text(setting: Plain) -> str:
     if setting is None:
         return DASH
-    return value(setting) if isinstance(setting, float) else str(setting)
+    return value(setting) if isinstance(setting, float) else str(setting)[:_LONGEST]
