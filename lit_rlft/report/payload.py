@@ -18,8 +18,9 @@ _BUDGET = 11_000_000
 _MOST_POINTS = 600
 """Points of a curve."""
 _ARMS = {"train": "training", "val": "tuned", "val_reference": "reference"}
-_MAIN = ("reward", "kl", "diversity", "ratio", "clip", "entropy")
-"""Words in the names of charts that are shown at once, beside the held-out measurements'."""
+_WATCHED = ("kl", "diversity", "ratio", "clip", "entropy")
+"""Words in the names of charts that are shown at once, beside the validations' and the reward's."""
+_MAIN = ("reward", *_WATCHED)
 _OTHER_AXIS = "_by_"
 """In names of curves that TensorBoard shows over something else than steps."""
 
@@ -67,12 +68,14 @@ def _charts(runs: Sequence[Run]) -> list[Payload]:
             chart["series"].append(_series(run.curves, points, i, _ARMS[group]))
     for title, chart in charts.items():
         validated = any(one["arm"] == "tuned" for one in chart["series"])
-        chart["main"] = validated or any(word in title for word in _MAIN)
+        chart["main"] = validated or title == "reward" or any(word in title for word in _WATCHED)
     return sorted(charts.values(), key=lambda chart: (not chart["main"], _place(chart["title"])))
 
 
-def _place(title: str) -> tuple[int, str]:
-    return next((i for i, word in enumerate(_MAIN) if word in title), len(_MAIN)), title
+def _place(title: str) -> tuple[int, bool, str]:
+    """Sort charts by the first word that their name has; the word alone comes first."""
+    place = next((i for i, word in enumerate(_MAIN) if word in title), len(_MAIN))
+    return place, title not in _MAIN, title
 
 
 def _series(curves: Curves, points: Sequence[tuple[int, float]], run: int, arm: str) -> Payload:

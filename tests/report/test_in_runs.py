@@ -4,7 +4,7 @@ import csv
 import json
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -39,18 +39,60 @@ class Warner(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for _ in range(2):
-            warnings.warn(f"{Path.home()}/odd.txt is odd", stacklevel=1)
+            warnings.warn(f"{Path.home()}/odd.txt is odd", RuntimeWarning, stacklevel=1)
+
+
+class Wandb(ModuleType):
+    """Stands in for the package wandb: what Lightning's logger hands over is noted."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.__spec__ = ModuleSpec("wandb", None)
+        self.logged: list[dict[str, Any]] = []
+        self.settings: dict[str, Any] = {}
+        self.run = None
+        self.Image = lambda data, caption=None: ("image", caption)
+        self.Table = lambda columns, data, dataframe: ("table", data)
+
+    def init(self, **settings: Any) -> Any:
+        config = SimpleNamespace(update=lambda new, **_: self.settings.update(new))
+        return SimpleNamespace(log=self.logged.append, config=config, id="x", name="x")
+
+    def require(self, *_: Any) -> None: ...
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Return the folder of two runs that were tested, of samplers of other lengths."""
+def wandb() -> Iterator[Wandb]:
+    """Put a stand-in below Lightning's WandbLogger."""
+    package, run = Wandb(), ModuleType("wandb.wandb_run")
+    library, disabled = ModuleType("wandb.sdk"), ModuleType("wandb.sdk.lib")
+    disabled.RunDisabled = run.Run = type("Run", (), {})  # type: ignore[attr-defined]
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (package, library, disabled, run):
+            patch.setitem(sys.modules, module.__name__, module)
+        patch.setattr("lightning.pytorch.loggers.wandb._WANDB_AVAILABLE", True)
+        yield package
+
+
+@pytest.fixture(scope="module")
+def runs(wandb: Wandb, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of two tested runs, whose samplers are of other lengths.
+
+    The one has TensorBoard's log alone, as by default; the other all kinds of loggers.
+    """
     folder = tmp_path_factory.mktemp("runs")
+    board = {"save_dir": "runs", "name": "short", "version": ""}
+    every = [
+        {"class_path": "TensorBoardLogger", "init_args": board},
+        {"class_path": "CSVLogger", "init_args": {"save_dir": "csv"}},
+        {"class_path": "WandbLogger", "init_args": {"offline": True, "save_dir": "."}},
+    ]
     with working_directory(folder):
         for name, steps in LENGTHS.items():
             own = {"name": name, "model.init_args.sampler.num_steps": steps}
-            callback = {"trainer.callbacks": f"{__name__}.Warner"}
-            main(arguments("fit", CONFIGS, TINY, own, callback))
+            extra = {"trainer.callbacks": f"{__name__}.Warner"}
+            extra |= {"trainer.logger": every} if name == "short" else {}
+            main(arguments("fit", CONFIGS, TINY, own, extra))
             main(arguments("test", CONFIGS, TINY, own))
     return folder / "runs"
 
@@ -179,64 +221,32 @@ def test_tensorboard_puts_tuned_and_reference_together(runs: Path) -> None:
         assert by_calls.step == 64 and by_calls.tensor_proto == by_steps.tensor_proto
 
 
-def names(values: Mapping[str, Any]) -> set[str]:
-    return {name for name in values if name.split("/")[0] in ("train", "val", "val_gain", "cost")}
+def names(values: Iterable[str]) -> set[str]:
+    """Return the names that all loggers share: TensorBoard alone has curves over other axes."""
+    groups = ("train", "val", "val_reference", "val_gain", "cost", "time")
+    return {
+        name
+        for name in values
+        if name.split("/")[0] in groups and not name.endswith(("by_samples", "by_reward_calls"))
+    }
 
 
-def test_csv_has_the_same_names(
-    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    logger = {"class_path": "CSVLogger", "init_args": {"save_dir": "runs/run"}}
-    main(arguments("fit", CONFIGS, TINY, {"trainer.logger": logger}))
-    found, same = read_curves(tmp_path / "runs/run"), read_curves(runs / "short")
-    own = {name for name in same.points if not name.endswith(("by_samples", "by_reward_calls"))}
-    assert names(dict.fromkeys(own)) == names(found.points) and not found.notes
-    for name in ("train/reward", "val/Coordinate", "cost/reward_calls"):
-        assert [step for step, _ in found.points[name]] == [s for s, _ in same.points[name]]
+def test_csv_has_the_same_names(runs: Path) -> None:
+    found, same = read_curves(runs.parent / "csv"), read_curves(runs / "short")
+    assert names(found.points) == names(same.points) and not found.notes
+    for name in ("train/reward", "val/Coordinate", "cost/reward_calls", "time/elapsed"):
+        steps, expected = ([step for step, _ in c.points[name]] for c in (found, same))
+        assert steps == expected
         values = [[value for _, value in curves.points[name]] for curves in (found, same)]
         assert values[0] == pytest.approx(values[1], rel=1e-5)
-    (settings,) = Path("runs").rglob("hparams.yaml")
+    (settings,) = runs.parent.rglob("lightning_logs/version_0/hparams.yaml")
     assert "model.num_candidates: 4" in settings.read_text()
 
 
-class Wandb(ModuleType):
-    """Stands in for the package wandb: what Lightning's logger hands over is noted."""
-
-    def __init__(self) -> None:
-        super().__init__("wandb")
-        self.__spec__ = ModuleSpec("wandb", None)
-        self.logged: list[dict[str, Any]] = []
-        self.settings: dict[str, Any] = {}
-        self.run = None
-        self.Image = lambda data, caption=None: ("image", caption)
-        self.Table = lambda columns, data, dataframe: ("table", data)
-
-    def init(self, **settings: Any) -> Any:
-        config = SimpleNamespace(update=lambda new, **_: self.settings.update(new))
-        return SimpleNamespace(log=self.logged.append, config=config, id="x", name="x")
-
-    def require(self, *_: Any) -> None: ...
-
-
-def test_wandb_gets_the_same_names_with_pictures_and_texts(
-    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wandb_gets_the_same_names_with_pictures_and_texts(runs: Path, wandb: Wandb) -> None:
     """Lightning's WandbLogger does the logging; the package below it is a stand-in."""
-    wandb, run = Wandb(), ModuleType("wandb.wandb_run")
-    library, disabled = ModuleType("wandb.sdk"), ModuleType("wandb.sdk.lib")
-    disabled.RunDisabled = run.Run = type("Run", (), {})  # type: ignore[attr-defined]
-    for module in (wandb, library, disabled, run):
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr("lightning.pytorch.loggers.wandb._WANDB_AVAILABLE", True)
-    monkeypatch.chdir(tmp_path)
-    logger = {"class_path": "WandbLogger", "init_args": {"offline": True, "save_dir": "."}}
-    own = {"trainer.logger": logger, "trainer.callbacks": f"{__name__}.Warner"}
-    main(arguments("fit", CONFIGS, TINY, own))
     found = {name: value for one in wandb.logged for name, value in one.items()}
-    same = read_curves(runs / "short").points
-    own = {name for name in same if not name.endswith(("by_samples", "by_reward_calls"))}
-    assert names(found) - {"val/before_after"} == names(dict.fromkeys(own))
+    assert names(found) - {"val/before_after"} == names(read_curves(runs / "short").points)
     kind, caption = found["val/before_after"][0]
     assert kind == "image" and caption.startswith("GRAFT after 4 updates, Coordinate ")
     assert found["warnings"][1][0][1].endswith("odd.txt is odd")

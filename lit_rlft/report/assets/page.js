@@ -40,7 +40,7 @@ function layout(extra) {
   };
 }
 
-const CONFIG = {responsive: true, displaylogo: false, modeBarButtonsToRemove: ["sendDataToCloud"]};
+const CONFIG = {responsive: true, displaylogo: false, displayModeBar: false};
 
 function drawChart(node, chart, axis, runs) {
   const traces = chart.series.map((one) => ({
@@ -48,7 +48,7 @@ function drawChart(node, chart, axis, runs) {
     mode: one.y.length > 40 ? "lines" : "lines+markers", type: "scatter",
     line: {color: runs[one.run].color, dash: DASHES[one.arm], width: 1.7}, marker: {size: 5},
   }));
-  const extra = {title: {text: chart.title, font: {size: 13}}, xaxis: {title: {text: AXES[axis]}}};
+  const extra = {title: {text: chart.title, font: {size: 13}, x: 0.02, xanchor: "left"}, xaxis: {title: {text: AXES[axis]}}};
   Plotly.react(node, traces, layout(extra), CONFIG);
 }
 
@@ -138,7 +138,7 @@ function drawBody(node, body) {
     type: "scatter3d", mode: "markers", x: column(0), y: column(1), z: column(2), text: body.names,
     hovertemplate: "%{text}<extra></extra>",
     marker: {
-      color: body.colors, size: body.radii.map((r) => 42 * r), opacity: 1,
+      color: body.colors, size: body.radii.map((r) => 64 * r), opacity: 1,
       line: {color: "#404040", width: 1},
     },
   };
@@ -230,6 +230,7 @@ function hacking(data) {
       xaxis: {title: {text: `gain of ${data.reward} (trained)`}, zeroline: true},
       yaxis: {title: {text: `gain of ${select.value} (${better})`}, zeroline: true},
       margin: {l: 72, r: 12, t: 12, b: 46}, showlegend: data.runs.length > 1,
+      legend: {x: 0.01, y: 0.99, bgcolor: "rgba(255,255,255,0.7)"},
     }), CONFIG);
   };
   select.addEventListener("change", show);
