@@ -82,7 +82,7 @@ def _record(module: RewardFineTuner, number: int) -> dict[str, Any]:
     guards = guards_of(module.reward, module.metrics)
     summary = {
         arm: {
-            name: {key: None if math.isnan(x) else x for key, x in moments.items()}
+            name: {key: x if math.isfinite(x) else None for key, x in moments.items()}
             for name, moments in metrics.items()
         }
         for arm, metrics in evaluator.latest.items()

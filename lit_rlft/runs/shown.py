@@ -45,9 +45,9 @@ def shown(picture: "Tensor", figure: Figure | None, values: Mapping[str, float])
     Args:
         picture: [3, H, W] uint8; not kept where there is a figure.
         figure: Its drawing, if it has one.
-        values: What was measured of it; NaN where nothing is known.
+        values: What was measured of it; None takes the place of what is no finite number.
     """
-    known = {name: None if math.isnan(value) else value for name, value in values.items()}
+    known = {name: value if math.isfinite(value) else None for name, value in values.items()}
     if figure is None:
         return {"values": known, "image": _uri(picture)}
     body = {} if figure.body is None else {"body": asdict(figure.body)}
