@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 
 from lit_rlft.core.checks import UsageError, loading
 from lit_rlft.report.run import Run, check_domain, settings_that_differ
+from lit_rlft.runs.plain import Plain
 
-__all__ = ["Tested", "check_comparable"]
+__all__ = ["Tested", "check_comparable", "same_noise"]
 
 _REASONS = {
     "model.seed": "their samples come from other noise",
@@ -68,6 +69,20 @@ def check_comparable(runs: Sequence[Run]) -> list[Tested]:
     return tested
 
 
+def same_noise(runs: Sequence[Run]) -> bool:
+    """Return whether by their settings the runs' samples of a row share condition and noise."""
+    return not any(_differing(runs, owner) for owner in _REASONS if owner != "reward")
+
+
+def _differing(runs: Sequence[Run], owner: str) -> dict[str, list[Plain]]:
+    """Return the settings below a key that differ and that samples depend on."""
+    return {
+        key: values
+        for key, values in settings_that_differ(runs).items()
+        if (key == owner or key.startswith(f"{owner}.")) and not key.endswith(_FREE)
+    }
+
+
 def _as_tested(run: Run) -> Run:
     """Return a run with the settings of its test, which may differ from those of its fit."""
     path = run.folder / "config_test.yaml"
@@ -79,12 +94,10 @@ def _as_tested(run: Run) -> Run:
 
 def _check_settings(runs: Sequence[Run]) -> None:
     for other in runs[1:]:
-        differ = settings_that_differ([runs[0], other])
         for owner, meaning in _REASONS.items():
             found = [
                 f"{key} is {values[0]} in {runs[0].folder} and {values[1]} in {other.folder}"
-                for key, values in differ.items()
-                if (key == owner or key.startswith(f"{owner}.")) and not key.endswith(_FREE)
+                for key, values in _differing([runs[0], other], owner).items()
             ]
             if found:
                 more = f" (and {len(found) - 1} more)" if found[1:] else ""

@@ -11,7 +11,8 @@ from string import Template
 
 from lit_rlft.core.checks import UsageError
 from lit_rlft.report import tables
-from lit_rlft.report.payload import Payload, payload, same_noise
+from lit_rlft.report.comparable import same_noise
+from lit_rlft.report.payload import Payload, payload
 from lit_rlft.report.run import Run, check_domain, distinct_names, read_run
 from lit_rlft.runs.files import write_whole, writing
 from lit_rlft.runs.plain import told

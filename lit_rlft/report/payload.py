@@ -4,11 +4,12 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from lit_rlft.report.comparable import same_noise
 from lit_rlft.report.curves import AXES, Curves
 from lit_rlft.report.pareto import WORTH, front
-from lit_rlft.report.run import Run, settings_that_differ
+from lit_rlft.report.run import Run
 
-__all__ = ["COLORS", "payload", "same_noise"]
+__all__ = ["COLORS", "payload"]
 
 COLORS = ("#2f5fa8", "#d1731d", "#2a8a57", "#a13fa8", "#b3261e", "#5c5c5c", "#0f8b96", "#8a6d1f")
 """Of runs, in order; used again where there are more."""
@@ -26,9 +27,6 @@ _OTHER_AXIS = "_by_"
 
 Payload = dict[str, Any]
 
-_NOISE = ("seed", "num_eval_samples", "sampler")
-"""Arguments of the model that decide on the samples' noise; the data's decide on conditions."""
-
 
 def payload(runs: Sequence[Run]) -> Payload:
     """Return all that the page draws, small enough for a file that people send to each other."""
@@ -45,13 +43,6 @@ def payload(runs: Sequence[Run]) -> Payload:
         ],
     }
     return _fitting(found)
-
-
-def same_noise(runs: Sequence[Run]) -> bool:
-    """Return whether the runs' samples of one row have the same condition and noise."""
-    owners = (*(f"model.{name}" for name in _NOISE), "data", "pipeline")
-    differ = settings_that_differ(runs)
-    return not any(key == own or key.startswith(f"{own}.") for key in differ for own in owners)
 
 
 def _charts(runs: Sequence[Run]) -> list[Payload]:
