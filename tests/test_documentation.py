@@ -54,8 +54,18 @@ NOT_RUN = {
 """Parts of commands that are not run here, and why; they are parsed where they are ours."""
 CODE_NOT_RUN = ("stable-diffusion-v1-5", "pipe.load_lora_weights", "pipe.encode_prompt")
 """Parts of code that needs a model of the hub; tests/inference runs the same on tiny ones."""
-SAME_KIND = ("--name darker", "--name longer", "--name pairs", "--name both")
+SAME_KIND = (
+    "--name darker",
+    "--name longer",
+    "--name pairs",
+    "--name both",
+    "--name late",
+    " runs/late",
+)
 """Commands that run only among slow tests: others of the same page are of their kind."""
+
+READERS = ("list", "report", "compare")
+"""Commands that need no model and take no configs."""
 
 TINY = [
     *TINY_RUN,
@@ -149,7 +159,7 @@ def parse(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     args = shlex.split(command)
     if args[0] == "python":
         assert (ROOT / args[1]).is_file(), command
-    if args[0] != "lit-rlft" or args[1] == "list" or args[1].startswith("-"):
+    if args[0] != "lit-rlft" or args[1] in READERS or args[1].startswith("-"):
         return
     list(config_files(args))
     call([*args[1:], "--print_config"])

@@ -17,7 +17,7 @@ LAYERS = (
     ("core",),
     ("runs", "distributed", "cost", "kit", "optimizers"),
     ("inference", "loop"),
-    ("evaluation",),
+    ("evaluation", "report"),
     ("algorithms",),
     ("callbacks",),
     ("cli",),

@@ -17,9 +17,10 @@ from torch.nn import functional
 from domains.layout import EMBEDDED
 from domains.layout.networks.transformer import Architecture, LayoutTransformer, load_network
 from domains.layout.probes import probe_pages
-from domains.layout.render import draw, save_layout
+from domains.layout.render import draw, each, save_layout, to_svg
 from domains.layout.samples import EMPTY, Layouts
 from lit_rlft.core.checks import UsageError, at_least
+from lit_rlft.core.figure import Figure
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline, column
 from lit_rlft.core.process import GaussianProcess, MaskedProcess, Process, ProductProcess
 from lit_rlft.core.schedule import RectifiedFlow
@@ -230,6 +231,11 @@ class LayoutPipeline(Pipeline):
 
     def render(self, samples: Any, condition: Condition) -> Tensor:
         return draw(samples, self.architecture.canvas)
+
+    def figures(self, samples: Any, condition: Condition) -> list[Figure]:
+        """Return each layout as SVG."""
+        canvas = self.architecture.canvas
+        return [Figure(to_svg(page, samples.classes, canvas)) for page in each(samples)]
 
     def describe(self, entry: Mapping[str, Any]) -> str:
         """Return the task, and the number of given elements."""

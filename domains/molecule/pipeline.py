@@ -31,9 +31,10 @@ from domains.molecule.networks.coupling import CoupledPointClouds
 from domains.molecule.networks.edm import ARGS, EDM, load_edm
 from domains.molecule.networks.preconditioning import Preconditioning
 from domains.molecule.probes import probe_molecules
-from domains.molecule.render import draw, save_molecule
+from domains.molecule.render import draw, figures_of, save_molecule
 from domains.molecule.samples import EMPTY, Molecules
 from lit_rlft.core.checks import UsageError, at_least
+from lit_rlft.core.figure import Figure
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline, column
 from lit_rlft.core.process import GaussianProcess, MaskedProcess, Process, ProductProcess
 from lit_rlft.core.schedule import PolynomialVP, RectifiedFlow
@@ -213,6 +214,10 @@ class MoleculePipeline(Pipeline):
 
     def render(self, samples: Any, condition: Condition) -> Tensor:
         return draw(samples)
+
+    def figures(self, samples: Any, condition: Condition) -> list[Figure]:
+        """Return each molecule's depiction as SVG, and its atoms and bonds in space."""
+        return figures_of(samples)
 
     def probes(self) -> tuple[Molecules, Condition] | None:
         molecules = probe_molecules(

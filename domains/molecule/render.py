@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,12 +14,15 @@ from torch import Tensor
 
 from domains.molecule.chemistry.batch import Chemistry, chemistry_of
 from domains.molecule.samples import Molecules
+from lit_rlft.core.figure import Body, Figure
 
-__all__ = ["draw", "save_molecule", "to_image"]
+__all__ = ["draw", "figures_of", "save_molecule", "to_image"]
 
 _PANEL = 160  # pixels of a side in panels
 _PICTURE = 400  # pixels of a side in files
 _REFUSED = (1.0, 0.93, 0.93)  # background of molecules that are not valid
+_COLORS = {"H": "#e8e8e8", "C": "#505050", "N": "#3050f8", "O": "#e02020", "F": "#60b030"}
+_BALL = 0.45  # of the covalent radius
 
 
 def draw(molecules: Molecules, size: int = _PANEL) -> Tensor:
@@ -38,17 +42,18 @@ def to_image(chemistry: Chemistry, row: int, size: int = _PICTURE) -> Image.Imag
         row: The molecule's place in it.
         size: Pixels of a side.
     """
-    mol = chemistry.mols[row]
-    shown = Chem.Mol(mol) if mol is not None else _unchecked(chemistry, row)
-    rdDepictor.Compute2DCoords(shown)
     canvas = rdMolDraw2D.MolDraw2DCairo(size, size)
-    options = canvas.drawOptions()
-    options.prepareMolsBeforeDrawing = mol is not None  # type: ignore[assignment]
-    if mol is None:
-        options.setBackgroundColour(_REFUSED)
-    canvas.DrawMolecule(shown, legend=_legend(chemistry, row))
-    canvas.FinishDrawing()
+    _draw_on(canvas, chemistry, row)
     return Image.open(io.BytesIO(canvas.GetDrawingText())).convert("RGB")
+
+
+def figures_of(molecules: Molecules, size: int = _PANEL) -> list[Figure]:
+    """Return each molecule's depiction as SVG, and its atoms and bonds in space."""
+    chemistry = chemistry_of(molecules)
+    return [
+        Figure(_to_svg(chemistry, row, size), _body(chemistry, row))
+        for row in range(len(chemistry))
+    ]
 
 
 def save_molecule(molecules: Molecules, path: Path) -> Path:
@@ -70,6 +75,43 @@ def save_molecule(molecules: Molecules, path: Path) -> Path:
     path.with_name(f"{path.name}.smi").write_text(line, encoding="utf-8")
     to_image(chemistry, 0).save(path.with_name(f"{path.name}.png"))
     return written
+
+
+def _to_svg(chemistry: Chemistry, row: int, size: int) -> str:
+    canvas = rdMolDraw2D.MolDraw2DSVG(size, size)
+    _draw_on(canvas, chemistry, row)
+    return canvas.GetDrawingText()
+
+
+def _draw_on(canvas: Any, chemistry: Chemistry, row: int) -> None:
+    """Draw a depiction on one of RDKit's canvases."""
+    mol = chemistry.mols[row]
+    shown = Chem.Mol(mol) if mol is not None else _unchecked(chemistry, row)
+    rdDepictor.Compute2DCoords(shown)
+    options = canvas.drawOptions()
+    options.prepareMolsBeforeDrawing = mol is not None
+    if mol is None:
+        options.setBackgroundColour(_REFUSED)
+    canvas.DrawMolecule(shown, legend=_legend(chemistry, row))
+    canvas.FinishDrawing()
+
+
+def _body(chemistry: Chemistry, row: int) -> Body | None:
+    """Return a molecule's atoms and bonds; None where positions are no numbers."""
+    kept = chemistry.molecules.valid[row]
+    points = chemistry.molecules.positions[row][kept]
+    if not len(points) or not points.isfinite().all():
+        return None
+    names = [chemistry.molecules.elements[i] for i in chemistry.molecules.types[row][kept]]
+    bonds = chemistry.orders[row][kept][:, kept].triu(diagonal=1).nonzero().tolist()
+    table = Chem.GetPeriodicTable()
+    return Body(
+        [[round(x, 3) for x in point] for point in points.tolist()],
+        names,
+        [_COLORS[name] for name in names],
+        [round(_BALL * table.GetRcovalent(name), 3) for name in names],
+        [(first, second) for first, second in bonds],
+    )
 
 
 def _unchecked(chemistry: Chemistry, row: int) -> Chem.Mol:

@@ -25,12 +25,12 @@ class CostMeter(Hooks):
 
     Counts and seconds are those of this process. Operations are those of forward passes; the time
     that counting them takes is not part of a phase's seconds. The counts are part of the
-    checkpoint, so that a test reports what training spent. The operations so far go to TensorBoard
-    under `cost/flops`, and under `time/` each round's seconds by phase, the milliseconds of each
-    phase per sample drawn (`collect_ms_per_sample`), `samples_per_second`,
-    `denoiser_rows_per_second` and, on cards whose peak is known, `mfu`: the operations of forward
-    and backward passes over what the card could do in that time in bfloat16, dense, by its maker's
-    data sheet.
+    checkpoint, so that a test reports what training spent. The operations and seconds so far go to
+    the log under `cost/flops` and `time/elapsed`, and under `time/` each round's seconds by phase,
+    the milliseconds of each phase per sample drawn (`collect_ms_per_sample`),
+    `samples_per_second`, `denoiser_rows_per_second` and, on cards whose peak is known, `mfu`: the
+    operations of forward and backward passes over what the card could do in that time in bfloat16,
+    dense, by its maker's data sheet.
     """
 
     def __init__(self) -> None:
@@ -86,6 +86,7 @@ class CostMeter(Hooks):
         for name, value in throughput(cost, trainer.world_size, peak).items():
             pl_module.log(f"time/{name}", value)
         pl_module.log("cost/flops", float(pl_module.meter.total("flops")))
+        pl_module.log("time/elapsed", pl_module.meter.training.seconds)
 
     def report(self) -> dict[str, Any]:
         """Return the counts and, per sample of each arm in the test, calls, operations, time."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.callbacks.facts import say
+from lit_rlft.callbacks.logged import log_settings
+from lit_rlft.callbacks.report_files import OF_A_TEST
 from lit_rlft.callbacks.result_table import result_table
 from lit_rlft.callbacks.training_metrics import training_values
 from lit_rlft.core.checks import at_least
@@ -26,16 +29,26 @@ from lit_rlft.loop.experience import Draw
 from lit_rlft.runs.before_after import comparison, png
 from lit_rlft.runs.files import write_whole, writing
 from lit_rlft.runs.folder import run_folder, summary_writer, writes_nothing
+from lit_rlft.runs.plain import flat
 from lit_rlft.runs.readme import add_results
 from lit_rlft.runs.results import Measured, keep_others, measured
 
 Summary = dict[str, dict[str, dict[str, float]]]
 
+_GROUPS = ("model", "reward", "pipeline", "data")
+_OF_TRAINER = ("max_epochs", "max_steps", "limit_train_batches", "precision")
+_TESTED = {"tuned": "test", "reference": "test_reference", "gain": "test_gain"}
+"""Names of the log by arm."""
+
 __all__ = ["RunFiles", "SaveConfig"]
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes the whole config into the run's folder and, as text, to TensorBoard."""
+    """Writes the whole config into the run's folder, and its settings to the loggers.
+
+    TensorBoard has them as text too. Its page HParams, like the hyperparameters of other loggers,
+    has all plain settings of the model, the reward, the pipeline and the data.
+    """
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write `config.yaml` for a fit, `config_<stage>.yaml` otherwise."""
@@ -46,6 +59,7 @@ class SaveConfig(SaveConfigCallback):
         folder.mkdir(parents=True, exist_ok=True)
         with writing(folder / name):
             write_whole(folder / name, text)
+        log_settings(pl_module, _settings(yaml.safe_load(text)))
         writer = summary_writer(pl_module)
         if writer is not None:
             writer.add_text(f"config/{stage}", f"```yaml\n{text}\n```")
@@ -87,8 +101,9 @@ class RunFiles(Callback):
         summary = evaluator.summary(errors=True)
         labels = evaluator.measurements.tuned.labels.values()
         num_samples = sum(gather(sum(map(len, labels)), trainer.world_size))
-        for name, values in summary["tuned"].items():
-            pl_module.log(f"test/{name}", values["mean"], sync_dist=True)
+        for arm, prefix in _TESTED.items():
+            for name, values in summary[arm].items():
+                pl_module.log(f"{prefix}/{name}", values["mean"], sync_dist=True)
         meter = pl_module.meter
         cost = meter.report(gather(meter.counts(), trainer.world_size))
         if not trainer.is_global_zero:
@@ -104,6 +119,7 @@ class RunFiles(Callback):
             "algorithm": pl_module.algorithm,
             "domain": pl_module.pipeline.name,
             "num_samples": num_samples,
+            "reward": reward.name,
             "seed": pl_module.seed,
             "checkpoint": newer,
             **{arm: _without_nan(metrics) for arm, metrics in summary.items()},
@@ -113,7 +129,7 @@ class RunFiles(Callback):
         path, shown = folder / "metrics.json", folder / "comparison.png"
         picture = self._picture(pl_module, summary, num_samples)
         with writing(path):
-            kept = keep_others(path, [shown], newer)
+            kept = keep_others(path, [shown, *(folder / name for name in OF_A_TEST)], newer)
             write_whole(path, json.dumps(report, indent=2) + "\n")
             add_results(folder / "tuned", report, pl_module.num_updates)
         with writing(shown):
@@ -224,6 +240,14 @@ class RunFiles(Callback):
             say("fast_dev_run: nothing was written")
             return
         say(f"samples: {folder / 'samples'}\nsamples.jsonl: {folder / 'samples.jsonl'}")
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
+    """Return the plain settings that runs are told apart by."""
+    groups = {name: config.get(name) for name in _GROUPS}
+    trainer = {name: config.get("trainer", {}).get(name) for name in _OF_TRAINER}
+    every = flat({**groups, "trainer": trainer, "seed_everything": config.get("seed_everything")})
+    return {key: value for key, value in every.items() if value is not None}
 
 
 def _measured(trainer: Trainer, module: RewardFineTuner) -> Measured:

@@ -9,19 +9,22 @@ from typing import Any, ClassVar
 import jsonargparse
 import lightning
 from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-defined]
-from lightning import LightningDataModule, Trainer
+from lightning import Callback, LightningDataModule, Trainer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lit_rlft.algorithms.base import RewardFineTuner
+from lit_rlft.callbacks.charts import Charts
 from lit_rlft.callbacks.cost_meter import CostMeter
 from lit_rlft.callbacks.exploitation_watch import ExploitationWatch
 from lit_rlft.callbacks.facts import Facts
 from lit_rlft.callbacks.last_checkpoint import LastCheckpoint
 from lit_rlft.callbacks.left_out import LeftOut
+from lit_rlft.callbacks.logged import check_loggers
 from lit_rlft.callbacks.monitored import Monitored
 from lit_rlft.callbacks.progress import progress
+from lit_rlft.callbacks.report_files import ReportFiles
 from lit_rlft.callbacks.run_files import RunFiles, SaveConfig
 from lit_rlft.callbacks.sample_panel import SamplePanel
 from lit_rlft.callbacks.self_check import SelfCheck
@@ -41,6 +44,7 @@ from lit_rlft.runs.checkpoint_file import WholeCheckpoints
 from lit_rlft.runs.events import quiet_event_writer
 from lit_rlft.runs.files import disk_trouble
 from lit_rlft.runs.folder import give_folder, make_folder, trainer_settings
+from lit_rlft.runs.warned import Heard, hearing_warnings
 
 __all__ = ["Command", "run"]
 
@@ -59,7 +63,7 @@ The options below are those that every run has."""
 
 _CALLBACKS = (
     *("checkpoint", "run_files", "sample_panel", "self_check", "exploitation", "cost_meter"),
-    "tf32",
+    *("tf32", "report"),
 )
 """Groups of the callbacks that every run has."""
 
@@ -113,6 +117,7 @@ class Command(LightningCLI):
         parser.add_lightning_class_args(ExploitationWatch, "exploitation")
         parser.add_lightning_class_args(CostMeter, "cost_meter")
         parser.add_lightning_class_args(TF32, "tf32")
+        parser.add_lightning_class_args(ReportFiles, "report")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         # The base class warns wherever arguments are given, which here they always are.
@@ -124,6 +129,7 @@ class Command(LightningCLI):
         check_domains(own.as_dict())
         given = own.trainer.strategy
         check_strategy(given if isinstance(given, str) else given.class_path)
+        check_loggers(own.trainer.logger)
         own.ckpt_path = choose(own, self.config.subcommand)
 
     def _parse_ckpt_path(self) -> None:
@@ -133,6 +139,8 @@ class Command(LightningCLI):
         config = self.config[str(self.subcommand)]
         self.folder = make_folder(config, str(self.subcommand), Command.lock)
         Command.written = self.folder
+        if Heard.latest is not None and not config.trainer["fast_dev_run"]:
+            Heard.latest.keep_in(self.folder, str(self.subcommand))
         if self.subcommand == "predict":
             config.return_predictions = False  # they are written as they come
         elif self.subcommand in ("validate", "test"):
@@ -153,7 +161,7 @@ class Command(LightningCLI):
         own = own if isinstance(own, list) else [own]
         shown, bars = progress(own, given["enable_progress_bar"])
         settings = trainer_settings(given, self.folder) | {
-            "callbacks": [*own, *shown, Facts(), LeftOut(), Monitored(), TrainingMetrics()],
+            "callbacks": [*own, *shown, *_always()],
             "enable_progress_bar": bars,
         }
         trainer = super().instantiate_trainer(**settings, **kwargs)
@@ -173,6 +181,11 @@ class Command(LightningCLI):
         return settings | {"ckpt_path": None if path == NONE else path}
 
 
+def _always() -> list[Callback]:
+    """Return the callbacks of every run that have no settings."""
+    return [Facts(), LeftOut(), Monitored(), TrainingMetrics(), Charts()]
+
+
 def run(words: Sequence[str], kind: type[Command] = Command) -> None:
     """Run a command whose configs are files and whose classes have their full paths.
 
@@ -186,7 +199,12 @@ def run(words: Sequence[str], kind: type[Command] = Command) -> None:
     Command.parsed, Command.command = None, words[0] if words and words[0] in _ABOUT else ""
     jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     try:
-        with ExitStack() as Command.lock, quiet_event_writer(), ended_by_signals():
+        with (
+            ExitStack() as Command.lock,
+            quiet_event_writer(),
+            hearing_warnings(),
+            ended_by_signals(),
+        ):
             _run(list(words), kind)
     except Exception as error:
         reason = disk_trouble(error, Command.written, "then run the same command again")

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from lit_rlft import __version__
-from lit_rlft.cli import listing
+from lit_rlft.cli import listing, reports
 from lit_rlft.cli.collector import without_collection
 from lit_rlft.cli.names import with_class_paths
 from lit_rlft.cli.paths import with_config_files
@@ -16,7 +16,9 @@ from lit_rlft.core.checks import UsageError
 __all__ = ["HELP", "main"]
 
 _RUNS = ("fit", "validate", "test", "predict")
-_COMMANDS = (*_RUNS, "plan", "profile", "list")
+_READERS = {"list": listing.run, "report": reports.report, "compare": reports.compare}
+"""Commands that read what there is, and need no model."""
+_COMMANDS = (*_RUNS, "plan", "profile", *_READERS)
 HELP = """\
 lit-rlft fine-tunes pretrained diffusion and flow models with rewards.
 
@@ -24,15 +26,19 @@ lit-rlft fine-tunes pretrained diffusion and flow models with rewards.
   lit-rlft validate|test|predict  the same; takes the run's last checkpoint, or --ckpt_path FILE
   lit-rlft plan     the same as fit, and [--memory 24GB] [--flops 165e12] [--share 0.3]
   lit-rlft profile  the same as fit, and [--conditions 32] [--candidates 8] [--completions 4]
+  lit-rlft report   RUN [RUN ...] [--output FILE]
+  lit-rlft compare  RUN RUN [RUN ...] [--metric NAME] [--csv FILE] [--markdown FILE]
   lit-rlft list     [algorithms|domains|rewards|metrics|selections|configs] [--domain NAME]
 
 Commands
   fit       tune a model; writes checkpoints, the tuned model and a TensorBoard log to runs/NAME
   validate  measure the tuned model beside the pretrained one on the validation data
-  test      the same on the test data; writes metrics.json and a picture, before and after
+  test      the same on the test data; writes metrics.json, a picture and report.html
   predict   draw samples from the tuned model and write them, with their rewards
   plan      what a fit would take: memory by part, calls, hours; loads no weights
   profile   when the reward is decided between noise and data; suggests P-GRAFT's cut
+  report    one HTML file that shows runs: gains, curves, samples before and after
+  compare   tested runs side by side, with paired tests; says why where they cannot be compared
   list      what there is to choose from, in one line each
 
 Examples
@@ -85,8 +91,8 @@ def _answer(words: list[str]) -> None:
 
 
 def _command(words: list[str]) -> None:
-    if words[0] == "list":
-        listing.run(words[1:])
+    if words[0] in _READERS:
+        _READERS[words[0]](words[1:])
         return
     if words[0].startswith("-"):
         known = ", ".join(_COMMANDS)

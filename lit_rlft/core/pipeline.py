@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lit_rlft.core.batch_size import BatchSize
 from lit_rlft.core.checks import UsageError
+from lit_rlft.core.figure import Figure
 from lit_rlft.core.process import Process
 from lit_rlft.core.state import State
 
@@ -151,6 +152,13 @@ class Pipeline(nn.Module, ABC):
     @abstractmethod
     def render(self, samples: Any, condition: Condition) -> Tensor:
         """Return pictures of samples, [B, 3, H, W] in [0, 1]."""
+
+    def figures(self, samples: Any, condition: Condition) -> list[Figure] | None:
+        """Return a drawing of each sample for reports, or None where its picture is what it is.
+
+        The default returns None.
+        """
+        return None
 
     def forward(self, x_t: State, t: Tensor, condition: Condition) -> State:
         """Return the prediction that is sampled from: `predict`, or a guided version of it."""

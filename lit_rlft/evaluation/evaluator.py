@@ -1,7 +1,7 @@
 """Evaluation: the tuned model, its reference and baselines under the same conditions and noise."""
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lit_rlft.core.answers import unchanged
 from lit_rlft.core.divergence import path_kl
+from lit_rlft.core.figure import Figure
 from lit_rlft.core.pipeline import Batch, Condition
 from lit_rlft.core.randomness import seed_from
 from lit_rlft.core.reward import Metric, SetMetric, all_failed, check_rewards, values_of
@@ -25,10 +26,25 @@ from lit_rlft.loop.rollouts import Rollouts
 from lit_rlft.loop.route import Route
 from lit_rlft.loop.side.rewards import begin, side_rewards
 
-__all__ = ["Evaluator"]
+__all__ = ["Evaluator", "unseen"]
 
 Phase = Callable[[str, int], AbstractContextManager[Any]]
 """Makes a context that tells what the time within it is spent on, and for how many samples."""
+
+
+Seen = Callable[[Arm, int, Tensor, Any, Condition, Mapping[str, Tensor]], None]
+"""Takes a model's samples of a batch: their number, rows of the data, conditions and values."""
+
+
+def unseen(
+    arm: Arm,
+    batch: int,
+    rows: Tensor,
+    samples: Any,
+    condition: Condition,
+    values: Mapping[str, Tensor],
+) -> None:
+    """Take measured samples and do nothing."""
 
 
 class _Drawn(NamedTuple):
@@ -54,7 +70,9 @@ class Evaluator:
         latest: The `summary` that `means` was last made of.
         world_size: Processes that share it; one that fails tells the others.
         num_pictures: Samples to render; callbacks that show them raise it.
+        keeps_figures: Whether drawings of these samples are kept too.
         shown: Whether this process renders any.
+        seen: Hears of all samples that were measured; callbacks set it.
         phase: Reports what the time is spent on.
     """
 
@@ -63,6 +81,8 @@ class Evaluator:
         self.pipeline, self.reward = rollouts.pipeline, rollouts.reward
         self._measurements, self.num_pictures, self.world_size = Measurements(), 0, 1
         self.shown, self._scored, self._said = True, False, False
+        self.keeps_figures = False
+        self.seen: Seen = unseen
         self._best: Arm | None = None
         self._waiting: deque[_Drawn] = deque()
         self.latest: dict[Arm, dict[str, Moments]] = {}
@@ -198,10 +218,12 @@ class Evaluator:
         values = values_of(self.reward, samples, condition)
         self._check_scored(values.get(self.reward.name), len(condition))
         values |= values_of(self.metrics, samples, condition) | known
-        pictures = self._pictures(arm, samples, condition)
+        pictures, figures = self._pictures(arm, samples, condition)
         labels = [self.pipeline.describe(entry) for entry in condition.each()]
         features = [_features(metric, samples, condition) for metric in self.set_metrics]
-        self._measurements.add(arm, batch_idx, values, pictures, labels, features, rows)
+        measured = (values, pictures, labels, features, rows, figures)
+        self._measurements.add(arm, batch_idx, *measured)
+        self.seen(arm, batch_idx, rows, samples, condition, values)
 
     def _check_scored(self, rewards: Any, num_samples: int) -> None:
         """Check rewards; say once that some are missing, and stop where there never were any."""
@@ -216,17 +238,19 @@ class Evaluator:
                 "an evaluation, which are left out of its means; further failures are not said"
             )
 
-    def _pictures(self, arm: Arm, samples: Any, condition: Condition) -> Tensor | None:
+    def _pictures(
+        self, arm: Arm, samples: Any, condition: Condition
+    ) -> tuple[Tensor | None, list[Figure] | None]:
         """Render only what is still to be shown: some domains render more slowly than sample."""
         if arm not in ("tuned", "reference") or not self.shown:
-            return None
+            return None, None
         missing = self.num_pictures - self._measurements.arms[arm].num_pictures
         rows = torch.arange(max(0, min(missing, len(condition))))
         if not len(rows):
-            return None
-        return self.pipeline.render(
-            self.pipeline.index_samples(samples, rows), condition.index(rows)
-        )
+            return None, None
+        chosen = self.pipeline.index_samples(samples, rows), condition.index(rows)
+        figures = self.pipeline.figures(*chosen) if self.keeps_figures else None
+        return self.pipeline.render(*chosen), figures
 
     def _divergence(
         self, x_0: State, condition: Condition, seeds: Sequence[int], route: Route, other: Route

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lit_rlft.core.figure import Figure
 from lit_rlft.core.reward import SetMetric
 from lit_rlft.distributed import gather
 from lit_rlft.evaluation.jackknife import Features, Moments, compared
@@ -31,6 +32,7 @@ class Measured:
         values: Per metric and batch, values [B].
         features: Per metric of whole sets, name and batch, features [B, ...].
         pictures: Per batch, its first rendered samples [b, 3, H, W], where any are to be shown.
+        figures: Per batch, drawings of these, where the domain has any and they are asked for.
         labels: Per batch, what each sample was conditioned on.
         rows: Per batch, the row of the data that each sample belongs to, int64 [B].
     """
@@ -40,6 +42,7 @@ class Measured:
         default_factory=lambda: defaultdict(lambda: defaultdict(dict))
     )
     pictures: dict[int, Tensor] = field(default_factory=dict)
+    figures: dict[int, list[Figure]] = field(default_factory=dict)
     labels: dict[int, list[str]] = field(default_factory=dict)
     rows: _Batches = field(default_factory=dict)
 
@@ -90,6 +93,7 @@ class Measurements:
         labels: list[str],
         features: Sequence[Mapping[str, Tensor]] = (),
         rows: Tensor | None = None,
+        figures: list[Figure] | None = None,
     ) -> None:
         """Add the measurements of one batch, its pictures as bytes.
 
@@ -101,6 +105,7 @@ class Measurements:
             labels: What each sample was conditioned on.
             features: Features of each metric of whole sets.
             rows: The row of the data that each sample belongs to, [B]; None where all are in order.
+            figures: Drawings of the pictures' samples, or None.
         """
         measured = self.arms.setdefault(arm, Measured())
         for name, value in values.items():
@@ -110,6 +115,8 @@ class Measurements:
                 measured.features[i][name][batch] = value.detach().cpu()
         if pictures is not None:
             measured.pictures[batch] = (pictures.detach().clamp(0, 1) * 255).round().byte().cpu()
+        if figures is not None:
+            measured.figures[batch] = figures
         measured.labels[batch] = labels
         measured.rows[batch] = torch.zeros(len(labels)).long() if rows is None else rows.cpu()
 

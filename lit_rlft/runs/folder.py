@@ -29,7 +29,7 @@ _OWN_SETTINGS = {
 _FOLDER, _SCRATCH = "_lit_rlft_run_folder", "_lit_rlft_scratch"
 """Attributes of a trainer: the folder it was given, and that of a fast_dev_run."""
 
-_WRITTEN = ("panels", "samples", "tuned")
+_WRITTEN = ("panels", "samples", "tuned", "report")
 """Folders in a run's own, beside that of the checkpoints."""
 
 __all__ = [

@@ -6,7 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["checkpoint_of", "keep_others", "measured"]
+__all__ = ["SAMPLES", "checkpoint_of", "keep_others", "measured"]
+
+SAMPLES = "test_samples.csv"
+"""File of what a test measured of each sample."""
 
 Measured = Mapping[str, Any] | str | None
 """A checkpoint's file and counters, None for the untuned model; text where nothing is known."""

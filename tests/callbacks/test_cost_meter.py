@@ -287,6 +287,7 @@ def test_the_log_of_a_round_by_a_clock_on_which_a_row_takes_a_second(
     monkeypatch.setattr(tuner, "log", lambda name, value, **_: logged.setdefault(name, value))
     run(tuner, tmp_path)
     found = {name: logged[name] for name in sorted(logged) if name.startswith("time/")}
+    assert found.pop("time/elapsed") > 0  # by the real clock
     # 4 conditions x 3 candidates x 5 steps without gradient, and 4 accepted samples with one.
     adapter, mixture = 2 * (6 + 64 + 64 + 64 + 64 + 2), 5 * (1 + 2 + 1)
     numbers = (6 + 1) * 64 + (64 + 1) * 64 + (64 + 1) * 2 + mixture + adapter

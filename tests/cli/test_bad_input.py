@@ -190,7 +190,7 @@ def test_a_folder_that_cannot_be_written(root: str) -> None:
     assert f"the run folder {root}/run cannot be written; choose another --root" in message
 
 
-@pytest.mark.parametrize("name", ["checkpoints", "panels", "samples", "tuned"])
+@pytest.mark.parametrize("name", ["checkpoints", "panels", "report", "samples", "tuned"])
 def test_a_file_in_the_place_of_a_folder(name: str) -> None:
     path = Path("runs/run") / name
     path.parent.mkdir(parents=True)

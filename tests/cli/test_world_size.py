@@ -21,6 +21,7 @@ from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.cli import main
 from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.hooks import Hooks
+from lit_rlft.report.run import read_run
 from tests.support import (
     ROOT,
     SCRIPT,
@@ -200,6 +201,18 @@ def test_two_and_three_processes_train_and_test_like_one(algorithm: str) -> None
         main(words("test", algorithm, world_size, last))
     one, three = (without_times(report(f"runs/{name}")) for name in (1, 3))
     assert_reports_alike(three, one)
+    tables = [kept_samples(f"runs/{name}") for name in (1, 3)]
+    assert_reports_alike(tables[1], tables[0])
+
+
+def kept_samples(folder: str) -> list[Any]:
+    """Return what a test writes of each sample, and the samples that it keeps."""
+    run = read_run(Path(folder))
+    keys, columns = run.table()
+    kept = [
+        [one["kind"], one["row"], one["sample"], one["tuned"]["values"]] for one in run.extremes
+    ]
+    return [keys, kept, columns]
 
 
 def without_times(report: dict[str, Any]) -> dict[str, Any]:
@@ -212,8 +225,12 @@ def assert_reports_alike(found: Any, expected: Any) -> None:
         assert found.keys() == expected.keys()
         for name in expected:
             assert_reports_alike(found[name], expected[name])
+    elif isinstance(expected, list | tuple):
+        assert len(found) == len(expected)
+        for own, other in zip(found, expected, strict=True):
+            assert_reports_alike(own, other)
     elif isinstance(expected, float):
-        assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-5, nan_ok=True)
     else:
         assert found == expected
 

@@ -5,11 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from domains.layout.page.classes import color_of
+from domains.layout.pipeline import LayoutPipeline
 from domains.layout.render import draw, save_layout, to_image, to_record, to_svg
 from domains.layout.sources.packed import Element
+from lit_rlft.core.pipeline import Condition
 from tests.domains.layout.page.test_measures import NAMES, layout
 
 CANVAS = (612, 792)
@@ -77,3 +80,15 @@ def test_svg_and_json_hold_every_box(tmp_path: Path) -> None:
     assert path.name == "page.v1.json"
     with Image.open(tmp_path / "page.v1.png") as picture:
         assert picture.size == CANVAS
+
+
+def test_reports_show_layouts_as_svg() -> None:
+    pages = layout(
+        (NAMES.index("text"), 0.1, 0.1, 0.9, 0.3), (NAMES.index("figure"), 0.2, 0.5, 0.7, 0.8)
+    )
+    pipeline = LayoutPipeline(pretrained="grammar")
+    (figure,) = pipeline.figures(pages, Condition([], {}, torch.zeros(1).long()))
+    root = ET.fromstring(figure.svg)
+    boxes = [part for part in root if part.get("fill-opacity")]
+    assert len(boxes) == 2 and root.get("viewBox") == "0 0 {} {}".format(*CANVAS)
+    assert figure.body is None

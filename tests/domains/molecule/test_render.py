@@ -1,5 +1,6 @@
 """Pictures of molecules, and the files that predict writes."""
 
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from rdkit import Chem
 
 from domains.molecule.chemistry.batch import Chemistry
 from domains.molecule.chemistry.elements import EXPLICIT
-from domains.molecule.render import draw, save_molecule
+from domains.molecule.render import draw, figures_of, save_molecule
 from domains.molecule.samples import EMPTY, Molecules
 from domains.molecule.sources.formats import read_sdf
 from domains.molecule.sources.packed import Structure
@@ -62,3 +63,19 @@ def test_molecules_that_are_not_valid_are_saved_too(tmp_path: Path) -> None:
     heavy = save_molecule(from_smiles("CCO", heavy=True), tmp_path / "c")
     (mol,) = Chem.SDMolSupplier(str(heavy))
     assert Chem.MolToSmiles(mol) == "CCO"
+
+
+def test_reports_show_molecules_as_svg_and_in_space() -> None:
+    nowhere = Molecules.of(torch.full((1, 2, 3), torch.nan), torch.ones(1, 2).long(), EXPLICIT)
+    symbols, places = geometry("CCO")
+    good, bad = figures_of(from_atoms([(symbols, places), overfull()]))
+    assert all(ET.fromstring(figure.svg).tag.endswith("svg") for figure in (good, bad))
+    body = good.body
+    assert body is not None and body.names == list(symbols)
+    np.testing.assert_allclose(body.points, places, atol=1e-3)
+    # Ethanol: 2 bonds between heavy atoms and 6 to hydrogens, each once.
+    pairs = [{body.names[a], body.names[b]} for a, b in body.sticks]
+    assert len(pairs) == 8 and pairs.count({"C", "H"}) == 5 and {"O", "H"} in pairs
+    assert body.radii[symbols.index("H")] < body.radii[symbols.index("C")]
+    (lost,) = figures_of(nowhere)
+    assert lost.body is None and lost.svg
