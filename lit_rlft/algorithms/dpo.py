@@ -35,6 +35,8 @@ from lit_rlft.core.streams import Stream
 from lit_rlft.distributed import mean_of_all
 from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.pairs import PairStates
+from lit_rlft.loop.relay import Relay
+from lit_rlft.loop.route import Route
 from lit_rlft.loop.scoring import Scoring
 
 __all__ = ["DiffusionDPO", "best_and_worst", "preference_loss"]
@@ -59,6 +61,9 @@ class DiffusionDPO(RewardFineTuner):
             often the policy prefers as the pairs that are held out, are measured in validations.
         guided_loss: Train the prediction that is sampled from, guidance included; False trains the
             conditional prediction alone, as the paper does.
+        start: Share of the sampler's steps that the reference runs first, in [0, 1). The levels
+            above are not trained.
+        cut: Share of the steps that it runs last, in [0, 1), likewise.
         **base: Arguments of `RewardFineTuner`.
     """
 
@@ -70,14 +75,18 @@ class DiffusionDPO(RewardFineTuner):
         iterative: bool = True,
         offline: bool = False,
         guided_loss: bool = True,
+        start: float = 0.0,
+        cut: float = 0.0,
         **base: Any,
     ) -> None:
         super().__init__(*args, **base)
+        self.start, self.cut, self.relay = start, cut, Relay(start, cut)
         self.num_candidates, self.beta = num_candidates, beta
         self.iterative, self.offline, self.guided_loss = iterative, offline, guided_loss
 
     def check(self) -> None:
         at_least(2, self, "num_candidates")
+        self.relay.check(self, self.sampler.num_steps)
         positive(self, "beta")
         if self.offline:
             self.pipeline.check_states()
@@ -86,6 +95,9 @@ class DiffusionDPO(RewardFineTuner):
         """Make room for the states of pairs, by split."""
         states = partial(PairStates, self.pipeline, self.seed)
         self._pairs = {"train": states(), "val": states()}
+
+    def route(self) -> Route:
+        return self.relay.of(super().route(), self.reference)
 
     def collect(self, batch: Batch, condition: Condition) -> Experience:
         """Draw M candidates per condition; keep the best and the worst, where they differ.
@@ -160,7 +172,7 @@ class DiffusionDPO(RewardFineTuner):
         preferred, rejected = (experience.states[name] for name in ("preferred", "rejected"))
         num = len(experience)
         uniform = rand_like(torch.empty(num, device=leaves(preferred)[0].device), noise)
-        t = self.pipeline.process.draw_times(uniform)
+        t = self.relay.draw_times(self.pipeline.process, self.sampler.num_steps, uniform)
         s = torch.zeros_like(t)
         noises = paired(noise, num)
         noised = [

@@ -38,6 +38,8 @@ from lit_rlft.distributed import gather, mean_of_all
 from lit_rlft.loop.checkpoint import Kept
 from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.old_policy import OldPolicy
+from lit_rlft.loop.relay import Relay
+from lit_rlft.loop.route import Route
 from lit_rlft.loop.scoring import Scoring
 from lit_rlft.loop.strategy import FSDP2Strategy
 
@@ -67,6 +69,9 @@ class DiffusionNFT(RewardFineTuner):
             policy that is trained.
         weighting: Of the levels t: the model's "native" loss, or the published "self_normalized"
             one, the squared error of x_0 divided by its mean absolute error; for Gaussian states.
+        start: Share of the sampler's steps that the reference runs first, in [0, 1). The levels
+            above are not trained.
+        cut: Share of the steps that it runs last, in [0, 1), likewise.
         **base: Arguments of `RewardFineTuner`.
     """
 
@@ -79,9 +84,12 @@ class DiffusionNFT(RewardFineTuner):
         max_decay: float = 0.5,
         decay_rate: float = 0.001,
         weighting: Weighting = "native",
+        start: float = 0.0,
+        cut: float = 0.0,
         **base: Any,
     ) -> None:
         super().__init__(*args, **base)
+        self.start, self.cut, self.relay = start, cut, Relay(start, cut)
         self.num_candidates = num_candidates
         self.beta, self.reward_clip = beta, reward_clip
         self.max_decay, self.decay_rate = max_decay, decay_rate
@@ -90,6 +98,7 @@ class DiffusionNFT(RewardFineTuner):
 
     def check(self) -> None:
         at_least(2, self, "num_candidates")
+        self.relay.check(self, self.sampler.num_steps)
         if isinstance(getattr(self._trainer, "strategy", None), FSDP2Strategy):
             raise UsageError(
                 "trainer.strategy fsdp2 does not split the second policy of DiffusionNFT; use ddp"
@@ -109,6 +118,9 @@ class DiffusionNFT(RewardFineTuner):
 
     def statistics(self) -> Mapping[str, Kept]:
         return {"old_policy": self.old_policy}
+
+    def route(self) -> Route:
+        return self.relay.of(super().route(), self.reference)
 
     def collect(self, batch: Batch, condition: Condition) -> Experience:
         """Draw M samples per condition from f_old; keep x_0 and how likely it counts as good.
@@ -162,7 +174,7 @@ class DiffusionNFT(RewardFineTuner):
         """Return the contrastive loss of the samples at random levels, [n]."""
         process, x_0 = self.pipeline.process, experience.states["x_0"]
         uniform = rand_like(torch.empty(len(experience), device=leaves(x_0)[0].device), noise)
-        t = process.draw_times(uniform)
+        t = self.relay.draw_times(process, self.sampler.num_steps, uniform)
         x_t = process.noised(x_0, torch.zeros_like(t), t, noise)
         with self.old_policy.active(self._trained()):
             old = self.pipeline(x_t, t, experience.condition)

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 
 from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.callbacks.facts import say
@@ -20,6 +21,7 @@ from lit_rlft.callbacks.result_table import result_table
 from lit_rlft.callbacks.training_metrics import training_values
 from lit_rlft.core.checks import at_least
 from lit_rlft.distributed import gather
+from lit_rlft.evaluation.dial import dial_csv, dial_rows
 from lit_rlft.evaluation.exploitation import Exploitation, exploitation, guards_of
 from lit_rlft.loop.checkpoint_file import COUNTERS
 from lit_rlft.loop.experience import Draw
@@ -32,6 +34,8 @@ from lit_rlft.runs.results import Measured, keep_others, measured
 Summary = dict[str, dict[str, dict[str, float]]]
 
 __all__ = ["RunFiles", "SaveConfig"]
+
+_DIAL, _ENDS = "dial.csv", ("reference", "tuned")
 
 
 class SaveConfig(SaveConfigCallback):
@@ -100,26 +104,31 @@ class RunFiles(Callback):
         reward = pl_module.reward
         found = exploitation(summary, reward.name, guards_of(reward, pl_module.metrics))
         training = training_values(pl_module.metrics)
+        rows = dial_rows(summary)
         report = {
             "algorithm": pl_module.algorithm,
             "domain": pl_module.pipeline.name,
             "num_samples": num_samples,
             "seed": pl_module.seed,
             "checkpoint": newer,
-            **{arm: _without_nan(metrics) for arm, metrics in summary.items()},
+            **{arm: _without_nan(own) for arm, own in summary.items() if "=" not in arm},
             "exploitation": _signs(found),
             "cost": cost,
         } | ({"training": training} if training else {})
+        if rows:
+            report["dial"] = [row | {"metrics": _without_nan(row["metrics"])} for row in rows]
         path, shown = folder / "metrics.json", folder / "comparison.png"
         picture = self._picture(pl_module, summary, num_samples)
         with writing(path):
-            kept = keep_others(path, [shown], newer)
+            kept = keep_others(path, [shown, folder / _DIAL], newer)
             write_whole(path, json.dumps(report, indent=2) + "\n")
+            _write_dial(folder, summary, rows, summary_writer(pl_module))
             add_results(folder / "tuned", report, pl_module.num_updates)
         with writing(shown):
             write_whole(shown, png(picture))
         title = f"{pl_module.algorithm} on {pl_module.pipeline.name}, {num_samples} samples each"
         paths = f"picture  {shown}\nmetrics  {path}"
+        paths += f"\ndial     {folder / _DIAL}" if rows else ""
         if writes_nothing(trainer):
             paths = "fast_dev_run: nothing was written"
         self._result = f"\n{title}\n\n{result_table(summary)}\n\n{paths}"
@@ -224,6 +233,22 @@ class RunFiles(Callback):
             say("fast_dev_run: nothing was written")
             return
         say(f"samples: {folder / 'samples'}\nsamples.jsonl: {folder / 'samples.jsonl'}")
+
+
+def _write_dial(
+    folder: Path,
+    summary: Summary,
+    rows: Sequence[Mapping[str, Any]],
+    writer: SummaryWriter | None,
+) -> None:
+    """Write the settings of a dial, if there are any, as a table and to TensorBoard, in percent."""
+    if not rows:
+        return
+    write_whole(folder / _DIAL, dial_csv(rows, {arm: summary[arm] for arm in _ENDS}))
+    for row in rows if writer is not None else ():
+        for name, moments in row["metrics"].items():
+            tag, percent = f"dial/{row['setting']}/{name}", round(100 * row["value"])
+            writer.add_scalar(tag, moments["mean"], percent)  # type: ignore[union-attr]
 
 
 def _measured(trainer: Trainer, module: RewardFineTuner) -> Measured:

@@ -291,7 +291,8 @@ class Pipeline(nn.Module, ABC):
 
         Args:
             files: Their names.
-            facts: `num_steps` of the sampler, and `tuned_steps`, those that the tuned model runs.
+            facts: `num_steps` of the sampler; `tuned_steps`, how many of them the tuned model runs,
+                and `skipped_steps`, those before.
         """
         return ""
 

@@ -19,4 +19,6 @@ def check_settings(owner: Any) -> None:
     at_least(1, owner, "sampling_batch_size", "num_eval_samples")
     positive(owner, "max_grad_norm")
     at_least(0, owner, "best_of", "seed")
+    if owner.dial is not None:
+        owner.dial.check(owner.sampler.num_steps, adapted=owner.lora is not None)
     require(owner.best_of != 1, owner, "best_of", "0 for none, or above 1")
