@@ -151,8 +151,8 @@ class RewardWeighted(Selection):
     r"""Accept every candidate, weighted by exp(r / beta) over its condition's mean of that.
 
     Reward-weighted regression (RWR). As M grows the weighted distribution becomes
-    :math:`p_{ref} \, e^{r / \beta} / Z`, the one that maximises the reward less beta times the KL to
-    the reference; with few candidates Z is estimated from few.
+    :math:`p_{ref} \, e^{r / \beta} / Z`: it maximises the reward less beta times the KL to the
+    reference. With few candidates Z is estimated from few.
 
     Args:
         beta: Temperature of the target, in units of the reward.

@@ -37,7 +37,8 @@ WEIGHTS = [ASSETS / "shapes/unet/diffusion_pytorch_model.safetensors", ASSETS / 
 CONTINUOUS = {"RewardGradient", "NoisePPO", "InverseNoiseCorrection"}
 # Of each family's algorithm these are other settings: test_runs.py and test_ddpo.py train and
 # test them on the Gaussian mixture; here they run only where slow tests are asked for.
-VARIANTS = {"align_prop", "ddpo_sf", "dpok", "draft", "draft_lv", "grpo", "refl"}
+VARIANTS = {"align_prop", "ddpo_sf", "dpok", "draft", "draft_lv", "grpo", "refl", "raft", "rwr"}
+VARIANTS |= {"dpo_offline"}
 # What runs by default. The other files of this folder run all other algorithms on the Gaussian
 # mixture, and test_pipeline.py of layouts and molecules runs them on their models.
 DEFAULT = {
@@ -141,6 +142,8 @@ def refusal(domain: Path, algorithm: Path) -> str | None:
         return r"ProductProcess.*use configs/algorithms/"
     if class_name(load(domain)["data"]) in CONDITIONS and kind in FROM_DATA:
         return r"the data have no 'types'.*pretrain\.yaml"
+    if algorithm.stem == "dpo_offline":
+        return "the data have no pairs; give --data PreferencePairs"
     return None
 
 
