@@ -105,7 +105,7 @@ class RunFiles(Callback):
         found = exploitation(summary, reward.name, guards_of(reward, pl_module.metrics))
         training = training_values(pl_module.metrics)
         rows = dial_rows(summary)
-        report = {
+        report: dict[str, Any] = {
             "algorithm": pl_module.algorithm,
             "domain": pl_module.pipeline.name,
             "num_samples": num_samples,

@@ -33,6 +33,8 @@ __all__ = ["Pair", "preference_line", "read_preferences"]
 
 _MAX_LISTED = 5
 """Bad lines in a message."""
+_MAX_SHOWN = 80
+"""Characters of a path in a message."""
 
 
 class Pair(NamedTuple):
@@ -120,7 +122,7 @@ class _Bad(Exception):
 def _record(line: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _Bad(f"it is no JSON ({error}); write one object a line") from error
     if not isinstance(record, dict):
         raise _Bad(f"it is a JSON {type(record).__name__}; write an object with chosen, rejected")
@@ -153,8 +155,15 @@ def _check_sample(record: Mapping[str, Any], key: str, folder: Path) -> None:
         raise _Bad(f"it has no {key}; give the path of the sample's file, or the sample itself")
     if isinstance(sample, bool | int | float):
         raise _Bad(f"{key} is {sample}; give the path of the sample's file, or the sample itself")
-    if isinstance(sample, str) and not (folder / sample).is_file():
+    if isinstance(sample, str) and not _is_file(folder / sample):
         raise _Bad(
-            f"{key} names {sample!r}, and there is no such file in {folder}; paths are relative "
+            f"{key} names {sample[:_MAX_SHOWN]!r}, and there is no such file in {folder}; paths are relative "
             "to the preference file"
         )
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # no path at all, such as a layout's JSON as a text
+        return False

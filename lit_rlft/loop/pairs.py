@@ -7,7 +7,7 @@ import torch
 
 from lit_rlft.core.pipeline import Pipeline
 from lit_rlft.core.randomness import seed_from
-from lit_rlft.core.state import State, cat, index, to
+from lit_rlft.core.state import State, cat, index, to, tree_map
 from lit_rlft.core.streams import Stream
 from lit_rlft.kit.data import collate
 from lit_rlft.kit.preferences import Pair
@@ -42,7 +42,8 @@ class PairStates:
         """
         for row, pair in zip(rows, pairs, strict=True):
             if row not in self._known:
-                self._known[row] = to(self._encoded(row, pair), "cpu")
+                # At once: a copy that does not block may not be there when it is read.
+                self._known[row] = tree_map(lambda leaf: leaf.cpu(), self._encoded(row, pair))
         both = [to(self._known[row], self.pipeline.device) for row in rows]
         chosen, rejected = (cat([index(one, slice(i, i + 1)) for one in both]) for i in (0, 1))
         return chosen, rejected

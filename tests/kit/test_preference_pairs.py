@@ -135,6 +135,7 @@ def test_what_is_no_layout_of_the_condition_is_refused(tmp_path: Path) -> None:
     pipeline = layouts()
     box = {"label": pipeline.classes[0], "box": [0, 0, 5, 5]}
     page = {"canvas": [10, 10], "elements": [box]}
+    (tmp_path / "picture.png").write_bytes(bytes(range(256)))
     given = {
         "task": "completion",
         "given": [{"label": pipeline.classes[0], "centre_and_size": [0.9, 0.25, 0.5, 0.5]}],
@@ -144,6 +145,8 @@ def test_what_is_no_layout_of_the_condition_is_refused(tmp_path: Path) -> None:
         ({**page, "elements": [{**box, "label": "poem"}]}, {}, "element 0 is a 'poem'"),
         ({**page, "elements": [box] * 7}, {}, "7 elements, the model 6"),
         ({"elements": [box]}, {}, "no readable layout"),
+        ("picture.png", {}, "no readable layout"),
+        ({**page, "canvas": [0, 10]}, {}, "canvas of 0"),
         ({**page, "elements": [{**box, "box": [0, 0]}]}, {}, "not finite"),
         (page, {"task": "poem"}, "none of a layout"),
         (page, {"given": [{"label": "poem", "centre_and_size": [0, 0, 0, 0]}]}, "gives a 'poem'"),

@@ -46,6 +46,7 @@ def test_a_text_is_a_prompt(tmp_path: Path) -> None:
         ({"rejected": [1.0], "chosen": ""}, ("no chosen", "give the path")),
         ({**GOOD, "chosen": 7}, ("chosen is 7", "give the path")),
         ({**GOOD, "rejected": "7.png"}, ("rejected names '7.png'", "relative to the preference")),
+        ({**GOOD, "rejected": "x" * 5000}, ("rejected names 'xxx", "relative to the preference")),
         ({**GOOD, "rejected": [1.0, 2.0]}, ("the same sample", "take the line out")),
         ({**GOOD, "condition": ["a"]}, ("condition must be an object", "or a text")),
         ({**GOOD, "tie": 1}, ("tie must be true or false, got 1",)),

@@ -25,7 +25,7 @@ from lit_rlft.loop.relay import Relay
 
 PROCESSES: dict[str, Process] = {
     "discrete": GaussianProcess(DiscreteVP(vp_betas()), "epsilon"),
-    "cosine": GaussianProcess(CosineVP(), "epsilon"),
+    "cosine": GaussianProcess(CosineVP(), "v"),
     "flow": GaussianProcess(RectifiedFlow(), "velocity"),
     "shifted": GaussianProcess(RectifiedFlow(3.0, (0.0, 1.0)), "velocity"),
     "masked": MaskedProcess(3),

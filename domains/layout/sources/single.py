@@ -34,12 +34,17 @@ def read_layout(
     Raises:
         UsageError: It is no layout, or has unknown classes or too many elements.
     """
-    text = (folder / sample).read_text() if isinstance(sample, str) else json.dumps(sample)
-    page = page_of("the layout" if not isinstance(sample, str) else sample, text)
+    is_file = isinstance(sample, str)
+    text = (folder / sample).read_text(errors="replace") if is_file else json.dumps(sample)
+    page = page_of(sample if is_file else "the layout", text)
     if isinstance(page, BadEntry):
         raise UsageError(f'{page}; write {{"canvas": [w, h], "elements": [...]}}, as predict does')
+    if not all(math.isfinite(size) and size > 0 for size in (page.width, page.height)):
+        raise UsageError(f"{page.name} has a canvas of {page.width} x {page.height}; give its size")
     if len(page.elements) > num_slots:
-        raise UsageError(f"{page.name} has {len(page.elements)} elements, the model {num_slots}")
+        raise UsageError(
+            f"{page.name} has {len(page.elements)} elements, the model {num_slots}; take it out"
+        )
     numbers = {name: i for i, name in enumerate(classes)}
     boxes, labels = torch.zeros(num_slots, 4), torch.full((num_slots,), EMPTY)
     for i, element in enumerate(page.elements):
