@@ -27,17 +27,16 @@ from torch.nn.functional import logsigmoid
 from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.core.checks import UsageError, at_least, positive
 from lit_rlft.core.pipeline import PAIR, Batch, Condition
-from lit_rlft.core.randomness import Generators, generators, paired, rand_like
-from lit_rlft.core.reward import all_failed
+from lit_rlft.core.randomness import Generators, generators, paired
 from lit_rlft.core.sampling import Denoiser
 from lit_rlft.core.state import State, cat, index, leaves, repeat
 from lit_rlft.core.streams import Stream
 from lit_rlft.distributed import mean_of_all
+from lit_rlft.loop.candidates import draw_candidates
 from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.pairs import PairStates
 from lit_rlft.loop.relay import Relay
 from lit_rlft.loop.route import Route
-from lit_rlft.loop.scoring import Scoring
 
 __all__ = ["DiffusionDPO", "best_and_worst", "preference_loss"]
 
@@ -110,18 +109,21 @@ class DiffusionDPO(RewardFineTuner):
         if self.offline:
             self.num_samples += 2 * len(condition) * self.trainer.world_size
             return self._given(batch, condition, "train", Stream.DATA, self.num_rounds)
-        candidates = condition.repeat(self.num_candidates)
-        stream = (Stream.ROLLOUT, self.num_rounds)
-        seeds = self.rollouts.seeds(batch, self.num_candidates, *stream)
-        scoring, end = Scoring(self.rollouts), self.sampler.num_steps
         route = self.route() if self.iterative else self.reference_route()
-        (x_0,) = self.rollouts.draw(route, candidates, seeds, keep=[end], drawn=scoring.drawn)
-        self.num_samples += len(candidates) * (world_size := self.trainer.world_size)
-        rewards = scoring.finish(x_0, candidates, seeds, world_size).rewards.cpu()
+        drawn = draw_candidates(
+            self.rollouts,
+            route,
+            batch,
+            condition,
+            self.num_candidates,
+            round_index=self.num_rounds,
+            keep=[self.sampler.num_steps],
+            world_size=(world_size := self.trainer.world_size),
+        )
+        self.num_samples += len(drawn.seeds) * world_size
+        (x_0,), candidates, seeds = drawn.states, drawn.condition, drawn.seeds
+        rewards = drawn.rewards.cpu()
         groups = rewards.view(-1, self.num_candidates)
-        known = rewards[rewards.isfinite()]
-        if math.isnan(reward := mean_of_all(known, world_size)):
-            raise all_failed(self.reward.name, len(candidates) * world_size)
         chosen = best_and_worst(groups)
         device = leaves(x_0)[0].device
         best, worst = (rows.to(device) for rows in chosen.unbind(dim=1))
@@ -132,12 +134,12 @@ class DiffusionDPO(RewardFineTuner):
             condition=candidates.index(chosen[:, 0]),
             seeds=[seeds[i] for i in chosen[:, 0].tolist()],
             metrics={
-                "reward": reward,
-                "failed_rewards": mean_of_all(1 - rewards.isfinite().float(), world_size),
+                "reward": drawn.reward,
+                "failed_rewards": drawn.failed_rewards,
                 "reward_margin": mean_of_all(margins, world_size),
                 "pairs_per_condition": mean_of_all(torch.tensor(counts).float(), world_size),
             },
-            histograms={"reward": known, "reward_margin": margins},
+            histograms={"reward": drawn.known.cpu(), "reward_margin": margins},
             counts=counts,
         )
 
@@ -171,12 +173,12 @@ class DiffusionDPO(RewardFineTuner):
         """Return the preference loss of pairs at random levels, [n]."""
         preferred, rejected = (experience.states[name] for name in ("preferred", "rejected"))
         num = len(experience)
-        uniform = rand_like(torch.empty(num, device=leaves(preferred)[0].device), noise)
-        t = self.relay.draw_times(self.pipeline.process, self.sampler.num_steps, uniform)
+        process, num_steps = self.pipeline.process, self.sampler.num_steps
+        t = self.relay.random_times(process, num_steps, preferred, noise)
         s = torch.zeros_like(t)
         noises = paired(noise, num)
         noised = [
-            self.pipeline.process.noised(x_0, s, t, own)
+            process.noised(x_0, s, t, own)
             for x_0, own in zip((preferred, rejected), noises, strict=True)
         ]
         # One call for both of each pair: the network sees 2 n rows.

@@ -21,16 +21,15 @@ from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.core.checks import at_least
 from lit_rlft.core.implicit import implicit
 from lit_rlft.core.pipeline import Batch, Condition
-from lit_rlft.core.randomness import Generators, generators, rand_like, seed_from
-from lit_rlft.core.reward import all_failed
+from lit_rlft.core.randomness import Generators, generators, seed_from
 from lit_rlft.core.selection import BestOfM, RewardWeighted, Selection, TopK
 from lit_rlft.core.state import State, index, leaves, tensor_of
 from lit_rlft.core.streams import Stream
 from lit_rlft.distributed import mean_of_all
+from lit_rlft.loop.candidates import draw_candidates
 from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.relay import Relay
 from lit_rlft.loop.route import Route
-from lit_rlft.loop.scoring import Scoring
 
 __all__ = ["GRAFT", "PGRAFT"]
 
@@ -108,20 +107,22 @@ class PGRAFT(RewardFineTuner):
 
     def collect(self, batch: Batch, condition: Condition) -> Experience:
         """Draw M candidates per condition and keep x_tau (or x_0) of the accepted ones."""
-        candidates = condition.repeat(self.num_candidates)
-        stream = (Stream.ROLLOUT, self.num_rounds)
-        seeds = self.rollouts.seeds(batch, self.num_candidates, *stream)
         route = self.route() if self.iterative else self.reference_route()
-        keep = (self.cut_step, self.sampler.num_steps)
-        scoring = Scoring(self.rollouts)
-        x_tau, x_0 = self.rollouts.draw(route, candidates, seeds, keep=keep, drawn=scoring.drawn)
-        self.num_samples += len(candidates) * (world_size := self.trainer.world_size)
-        rewards, keys = scoring.finish(x_0, candidates, seeds, world_size)
-        known = rewards[rewards.isfinite()]
-        if math.isnan(reward := mean_of_all(known, world_size)):
-            raise all_failed(self.reward.name, len(candidates) * world_size)
+        drawn = draw_candidates(
+            self.rollouts,
+            route,
+            batch,
+            condition,
+            self.num_candidates,
+            round_index=self.num_rounds,
+            keep=(self.cut_step, self.sampler.num_steps),
+            world_size=(world_size := self.trainer.world_size),
+        )
+        self.num_samples += len(drawn.seeds) * world_size
+        x_tau, x_0 = drawn.states
+        candidates, seeds, rewards = drawn.condition, drawn.seeds, drawn.rewards
         groups = rewards.cpu().view(-1, self.num_candidates)
-        accepted = self._accept(groups, keys, seeds)
+        accepted = self._accept(groups, drawn.keys, seeds)
         chosen = accepted.flatten().nonzero().flatten()
         counted = groups.flatten()[chosen] * accepted.flatten()[chosen]
         weights = self._weights(accepted, groups.isfinite())
@@ -135,12 +136,12 @@ class PGRAFT(RewardFineTuner):
             condition=candidates.index(trained),
             seeds=[seeds[i - i % self._noised_alike] for i in trained.tolist()],
             metrics={
-                "reward": reward,
-                "failed_rewards": mean_of_all(1 - rewards.isfinite().float(), world_size),
+                "reward": drawn.reward,
+                "failed_rewards": drawn.failed_rewards,
                 "accepted_reward": mean_of_all(counted, world_size),
                 "acceptance_rate": mean_of_all((accepted > 0).float(), world_size),
             },
-            histograms={"reward": known, "accepted_reward": groups.flatten()[chosen]},
+            histograms={"reward": drawn.known, "accepted_reward": groups.flatten()[chosen]},
             counts=weights.count_nonzero(dim=1).tolist(),
         )
 
@@ -162,8 +163,7 @@ class PGRAFT(RewardFineTuner):
     def loss(self, experience: Experience, noise: Generators) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted denoising loss of the samples at levels above tau, [n]."""
         process, x_s = self.pipeline.process, experience.states["x_s"]
-        uniform = rand_like(torch.empty(len(experience), device=leaves(x_s)[0].device), noise)
-        t = self.relay.draw_times(process, self.sampler.num_steps, uniform)
+        t = self.relay.random_times(process, self.sampler.num_steps, x_s, noise)
         s = torch.full_like(t, self.tau if self.train_from == "intermediate" else 0.0)
         x_t = process.noised(x_s, s, t, noise)
         predict = self.pipeline if self.guided_loss else self.pipeline.predict

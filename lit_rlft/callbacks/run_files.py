@@ -115,8 +115,7 @@ class RunFiles(Callback):
             "exploitation": _signs(found),
             "cost": cost,
         } | ({"training": training} if training else {})
-        if rows:
-            report["dial"] = [row | {"metrics": _without_nan(row["metrics"])} for row in rows]
+        report |= {"dial": _dialled(rows)} if rows else {}
         path, shown = folder / "metrics.json", folder / "comparison.png"
         picture = self._picture(pl_module, summary, num_samples)
         with writing(path):
@@ -233,6 +232,10 @@ class RunFiles(Callback):
             say("fast_dev_run: nothing was written")
             return
         say(f"samples: {folder / 'samples'}\nsamples.jsonl: {folder / 'samples.jsonl'}")
+
+
+def _dialled(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [{**row, "metrics": _without_nan(row["metrics"])} for row in rows]
 
 
 def _write_dial(

@@ -157,8 +157,8 @@ def _check_sample(record: Mapping[str, Any], key: str, folder: Path) -> None:
         raise _Bad(f"{key} is {sample}; give the path of the sample's file, or the sample itself")
     if isinstance(sample, str) and not _is_file(folder / sample):
         raise _Bad(
-            f"{key} names {sample[:_MAX_SHOWN]!r}, and there is no such file in {folder}; paths are relative "
-            "to the preference file"
+            f"{key} names {sample[:_MAX_SHOWN]!r}, but {folder} has no such file; paths are "
+            "relative to the preference file"
         )
 
 

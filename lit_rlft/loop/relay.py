@@ -16,7 +16,9 @@ from torch import Tensor
 
 from lit_rlft.core.checks import below_one, require
 from lit_rlft.core.process import Process
+from lit_rlft.core.randomness import Generators, rand_like
 from lit_rlft.core.sampling import Denoiser
+from lit_rlft.core.state import State, leaves
 from lit_rlft.loop.route import Leg, Route
 
 __all__ = ["Relay"]
@@ -74,6 +76,14 @@ class Relay:
         times = process.times(num_steps)
         low = float(times[last]) if last < num_steps else 0.0
         return low, float(times[first]) if first else 1.0
+
+    def random_times(
+        self, process: Process, num_steps: int, x: State, noise: Generators = None
+    ) -> Tensor:
+        """Draw a training level for each row of a state, [B], with its own generator."""
+        like = leaves(x)[0]
+        uniform = rand_like(torch.empty(len(like), device=like.device), noise)
+        return self.draw_times(process, num_steps, uniform)
 
     def draw_times(self, process: Process, num_steps: int, uniform: Tensor) -> Tensor:
         """Map uniform numbers to training levels at which the tuned model runs.
