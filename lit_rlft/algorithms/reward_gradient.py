@@ -53,7 +53,7 @@ class RewardGradient(RewardFineTuner):
             denoiser again in the backward pass, "blocks" does so for each block of a denoiser that
             can; None keeps all activations, which is fastest.
         start: Share of the sampler's steps that the reference runs first, without gradient, in
-            [0, 1): with ReFL it is ImageReFL's relay.
+            [0, 1): ImageReFL's combined generation, in training too.
         log_depth: Log how strongly each step's prediction is pulled, the norm of the reward's
             gradient there (`train/grad_norm_at_step/...`).
         **base: Arguments of `RewardFineTuner`.
