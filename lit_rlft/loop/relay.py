@@ -1,7 +1,8 @@
 """The relay of tuned model and reference: who runs which of the sampler's steps.
 
 The reference may run the last steps, which finish details (P-GRAFT), or the first ones, which
-decide on the composition and keep its diversity (ImageReFL calls that combined generation). The tuned model runs those between.
+decide on the composition and keep its diversity (the combined generation of ImageReFL). The tuned
+model runs those between.
 
 References:
     P-GRAFT (2025), https://arxiv.org/abs/2510.02692
