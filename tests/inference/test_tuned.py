@@ -100,7 +100,7 @@ def packed(pipe: Any, x: Tensor) -> Tensor:
     return pipe._pack_latents(x, *x.shape) if hasattr(pipe, "_pack_latents") else x.clone()
 
 
-@pytest.mark.parametrize(("start", "cut"), [(0.0, 0.0), (0.4, 0.4)])
+@pytest.mark.parametrize(("start", "cut"), [(0.0, 0.0), (0.2, 0.2)])
 def test_a_relay_hands_over_at_its_ends(
     folder: Path, tmp_path: Path, start: float, cut: float
 ) -> None:
@@ -113,7 +113,7 @@ def test_a_relay_hands_over_at_its_ends(
     pipe = load_tuned(plain, tmp_path)
     assert pipe is plain and isinstance(pipe, diffusers.DiffusionPipeline)
     expected = ours(tuner, z)
-    assert (untuned - expected).abs().max() > 1e-3
+    assert (untuned - expected).abs().max() > 5e-4
     for copies in numbers(pipe):  # the adapter is on again at the end of a call
         z = noise(tuner, copies)
         given = {"latents": packed(pipe, z), "num_images_per_prompt": copies}

@@ -92,7 +92,7 @@ def test_without_a_model_it_says_what_to_do(tmp_path: Path) -> None:
 
 def layouts() -> LayoutPipeline:
     torch.manual_seed(0)
-    small = LayoutArchitecture(width=8, num_blocks=1, num_heads=2, num_slots=6)
+    small = LayoutArchitecture(width=8, depth=1, num_heads=2)
     return LayoutPipeline(None, architecture=small)
 
 
@@ -100,7 +100,7 @@ def test_a_layout_comes_back_under_its_condition(tmp_path: Path) -> None:
     """What `predict` writes of the sample and of the condition gives the same state and columns."""
     pipeline = layouts()
     classes, tasks = pipeline.classes, {"completion": 1.0, "category_size": 1.0, "category": 1.0}
-    data = LayoutData(Grammar(60, max_elements=6), tasks=tasks, eval_batch_size=6)
+    data = LayoutData(Grammar(60), tasks=tasks, eval_batch_size=6)
     data.setup("fit")
     batch = next(iter(data.val_dataloader()))
     condition = pipeline.encode(batch)
@@ -143,7 +143,7 @@ def test_what_is_no_layout_of_the_condition_is_refused(tmp_path: Path) -> None:
     for sample, entry, words in (
         (page, given, "does not have what its condition gives"),
         ({**page, "elements": [{**box, "label": "poem"}]}, {}, "element 0 is a 'poem'"),
-        ({**page, "elements": [box] * 7}, {}, "7 elements, the model 6"),
+        ({**page, "elements": [box] * 13}, {}, "13 elements, the model 12"),
         ({"elements": [box]}, {}, "no readable layout"),
         ("picture.png", {}, "no readable layout"),
         ({**page, "canvas": [0, 10]}, {}, "canvas of 0"),
@@ -156,14 +156,12 @@ def test_what_is_no_layout_of_the_condition_is_refused(tmp_path: Path) -> None:
             pipeline.read_sample(sample, entry, tmp_path)
     given["given"][0]["centre_and_size"][0] = 0.25
     assert pipeline.read_sample(page, given, tmp_path)["labels"].tolist()[:2] == [0, -1]
-    assert not condition_row({}, pipeline.classes, 6)["known_labels"].any()
+    assert not condition_row({}, pipeline.classes, 12)["known_labels"].any()
 
 
 def test_a_molecule_comes_back(tmp_path: Path) -> None:
     """Also one that no data set would have: hydrogens alone, far apart."""
-    small = MoleculeArchitecture(
-        network="transformer", width=8, num_blocks=1, num_heads=2, max_atoms=4
-    )
+    small = MoleculeArchitecture(network="transformer", width=16, depth=1, max_atoms=4)
     pipeline = MoleculePipeline(None, architecture=small)
     positions = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0)) * 3
     types = torch.tensor([[1, 0, 0, 0], [0, 0, 2, -1]])
