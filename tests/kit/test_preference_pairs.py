@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 
 from domains.gaussian_mixture.pipeline import GaussianMixturePipeline
 from domains.image.pipeline import ImagePipeline
