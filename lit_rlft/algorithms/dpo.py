@@ -31,7 +31,7 @@ from lit_rlft.core.randomness import Generators, generators, paired
 from lit_rlft.core.sampling import Denoiser
 from lit_rlft.core.state import State, cat, index, leaves, repeat
 from lit_rlft.core.streams import Stream
-from lit_rlft.distributed import mean_of_all
+from lit_rlft.distributed import gather, mean_of_all
 from lit_rlft.loop.candidates import draw_candidates
 from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.pairs import PairStates
@@ -157,6 +157,10 @@ class DiffusionDPO(RewardFineTuner):
         seeds = self.rollouts.seeds(batch, num, *stream)
         return Experience(states, condition.repeat(num), seeds)
 
+    def on_validation_epoch_start(self) -> None:
+        super().on_validation_epoch_start()
+        self._held: dict[str, list[Tensor]] = {}
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Measure samples; offline also how often the policy prefers as the pairs do."""
         super().validation_step(batch, batch_idx)
@@ -167,7 +171,17 @@ class DiffusionDPO(RewardFineTuner):
         with self.meter.unbilled():
             _, values = self.loss(pairs, generators(pairs.seeds))
         for name, value in values.items():
-            self.log(f"val/{name}", value.mean(), batch_size=len(condition), sync_dist=True)
+            self._held.setdefault(name, []).append(value.cpu())
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means, over the held-out pairs of all processes."""
+        super().on_validation_epoch_end()
+        every = gather(
+            {name: torch.cat(own) for name, own in self._held.items()}, self.trainer.world_size
+        )
+        for name in dict.fromkeys(name for part in every for name in part):
+            mean = torch.cat([part[name] for part in every if name in part]).mean()
+            self.log(f"val/{name}", mean, sync_dist=True)
 
     def loss(self, experience: Experience, noise: Generators) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the preference loss of pairs at random levels, [n]."""
