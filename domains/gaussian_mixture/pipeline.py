@@ -1,7 +1,7 @@
 """The closed-form pipeline: an exact denoiser whose weights are the parameters of a mixture."""
 
 import json
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from domains.gaussian_mixture.closed_form.denoiser import GaussianMixtureDenoiser, Residual
 from domains.gaussian_mixture.closed_form.mixture import MEANS, STDS, WEIGHTS, Mixture
 from domains.gaussian_mixture.render import Plane
-from domains.gaussian_mixture.samples import save_points
+from domains.gaussian_mixture.samples import read_point, save_points
 from lit_rlft.core.checks import UsageError, at_least
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline, column
 from lit_rlft.core.process import GaussianProcess, PredictionType
@@ -103,6 +103,10 @@ class GaussianMixturePipeline(Pipeline):
     def states(self, batch: Batch) -> Tensor:
         """Return `batch["x_0"]`, [B, d], on the pipeline's device and in its dtype."""
         return column(batch, "x_0").to(self.device, self.denoiser.means.dtype)
+
+    def read_sample(self, sample: Any, entry: Mapping[str, Any], folder: Path) -> dict[str, Tensor]:
+        """Return a point [d] of a list of numbers, or of the .json file that has it."""
+        return {"x_0": read_point(sample, folder, self.mixture.means.shape[1])}
 
     def keys(self, samples: Any, condition: Condition) -> list[Hashable]:
         """Return the number of the pretrained mixture's nearest mode."""

@@ -1,15 +1,17 @@
 """The domain's samples: points [B, d]."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, loading
 
-__all__ = ["check_points", "save_points"]
+__all__ = ["check_points", "read_point", "save_points"]
 
 
 def check_points(samples: Any) -> Tensor:
@@ -33,3 +35,18 @@ def save_points(points: Tensor, folder: Path, names: Sequence[str]) -> list[Path
     for point, path in zip(points.tolist(), paths, strict=True):
         path.write_text(json.dumps(point) + "\n")
     return paths
+
+
+def read_point(sample: Any, folder: Path, size: int) -> Tensor:
+    """Return the point, float32 [size], of a list of numbers or of a file of `save_points`.
+
+    Raises:
+        UsageError: It is no such list.
+    """
+    if isinstance(sample, str):
+        with loading(f"{sample} cannot be read as a point"):
+            sample = json.loads((folder / sample).read_text())
+    numbers = isinstance(sample, list) and all(isinstance(v, int | float) for v in sample)
+    if not numbers or len(sample) != size or not all(map(math.isfinite, sample)):
+        raise UsageError(f"a point is a list of {size} finite numbers, got {str(sample)[:60]}")
+    return torch.tensor(sample, dtype=torch.float32)

@@ -22,6 +22,7 @@ from lit_rlft.core.state import State, tensor_of
 from lit_rlft.kit.compiled import SmallCompiled, compile_small
 from lit_rlft.kit.images import save_pictures
 from lit_rlft.kit.network_folder import found_variant, load_pretrained, merged
+from lit_rlft.kit.picture_folder import read_picture
 from lit_rlft.kit.probe_pictures import probe_pictures
 from lit_rlft.kit.saved_grids import SavedFlow, SavedVP, plain_flow
 from lit_rlft.kit.schedulers import saved_process
@@ -156,6 +157,11 @@ class ImagePipeline(Pipeline):
                 "data.init_args.source to the model's"
             )
         return images.to(self.device, self.denoiser.dtype) / 127.5 - 1
+
+    def read_sample(self, sample: Any, entry: Mapping[str, Any], folder: Path) -> dict[str, Tensor]:
+        """Return the pixels of a picture's file, at the model's size."""
+        channels = self.denoiser.config["in_channels"]
+        return {"image": read_picture(sample, folder, self.image_size, channels)}
 
     def probes(self) -> tuple[Tensor, Condition]:
         pictures = probe_pictures(*self.image_size).to(self.device)

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from domains.layout import EMBEDDED
+from domains.layout.conditions import as_given, condition_row
 from domains.layout.networks.transformer import Architecture, LayoutTransformer, load_network
 from domains.layout.probes import probe_pages
 from domains.layout.render import draw, each, save_layout, to_svg
 from domains.layout.samples import EMPTY, Layouts
+from domains.layout.sources.single import read_layout
 from lit_rlft.core.checks import UsageError, at_least
 from lit_rlft.core.figure import Figure
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline, column
@@ -220,6 +222,15 @@ class LayoutPipeline(Pipeline):
             return {"box": boxes, "category": category}
         scores = 2 * functional.one_hot(category, self._empty + 1) - 1
         return torch.cat([boxes, scores.to(boxes)], dim=-1)
+
+    def condition_row(self, entry: Mapping[str, Any]) -> dict[str, Any]:
+        return condition_row(entry, self.classes, self.architecture.num_slots)
+
+    def read_sample(self, sample: Any, entry: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+        """Return a layout; what its condition gives must be its first elements, in order."""
+        row = self.condition_row(entry)
+        own = read_layout(sample, folder, self.classes, self.architecture.num_slots)
+        return as_given(own, row)
 
     def probes(self) -> tuple[Layouts, Condition] | None:
         pages = probe_pages(self.classes, self.architecture.num_slots)

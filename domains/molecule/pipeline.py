@@ -33,6 +33,7 @@ from domains.molecule.networks.preconditioning import Preconditioning
 from domains.molecule.probes import probe_molecules
 from domains.molecule.render import draw, figures_of, save_molecule
 from domains.molecule.samples import EMPTY, Molecules
+from domains.molecule.sources.single import read_molecule
 from lit_rlft.core.checks import UsageError, at_least
 from lit_rlft.core.figure import Figure
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline, column
@@ -206,6 +207,18 @@ class MoleculePipeline(Pipeline):
             charges = self.architecture.charge_scale * numbers[types.clamp(min=0)] * full
             parts.append(charges.unsqueeze(-1))
         return torch.cat(parts, dim=-1)
+
+    def condition_row(self, entry: Mapping[str, Any]) -> dict[str, Any]:
+        number, most = entry.get("num_atoms"), self.architecture.max_atoms
+        if not isinstance(number, int) or not 1 <= number <= most:
+            raise UsageError(f'the condition must be {{"num_atoms": n}}, n from 1 to {most}')
+        return {"num_atoms": torch.tensor(number)}
+
+    def read_sample(self, sample: Any, entry: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+        """Return the molecule of an .sdf or .xyz file, or of symbols and positions."""
+        row, most = self.condition_row(entry), self.architecture.max_atoms
+        number = int(row["num_atoms"])
+        return {**row, **read_molecule(sample, folder, self.elements, most, number)}
 
     def describe(self, entry: Mapping[str, Any]) -> str:
         """Return the number of atoms."""

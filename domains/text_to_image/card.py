@@ -58,8 +58,10 @@ def usage(
     plain = f'```python\n{load}\npipe.load_lora_weights("tuned")\n{call}```'
     if facts["tuned_steps"] == facts["num_steps"]:
         return f"{ours}\n\nIn plain diffusers:\n\n{plain}"
+    skipped, number = facts.get("skipped_steps", 0), facts["tuned_steps"]
+    which = f"steps {skipped + 1} to {skipped + number}" if skipped else f"the first {number}"
     return (
-        f"{ours}\n\nThe LoRA is for the first {facts['tuned_steps']} of {facts['num_steps']} "
+        f"{ours}\n\nThe LoRA is for {which} of {facts['num_steps']} "
         "steps; `load_tuned` switches it off for the others. Plain diffusers leaves it on:\n\n"
         f"{plain}"
     )

@@ -23,13 +23,14 @@ from domains.text_to_image.networks.web_lora import WEB_LORA, save_web_lora
 from domains.text_to_image.overflow import check_latents, check_vae
 from lit_rlft.core.batch_size import BatchSize
 from lit_rlft.core.checks import UsageError, at_least, require
-from lit_rlft.core.pipeline import Batch, Condition, Pipeline, column
+from lit_rlft.core.pipeline import PAIR, Batch, Condition, Pipeline, column
 from lit_rlft.core.process import GaussianProcess
 from lit_rlft.core.state import State, tensor_of
 from lit_rlft.kit.compiled import Compiled, compile_network
 from lit_rlft.kit.frozen import cast_frozen, frozen
 from lit_rlft.kit.idle import at_work, put_away
 from lit_rlft.kit.images import save_pictures
+from lit_rlft.kit.picture_folder import read_picture
 from lit_rlft.kit.probe_pictures import probe_pictures
 from lit_rlft.kit.weightless import weightless
 
@@ -329,7 +330,7 @@ class TextToImagePipeline(Pipeline):
 
         Prompts that are the same with other columns beside them are conditions of their own.
         """
-        columns = [name for name in batch if name != "index"]
+        columns = [name for name in batch if name not in ("index", PAIR)]
         records = [{name: batch[name][i] for name in columns} for i in range(len(batch["prompt"]))]
         first: dict[str, int] = {}
         places = [first.setdefault(_identity(record), i) for i, record in enumerate(records)]
@@ -446,6 +447,15 @@ class TextToImagePipeline(Pipeline):
         modes = torch.cat(encoded)
         check_vae(modes, self.vae, "latents of the given pictures")
         return self.family.from_vae(modes.to(self.precision))
+
+    def condition_row(self, entry: Mapping[str, Any]) -> Mapping[str, Any]:
+        if not isinstance(entry.get("prompt"), str):
+            raise UsageError('the condition has no prompt; write {"prompt": "a red fox"}')
+        return entry
+
+    def read_sample(self, sample: Any, entry: Mapping[str, Any], folder: Path) -> dict[str, Tensor]:
+        """Return the pixels of a picture's file, at the size that is drawn."""
+        return {"image": read_picture(sample, folder, self.family.pixels)}
 
     def render(self, samples: Any, condition: Condition) -> Tensor:
         return samples

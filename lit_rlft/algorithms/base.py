@@ -20,6 +20,7 @@ from lit_rlft.core.reward import Metric, Metrics, Reward, check_parts
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.cost.meter import Meter
 from lit_rlft.distributed import gather, together
+from lit_rlft.evaluation.dial import Dial, dial_settings
 from lit_rlft.evaluation.evaluator import Evaluator
 from lit_rlft.loop.base_settings import check_settings
 from lit_rlft.loop.batch_sizes import BatchSizes, fitting
@@ -34,7 +35,7 @@ from lit_rlft.loop.precision import check_weights, settle
 from lit_rlft.loop.reference import LoRA, adapt, completed
 from lit_rlft.loop.rollouts import Rollouts, track
 from lit_rlft.loop.round_log import log_round, round_means, write_round
-from lit_rlft.loop.route import Leg, Route
+from lit_rlft.loop.route import Leg, Route, tuned_part
 from lit_rlft.loop.side.rewards import RewardWorkers
 from lit_rlft.loop.side.watch import SideWatch, beside
 from lit_rlft.loop.strategy import check_trainer, no_sync
@@ -72,6 +73,7 @@ class RewardFineTuner(Checkpointed, ABC):
         sampling_batch_size: Samples drawn at a time, for memory; "auto": 64, if they fit.
         num_eval_samples: Samples per condition in `validate`, `test` and `predict`.
         best_of: n of `test`'s baselines best of n samples and of n initial noises; 0 for none.
+        dial: Settings at which `test` also draws: how strongly the model is tuned, and which steps.
         reward_workers: Score beside sampling, in other processes or threads; None scores between.
         seed: Seed of all noise.
     """
@@ -94,6 +96,7 @@ class RewardFineTuner(Checkpointed, ABC):
         sampling_batch_size: int | Literal["auto"] = 64,
         num_eval_samples: int = 4,
         best_of: int = 0,
+        dial: Dial | None = None,
         reward_workers: RewardWorkers | None = None,
         seed: int = 0,
     ) -> None:
@@ -108,7 +111,7 @@ class RewardFineTuner(Checkpointed, ABC):
         self.sampling_batch_size = sampling_batch_size
         self.sizes = BatchSizes(microbatch_size, sampling_batch_size, pipeline.batch_sizes())
         self.num_eval_samples, self.best_of, self.seed = num_eval_samples, best_of, seed
-        self.meter, self.pretrained = Meter(), ""
+        self.dial, self.meter, self.pretrained = dial, Meter(), ""
         self.num_rounds = self.num_samples = self.num_updates = self._collected_at = 0
 
     @property
@@ -186,8 +189,7 @@ class RewardFineTuner(Checkpointed, ABC):
         """Make what draws, measures and reports, for a trainer or for none."""
         self.audience = Audience(self, trainer)
         drawing = (self.pipeline, self.reward, self.sizes.sampling, self.seed, self.meter)
-        self.rollouts = Rollouts(*drawing)
-        self.rollouts.track = partial(track, trainer=trainer)
+        self.rollouts = Rollouts(*drawing, partial(track, trainer=trainer))
         self.evaluator = Evaluator(self.rollouts, self.metrics, self.num_eval_samples)
         self.evaluator.phase = self.audience.phase
         self.evaluator.shown = trainer is None or trainer.is_global_zero
@@ -237,8 +239,7 @@ class RewardFineTuner(Checkpointed, ABC):
                 layouts = gather(layout(experience, len(condition), world_size), world_size)
                 sizes = (self.num_epochs, self.minibatch_size, self.seed, self.num_rounds)
                 updates = plan(experience, layouts, self.global_rank, *sizes)
-                strategy = self.trainer.strategy
-                idle = idle_of(strategy, self.loss, experience, layouts, self.meter)
+                idle = idle_of(self.trainer.strategy, self.loss, experience, layouts, self.meter)
                 outcomes = [self._update(u, idle) for u in self.rollouts.track(updates, "Training")]
             check_weights(self._trained(), self.num_updates)
             self.sizes.settle(self.trainer)
@@ -277,8 +278,7 @@ class RewardFineTuner(Checkpointed, ABC):
 
     def on_validation_epoch_end(self) -> None:
         means = self.evaluator.means()
-        for name, mean in means.items():
-            self.log(f"val{name}", mean, sync_dist=True)
+        self.log_dict({f"val{name}": mean for name, mean in means.items()}, sync_dist=True)
         after_validation(self.lr_schedulers(), means)
         self.meter.end_evaluation()
 
@@ -288,7 +288,8 @@ class RewardFineTuner(Checkpointed, ABC):
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         routes = (self.route(), self.reference_route())
-        condition = self.evaluator.run(batch, batch_idx, *routes, num_best=self.best_of)
+        dialled = dial_settings(self.dial, routes[0], self.reference)
+        condition = self.evaluator.run(batch, batch_idx, *routes, self.best_of, dialled)
         self.meter.look_at(self.pipeline, condition)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Draw:
@@ -296,5 +297,4 @@ class RewardFineTuner(Checkpointed, ABC):
 
     def on_fit_end(self) -> None:
         """Write the tuned model in the format of the domain's own tools; it must be finite."""
-        steps = self.route().tuned_steps
-        self._write_tuned(self.export, num_steps=len(steps), tuned_steps=int(steps.sum()))
+        self._write_tuned(self.export, **tuned_part(self.route().tuned_steps))

@@ -12,25 +12,24 @@ References:
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lit_rlft.algorithms.base import RewardFineTuner
-from lit_rlft.core.checks import at_least, below_one, require
+from lit_rlft.core.checks import at_least
 from lit_rlft.core.implicit import implicit
 from lit_rlft.core.pipeline import Batch, Condition
-from lit_rlft.core.randomness import Generators, generators, rand_like, seed_from
-from lit_rlft.core.reward import all_failed
-from lit_rlft.core.selection import Selection, TopK
+from lit_rlft.core.randomness import Generators, generators, seed_from
+from lit_rlft.core.selection import BestOfM, RewardWeighted, Selection, TopK
 from lit_rlft.core.state import State, index, leaves, tensor_of
 from lit_rlft.core.streams import Stream
 from lit_rlft.distributed import mean_of_all
+from lit_rlft.loop.candidates import draw_candidates
 from lit_rlft.loop.experience import Experience
-from lit_rlft.loop.route import Leg, Route
-from lit_rlft.loop.scoring import Scoring
+from lit_rlft.loop.relay import Relay
+from lit_rlft.loop.route import Route
 
 __all__ = ["GRAFT", "PGRAFT"]
 
@@ -41,6 +40,7 @@ class PGRAFT(RewardFineTuner):
     Args:
         *args: Pipeline and reward.
         cut: f in [0, 1); the reference runs the last f of the sampler's steps. 0 is GRAFT.
+        start: Share of the sampler's steps that the reference runs first, in [0, 1).
         selection: The acceptance rule; the 1 best of M unless given.
         num_candidates: M, samples drawn per condition.
         train_from: What is noised for training: the accepted x_tau ("intermediate", exact for any
@@ -67,6 +67,7 @@ class PGRAFT(RewardFineTuner):
         self,
         *args: Any,
         cut: float = 0.25,
+        start: float = 0.0,
         selection: Selection | None = None,
         num_candidates: int = 4,
         train_from: Literal["intermediate", "clean"] = "intermediate",
@@ -76,7 +77,8 @@ class PGRAFT(RewardFineTuner):
         **base: Any,
     ) -> None:
         super().__init__(*args, **base)
-        self.cut = cut
+        self.cut, self.start = cut, start
+        self.relay = Relay(start, cut)
         self.selection = selection or TopK(1)
         self.num_candidates = num_candidates
         self.train_from = train_from
@@ -87,50 +89,43 @@ class PGRAFT(RewardFineTuner):
     def check(self) -> None:
         at_least(1, self, "num_candidates")
         at_least(0, self, "contrast")
-        below_one(self, "cut")
-        steps = f"at least one of the sampler's {self.sampler.num_steps} steps"
-        rule = f"smaller, to leave {steps} to the tuned model, got {self.cut}"
-        require(self.cut_step >= 1, self, "cut", rule)
+        self.relay.check(self, self.sampler.num_steps)
         self.selection.check(self.num_candidates)
 
     @property
     def cut_step(self) -> int:
-        """Number of steps run by the tuned model; the state after them is x_tau."""
-        return self.sampler.num_steps - round(self.cut * self.sampler.num_steps)
+        """The step before which the tuned model ends; the state there is x_tau."""
+        return self.relay.steps(self.sampler.num_steps)[1]
 
     @property
     def tau(self) -> float:
         """The noise level of the cut; 0 where there is none."""
-        if self.cut_step == self.sampler.num_steps:
-            return 0.0
-        return float(self.pipeline.process.times(self.sampler.num_steps)[self.cut_step])
+        return self.relay.levels(self.pipeline.process, self.sampler.num_steps)[0]
 
     def route(self) -> Route:
-        last = self.sampler.num_steps - self.cut_step
-        legs = [
-            Leg(self.pipeline, self.cut_step, tuned=True),
-            Leg(self.reference, last, tuned=False),
-        ]
-        return replace(super().route(), legs=legs)
+        return self.relay.of(super().route(), self.reference)
 
     def collect(self, batch: Batch, condition: Condition) -> Experience:
         """Draw M candidates per condition and keep x_tau (or x_0) of the accepted ones."""
-        candidates = condition.repeat(self.num_candidates)
-        stream = (Stream.ROLLOUT, self.num_rounds)
-        seeds = self.rollouts.seeds(batch, self.num_candidates, *stream)
         route = self.route() if self.iterative else self.reference_route()
-        keep = (self.cut_step, self.sampler.num_steps)
-        scoring = Scoring(self.rollouts)
-        x_tau, x_0 = self.rollouts.draw(route, candidates, seeds, keep=keep, drawn=scoring.drawn)
-        self.num_samples += len(candidates) * (world_size := self.trainer.world_size)
-        rewards, keys = scoring.finish(x_0, candidates, seeds, world_size)
-        known = rewards[rewards.isfinite()]
-        if math.isnan(reward := mean_of_all(known, world_size)):
-            raise all_failed(self.reward.name, len(candidates) * world_size)
+        drawn = draw_candidates(
+            self.rollouts,
+            route,
+            batch,
+            condition,
+            self.num_candidates,
+            round_index=self.num_rounds,
+            keep=(self.cut_step, self.sampler.num_steps),
+            world_size=(world_size := self.trainer.world_size),
+        )
+        self.num_samples += len(drawn.seeds) * world_size
+        x_tau, x_0 = drawn.states
+        candidates, seeds, rewards = drawn.condition, drawn.seeds, drawn.rewards
         groups = rewards.cpu().view(-1, self.num_candidates)
-        accepted = self._accept(groups, keys, seeds)
+        accepted = self._accept(groups, drawn.keys, seeds)
         chosen = accepted.flatten().nonzero().flatten()
-        weights = self._weights(accepted.float(), groups.isfinite())
+        counted = groups.flatten()[chosen] * accepted.flatten()[chosen]
+        weights = self._weights(accepted, groups.isfinite())
         trained = weights.flatten().nonzero().flatten()
         source = x_tau if self.train_from == "intermediate" else x_0
         return Experience(
@@ -141,24 +136,24 @@ class PGRAFT(RewardFineTuner):
             condition=candidates.index(trained),
             seeds=[seeds[i - i % self._noised_alike] for i in trained.tolist()],
             metrics={
-                "reward": reward,
-                "failed_rewards": mean_of_all(1 - rewards.isfinite().float(), world_size),
-                "accepted_reward": mean_of_all(rewards[chosen.to(rewards.device)], world_size),
-                "acceptance_rate": mean_of_all(accepted.float(), world_size),
+                "reward": drawn.reward,
+                "failed_rewards": drawn.failed_rewards,
+                "accepted_reward": mean_of_all(counted, world_size),
+                "acceptance_rate": mean_of_all((accepted > 0).float(), world_size),
             },
-            histograms={"reward": known, "accepted_reward": groups.flatten()[chosen]},
+            histograms={"reward": drawn.known, "accepted_reward": groups.flatten()[chosen]},
             counts=weights.count_nonzero(dim=1).tolist(),
         )
 
     def _accept(
         self, groups: Tensor, keys: Sequence[Hashable] | None, seeds: Sequence[int]
     ) -> Tensor:
-        """Return accept bits for rewards, [G, M]; what could not be scored is never accepted."""
+        """Return how much candidates count, [G, M]; what could not be scored does not."""
         starts = range(0, len(seeds), self.num_candidates)
         grouped = [keys[i : i + self.num_candidates] for i in starts] if keys else None
         noise = generators([seed_from(seeds[i], Stream.SELECT) for i in starts])
         known = groups.isfinite()
-        return self.selection(groups.where(known, -math.inf), grouped, noise) & known
+        return self.selection.weights(groups.where(known, -math.inf), grouped, noise) * known
 
     @property
     def _noised_alike(self) -> int:
@@ -168,8 +163,7 @@ class PGRAFT(RewardFineTuner):
     def loss(self, experience: Experience, noise: Generators) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted denoising loss of the samples at levels above tau, [n]."""
         process, x_s = self.pipeline.process, experience.states["x_s"]
-        uniform = rand_like(torch.empty(len(experience), device=leaves(x_s)[0].device), noise)
-        t = process.draw_times(uniform, low=self.tau)
+        t = self.relay.random_times(process, self.sampler.num_steps, x_s, noise)
         s = torch.full_like(t, self.tau if self.train_from == "intermediate" else 0.0)
         x_t = process.noised(x_s, s, t, noise)
         predict = self.pipeline if self.guided_loss else self.pipeline.predict
@@ -199,6 +193,12 @@ class PGRAFT(RewardFineTuner):
 class GRAFT(PGRAFT):
     """GRAFT: fits all steps to the candidates that rejection sampling accepts (P-GRAFT, tau = 0).
 
+    It reports the name of the method that its settings select: RWR (reward-weighted regression)
+    with `RewardWeighted`; RAFT, from the model tuned so far, with `BestOfM`.
+
+    References:
+        RAFT (Dong et al., 2023), https://arxiv.org/abs/2304.06767
+
     Args:
         *args: Pipeline and reward.
         **p_graft: Arguments of `PGRAFT` other than `cut`.
@@ -206,3 +206,10 @@ class GRAFT(PGRAFT):
 
     def __init__(self, *args: Any, **p_graft: Any) -> None:
         super().__init__(*args, cut=0.0, **p_graft)
+
+    @property
+    def algorithm(self) -> str:
+        """The method that the settings select."""
+        if isinstance(self.selection, RewardWeighted):
+            return "RWR"
+        return "RAFT" if self.iterative and isinstance(self.selection, BestOfM) else "GRAFT"

@@ -30,15 +30,15 @@ from lit_rlft.core.checks import BadArgument, UsageError, at_least, below_one, p
 from lit_rlft.core.implicit import centred, group_probabilities, implicit
 from lit_rlft.core.pipeline import Batch, Condition
 from lit_rlft.core.process import GaussianProcess, Process
-from lit_rlft.core.randomness import Generators, rand_like
-from lit_rlft.core.reward import all_failed
+from lit_rlft.core.randomness import Generators
 from lit_rlft.core.state import State, index, leaves, tensor_of
-from lit_rlft.core.streams import Stream
-from lit_rlft.distributed import gather, mean_of_all
+from lit_rlft.distributed import gather
+from lit_rlft.loop.candidates import draw_candidates
 from lit_rlft.loop.checkpoint import Kept
 from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.old_policy import OldPolicy
-from lit_rlft.loop.scoring import Scoring
+from lit_rlft.loop.relay import Relay
+from lit_rlft.loop.route import Route
 from lit_rlft.loop.strategy import FSDP2Strategy
 
 __all__ = ["DiffusionNFT", "contrastive_loss"]
@@ -67,6 +67,9 @@ class DiffusionNFT(RewardFineTuner):
             policy that is trained.
         weighting: Of the levels t: the model's "native" loss, or the published "self_normalized"
             one, the squared error of x_0 divided by its mean absolute error; for Gaussian states.
+        start: Share of the sampler's steps that the reference runs first, in [0, 1). The levels
+            above are not trained.
+        cut: Share of the steps that it runs last, in [0, 1), likewise.
         **base: Arguments of `RewardFineTuner`.
     """
 
@@ -79,9 +82,12 @@ class DiffusionNFT(RewardFineTuner):
         max_decay: float = 0.5,
         decay_rate: float = 0.001,
         weighting: Weighting = "native",
+        start: float = 0.0,
+        cut: float = 0.0,
         **base: Any,
     ) -> None:
         super().__init__(*args, **base)
+        self.start, self.cut, self.relay = start, cut, Relay(start, cut)
         self.num_candidates = num_candidates
         self.beta, self.reward_clip = beta, reward_clip
         self.max_decay, self.decay_rate = max_decay, decay_rate
@@ -90,6 +96,7 @@ class DiffusionNFT(RewardFineTuner):
 
     def check(self) -> None:
         at_least(2, self, "num_candidates")
+        self.relay.check(self, self.sampler.num_steps)
         if isinstance(getattr(self._trainer, "strategy", None), FSDP2Strategy):
             raise UsageError(
                 "trainer.strategy fsdp2 does not split the second policy of DiffusionNFT; use ddp"
@@ -110,6 +117,9 @@ class DiffusionNFT(RewardFineTuner):
     def statistics(self) -> Mapping[str, Kept]:
         return {"old_policy": self.old_policy}
 
+    def route(self) -> Route:
+        return self.relay.of(super().route(), self.reference)
+
     def collect(self, batch: Batch, condition: Condition) -> Experience:
         """Draw M samples per condition from f_old; keep x_0 and how likely it counts as good.
 
@@ -119,16 +129,20 @@ class DiffusionNFT(RewardFineTuner):
         trained, world_size = self._trained(), self.trainer.world_size
         if self.num_rounds:
             self.old_policy.follow(trained, min(self.decay_rate * self.num_rounds, self.max_decay))
-        candidates = condition.repeat(self.num_candidates)
-        seeds = self.rollouts.seeds(batch, self.num_candidates, Stream.ROLLOUT, self.num_rounds)
-        scoring, end = Scoring(self.rollouts), self.sampler.num_steps
         with self.old_policy.active(trained):
-            (x_0,) = self.rollouts.draw(
-                self.route(), candidates, seeds, keep=[end], drawn=scoring.drawn
+            drawn = draw_candidates(
+                self.rollouts,
+                self.route(),
+                batch,
+                condition,
+                self.num_candidates,
+                round_index=self.num_rounds,
+                keep=[self.sampler.num_steps],
+                world_size=world_size,
             )
-        self.num_samples += len(candidates) * world_size
-        rewards = scoring.finish(x_0, candidates, seeds, world_size).rewards
-        groups = rewards.double().cpu().view(-1, self.num_candidates)
+        self.num_samples += len(drawn.seeds) * world_size
+        (x_0,), candidates, seeds = drawn.states, drawn.condition, drawn.seeds
+        groups = drawn.rewards.double().cpu().view(-1, self.num_candidates)
         good = self._probabilities(groups)
         known = good.isfinite()
         rows = known.flatten().nonzero().flatten()
@@ -140,8 +154,8 @@ class DiffusionNFT(RewardFineTuner):
             condition=candidates.index(rows),
             seeds=[seeds[i] for i in rows.tolist()],
             metrics={
-                "reward": mean_of_all(groups[known], world_size),
-                "failed_rewards": mean_of_all(1 - known.double(), world_size),
+                "reward": drawn.reward,
+                "failed_rewards": drawn.failed_rewards,
             },
             histograms={"reward": groups[known], "good": good[known]},
             counts=known.sum(dim=1).tolist(),
@@ -153,16 +167,12 @@ class DiffusionNFT(RewardFineTuner):
         parts = gather(apart[apart.isfinite()], self.trainer.world_size)
         # Sorted, so that the sum does not depend on the number of processes.
         every = torch.cat(parts).sort().values
-        if not len(every):
-            total = groups.numel() * self.trainer.world_size
-            raise all_failed(self.reward.name, total)
         return group_probabilities(groups, float(every.std(correction=0)), self.reward_clip)
 
     def loss(self, experience: Experience, noise: Generators) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the contrastive loss of the samples at random levels, [n]."""
         process, x_0 = self.pipeline.process, experience.states["x_0"]
-        uniform = rand_like(torch.empty(len(experience), device=leaves(x_0)[0].device), noise)
-        t = process.draw_times(uniform)
+        t = self.relay.random_times(process, self.sampler.num_steps, x_0, noise)
         x_t = process.noised(x_0, torch.zeros_like(t), t, noise)
         with self.old_policy.active(self._trained()):
             old = self.pipeline(x_t, t, experience.condition)

@@ -30,6 +30,8 @@ from lit_rlft.core.sampling import Denoiser, Sampler, walk
 from lit_rlft.core.state import State, batch_size, cat, detach, index, leaves
 from lit_rlft.core.streams import Stream
 from lit_rlft.loop.experience import Experience
+from lit_rlft.loop.relay import Relay
+from lit_rlft.loop.route import Leg, Route
 
 __all__ = ["GradientWalk", "RewardGradient"]
 
@@ -50,6 +52,8 @@ class RewardGradient(RewardFineTuner):
         gradient_checkpointing: "steps" keeps only the inputs of trained steps and runs the
             denoiser again in the backward pass, "blocks" does so for each block of a denoiser that
             can; None keeps all activations, which is fastest.
+        start: Share of the sampler's steps that the reference runs first, without gradient, in
+            [0, 1): ImageReFL's combined generation, in training too.
         log_depth: Log how strongly each step's prediction is pulled, the norm of the reward's
             gradient there (`train/grad_norm_at_step/...`).
         **base: Arguments of `RewardFineTuner`.
@@ -62,6 +66,7 @@ class RewardGradient(RewardFineTuner):
         kl_coef: float = 0.0,
         reward_ceiling: float | None = None,
         gradient_checkpointing: Literal["steps", "blocks"] | None = None,
+        start: float = 0.0,
         log_depth: bool = False,
         **base: Any,
     ) -> None:
@@ -70,6 +75,7 @@ class RewardGradient(RewardFineTuner):
         self.kl_coef = kl_coef
         self.reward_ceiling = reward_ceiling
         self.gradient_checkpointing = gradient_checkpointing
+        self.start, self.relay = start, Relay(start)
         self.log_depth = log_depth
 
     @property
@@ -105,9 +111,18 @@ class RewardGradient(RewardFineTuner):
                 f"{self.algorithm} scores a few samples at a time, but reward.init_args.normalize "
                 "takes all those of a round; set it to false and give reward.init_args.ranges"
             )
-        self.method.check(self.sampler.num_steps)
+        self.relay.check(self, self.sampler.num_steps)
+        self.method.check(self.sampler.num_steps - self._num_early)
         at_least(0, self, "kl_coef")
         finite(self, "reward_ceiling")
+
+    @property
+    def _num_early(self) -> int:
+        """Number of steps that the reference runs first."""
+        return self.relay.steps(self.sampler.num_steps)[0]
+
+    def route(self) -> Route:
+        return self.relay.of(super().route(), self.reference)
 
     def collect(self, batch: Batch, condition: Condition) -> Experience:
         """Return the conditions and the seeds; samples are drawn inside the loss."""
@@ -137,7 +152,7 @@ class RewardGradient(RewardFineTuner):
     def draw_plan(self) -> GradientPlan:
         """Draw the plan of the current update, the same on every process and microbatch."""
         (generator,) = generators([seed_from(self.seed, Stream.PLAN, self.num_updates)])
-        return self.method.draw(self.sampler.num_steps, generator)
+        return self.method.draw(self.sampler.num_steps - self._num_early, generator)
 
     def _gradient_walk(self, condition: Condition) -> "GradientWalk":
         return GradientWalk(
@@ -148,6 +163,7 @@ class RewardGradient(RewardFineTuner):
             reference=self.reference if self.kl_coef else None,
             detach_input=self.method.detach_input,
             recompute=self.gradient_checkpointing == "steps",
+            early=Leg(self.reference, self._num_early, tuned=False),
         )
 
 
@@ -162,6 +178,7 @@ class GradientWalk:
         reference: Its prediction is compared with at trained steps; None compares with none.
         detach_input: Whether trained steps cut off the graph of their input.
         recompute: Whether trained steps are run again in the backward pass, to save memory.
+        early: Who runs the first steps instead of the pipeline; None leaves it all of them.
 
     Attributes:
         distances: Per trained step, the squared distance to the reference's prediction, [n].
@@ -177,8 +194,9 @@ class GradientWalk:
         reference: Denoiser | None,
         detach_input: bool,
         recompute: bool,
+        early: Leg | None = None,
     ) -> None:
-        self.plan, self.condition = plan, condition
+        self.plan, self.condition, self.early = plan, condition, early
         self.pipeline, self.sampler, self.reference = pipeline, sampler, reference
         self.detach_input, self.recompute = detach_input, recompute
         self.num_copies = max(plan.num_copies, 1)
@@ -200,7 +218,7 @@ class GradientWalk:
             if step in self.plan.trained:
                 return self._trained(x_t, t, condition, step)
             with torch.no_grad():
-                return self.pipeline(x_t, t, condition)
+                return self._untrained(step)(x_t, t, condition)
 
         stop = sampler.num_steps - (self.plan.stop or 0)  # where the walk ends, on the grid
         grid = (times[: stop + 1], sampler.noise, noise, ends[:stop])
@@ -209,6 +227,12 @@ class GradientWalk:
             t = times[stop].to(leaves(x)[0].device).expand(len(self.condition))
             return process.denoised(denoise(x, t, self.condition), x, t)
         return self._last_step_again(x, times, noise) if self.plan.num_copies else x
+
+    def _untrained(self, step: int) -> Denoiser:
+        """Return who runs a step without gradient, 1 the last of all."""
+        early = self.early
+        is_early = early is not None and step > self.sampler.num_steps - early.num_steps
+        return early.denoiser if early is not None and is_early else self.pipeline
 
     def watch(self, losses: Tensor) -> dict[str, Tensor]:
         """Return values [n] that the backward pass fills in: the loss's gradient at each step.

@@ -142,7 +142,8 @@ def _lengths(trainer: Trainer, module: RewardFineTuner, conditions: int | None) 
     noun = "round" if rounds == 1 else "rounds"
     parts = [f"{left:,} {noun}" if left == rounds else f"{left:,} of {rounds:,} {noun} to come"]
     candidates = getattr(module, "num_candidates", None)
-    if candidates is not None and conditions is not None:
+    draws = not getattr(module, "offline", False)
+    if candidates is not None and conditions is not None and draws:
         parts.append(f"{left * conditions * candidates:,} reward calls to come")
     return parts
 

@@ -10,6 +10,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lit_rlft.algorithms.base import RewardFineTuner
+from lit_rlft.callbacks.dial_file import DIAL
 from lit_rlft.callbacks.facts import say
 from lit_rlft.core.checks import at_least
 from lit_rlft.distributed import gather
@@ -24,7 +25,7 @@ from lit_rlft.runs.shown import SHOWN, TEST, write_shown
 
 __all__ = ["OF_A_TEST", "ReportFiles"]
 
-OF_A_TEST = (SAMPLES, REPORT, f"{SHOWN}/{TEST}")
+OF_A_TEST = (SAMPLES, REPORT, f"{SHOWN}/{TEST}", DIAL)
 """Files of one checkpoint's test, relative to the run's folder."""
 
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from lit_rlft.algorithms.base import RewardFineTuner
+from lit_rlft.callbacks.dial_file import DIAL, write_dial
 from lit_rlft.callbacks.facts import say
 from lit_rlft.callbacks.logged import log_settings
 from lit_rlft.callbacks.report_files import OF_A_TEST
@@ -23,6 +24,7 @@ from lit_rlft.callbacks.result_table import result_table
 from lit_rlft.callbacks.training_metrics import training_values
 from lit_rlft.core.checks import at_least
 from lit_rlft.distributed import gather
+from lit_rlft.evaluation.dial import dial_rows
 from lit_rlft.evaluation.exploitation import Exploitation, exploitation, guards_of
 from lit_rlft.loop.checkpoint_file import COUNTERS
 from lit_rlft.loop.experience import Draw
@@ -97,9 +99,8 @@ class RunFiles(Callback):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the metrics and the picture."""
         assert isinstance(pl_module, RewardFineTuner)
-        evaluator = pl_module.evaluator
-        summary = evaluator.summary(errors=True)
-        labels = evaluator.measurements.tuned.labels.values()
+        summary = pl_module.evaluator.summary(errors=True)
+        labels = pl_module.evaluator.measurements.tuned.labels.values()
         num_samples = sum(gather(sum(map(len, labels)), trainer.world_size))
         for arm, prefix in _TESTED.items():
             for name, values in summary[arm].items():
@@ -115,33 +116,36 @@ class RunFiles(Callback):
         reward = pl_module.reward
         found = exploitation(summary, reward.name, guards_of(reward, pl_module.metrics))
         training = training_values(pl_module.metrics)
-        report = {
+        rows = dial_rows(summary)
+        report: dict[str, Any] = {
             "algorithm": pl_module.algorithm,
             "domain": pl_module.pipeline.name,
             "num_samples": num_samples,
             "reward": reward.name,
             "seed": pl_module.seed,
             "checkpoint": newer,
-            **{arm: _without_nan(metrics) for arm, metrics in summary.items()},
+            **{arm: _without_nan(own) for arm, own in summary.items() if "=" not in arm},
             "exploitation": _signs(found),
             "cost": cost,
         } | ({"training": training} if training else {})
+        report |= _dialled(rows)
         path, shown = folder / "metrics.json", folder / "comparison.png"
         picture = self._picture(pl_module, summary, num_samples)
         with writing(path):
-            kept = keep_others(path, [shown, *(folder / name for name in OF_A_TEST)], newer)
+            others = [shown, *(folder / name for name in OF_A_TEST)]
+            kept = keep_others(path, others, newer)
             write_whole(path, json.dumps(report, indent=2) + "\n")
+            write_dial(folder, summary, rows, summary_writer(pl_module))
             add_results(folder / "tuned", report, pl_module.num_updates)
         with writing(shown):
             write_whole(shown, png(picture))
         title = f"{pl_module.algorithm} on {pl_module.pipeline.name}, {num_samples} samples each"
         paths = f"picture  {shown}\nmetrics  {path}"
-        if writes_nothing(trainer):
-            paths = "fast_dev_run: nothing was written"
-        self._result = f"\n{title}\n\n{result_table(summary)}\n\n{paths}"
-        told = " ".join(f"{name} {value:.6g}" for name, value in training.items())
-        rest = (told and f"training {told}", kept, found and found.sentence())
-        self._result += "".join(f"\n{line}" for line in rest if line)
+        paths += f"\ndial     {folder / DIAL}" if rows else ""
+        paths = "fast_dev_run: nothing was written" if writes_nothing(trainer) else paths
+        rest = (_told(training), kept, found.sentence() if found else "")
+        parts = ("", title, "", result_table(summary), "", paths, *(line for line in rest if line))
+        self._result = "\n".join(parts)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the result that `validate` shows; validations within a fit are not shown."""
@@ -248,6 +252,18 @@ def _settings(config: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
     trainer = {name: config.get("trainer", {}).get(name) for name in _OF_TRAINER}
     every = flat({**groups, "trainer": trainer, "seed_everything": config.get("seed_everything")})
     return {key: value for key, value in every.items() if value is not None}
+
+
+def _dialled(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what a report has of a dial, nothing where there was none."""
+    own = [{**row, "metrics": _without_nan(row["metrics"])} for row in rows]
+    return {"dial": own} if own else {}
+
+
+def _told(training: Mapping[str, float]) -> str:
+    """Return the line of values that belong to a whole training, empty without any."""
+    values = " ".join(f"{name} {value:.6g}" for name, value in training.items())
+    return f"training {values}" if values else ""
 
 
 def _measured(trainer: Trainer, module: RewardFineTuner) -> Measured:

@@ -15,7 +15,10 @@ from lit_rlft.core.figure import Figure
 from lit_rlft.core.process import Process
 from lit_rlft.core.state import State
 
-__all__ = ["Batch", "Condition", "Pipeline", "column", "pooled"]
+__all__ = ["PAIR", "Batch", "Condition", "Pipeline", "column", "pooled"]
+
+PAIR = "pair"
+"""Column of samples that are compared, a `kit.preferences.Pair` a row; no part of a condition."""
 
 Batch = Mapping[str, Any]
 """What a DataModule yields: columns of equal length; `index` [B] numbers the data set's rows."""
@@ -230,6 +233,31 @@ class Pipeline(nn.Module, ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} does not encode data samples")
 
+    def condition_row(self, entry: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the columns that `encode` needs of a condition, given its record.
+
+        Args:
+            entry: As `Condition.entries` has it. The default takes its values as the columns.
+
+        Raises:
+            UsageError: The record lacks something.
+        """
+        return entry
+
+    def read_sample(self, sample: Any, entry: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
+        """Return the columns that `states` needs of one sample: what `save_samples` wrote.
+
+        Args:
+            sample: Its file, relative to `folder`, or itself as JSON has it.
+            entry: The record of its condition.
+            folder: Where files are looked for.
+
+        Raises:
+            UsageError: The sample cannot be read, or does not fit its condition or the model.
+            NotImplementedError: The domain has no reader of samples.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no reader of samples")
+
     def describe(self, entry: Mapping[str, Any]) -> str:
         """Return the label of a sample's picture, given its condition's record."""
         return " ".join(map(str, entry.values()))
@@ -271,7 +299,8 @@ class Pipeline(nn.Module, ABC):
 
         Args:
             files: Their names.
-            facts: `num_steps` of the sampler, and `tuned_steps`, those that the tuned model runs.
+            facts: `num_steps` of the sampler; `tuned_steps`, how many of them the tuned model runs,
+                and `skipped_steps`, those before.
         """
         return ""
 

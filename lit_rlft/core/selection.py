@@ -25,6 +25,7 @@ __all__ = [
     "Classical",
     "Preference",
     "RandomK",
+    "RewardWeighted",
     "Selection",
     "Threshold",
     "TopK",
@@ -52,6 +53,12 @@ class Selection(ABC):
             keys: Equivalence classes of the candidates, for rules that de-duplicate.
             noise: One generator per condition for the rule's own randomness, or None for torch's.
         """
+
+    def weights(
+        self, rewards: Tensor, keys: Keys | None = None, noise: Generators = None
+    ) -> Tensor:
+        """Return how much each candidate counts, [G, M]: 1 where it is accepted, or else 0."""
+        return self(rewards, keys, noise).float()
 
 
 class TopK(Selection):
@@ -140,6 +147,41 @@ class Classical(Selection):
         return rand_like(rewards, noise) < probability
 
 
+class RewardWeighted(Selection):
+    r"""Accept every candidate, weighted by exp(r / beta) over its condition's mean of that.
+
+    Reward-weighted regression (RWR). As M grows the weighted distribution becomes
+    :math:`p_{ref} \, e^{r / \beta} / Z`: it maximises the reward less beta times the KL to the
+    reference. With few candidates Z is estimated from few.
+
+    Args:
+        beta: Temperature of the target, in units of the reward.
+
+    References:
+        Aligning Text-to-Image Models using Human Feedback (Lee et al., 2023),
+        https://arxiv.org/abs/2302.12192
+    """
+
+    def __init__(self, beta: float = 1.0) -> None:
+        positive(self, beta=beta)
+        self.beta = beta
+
+    def __call__(
+        self, rewards: Tensor, keys: Keys | None = None, noise: Generators = None
+    ) -> Tensor:
+        return rewards > -torch.inf
+
+    def weights(
+        self, rewards: Tensor, keys: Keys | None = None, noise: Generators = None
+    ) -> Tensor:
+        """Return exp(r / beta) over its mean, float32 [G, M]; 0 where the reward is -inf."""
+        known = self(rewards)
+        highest = rewards.amax(dim=1, keepdim=True)
+        apart = ((rewards - highest).double() / self.beta).where(known, -torch.inf).exp()
+        mean = apart.sum(dim=1, keepdim=True) / known.sum(dim=1, keepdim=True).clamp(min=1)
+        return (apart / mean).where(known, 0).float()
+
+
 class Preference(Selection):
     """Accept one of each pair of candidates, the better one more often (Bradley–Terry).
 
@@ -182,15 +224,21 @@ class Unique(Selection):
     def __call__(
         self, rewards: Tensor, keys: Keys | None = None, noise: Generators = None
     ) -> Tensor:
+        return self.weights(rewards, keys, noise) > 0
+
+    def weights(
+        self, rewards: Tensor, keys: Keys | None = None, noise: Generators = None
+    ) -> Tensor:
+        """Return the inner rule's weights, 0 where a class has another candidate."""
         if keys is None:
             raise UsageError("Unique needs keys; the pipeline gives none, use the inner rule alone")
-        accepted = self.inner(rewards, keys, noise)
+        weights = self.inner.weights(rewards, keys, noise)
         for group, names in enumerate(keys):
             seen: set[Hashable] = set()
             order = torch.randperm(len(names), generator=noise[group] if noise else None)
             for candidate in order.tolist():
-                if accepted[group, candidate] and names[candidate] in seen:
-                    accepted[group, candidate] = False
-                elif accepted[group, candidate]:
+                if weights[group, candidate] and names[candidate] in seen:
+                    weights[group, candidate] = 0
+                elif weights[group, candidate]:
                     seen.add(names[candidate])
-        return accepted
+        return weights

@@ -1,7 +1,7 @@
 """Evaluation: the tuned model, its reference and baselines under the same conditions and noise."""
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from lit_rlft.core.state import State, index
 from lit_rlft.core.streams import Stream
 from lit_rlft.distributed import telling
 from lit_rlft.evaluation.best_of import best_of
+from lit_rlft.evaluation.dial import Setting
 from lit_rlft.evaluation.jackknife import Moments
 from lit_rlft.evaluation.measurements import Arm, Measurements
 from lit_rlft.loop.experience import Draw
@@ -109,7 +110,13 @@ class Evaluator:
         self._measurements, self._best = Measurements(kept), None
 
     def run(
-        self, batch: Batch, batch_idx: int, tuned: Route, reference: Route, *, num_best: int = 0
+        self,
+        batch: Batch,
+        batch_idx: int,
+        tuned: Route,
+        reference: Route,
+        num_best: int = 0,
+        settings: Iterable[Setting] = (),
     ) -> Condition:
         """Measure the models on one batch, the reference where it was not measured before.
 
@@ -119,6 +126,7 @@ class Evaluator:
             tuned: The tuned model's route.
             reference: The reference's.
             num_best: n of the best-of-n baselines; 0 leaves them out.
+            settings: Further settings of the tuned model.
 
         Returns:
             The conditions, one row per sample.
@@ -130,6 +138,9 @@ class Evaluator:
             self._measure_route("tuned", *common, tuned, kl_from=reference)
             if not self._measurements.reference.has(batch_idx):
                 self._measure_route("reference", *common, reference)
+            for setting in settings:
+                with setting.active():
+                    self._measure_route(setting.arm, *common, setting.route, kl_from=reference)
             if num_best:
                 arms = best_of(self.rollouts, reference, condition, seeds, num_best)
                 self._best = next(iter(arms))

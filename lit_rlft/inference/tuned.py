@@ -37,9 +37,10 @@ _ENCODINGS = {
 def load_tuned(pipe: P, folder: str | Path) -> P:
     """Make a diffusers pipeline draw as a tuned model does; return it.
 
-    Its call then runs the first steps with the LoRA and, after P-GRAFT's cut, the last ones
-    without; or it draws its initial noise from the prior that Noise PPO learned. All arguments of
-    the call stay as they are. Unless given, `num_inference_steps` is what the model was tuned with.
+    Its call then runs the steps that the tuned model ran with the LoRA, and the others without, as
+    P-GRAFT's last ones; or it draws its initial noise from the prior that Noise PPO learned. All
+    arguments of the call stay as they are. Unless given, `num_inference_steps` is what the model
+    was tuned with.
 
     Args:
         pipe: A pipeline of diffusers with the weights that were tuned; it is changed.
@@ -62,6 +63,8 @@ def load_tuned(pipe: P, folder: str | Path) -> P:
     tuned = type(kind.__name__, (_Tuned, kind), {"__module__": kind.__module__})
     pipe.__class__ = tuned
     pipe._tuned_share = card["tuned_steps"] / card["num_steps"] if has_lora else 1.0  # type: ignore[attr-defined]
+    skipped = card.get("skipped_steps", 0) if has_lora else 0
+    pipe._tuned_start = skipped / card["num_steps"]  # type: ignore[attr-defined]
     pipe._tuned_num_steps = card["num_steps"]  # type: ignore[attr-defined]
     pipe._tuned_noise = NoiseGenerator.load(folder / _NOISE) if has_noise else None  # type: ignore[attr-defined]
     return pipe
@@ -71,6 +74,7 @@ class _Tuned:
     """Mixed into a pipeline's class; everything else is the pipeline's own."""
 
     _tuned_share: float
+    _tuned_start: float
     _tuned_num_steps: int
     _tuned_noise: NoiseGenerator | None
 
@@ -78,12 +82,16 @@ class _Tuned:
         num_steps = settings.setdefault("num_inference_steps", self._tuned_num_steps)
         if self._tuned_noise is not None and settings.get("latents") is None:
             settings["latents"] = _latents(self, self._tuned_noise, prompt, settings)
-        last = round(self._tuned_share * num_steps)
-        if last == num_steps:
+        first = round(self._tuned_start * num_steps)
+        last = round((self._tuned_start + self._tuned_share) * num_steps)
+        if (first, last) == (0, num_steps):
             return super().__call__(prompt, *args, **settings)  # type: ignore[misc]
-        if not last:
+        if first == last:
             raise UsageError(f"num_inference_steps {num_steps} leaves no step to the tuned model")
-        settings["callback_on_step_end"] = _switch(last, settings.get("callback_on_step_end"))
+        further = settings.get("callback_on_step_end")
+        settings["callback_on_step_end"] = _switch(first, last, further)
+        if first:
+            self.disable_lora()  # type: ignore[attr-defined]
         try:
             return super().__call__(prompt, *args, **settings)  # type: ignore[misc]
         finally:
@@ -91,11 +99,13 @@ class _Tuned:
 
 
 def _switch(
-    last: int, further: Callable[..., dict[str, Any]] | None
+    first: int, last: int, further: Callable[..., dict[str, Any]] | None
 ) -> Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]:
-    """Return a callback that switches the LoRA off after some steps, and calls a further one."""
+    """Return a callback that has the LoRA on from a step to another, and calls a further one."""
 
     def on_step_end(pipe: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step + 1 == first:
+            pipe.enable_lora()
         if step + 1 == last:
             pipe.disable_lora()
         return tensors if further is None else further(pipe, step, t, tensors)

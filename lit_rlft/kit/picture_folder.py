@@ -11,18 +11,29 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from lit_rlft.core.checks import UsageError, at_least
 from lit_rlft.kit.bad_entries import BadEntry, Report, usable
 from lit_rlft.kit.cache import cached_folder, listing, save_report, user_cache
 
-__all__ = ["SUFFIXES", "Cache", "Fit", "Reading", "Report", "Resample", "picture_files"]
+__all__ = [
+    "SUFFIXES",
+    "Cache",
+    "Fit",
+    "Reading",
+    "Report",
+    "Resample",
+    "picture_files",
+    "read_picture",
+]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 Fit = Literal["crop", "pad", "stretch"]
@@ -183,6 +194,26 @@ class Cache:
                 for outcome in pool.map(self.reading.read, paths[start : start + _CHUNK]):
                     bar.update()
                     yield outcome
+
+
+def read_picture(sample: Any, folder: Path, size: tuple[int, int], channels: int = 3) -> Tensor:
+    """Return the pixels of a picture's file, uint8 [C, H, W], cropped and resized to `size`.
+
+    Args:
+        sample: The file, relative to `folder`.
+        folder: Where it is.
+        size: Height and width in pixels.
+        channels: 1 or 3.
+
+    Raises:
+        UsageError: It is no file of a picture.
+    """
+    if not isinstance(sample, str):
+        raise UsageError(f"a picture is the path of its file, got a {type(sample).__name__}")
+    found = Reading(*size, channels=channels).read(folder / sample)
+    if isinstance(found, BadEntry):
+        raise UsageError(f"{found}; give a file that Pillow reads")
+    return torch.from_numpy(np.array(found[0]))
 
 
 def picture_files(folder: Path) -> list[Path]:

@@ -68,6 +68,18 @@ class AdapterSwitch:
             self._enable(not self.is_merged)
 
     @contextmanager
+    def scaled(self, factor: float) -> Iterator[None]:
+        """Within the block the update is `factor` times as large."""
+        before = [dict(layer.scaling) for layer in self._layers]
+        try:
+            for layer in self._layers:
+                layer.scaling.update({name: factor * own for name, own in layer.scaling.items()})
+            yield
+        finally:
+            for layer, own in zip(self._layers, before, strict=True):
+                layer.scaling.update(own)
+
+    @contextmanager
     def merged(self, predict: Callable[[], State]) -> Iterator[None]:
         """Within the block the adapter is merged into the weights, if it can be and should.
 

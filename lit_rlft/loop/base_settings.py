@@ -22,6 +22,8 @@ def check_settings(owner: Any) -> None:
     positive(owner, "max_grad_norm")
     at_least(0, owner, "best_of", "seed")
     check_sampler(owner.sampler, owner.pipeline.process)
+    if owner.dial is not None:
+        owner.dial.check(owner.sampler.num_steps, adapted=owner.lora is not None)
     require(owner.best_of != 1, owner, "best_of", "0 for none, or above 1")
 
 

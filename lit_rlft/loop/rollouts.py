@@ -78,9 +78,9 @@ class Rollouts:
         chunk_size: Samples at a time, which bounds the memory.
         seed: Seed of all noise.
         meter: Counts the cost of the reward.
+        track: Shows the progress; shows nothing unless it is given.
 
     Attributes:
-        track: Shows the progress; shows nothing unless it is set.
         scored: Hears of samples that were scored; callbacks set it.
     """
 
@@ -91,10 +91,11 @@ class Rollouts:
         chunk_size: int | BatchSize,
         seed: int,
         meter: Meter,
+        track: Track = lambda items, label: items,
     ) -> None:
         self.pipeline, self.reward = pipeline, reward
         self.chunk_size, self.seed, self.meter = sized(chunk_size), seed, meter
-        self.track: Track = lambda items, label: items
+        self.track: Track = track
         self.scored: Scored = unheard
 
     def seeds(self, batch: Batch, num: int, *stream: int) -> list[int]:

@@ -15,7 +15,7 @@ from lit_rlft.core.randomness import Generators, step_noise
 from lit_rlft.core.sampling import Denoiser, walk
 from lit_rlft.core.state import State, leaves
 
-__all__ = ["Leg", "Merged", "Prior", "Route"]
+__all__ = ["Leg", "Merged", "Prior", "Route", "tuned_part"]
 
 Prior = Callable[[Condition], Distribution]
 """From conditions to the distribution of x_1."""
@@ -118,3 +118,21 @@ class Route:
                 if i:
                     yield first + i, (x := state)
             first += leg.num_steps
+
+
+def tuned_part(steps: Tensor) -> dict[str, int]:
+    """Return what a model card says of the steps that the tuned model runs.
+
+    Args:
+        steps: `Route.tuned_steps`; those of the tuned model lie side by side.
+
+    Returns:
+        `num_steps` of the sampler, `tuned_steps` of the tuned model, and `skipped_steps` before its
+        first one.
+    """
+    skipped = int(steps.int().argmax()) if steps.any() else 0
+    return {
+        "num_steps": len(steps),
+        "tuned_steps": int(steps.sum()),
+        "skipped_steps": skipped,
+    }

@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from domains.gaussian_mixture.closed_form.mixture import STDS
 from lit_rlft.algorithms.graft import GRAFT, PGRAFT
 from lit_rlft.core.sampling import Sampler
-from lit_rlft.core.selection import Preference, RandomK
+from lit_rlft.core.selection import Preference, RandomK, RewardWeighted
 from lit_rlft.core.state import State
 from tests.algorithms.graft_support import (
     NUM_CANDIDATES,
@@ -135,6 +135,38 @@ def test_graft_learns_the_accepted_law(folder: Path) -> None:
     mixture = run.tuner.pipeline.denoiser.mixture
     assert np.abs(mixture.means.numpy() - M).max() < 0.1
     assert np.abs(mixture.stds.numpy() / STDS - 1).max() < 0.1
+
+
+@pytest.mark.slow
+def test_rwr_learns_the_tilted_law(tmp_path: Path) -> None:
+    """q_k = w_k exp(v_k / beta) / Z; chi-square at 99.9 % of as many samples as weights leave."""
+    beta, num_conditions = 1.0, 64
+
+    def optimizer(parameters: Any) -> Any:
+        logits, *rest = parameters
+        return torch.optim.Adam([{"params": rest, "lr": 0.003}, {"params": [logits], "lr": 0.1}])
+
+    tuner = tuner_of(
+        GRAFT,
+        selection=RewardWeighted(beta),
+        sampler=Sampler(20),
+        num_candidates=64,
+        num_epochs=20,
+        minibatch_size=512,
+        sampling_batch_size=8192,
+        optimizer=optimizer,
+        lr_scheduler=lambda o: LambdaLR(o, lambda i: (1 + math.cos(math.pi * i / 160)) / 2),
+    )
+    assert tuner.algorithm == "RWR"
+    run = fit(tuner, num_conditions, default_root_dir=tmp_path)
+    assert tuner.num_updates == 160
+    q = W * np.exp(np.array(VALUES) / beta)
+    q /= q.sum()
+    weight = run.experiences[0].states["weight"].double()  # type: ignore[union-attr]
+    effective = float(weight.sum() ** 2 / weight.square().sum())
+    assert len(weight) == 64 * num_conditions and effective < 0.8 * len(weight)
+    assert statistic(run.learned, q, int(effective)) < CRITICAL
+    assert statistic(run.learned, W, int(effective)) > 10 * CRITICAL
 
 
 def test_accepting_at_random_learns_nothing(folder: Path) -> None:

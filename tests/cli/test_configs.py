@@ -38,8 +38,8 @@ CONTINUOUS = {"RewardGradient", "NoisePPO", "InverseNoiseCorrection"}
 CONTINUOUS_SETTINGS = {"mix_grpo": "sliding must be null", "grpo_guard": "ratio_norm must be false"}
 # Of each family's algorithm these are other settings: test_runs.py and test_ddpo.py train and
 # test them on the Gaussian mixture; here they run only where slow tests are asked for.
-VARIANTS = {"align_prop", "ddpo_sf", "dpok", "draft", "draft_lv", "grpo", "refl"}
-VARIANTS |= {"flow_grpo", "mix_grpo", "grpo_guard"}
+VARIANTS = {"align_prop", "ddpo_sf", "dpok", "draft", "draft_lv", "grpo", "refl", "raft", "rwr"}
+VARIANTS |= {"dpo_offline", "flow_grpo", "mix_grpo", "grpo_guard"}
 # What runs by default. The other files of this folder run all other algorithms on the Gaussian
 # mixture, and test_pipeline.py of layouts and molecules runs them on their models.
 DEFAULT = {
@@ -147,6 +147,8 @@ def refusal(domain: Path, algorithm: Path) -> str | None:
         return rf"{CONTINUOUS_SETTINGS[algorithm.stem]} for a ProductProcess"
     if class_name(load(domain)["data"]) in CONDITIONS and kind in FROM_DATA:
         return r"the data have no 'types'.*pretrain\.yaml"
+    if algorithm.stem == "dpo_offline":
+        return "the data have no pairs; give --data PreferencePairs"
     return None
 
 

@@ -22,6 +22,7 @@ from lit_rlft.cli import main
 from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.hooks import Hooks
 from lit_rlft.report.run import read_run
+from tests.cli.test_forward_process import write_votes
 from tests.support import (
     ROOT,
     SCRIPT,
@@ -68,6 +69,11 @@ RUNNING = {
     "model.init_args.advantage.min_count": 8,
 }
 QUADRATIC = {"reward": "domains.gaussian_mixture.rewards.Quadratic"}
+PAIRS = {
+    "data": "PreferencePairs",
+    "data.init_args.file": "votes.jsonl",
+    "data.init_args.val_file": "held_out.jsonl",
+}
 ALGORITHMS: dict[str, tuple[str, dict[str, Any]]] = {
     "P-GRAFT": ("p_graft", {}),
     "P-GRAFT, unequal shares": ("p_graft", THRESHOLD),
@@ -78,6 +84,10 @@ ALGORITHMS: dict[str, tuple[str, dict[str, Any]]] = {
     "GRPO-Guard": ("grpo_guard", {}),
     "DiffusionNFT": ("nft", {"model.init_args.decay_rate": 0.3}),
     "DPO": ("dpo", {"model.init_args.beta": 10.0}),
+    "DPO, relayed": ("dpo", {"model.init_args.beta": 10.0, "model.init_args.start": 0.3}),
+    "DPO, offline": ("dpo_offline", {"model.init_args.beta": 10.0, **PAIRS}),
+    "RWR": ("rwr", {}),
+    "RAFT": ("raft", {}),
     "NoisePPO": ("noise_ppo", RUNNING),
     "DRTune": ("drtune", {**QUADRATIC, "model.init_args.method.init_args.m": 2}),
     "INC": ("inverse_noise_correction", FLOW),
@@ -128,6 +138,8 @@ def noted(file: Path, bucket: GradBucket) -> torch.futures.Future[Tensor]:
 def elsewhere(tmp_path: Path) -> Iterator[None]:
     """Run from an empty folder."""
     with working_directory(tmp_path):
+        write_votes(Path("votes.jsonl"), 25)
+        write_votes(Path("held_out.jsonl"), 3)
         yield
 
 
@@ -144,10 +156,12 @@ def recorded(world_size: int) -> dict[str, list[int]]:
 def words(stage: str, algorithm: str, world_size: int, *settings: dict[str, Any]) -> list[str]:
     name, own = ALGORITHMS[algorithm]
     configs = (GAUSSIAN, f"configs/algorithms/{name}.yaml")
+    given = "data" in own and own["data"] == "PreferencePairs"
+    tiny = {k: v for k, v in TINY.items() if not (given and k.startswith("data.init_args.num_"))}
     processes = {"trainer.devices": world_size, "name": str(world_size)}
     # Forks need no second import of everything.
     strategy = {"trainer.strategy": "ddp_fork"} if world_size > 1 else {}
-    return arguments(stage, configs, TINY, own, processes, strategy, *settings)
+    return arguments(stage, configs, tiny, own, processes, strategy, *settings)
 
 
 def assert_trained_alike(world_size: int) -> None:

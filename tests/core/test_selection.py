@@ -20,6 +20,7 @@ from lit_rlft.core.selection import (
     Classical,
     Preference,
     RandomK,
+    RewardWeighted,
     Selection,
     Threshold,
     TopK,
@@ -202,6 +203,35 @@ def test_deduplication_counts_accepted_candidates_only() -> None:
     r = torch.tensor([[0.0, 1.0, 0.0, 1.0]])
     accepted = Unique(Threshold())(r, [["a", "a", "b", "b"]])
     assert accepted.tolist() == [[False, True, False, True]]
+
+
+def test_reward_weights_by_hand() -> None:
+    """exp(r / beta) over its mean in each row; what failed (-inf) counts nothing."""
+    rule = RewardWeighted(beta=0.5)
+    r = torch.tensor([[0.0, 0.5 * np.log(3), 0.0], [1e4, 1e4 - 0.5 * np.log(2), -np.inf]])
+    found = rule.weights(r.double())
+    torch.testing.assert_close(found, torch.tensor([[0.6, 1.8, 0.6], [4 / 3, 2 / 3, 0.0]]))
+    assert rule(r).tolist() == [[True] * 3, [True, True, False]]
+    assert not rule.weights(torch.full((1, 3), -torch.inf)).any()
+
+
+def test_reward_weights_tilt_the_reference() -> None:
+    """Of N(0, 1) and r(x) = x to N(1 / beta, 1), within the error of weighted samples."""
+    x = torch.randn(8, 50_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weights = RewardWeighted(beta=2.0).weights(x).double()
+    mean, second = (weights * x).mean(dim=1), (weights * x.square()).mean(dim=1)
+    error = 4 / 8**0.5
+    assert float(mean.mean()) == pytest.approx(0.5, abs=error * float(mean.std()))
+    assert float(second.mean()) == pytest.approx(1.25, abs=error * float(second.std()))
+    assert torch.equal(RewardWeighted(2.0).weights(x - 7), weights.float())
+
+
+def test_unique_keeps_the_weight_of_one_of_a_class() -> None:
+    r, keys = torch.tensor([[0.0, 1.0, 2.0]]), [["a", "a", "b"]]
+    whole = RewardWeighted().weights(r)
+    found = Unique(RewardWeighted()).weights(r, keys)
+    assert found[0, 2] == whole[0, 2] and int((found[0, :2] > 0).sum()) == 1
+    assert (found == whole)[found > 0].all()
 
 
 @pytest.mark.parametrize("rule", [TopK(2), TopK(1), BestOfM()], ids=["2", "1", "best"])

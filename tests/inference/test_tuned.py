@@ -19,6 +19,7 @@ from lit_rlft.core.checks import UsageError
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.inference import load_tuned
 from lit_rlft.loop.reference import LoRA
+from lit_rlft.loop.route import tuned_part
 from lit_rlft.runs.card import CARD, write_card
 from tests.domains.text_to_image.families.tiny import tiny
 
@@ -49,8 +50,7 @@ def tuned(kind: type[RewardFineTuner], folder: Path, out: Path, **settings: Any)
         if parameter.requires_grad and not parameter.any():
             parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
     tuner.export(out)
-    steps = tuner.route().tuned_steps
-    write_card(out, {"num_steps": len(steps), "tuned_steps": int(steps.sum())})
+    write_card(out, tuned_part(tuner.route().tuned_steps))
     return tuner
 
 
@@ -100,9 +100,11 @@ def packed(pipe: Any, x: Tensor) -> Tensor:
     return pipe._pack_latents(x, *x.shape) if hasattr(pipe, "_pack_latents") else x.clone()
 
 
-@pytest.mark.parametrize("cut", [0.0, 0.4])
-def test_p_graft_hands_over_at_the_cut(folder: Path, tmp_path: Path, cut: float) -> None:
-    tuner = tuned(PGRAFT, folder, tmp_path, cut=cut, lora=LoRA(rank=2, alpha=2))
+@pytest.mark.parametrize(("start", "cut"), [(0.0, 0.0), (0.2, 0.2)])
+def test_a_relay_hands_over_at_its_ends(
+    folder: Path, tmp_path: Path, start: float, cut: float
+) -> None:
+    tuner = tuned(PGRAFT, folder, tmp_path, start=start, cut=cut, lora=LoRA(rank=2, alpha=2))
     z = noise(tuner)
     plain = theirs(folder)
     untuned = plain(
@@ -111,7 +113,7 @@ def test_p_graft_hands_over_at_the_cut(folder: Path, tmp_path: Path, cut: float)
     pipe = load_tuned(plain, tmp_path)
     assert pipe is plain and isinstance(pipe, diffusers.DiffusionPipeline)
     expected = ours(tuner, z)
-    assert (untuned - expected).abs().max() > 1e-3
+    assert (untuned - expected).abs().max() > 5e-4
     for copies in numbers(pipe):  # the adapter is on again at the end of a call
         z = noise(tuner, copies)
         given = {"latents": packed(pipe, z), "num_images_per_prompt": copies}

@@ -15,7 +15,7 @@ from lit_rlft.core.checks import UsageError
 from lit_rlft.kit.bad_entries import BadEntry
 from lit_rlft.kit.files import encoding, existing, reason
 
-__all__ = ["read_arrays", "read_coco", "read_json", "read_rico"]
+__all__ = ["page_of", "read_arrays", "read_coco", "read_json", "read_rico"]
 
 Entry = Page | BadEntry
 
@@ -144,12 +144,12 @@ def read_json(path: Path) -> Iterator[Entry]:
         if not files:
             raise UsageError(f"{path} holds no .json files; give a .jsonl file or such a folder")
         for file in files:
-            yield _page(file.name, file.read_bytes().decode(encoding(file), errors="replace"))
+            yield page_of(file.name, file.read_bytes().decode(encoding(file), errors="replace"))
         return
     with existing(path).open(encoding=encoding(path), errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
-                yield _page(f"line {number}", line)
+                yield page_of(f"line {number}", line)
 
 
 class _Coco:
@@ -217,7 +217,8 @@ def _labelled(node: Any) -> Iterator[tuple[str, list[float]]]:
         stack.extend(reversed(node.get("children") or []))
 
 
-def _page(name: str, text: str) -> Entry:
+def page_of(name: str, text: str) -> Entry:
+    """Return the page of one layout's JSON, as `read_json` has it, or what is wrong with it."""
     try:
         record = json.loads(text)
         width, height = record["canvas"]
