@@ -22,7 +22,7 @@ from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.core.checks import at_least, below_one, require
 from lit_rlft.core.implicit import implicit
 from lit_rlft.core.pipeline import Batch, Condition
-from lit_rlft.core.randomness import Generators, generators, rand_like, seed_from
+from lit_rlft.core.randomness import Generators, Seeded, rand_like
 from lit_rlft.core.reward import all_failed
 from lit_rlft.core.selection import Selection, TopK
 from lit_rlft.core.state import State, index, leaves, tensor_of
@@ -156,7 +156,7 @@ class PGRAFT(RewardFineTuner):
         """Return accept bits for rewards, [G, M]; what could not be scored is never accepted."""
         starts = range(0, len(seeds), self.num_candidates)
         grouped = [keys[i : i + self.num_candidates] for i in starts] if keys else None
-        noise = generators([seed_from(seeds[i], Stream.SELECT) for i in starts])
+        noise = Seeded([seeds[i] for i in starts], Stream.SELECT)
         known = groups.isfinite()
         return self.selection(groups.where(known, -math.inf), grouped, noise) & known
 

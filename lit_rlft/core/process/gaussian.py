@@ -291,8 +291,10 @@ class _Bounded(NamedTuple):
 
 def _columns(coefficients: Tensor, like: Tensor) -> Sequence[Tensor]:
     """Return the columns of [B, C] or [C], each to broadcast against [B, ...]."""
-    columns = coefficients.to(like.dtype).unbind(dim=-1)
-    return columns if coefficients.dim() == 1 else [expand_as(one, like) for one in columns]
+    table = coefficients.to(like.dtype)
+    if table.dim() == 1:
+        return table.unbind()
+    return table.reshape(*table.shape, *(1,) * (like.dim() - 1)).unbind(dim=1)
 
 
 def _forward_variance(alpha_s: Tensor, sigma_s: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
