@@ -167,10 +167,10 @@ class PGRAFT(RewardFineTuner):
 
     def loss(self, experience: Experience, noise: Generators) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted denoising loss of the samples at levels above tau, [n]."""
-        process, x_s = self.pipeline.process, experience.states["x_s"]
+        process, x_s, tau = self.pipeline.process, experience.states["x_s"], self.tau
         uniform = rand_like(torch.empty(len(experience), device=leaves(x_s)[0].device), noise)
-        t = process.draw_times(uniform, low=self.tau)
-        s = torch.full_like(t, self.tau if self.train_from == "intermediate" else 0.0)
+        t = process.draw_times(uniform, low=tau)
+        s = torch.full_like(t, tau if self.train_from == "intermediate" else 0.0)
         x_t = process.noised(x_s, s, t, noise)
         predict = self.pipeline if self.guided_loss else self.pipeline.predict
         prediction = predict(x_t, t, experience.condition)

@@ -220,7 +220,7 @@ def constant_groups(rewards: Tensor) -> float:
 
     They teach nothing under group advantages. NaN where no group has two finite rewards.
     """
-    finite = rewards.isfinite()
+    rewards, finite = rewards.double(), rewards.isfinite()
     lowest = rewards.where(finite, math.inf).amin(dim=1)
     highest = rewards.where(finite, -math.inf).amax(dim=1)
     known = finite.sum(dim=1) > 1
