@@ -1,5 +1,6 @@
 """What an update logs, summed over its microbatches on the device in few operations."""
 
+from collections import defaultdict
 from collections.abc import Mapping
 
 import torch
@@ -14,34 +15,34 @@ def is_maximum(name: str) -> bool:
 
 
 class Tally:
-    """Sums, or maxima, of values by name; values of one microbatch are reduced together."""
+    """Sums, or maxima, of values by name; those of one microbatch are reduced together."""
 
     def __init__(self) -> None:
-        self._sums: dict[tuple[str, ...], Tensor] = {}
-        self._maxima: dict[tuple[str, ...], Tensor] = {}
+        self._known: dict[tuple[str, ...], Tensor] = {}
+        """By names that were reduced together, [names] float64; all sums or all maxima."""
 
     def add(self, values: Mapping[str, Tensor]) -> None:
         """Add the values of some terms, each [n]; nothing waits for the device."""
-        if names := tuple(name for name in values if not is_maximum(name)):
-            sums = _stacked(values, names).sum(dim=1, dtype=torch.float64)
-            self._sums[names] = self._sums[names] + sums if names in self._sums else sums
-        if names := tuple(name for name in values if is_maximum(name)):
-            own = _stacked(values, names).amax(dim=1)
-            self._maxima[names] = own.maximum(self._maxima.get(names, own))
+        alike: dict[object, list[str]] = defaultdict(list)
+        for name, value in values.items():
+            alike[is_maximum(name), value.shape, value.device].append(name)
+        for names in map(tuple, alike.values()):
+            table = torch.stack([values[name].flatten() for name in names])
+            if is_maximum(names[0]):
+                own = table.amax(dim=1).double()
+                self._known[names] = own.maximum(self._known.get(names, own))
+            else:
+                own = table.sum(dim=1, dtype=torch.float64)
+                self._known[names] = self._known[names] + own if names in self._known else own
 
     def totals(self) -> dict[str, Tensor]:
-        """Return the sums, float64, and maxima of all terms, numbers by name."""
+        """Return the sums and maxima of all terms, float64 numbers by name."""
         totals: dict[str, Tensor] = {}
-        for names, sums in self._sums.items():
-            for name, own in zip(names, sums.unbind(), strict=True):
-                totals[name] = totals.get(name, 0.0) + own
-        for names, maxima in self._maxima.items():
-            for name, own in zip(names, maxima.unbind(), strict=True):
-                totals[name] = own.maximum(totals.get(name, own))
+        for names, known in self._known.items():
+            for name, own in zip(names, known.unbind(), strict=True):
+                before = totals.get(name)
+                if before is None:
+                    totals[name] = own
+                else:
+                    totals[name] = own.maximum(before) if is_maximum(name) else own + before
         return totals
-
-
-def _stacked(values: Mapping[str, Tensor], names: tuple[str, ...]) -> Tensor:
-    """Return the values of some names, [names, n], on the device of the first."""
-    device = values[names[0]].device
-    return torch.stack([values[name].to(device, non_blocking=True) for name in names])
