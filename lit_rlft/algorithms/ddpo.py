@@ -106,16 +106,23 @@ class Rollout(Experience):
 
     @property
     def num_terms(self) -> int:
-        return len(self._pairs)
+        return len(self._pairs[0])
 
     @property
     def terms_per_sample(self) -> Tensor:
         return self.trained[:, self.rows].sum(dim=0)
 
     @cached_property
-    def _pairs(self) -> Tensor:
+    def _pairs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each pair the place of its step, its row here and its trajectory, [P] each."""
         # Step by step: pairs of one step then meet in a batch, as they did in the sampler.
-        return self.trained[:, self.rows].nonzero()
+        places, chosen = self.trained[:, self.rows].nonzero().T.contiguous()
+        return places, chosen, self.rows[chosen]
+
+    @cached_property
+    def _advantages(self) -> Tensor:
+        """The advantages as losses take them."""
+        return self.advantages.to(self.trajectories.log_probs, non_blocking=True)
 
     def index(self, rows: Tensor) -> "Rollout":
         return replace(
@@ -127,11 +134,11 @@ class Rollout(Experience):
 
     def terms(self, rows: Tensor) -> Experience:
         """Gather pairs: their states, and their weights in the loss."""
-        places, chosen = self._pairs[rows].unbind(dim=1)
-        samples = self.rows[chosen]
+        places, chosen, samples = (numbers[rows] for numbers in self._pairs)
+        samples = samples.to(self._advantages.device, non_blocking=True)
         states = self.trajectories.pairs(places, samples)
         old = tensor_of(states["log_prob"])
-        states["advantage"] = self.advantages[samples].to(old, non_blocking=True)
+        states["advantage"] = self._advantages[samples]
         states["weight"] = torch.full_like(old, 1 / self.num_steps)
         if self.balance is not None:
             states["balance"] = self.balance[places].to(old, non_blocking=True)
@@ -140,8 +147,8 @@ class Rollout(Experience):
 
     def replace_log_probs(self, rows: Tensor, values: Tensor, law: Distribution) -> None:
         """Set the old log-probabilities of some terms, [P], which are those of `law`."""
-        places, chosen = self._pairs[rows].unbind(dim=1)
-        self.trajectories.replace_log_probs(places, self.rows[chosen], values, law)
+        places, _, samples = self._pairs
+        self.trajectories.replace_log_probs(places[rows], samples[rows], values, law)
 
 
 class DDPO(RewardFineTuner):

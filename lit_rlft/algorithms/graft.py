@@ -21,7 +21,7 @@ from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.core.checks import at_least
 from lit_rlft.core.implicit import implicit
 from lit_rlft.core.pipeline import Batch, Condition
-from lit_rlft.core.randomness import Generators, generators, seed_from
+from lit_rlft.core.randomness import Generators, Seeded
 from lit_rlft.core.selection import BestOfM, RewardWeighted, Selection, TopK
 from lit_rlft.core.state import State, index, leaves, tensor_of
 from lit_rlft.core.streams import Stream
@@ -151,7 +151,7 @@ class PGRAFT(RewardFineTuner):
         """Return how much candidates count, [G, M]; what could not be scored does not."""
         starts = range(0, len(seeds), self.num_candidates)
         grouped = [keys[i : i + self.num_candidates] for i in starts] if keys else None
-        noise = generators([seed_from(seeds[i], Stream.SELECT) for i in starts])
+        noise = Seeded([seeds[i] for i in starts], Stream.SELECT)
         known = groups.isfinite()
         return self.selection.weights(groups.where(known, -math.inf), grouped, noise) * known
 
@@ -162,9 +162,9 @@ class PGRAFT(RewardFineTuner):
 
     def loss(self, experience: Experience, noise: Generators) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted denoising loss of the samples at levels above tau, [n]."""
-        process, x_s = self.pipeline.process, experience.states["x_s"]
+        process, x_s, tau = self.pipeline.process, experience.states["x_s"], self.tau
         t = self.relay.random_times(process, self.sampler.num_steps, x_s, noise)
-        s = torch.full_like(t, self.tau if self.train_from == "intermediate" else 0.0)
+        s = torch.full_like(t, tau if self.train_from == "intermediate" else 0.0)
         x_t = process.noised(x_s, s, t, noise)
         predict = self.pipeline if self.guided_loss else self.pipeline.predict
         prediction = predict(x_t, t, experience.condition)

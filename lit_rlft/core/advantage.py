@@ -16,6 +16,7 @@ References:
 """
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -59,7 +60,9 @@ class Advantage(ABC):
             clip: Advantages are clamped to [-clip, clip]; None leaves them alone.
         """
         rewards = rewards.double()
-        moments = [_moments(peers) for peers in self.peers(rewards, conditions)]
+        peers = self.peers(rewards, conditions)
+        known = {id(own): _moments(own) for own in {id(own): own for own in peers}.values()}
+        moments = [known[id(own)] for own in peers]  # many groups may share their peers
         mean, std = torch.tensor(moments, dtype=torch.float64).unsqueeze(-1).unbind(dim=1)
         advantages = (rewards - mean) / (std + _EPSILON)
         advantages = advantages.where(rewards.isfinite() & (std > 0), 0)
@@ -148,17 +151,19 @@ class RunningAdvantage(BatchAdvantage):
         self._counts = torch.empty(0, dtype=torch.int64)
 
     def peers(self, rewards: Tensor, conditions: Sequence[str]) -> list[Tensor]:
+        groups: dict[int, list[Tensor]] = {}
         keys = [_key(condition) for condition in conditions]
         for group, key in zip(rewards, keys, strict=True):
-            self._remember(key, _finite(group))
-        peers = super().peers(rewards, conditions)
-        for i, key in enumerate(keys):
-            own = self._buffer(self._slots[key])
-            if len(own) >= self.min_count:
-                peers[i] = own.clone()
+            groups[key] = groups.pop(key, [])  # conditions seen last come last
+            groups[key].append(group)
+        for key, own in groups.items():
+            self._remember(key, _finite(torch.cat(own)))
+        buffers = {key: self._buffer(self._slots[key]) for key in groups}
+        known = {key: own.clone() for key, own in buffers.items() if len(own) >= self.min_count}
+        everyone = super().peers(rewards, conditions)
         while len(self._slots) > self.max_conditions:
             self._free.append(self._slots.pop(next(iter(self._slots))))
-        return peers
+        return [known.get(key, own) for key, own in zip(keys, everyone, strict=True)]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the conditions' digests [C], their numbers of rewards [C], and all rewards [R].
@@ -241,9 +246,12 @@ def constant_groups(rewards: Tensor) -> float:
 
     They teach nothing under group advantages. NaN where no group has two finite rewards.
     """
-    groups = [_finite(group) for group in rewards]
-    known = [bool((group == group[0]).all()) for group in groups if len(group) > 1]
-    return sum(known) / len(known) if known else float("nan")
+    rewards, finite = rewards.double(), rewards.isfinite()
+    lowest = rewards.where(finite, math.inf).amin(dim=1)
+    highest = rewards.where(finite, -math.inf).amax(dim=1)
+    known = finite.sum(dim=1) > 1
+    constant = int(((lowest == highest) & known).sum())
+    return constant / int(known.sum()) if known.any() else float("nan")
 
 
 def _finite(rewards: Tensor) -> Tensor:

@@ -179,7 +179,7 @@ class Product(Distribution):
 
 
 def _reduce(values: Tensor, reduction: Reduction) -> Tensor:
-    flat = values.unsqueeze(-1).flatten(start_dim=1)  # also for one number per sample
+    flat = values.flatten(start_dim=1) if values.dim() > 1 else values.unsqueeze(-1)
     return flat.sum(dim=1) if reduction == "sum" else flat.mean(dim=1)
 
 

@@ -9,7 +9,8 @@ numbers. How many depends on the size of one sample alone.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import overload
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 __all__ = [
     "Generators",
+    "Seeded",
     "StepNoise",
     "generators",
     "next_step",
@@ -35,6 +37,37 @@ Generators = Sequence[torch.Generator] | None
 
 Fill = Callable[[Tensor, torch.Generator], object]
 """Draws a tensor's numbers in place."""
+
+
+class Seeded(Sequence[torch.Generator]):
+    """One generator per seed, made once the first of them is asked for: not all losses draw noise.
+
+    Args:
+        seeds: One integer per row of the batch.
+        key: What the generators are for; the seed of each is `seed_from(seed, *key)`.
+    """
+
+    def __init__(self, seeds: Sequence[int], *key: int) -> None:
+        self._seeds, self._key = seeds, key
+
+    @cached_property
+    def _made(self) -> list[torch.Generator]:
+        return generators([seed_from(seed, *self._key) for seed in self._seeds])
+
+    @overload
+    def __getitem__(self, row: int) -> torch.Generator: ...
+    @overload
+    def __getitem__(self, row: slice) -> Sequence[torch.Generator]: ...
+    def __getitem__(self, row: int | slice) -> torch.Generator | Sequence[torch.Generator]:
+        return self._made[row]
+
+    def __iter__(self) -> Iterator[torch.Generator]:
+        """Iterate over the generators."""
+        return iter(self._made)
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self._seeds)
 
 
 class StepNoise(Sequence[torch.Generator]):
@@ -96,7 +129,7 @@ def next_step(noise: Generators) -> Generators:
 
 def seed_from(*key: int) -> int:
     """Hash integers into a seed in [0, 2^63); nearby keys give unrelated seeds."""
-    text = ",".join(str(int(part)) for part in key)
+    text = ",".join([str(int(part)) for part in key])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 

@@ -45,9 +45,8 @@ def importance_sampling(
         advantages: [P].
         clip_range: Positive.
     """
-    ratio = (log_probs - old_log_probs).exp()
-    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
-    return (-advantages * ratio).maximum(-advantages * clipped)
+    ratio, harm = (log_probs - old_log_probs).exp(), -advantages
+    return (harm * ratio).maximum(harm * ratio.clamp(1 - clip_range, 1 + clip_range))
 
 
 def normalized_log_ratio(
@@ -86,7 +85,7 @@ def ratio_values(
         policy, as `first_ratio_deviation_max`), `clip_fraction` (0 or 1), and `approx_kl`, half
         the squared log-ratio.
     """
-    log_ratio = (log_probs - old_log_probs).detach()
+    log_ratio = log_probs.detach() - old_log_probs
     ratio = log_ratio.exp()
     deviation = (ratio - 1).abs()
     largest = ["ratio_deviation_max", *(["first_ratio_deviation_max"] if on_policy else [])]

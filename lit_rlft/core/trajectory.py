@@ -180,17 +180,16 @@ class Trajectories:
         """
         known = self._by_place
         places, samples = (rows.to(self._device, non_blocking=True) for rows in (places, samples))
-        slots = known["slot"][places]
+        slots = known["slot"].index_select(0, places)
         pairs: dict[str, State] = {
             "x_t": self._read(slots, samples),
             "x_s": self._read(slots + 1, samples),  # the next state has the next slot
-            "t": known["t"][places],
-            "s": known["s"][places],
+            "t": known["t"].index_select(0, places),
+            "s": known["s"].index_select(0, places),
             "log_prob": self.log_probs[places, samples],
         }
-        if self._coefficients is not None:
-            steps = known["step"][places]
-            pairs["coefficients"] = index(self._coefficients, steps)
+        if self._trained_coefficients is not None:
+            pairs["coefficients"] = index(self._trained_coefficients, places)
         if self._means is not None:
             pairs["mean"] = self._means[places, samples]
         return pairs
@@ -201,11 +200,17 @@ class Trajectories:
 
     @cached_property
     def _by_place(self) -> dict[str, Tensor]:
-        """Numbers, slots and levels of the trained steps, each [S], on the device."""
+        """Slots and levels of the trained steps, each [S], on the device."""
         steps = torch.tensor(self.steps)
         slots = torch.tensor([self._slots[i] for i in self.steps])
-        own = {"step": steps, "slot": slots, "t": self.times[steps], "s": self.ends[steps]}
+        own = {"slot": slots, "t": self.times[steps], "s": self.ends[steps]}
         return {name: one.to(self._device, non_blocking=True) for name, one in own.items()}
+
+    @cached_property
+    def _trained_coefficients(self) -> State | None:
+        """The coefficients of the trained steps, [S, C] of each field."""
+        steps = torch.tensor(self.steps).to(self._device, non_blocking=True)
+        return None if self._coefficients is None else index(self._coefficients, steps)
 
     def replace_log_probs(
         self, places: Tensor, samples: Tensor, values: Tensor, law: Distribution

@@ -90,6 +90,7 @@ def count_flops(network: nn.Module, cost: Callable[[], Cost]) -> None:
     adapters = [layer for layer in network.modules() if isinstance(layer, BaseTunerLayer)]
     known: dict[tuple[Any, ...], Fraction] = {}
     backward: dict[bool, Fraction] = {}
+    bills: dict[tuple[Any, ...], tuple[int, int]] = {}
 
     def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         switched_off = bool(adapters) and adapters[0].disable_adapters
@@ -101,10 +102,13 @@ def count_flops(network: nn.Module, cost: Callable[[], Cost]) -> None:
             known[key] = Fraction(_measured(module, args, kwargs), rows)
             cost().counting_seconds += now() - started
             backward.setdefault(switched_off, _backward_share(module, switched_off))
-        spent, flops = cost(), round(known[key] * rows)
+        if (rows, key) not in bills:  # fractions are slow
+            flops = round(known[key] * rows)
+            bills[rows, key] = (flops, round(flops * backward[switched_off]))
+        spent, (flops, backwards) = cost(), bills[rows, key]
         spent.flops += flops
         if torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
-            spent.backward_flops += round(flops * backward[switched_off])
+            spent.backward_flops += backwards
 
     network.register_forward_pre_hook(_untraced(count), with_kwargs=True)
 

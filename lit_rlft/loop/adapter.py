@@ -159,8 +159,9 @@ class AdapterSwitch:
 
     def _enable(self, enabled: bool) -> None:
         for layer in self._layers:
-            # peft's own switch also toggles requires_grad; forward reads this flag alone.
-            layer._disable_adapters = not enabled
+            # peft's own switch also toggles requires_grad; forward reads this flag alone. It is
+            # a plain attribute, so the search of `Module.__setattr__` is left out, step by step.
+            vars(layer)["_disable_adapters"] = not enabled
 
 
 def _base_of(layer: Any) -> Any:

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
-from lit_rlft.core.randomness import generators, seed_from
+from lit_rlft.core.randomness import Seeded
 from lit_rlft.core.streams import Stream
 from lit_rlft.cost.meter import Meter
 from lit_rlft.distributed import gather
@@ -53,7 +53,7 @@ def idle_of(
 
 def _weightless(loss: Loss, experience: Experience, meter: Meter) -> Tensor:
     part = experience.terms(torch.zeros(1, dtype=torch.int64))
-    noise = generators([seed_from(seed, Stream.UPDATE, 0) for seed in part.seeds])
+    noise = Seeded(part.seeds, Stream.UPDATE, 0)
     with meter.unbilled():
         losses, _ = loss(part, noise)
     return losses.sum() * 0

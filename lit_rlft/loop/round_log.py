@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from lit_rlft.distributed import gather
-from lit_rlft.loop.updates import is_maximum
+from lit_rlft.loop.tally import is_maximum
 
 __all__ = ["Outcomes", "log_round", "round_means", "write_round"]
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -66,12 +67,12 @@ class Route:
         """Number of steps of all legs."""
         return sum(leg.num_steps for leg in self.legs)
 
-    @property
+    @cached_property
     def times(self) -> Tensor:
         """The grid of noise levels, [num_steps + 1], decreasing."""
         return self.process.times(self.num_steps)
 
-    @property
+    @cached_property
     def ends(self) -> Tensor:
         """The level that each step leads to, [num_steps]."""
         return self.process.ends(self.num_steps)

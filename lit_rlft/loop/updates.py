@@ -14,10 +14,11 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
 from lit_rlft.core.checks import UsageError
-from lit_rlft.core.randomness import Generators, generators, seed_from
+from lit_rlft.core.randomness import Generators, Seeded, generators, seed_from
 from lit_rlft.core.streams import Stream
 from lit_rlft.distributed import leave, whole
 from lit_rlft.loop.experience import Experience
+from lit_rlft.loop.tally import Tally, is_maximum
 
 __all__ = [
     "Layout",
@@ -26,7 +27,6 @@ __all__ = [
     "Update",
     "accumulate",
     "clip",
-    "is_maximum",
     "layout",
     "meet",
     "plan",
@@ -35,11 +35,6 @@ __all__ = [
 
 Loss = Callable[[Experience, Generators], tuple[Tensor, dict[str, Tensor]]]
 """From some terms and their noise to losses [n] and values [n] to log."""
-
-
-def is_maximum(name: str) -> bool:
-    """Return whether values of this name, which are not negative, are reduced by their maximum."""
-    return name.endswith("_max")
 
 
 @dataclass(frozen=True)
@@ -201,7 +196,7 @@ def accumulate(
     starts = range(0, num_terms, size)
     # Other processes have samples: take part in their all-reduce with zeros.
     idle = shares.idle or partial(_zeros, parameters)
-    logged: dict[str, Tensor] = {}
+    tally = Tally()
     for start in starts:
         rows = torch.arange(start, max(start, min(start + size, minibatch.num_terms)))
         try:
@@ -217,21 +212,14 @@ def accumulate(
         last = start == starts[-1] and not shares.held
         with nullcontext() if last else shares.no_sync():
             backward(total * scale)
-        _log(logged, values, scale, share)
-    return logged
+        tally.add(values)
+    return _means(tally.totals(), scale, share)
 
 
-def _log(
-    logged: dict[str, Tensor], values: Mapping[str, Tensor], scale: float, share: float
-) -> None:
-    """Add the values of some terms to those logged so far: maxima, or means over all terms."""
-    for name, value in values.items():
-        if is_maximum(name):
-            largest = value.max()
-            logged[name] = largest.maximum(logged.get(name, largest))
-        else:
-            weight = scale * (1.0 if name == "loss" else share)
-            logged[name] = logged.get(name, 0.0) + value.sum(dtype=torch.float64) * weight
+def _means(totals: Mapping[str, Tensor], scale: float, share: float) -> dict[str, Tensor]:
+    """Return maxima as they are, and sums as means over all terms, or of the loss over samples."""
+    weights = {name: scale * (1.0 if name == "loss" else share) for name in totals}
+    return {n: own if is_maximum(n) else own * weights[n] for n, own in totals.items()}
 
 
 def meet(backward: Callable[[Tensor], object], parameters: Sequence[nn.Parameter]) -> None:
@@ -244,8 +232,7 @@ def _summed(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     if not len(part):
         return idle(), {}
-    noise = generators([seed_from(seed, Stream.UPDATE, epoch) for seed in part.seeds])
-    losses, values = loss(part, noise)
+    losses, values = loss(part, Seeded(part.seeds, Stream.UPDATE, epoch))
     return losses.sum(), {"loss": losses.detach(), **values}
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lit_rlft.core import advantage as advantage_module
 from lit_rlft.core.advantage import (
     Advantage,
     BatchAdvantage,
@@ -190,6 +191,23 @@ def test_a_checkpoint_holds_single_precision_where_that_is_exact() -> None:
     again.load_state_dict(state)
     more = torch.rand(3, 12, dtype=torch.float64)
     assert torch.equal(again(more, NAMES), advantage(more, NAMES))
+
+
+def test_groups_of_one_condition_are_counted_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by what they come to, which one after the other gives too."""
+    rewards, counted = torch.randn(12, 3, dtype=torch.float64), []
+    moments = advantage_module._moments
+    monkeypatch.setattr(
+        advantage_module, "_moments", lambda own: counted.append(len(own)) or moments(own)
+    )
+    rule = RunningAdvantage(buffer_size=8, min_count=2)
+    rule(rewards, ["a", "b", "a"] * 4)
+    assert counted == [8, 8]
+    alone = RunningAdvantage(buffer_size=8, min_count=2)
+    for group, name in zip(rewards, ["a", "b", "a"] * 4, strict=True):
+        alone(group.unsqueeze(0), [name])
+    found, expected = rule.state_dict(), alone.state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_constant_groups() -> None:

@@ -3,7 +3,8 @@ import hashlib
 import pytest
 import torch
 
-from lit_rlft.core.randomness import generators, rand_like, randn_like, seed_from
+from lit_rlft.core import randomness
+from lit_rlft.core.randomness import Seeded, generators, rand_like, randn_like, seed_from
 
 
 def test_seeds_are_integers_of_63_bits_without_collisions() -> None:
@@ -51,6 +52,23 @@ def test_without_generators_torch_decides(draw) -> None:
     first = draw(like)
     torch.manual_seed(5)
     assert torch.equal(first, draw(like)) and first.dtype == torch.float64
+
+
+def test_generators_are_made_when_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def counted(seeds: list[int]) -> list[torch.Generator]:
+        made.extend(seeds)
+        return generators(seeds)
+
+    monkeypatch.setattr(randomness, "generators", counted)
+    noise, like = Seeded([5, 7, 5], 3, 1), torch.empty(3, 2)
+    assert len(noise) == 3 and not made
+    expected = generators([seed_from(seed, 3, 1) for seed in (5, 7, 5)])
+    for _ in range(2):  # draws go on, so each is made once
+        assert torch.equal(randn_like(like, noise), randn_like(like, expected))
+    assert [one is two for one, two in zip(noise, noise[:3], strict=True)] == [True] * 3
+    assert len(made) == 3
 
 
 def test_every_row_needs_its_generator() -> None:

@@ -14,6 +14,7 @@ VALUES = {
     "DIVERGENCE": 4,
     "BEST_OF_CANDIDATES": 5,
     "BEST_OF_AGAIN": 6,
+    "COMPLETION": 7,
     "ROLLOUT": 10,
     "SELECT": 11,
     "PLAN": 12,

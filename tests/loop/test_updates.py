@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lit_rlft.core import randomness
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.randomness import Generators
@@ -51,6 +52,18 @@ def test_each_epoch_covers_the_experience_once(num: int) -> None:
     if num > 4:
         later = planned(num, 3, round_index=1)
         assert [u.minibatch.seeds for u in later] != [u.minibatch.seeds for u in updates]
+
+
+def test_a_loss_that_draws_nothing_costs_no_generator(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, (update, *_) = nn.Parameter(torch.ones(())), planned(4, 1)
+    monkeypatch.setattr(randomness, "generators", lambda seeds: pytest.fail("made for nothing"))
+
+    def loss(part: Experience, noise: Generators) -> tuple[Tensor, dict[str, Tensor]]:
+        assert noise is not None and len(noise) == len(part)
+        return weight * tensor_of(part.states["x"]).flatten(), {}
+
+    accumulate(update, loss, torch.Tensor.backward, [weight], Shares(2))
+    assert weight.grad == 1.5
 
 
 class Several(Experience):

@@ -253,11 +253,11 @@ class GaussianProcess(Process):
         :math:`\epsilon^* = \sigma_t (x_t - r x_s)/v`, converted to the prediction type, and the
         weight is :math:`v/\sigma_t^2`: the target's variance grows without bound as t -> s.
         """
-        source = tensor_of(x_s)
-        target = self.target(source, tensor_of(x_t), s, t)
+        source, levels = tensor_of(x_s), self.schedule.levels(torch.stack([t, s]))
+        target = self._target(source, tensor_of(x_t), *levels)
         error = tensor_of(prediction).to(target.dtype) - target
         squares = self._projected(error, source).square().unsqueeze(-1).flatten(start_dim=1)
-        (alpha_t, alpha_s), (sigma_t, sigma_s) = self.schedule.levels(torch.stack([t, s]))
+        (alpha_t, alpha_s), (sigma_t, sigma_s) = levels
         weight = _forward_variance(alpha_s, sigma_s, alpha_t, sigma_t) / sigma_t**2
         if self.subspace is None:
             return weight.to(target.dtype) * squares.mean(dim=1)
@@ -266,7 +266,11 @@ class GaussianProcess(Process):
 
     def target(self, x_s: Tensor, x_t: Tensor, s: Tensor, t: Tensor) -> Tensor:
         """Return the regression target of `loss` in the process's prediction type, [B, ...]."""
-        (alpha_t, alpha_s), (sigma_t, sigma_s) = self.schedule.levels(torch.stack([t, s]))
+        return self._target(x_s, x_t, *self.schedule.levels(torch.stack([t, s])))
+
+    def _target(self, x_s: Tensor, x_t: Tensor, alphas: Tensor, sigmas: Tensor) -> Tensor:
+        """Return `target` for levels that are known, those of t and s each [2, B]."""
+        (alpha_t, alpha_s), (sigma_t, sigma_s) = alphas, sigmas
         variance = _forward_variance(alpha_s, sigma_s, alpha_t, sigma_t)
         # Written so that neither s = 0 nor alpha_t = 0 divides by zero.
         x_0 = (
@@ -274,11 +278,13 @@ class GaussianProcess(Process):
             - expand_as(alpha_t * sigma_s**2 / (alpha_s**2 * variance), x_t) * x_t
         )
         eps = (x_t - expand_as(alpha_t / alpha_s, x_t) * x_s) * expand_as(sigma_t / variance, x_t)
-        return self.prediction(x_0, eps, t)
+        return self._mixed(x_0, eps, *self._weights(alpha_t, sigma_t))
 
     def prediction(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """Return what a denoiser that estimates x_0 and the noise would predict, [B, ...]."""
-        a, b = self._weights(*self.schedule.levels(t))
+        return self._mixed(x_0, eps, *self._weights(*self.schedule.levels(t)))
+
+    def _mixed(self, x_0: Tensor, eps: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return expand_as(a, x_0) * x_0 + expand_as(b, x_0) * eps
 
     def min_snr_weight(self, t: Tensor, gamma: float) -> Tensor:
@@ -357,8 +363,10 @@ class _Bounded(NamedTuple):
 
 def _columns(coefficients: Tensor, like: Tensor) -> Sequence[Tensor]:
     """Return the columns of [B, C] or [C], each to broadcast against [B, ...]."""
-    columns = coefficients.to(like.dtype).unbind(dim=-1)
-    return columns if coefficients.dim() == 1 else [expand_as(one, like) for one in columns]
+    table = coefficients.to(like.dtype)
+    if table.dim() == 1:
+        return table.unbind()
+    return table.reshape(*table.shape, *(1,) * (like.dim() - 1)).unbind(dim=1)
 
 
 def _forward_variance(alpha_s: Tensor, sigma_s: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
