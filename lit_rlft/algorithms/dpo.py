@@ -88,7 +88,7 @@ class DiffusionDPO(RewardFineTuner):
         rewards = scoring.finish(x_0, candidates, seeds, world_size).rewards.cpu()
         groups = rewards.view(-1, self.num_candidates)
         known = rewards[rewards.isfinite()]
-        if math.isnan(reward := mean_of_all(known, world_size)):
+        if math.isnan(reward := mean_of_all(known, world_size)) and not self.reward.asks:
             raise all_failed(self.reward.name, len(candidates) * world_size)
         chosen = best_and_worst(groups)
         device = leaves(x_0)[0].device

@@ -125,7 +125,7 @@ class PGRAFT(RewardFineTuner):
         self.num_samples += len(candidates) * (world_size := self.trainer.world_size)
         rewards, keys = scoring.finish(x_0, candidates, seeds, world_size)
         known = rewards[rewards.isfinite()]
-        if math.isnan(reward := mean_of_all(known, world_size)):
+        if math.isnan(reward := mean_of_all(known, world_size)) and not self.reward.asks:
             raise all_failed(self.reward.name, len(candidates) * world_size)
         groups = rewards.cpu().view(-1, self.num_candidates)
         accepted = self._accept(groups, keys, seeds)

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lit_rlft.algorithms.base import RewardFineTuner
+from lit_rlft.callbacks.blind_pairs import BlindPairs
 from lit_rlft.callbacks.cost_meter import CostMeter
 from lit_rlft.callbacks.exploitation_watch import ExploitationWatch
 from lit_rlft.callbacks.facts import Facts
@@ -28,6 +29,7 @@ from lit_rlft.callbacks.self_check import SelfCheck
 from lit_rlft.callbacks.signals import ended_by_signals
 from lit_rlft.callbacks.tf32 import TF32
 from lit_rlft.callbacks.training_metrics import TrainingMetrics
+from lit_rlft.callbacks.voting import Voting
 from lit_rlft.cli.collector import resume
 from lit_rlft.cli.errors import own_frames, sentence
 from lit_rlft.cli.same_domain import check_domains
@@ -62,6 +64,9 @@ _CALLBACKS = (
     "tf32",
 )
 """Groups of the callbacks that every run has."""
+
+_FURTHER = (Facts, LeftOut, Monitored, TrainingMetrics, Voting, BlindPairs)
+"""Those that every run has too, without settings."""
 
 
 class _Parser(LightningArgumentParser):
@@ -153,7 +158,7 @@ class Command(LightningCLI):
         own = own if isinstance(own, list) else [own]
         shown, bars = progress(own, given["enable_progress_bar"])
         settings = trainer_settings(given, self.folder) | {
-            "callbacks": [*own, *shown, Facts(), LeftOut(), Monitored(), TrainingMetrics()],
+            "callbacks": [*own, *shown, *(further() for further in _FURTHER)],
             "enable_progress_bar": bars,
         }
         trainer = super().instantiate_trainer(**settings, **kwargs)

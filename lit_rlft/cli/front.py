@@ -10,19 +10,21 @@ from lit_rlft.cli.collector import without_collection
 from lit_rlft.cli.names import with_class_paths
 from lit_rlft.cli.paths import with_config_files
 from lit_rlft.cli.quiet import quieten
+from lit_rlft.cli.voting.command import run as vote
 from lit_rlft.cli.words import configs_first, nearest
 from lit_rlft.core.checks import UsageError
 
 __all__ = ["HELP", "main"]
 
 _RUNS = ("fit", "validate", "test", "predict")
-_COMMANDS = (*_RUNS, "plan", "list")
+_COMMANDS = (*_RUNS, "plan", "vote", "list")
 HELP = """\
 lit-rlft fine-tunes pretrained diffusion and flow models with rewards.
 
   lit-rlft fit      --config DOMAIN --config ALGORITHM [--config TRAINER] [--any.key VALUE]
   lit-rlft validate|test|predict  the same; takes the run's last checkpoint, or --ckpt_path FILE
   lit-rlft plan     the same as fit, and [--memory 24GB] [--flops 165e12] [--share 0.3]
+  lit-rlft vote     RUN [--samples | --blind] [--host 0.0.0.0] [--port 8765]
   lit-rlft list     [algorithms|domains|rewards|metrics|selections|configs] [--domain NAME]
 
 Commands
@@ -31,6 +33,7 @@ Commands
   test      the same on the test data; writes metrics.json and a picture, before and after
   predict   draw samples from the tuned model and write them, with their rewards
   plan      what a fit would take: memory by part, calls, hours; loads no weights
+  vote      show samples on a local page; a person says which is the better one
   list      what there is to choose from, in one line each
 
 Examples
@@ -85,6 +88,9 @@ def _answer(words: list[str]) -> None:
 def _command(words: list[str]) -> None:
     if words[0] == "list":
         listing.run(words[1:])
+        return
+    if words[0] == "vote":
+        vote(words[1:])
         return
     if words[0].startswith("-"):
         known = ", ".join(_COMMANDS)

@@ -74,6 +74,7 @@ def judge(
         source=reward.name,
         world_size=world_size,
         weights=weights,
+        silent=reward.asks,
     )
     sums = _summed(rewards.view(len(seeds), -1), weights)
     shown = {"reward": sums[sums.isfinite()], "advantage": advantages}
@@ -90,6 +91,7 @@ def compare(
     source: str,
     world_size: int,
     weights: Sequence[float] = (1.0,),
+    silent: bool = False,
 ) -> tuple[Tensor, dict[str, float]]:
     """Compare rewards with those of all processes; all of them must call this.
 
@@ -106,6 +108,7 @@ def compare(
         source: Name of the reward.
         world_size: Number of processes.
         weights: P weights of the rewards, whose weighted sum is logged.
+        silent: Whether there may be no reward at all, as from a person who is away.
 
     Returns:
         Advantages, float64 [G * M], and what to log, of all processes together.
@@ -120,7 +123,9 @@ def compare(
     groups = sorted(chain(*gather(own, world_size)), key=lambda group: group[0])
     parts = torch.tensor([values for *_, values in groups], dtype=torch.float64)
     everyone = _summed(parts, weights)
-    known = _known(everyone, source)
+    known = everyone[everyone.isfinite()]
+    if not len(known) and not silent:
+        raise all_failed(source, everyone.numel())
     names = [name for _, name, _ in groups]
     advantages = _advantages(parts, weights, names, advantage, clip)
     by_seed = {seed: row for (seed, *_), row in zip(groups, advantages, strict=True)}
@@ -140,14 +145,6 @@ def _weights(reward: Reward) -> list[float]:
 
 def _summed(rewards: Tensor, weights: Sequence[float]) -> Tensor:
     return (rewards.double() * rewards.new_tensor(weights, dtype=torch.float64)).sum(dim=-1)
-
-
-def _known(rewards: Tensor, source: str) -> Tensor:
-    """Return the rewards of samples that did not fail; raise UsageError where all did."""
-    known = rewards[rewards.isfinite()]
-    if not len(known):
-        raise all_failed(source, rewards.numel())
-    return known
 
 
 def _advantages(

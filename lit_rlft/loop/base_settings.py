@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lit_rlft.core.checks import at_least, positive, require
+from lit_rlft.core.checks import BadArgument, at_least, positive, require
 
 __all__ = ["check_settings"]
 
@@ -19,4 +19,7 @@ def check_settings(owner: Any) -> None:
     at_least(1, owner, "sampling_batch_size", "num_eval_samples")
     positive(owner, "max_grad_norm")
     at_least(0, owner, "best_of", "seed")
+    if owner.best_of and owner.reward.asks:
+        name = owner.reward.name
+        raise BadArgument(owner, "best_of", f"must be 0 with {name}: nobody is asked in a test")
     require(owner.best_of != 1, owner, "best_of", "0 for none, or above 1")
