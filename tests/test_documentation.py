@@ -43,6 +43,8 @@ NOT_RUN = {
     "pip install": "installs the package, as this environment has it",
     "make ": "each target is run by continuous integration or takes minutes",
     "tensorboard": "serves until it is stopped",
+    "lit-rlft vote": "serves until it is stopped; tests/voting starts and ends it",
+    "--name taste": "its fit waits for a person; tests/voting votes in such runs",
     "--config sd15": "needs models of the hub; test_families.py runs tiny ones in their places",
     "--config sdxl": "needs models of the hub; test_recipes.py runs tiny ones in their places",
     "qm9_pretrain": "needs QM9's archive; test_configs.py runs it on a made one",
@@ -149,7 +151,7 @@ def parse(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     args = shlex.split(command)
     if args[0] == "python":
         assert (ROOT / args[1]).is_file(), command
-    if args[0] != "lit-rlft" or args[1] == "list" or args[1].startswith("-"):
+    if args[0] != "lit-rlft" or args[1] in ("list", "vote") or args[1].startswith("-"):
         return
     list(config_files(args))
     call([*args[1:], "--print_config"])

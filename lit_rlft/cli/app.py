@@ -19,7 +19,7 @@ from lit_rlft.callbacks.blind_pairs import BlindPairs
 from lit_rlft.callbacks.cost_meter import CostMeter
 from lit_rlft.callbacks.exploitation_watch import ExploitationWatch
 from lit_rlft.callbacks.facts import Facts
-from lit_rlft.callbacks.last_checkpoint import LastCheckpoint
+from lit_rlft.callbacks.last_checkpoint import AUTO, LastCheckpoint
 from lit_rlft.callbacks.left_out import LeftOut
 from lit_rlft.callbacks.monitored import Monitored
 from lit_rlft.callbacks.progress import progress
@@ -111,7 +111,7 @@ class Command(LightningCLI):
         parser.add_argument("--name", type=str | None, default=None, help="folder of this run")
         parser.add_argument("--root", type=str, default="runs", help="folder of all runs")
         parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
-        parser.set_defaults({"checkpoint.save_last": True})
+        parser.set_defaults({"checkpoint.save_last": True, "checkpoint.monitor": AUTO})
         parser.add_lightning_class_args(RunFiles, "run_files")
         parser.add_lightning_class_args(SamplePanel, "sample_panel")
         parser.add_lightning_class_args(SelfCheck, "self_check")

@@ -42,6 +42,19 @@ class Desk:
         self._own = QuestionFile(self.folder, self.rank)
         self._all, self._votes = Questions(self.folder), Votes(self.folder)
 
+    def start(self) -> None:
+        """Close what a process of this number has left open that is no more.
+
+        The first process does so for those that the run has no longer.
+        """
+        self._all.refresh()
+        ranks = [self.rank]
+        if self.rank == 0:
+            ranks += [rank for rank in self._all.ranks if rank >= self.world_size]
+        with locked(self.folder / LOCK):
+            for rank in set(ranks) & self._all.ranks:
+                QuestionFile(self.folder, rank).close(self._all.open_by(rank), -1, "restarted")
+
     def ask(self, questions: Sequence[Question]) -> None:
         """Show questions on the page."""
         self._own.ask(questions)

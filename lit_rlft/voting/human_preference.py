@@ -136,6 +136,7 @@ class HumanPreference(Reward):
             raise BadArgument(self, "show", f"{problem}; set it to pairs")
         clean_drawings(folder, rank)
         self._desk = Desk(folder, num_candidates, rank, world_size, stopping)
+        self._desk.start()
 
     def begin_round(self, number: int) -> None:
         """Forget what an earlier round has left, and take the number of the next one."""

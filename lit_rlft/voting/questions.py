@@ -6,7 +6,8 @@ A fit appends to `questions_<rank>.jsonl` in the folder of its votes, one JSON o
   [{"sample": "samples/1f.png", "drawing": "samples/1f.png"}, ...]}`; paths are relative to the
   folder;
 - `{"ready": 3}`: all questions of the round are there;
-- `{"closed": [id, ...], "why": "trained"}`: the run has gone on; or "time", or "stopped".
+- `{"closed": [id, ...], "round": 3, "why": "trained"}`: the run has gone on; or "time", "stopped",
+  or "restarted": a new start asks again what it still needs.
 
 A question that is written again is open again. Its name is made of the condition and the samples,
 so that a run that was killed and draws the same samples once more finds their votes.
@@ -118,18 +119,26 @@ class Questions:
         self._owners: dict[str, int] = {}
         self._seen: dict[Path, tuple[int, int, int]] = {}
 
+    @property
+    def ranks(self) -> set[int]:
+        """Numbers of the processes that have asked anything so far."""
+        return {_rank(path) for path in self._seen}
+
     def refresh(self) -> None:
         """Read the files that have changed."""
-        files = sorted(self.folder.glob("questions_*.jsonl"))
+        files = sorted(self.folder.glob("questions_*.jsonl"), key=_rank)
         changed = {path: signature(path) for path in files}
         if changed == self._seen:
             return
         self._seen = changed
         self.known, self.open, self._owners = {}, set(), {}
         for path in files:
-            rank = int(path.stem.rpartition("_")[2])
             for line in read_lines(path):
-                self._take(line, rank)
+                self._take(line, _rank(path))
+
+    def open_by(self, rank: int) -> list[str]:
+        """Return the open questions that a process has asked."""
+        return [name for name in self.open if self._owners[name] == rank]
 
     def open_of(self, number: int, but: int) -> list[str]:
         """Return the open questions of a round that other processes than one have asked."""
@@ -151,6 +160,14 @@ class Questions:
             self.open -= set(line["closed"])
             if line.get("why") == "stopped":
                 self.stopped[rank] = int(line["round"])
+            elif line.get("why") == "restarted":
+                self.stopped.pop(rank, None)
+                self.ready.pop(rank, None)
+
+
+def _rank(path: Path) -> int:
+    number = path.stem.rpartition("_")[2]
+    return int(number) if number.isdecimal() else -1
 
 
 def _line(record: Mapping[str, Any]) -> str:

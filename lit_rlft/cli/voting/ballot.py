@@ -13,7 +13,7 @@ from lit_rlft.voting.places import SUFFIXES
 from lit_rlft.voting.questions import Candidate, Question
 from lit_rlft.voting.votes import Vote, Votes
 
-__all__ = ["Ballot", "Fixed", "Refused", "Source"]
+__all__ = ["Ballot", "Fixed", "Refused", "Source", "shown_order"]
 
 _RESERVED = 60.0
 """Seconds for which a question that somebody looks at is shown to nobody else."""
@@ -114,7 +114,7 @@ class Ballot:
         """
         with self._mutex, locked(self.folder / LOCK):
             question = self._question(name)
-            shown = _shown(question)
+            shown = shown_order(question)
             if place is not None and not 0 <= place < len(shown):
                 raise Refused(400, f"there is no sample {place + 1} in this question")
             chosen = None if place is None else shown[place].sample
@@ -157,7 +157,7 @@ class Ballot:
             Refused: There is none.
         """
         with self._mutex:
-            shown = _shown(self._question(name))
+            shown = shown_order(self._question(name))
             if not 0 <= place < len(shown):
                 raise Refused(404, "there is no such picture")
             path = (self.folder / shown[place].drawing).resolve()
@@ -206,7 +206,7 @@ class Ballot:
         self._reserved = {name: own for name, own in self._reserved.items() if own[0] != voter}
 
 
-def _shown(question: Question) -> list[Candidate]:
+def shown_order(question: Question) -> list[Candidate]:
     """Return the samples in the order of the page: mixed, but always the same for a question."""
     shown = list(question.candidates)
     random.Random(question.id).shuffle(shown)

@@ -7,6 +7,7 @@ import json
 import re
 import secrets
 import socket
+import sys
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
@@ -74,6 +75,11 @@ class VoteServer(ThreadingHTTPServer):
         shown = [f"[{host}]" if ":" in host else host for host in hosts]
         return [f"http://{host}:{port}/{self.token}/" for host in shown]
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Print the error of a request, unless the browser has only gone away."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(request, client_address)
+
     def knows(self, host: str) -> bool:
         """Return whether a request's Host is one that this server can have.
 
@@ -126,8 +132,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True  # a body may be unread
             self._send_json({"error": str(error)}, error.status)
         except UsageError as error:  # a full disk
+            self.close_connection = True
             self._send_json({"error": str(error)}, HTTPStatus.INSUFFICIENT_STORAGE)
-        except (BrokenPipeError, ConnectionResetError, TimeoutError):
+        except ValueError:
+            self.close_connection = True
+            self._send_json({"error": "the request cannot be read"}, HTTPStatus.BAD_REQUEST)
+        except OSError:  # the browser has gone away
             self.close_connection = True
 
     def _checked(self, method: str) -> list[str]:
