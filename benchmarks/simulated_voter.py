@@ -37,6 +37,7 @@ from lit_rlft.cli import main as command
 from lit_rlft.core.pipeline import Condition
 
 VOTERS = ("preferring", "random")
+METRICS = '[{"class_path": "domains.text_to_image.rewards.ShapesEval"}]'
 PROMPTS = 50
 
 
@@ -104,7 +105,7 @@ def measure(root: Path, voter: str, seed: int, votes: int, extra: list[str]) -> 
     words = [
         *("--config=configs/experiments/shapes_p_graft.yaml", f"--root={root}", f"--name={run.name}"),
         *("--reward=lit_rlft.voting.human_preference.HumanPreference", "--reward.show=groups"),
-        *("--reward.values=wins", "--reward.undo_seconds=0", "--metrics.parts+=ShapesEval"),
+        *("--reward.values=wins", "--reward.undo_seconds=0", f"--metrics.parts={METRICS}"),
         *(f"--data.num_train_prompts={votes}", f"--data.batch_size={PROMPTS}"),
         *("--model.num_epochs=4", "--trainer.limit_val_batches=0", f"--model.seed={seed}"),
         *("--trainer.enable_progress_bar=false", "--checkpoint.every_minutes=null", *extra),

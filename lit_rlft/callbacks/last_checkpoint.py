@@ -51,6 +51,9 @@ class LastCheckpoint(Hooks, ModelCheckpoint):
         max_share: Of the time that these further saves may take: where saving is slow, they are
             rarer.
         **kwargs: Of `ModelCheckpoint`.
+
+    Attributes:
+        chooses: Whether what is monitored was left to the run.
     """
 
     def __init__(
@@ -62,7 +65,7 @@ class LastCheckpoint(Hooks, ModelCheckpoint):
         **kwargs: Any,
     ) -> None:
         super().__init__(dirpath=dirpath, **kwargs)
-        self._chooses = self.monitor == AUTO
+        self.chooses = self.monitor == AUTO
         minutes = every_minutes
         require(minutes is None or minutes > 0, self, "every_minutes", "above 0, or null for never")
         require(0 < max_share <= 1, self, "max_share", "in (0, 1]")
@@ -76,7 +79,7 @@ class LastCheckpoint(Hooks, ModelCheckpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Choose what to monitor; remove what a run that was killed while it saved has left."""
         super().setup(trainer, pl_module, stage)
-        if self._chooses:
+        if self.chooses:
             self._choose(trainer, pl_module)
         if stage == "fit" and trainer.is_global_zero and not writes_nothing(trainer):
             for partial in Path(str(self.dirpath)).glob(f"*.ckpt{PARTIAL}"):
@@ -92,9 +95,11 @@ class LastCheckpoint(Hooks, ModelCheckpoint):
         self.mode, self.kth_value = "max", torch.tensor(-torch.inf)
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:
-        """Wait for the first validation where the monitor was chosen here."""
-        if not self._chooses or self.monitor is None or self.monitor in monitor_candidates:
+        """Wait for the first validation where the monitor was chosen here, unless all are kept."""
+        if not self.chooses or self.monitor is None or self.monitor in monitor_candidates:
             super()._save_topk_checkpoint(trainer, monitor_candidates)
+        elif self.save_top_k == -1:
+            self._save_none_monitor_checkpoint(trainer, monitor_candidates)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock and listen to signals."""

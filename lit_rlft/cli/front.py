@@ -17,7 +17,7 @@ from lit_rlft.core.checks import UsageError
 __all__ = ["HELP", "main"]
 
 _RUNS = ("fit", "validate", "test", "predict")
-_COMMANDS = (*_RUNS, "plan", "vote", "list")
+_COMMANDS = (*_RUNS, "plan", "list", "vote")
 HELP = """\
 lit-rlft fine-tunes pretrained diffusion and flow models with rewards.
 

@@ -45,6 +45,7 @@ def test_the_best_checkpoint_is_kept_without_a_setting(capsys: pytest.CaptureFix
     assert report(Path("runs/run"))["checkpoint"]["path"] == f"checkpoints/{best}"
 
 
+@pytest.mark.slow  # another fit
 def test_without_a_validation_the_newest_is_kept() -> None:
     command("fit", trainer__limit_val_batches=0, trainer__max_epochs=2)
     state = monitored(torch.load("runs/run/checkpoints/last.ckpt", weights_only=True))
@@ -64,7 +65,7 @@ def test_what_is_held_out_goes_before_what_is_trained_on() -> None:
     assert held_out(person, Metrics([other])) == "Quadratic"
 
 
-@pytest.mark.parametrize(("stop", "rounds"), [(True, 2), (False, 6)])
+@pytest.mark.parametrize(("stop", "rounds"), [(True, 2), pytest.param(False, 6, marks=pytest.mark.slow)])
 def test_a_fit_ends_at_the_first_sign_where_that_is_asked_for(
     monkeypatch: pytest.MonkeyPatch, stop: bool, rounds: int
 ) -> None:

@@ -2,9 +2,10 @@
 
 import http.client
 import json
+import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +60,25 @@ class Voter:
         return self.send("undo", {"voter": self.name})
 
 
+class Ending(VoteServer):
+    """A server that ends as a killed program does: with the connections that are open."""
+
+    def get_request(self) -> Any:
+        connection, address = super().get_request()
+        vars(self).setdefault("held", []).append(connection.dup())
+        return connection, address
+
+    def end_connections(self) -> None:
+        for connection in vars(self).get("held", []):
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+            connection.close()
+
+
 @contextmanager
 def serving(ballot: Ballot, port: int = 0) -> Iterator[VoteServer]:
     """Serve a ballot in this process."""
-    with VoteServer(ballot, TOKEN, "127.0.0.1", port) as server:
+    with Ending(ballot, TOKEN, "127.0.0.1", port) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
         thread.start()
         try:
@@ -70,6 +86,7 @@ def serving(ballot: Ballot, port: int = 0) -> Iterator[VoteServer]:
         finally:
             server.shutdown()
             thread.join()
+            server.end_connections()
 
 
 def questions(folder: Path, number: int, size: int = 2) -> list[Question]:

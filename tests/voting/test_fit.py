@@ -117,8 +117,13 @@ def rightmost_value(folder: Path, name: str) -> float:
     ("algorithm", "settings", "questions"),
     [
         ("dpo", {"model__init_args__num_candidates": 2}, 8),
-        ("grpo", {"model__init_args__num_candidates": 4, "reward__init_args__pairs": 4}, 32),
-        (
+        pytest.param(
+            "grpo",
+            {"model__init_args__num_candidates": 4, "reward__init_args__pairs": 4},
+            32,
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             "p_graft",
             {
                 "model__init_args__num_candidates": 4,
@@ -127,6 +132,7 @@ def rightmost_value(folder: Path, name: str) -> float:
                 "reward__init_args__values": "wins",
             },
             8,
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -147,6 +153,7 @@ def test_a_fit_trains_on_votes_as_they_come(
         assert logged["train/pairs_per_condition"] == [1, 1]
 
 
+@pytest.mark.slow  # four commands
 def test_nobody_is_asked_in_evaluations(capsys: pytest.CaptureFixture[str]) -> None:
     """Fit with validation, test and predict: the eight questions are those of the rounds."""
     settings = {"model__init_args__num_candidates": 2}
@@ -171,6 +178,7 @@ def test_nobody_is_asked_in_evaluations(capsys: pytest.CaptureFixture[str]) -> N
         command("test", "dpo", **settings, model__init_args__best_of=2)
 
 
+@pytest.mark.slow  # a fit of each algorithm
 def test_without_votes_the_run_goes_on_and_learns_nothing() -> None:
     waits = {"reward__init_args__timeout": 0.05}
     for algorithm in ("dpo", "grpo", "p_graft", "nft"):
@@ -196,6 +204,7 @@ class Killed(Exception):
     """Stands for what ends a run at once."""
 
 
+@pytest.mark.slow  # three fits
 def test_a_run_that_was_killed_finds_its_votes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The third round's votes are there, and it fails: the resumed run asks for none of them."""
     settings: dict[str, Any] = {"model__init_args__num_candidates": 2}
@@ -208,7 +217,7 @@ def test_a_run_that_was_killed_finds_its_votes(monkeypatch: pytest.MonkeyPatch) 
         return taken(own, names, number, why)
 
     with voting(run := Path("runs/run"), rightmost) as asked:
-        with monkeypatch.context() as patched, pytest.raises(Killed):
+        with monkeypatch.context() as patched, pytest.raises(SystemExit, match="Killed"):
             patched.setattr(desk.Desk, "_taken", fail)
             command("fit", "dpo", **settings)
         before = (run / "votes/votes.jsonl").read_bytes()
@@ -223,6 +232,7 @@ def test_a_run_that_was_killed_finds_its_votes(monkeypatch: pytest.MonkeyPatch) 
         assert torch.equal(value, same[1]["state_dict"][name]), name
 
 
+@pytest.mark.slow  # starts processes
 def test_two_processes_ask_each_its_own() -> None:
     with voting(run := Path("runs/run"), rightmost) as asked:
         main(
@@ -274,7 +284,7 @@ def _questions(folder: Path, number: int) -> Any:
 
 def test_votes_on_predicted_samples_are_trained_on_later() -> None:
     """Collect now: the samples of predict, which a later predict may overwrite."""
-    command("predict", "dpo", reward="Coordinate", model__init_args__num_eval_samples=4)
+    command("predict", "dpo", model__init_args__num_eval_samples=4)
     run = Path("runs/run")
     for file in (run / "samples").glob("*.json"):  # the domain writes no pictures
         file.with_suffix(".svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")

@@ -11,6 +11,8 @@ from lit_rlft.voting.lines import read_lines
 from tests.browser import Browser, headless
 from tests.voting.client import TOKEN, Voter, fixed, serving
 
+pytestmark = pytest.mark.slow  # a browser takes seconds to start
+
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
@@ -96,19 +98,22 @@ def test_a_server_that_goes_away_loses_no_vote(browser: Browser, tmp_path: Path)
 
 
 def test_what_another_voter_answered_is_not_asked_again(browser: Browser, tmp_path: Path) -> None:
-    ballot = fixed(tmp_path, 2)
+    ballot = fixed(tmp_path, 3)
     with serving(ballot) as server:
         browser.open(server.urls()[0])
         count(browser)
         other = Voter(server.server_address[1], "bo")
-        first = next(iter(ballot.source.known))
-        assert other.vote(first, 0)[0] == 200
+        first, second, third = ballot.source.known
+        told = other.vote(first, 0)[1]
+        assert told["question"]["id"] == second  # bo looks at it
         browser.driver.find_element("tag name", "body").send_keys("1")
-        until(lambda: label(browser) == "prompt 1")
-        assert count(browser) == "1 of 2" and "first vote counts" in status(browser)
+        until(lambda: label(browser) == "prompt 2")
+        assert count(browser) == "1 of 3" and "first vote counts" in status(browser)
         press(browser, "2")
+        until(lambda: "Others look at the rest" in status(browser))
     lines = list(read_lines(tmp_path / "votes.jsonl"))
-    assert len(lines) == 2 and lines[0]["voter"] == "bo" != lines[1]["voter"]
+    assert [line["question"] for line in lines] == [first, third]
+    assert lines[0]["voter"] == "bo" != lines[1]["voter"]
 
 
 def test_groups_fit_a_phone_and_can_be_used_without_a_mouse(

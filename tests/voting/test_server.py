@@ -151,7 +151,7 @@ def test_two_voters_at_once_judge_every_question_once(tmp_path: Path) -> None:
         for thread in threads:
             thread.join(timeout=30)
     lines = list(read_lines(tmp_path / "votes.jsonl"))
-    assert Counter(line["question"] for line in lines) == Counter(ballot.source.known)
+    assert Counter(line["question"] for line in lines) == dict.fromkeys(ballot.source.known, 1)
     assert {line["voter"] for line in lines} == {"anna", "bo"}
     assert len({line["vote"] for line in lines}) == 24
 

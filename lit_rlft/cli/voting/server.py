@@ -88,7 +88,7 @@ class VoteServer(ThreadingHTTPServer):
         name = (urlsplit(f"//{host}").hostname or "").lower()
         if name == "localhost" or name == self.host.lower():
             return True
-        if not self.local and name in (socket.gethostname().lower(), socket.getfqdn().lower()):
+        if not self.local and name.removesuffix(".local") == socket.gethostname().lower():
             return True
         try:
             address = ipaddress.ip_address(name)
