@@ -71,10 +71,9 @@ def judge(
         seeds[::num],
         advantage=advantage,
         clip=clip,
-        source=reward.name,
+        source=None if reward.asks else reward.name,
         world_size=world_size,
         weights=weights,
-        silent=reward.asks,
     )
     sums = _summed(rewards.view(len(seeds), -1), weights)
     shown = {"reward": sums[sums.isfinite()], "advantage": advantages}
@@ -88,10 +87,9 @@ def compare(
     *,
     advantage: Advantage,
     clip: float | None,
-    source: str,
+    source: str | None,
     world_size: int,
     weights: Sequence[float] = (1.0,),
-    silent: bool = False,
 ) -> tuple[Tensor, dict[str, float]]:
     """Compare rewards with those of all processes; all of them must call this.
 
@@ -105,10 +103,9 @@ def compare(
         seeds: G integers, one per group, which order the groups of all processes.
         advantage: The rule that picks each sample's peers.
         clip: Advantages are clamped to this size; None leaves them alone.
-        source: Name of the reward.
+        source: Name of the reward; None where there may be none at all, as from a person.
         world_size: Number of processes.
         weights: P weights of the rewards, whose weighted sum is logged.
-        silent: Whether there may be no reward at all, as from a person who is away.
 
     Returns:
         Advantages, float64 [G * M], and what to log, of all processes together.
@@ -123,9 +120,7 @@ def compare(
     groups = sorted(chain(*gather(own, world_size)), key=lambda group: group[0])
     parts = torch.tensor([values for *_, values in groups], dtype=torch.float64)
     everyone = _summed(parts, weights)
-    known = everyone[everyone.isfinite()]
-    if not len(known) and not silent:
-        raise all_failed(source, everyone.numel())
+    known = _known(everyone, source)
     names = [name for _, name, _ in groups]
     advantages = _advantages(parts, weights, names, advantage, clip)
     by_seed = {seed: row for (seed, *_), row in zip(groups, advantages, strict=True)}
@@ -145,6 +140,14 @@ def _weights(reward: Reward) -> list[float]:
 
 def _summed(rewards: Tensor, weights: Sequence[float]) -> Tensor:
     return (rewards.double() * rewards.new_tensor(weights, dtype=torch.float64)).sum(dim=-1)
+
+
+def _known(rewards: Tensor, source: str | None) -> Tensor:
+    """Return the rewards of samples that did not fail; raise UsageError where all did."""
+    known = rewards[rewards.isfinite()]
+    if not len(known) and source is not None:
+        raise all_failed(source, rewards.numel())
+    return known
 
 
 def _advantages(
