@@ -42,7 +42,8 @@ class LastCheckpoint(Hooks, ModelCheckpoint):
     With `monitor: auto`, as `lit-rlft fit` has it, the further checkpoint is the best by what a
     validation measures and the run does not train on: the first reward that is held out, else the
     first reward among the metrics. Where there is none it is the trained reward; without a
-    validation the newest checkpoint is kept. `--ckpt_path best` takes it.
+    validation the newest checkpoint is kept, and so it is where `every_n_train_steps`,
+    `train_time_interval` or `save_top_k` asks for others. `--ckpt_path best` takes it.
 
     Args:
         dirpath: Where to; `checkpoints` in the run's folder unless given.
@@ -86,20 +87,22 @@ class LastCheckpoint(Hooks, ModelCheckpoint):
                 partial.unlink(missing_ok=True)
 
     def _choose(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Monitor what is held out; it is never the lower the better."""
+        """Monitor what is held out; it is never the lower the better.
+
+        Checkpoints between two validations, and all of them, are kept for themselves.
+        """
         self.monitor = None
         validates = trainer.state.fn != TrainerFn.FITTING or trainer.enable_validation
-        if isinstance(pl_module, RewardFineTuner) and validates:
+        between = self._every_n_train_steps or self._train_time_interval or self.save_top_k < 1
+        if isinstance(pl_module, RewardFineTuner) and validates and not between:
             name = held_out(pl_module.reward, pl_module.metrics)
             self.monitor = None if name is None else f"val/{name}"
         self.mode, self.kth_value = "max", torch.tensor(-torch.inf)
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:
-        """Wait for the first validation where the monitor was chosen here, unless all are kept."""
+        """Wait for the first validation where the monitor was chosen here."""
         if not self.chooses or self.monitor is None or self.monitor in monitor_candidates:
             super()._save_topk_checkpoint(trainer, monitor_candidates)
-        elif self.save_top_k == -1:
-            self._save_none_monitor_checkpoint(trainer, monitor_candidates)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock and listen to signals."""
