@@ -103,7 +103,11 @@ def measure(root: Path, voter: str, seed: int, votes: int, extra: list[str]) -> 
     """Train with a voter, test, and return the gain, its error, votes and ties."""
     run = root / f"{voter}_{seed}"
     words = [
-        *("--config=configs/experiments/shapes_p_graft.yaml", f"--root={root}", f"--name={run.name}"),
+        *(
+            "--config=configs/experiments/shapes_p_graft.yaml",
+            f"--root={root}",
+            f"--name={run.name}",
+        ),
         *("--reward=lit_rlft.voting.human_preference.HumanPreference", "--reward.show=groups"),
         *("--reward.values=wins", "--reward.undo_seconds=0", f"--metrics.parts={METRICS}"),
         *(f"--data.num_train_prompts={votes}", f"--data.batch_size={PROMPTS}"),

@@ -1,4 +1,4 @@
-"""Which checkpoint is the best one, without a setting, and fits that end where a reward is gamed."""
+"""Which checkpoint is the best one without a setting; fits that end where a reward is gamed."""
 
 from pathlib import Path
 from typing import Any
@@ -65,11 +65,15 @@ def test_what_is_held_out_goes_before_what_is_trained_on() -> None:
     assert held_out(person, Metrics([other])) == "Quadratic"
 
 
-@pytest.mark.parametrize(("stop", "rounds"), [(True, 2), pytest.param(False, 6, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("stop", "rounds"), [(True, 2), pytest.param(False, 6, marks=pytest.mark.slow)]
+)
 def test_a_fit_ends_at_the_first_sign_where_that_is_asked_for(
     monkeypatch: pytest.MonkeyPatch, stop: bool, rounds: int
 ) -> None:
-    sign = Exploitation("Coordinate", {"mean": 1.0, "sem": 0.1}, {"judge": {"mean": -1, "sem": 0.1}})
+    sign = Exploitation(
+        "Coordinate", {"mean": 1.0, "sem": 0.1}, {"judge": {"mean": -1, "sem": 0.1}}
+    )
     monkeypatch.setattr(exploitation_watch, "exploitation", lambda *args: sign)
     with pytest.warns(UserWarning, match="exploiting the reward") as told:
         command("fit", exploitation__stop=stop, trainer__max_epochs=3)

@@ -15,14 +15,12 @@ from domains.layout.pipeline import LayoutPipeline
 from domains.molecule.pipeline import MoleculePipeline
 from lit_rlft.cli import main
 from lit_rlft.cli.voting.ballot import shown_order
-from lit_rlft.cli.voting.server import VoteServer
 from lit_rlft.cli.voting.sources import blind_ballot, fit_ballot, samples_ballot
 from lit_rlft.core.checks import BadArgument, UsageError
 from lit_rlft.core.pipeline import Condition, Pipeline
 from lit_rlft.core.reward import WeightedSum
 from lit_rlft.kit.offloaded import Offloaded
 from lit_rlft.kit.preferences import read_preferences
-from lit_rlft.loop.scoring import Scoring
 from lit_rlft.voting import desk
 from lit_rlft.voting.human_preference import HumanPreference
 from lit_rlft.voting.lines import read_lines
@@ -190,6 +188,7 @@ def test_without_votes_the_run_goes_on_and_learns_nothing() -> None:
     assert not any(bool(value.any()) for value in moved)
 
 
+@pytest.mark.slow  # waits for the time-out
 def test_groups_without_votes_are_left_out_and_the_others_train() -> None:
     settings = {"model__init_args__num_candidates": 2, "reward__init_args__timeout": 1.0}
     with voting(Path("runs/run"), rightmost, most=3) as asked:
@@ -227,7 +226,9 @@ def test_a_run_that_was_killed_finds_its_votes(monkeypatch: pytest.MonkeyPatch) 
     assert (run / "votes/votes.jsonl").read_bytes().startswith(before)
     with voting(Path("runs/whole"), rightmost):
         command("fit", "dpo", **settings, name="whole")
-    same = [torch.load(f"runs/{n}/checkpoints/last.ckpt", weights_only=True) for n in ("run", "whole")]
+    same = [
+        torch.load(f"runs/{n}/checkpoints/last.ckpt", weights_only=True) for n in ("run", "whole")
+    ]
     for name, value in same[0]["state_dict"].items():
         assert torch.equal(value, same[1]["state_dict"][name]), name
 
@@ -381,7 +382,6 @@ def test_what_cannot_ask_says_so(tmp_path: Path) -> None:
         reward.open(tmp_path, 1)
     with pytest.raises(BadArgument, match="a person takes no memory"):
         Offloaded(reward)
-    assert Scoring is not None
 
 
 def test_an_algorithm_without_groups_is_refused() -> None:

@@ -41,7 +41,9 @@ def drawn(size: int, seed: int, largest: int) -> list[Choice]:
 @pytest.mark.parametrize("size", [2, 5])
 @pytest.mark.parametrize("prior", [0.01, 1.0, 30.0])
 @pytest.mark.parametrize("largest", [2, 4])
-def test_scores_are_those_of_an_independent_optimiser(size: int, prior: float, largest: int) -> None:
+def test_scores_are_those_of_an_independent_optimiser(
+    size: int, prior: float, largest: int
+) -> None:
     choices = drawn(size, seed=size, largest=min(largest, size))
     found = bradley_terry(size, choices, prior)
     other = minimize(objective, np.zeros(size), (choices, prior), "BFGS", options={"gtol": 1e-9})
@@ -94,5 +96,7 @@ def test_intervals_are_those_of_scipy(won: int, total: int) -> None:
 
 def test_the_sentence_of_a_win_rate() -> None:
     assert WinRate(0, 0, 2).sentence() == "no comparison was decided, 2 without a difference"
-    assert "won 30 of 40 comparisons, 8 without a difference: 75.0%" in WinRate(30, 10, 8).sentence()
+    assert (
+        "won 30 of 40 comparisons, 8 without a difference: 75.0%" in WinRate(30, 10, 8).sentence()
+    )
     assert wilson(0, 0) == (0, 1)

@@ -240,7 +240,7 @@ def test_a_killed_server_loses_no_vote_and_counts_none_twice(run: Path) -> None:
         assert (again.port, again.token) == (voter.port, voter.token)  # open pages go on
         assert voter.vote(first, 0)[1]["answered"] == 1  # its answer was lost: the page asks again
         assert voter.vote(told["question"]["id"], 1)[1]["answered"] == 2
-        with pytest.raises(SystemExit, match="serves .* already"):
+        with pytest.raises(SystemExit, match=r"serves .* already"):
             main(["vote", str(run), "--port=0"])
         process.send_signal(signal.SIGINT)
         assert process.stdout is not None and "2 votes in" in process.stdout.read()

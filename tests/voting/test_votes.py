@@ -14,7 +14,11 @@ from tests.voting.client import questions
 
 
 def test_votes_are_a_file_of_preferences(tmp_path: Path) -> None:
-    pair, four, tied = (*questions(tmp_path, 1), questions(tmp_path, 2, 4)[1], questions(tmp_path, 3)[2])
+    pair, four, tied = (
+        *questions(tmp_path, 1),
+        questions(tmp_path, 2, 4)[1],
+        questions(tmp_path, 3)[2],
+    )
     votes = Votes(tmp_path)
     votes.add(pair, "samples/0-1.png", "anna")
     votes.add(four, "samples/1-2.png", "bo")
@@ -80,7 +84,11 @@ def test_a_vote_taken_back_leaves_the_others(tmp_path: Path) -> None:
 
 def test_questions_of_two_processes_are_known_open_and_closed(tmp_path: Path) -> None:
     asked = [Question(q.condition, q.label, q.candidates, 5) for q in questions(tmp_path, 4)]
-    first, second, reader = QuestionFile(tmp_path, 0), QuestionFile(tmp_path, 1), Questions(tmp_path)
+    first, second, reader = (
+        QuestionFile(tmp_path, 0),
+        QuestionFile(tmp_path, 1),
+        Questions(tmp_path),
+    )
     first.ask(asked[:2])
     second.ask(asked[2:])
     first.ready(5)
