@@ -63,9 +63,7 @@ def test_keys_undo_reload_and_the_end(browser: Browser, tmp_path: Path) -> None:
         assert (count(browser), label(browser)) == ("2 of 4", "prompt 2")
         browser.driver.refresh()
         assert (count(browser), label(browser)) == ("2 of 4", "prompt 2")
-        sizes = browser.run(
-            "return [...document.querySelectorAll('#samples img')].map(i => i.src)"
-        )
+        sizes = browser.run("return [...document.querySelectorAll('#samples img')].map(i => i.src)")
         assert len(sizes) == 2
         press(browser, "1")
         browser.driver.find_element("css selector", "#samples button:nth-child(2)").click()
