@@ -43,6 +43,8 @@ NOT_RUN = {
     "pip install": "installs the package, as this environment has it",
     "make ": "each target is run by continuous integration or takes minutes",
     "tensorboard": "serves until it is stopped",
+    "lit-rlft vote": "serves until it is stopped; tests/voting starts and ends it",
+    "--name taste": "its fit waits for a person; tests/voting votes in such runs",
     "--config sd15": "needs models of the hub; test_families.py runs tiny ones in their places",
     "--config sdxl": "needs models of the hub; test_recipes.py runs tiny ones in their places",
     "qm9_pretrain": "needs QM9's archive; test_configs.py runs it on a made one",
@@ -64,7 +66,7 @@ SAME_KIND = (
 )
 """Commands that run only among slow tests: others of the same page are of their kind."""
 
-READERS = ("list", "report", "compare")
+READERS = ("list", "report", "compare", "vote")
 """Commands that need no model and take no configs."""
 
 TINY = [

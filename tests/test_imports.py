@@ -16,7 +16,7 @@ PATHS = sorted([*(ROOT / "lit_rlft").rglob("*.py"), *(ROOT / "domains").rglob("*
 LAYERS = (
     ("core",),
     ("runs", "distributed", "cost", "kit", "optimizers"),
-    ("inference", "loop"),
+    ("inference", "loop", "voting"),
     ("evaluation", "report"),
     ("algorithms",),
     ("callbacks",),

@@ -167,7 +167,7 @@ class DiffusionNFT(RewardFineTuner):
         parts = gather(apart[apart.isfinite()], self.trainer.world_size)
         # Sorted, so that the sum does not depend on the number of processes.
         every = torch.cat(parts).sort().values
-        return group_probabilities(groups, float(every.std(correction=0)), self.reward_clip)
+        return group_probabilities(groups, _deviation(every), self.reward_clip)
 
     def loss(self, experience: Experience, noise: Generators) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the contrastive loss of the samples at random levels, [n]."""
@@ -182,6 +182,10 @@ class DiffusionNFT(RewardFineTuner):
             process, prediction, old, x_0, x_t, t, good, self.beta, self.weighting
         )
         return losses, {}
+
+
+def _deviation(values: Tensor) -> float:
+    return float(values.std(correction=0)) if len(values) else 0.0
 
 
 def contrastive_loss(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 from weakref import proxy
 
+import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -16,13 +17,17 @@ from lit_rlft.callbacks.facts import say
 from lit_rlft.callbacks.signals import Signals, Stopped
 from lit_rlft.core.checks import require
 from lit_rlft.distributed import together
+from lit_rlft.evaluation.exploitation import held_out
 from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.hooks import Hooks
 from lit_rlft.runs.files import PARTIAL, DiskError, writing
 from lit_rlft.runs.folder import run_folder, writes_nothing
 from lit_rlft.runs.save_clock import SaveClock
 
-__all__ = ["LastCheckpoint"]
+__all__ = ["AUTO", "LastCheckpoint"]
+
+AUTO = "auto"
+"""The value of `monitor` that leaves the choice to the run."""
 
 
 class LastCheckpoint(Hooks, ModelCheckpoint):
@@ -34,6 +39,12 @@ class LastCheckpoint(Hooks, ModelCheckpoint):
     options work as they do there and say which further checkpoints are kept; `train_time_interval`
     takes the place of `every_minutes`.
 
+    With `monitor: auto`, as `lit-rlft fit` has it, the further checkpoint is the best by what a
+    validation measures and the run does not train on: the first reward that is held out, else the
+    first reward among the metrics. Where there is none it is the trained reward; without a
+    validation the newest checkpoint is kept, and so it is where `every_n_train_steps`,
+    `train_time_interval` or `save_top_k` asks for others. `--ckpt_path best` takes it.
+
     Args:
         dirpath: Where to; `checkpoints` in the run's folder unless given.
         every_minutes: Minutes of training after which last.ckpt is written again; null writes it
@@ -41,6 +52,9 @@ class LastCheckpoint(Hooks, ModelCheckpoint):
         max_share: Of the time that these further saves may take: where saving is slow, they are
             rarer.
         **kwargs: Of `ModelCheckpoint`.
+
+    Attributes:
+        chooses: Whether what is monitored was left to the run.
     """
 
     def __init__(
@@ -52,6 +66,7 @@ class LastCheckpoint(Hooks, ModelCheckpoint):
         **kwargs: Any,
     ) -> None:
         super().__init__(dirpath=dirpath, **kwargs)
+        self.chooses = self.monitor == AUTO
         minutes = every_minutes
         require(minutes is None or minutes > 0, self, "every_minutes", "above 0, or null for never")
         require(0 < max_share <= 1, self, "max_share", "in (0, 1]")
@@ -63,11 +78,31 @@ class LastCheckpoint(Hooks, ModelCheckpoint):
         self._training = self._untouched = self._validated = self._held = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remove what a run that was killed while it saved has left."""
+        """Choose what to monitor; remove what a run that was killed while it saved has left."""
         super().setup(trainer, pl_module, stage)
+        if self.chooses:
+            self._choose(trainer, pl_module)
         if stage == "fit" and trainer.is_global_zero and not writes_nothing(trainer):
             for partial in Path(str(self.dirpath)).glob(f"*.ckpt{PARTIAL}"):
                 partial.unlink(missing_ok=True)
+
+    def _choose(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Monitor what is held out; it is never the lower the better.
+
+        Checkpoints between two validations, and all of them, are kept for themselves.
+        """
+        self.monitor = None
+        validates = trainer.state.fn != TrainerFn.FITTING or trainer.enable_validation
+        between = self._every_n_train_steps or self._train_time_interval or self.save_top_k < 1
+        if isinstance(pl_module, RewardFineTuner) and validates and not between:
+            name = held_out(pl_module.reward, pl_module.metrics)
+            self.monitor = None if name is None else f"val/{name}"
+        self.mode, self.kth_value = "max", torch.tensor(-torch.inf)
+
+    def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:
+        """Wait for the first validation where the monitor was chosen here."""
+        if not self.chooses or self.monitor is None or self.monitor in monitor_candidates:
+            super()._save_topk_checkpoint(trainer, monitor_candidates)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock and listen to signals."""

@@ -69,7 +69,8 @@ def _monitors(trainer: Trainer) -> list[tuple[str, str]]:
     found = []
     for callback in callbacks:
         name, own = getattr(callback, "monitor", None), isinstance(callback, LastCheckpoint)
-        if isinstance(name, str) and name not in ("epoch", "step"):
+        chosen = own and callback.chooses  # nobody has asked for that name
+        if isinstance(name, str) and name not in ("epoch", "step") and not chosen:
             found.append((f"{'checkpoint' if own else type(callback).__name__}.monitor", name))
     return found
 

@@ -208,7 +208,8 @@ class RunFiles(Callback):
             paths = pl_module.pipeline.save_samples(
                 outputs.samples, outputs.condition, folder, names
             )
-        rewards = outputs.rewards.tolist()
+        # NaN, where nobody gave a reward, is no JSON.
+        rewards = [r if math.isfinite(r) else None for r in outputs.rewards.tolist()]
         name, checkpoint = pl_module.reward.name, _measured(trainer, pl_module)
         lines = [
             json.dumps(

@@ -9,17 +9,18 @@ from typing import Any, ClassVar
 import jsonargparse
 import lightning
 from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-defined]
-from lightning import Callback, LightningDataModule, Trainer
+from lightning import LightningDataModule, Trainer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lit_rlft.algorithms.base import RewardFineTuner
+from lit_rlft.callbacks.blind_pairs import BlindPairs
 from lit_rlft.callbacks.charts import Charts
 from lit_rlft.callbacks.cost_meter import CostMeter
 from lit_rlft.callbacks.exploitation_watch import ExploitationWatch
 from lit_rlft.callbacks.facts import Facts
-from lit_rlft.callbacks.last_checkpoint import LastCheckpoint
+from lit_rlft.callbacks.last_checkpoint import AUTO, LastCheckpoint
 from lit_rlft.callbacks.left_out import LeftOut
 from lit_rlft.callbacks.logged import check_loggers
 from lit_rlft.callbacks.monitored import Monitored
@@ -31,6 +32,7 @@ from lit_rlft.callbacks.self_check import SelfCheck
 from lit_rlft.callbacks.signals import ended_by_signals
 from lit_rlft.callbacks.tf32 import TF32
 from lit_rlft.callbacks.training_metrics import TrainingMetrics
+from lit_rlft.callbacks.voting import Voting
 from lit_rlft.cli.collector import resume
 from lit_rlft.cli.errors import own_frames, sentence
 from lit_rlft.cli.same_domain import check_domains
@@ -66,6 +68,9 @@ _CALLBACKS = (
     *("tf32", "report"),
 )
 """Groups of the callbacks that every run has."""
+
+_FURTHER = (Facts, LeftOut, Monitored, TrainingMetrics, Charts, Voting, BlindPairs)
+"""Those that every run has too, without settings."""
 
 
 class _Parser(LightningArgumentParser):
@@ -110,7 +115,7 @@ class Command(LightningCLI):
         parser.add_argument("--name", type=str | None, default=None, help="folder of this run")
         parser.add_argument("--root", type=str, default="runs", help="folder of all runs")
         parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
-        parser.set_defaults({"checkpoint.save_last": True})
+        parser.set_defaults({"checkpoint.save_last": True, "checkpoint.monitor": AUTO})
         parser.add_lightning_class_args(RunFiles, "run_files")
         parser.add_lightning_class_args(SamplePanel, "sample_panel")
         parser.add_lightning_class_args(SelfCheck, "self_check")
@@ -161,7 +166,7 @@ class Command(LightningCLI):
         own = own if isinstance(own, list) else [own]
         shown, bars = progress(own, given["enable_progress_bar"])
         settings = trainer_settings(given, self.folder) | {
-            "callbacks": [*own, *shown, *_always()],
+            "callbacks": [*own, *shown, *(further() for further in _FURTHER)],
             "enable_progress_bar": bars,
         }
         trainer = super().instantiate_trainer(**settings, **kwargs)
@@ -179,11 +184,6 @@ class Command(LightningCLI):
         settings = super()._prepare_subcommand_kwargs(subcommand)
         path = settings["ckpt_path"]
         return settings | {"ckpt_path": None if path == NONE else path}
-
-
-def _always() -> list[Callback]:
-    """Return the callbacks of every run that have no settings."""
-    return [Facts(), LeftOut(), Monitored(), TrainingMetrics(), Charts()]
 
 
 def run(words: Sequence[str], kind: type[Command] = Command) -> None:

@@ -10,13 +10,14 @@ from lit_rlft.cli.collector import without_collection
 from lit_rlft.cli.names import with_class_paths
 from lit_rlft.cli.paths import with_config_files
 from lit_rlft.cli.quiet import quieten
+from lit_rlft.cli.voting.command import run as vote
 from lit_rlft.cli.words import configs_first, nearest
 from lit_rlft.core.checks import UsageError
 
 __all__ = ["HELP", "main"]
 
 _RUNS = ("fit", "validate", "test", "predict")
-_READERS = {"list": listing.run, "report": reports.report, "compare": reports.compare}
+_READERS = {"list": listing.run, "report": reports.report, "compare": reports.compare, "vote": vote}
 """Commands that read what there is, and need no model."""
 _COMMANDS = (*_RUNS, "plan", "profile", *_READERS)
 HELP = """\
@@ -28,6 +29,7 @@ lit-rlft fine-tunes pretrained diffusion and flow models with rewards.
   lit-rlft profile  the same as fit, and [--conditions 32] [--candidates 8] [--completions 4]
   lit-rlft report   RUN [RUN ...] [--output FILE]
   lit-rlft compare  RUN RUN [RUN ...] [--metric NAME] [--csv FILE] [--markdown FILE]
+  lit-rlft vote     RUN [--samples | --blind] [--host 0.0.0.0] [--port 8765]
   lit-rlft list     [algorithms|domains|rewards|metrics|selections|configs] [--domain NAME]
 
 Commands
@@ -39,6 +41,7 @@ Commands
   profile   when the reward is decided between noise and data; suggests P-GRAFT's cut
   report    one HTML file that shows runs: gains, curves, samples before and after
   compare   tested runs side by side, with paired tests; says why where they cannot be compared
+  vote      show samples on a local page; a person says which is the better one
   list      what there is to choose from, in one line each
 
 Examples

@@ -25,6 +25,7 @@ __all__ = [
     "all_failed",
     "check_parts",
     "check_rewards",
+    "offer",
     "rewards_of",
     "values_of",
 ]
@@ -157,11 +158,15 @@ class Reward(Metric):
             stops at its start where the domain's probes do. False for rewards with few values.
         waits: Whether it waits for another program rather than computes: a thread is then as good
             as a process (`reward_workers`), and the run's start sends it no probes.
+        asks: Whether a person decides. Such a reward is offered all samples of a round of training
+            before it has to know any; without an answer it has NaN, also for a whole round. It has
+            no worker, and nobody is asked in evaluations, where it is NaN.
     """
 
     differentiable: bool = False
     distinguishes: bool = False
     waits: bool = False
+    asks: bool = False
 
     @property
     def name(self) -> str:
@@ -171,6 +176,13 @@ class Reward(Metric):
     @abstractmethod
     def forward(self, samples: Any, condition: Condition) -> Tensor:
         """Return the reward of each sample, [B]."""
+
+    def offer(self, samples: Any, condition: Condition) -> None:
+        """Take samples of a round of training that `forward` will be asked about.
+
+        Only rewards that ask are offered samples: whole groups of candidates in order, which one
+        offer may end in the middle of.
+        """
 
     def evaluate(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
         """Return the reward under its name; subclasses may add details."""
@@ -220,6 +232,7 @@ class Combination(Reward):
         if len(set(self.held_out)) == len(rewards):
             raise BadArgument(self, "held_out", "must leave a reward to train on")
         self.differentiable = all(reward.differentiable for reward in self.counted.values())
+        self.asks = any(reward.asks for reward in self.counted.values())
 
     @property
     def counted(self) -> dict[str, Reward]:
@@ -430,6 +443,15 @@ def check_parts(metric: Metric, pipeline: Pipeline) -> None:
     for part in metric.modules():
         if isinstance(part, Metric):
             part.requires_grad_(False).check(pipeline)
+
+
+def offer(reward: Reward, samples: Any, condition: Condition) -> None:
+    """Offer samples to all parts of a reward that ask a person."""
+    if isinstance(reward, Combination):
+        for part in reward.counted.values():
+            offer(part, samples, condition)
+    elif reward.asks:
+        reward.offer(samples, condition)
 
 
 def all_failed(source: str, num_samples: int) -> UsageError:

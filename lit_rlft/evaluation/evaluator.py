@@ -154,7 +154,8 @@ class Evaluator:
         with self.rollouts.meter.unbilled():
             x_0 = self._draw("tuned", condition, seeds, route)
             samples = self.pipeline.decode(x_0, condition)
-            rewards = self.rollouts.reward_of(samples, condition)
+            asks = self.reward.asks
+            rewards = self.rollouts.reward_of(samples, condition, may_fail=asks)
         return Draw(samples, condition, seeds, rewards)
 
     def summary(self, *, errors: bool = False) -> dict[Arm, dict[str, Moments]]:
@@ -237,8 +238,13 @@ class Evaluator:
         self.seen(arm, batch_idx, rows, samples, condition, values)
 
     def _check_scored(self, rewards: Any, num_samples: int) -> None:
-        """Check rewards; say once that some are missing, and stop where there never were any."""
+        """Check rewards; say once that some are missing, and stop where there never were any.
+
+        A person is asked in training alone.
+        """
         found = check_rewards(self.reward, rewards, num_samples, may_fail=True).isfinite()
+        if self.reward.asks:
+            return
         self._scored = self._scored or bool(found.any())
         if not self._scored:
             raise all_failed(self.reward.name, num_samples)

@@ -5,7 +5,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor
 from lit_rlft.core.checks import BadArgument, UsageError, at_least, positive
 from lit_rlft.core.pipeline import Condition, Pipeline
 from lit_rlft.core.reward import Reward
+from lit_rlft.kit.records import plain
 
 __all__ = ["HTTPReward"]
 
@@ -103,7 +104,7 @@ class HTTPReward(Reward):
                 {
                     "file": file.name,
                     "data": base64.b64encode(file.read_bytes()).decode(),
-                    "condition": _plain(entry),
+                    "condition": plain(entry),
                 }
                 for file, entry in zip(files, condition.each(), strict=True)
             ]
@@ -166,14 +167,3 @@ def _rewards_in(answer: bytes, num_samples: int) -> list[float]:
     if any(isinstance(r, bool) or not isinstance(r, int | float | None) for r in rewards):
         raise _NoRewards("a reward is neither a number nor null")
     return [math.nan if reward is None else float(reward) for reward in rewards]
-
-
-def _plain(value: Any) -> Any:
-    """Return a record as JSON can hold it."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
-    if isinstance(value, Tensor):
-        return value.tolist()
-    return value if isinstance(value, str | int | float | bool | None) else str(value)

@@ -27,7 +27,7 @@ class Offloaded(Reward):
         reward: The reward; it keeps its name.
 
     Raises:
-        BadArgument: `reward` is a combination of several.
+        BadArgument: `reward` is a combination of several, or a person.
     """
 
     follows: Tensor
@@ -37,6 +37,8 @@ class Offloaded(Reward):
         if isinstance(reward, Combination):
             problem = "must be a single reward; wrap the parts of a combination"
             raise BadArgument(self, "reward", problem)
+        if reward.asks:
+            raise BadArgument(self, "reward", "must be a network; a person takes no memory")
         self.reward = reward.eval()  # a module that is put away hears nothing of modes
         put_away(self, "reward")
         # Nor of types: trainers change that of floating-point buffers with that of weights.

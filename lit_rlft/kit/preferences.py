@@ -15,6 +15,8 @@ voter: who or what preferred it, a text. May be absent.
 seed: of the round or the draw, an integer. May be absent.
 time: when, a text in ISO 8601. May be absent.
 
+Half a line at the end, where a program was killed as it wrote, is left out.
+
 Nobody reads further keys. Files of samples are those that `lit-rlft predict` writes: `.png` (also
 `.jpg`, `.webp`) for pictures, `.json` for layouts and points, `.sdf` (also `.xyz`) for molecules.
 In the line itself a layout is the object that its `.json` holds, a point is a list of numbers, and
@@ -67,7 +69,8 @@ def read_preferences(path: Path) -> list[Pair]:
     pairs, faults, num_ties = [], [], 0
     # JSON lines end in "\n" alone; texts may hold other line ends.
     text = existing(path).read_text(encoding=encoding(path), errors="replace")
-    for number, line in enumerate(text.split("\n"), 1):
+    *lines, last = text.split("\n")
+    for number, line in enumerate([*lines, *([] if _torn(last) else [last])], 1):
         if not line.strip():
             continue
         try:
@@ -113,6 +116,15 @@ def check_lines(path: Path, faults: list[str]) -> None:
     rest = len(faults) - _MAX_LISTED
     more = f"; and {rest} more bad lines" if rest > 0 else ""
     raise UsageError(f"{path}: {'; '.join(faults[:_MAX_LISTED])}{more}")
+
+
+def _torn(last: str) -> bool:
+    """Return whether what follows the last line's end is half of a line, as a kill leaves it."""
+    try:
+        json.loads(last)
+    except ValueError:
+        return True
+    return False
 
 
 class _Bad(Exception):

@@ -71,7 +71,7 @@ def judge(
         seeds[::num],
         advantage=advantage,
         clip=clip,
-        source=reward.name,
+        source=None if reward.asks else reward.name,
         world_size=world_size,
         weights=weights,
     )
@@ -87,7 +87,7 @@ def compare(
     *,
     advantage: Advantage,
     clip: float | None,
-    source: str,
+    source: str | None,
     world_size: int,
     weights: Sequence[float] = (1.0,),
 ) -> tuple[Tensor, dict[str, float]]:
@@ -103,7 +103,7 @@ def compare(
         seeds: G integers, one per group, which order the groups of all processes.
         advantage: The rule that picks each sample's peers.
         clip: Advantages are clamped to this size; None leaves them alone.
-        source: Name of the reward.
+        source: Name of the reward; None where there may be none at all, as from a person.
         world_size: Number of processes.
         weights: P weights of the rewards, whose weighted sum is logged.
 
@@ -142,10 +142,10 @@ def _summed(rewards: Tensor, weights: Sequence[float]) -> Tensor:
     return (rewards.double() * rewards.new_tensor(weights, dtype=torch.float64)).sum(dim=-1)
 
 
-def _known(rewards: Tensor, source: str) -> Tensor:
+def _known(rewards: Tensor, source: str | None) -> Tensor:
     """Return the rewards of samples that did not fail; raise UsageError where all did."""
     known = rewards[rewards.isfinite()]
-    if not len(known):
+    if not len(known) and source is not None:
         raise all_failed(source, rewards.numel())
     return known
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lit_rlft.core.checks import at_least, positive, require
+from lit_rlft.core.checks import BadArgument, at_least, positive, require
 from lit_rlft.core.process import Process
 from lit_rlft.core.sampling import Sampler
 
@@ -24,6 +24,9 @@ def check_settings(owner: Any) -> None:
     check_sampler(owner.sampler, owner.pipeline.process)
     if owner.dial is not None:
         owner.dial.check(owner.sampler.num_steps, adapted=owner.lora is not None)
+    if owner.best_of and owner.reward.asks:
+        name = owner.reward.name
+        raise BadArgument(owner, "best_of", f"must be 0 with {name}: nobody is asked in a test")
     require(owner.best_of != 1, owner, "best_of", "0 for none, or above 1")
 
 

@@ -77,7 +77,7 @@ def draw_candidates(
     states = rollouts.draw(route, candidates, seeds, keep=keep, drawn=scoring.drawn)
     rewards, keys = scoring.finish(states[-1], candidates, seeds, world_size)
     reward = mean_of_all(rewards[rewards.isfinite()], world_size)
-    if math.isnan(reward):
+    if math.isnan(reward) and not rollouts.reward.asks:
         raise all_failed(rollouts.reward.name, len(candidates) * world_size)
     failed = mean_of_all(1 - rewards.isfinite().float(), world_size)
     return Candidates(candidates, seeds, states, rewards, keys, reward, failed)

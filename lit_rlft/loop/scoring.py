@@ -1,5 +1,6 @@
 """Rewards of a round's samples, begun while further samples are drawn where workers score them."""
 
+import math
 from collections import deque
 from collections.abc import Hashable, Sequence
 from itertools import chain
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_rlft.core.pipeline import Condition
-from lit_rlft.core.reward import Combination, WeightedSum
+from lit_rlft.core.reward import Combination, WeightedSum, offer
 from lit_rlft.core.state import State, index
 from lit_rlft.distributed import gather
 from lit_rlft.loop.rollouts import Chunk, Rollouts, Scores
@@ -34,7 +35,10 @@ class Scoring:
         learns = training and isinstance(reward, WeightedSum)
         self._normalises = learns and bool(reward.moments)
         sides = side_rewards(reward)
-        self._ahead = sides[0].workers.ahead if sides else 0
+        self._ahead: float = sides[0].workers.ahead if sides else 0
+        self._asks = training and reward.asks
+        if self._asks:  # who decides sees all samples first
+            self._ahead = math.inf
         self._num_begun = 0
         self._waiting: deque[tuple[Any, Condition]] = deque()
         self._rewards: list[Tensor] = []
@@ -96,6 +100,8 @@ class Scoring:
         samples = pipeline.decode(x_0, condition)
         begin(self.rollouts.reward, "forward", samples, condition)
         self._keys.extend(pipeline.keys(samples, condition) or [])
+        if self._asks:
+            offer(self.rollouts.reward, samples, condition)
         self._num_begun = chunk.rows.stop
         self._waiting.append((samples, condition))
         while len(self._waiting) > self._ahead:

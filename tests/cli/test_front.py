@@ -89,7 +89,7 @@ def test_an_unknown_command_is_refused_with_the_nearest(word: str, close: str | 
     message = refusal(word, "--config", "shapes")
     assert f"there is no command '{word}'" in message
     assert (f"did you mean {close}?" in message) == (close is not None)
-    assert "fit, validate, test, predict, plan, list" in message
+    assert "fit, validate, test, predict, plan, profile, list" in message
 
 
 @pytest.mark.parametrize("module", ["lit_rlft", "lit_rlft.cli"])

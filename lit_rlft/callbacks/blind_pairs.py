@@ -1,0 +1,40 @@
+"""Keeps a test's pictures for a judge who does not know which model drew which."""
+
+from collections.abc import Iterator
+
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from lit_rlft.algorithms.base import RewardFineTuner
+from lit_rlft.evaluation.measurements import Measured
+from lit_rlft.runs.folder import run_folder
+from lit_rlft.voting.blind_pairs import write_pairs
+
+__all__ = ["BlindPairs"]
+
+
+class BlindPairs(Callback):
+    """Writes the pictures of `test` into `blind/`, which `lit-rlft vote RUN --blind` shows.
+
+    They are those of comparison.png (run_files.num_conditions).
+    """
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the pictures of both models and the list of pairs."""
+        assert isinstance(pl_module, RewardFineTuner)
+        measurements = pl_module.evaluator.measurements
+        if not trainer.is_global_zero or not measurements.tuned.pictures:
+            return
+        tuned, reference = measurements.tuned, measurements.reference
+        labels = _labels(tuned)
+        write_pairs(run_folder(trainer), _pictures(tuned), _pictures(reference), labels)
+
+
+def _pictures(measured: Measured) -> Iterator[Tensor]:
+    for batch in sorted(measured.pictures):
+        yield from measured.pictures[batch]
+
+
+def _labels(measured: Measured) -> Iterator[str]:
+    for batch in sorted(measured.pictures):
+        yield from measured.labels[batch][: len(measured.pictures[batch])]

@@ -1,0 +1,1 @@
+"""`lit-rlft vote`: a local page on which a person compares samples."""

@@ -1,0 +1,1 @@
+"""Questions to a person, the file of votes, and the scores that follow from votes."""

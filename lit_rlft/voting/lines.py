@@ -1,0 +1,97 @@
+"""Files of JSON lines that grow, are killed in between, and are read all the while."""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lit_rlft.runs.files import writing
+
+__all__ = ["append_lines", "locked", "read_lines", "signature"]
+
+
+def append_lines(path: Path, lines: str) -> None:
+    """Append whole lines; they are on the disk when this returns.
+
+    What a killed process left of a last line is removed first.
+
+    Raises:
+        DiskError: The disk takes no more.
+    """
+    if not lines:
+        return
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            _remove_torn_line(handle)
+            _write_all(handle, lines.encode())
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Iterate over the objects of a file; a last line without an end is not there yet.
+
+    Lines that are no objects are left out: a machine that lost its power may leave some.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return
+    whole, _, _ = content.rpartition(b"\n")
+    for line in whole.splitlines():
+        try:
+            found = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(found, dict):
+            yield found
+
+
+def signature(path: Path) -> tuple[int, int, int]:
+    """Return what changes whenever a file does; zeros where there is none."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return (0, 0, 0)
+    return (status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold a file's lock for the block; it ends with the process, however that ends.
+
+    Raises:
+        BlockingIOError: Another process holds it, and this one does not `wait`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+    finally:
+        os.close(handle)
+
+
+def _remove_torn_line(handle: int) -> None:
+    size = os.fstat(handle).st_size
+    end = size
+    while end:
+        start = max(0, end - 4096)
+        place = os.pread(handle, end - start, start).rfind(b"\n")
+        if place >= 0:
+            end = start + place + 1
+            break
+        end = start
+    if end != size:
+        os.ftruncate(handle, end)
+
+
+def _write_all(handle: int, content: bytes) -> None:
+    while content:
+        content = content[os.write(handle, content) :]
