@@ -308,6 +308,7 @@ def _process(a: Architecture, category_weight: float) -> Process:
         # So classes are decided before the boxes of their round.
         order=("box", "category"),
         shares={"box": a.box_share, "category": 1 - a.box_share},
+        shift=a.shift,
         weights=weights,
     )
 

@@ -163,8 +163,6 @@ class MoleculePipeline(Pipeline):
 
         On a CPU no time is spent on empty slots; elsewhere the largest molecule decides.
         """
-        if isinstance(self.process, GibbsProcess):
-            t = self.process.levels(x_t, t)["position"]
         groups = list(self._groups(condition))
         sizes = condition.table("num_atoms")
         parts = [
@@ -268,6 +266,8 @@ class MoleculePipeline(Pipeline):
             full: [B] numbers of atoms; None where all have `size`.
         """
         a = self.architecture
+        if isinstance(self.process, GibbsProcess):
+            t = self.process.levels(x_t, t)["position"]
         if full is not None:
             full = torch.arange(size, device=full.device) < full.unsqueeze(1)
         x = (x_t if isinstance(x_t, Tensor) else x_t["position"])[:, :size]

@@ -244,7 +244,7 @@ def test_forward_noise_has_the_levels_marginals_in_one_step_and_in_two(kind: str
     assert start["a"].shape == (num, L) and start["b"].shape == (num, 2, 1)
 
 
-CENTRES, STD = torch.tensor([-2.0, 2.0], dtype=torch.float64), 0.1
+CENTRES, STD = torch.tensor([-2.0, 2.0], dtype=torch.float64), 0.4
 SHARE = torch.tensor([0.3, 0.7], dtype=torch.float64)
 
 
@@ -267,9 +267,13 @@ def of_the_pair(levels: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Callable[.
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_a_class_and_a_number_that_depends_on_it(eta: float) -> None:
-    """In 4 calls the pair's joint law is reached within 4 standard errors; together it is not."""
-    num, steps = 4000, 4
+@pytest.mark.parametrize("steps", [2, 100])
+def test_a_class_and_a_number_that_depends_on_it(steps: int, eta: float) -> None:
+    """The pair's joint law is reached within 4 standard errors; simultaneous steps break pairs.
+
+    Stds of numbers are those of the data where there are many steps: the Gaussian step's own error.
+    """
+    num = 3000
     fields = {"box": FLOW, "c": MaskedProcess(2)}
     gibbs = GibbsProcess(
         fields, {"box": 1, "c": 1}, 1, order=("box", "c"), shares={"box": steps - 1}
@@ -282,26 +286,26 @@ def test_a_class_and_a_number_that_depends_on_it(eta: float) -> None:
         return levels["box"][:, 0], levels["c"][:, 0]
 
     def draw(process: Process, levels: Callable[[Tensor], tuple[Tensor, Tensor]]) -> State:
-        torch.manual_seed(0)
         x_1 = process.prior(blank).sample()
         return Sampler(steps, eta).sample(of_the_pair(levels), process, x_1, condition)
 
-    def wrong(x: State) -> float:
-        """Return the share of pairs whose number is not near its class's centre."""
+    def broken(x: State) -> float:
+        """Return the share of pairs whose number is nearer to the other class's centre."""
         parts = fields_of(x)
-        centre = CENTRES[parts["c"][:, 0]].float()
-        return ((parts["box"][:, 0, 0] - centre).abs() > 10 * STD).float().mean().item()
+        return ((parts["box"][:, 0, 0] > 0) != (parts["c"][:, 0] == 1)).float().mean().item()
 
     x = fields_of(draw(gibbs, own))
     error = (0.3 * 0.7 / num) ** 0.5
     assert (x["c"] == 1).float().mean().item() == pytest.approx(0.7, abs=4 * error)
     for k in range(2):
         numbers = x["box"][x["c"] == k]
-        assert numbers.mean().item() == pytest.approx(CENTRES[k].item(), abs=0.02)
-        # The error of a Gaussian sampler of three steps; it draws no class's number for another.
-        assert 0.05 < numbers.std().item() < 0.11
-    assert wrong(x) == 0
-    assert wrong(draw(ProductProcess(fields), lambda t: (t, t))) > 0.1
+        few = 4 / len(numbers) ** 0.5
+        assert numbers.mean().item() == pytest.approx(CENTRES[k].item(), abs=few * STD)
+        if steps == 100:
+            assert numbers.std().item() == pytest.approx(STD, rel=few / 2**0.5 + 0.01)
+    assert broken(x) == 0
+    if steps == 2:
+        assert broken(draw(ProductProcess(fields), lambda t: (t, t))) > 0.02
 
 
 def test_padded_slots_take_no_time_and_stay() -> None:
@@ -350,21 +354,22 @@ def test_means_run_over_the_numbers_that_move() -> None:
     assert kept[:, 0].equal(x["box"][:, 0]) and kept[:, 2].equal(x["box"][:, 2])
 
 
+@pytest.mark.slow
 @each_kind
 def test_pretraining_reaches_the_law_of_its_data(kind: str) -> None:
     """A small network trained by the process's own noise and loss, its sampler enumerated."""
     process, num_values = discrete(kind, 2), V + (kind == "mask")
     net = nn.Sequential(nn.Linear(L * num_values + L, 64), nn.SiLU(), nn.Linear(64, L * V))
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, 500)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, 2000)
 
     def predict(x: Tensor, levels: Tensor) -> Tensor:
         inputs = functional.one_hot(x, num_values).flatten(1).float()
         return net(torch.cat([inputs, levels.float()], dim=1)).view(-1, L, V)
 
-    for _ in range(500):
-        x_0 = {"a": DATA[torch.multinomial(LAW, 1024, replacement=True)]}
-        t, s = process.draw_times(torch.rand(1024)), torch.zeros(1024)
+    for _ in range(2000):
+        x_0 = {"a": DATA[torch.multinomial(LAW, 512, replacement=True)]}
+        t, s = process.draw_times(torch.rand(512)), torch.zeros(512)
         x_t = fields_of(process.noised(x_0, s, t))
         prediction = {"a": predict(x_t["a"], process.levels(x_t, t)["a"])}
         optimizer.zero_grad()

@@ -47,6 +47,7 @@ class Architecture:
         canvas: Width and height of the page in the units of exported files.
         rounds: How often each element of a "gibbs" state is visited.
         box_share: The part of a "gibbs" round that boxes take, in (0, 1); classes have the rest.
+        shift: Shift of the levels of a "gibbs" state: below 1 more of its rounds lie near the data.
         class_noise: Whether noise hides the classes of a "gibbs" state by a "mask" or replaces
             them by "uniform" ones.
     """
@@ -61,11 +62,12 @@ class Architecture:
     canvas: tuple[int, int] = (612, 792)
     rounds: int = 4
     box_share: float = 0.5
+    shift: float = 1.0
     class_noise: Literal["mask", "uniform"] = "mask"
 
     def __post_init__(self) -> None:
         at_least(1, self, "num_slots", "width", "depth", "num_heads", "rounds")
-        positive(self, "mlp_ratio", "canvas", "box_share")
+        positive(self, "mlp_ratio", "canvas", "box_share", "shift")
         require(self.box_share < 1, self, "box_share", f"below 1, got {self.box_share}")
         if self.width % self.num_heads or self.width % 2:
             raise UsageError(

@@ -37,7 +37,7 @@ from lit_rlft.loop.reference import LoRA, attach_lora
 from tests.support import assert_close_in_rounding
 
 Make = Callable[..., Any]
-STATES = ("continuous", "mixed")
+STATES = ("continuous", "mixed", "gibbs")
 TASKS = ("unconditional", "category", "category_size", "completion")
 
 
@@ -192,8 +192,8 @@ def test_every_algorithms_samples_obey_their_conditions(
         **{"lora": LoRA(rank=2), "num_eval_samples": 2, **settings},
         optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
     )
-    if state == "mixed" and algorithm in ("drtune", "noise_ppo"):
-        with pytest.raises(UsageError, match=r"ProductProcess.*use configs/algorithms"):
+    if state != "continuous" and algorithm in ("drtune", "noise_ppo"):
+        with pytest.raises(UsageError, match=r"(Product|Gibbs)Process.*use configs/algorithms"):
             run(model, data, tmp_path)
         return
     draws = run(model, data, tmp_path)
