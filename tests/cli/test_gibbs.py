@@ -1,4 +1,4 @@
-"""Interleaved Gibbs models through the command line: algorithms, resume, processes, refusals."""
+"""Interleaved Gibbs models through the command line: algorithms, resume, processes, precision."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -135,9 +135,3 @@ def test_both_ways_to_train_from_accepted_samples(
     own = {"model.init_args.train_from": train_from, "model.init_args.tau": 0.5}
     command("fit", "layout", algorithm, own, {"trainer.max_epochs": 1})
     assert checkpoint("run")["lit_rlft"]["num_updates"] > 0
-
-
-@pytest.mark.parametrize("algorithm", ["drtune", "draft", "noise_ppo", "inverse_noise_correction"])
-def test_what_needs_continuous_states_is_refused_by_name(command: Command, algorithm: str) -> None:
-    with pytest.raises(SystemExit, match=r"GibbsProcess.*use configs/algorithms/"):
-        command("fit", "layout", algorithm, {"model.init_args.num_candidates": 4})
