@@ -129,9 +129,7 @@ class LayoutTransformer(nn.Module, BlockCheckpointing):
         self.modulate = zero(nn.Linear(a.width, 2 * a.width))
         self.out = zero(nn.Linear(a.width, 4 + num_classes))
 
-    def forward(
-        self, x_t: State, t: Tensor, flags: Tensor, levels: Tensor | None = None
-    ) -> State:
+    def forward(self, x_t: State, t: Tensor, flags: Tensor, levels: Tensor | None = None) -> State:
         """Return the prediction, structured like a state except for logits [B, N, C + 1].
 
         Args:

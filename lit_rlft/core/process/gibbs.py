@@ -2,42 +2,43 @@ r"""Interleaved Gibbs diffusion: the elements of a state are noised in turn, and
 
 A state has fields, and a field has elements: the slots of a layout's boxes, the atoms' types. Time
 t in [0, 1] covers R rounds. A round visits every element once, field after field and slot after
-slot. A visit takes its element, and no other, from level :math:`\tau` to
-:math:`\tau + 1/R`: a class is replaced with the level's probability, numbers take a Gaussian step.
-Element j visited in the part [a, b] of each round has the clock
+slot. A visit takes its element, and no other, from level :math:`\tau` to :math:`\tau + 1/R`: a
+class is replaced with the level's probability, numbers take a Gaussian step. An element visited in
+the part [a, b] of each round has the clock
 
 .. math::
-    \tau_j(t) = \frac1R \Big(k + \mathrm{clip}\Big(\frac{t R - k - a}{b - a}, 0, 1\Big)\Big), \qquad
+    \tau(t) = \frac1R \Big(k + \mathrm{clip}\Big(\frac{t R - k - a}{b - a}, 0, 1\Big)\Big), \qquad
     k = \min(\lfloor t R \rfloor, R - 1).
 
-Noise of different elements is independent, so :math:`q(x_t | x_0)` is the product over elements of
-their own process's :math:`q(x | x_0)` at level :math:`\tau_j(t)`. A reverse step from t to s changes
-the elements whose clock moves, in the opposite order, given all others at the level that they have
-then. Where a step moves one class, it is the exact posterior under an exact denoiser; the product
-over elements that simultaneous steps assume appears only where one step moves several. Gaussian
-elements make the error of their own sampler, which vanishes with the number of steps in a visit.
+Noise of different elements is independent: :math:`q(x_t | x_0)` is the product over elements of
+their own process's :math:`q` at their levels. A reverse step from t to s changes the elements whose
+clock moves, in the opposite order, given all others at the level that they have then. A step that
+moves one class is the exact posterior under an exact denoiser. Only a step that moves several
+elements draws them as if they were independent, which simultaneous noise does in every step. A step
+that moves numbers has the error of its Gaussian sampler, which vanishes with the number of steps in
+a visit.
 
-What the paper leaves open, or what we chose:
+What the paper leaves open to us, or what we chose otherwise:
 
-- Classes are hidden by masks or replaced by uniform classes, as their own process says. The paper
-  replaces; masks are what our mixed models have, and their steps are exact too.
+- Masks hide classes, or uniform noise replaces them, as their own process says. The paper replaces
+  them; our mixed models have masks.
 - Levels rise by equal parts in each round, before `shift`.
-- A visit takes as long as the others of its field; fields share a round equally unless `shares`
-  says otherwise. The paper gives numbers more steps in a visit; a larger share does.
-- The grid is even. With R times (elements a round) steps, each step is one visit if all shares are
-  in proportion to the elements. With fewer steps elements move together, with more a visit has
-  several steps.
-- A field may be one block: it moves as a whole. Coordinates around a common centre have to.
-- The denoiser predicts all elements in every call and is trained on all that carry noise; a step
-  uses those that it moves. The paper trains the visited one. The minimiser is the same.
+- Visits of one field take equally long. Fields share a round equally unless `shares` says
+  otherwise: a larger share gives each visit more steps, as the paper gives numbers.
+- The grid is even. With R times (elements of a round) steps each step is one visit, if shares are
+  in proportion to numbers of elements. With fewer steps elements move together.
+- A field may be one block, which moves as a whole. Coordinates around a common centre have to.
+- The denoiser predicts all elements in every call. It is trained on all that carry noise, not on
+  the visited one alone, and with their own processes' weights; the minimiser is the same.
+- Training times are those of the first field in sorted order, as for a product.
 - Empty slots of padded classes take no time.
 - Means of log-probabilities and divergences run over the numbers that a step moves.
-- Left out: re-noising of finished samples (the paper's ReDeNoise), and conditioning by a doubled
-  state: pipelines here fix what is given.
+- Left out are the paper's re-noising of finished samples (ReDeNoise), and its conditioning by a
+  doubled state: pipelines here fix what is given.
 
 References:
     Interleaved Gibbs Diffusion (Anil et al., 2025), https://arxiv.org/abs/2502.13450
-    GRAFT and P-GRAFT, which tune layouts and molecules with it (2025),
+    GRAFT and P-GRAFT (2025), which tune layouts and molecules on it,
     https://arxiv.org/abs/2510.02692
 """
 
@@ -216,9 +217,7 @@ class GibbsProcess(ProductProcess):
             num = (span.moves & places.full).sum(dim=1)
         return Categorical(law.log_probs.where(moves, certain), num)
 
-    def _loss(
-        self, name: str, p: Tensor, x_s: Tensor, x_t: Tensor, s: Tensor, t: Tensor
-    ) -> Tensor:
+    def _loss(self, name: str, p: Tensor, x_s: Tensor, x_t: Tensor, s: Tensor, t: Tensor) -> Tensor:
         process, places = self.field(name), self._places(name, x_s)
         span = self._span(name, s, t, places)
         if name not in self.elements:
