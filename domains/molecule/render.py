@@ -38,17 +38,14 @@ def to_image(chemistry: Chemistry, row: int, size: int = _PICTURE) -> Image.Imag
         row: The molecule's place in it.
         size: Pixels of a side.
     """
-    mol = chemistry.mols[row]
+    mol, legend = chemistry.mols[row], _legend(chemistry, row)
     shown = Chem.Mol(mol) if mol is not None else _unchecked(chemistry, row)
     rdDepictor.Compute2DCoords(shown)
-    canvas = rdMolDraw2D.MolDraw2DCairo(size, size)
-    options = canvas.drawOptions()
-    options.prepareMolsBeforeDrawing = mol is not None  # type: ignore[assignment]
-    if mol is None:
-        options.setBackgroundColour(_REFUSED)
-    canvas.DrawMolecule(shown, legend=_legend(chemistry, row))
-    canvas.FinishDrawing()
-    return Image.open(io.BytesIO(canvas.GetDrawingText())).convert("RGB")
+    valid = mol is not None
+    try:
+        return _picture(shown, legend, size, valid=valid)
+    except RuntimeError:  # two bonded atoms of a dense clump at one place of the plane
+        return _picture(Chem.Mol(), legend, size, valid=valid)
 
 
 def save_molecule(molecules: Molecules, path: Path) -> Path:
@@ -70,6 +67,17 @@ def save_molecule(molecules: Molecules, path: Path) -> Path:
     path.with_name(f"{path.name}.smi").write_text(line, encoding="utf-8")
     to_image(chemistry, 0).save(path.with_name(f"{path.name}.png"))
     return written
+
+
+def _picture(mol: Chem.Mol, legend: str, size: int, *, valid: bool) -> Image.Image:
+    canvas = rdMolDraw2D.MolDraw2DCairo(size, size)
+    options = canvas.drawOptions()
+    options.prepareMolsBeforeDrawing = valid  # type: ignore[assignment]
+    if not valid:
+        options.setBackgroundColour(_REFUSED)
+    canvas.DrawMolecule(mol, legend=legend)
+    canvas.FinishDrawing()
+    return Image.open(io.BytesIO(canvas.GetDrawingText())).convert("RGB")
 
 
 def _unchecked(chemistry: Chemistry, row: int) -> Chem.Mol:

@@ -30,20 +30,21 @@ TINY: dict[str, Any] = {
     "data.init_args.num_test": 2,
     "data.init_args.batch_size": 2,
     "data.init_args.eval_batch_size": 2,
-    "metrics": None,
     "model.init_args.sampler": {"num_steps": 4, "eta": 1.0},
     "model.init_args.num_eval_samples": 2,
     "model.init_args.num_candidates": 4,
     "trainer.accelerator": "cpu",
     "trainer.enable_progress_bar": False,
     "trainer.enable_model_summary": False,
+    "trainer.limit_val_batches": 0,
 }
 OWN: dict[str, dict[str, Any]] = {
     "layout": {
         "data.init_args.source.init_args.num_pages": 40,
         "reward": {"class_path": "domains.layout.rewards.Overlap"},
+        "metrics.parts": [{"class_path": "domains.layout.metrics.LayoutMeasures"}],
     },
-    "molecule": {},
+    "molecule": {"metrics.parts": [{"class_path": "domains.molecule.metrics.MoleculeMeasures"}]},
 }
 ALGORITHMS = ("graft", "p_graft", "ddpo", "grpo", "nft", "dpo")
 CASES = [
@@ -51,10 +52,8 @@ CASES = [
         domain,
         algorithm,
         id=f"{domain}-{algorithm}",
-        # By default one that trains on noised samples and one that replays transitions.
-        marks=[] if (domain, algorithm) in DEFAULT else pytest.mark.slow,
+        marks=[] if (domain, algorithm) == ("layout", "p_graft") else pytest.mark.slow,
     )
-    for DEFAULT in [{("layout", "p_graft"), ("molecule", "ddpo")}]
     for domain in OWN
     for algorithm in ALGORITHMS
 ]
@@ -111,7 +110,7 @@ def test_a_run_resumes_bit_by_bit_and_is_tested(
 @pytest.mark.parametrize("algorithm", ["p_graft", "ddpo", "nft"])
 @pytest.mark.parametrize("domain", OWN)
 def test_two_processes_train_like_one(command: Command, domain: str, algorithm: str) -> None:
-    once = {"trainer.max_epochs": 1, "trainer.limit_val_batches": 0}
+    once = {"trainer.max_epochs": 1}
     command("fit", domain, algorithm, once, {"name": "one"})
     command("fit", domain, algorithm, once, TWO_FORKS, {"name": "two"})
     one, two = checkpoint("one")["state_dict"], checkpoint("two")["state_dict"]
