@@ -83,7 +83,9 @@ class Architecture:
         at_least(1, self, "max_atoms", "width", "depth", "num_heads", "num_sublayers", "rounds")
         positive(self, "position_scale", "position_std", "type_scale", "type_power", "shift")
         positive(self, "normalization_factor", "position_share")
-        require(self.position_share < 1, self, "position_share", "below 1")
+        require(
+            self.position_share < 1, self, "position_share", f"below 1, got {self.position_share}"
+        )
         at_least(0, self, "charge_scale", "norm_constant")
         finite(self, "logit_normal")
         choices: dict[str, tuple[str, ...]] = {
