@@ -176,7 +176,8 @@ class LayoutPipeline(Pipeline):
             "box": values.where(known[0], x["box"]),
             "category": labels.where(known[1], x["category"]),
         }
-        levels, level = None, t
+        levels: Tensor | None = None
+        level = t
         if isinstance(self.process, GibbsProcess):
             own = self.process.levels(x, t)
             levels, level = torch.stack([own["box"], own["category"]], dim=-1), own["box"]
