@@ -47,16 +47,6 @@ OWN: dict[str, dict[str, Any]] = {
     "molecule": {"metrics.parts": [{"class_path": "domains.molecule.metrics.MoleculeMeasures"}]},
 }
 ALGORITHMS = ("graft", "p_graft", "ddpo", "grpo", "nft", "dpo")
-CASES = [
-    pytest.param(
-        domain,
-        algorithm,
-        id=f"{domain}-{algorithm}",
-        marks=[] if (domain, algorithm) == ("layout", "p_graft") else pytest.mark.slow,
-    )
-    for domain in OWN
-    for algorithm in ALGORITHMS
-]
 Command = Callable[..., None]
 
 
@@ -90,7 +80,9 @@ def command(models: Path, tmp_path: Path) -> Iterator[Command]:
         yield run
 
 
-@pytest.mark.parametrize(("domain", "algorithm"), CASES)
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("domain", OWN)
 def test_a_run_resumes_bit_by_bit_and_is_tested(
     command: Command, domain: str, algorithm: str
 ) -> None:

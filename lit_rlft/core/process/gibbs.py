@@ -134,29 +134,22 @@ class GibbsProcess(ProductProcess):
     def coefficients(self, t: Tensor, s: Tensor, eta: float) -> dict[str, Tensor]:
         """Return what a step takes from its levels, of each field.
 
-        Of a Gaussian field [B, L, 1 + C], of a block [B, 1 + C]: whether it moves, and its own
-        process's. Of a field of classes t and s, [B, 2]: its clocks depend on the state where that
-        is padded.
+        Of elements [B, L, 1 + C], of a block [B, 1 + C]: whether it moves, and its own process's.
+        Clocks of padded classes depend on the state: of these t and s, [B, 2].
         """
         own = {}
         for name in self.names:
-            process = self.field(name)
-            if not isinstance(process, GaussianProcess):
+            if self._is_padded(name):
                 own[name] = torch.stack([t, s], dim=-1)
                 continue
             span = self._span(name, s, t, self._places(name))
-            columns = process.coefficients(span.t, span.s, eta)
+            columns = tensor_of(self.field(name).coefficients(span.t, span.s, eta))
             own[name] = torch.cat([span.moves.to(columns).unsqueeze(-1), columns], dim=-1)
         return own
 
     def step(self, prediction: State, x_t: State, coefficients: State) -> Product:
         p, x, own = fields_of(prediction), fields_of(x_t), fields_of(coefficients)
-        laws: dict[str, Distribution] = {}
-        for name in self.names:
-            numbers = isinstance(self.field(name), GaussianProcess)
-            step = self._step_of_numbers if numbers else self._step_of_classes
-            laws[name] = step(name, p[name], x[name], own[name])
-        return Product(laws)
+        return Product({name: self._step(name, p[name], x[name], own[name]) for name in self.names})
 
     def denoised(self, prediction: State, x_t: State, t: Tensor) -> State:
         p, x, levels = fields_of(prediction), fields_of(x_t), self.levels(x_t, t)
@@ -192,30 +185,29 @@ class GibbsProcess(ProductProcess):
     def ends(self, num_steps: int) -> Tensor:
         return self.times(num_steps)[1:]
 
-    def _step_of_numbers(self, name: str, p: Tensor, x: Tensor, own: Tensor) -> Gaussian:
-        if name in self.elements and own.dim() == 2:
-            own = own.expand(len(x), -1, -1)
-        law = self.field(name).step(p, x, own[..., 1:])
-        assert isinstance(law, Gaussian)
-        moves = _against(x, own[..., 0] > 0)
-        loc, std = law.loc.where(moves, x), law.std.where(moves, 0)
-        return _Elements(loc, std) if name in self.elements else law.like(loc, std)
-
-    def _step_of_classes(self, name: str, p: Tensor, x: Tensor, own: Tensor) -> Categorical:
-        process = self.field(name)
-        t, s = own.expand(len(x), 2).unbind(dim=-1)
-        places = self._places(name, x)
-        span = self._span(name, s, t, places)
-        law = process.step(p, x, process.coefficients(span.t, span.s, 0.0))
+    def _step(self, name: str, p: Tensor, x: Tensor, own: Tensor) -> Distribution:
+        process, by_elements, full = self.field(name), name in self.elements, None
+        if self._is_padded(name):
+            t, s = own.expand(len(x), 2).unbind(dim=-1)
+            places = self._places(name, x)
+            span, full = self._span(name, s, t, places), places.full
+            moves, columns = span.moves, tensor_of(process.coefficients(span.t, span.s, 0.0))
+        else:
+            own = own.expand(len(x), -1, -1) if by_elements else own
+            moves, columns = own[..., 0] > 0, own[..., 1:]
+        law = process.step(p, x, columns)
+        if isinstance(law, Gaussian):
+            moving = _against(x, moves)
+            loc, std = law.loc.where(moving, x), law.std.where(moving, 0)
+            return _Elements(loc, std) if by_elements else law.like(loc, std)
         assert isinstance(law, Categorical)
-        values = torch.arange(law.log_probs.shape[-1], device=x.device)
-        here = x.unsqueeze(-1) == values
+        log_probs = law.log_probs
+        here = x.unsqueeze(-1) == torch.arange(log_probs.shape[-1], device=x.device)
         certain = torch.full((), -torch.inf, device=x.device).masked_fill(here, 0)
-        moves = _against(here, span.moves)
-        num = law.num_dimensions
-        if name in self.elements:
-            num = (span.moves & places.full).sum(dim=1)
-        return Categorical(law.log_probs.where(moves, certain), num)
+        log_probs = log_probs.where(_against(here, moves), certain)
+        if not by_elements:
+            return Categorical(log_probs, law.num_dimensions)
+        return Categorical(log_probs, (moves if full is None else moves & full).sum(dim=1))
 
     def _loss(self, name: str, p: Tensor, x_s: Tensor, x_t: Tensor, s: Tensor, t: Tensor) -> Tensor:
         process, places = self.field(name), self._places(name, x_s)
@@ -226,17 +218,20 @@ class GibbsProcess(ProductProcess):
         each = process.loss(*one_by_one).view(x_s.shape[:2]).where(span.moves, 0)
         return each.sum(dim=1) / places.num.clamp(min=1)
 
+    def _is_padded(self, name: str) -> bool:
+        """Return whether samples have different numbers of elements of a field."""
+        process = self.field(name)
+        return name in self.elements and isinstance(process, MaskedProcess) and process.padded
+
     def _places(self, name: str, x: Tensor | None = None) -> "_Places":
         """Return where the elements of a field stand in its part of a round."""
         if name not in self.elements:
-            one = torch.ones((), dtype=torch.bool)
-            return _Places(torch.zeros(()), torch.ones(()), one)
-        process = self.field(name)
-        if x is None or not (isinstance(process, MaskedProcess) and process.padded):
+            return _Places(torch.zeros(()), torch.ones(()), torch.ones((), dtype=torch.bool))
+        if not self._is_padded(name):
             num = self.elements[name]
-            device = None if x is None else x.device
-            full = torch.ones(num, dtype=torch.bool, device=device)
-            return _Places(torch.arange(num, device=device), torch.tensor(num), full)
+            return _Places(torch.arange(num), torch.tensor(num), torch.ones(num, dtype=torch.bool))
+        process = self.field(name)
+        assert x is not None and isinstance(process, MaskedProcess)
         full = x != process.empty
         return _Places((full.cumsum(dim=1) - 1).clamp(min=0), full.sum(dim=1), full)
 

@@ -39,7 +39,7 @@ def test_a_clump_that_rdkit_cannot_draw_is_an_empty_picture() -> None:
     types = torch.randint(0, 5, (1, 12), generator=noise)
     picture = draw(Molecules.of(positions, types, EXPLICIT))
     assert picture.shape == (1, 3, 160, 160)
-    assert picture[0, 1, 0, 0] < 0.98 and picture.amin() < 0.6  # the paper, the legend
+    assert (picture[0, 1] < 0.98).all()  # the paper of molecules that are not valid
 
 
 def test_the_same_molecule_looks_the_same_wherever_it_is() -> None:
