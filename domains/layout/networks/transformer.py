@@ -143,7 +143,7 @@ class LayoutTransformer(nn.Module, BlockCheckpointing):
         hidden = self.box_in(box.to(dtype)) + self.flags_in(flags.to(dtype)) + self.slots
         hidden = hidden + self.class_in(category.to(dtype) if category.dim() == 3 else category)
         if levels is not None:
-            waves = frequencies(levels.flatten()).unflatten(0, levels.shape).flatten(-2)
+            waves = frequencies(levels.flatten()).reshape(*levels.shape[:2], -1)
             hidden = hidden + self.levels_in(waves.to(dtype))
         time = functional.silu(self.time_in(frequencies(t).to(dtype)))
         for block in self.blocks:
