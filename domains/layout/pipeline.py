@@ -24,7 +24,14 @@ from domains.layout.sources.single import read_layout
 from lit_rlft.core.checks import UsageError, at_least
 from lit_rlft.core.figure import Figure
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline, column
-from lit_rlft.core.process import GaussianProcess, MaskedProcess, Process, ProductProcess
+from lit_rlft.core.process import (
+    GaussianProcess,
+    GibbsProcess,
+    MaskedProcess,
+    Process,
+    ProductProcess,
+    UniformProcess,
+)
 from lit_rlft.core.schedule import RectifiedFlow
 from lit_rlft.core.state import State, expand_as, fields_of, tensor_of
 from lit_rlft.kit.compiled import SmallCompiled, compile_small
@@ -46,7 +53,7 @@ class LayoutPipeline(Pipeline):
         pretrained: A folder that `save` wrote or the name of an embedded model ("grammar",
             "grammar_mixed"); None draws new weights of `architecture`, to pretrain them.
         architecture: Sizes of the new network; of a pretrained one its own.
-        category_weight: Weight of the classes' loss beside the boxes', for mixed states.
+        category_weight: Weight of the classes' loss beside the boxes', where they are integers.
         save_dtype: Precision in which the tuned model is written.
         compile: Have torch compile the denoiser's "blocks", each kind once, or the "whole" of it;
             "graphs" also records CUDA graphs, on a GPU alone. None compiles nothing.
@@ -80,12 +87,7 @@ class LayoutPipeline(Pipeline):
         self.save_dtype = getattr(torch, save_dtype)
         self.compile_how = compile
         self.compile_denoiser(self.denoiser)
-        self.process: Process = GaussianProcess(RectifiedFlow(), "velocity")
-        if self.architecture.state == "mixed":
-            self.process = ProductProcess(
-                {"box": self.process, "category": MaskedProcess(len(self.classes) + 1)},
-                {"category": category_weight},
-            )
+        self.process: Process = _process(self.architecture, category_weight)
 
     def compile_denoiser(self, denoiser: nn.Module) -> None:
         compile_small(denoiser, self.compile_how)
@@ -156,7 +158,7 @@ class LayoutPipeline(Pipeline):
     def blank(self, condition: Condition) -> State:
         shape, own = (len(condition), self.architecture.num_slots), self.denoiser.slots
         like: dict[str, Any] = {"dtype": own.dtype, "device": own.device}
-        if self.architecture.state == "continuous":
+        if not self.architecture.split:
             return torch.empty(*shape, 4 + len(self.classes) + 1, **like)
         category = torch.empty(shape, dtype=torch.int64, device=own.device)
         return {"box": torch.empty(*shape, 4, **like), "category": category}
@@ -177,16 +179,21 @@ class LayoutPipeline(Pipeline):
             "box": values.where(known[0], x["box"]),
             "category": labels.where(known[1], x["category"]),
         }
-        prediction = fields_of(self.denoiser(filled, t, flags))
+        levels: Tensor | None = None
+        level = t
+        if isinstance(self.process, GibbsProcess):
+            own = self.process.levels(x, t)
+            levels, level = torch.stack([own["box"], own["category"]], dim=-1), own["box"]
+        prediction = fields_of(self.denoiser(filled, t, flags, levels))
         certain = self._one_hot(condition).to(prediction["category"].dtype).log()
         return {
-            "box": _towards(values, x["box"], t).where(known[0], prediction["box"]),
+            "box": _towards(values, x["box"], level).where(known[0], prediction["box"]),
             "category": certain.where(known[1].unsqueeze(-1), prediction["category"]),
         }
 
     def given(self, condition: Condition) -> State:
         boxes, labels = condition.table("known_boxes"), condition.table("known_labels")
-        if self.architecture.state == "mixed":
+        if self.architecture.split:
             return {"box": boxes, "category": labels}
         scores = labels.unsqueeze(-1).expand(-1, -1, len(self.classes) + 1)
         return torch.cat([boxes, scores], dim=-1)
@@ -218,7 +225,7 @@ class LayoutPipeline(Pipeline):
         boxes = column(batch, "boxes").to(own.device, own.dtype)
         boxes = _to_state(boxes).where(full, 0)
         category = labels.where(labels != EMPTY, self._empty)
-        if self.architecture.state == "mixed":
+        if self.architecture.split:
             return {"box": boxes, "category": category}
         scores = 2 * functional.one_hot(category, self._empty + 1) - 1
         return torch.cat([boxes, scores.to(boxes)], dim=-1)
@@ -301,12 +308,35 @@ class LayoutPipeline(Pipeline):
         return one_hot * condition.table("known_labels").unsqueeze(-1)
 
 
+def _process(a: Architecture, category_weight: float) -> Process:
+    boxes, num_classes = GaussianProcess(RectifiedFlow(), "velocity"), len(a.class_names) + 1
+    weights = {"category": category_weight}
+    if a.state == "continuous":
+        return boxes
+    if a.state == "mixed":
+        return ProductProcess({"box": boxes, "category": MaskedProcess(num_classes)}, weights)
+    masked = a.class_noise == "mask"
+    return GibbsProcess(
+        {
+            "box": boxes,
+            "category": MaskedProcess(num_classes) if masked else UniformProcess(num_classes),
+        },
+        dict.fromkeys(("box", "category"), a.num_slots),
+        a.rounds,
+        # So classes are decided before the boxes of their round.
+        order=("box", "category"),
+        shares={"box": a.box_share, "category": 1 - a.box_share},
+        shift=a.shift,
+        weights=weights,
+    )
+
+
 def _to_state(boxes: Tensor) -> Tensor:
     return 2 * boxes - 1
 
 
 def _towards(values: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    """Return the velocity eps - x_0 of a flow at x_t whose x_0 is `values`."""
+    """Return the velocity eps - x_0 of a flow at x_t whose x_0 is `values`; t [B] or [B, N]."""
     return (x_t - values) / expand_as(t.clamp(min=_SMALLEST_T), x_t)
 
 

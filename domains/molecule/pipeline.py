@@ -1,8 +1,12 @@
 r"""The molecule pipeline: noise on positions and types, under the number of atoms as a condition.
 
 A continuous state [B, N, 3 + C] holds positions around their centre and one-hot types, scaled; a
-mixed one positions beside masked integer types. Slots beyond a molecule's atoms are 0 (types of a
-mixed state: K + 1) and the process leaves them alone.
+mixed one positions beside masked integer types. Slots beyond a molecule's atoms are 0 (integer
+types: K + 1) and the process leaves them alone.
+
+A "gibbs" state is like a mixed one, but positions, as a block, and single types are noised in turn.
+The network is told the level of the positions as the time; types show theirs by their masks. Its
+process visits slots in their order, of which the network knows nothing: data are shuffled.
 
 References:
     Equivariant Diffusion for Molecule Generation in 3D (Hoogeboom et al., 2022; EDM),
@@ -37,9 +41,15 @@ from domains.molecule.sources.single import read_molecule
 from lit_rlft.core.checks import UsageError, at_least
 from lit_rlft.core.figure import Figure
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline, column
-from lit_rlft.core.process import GaussianProcess, MaskedProcess, Process, ProductProcess
+from lit_rlft.core.process import (
+    GaussianProcess,
+    GibbsProcess,
+    MaskedProcess,
+    Process,
+    ProductProcess,
+)
 from lit_rlft.core.schedule import PolynomialVP, RectifiedFlow
-from lit_rlft.core.state import State, cat, index
+from lit_rlft.core.state import State, cat, index, tree_map
 from lit_rlft.core.subspace import PointClouds
 from lit_rlft.kit.compiled import SmallCompiled, compile_small
 from lit_rlft.kit.network_folder import check_one_given, load_pretrained, save_network
@@ -64,7 +74,7 @@ class MoleculePipeline(Pipeline):
             generative_model_ema.npy), or the name of an embedded model; None draws new weights of
             `architecture`, to pretrain them.
         architecture: Sizes of the new network; of a pretrained one its own.
-        type_weight: Weight of the types' loss beside the positions', for mixed states.
+        type_weight: Weight of the types' loss beside the positions', where they are integers.
         save_dtype: Precision in which the tuned model is written.
         compile: Have torch compile the denoiser's "blocks", each kind once, or the "whole" of it;
             "graphs" also records CUDA graphs, on a GPU alone. None compiles nothing.
@@ -104,11 +114,7 @@ class MoleculePipeline(Pipeline):
         self.compile_how = compile
         self.compile_denoiser(self.denoiser)
         self._field = _process(a)
-        self.process: Process = self._field
-        if a.state == "mixed":
-            types = MaskedProcess(len(self.elements), padded=True, power=a.type_power)
-            fields = {"position": self._field, "type": types}
-            self.process = ProductProcess(fields, {"type": type_weight})
+        self.process: Process = _joint(a, self._field, type_weight) if a.split else self._field
 
     def compile_denoiser(self, denoiser: nn.Module) -> None:
         compile_small(denoiser, self.compile_how)
@@ -146,11 +152,11 @@ class MoleculePipeline(Pipeline):
         return functional.one_hot(condition.table("num_atoms"), size).float()
 
     def blank(self, condition: Condition) -> State:
-        """Return states with 1 in atoms' slots (mixed: types 0) and the empty slots' values."""
+        """Return states with 1 in atoms' slots (integer types: 0) and the empty slots' values."""
         full, like = self._full(condition), self.denoiser.like
-        channels = 3 if self.architecture.state == "mixed" else 3 + self.architecture.num_channels
+        channels = 3 if self.architecture.split else 3 + self.architecture.num_channels
         numbers = full.unsqueeze(-1).expand(-1, -1, channels).to(like.dtype)
-        if self.architecture.state == "continuous":
+        if not self.architecture.split:
             return numbers.contiguous()
         return {"position": numbers.contiguous(), "type": self._empty * (~full).long()}
 
@@ -187,7 +193,8 @@ class MoleculePipeline(Pipeline):
     def states(self, batch: Batch) -> State:
         """Return x_0 of `batch["positions"]` [B, n, 3] in Angstrom and `batch["types"]` [B, n].
 
-        Data of the transformer are rotated at random, by torch's global generator.
+        Data of the transformer are rotated at random, atoms of a "gibbs" state are shuffled, by
+        torch's global generator.
         """
         self._check(batch)
         types = self._padded(column(batch, "types"), EMPTY).to(self.device)
@@ -196,8 +203,9 @@ class MoleculePipeline(Pipeline):
         positions = _around_centre(positions / self.architecture.position_scale, full)
         if self.architecture.network == "transformer":
             positions = positions @ _rotations(len(positions)).to(positions)
-        if self.architecture.state == "mixed":
-            return {"position": positions, "type": types.where(full, self._empty)}
+        if self.architecture.split:
+            state: State = {"position": positions, "type": types.where(full, self._empty)}
+            return _shuffled(state, full) if self.architecture.state == "gibbs" else state
         scores = self.architecture.type_scale * functional.one_hot(
             types.clamp(min=0), len(self.elements)
         ).to(positions)
@@ -263,7 +271,7 @@ class MoleculePipeline(Pipeline):
 
     @property
     def _empty(self) -> int:
-        """The type of an empty slot of a mixed state."""
+        """The integer type of an empty slot."""
         return len(self.elements) + 1
 
     def _predict(self, x_t: State, t: Tensor, size: int, full: Tensor | None) -> State:
@@ -276,6 +284,8 @@ class MoleculePipeline(Pipeline):
             full: [B] numbers of atoms; None where all have `size`.
         """
         a = self.architecture
+        if isinstance(self.process, GibbsProcess):
+            t = self.process.levels(x_t, t)["position"]
         if full is not None:
             full = torch.arange(size, device=full.device) < full.unsqueeze(1)
         x = (x_t if isinstance(x_t, Tensor) else x_t["position"])[:, :size]
@@ -343,8 +353,39 @@ class MoleculePipeline(Pipeline):
 def _process(a: Architecture) -> GaussianProcess:
     subspace = (CoupledPointClouds if a.coupled else PointClouds)(num_coordinates=3)
     if a.noise == "flow":
-        return GaussianProcess(RectifiedFlow(a.shift, a.logit_normal), "velocity", subspace)
+        # Clocks of Gibbs steps are shifted themselves.
+        shift = 1.0 if a.state == "gibbs" else a.shift
+        return GaussianProcess(RectifiedFlow(shift, a.logit_normal), "velocity", subspace)
     return GaussianProcess(PolynomialVP(), "epsilon", subspace)
+
+
+def _joint(a: Architecture, positions: GaussianProcess, type_weight: float) -> Process:
+    """Return the process of positions beside integer types."""
+    types = MaskedProcess(len(a.symbols), padded=True, power=a.type_power)
+    fields, weights = {"position": positions, "type": types}, {"type": type_weight}
+    if a.state == "mixed":
+        return ProductProcess(fields, weights)
+    return GibbsProcess(
+        fields,
+        {"type": a.max_atoms},
+        a.rounds,
+        # So types are decided before the positions of their round.
+        order=("position", "type"),
+        shares={"position": a.position_share, "type": 1 - a.position_share},
+        shift=a.shift if a.noise == "flow" else 1.0,
+        weights=weights,
+    )
+
+
+def _shuffled(state: State, full: Tensor) -> State:
+    """Return states whose atoms have changed places at random."""
+    keys = torch.rand(full.shape, device=full.device)
+    order = keys.masked_fill(~full, 2).argsort(dim=1)
+
+    def taken(leaf: Tensor) -> Tensor:
+        return leaf.gather(1, order if leaf.dim() == 2 else order.unsqueeze(-1).expand_as(leaf))
+
+    return tree_map(taken, state)
 
 
 def _num_atoms(batch: Batch) -> Tensor:
@@ -356,8 +397,8 @@ def _num_atoms(batch: Batch) -> Tensor:
 def _around_centre(positions: Tensor, full: Tensor) -> Tensor:
     """Return positions whose mean over atoms is 0, and 0 in empty slots.
 
-    An atom exactly in the centre would pass for an empty slot of a mixed state: it is moved by a
-    millionth of an Angstrom.
+    An atom exactly in the centre would pass for an empty slot beside integer types: it is moved by
+    a millionth of an Angstrom.
     """
     weights = full.unsqueeze(-1).to(positions)
     num = weights.sum(dim=1, keepdim=True).clamp(min=1)

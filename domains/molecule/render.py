@@ -1,6 +1,8 @@
 """Molecules as pictures and files: 2-D depictions, SDF and SMILES."""
 
 import io
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +44,7 @@ def to_image(chemistry: Chemistry, row: int, size: int = _PICTURE) -> Image.Imag
         row: The molecule's place in it.
         size: Pixels of a side.
     """
-    canvas = rdMolDraw2D.MolDraw2DCairo(size, size)
-    _draw_on(canvas, chemistry, row)
+    canvas = _drawn(rdMolDraw2D.MolDraw2DCairo, chemistry, row, size)
     return Image.open(io.BytesIO(canvas.GetDrawingText())).convert("RGB")
 
 
@@ -51,7 +52,10 @@ def figures_of(molecules: Molecules, size: int = _PANEL) -> list[Figure]:
     """Return each molecule's depiction as SVG, and its atoms and bonds in space."""
     chemistry = chemistry_of(molecules)
     return [
-        Figure(_to_svg(chemistry, row, size), _body(chemistry, row))
+        Figure(
+            _drawn(rdMolDraw2D.MolDraw2DSVG, chemistry, row, size).GetDrawingText(),
+            _body(chemistry, row),
+        )
         for row in range(len(chemistry))
     ]
 
@@ -77,23 +81,26 @@ def save_molecule(molecules: Molecules, path: Path) -> Path:
     return written
 
 
-def _to_svg(chemistry: Chemistry, row: int, size: int) -> str:
-    canvas = rdMolDraw2D.MolDraw2DSVG(size, size)
-    _draw_on(canvas, chemistry, row)
-    return canvas.GetDrawingText()
-
-
-def _draw_on(canvas: Any, chemistry: Chemistry, row: int) -> None:
-    """Draw a depiction on one of RDKit's canvases."""
+def _drawn(kind: Callable[[int, int], Any], chemistry: Chemistry, row: int, size: int) -> Any:
+    """Return one of RDKit's canvases with a depiction, a plain paper where it cannot draw one."""
     mol = chemistry.mols[row]
     shown = Chem.Mol(mol) if mol is not None else _unchecked(chemistry, row)
     rdDepictor.Compute2DCoords(shown)
+    draw = partial(_draw_on, legend=_legend(chemistry, row), valid=mol is not None)
+    try:
+        return draw(kind(size, size), shown)
+    except RuntimeError:  # two bonded atoms of a dense clump at one place of the plane
+        return draw(kind(size, size), Chem.Mol())
+
+
+def _draw_on(canvas: Any, mol: Chem.Mol, *, legend: str, valid: bool) -> Any:
     options = canvas.drawOptions()
-    options.prepareMolsBeforeDrawing = mol is not None
-    if mol is None:
+    options.prepareMolsBeforeDrawing = valid
+    if not valid:
         options.setBackgroundColour(_REFUSED)
-    canvas.DrawMolecule(shown, legend=_legend(chemistry, row))
+    canvas.DrawMolecule(mol, legend=legend)
     canvas.FinishDrawing()
+    return canvas
 
 
 def _body(chemistry: Chemistry, row: int) -> Body | None:

@@ -102,9 +102,12 @@ def slices(total: int, size: int) -> Iterator[slice]:
 
 
 def expand_as(values: Tensor, like: Tensor) -> Tensor:
-    """Reshape [B] values to broadcast against [B, ...], in the dtype of a floating `like`."""
+    """Reshape [B] values to broadcast against [B, ...], in the dtype of a floating `like`.
+
+    Values of each element, [B, L], broadcast against [B, L, ...].
+    """
     dtype = like.dtype if like.is_floating_point() else values.dtype
-    return values.to(dtype).reshape(-1, *(1,) * (like.dim() - 1))
+    return values.to(dtype).reshape(*values.shape, *(1,) * (like.dim() - values.dim()))
 
 
 def tensor_of(state: State) -> Tensor:

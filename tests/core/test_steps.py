@@ -15,6 +15,7 @@ from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.process import (
     AngularFlow,
     GaussianProcess,
+    GibbsProcess,
     MaskedProcess,
     Process,
     ProductProcess,
@@ -48,6 +49,8 @@ PROCESSES: dict[str, Process] = {
     "masked": MASKED,
     "padded": MaskedProcess(CLASSES, padded=True, power=2.0),
     "product": ProductProcess({"box": FLOW, "category": MASKED}),
+    "gibbs": GibbsProcess({"box": FLOW, "category": MASKED}, {"box": 4, "category": 4}, 1),
+    "gibbs, a block": GibbsProcess({"box": FLOW, "category": MASKED}, {"category": 4}, 3),
 }
 each_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
 

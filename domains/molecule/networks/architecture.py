@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from domains.molecule.chemistry.elements import EXPLICIT, HEAVY, check_elements
-from lit_rlft.core.checks import UsageError, at_least, finite, positive
+from lit_rlft.core.checks import UsageError, at_least, finite, positive, require
 
 __all__ = ["Architecture"]
 
@@ -15,8 +15,9 @@ class Architecture:
     """Sizes of the network and the form of its molecules, as config.json holds them.
 
     Attributes:
-        state: "continuous", positions and scores of the types in one tensor [B, N, 3 + K], or
-            "mixed", positions [B, N, 3] beside integer types [B, N].
+        state: "continuous", positions and scores of the types in one tensor [B, N, 3 + K];
+            "mixed", positions [B, N, 3] beside integer types [B, N]; or "gibbs", the same with
+            positions and single types noised in turn (`GibbsProcess`).
         network: "egnn", "transformer" (trained on random rotations) or "edm" (EDM's EGNN).
         noise: "flow" (rectified flow, the network predicts velocities) or "polynomial" (EDM's
             variance-preserving schedule, the network predicts noise).
@@ -33,7 +34,10 @@ class Architecture:
             (EDM: 1 / 4).
         charge_scale: Height of the atomic number per unit in a channel of its own, as EDM has it
             (1 / 10); 0 has none.
-        type_power: How late the types of mixed states are decided (`MaskedProcess`).
+        type_power: How late integer types are decided (`MaskedProcess`).
+        rounds: How often each element of a "gibbs" state is visited.
+        position_share: The part of a "gibbs" round that positions take, in (0, 1); types have the
+            rest.
         logit_normal: Mean and standard deviation of the logits of a flow's training times, before
             the shift; None has uniform times.
         shift: Time shift of the flow, of training times and of the sampler's grid: below 1 more of
@@ -49,7 +53,7 @@ class Architecture:
         sin_embedding: EDM's sines of distances instead of squares.
     """
 
-    state: Literal["continuous", "mixed"] = "continuous"
+    state: Literal["continuous", "mixed", "gibbs"] = "continuous"
     network: Literal["egnn", "transformer", "edm"] = "egnn"
     noise: Literal["flow", "polynomial"] = "flow"
     implicit_hydrogens: bool = False
@@ -72,22 +76,28 @@ class Architecture:
     norm_constant: float = 1.0
     normalization_factor: float = 1.0
     sin_embedding: bool = False
+    rounds: int = 4
+    position_share: float = 0.5
 
     def __post_init__(self) -> None:
-        at_least(1, self, "max_atoms", "width", "depth", "num_heads", "num_sublayers")
+        at_least(1, self, "max_atoms", "width", "depth", "num_heads", "num_sublayers", "rounds")
         positive(self, "position_scale", "position_std", "type_scale", "type_power", "shift")
-        positive(self, "normalization_factor")
+        positive(self, "normalization_factor", "position_share")
+        require(
+            self.position_share < 1, self, "position_share", f"below 1, got {self.position_share}"
+        )
         at_least(0, self, "charge_scale", "norm_constant")
         finite(self, "logit_normal")
         choices: dict[str, tuple[str, ...]] = {
-            "state": ("continuous", "mixed"),
+            "state": ("continuous", "mixed", "gibbs"),
             "network": ("egnn", "transformer", "edm"),
             "noise": ("flow", "polynomial"),
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise UsageError(
-                    f"architecture.{name} must be {' or '.join(known)}, got {getattr(self, name)!r}"
+                    f"architecture.{name} must be {', '.join(known[:-1])} or {known[-1]}, got "
+                    f"{getattr(self, name)!r}"
                 )
         if self.network == "transformer" and self.width % (2 * self.num_heads):
             raise UsageError(
@@ -96,7 +106,7 @@ class Architecture:
             )
         if self.coupled and self.noise != "flow":
             raise UsageError("architecture.coupled is for flows; set noise to flow, or it to false")
-        if self.network == "edm" and self.state == "mixed":
+        if self.network == "edm" and self.split:
             raise UsageError("architecture.network edm has continuous states; set state to that")
         if self.implicit_hydrogens == ("H" in check_elements(self.symbols)):
             raise UsageError(
@@ -104,6 +114,11 @@ class Architecture:
                 f"{str(self.implicit_hydrogens).lower()}: hydrogens are either atoms of the model "
                 "or implied; change one of the two"
             )
+
+    @property
+    def split(self) -> bool:
+        """Whether types are integers beside the positions."""
+        return self.state != "continuous"
 
     @property
     def symbols(self) -> tuple[str, ...]:

@@ -55,10 +55,10 @@ class Inputs(nn.Module):
 
     def __init__(self, a: Architecture) -> None:
         super().__init__()
-        if a.state == "continuous":
-            self.types: nn.Module = nn.Linear(a.num_channels, a.width)
+        if a.split:
+            self.types: nn.Module = nn.Embedding(len(a.symbols) + 1, a.width)
         else:
-            self.types = nn.Embedding(len(a.symbols) + 1, a.width)
+            self.types = nn.Linear(a.num_channels, a.width)
         self.count = nn.Linear(1, a.width)
         self.time = nn.Sequential(
             nn.Linear(2 * NUM_FREQUENCIES, a.width), nn.SiLU(), nn.Linear(a.width, a.width)

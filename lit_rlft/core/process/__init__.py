@@ -4,18 +4,22 @@ from lit_rlft.core.process.angular import AngularFlow
 from lit_rlft.core.process.base import Process
 from lit_rlft.core.process.categorical import MaskedProcess
 from lit_rlft.core.process.gaussian import GaussianProcess, PredictionType
+from lit_rlft.core.process.gibbs import GibbsProcess
 from lit_rlft.core.process.noise import FlowSDE, Noise, Within, of_step
 from lit_rlft.core.process.product import ProductProcess
+from lit_rlft.core.process.uniform import UniformProcess
 
 __all__ = [
     "AngularFlow",
     "FlowSDE",
     "GaussianProcess",
+    "GibbsProcess",
     "MaskedProcess",
     "Noise",
     "PredictionType",
     "Process",
     "ProductProcess",
+    "UniformProcess",
     "Within",
     "of_step",
 ]

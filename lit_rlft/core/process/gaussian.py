@@ -362,11 +362,12 @@ class _Bounded(NamedTuple):
 
 
 def _columns(coefficients: Tensor, like: Tensor) -> Sequence[Tensor]:
-    """Return the columns of [B, C] or [C], each to broadcast against [B, ...]."""
+    """Return the columns of [B, ..., C] or [C], each to broadcast against [B, ...]."""
     table = coefficients.to(like.dtype)
     if table.dim() == 1:
         return table.unbind()
-    return table.reshape(*table.shape, *(1,) * (like.dim() - 1)).unbind(dim=1)
+    ones = (1,) * (like.dim() - table.dim() + 1)
+    return table.reshape(*table.shape[:-1], *ones, table.shape[-1]).unbind(dim=-1)
 
 
 def _forward_variance(alpha_s: Tensor, sigma_s: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ from lit_rlft.loop.reference import LoRA, attach_lora
 from tests.support import assert_close_in_rounding
 
 Make = Callable[..., Any]
-STATES = ("continuous", "mixed")
+STATES = ("continuous", "mixed", "gibbs")
 TASKS = ("unconditional", "category", "category_size", "completion")
 
 
@@ -74,13 +74,39 @@ def test_states_and_layouts_are_the_same_thing(
     assert not boxes[batch["labels"] == EMPTY].any()
 
 
-@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("state", ["continuous", "mixed"])
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("eta", [0.0, 0.7, 1.0])
 def test_conditions_are_obeyed_by_every_sampler(
     state: str, task: str, eta: float, tiny_pipeline: Make, batch_of: Make
 ) -> None:
-    pipeline, condition = tiny_pipeline(state), tiny_pipeline(state).encode(batch_of(task))
+    pipeline = tiny_pipeline(state)
+    assert_arrived(pipeline, pipeline.encode(batch_of(task)), eta)
+
+
+@pytest.mark.parametrize("class_noise", ["mask", "uniform"])
+@pytest.mark.parametrize("task", ["category", "completion"])
+def test_conditions_are_obeyed_one_element_after_the_other(
+    class_noise: str, task: str, tiny_pipeline: Make, batch_of: Make
+) -> None:
+    pipeline = tiny_pipeline("gibbs", class_noise=class_noise, shift=0.5)
+    batch = batch_of(task)
+    condition, x_0 = pipeline.encode(batch), pipeline.states(batch)
+    assert_arrived(pipeline, condition, 0.7)
+    for low in (0.0, 0.3):
+        s, t = torch.full((6,), low), torch.full((6,), 0.8)
+        x_s = pipeline.process.noised(x_0, torch.zeros(6), s)
+        x_t = pipeline.process.noised(x_s, s, t)
+        loss = pipeline.process.loss(pipeline.predict(x_t, t, condition), x_s, x_t, s, t)
+        pipeline.zero_grad()
+        loss.sum().backward()
+        grads = [p.grad for p in pipeline.denoiser.parameters() if p.grad is not None]
+        assert loss.isfinite().all() and all(grad.isfinite().all() for grad in grads)
+        assert any(grad.any() for grad in grads)
+
+
+def assert_arrived(pipeline: LayoutPipeline, condition: Condition, eta: float) -> None:
+    """Check that samplers of few and of more steps arrive at what is given."""
     for num_steps in (1, 2, 7):
         x_0 = sample(pipeline, condition, Sampler(num_steps, eta))
         assert_obeyed(pipeline.decode(x_0, condition), condition)
@@ -172,8 +198,19 @@ def run(model: RewardFineTuner, data: LayoutData, tmp_path: Path) -> list[Draw]:
     return draws  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def later(state: str, algorithm: str) -> bool:
+    """Tell what does not run by default: Gibbs states differ from mixed ones in the process."""
+    return state == "gibbs" and algorithm not in ("ddpo", "p_graft", "drtune")
+
+
+@pytest.mark.parametrize(
+    ("state", "algorithm"),
+    [
+        pytest.param(state, algorithm, marks=[pytest.mark.slow] * later(state, algorithm))
+        for algorithm in ALGORITHMS
+        for state in STATES
+    ],
+)
 def test_every_algorithms_samples_obey_their_conditions(
     algorithm: str,
     state: str,
@@ -192,8 +229,8 @@ def test_every_algorithms_samples_obey_their_conditions(
         **{"lora": LoRA(rank=2), "num_eval_samples": 2, **settings},
         optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
     )
-    if state == "mixed" and algorithm in ("drtune", "noise_ppo"):
-        with pytest.raises(UsageError, match=r"ProductProcess.*use configs/algorithms"):
+    if state != "continuous" and algorithm in ("drtune", "noise_ppo"):
+        with pytest.raises(UsageError, match=r"(Product|Gibbs)Process.*use configs/algorithms"):
             run(model, data, tmp_path)
         return
     draws = run(model, data, tmp_path)
@@ -303,7 +340,9 @@ def test_models_that_cannot_be_loaded(tmp_path: Path) -> None:
     for settings, message in [
         ({"width": 30, "num_heads": 4}, "multiple of num_heads"),
         ({"depth": 0}, "depth must be at least 1"),
-        ({"state": "discrete"}, "continuous or mixed"),
+        ({"state": "discrete"}, "continuous, mixed or gibbs"),
+        ({"class_noise": "noise"}, "class_noise must be mask or uniform"),
+        ({"box_share": 1.0}, "box_share must be below 1"),
     ]:
         with pytest.raises(UsageError, match=message):
             Architecture(**settings)  # type: ignore[arg-type]

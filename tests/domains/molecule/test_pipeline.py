@@ -30,14 +30,14 @@ from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.randomness import generators
 from lit_rlft.core.reward import Reward
 from lit_rlft.core.sampling import Sampler, walk
-from lit_rlft.core.state import State, leaves
+from lit_rlft.core.state import State, fields_of, leaves
 from lit_rlft.core.trajectory import walk_with_log_probs
 from lit_rlft.kit.data import collate
 from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.reference import LoRA, attach_lora
 from tests.support import trainer_of
 
-STATES = ("continuous", "mixed")
+STATES = ("continuous", "mixed", "gibbs")
 SIZES = torch.tensor([5, 2, 1, 5, 3])
 MAX_ATOMS = 6
 SETTINGS = {
@@ -99,7 +99,7 @@ def start(pipeline: MoleculePipeline, condition: Condition) -> State:
     return pipeline.process.prior(pipeline.blank(condition)).sample()
 
 
-@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("state", ["continuous", "mixed"])
 @pytest.mark.parametrize("sizes", [{}, {"position_scale": 1.7, "type_scale": 0.25}])
 def test_states_and_molecules_are_the_same_thing(state: str, sizes: dict[str, Any]) -> None:
     pipeline, batch = tiny(state, **sizes), batch_of()
@@ -115,6 +115,24 @@ def test_states_and_molecules_are_the_same_thing(state: str, sizes: dict[str, An
         torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
     one_hot = Molecules.of(molecules.positions, molecules.types, molecules.elements)
     torch.testing.assert_close(molecules.probabilities, one_hot.probabilities, atol=1e-4, rtol=0)
+
+
+def test_atoms_of_gibbs_states_are_shuffled() -> None:
+    """The same molecule with its atoms in another order, every order as likely, in full slots."""
+    pipeline, num = tiny("gibbs"), 600
+    positions = torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 2.0, 0.0]])
+    batch = {"positions": positions.expand(num, 3, 3), "types": torch.tensor([[0, 1, 2]] * num)}
+    x_0 = fields_of(pipeline.states(batch))
+    types = x_0["type"][:, :3]
+    assert (x_0["type"][:, 3:] == len(pipeline.elements) + 1).all()
+    assert not x_0["position"][:, 3:].any()
+    for own in range(3):
+        place = (types == own).nonzero()[:, 1]
+        shares = torch.bincount(place, minlength=3) / num
+        assert (shares - 1 / 3).abs().max() < 4 * (2 / 9 / num) ** 0.5
+    back = x_0["position"][:, :3].gather(1, types.argsort(1).unsqueeze(-1).expand(-1, -1, 3))
+    centred = positions - positions.mean(dim=0)
+    torch.testing.assert_close(back, centred.expand_as(back))
 
 
 @pytest.mark.parametrize("state", STATES)
@@ -262,8 +280,19 @@ ALGORITHMS: dict[str, tuple[type[RewardFineTuner], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def later(state: str, algorithm: str) -> bool:
+    """Tell what does not run by default: Gibbs states differ from mixed ones in the process."""
+    return state == "gibbs" and algorithm not in ("ddpo", "p_graft", "drtune")
+
+
+@pytest.mark.parametrize(
+    ("state", "algorithm"),
+    [
+        pytest.param(state, algorithm, marks=[pytest.mark.slow] * later(state, algorithm))
+        for algorithm in ALGORITHMS
+        for state in STATES
+    ],
+)
 def test_every_algorithm_trains_and_keeps_the_centre_of_mass(
     algorithm: str, state: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -289,8 +318,8 @@ def test_every_algorithm_trains_and_keeps_the_centre_of_mass(
 
     monkeypatch.setattr(pipeline, "decode", watched)
     trainer = trainer_of()
-    if state == "mixed" and algorithm in ("drtune", "noise_ppo"):
-        with pytest.raises(UsageError, match=r"ProductProcess.*use configs/algorithms"):
+    if state != "continuous" and algorithm in ("drtune", "noise_ppo"):
+        with pytest.raises(UsageError, match=r"(Product|Gibbs)Process.*use configs/algorithms"):
             trainer.fit(model, Boxes())
         return
     trainer.fit(model, Boxes())

@@ -33,6 +33,16 @@ def test_pictures_of_good_and_bad_molecules() -> None:
     assert draw(from_smiles("CCO", heavy=True)).shape[0] == 1
 
 
+def test_a_clump_that_rdkit_cannot_draw_is_an_empty_picture() -> None:
+    """Twelve atoms within a bond length: two that are bonded fall together in the plane."""
+    noise = torch.Generator().manual_seed(28)
+    positions = 0.5 * torch.randn(1, 12, 3, generator=noise)
+    types = torch.randint(0, 5, (1, 12), generator=noise)
+    picture = draw(Molecules.of(positions, types, EXPLICIT))
+    assert picture.shape == (1, 3, 160, 160)
+    assert (picture[0, 1] < 0.98).all()  # the paper of molecules that are not valid
+
+
 def test_the_same_molecule_looks_the_same_wherever_it_is() -> None:
     symbols, places = geometry("CCO")
     pictures = draw(from_atoms([(symbols, places), (symbols, places + 4), geometry("CCN")]))

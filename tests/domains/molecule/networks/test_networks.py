@@ -136,7 +136,7 @@ def test_architectures_that_cannot_be() -> None:
         ({"network": "transformer", "width": 30, "num_heads": 4}, "multiple of num_heads"),
         ({"depth": 0}, "depth must be at least 1"),
         ({"type_scale": 0.0}, "type_scale must be positive"),
-        ({"state": "discrete"}, "continuous or mixed"),
+        ({"state": "discrete"}, "continuous, mixed or gibbs"),
         ({"noise": "linear"}, "flow or polynomial"),
         ({"network": "edm", "state": "mixed"}, "edm has continuous states"),
         ({"elements": ("H", "Xx")}, "elements must be some of"),
