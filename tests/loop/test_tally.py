@@ -43,4 +43,4 @@ def test_operations_do_not_grow_with_the_names() -> None:
                 tally.add({f"{i}{end}": torch.ones(4) for i in range(num) for end in ("", "_max")})
         return operations.total - 2 * 2 * num  # those that make the values
 
-    assert count(1) == count(8) <= 12  # of two parts
+    assert count(1) == count(8) <= 13  # of two parts
