@@ -206,7 +206,7 @@ class GaussianProcess(Process):
         weight = _forward_variance(alpha_s, sigma_s, alpha_t, sigma_t) / sigma_t**2
         if self.subspace is None:
             return weight.to(target.dtype) * squares.mean(dim=1)
-        size = self.subspace.num_dimensions(source).clamp(min=1)
+        size = self.num_dimensions(source).clamp(min=1)
         return (weight / size).to(target.dtype) * squares.sum(dim=1)
 
     def target(self, x_s: Tensor, x_t: Tensor, s: Tensor, t: Tensor) -> Tensor:
@@ -225,6 +225,12 @@ class GaussianProcess(Process):
         """Return what a denoiser that estimates x_0 and the noise would predict, [B, ...]."""
         a, b = self._weights(*self.schedule.levels(t))
         return expand_as(a, x_0) * x_0 + expand_as(b, x_0) * eps
+
+    def num_dimensions(self, x: Tensor) -> Tensor:
+        """Return how many numbers of each state are free, float64 [B]."""
+        if self.subspace is not None:
+            return self.subspace.num_dimensions(x)
+        return x.new_full((len(x),), x.shape[1:].numel(), dtype=torch.float64)
 
     def draw_times(self, uniform: Tensor, low: float = 0.0) -> Tensor:
         return self.schedule.draw_times(uniform, low)
