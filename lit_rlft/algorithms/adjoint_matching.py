@@ -18,6 +18,7 @@ References:
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from lit_rlft.core.adjoint import (
     Match,
     adjoints,
     drawn_steps,
+    first_steered,
     match,
     memoryless_steps,
     memoryless_walk,
@@ -42,6 +44,7 @@ from lit_rlft.distributed import gather, mean_of_all
 from lit_rlft.loop.differentiable import check_differentiable
 from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.rollouts import Chunk
+from lit_rlft.loop.strategy import FSDP2Strategy
 
 __all__ = ["AdjointMatching", "Matches"]
 
@@ -100,7 +103,7 @@ class AdjointMatching(RewardFineTuner):
             reward is higher by 1. The distance to the pretrained model follows from it alone.
         num_candidates: M, samples drawn per condition and round.
         num_matched: K, steps matched of each sample, drawn at random, half of them from the last
-            quarter of the sampler's.
+            quarter of the sampler's; all of them where it has fewer.
         loss_quantile: Pairs whose loss lies above this quantile of the round's are left out, a
             guard against single large gradients that costs the exact optimum; None keeps all.
         **base: Arguments of `RewardFineTuner`.
@@ -122,21 +125,19 @@ class AdjointMatching(RewardFineTuner):
     def check(self) -> None:
         followed = (self.pipeline, self.reward, self.reward_workers)
         check_differentiable(self, self.algorithm, *followed)
+        if isinstance(getattr(self._trainer, "strategy", None), FSDP2Strategy):
+            raise UsageError(
+                "trainer.strategy fsdp2 lets go of weights in every backward pass, also in those "
+                f"that {self.algorithm} makes while it samples; use ddp"
+            )
         finite(self, "reward_scale")
         positive(self, "reward_scale", "loss_quantile")
         at_least(1, self, "num_candidates", "num_matched")
-        num_steps = self.sampler.num_steps
         require(
-            num_steps >= 2,
+            self.sampler.num_steps >= 2,
             self,
             "sampler.num_steps",
             "2 or more: a single step has no noise, and so nothing to steer",
-        )
-        require(
-            self.num_matched <= num_steps,
-            self,
-            "num_matched",
-            f"at most the sampler's {num_steps} steps, got {self.num_matched}",
         )
         require(
             self.loss_quantile is None or self.loss_quantile <= 1,
@@ -160,7 +161,8 @@ class AdjointMatching(RewardFineTuner):
         candidates = condition.repeat(self.num_candidates)
         seeds = self.rollouts.seeds(batch, self.num_candidates, Stream.ROLLOUT, self.num_rounds)
         own = generators([seed_from(seed, Stream.STEPS) for seed in seeds])
-        drawn = drawn_steps(self.sampler.num_steps, self.num_matched, own, len(seeds))
+        num_steps = self.sampler.num_steps
+        drawn = drawn_steps(num_steps, min(self.num_matched, num_steps), own, len(seeds))
         found = _Found()
         for chunk in self.rollouts.chunks(candidates, seeds, "Sampling"):
             with chunk.part:
@@ -189,6 +191,11 @@ class AdjointMatching(RewardFineTuner):
     def _steps(self, like: State) -> Steps:
         return memoryless_steps(self.pipeline.process, self.sampler.num_steps, like)
 
+    @cached_property
+    def _first(self) -> int:
+        start = self.pipeline.process.times(self.sampler.num_steps)[:1]
+        return first_steered(self.pipeline.process, start.to(self.pipeline.device))
+
     def _matched(self, chunk: Chunk, drawn: Tensor) -> tuple[dict[str, State], dict[str, Tensor]]:
         """Draw a chunk of samples; return the states of its matched steps, and values to log."""
         process, condition = self.pipeline.process, chunk.condition
@@ -199,8 +206,8 @@ class AdjointMatching(RewardFineTuner):
         kept = _Kept(drawn.to(rewards.device))
         costs, norms = torch.zeros_like(rewards), torch.zeros_like(rewards)
         with self.reference.active():
-            back = adjoints(self.pipeline, process, steps, walked.states, condition, adjoint)
-            for i, adjoint, base in back:
+            args = (self.pipeline, process, steps, walked.states, condition, adjoint)
+            for i, adjoint, base in adjoints(*args, self._first):
                 x_t, row = walked.states[i], steps.row(i)
                 prediction, numbers = walked.predictions[i], torch.full_like(kept.steps[:, 0], i)
                 loss = self._match(numbers, prediction, base, x_t, adjoint).loss
@@ -231,11 +238,12 @@ class AdjointMatching(RewardFineTuner):
     ) -> Match:
         """Compare predictions at some steps with what the adjoints ask for."""
         steps = self._steps(x_t)
-        return match(self.pipeline.process, steps, numbers, prediction, base, x_t, adjoint)
+        args = (steps, numbers, prediction, base, x_t, adjoint)
+        return match(self.pipeline.process, *args, self._first)
 
     def _weights(self, losses: Tensor, world_size: int) -> Tensor:
         """Return the weights of pairs in the loss, like `losses` [n, K]; 0 leaves a pair out."""
-        weights = torch.full_like(losses, 1 / self.num_matched)
+        weights = torch.full_like(losses, 1 / losses.shape[1])
         if self.loss_quantile is None:
             return weights
         everyone = torch.cat(gather(losses.flatten().cpu(), world_size)).double()

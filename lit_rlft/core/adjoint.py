@@ -6,9 +6,9 @@ gradient of :math:`V_t(x_t) = \log E[e^{\lambda r(x_0)} \mid x_t]` (Tweedie's fo
 .. math:: \hat x_0^*(x_t) = \hat x_0(x_t) + \frac{\sigma_t^2}{\alpha_t} \nabla V_t(x_t) .
 
 Along walks of the ancestral sampler, whose noise leaves nothing of :math:`x_1` in :math:`x_0`,
-minus the lean adjoint :math:`a_t` has that gradient for its mean once the model is tuned. It is the
-gradient of :math:`-\lambda r(x_0)` through the *pretrained* chain :math:`x_s = F_t(x_t) + noise`, at
-the states that the tuned model visits:
+minus the lean adjoint :math:`a_t` has that gradient for its mean once the model is tuned. It is
+the gradient of :math:`-\lambda r(x_0)` through the *pretrained* chain
+:math:`x_s = F_t(x_t) + noise`, at the states that the tuned model visits:
 
 .. math::
     a_0 = -\lambda \nabla r(x_0), \qquad a_t = \nabla F_t(x_t)^\top a_s .
@@ -18,9 +18,11 @@ So the shift is regressed on it. A sample's loss at level t is
 .. math::
     \tfrac12 \Delta\, \big| \hat x_0 - \hat x_0^{base} + \tfrac{\sigma_t^2}{\alpha_t} a_t \big|^2 ,
 
-with :math:`\Delta` the growth of :math:`\alpha^2 / \sigma^2` over the step that led to t: the squared
-shift then costs what the KL divergence of that step does. In small steps this is the published loss
-times the length h of a step: on the rectified flow :math:`\Delta = 2 h (1 - t) / t^3` makes it
+with :math:`\Delta` the growth of :math:`\alpha^2 / \sigma^2` over the step that led to t, from 0
+at the start. The
+squared shift then costs what the KL divergence of that step does. In small steps this is the
+published loss times the length h of a step: on the rectified flow
+:math:`\Delta = 2 h (1 - t) / t^3` makes it
 :math:`\tfrac h2 |(2 / sig)(f_{base} - f) + sig\, a|^2` with :math:`sig^2 = 2t / (1 - t)`.
 
 References:
@@ -45,11 +47,15 @@ __all__ = [
     "Walked",
     "adjoints",
     "drawn_steps",
+    "first_steered",
     "match",
     "memoryless_steps",
     "memoryless_walk",
 ]
 
+_LEAST_SIGNAL = 0.01
+"""Below this alpha a state counts as pure noise: sigma^2 / alpha times its adjoint is 0 times
+infinity. Stable Diffusion's tables end at 0.07, EDM's at 0.003, flows at 0."""
 _MEMORYLESS = 1.0
 """The eta of the ancestral sampler, whose noise leaves nothing of x_1 in x_0."""
 
@@ -109,11 +115,12 @@ def adjoints(
     states: Sequence[State],
     condition: Condition,
     adjoint: State,
+    first: int,
 ) -> Iterator[tuple[int, State, State]]:
     """Iterate over (i, adjoint of `states[i]`, pretrained prediction there), from i = T - 1 to 0.
 
-    One vector-Jacobian product per step. The first step has none: x_1 is pure noise, whose adjoint
-    vanishes with alpha, and that of `states[1]` comes again.
+    One vector-Jacobian product per step. The adjoint of pure noise vanishes with alpha and tells
+    nothing: where walks start from it (`first_steered`), that of `states[1]` comes again.
 
     Args:
         denoiser: The pretrained one; it must stay so until the end, for parts of it may be computed
@@ -123,13 +130,29 @@ def adjoints(
         states: T + 1, from x_1 to x_0.
         condition: One row per sample.
         adjoint: Of x_0.
+        first: `first_steered`.
     """
     size = len(condition)
-    for i in reversed(range(1, len(steps))):
+    for i in reversed(range(first, len(steps))):
         x_t, t, row = states[i], steps.levels(i, size), steps.row(i)
         adjoint, prediction = _pulled(denoiser, process, x_t, t, row, condition, adjoint)
         yield i, adjoint, prediction
-    yield 0, adjoint, detach(denoiser(states[0], steps.levels(0, size), condition))
+    if first:
+        yield 0, adjoint, detach(denoiser(states[0], steps.levels(0, size), condition))
+
+
+def first_steered(process: Process, start: Tensor) -> int:
+    """Return the first step with an adjoint of its own: 1 where some field starts as pure noise.
+
+    Args:
+        process: Of Gaussian fields.
+        start: The level at which walks start, [1]; it waits for the device.
+    """
+    if isinstance(process, ProductProcess):
+        return max(first_steered(process.field(name), start) for name in process.names)
+    if not isinstance(process, GaussianProcess):
+        raise TypeError(f"no adjoint through a {type(process).__name__}")
+    return int(float(process.schedule.alpha(start)) < _LEAST_SIGNAL)
 
 
 def _pulled(
@@ -174,6 +197,7 @@ def match(
     base: State,
     x_t: State,
     adjoint: State,
+    first: int,
 ) -> Match:
     """Compare the tuned model's shift with what the adjoint asks for.
 
@@ -185,22 +209,31 @@ def match(
         base: The pretrained model's.
         x_t: Where both predict.
         adjoint: As `adjoints` gives it.
+        first: `first_steered`.
     """
-    after = numbers.clamp(min=1)  # the first step has the adjoint of the second one's start
-    levels = torch.stack([steps.t[numbers], steps.t[after], steps.t[after - 1]])
-    residual, start, size = _squares(process, levels, prediction, base, x_t, adjoint)
+    after = numbers.clamp(min=first)  # whose adjoint the step has
+    levels = torch.stack([steps.t[numbers], steps.t[after], steps.t[(after - 1).clamp(min=0)]])
+    led = after > 0
+    residual, start, size = _squares(process, levels, led, prediction, base, x_t, adjoint)
     per_dimension = 0.5 / size.clamp(min=1).to(residual)
     return Match(per_dimension * residual, per_dimension * start)
 
 
 def _squares(
-    process: Process, levels: Tensor, prediction: State, base: State, x_t: State, adjoint: State
+    process: Process,
+    levels: Tensor,
+    led: Tensor,
+    prediction: State,
+    base: State,
+    x_t: State,
+    adjoint: State,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return squared residuals, what they are without a shift, and free dimensions, each [B].
 
     Args:
         process: As of `match`, like the states.
         levels: Of x_t, of the adjoint, and before the adjoint, [3, B].
+        led: Whether there is one before it, bool [B].
         prediction: The tuned model's.
         base: The pretrained model's.
         x_t: Where both predict.
@@ -209,18 +242,17 @@ def _squares(
     if isinstance(process, ProductProcess):
         states = [fields_of(state) for state in (prediction, base, x_t, adjoint)]
         parts = [
-            _squares(process.field(name), levels, *(state[name] for state in states))
+            _squares(process.field(name), levels, led, *(state[name] for state in states))
             for name in process.names
         ]
         residual, start, size = (torch.stack(each).sum(dim=0) for each in zip(*parts, strict=True))
         return residual, start, size
-    if not isinstance(process, GaussianProcess):
-        raise TypeError(f"no adjoint through a {type(process).__name__}")
+    assert isinstance(process, GaussianProcess)
     x, pull, t = tensor_of(x_t), tensor_of(adjoint), levels[0]
     shift = process.denoised(prediction, x, t) - process.denoised(base, x, t)
     alpha, sigma = process.schedule.levels(levels[1:])
     growth, growth_before = (alpha / sigma).square()
-    rate = (growth - growth_before).clamp(min=0).sqrt()
+    rate = (growth - growth_before * led).clamp(min=0).sqrt()
     if process.subspace is not None:  # noise, and so a shift, lies in there alone
         pull = process.subspace.project(pull, x)
     pull = expand_as(rate * sigma[0].square() / alpha[0], x) * pull

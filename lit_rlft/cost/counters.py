@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from lit_rlft.core.pipeline import Condition, Pipeline
@@ -104,7 +105,8 @@ def count_flops(network: nn.Module, cost: Callable[[], Cost]) -> None:
         spent, flops = cost(), round(known[key] * rows)
         spent.flops += flops
         if torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
-            spent.backward_flops += round(flops * backward[switched_off])
+            share = backward[switched_off] or Fraction(_wanted((args, kwargs)))
+            spent.backward_flops += round(flops * share)
 
     network.register_forward_pre_hook(_untraced(count), with_kwargs=True)
 
@@ -121,6 +123,11 @@ def _backward_share(network: nn.Module, switched_off: bool) -> Fraction:
         numbers += parameter.numel()
         trained += parameter.numel() * parameter.requires_grad
     return Fraction(numbers + trained, numbers) if trained and not switched_off else Fraction(0)
+
+
+def _wanted(inputs: Any) -> bool:
+    """Return whether a backward pass goes through a frozen network to its inputs."""
+    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(inputs))
 
 
 def _untraced(hook: Hook) -> Hook:

@@ -4,7 +4,9 @@ One reverse step of a Gaussian is linear. All that follows from it is written ou
 """
 
 import math
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from lit_rlft.core.adjoint import (
     Match,
     adjoints,
     drawn_steps,
+    first_steered,
     match,
     memoryless_steps,
     memoryless_walk,
@@ -33,6 +36,7 @@ from lit_rlft.core.schedule import RectifiedFlow
 from lit_rlft.core.state import tensor_of
 from lit_rlft.core.subspace import PointClouds
 from lit_rlft.loop.reference import LoRA
+from lit_rlft.loop.strategy import FSDP2Strategy
 from tests.support import assert_close_in_rounding, trainer_of
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
@@ -72,7 +76,8 @@ def matched(
     process, number = pipeline.process, torch.tensor([i])
     steps = memoryless_steps(process, num_steps, x)
     base = pipeline(x, steps.t[number], condition_of(pipeline, 1))
-    return match(process, steps, number, tensor_of(f), base, x, adjoint)
+    first = first_steered(process, steps.t[:1])
+    return match(process, steps, number, tensor_of(f), base, x, adjoint, first)
 
 
 def swept(
@@ -81,7 +86,8 @@ def swept(
     """Return the adjoints by step."""
     num_steps, process = len(states) - 1, pipeline.process
     steps = memoryless_steps(process, num_steps, states[0])
-    args = (pipeline, process, steps, states, condition_of(pipeline, len(adjoint)), adjoint)
+    first = first_steered(process, steps.t[:1])
+    args = (pipeline, process, steps, states, condition_of(pipeline, len(adjoint)), adjoint, first)
     return {i: tensor_of(own) for i, own, _ in adjoints(*args)}
 
 
@@ -108,8 +114,7 @@ def test_the_lean_adjoint_and_the_optimum_of_a_normal(num_steps: int) -> None:
 def test_the_minimiser_is_the_denoiser_of_the_tilted_law(schedule: str, num_steps: int) -> None:
     """N(0, s^2) tilted by e^{lambda x} is N(lambda s^2, s^2), whose denoiser has a closed form."""
     pipeline, scale, std = normal(schedule, 0.8), 1.3, 0.8
-    process, condition = pipeline.process, condition_of(pipeline, 1)
-    x = full(0.4)
+    process, x = pipeline.process, full(0.4)
     found = swept(pipeline, [x] * (num_steps + 1), full(-scale))
     times, mean = process.times(num_steps), scale * std**2
     for i in range(num_steps):
@@ -119,49 +124,11 @@ def test_the_minimiser_is_the_denoiser_of_the_tilted_law(schedule: str, num_step
         x_0 = mean + alpha * std**2 / size * (x - alpha * mean)
         moved = process.prediction(x_0, (x - alpha * x_0) / sigma, t)
         own = matched(pipeline, num_steps, i, moved, x, found[i])
-        # x_1 is noise: its step takes the adjoint of the next one, and is off by alpha^2 there.
-        bound = 1e-18 if i else float(process.schedule.alpha(times[1])) ** 4
+        # Pure noise takes the adjoint of the state after it, as exact as that is noise too.
+        noise = schedule != "discrete_vp" and i == 0
+        alpha, sigma = process.schedule.levels(times[1])
+        bound = 1.01 * float(alpha / sigma * std) ** 4 if noise else 1e-13
         assert float(own.loss) < bound * float(own.start)
-
-
-@each_schedule
-def test_the_adjoint_is_the_gradient_through_the_pretrained_chain(schedule: str) -> None:
-    """Where the tuned model is the pretrained one, plain backpropagation gives the same."""
-    pipeline, num_steps, size = bent(schedule), 7, 4
-    process, condition = pipeline.process, condition_of(pipeline, size)
-    x_1 = process.prior(pipeline.blank(condition)).sample(generators(range(size)))
-    leaf = x_1.clone().requires_grad_()
-    walked = memoryless_walk(pipeline, process, leaf, condition, num_steps, generators([5] * size))
-    x_0 = tensor_of(walked.states[-1])
-    reward = -(x_0 - 0.4).square().sum()
-    inner = [tensor_of(x) for x in walked.states[1:num_steps]]
-    wanted = torch.autograd.grad(-2.0 * reward, inner)
-    states = [tensor_of(x).detach() for x in walked.states]
-    found = swept(pipeline, states, 2.0 * 2 * (x_0.detach() - 0.4))
-    assert sorted(found) == list(range(num_steps))
-    for i, own in found.items():
-        torch.testing.assert_close(own, wanted[max(i - 1, 0)], **EXACT)
-
-
-def test_elsewhere_it_is_a_product_of_jacobians_of_the_pretrained_model() -> None:
-    """Of the frozen model at the states that another one visited, whatever led there."""
-    pipeline, num_steps = bent("cosine_vp"), 5
-    process, condition = pipeline.process, condition_of(pipeline, 1)
-    own = torch.Generator().manual_seed(1)
-    states = [torch.randn(1, 2, generator=own, dtype=torch.float64) for _ in range(num_steps + 1)]
-    start = torch.tensor([[0.3, -1.1]], dtype=torch.float64)
-    found = swept(pipeline, states, start)
-    times, adjoint = process.times(num_steps), start
-    for i in reversed(range(1, num_steps)):
-        t, s = times[i].expand(1), times[i + 1].expand(1)
-
-        def mean(x: Tensor, t: Tensor = t, s: Tensor = s) -> Tensor:
-            return tensor_of(process.transition(pipeline(x, t, condition), x, t, s, 1.0).mean)
-
-        jacobian = torch.autograd.functional.jacobian(mean, states[i]).reshape(2, 2)
-        adjoint = adjoint @ jacobian
-        torch.testing.assert_close(found[i], adjoint, **EXACT)
-    assert torch.equal(found[0], found[1])
 
 
 def test_small_steps_give_the_published_loss_times_their_length() -> None:
@@ -207,7 +174,7 @@ def test_of_an_adjoint_counts_what_lies_in_the_subspace_of_the_noise() -> None:
     shifted[1, 3:] += 9.0
     steps, numbers = memoryless_steps(process, 4, x), torch.tensor([2, 3])
     f = torch.randn(2, 5, 4)
-    found = [match(process, steps, numbers, f, f, x, own) for own in (adjoint, shifted)]
+    found = [match(process, steps, numbers, f, f, x, own, 1) for own in (adjoint, shifted)]
     assert_close_in_rounding(found[0].loss, found[1].loss)
     size = torch.tensor([5 * 4 - 3, 3 * 4 - 3])
     rates = []
@@ -218,18 +185,18 @@ def test_of_an_adjoint_counts_what_lies_in_the_subspace_of_the_noise() -> None:
     torch.testing.assert_close(found[0].start, wanted / size)
     both = ProductProcess({"a": process, "b": GaussianProcess(flow, "velocity")})
     state, pull = {"a": x, "b": torch.zeros(2, 3)}, {"a": adjoint, "b": torch.ones(2, 3)}
-    own = match(both, steps, numbers, state, state, state, pull)
+    own = match(both, steps, numbers, state, state, state, pull, 1)
     other = 0.5 * torch.tensor(rates) * 3
     torch.testing.assert_close(own.start, (wanted + other) / (size + 3))
 
 
 def test_half_of_the_steps_are_from_the_last_quarter() -> None:
-    drawn = drawn_steps(20, 4, generators(range(4000)), 4000)
-    assert all(len(set(own)) == 4 for own in drawn.tolist())
-    assert ((drawn >= 15).sum(dim=1) == 2).all()
-    shares = torch.bincount(drawn.flatten(), minlength=20) / 4000
-    torch.testing.assert_close(shares[15:], torch.full((5,), 0.4), rtol=0, atol=0.04)
-    torch.testing.assert_close(shares[:15], torch.full((15,), 2 / 15), rtol=0, atol=0.03)
+    chosen = drawn_steps(20, 4, generators(range(1500)), 1500)
+    assert all(len(set(own)) == 4 for own in chosen.tolist())
+    assert ((chosen >= 15).sum(dim=1) == 2).all()
+    shares = torch.bincount(chosen.flatten(), minlength=20) / 1500
+    torch.testing.assert_close(shares[15:], torch.full((5,), 0.4), rtol=0, atol=0.06)
+    torch.testing.assert_close(shares[:15], torch.full((15,), 2 / 15), rtol=0, atol=0.05)
     for num_steps, num in ((2, 1), (2, 2), (5, 5), (9, 7), (3, 2)):
         few = drawn_steps(num_steps, num, generators(range(50)), 50)
         assert few.shape == (50, num) and int(few.max()) < num_steps
@@ -391,7 +358,7 @@ class Steep(Reward):
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "reward": ({"reward": ComponentIndicator()}, "needs a differentiable reward, but Component"),
     "scale": ({"reward_scale": 0.0}, "reward_scale must be positive"),
-    "matched": ({"num_matched": 7}, "num_matched must be at most the sampler's 6 steps, got 7"),
+    "matched": ({"num_matched": 0}, "num_matched must be at least 1"),
     "one step": ({"sampler": Sampler(1), "num_matched": 1}, "sampler.num_steps must be 2 or more"),
     "quantile": ({"loss_quantile": 1.5}, r"loss_quantile must be in \(0, 1\]"),
     "candidates": ({"num_candidates": 0}, "num_candidates must be at least 1"),
@@ -419,13 +386,20 @@ def test_masked_states_and_half_a_guidance_are_refused_by_name() -> None:
         tuner_of(pipeline)
 
 
+def test_weights_that_are_split_are_refused() -> None:
+    tuner = tuner_of(normal())
+    tuner._trainer = SimpleNamespace(strategy=FSDP2Strategy())  # type: ignore[assignment]
+    with pytest.raises(UsageError, match=r"fsdp2 lets go of .* use ddp"):
+        tuner.check()
+
+
 def test_an_infinite_gradient_ends_the_round_before_an_update() -> None:
     tuner = tuner_of(bent("rectified_flow"), Steep())
     with pytest.raises(UsageError, match="the gradient of Steep is not finite"):
         collected(tuner)
 
 
-def moments(tuner: AdjointMatching, num: int, num_steps: int, eta: float) -> Tensor:
+def drawn(tuner: AdjointMatching, num: int, num_steps: int, eta: float) -> Tensor:
     """Draw from the tuned model."""
     pipeline, condition = tuner.pipeline, condition_of(tuner.pipeline, num)
     own = generators(range(10**6, 10**6 + num))
@@ -435,26 +409,32 @@ def moments(tuner: AdjointMatching, num: int, num_steps: int, eta: float) -> Ten
         return tensor_of(Sampler(num_steps, eta).sample(*args))
 
 
-def tilted_normal(tmp_path: Path, num_rounds: int) -> AdjointMatching:
-    """Tune N(0, 0.7^2) towards N(2 * 0.49, 0.7^2), with the reward 2 x."""
+def test_it_learns_the_tilted_normal() -> None:
+    """N(0, 0.7^2) under the reward 2 x becomes N(0.98, 0.7^2), for a sampler without noise too."""
     flow: Any = {"schedule": "rectified_flow", "prediction_type": "velocity", "residual_width": 0}
-    tuner = tuner_of(
-        GaussianMixturePipeline([1.0], [[0.0]], [0.7], **flow),
-        Coordinate(),
-        reward_scale=2.0,
-        sampler=Sampler(6, 1.0),
-        num_matched=4,
-        minibatch_size=64,
-        optimizer=lambda p: torch.optim.Adam(p, lr=0.1),
-    )
-    data = MixtureData([1.0], [[0.0]], [0.7], num_train=8 * num_rounds, batch_size=8)
-    trainer_of(default_root_dir=tmp_path).fit(tuner, data)
-    return tuner
+    pipeline = GaussianMixturePipeline([1.0], [[0.0]], [0.7], **flow)
+    settings: Any = {"num_matched": 6, "reward_scale": 2.0, "sampler": Sampler(6, 1.0)}
+    tuner = tuner_of(pipeline, Coordinate(), **settings)
+    experience = collected(tuner, 16)
+    terms = experience.terms(torch.arange(experience.num_terms))
+    weights = [pipeline.denoiser.means, pipeline.denoiser.log_stds]
+    optimizer = torch.optim.LBFGS(weights, max_iter=40, line_search_fn="strong_wolfe")
 
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = tuner.loss(terms, None)[0].sum()
+        loss.backward()
+        return loss
 
-def test_it_learns_the_tilted_normal(tmp_path: Path) -> None:
-    tuner = tilted_normal(tmp_path, 25)
-    print(tuner.pipeline.denoiser.means, tuner.pipeline.denoiser.log_stds.exp())
-    for eta, num in ((1.0, 6), (0.0, 30)):
-        x = moments(tuner, 4000, num, eta)
-        print(x.mean(), x.std())
+    optimizer.step(closure)
+    assert pipeline.denoiser.means.item() == pytest.approx(0.98, abs=0.02)
+    assert pipeline.denoiser.log_stds.exp().item() == pytest.approx(0.7, abs=0.02)
+    x = drawn(tuner, 2000, 40, eta=0.0)
+    assert float(x.mean()) == pytest.approx(0.98, abs=0.06)
+    assert float(x.std()) == pytest.approx(0.7, abs=0.06)
+    # The shift of x_0 in closed form, times what the ratio of signal to noise grows in each step;
+    # the last step has no noise, and no control.
+    ratios = [((1 - t) / t) ** 2 for t in (1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6)]
+    shifts = [2 * 0.49 / (1 + 0.49 * ratio) for ratio in ratios]
+    costs = [(b - a) * d**2 / 2 for (a, b), d in zip(pairwise(ratios), shifts, strict=False)]
+    assert collected(tuner, 16).metrics["control_cost"] == pytest.approx(sum(costs), rel=0.08)

@@ -1,4 +1,4 @@
-"""DiffusionNFT and Diffusion-DPO through the command line: resume, precision."""
+"""Algorithms that regress predictions, through the command line: resume, precision."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +14,8 @@ LAST = "runs/run/checkpoints/last.ckpt"
 SHORT = {"model.init_args.num_candidates": 4, "model.init_args.num_epochs": 1}
 # The policy that samples lags behind from the second round on.
 OWN = {"nft": {"model.init_args.decay_rate": 0.4}, "dpo": {"model.init_args.beta": 5.0}}
+OWN["adjoint_matching"] = {"model.init_args.loss_quantile": 0.9}
+NAMES = {"nft": "DiffusionNFT", "dpo": "DiffusionDPO", "adjoint_matching": "AdjointMatching"}
 each = pytest.mark.parametrize("method", OWN)
 
 
@@ -44,7 +46,7 @@ def test_a_run_resumes_bit_by_bit(method: str) -> None:
         assert any((a != b).any() for a, b in zip(lagging.values(), trained, strict=True))
     command("test", method, "run", {"ckpt_path": LAST})
     metrics = report()
-    assert metrics["algorithm"] == {"nft": "DiffusionNFT", "dpo": "DiffusionDPO"}[method]
+    assert metrics["algorithm"] == NAMES[method]
     assert metrics["gain"]["Coordinate"]["mean"] != 0
 
 

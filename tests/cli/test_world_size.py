@@ -75,6 +75,7 @@ ALGORITHMS: dict[str, tuple[str, dict[str, Any]]] = {
     "GRPO": ("grpo", {}),
     "DiffusionNFT": ("nft", {"model.init_args.decay_rate": 0.3}),
     "DPO": ("dpo", {"model.init_args.beta": 10.0}),
+    "AdjointMatching": ("adjoint_matching", {**QUADRATIC, "model.init_args.loss_quantile": 0.9}),
     "NoisePPO": ("noise_ppo", RUNNING),
     "DRTune": ("drtune", {**QUADRATIC, "model.init_args.method.init_args.m": 2}),
     "INC": ("inverse_noise_correction", FLOW),
