@@ -19,9 +19,8 @@ So the shift is regressed on it. A sample's loss at level t is
     \tfrac12 \Delta\, \big| \hat x_0 - \hat x_0^{base} + \tfrac{\sigma_t^2}{\alpha_t} a_t \big|^2 ,
 
 with :math:`\Delta` the growth of :math:`\alpha^2 / \sigma^2` over the step that led to t, from 0
-at the start. The
-squared shift then costs what the KL divergence of that step does. In small steps this is the
-published loss times the length h of a step: on the rectified flow
+at the start. The squared shift then costs what the KL divergence of that step does. In small
+steps this is the published loss times the length h of a step: on the rectified flow
 :math:`\Delta = 2 h (1 - t) / t^3` makes it
 :math:`\tfrac h2 |(2 / sig)(f_{base} - f) + sig\, a|^2` with :math:`sig^2 = 2t / (1 - t)`.
 
