@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from lit_rlft.core.pipeline import Condition, Pipeline
@@ -140,6 +140,8 @@ def _measured(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     """Return the operations of a call; it draws no noise and leaves no trace."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
+    # Cut off their graphs: torch's counter fails on leaves that want gradients.
+    args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
     try:
         with flop_counter() as counter, torch.no_grad():
             module.forward(*args, **kwargs)  # not the module itself, whose hooks have run

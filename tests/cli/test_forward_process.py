@@ -16,7 +16,10 @@ SHORT = {"model.init_args.num_candidates": 4, "model.init_args.num_epochs": 1}
 OWN = {"nft": {"model.init_args.decay_rate": 0.4}, "dpo": {"model.init_args.beta": 5.0}}
 OWN["adjoint_matching"] = {"model.init_args.loss_quantile": 0.9}
 NAMES = {"nft": "DiffusionNFT", "dpo": "DiffusionDPO", "adjoint_matching": "AdjointMatching"}
-each = pytest.mark.parametrize("method", OWN)
+SLOW = {"adjoint_matching"}  # its checkpoint holds nothing of its own
+each = pytest.mark.parametrize(
+    "method", [pytest.param(m, marks=pytest.mark.slow if m in SLOW else []) for m in OWN]
+)
 
 
 @pytest.fixture(autouse=True)

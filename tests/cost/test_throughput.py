@@ -95,7 +95,8 @@ def test_without_a_graph_there_is_no_backward_pass() -> None:
 
 def test_a_backward_pass_through_a_frozen_network_to_its_input() -> None:
     """As many operations as of its forward pass: none is for weights."""
-    network, cost = nn.Linear(8, 8, bias=False).requires_grad_(False), Cost()
+    network = nn.Sequential(nn.Linear(8, 8, bias=False)).requires_grad_(False)
+    cost = Cost()
     count_flops(network, lambda: cost)
     x = torch.randn(2, 8, requires_grad=True)
     out = network(x).sum()
