@@ -12,6 +12,7 @@ from lit_rlft.moved import register
 __version__ = "0.2.0"
 
 _PLACES = {
+    "AdjointMatching": "algorithms.adjoint_matching",
     "DDPO": "algorithms.ddpo",
     "DiffusionDPO": "algorithms.dpo",
     "DiffusionNFT": "algorithms.nft",

@@ -1,3 +1,4 @@
+from lit_rlft.algorithms.adjoint_matching import AdjointMatching as AdjointMatching
 from lit_rlft.algorithms.base import RewardFineTuner as RewardFineTuner
 from lit_rlft.algorithms.ddpo import DDPO as DDPO
 from lit_rlft.algorithms.dpo import DiffusionDPO as DiffusionDPO

@@ -21,14 +21,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lit_rlft.algorithms.base import RewardFineTuner
-from lit_rlft.core.checks import UsageError, at_least, finite, require
+from lit_rlft.core.checks import at_least, finite
 from lit_rlft.core.gradient_plan import DRTune, GradientMethod, GradientPlan
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline
 from lit_rlft.core.randomness import Generators, generators, seed_from
-from lit_rlft.core.reward import Combination, Reward, WeightedSum
 from lit_rlft.core.sampling import Denoiser, Sampler, walk
 from lit_rlft.core.state import State, batch_size, cat, detach, index, leaves
 from lit_rlft.core.streams import Stream
+from lit_rlft.loop.differentiable import check_differentiable
 from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.relay import Relay
 from lit_rlft.loop.route import Leg, Route
@@ -83,34 +83,8 @@ class RewardGradient(RewardFineTuner):
         return type(self.method).__name__
 
     def check(self) -> None:
-        process = self.pipeline.process
-        if not process.differentiable:
-            raise UsageError(
-                f"{self.algorithm} differentiates through the sampler, but the "
-                f"{type(process).__name__} of {type(self.pipeline).__name__} has discrete "
-                "transitions; use configs/algorithms/p_graft.yaml or graft.yaml"
-            )
-        if not self.reward.differentiable:
-            raise UsageError(
-                f"{self.algorithm} needs a differentiable reward, but {_opaque(self.reward)} has "
-                "no gradient; choose a reward with differentiable = True, or an algorithm that "
-                "needs none (configs/algorithms/p_graft.yaml)"
-            )
-        rule = (
-            f"null for {self.algorithm}, which follows gradients through the reward; for a reward"
-        )
-        require(
-            self.reward_workers is None,
-            self,
-            "reward_workers",
-            f"{rule} in workers use configs/algorithms/p_graft.yaml or ddpo.yaml",
-        )
-        normalises = isinstance(self.reward, WeightedSum) and bool(self.reward.moments)
-        if normalises:
-            raise UsageError(
-                f"{self.algorithm} scores a few samples at a time, but reward.init_args.normalize "
-                "takes all those of a round; set it to false and give reward.init_args.ranges"
-            )
+        followed = (self.pipeline, self.reward, self.reward_workers)
+        check_differentiable(self, self.algorithm, *followed)
         self.relay.check(self, self.sampler.num_steps)
         self.method.check(self.sampler.num_steps - self._num_early)
         at_least(0, self, "kl_coef")
@@ -303,11 +277,3 @@ def _mean_square(prediction: State, reference: State) -> Tensor:
     pairs = zip(leaves(prediction), leaves(reference), strict=True)
     squares = torch.cat([(p - r).float().square().flatten(1) for p, r in pairs], dim=1)
     return squares.mean(dim=1)
-
-
-def _opaque(reward: Reward) -> str:
-    """Name the part of a reward that has no gradient."""
-    if isinstance(reward, Combination):
-        named = [_opaque(part) for part in reward.counted.values() if not part.differentiable]
-        return f"{reward.name}'s {' and '.join(named)}"
-    return reward.name

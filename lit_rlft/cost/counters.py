@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from lit_rlft.core.pipeline import Condition, Pipeline
@@ -108,7 +109,7 @@ def count_flops(network: nn.Module, cost: Callable[[], Cost]) -> None:
         spent, (flops, backwards) = cost(), bills[rows, key]
         spent.flops += flops
         if torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
-            spent.backward_flops += backwards
+            spent.backward_flops += backwards or flops * _wanted((args, kwargs))
 
     network.register_forward_pre_hook(_untraced(count), with_kwargs=True)
 
@@ -127,6 +128,11 @@ def _backward_share(network: nn.Module, switched_off: bool) -> Fraction:
     return Fraction(numbers + trained, numbers) if trained and not switched_off else Fraction(0)
 
 
+def _wanted(inputs: Any) -> bool:
+    """Return whether a backward pass goes through a frozen network to its inputs."""
+    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(inputs))
+
+
 def _untraced(hook: Hook) -> Hook:
     """Return a hook that torch.compile leaves alone: traced, it would break graphs apart."""
     untraced: Hook = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
@@ -137,6 +143,8 @@ def _measured(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     """Return the operations of a call; it draws no noise and leaves no trace."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
+    # Cut off their graphs: torch's counter fails on leaves that want gradients.
+    args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
     try:
         with flop_counter() as counter, torch.no_grad():
             module.forward(*args, **kwargs)  # not the module itself, whose hooks have run

@@ -38,7 +38,7 @@ LONG = {
 }
 WEIGHTS = [ASSETS / "shapes/unet/diffusion_pytorch_model.safetensors", ASSETS / "shapes_clip"]
 # What needs a continuous state.
-CONTINUOUS = {"RewardGradient", "NoisePPO", "InverseNoiseCorrection"}
+CONTINUOUS = {"AdjointMatching", "RewardGradient", "NoisePPO", "InverseNoiseCorrection"}
 CONTINUOUS_SETTINGS = {"mix_grpo": "sliding must be null", "grpo_guard": "ratio_norm must be false"}
 # Of each family's algorithm these are other settings: test_runs.py and test_ddpo.py train and
 # test them on the Gaussian mixture; here they run only where slow tests are asked for.

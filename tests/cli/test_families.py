@@ -15,7 +15,7 @@ FAMILIES = {"sd15": "sd", "sd2": "sd2", "sdxl": "sdxl", "sd35": "sd3"}
 FAMILIES |= {"flux": "flux_dev", "zimage": "zimage", "sana": "sana"}
 """Tiny models by the configs that they stand in for."""
 ALGORITHMS = ("graft", "p_graft", "drtune", "draft", "ddpo", "grpo", "noise_ppo", "nft", "dpo")
-ALGORITHMS += ("flow_grpo", "mix_grpo", "grpo_guard")
+ALGORITHMS += ("flow_grpo", "mix_grpo", "grpo_guard", "adjoint_matching")
 DEFAULT = {("sdxl", "drtune")}
 SIZE = 32
 COMMON = [

@@ -1,4 +1,4 @@
-"""NFT, DPO on drawn and on given pairs, RWR, RAFT by the command line: resume, precision, dial."""
+"""Algorithms that regress predictions, by the command line: resume, precision, dial."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,11 +25,12 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "rwr": {},
     "raft": {},
+    "adjoint_matching": {"model.init_args.loss_quantile": 0.9},
 }
-NAMES = {"nft": "DiffusionNFT", "rwr": "RWR", "raft": "RAFT"}
+NAMES = {"nft": "DiffusionNFT", "rwr": "RWR", "raft": "RAFT", "adjoint_matching": "AdjointMatching"}
+SLOW = {"rwr", "raft", "adjoint_matching"}  # their checkpoints hold nothing of their own
 each = pytest.mark.parametrize(
-    "method",
-    [pytest.param(m, marks=[pytest.mark.slow] if m in ("rwr", "raft") else []) for m in OWN],
+    "method", [pytest.param(m, marks=pytest.mark.slow if m in SLOW else []) for m in OWN]
 )
 DIAL = {"model.init_args.dial.lora_scale": [0.0, 0.5], "model.init_args.dial.cut": [0.3]}
 

@@ -88,6 +88,7 @@ ALGORITHMS: dict[str, tuple[str, dict[str, Any]]] = {
     "DPO, offline": ("dpo_offline", {"model.init_args.beta": 10.0, **PAIRS}),
     "RWR": ("rwr", {}),
     "RAFT": ("raft", {}),
+    "AdjointMatching": ("adjoint_matching", {**QUADRATIC, "model.init_args.loss_quantile": 0.9}),
     "NoisePPO": ("noise_ppo", RUNNING),
     "DRTune": ("drtune", {**QUADRATIC, "model.init_args.method.init_args.m": 2}),
     "INC": ("inverse_noise_correction", FLOW),

@@ -93,6 +93,18 @@ def test_without_a_graph_there_is_no_backward_pass() -> None:
     assert "backward_flops" not in cost.as_dict()
 
 
+def test_a_backward_pass_through_a_frozen_network_to_its_input() -> None:
+    """As many operations as of its forward pass: none is for weights."""
+    network = nn.Sequential(nn.Linear(8, 8, bias=False)).requires_grad_(False)
+    cost = Cost()
+    count_flops(network, lambda: cost)
+    x = torch.randn(2, 8, requires_grad=True)
+    out = network(x).sum()
+    with FlopCounterMode(display=False) as counter:
+        torch.autograd.grad(out, x)
+    assert cost.backward_flops == cost.flops == counter.get_total_flops() > 0
+
+
 def test_an_adapter_that_is_off_and_a_call_within_a_backward_pass_have_none() -> None:
     network = nn.Sequential(nn.Linear(4, 4))
     network = inject_adapter_in_model(LoraConfig(r=2, target_modules=["0"]), network)

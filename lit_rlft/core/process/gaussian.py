@@ -261,7 +261,7 @@ class GaussianProcess(Process):
         weight = _forward_variance(alpha_s, sigma_s, alpha_t, sigma_t) / sigma_t**2
         if self.subspace is None:
             return weight.to(target.dtype) * squares.mean(dim=1)
-        size = self.subspace.num_dimensions(source).clamp(min=1)
+        size = self.num_dimensions(source).clamp(min=1)
         return (weight / size).to(target.dtype) * squares.sum(dim=1)
 
     def target(self, x_s: Tensor, x_t: Tensor, s: Tensor, t: Tensor) -> Tensor:
@@ -297,6 +297,12 @@ class GaussianProcess(Process):
         a, b = self._weights(alpha, sigma)
         # The prediction's error is (a - b alpha / sigma) times that of x_0.
         return torch.minimum(alpha**2, gamma * sigma**2) / (a * sigma - b * alpha) ** 2
+
+    def num_dimensions(self, x: Tensor) -> Tensor:
+        """Return how many numbers of each state are free, float64 [B]."""
+        if self.subspace is not None:
+            return self.subspace.num_dimensions(x)
+        return x.new_full((len(x),), x.shape[1:].numel(), dtype=torch.float64)
 
     def draw_times(self, uniform: Tensor, low: float = 0.0) -> Tensor:
         return self.schedule.draw_times(uniform, low)

@@ -18,6 +18,7 @@ from domains.layout.samples import EMPTY, Layouts
 from domains.layout.sources import Grammar, JSONLayouts
 from domains.layout.sources.formats import read_json
 from domains.layout.sources.packed import Page
+from lit_rlft.algorithms.adjoint_matching import AdjointMatching
 from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.algorithms.ddpo import DDPO
 from lit_rlft.algorithms.dpo import DiffusionDPO
@@ -172,6 +173,7 @@ ALGORITHMS: dict[str, tuple[type[RewardFineTuner], dict[str, Any]]] = {
     ),
     "nft": (DiffusionNFT, {"num_candidates": 2, "sampler": Sampler(3, 0.0)}),
     "dpo": (DiffusionDPO, {"num_candidates": 2, "sampler": Sampler(3, 0.0)}),
+    "adjoint_matching": (AdjointMatching, {"num_candidates": 2, "sampler": Sampler(3, 1.0)}),
     "drtune": (RewardGradient, {"method": DRTune(k=1, m=2), "sampler": Sampler(4, 0.0)}),
     "noise_ppo": (NoisePPO, {"num_candidates": 2, "lora": None, "sampler": Sampler(3, 0.0)}),
     "pretrain": (Pretrain, {"condition_dropout": 0.0, "lora": None, "sampler": Sampler(3, 0.5)}),
@@ -229,7 +231,7 @@ def test_every_algorithms_samples_obey_their_conditions(
         **{"lora": LoRA(rank=2), "num_eval_samples": 2, **settings},
         optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
     )
-    if state != "continuous" and algorithm in ("drtune", "noise_ppo"):
+    if state != "continuous" and algorithm in ("adjoint_matching", "drtune", "noise_ppo"):
         with pytest.raises(UsageError, match=r"(Product|Gibbs)Process.*use configs/algorithms"):
             run(model, data, tmp_path)
         return

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from domains.molecule.networks import Architecture
 from domains.molecule.pipeline import MoleculePipeline
 from domains.molecule.samples import EMPTY, Molecules, check_molecules
+from lit_rlft.algorithms.adjoint_matching import AdjointMatching
 from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.algorithms.ddpo import DDPO
 from lit_rlft.algorithms.dpo import DiffusionDPO
@@ -274,6 +275,7 @@ ALGORITHMS: dict[str, tuple[type[RewardFineTuner], dict[str, Any]]] = {
     ),
     "nft": (DiffusionNFT, {"num_candidates": 2, "sampler": Sampler(3, 0.0)}),
     "dpo": (DiffusionDPO, {"num_candidates": 2, "sampler": Sampler(3, 0.0)}),
+    "adjoint_matching": (AdjointMatching, {"num_candidates": 2, "sampler": Sampler(3, 1.0)}),
     "drtune": (RewardGradient, {"method": DRTune(k=1, m=2), "sampler": Sampler(4, 0.0)}),
     "noise_ppo": (NoisePPO, {"num_candidates": 2, "lora": None, "sampler": Sampler(3, 0.0)}),
     "pretrain": (Pretrain, {"condition_dropout": 0.0, "lora": None, "sampler": Sampler(3, 0.5)}),
@@ -318,7 +320,7 @@ def test_every_algorithm_trains_and_keeps_the_centre_of_mass(
 
     monkeypatch.setattr(pipeline, "decode", watched)
     trainer = trainer_of()
-    if state != "continuous" and algorithm in ("drtune", "noise_ppo"):
+    if state != "continuous" and algorithm in ("adjoint_matching", "drtune", "noise_ppo"):
         with pytest.raises(UsageError, match=r"(Product|Gibbs)Process.*use configs/algorithms"):
             trainer.fit(model, Boxes())
         return
