@@ -14,12 +14,14 @@ from tests.support import (
     arguments,
     assert_equal,
     checkpoint,
+    scalars,
     working_directory,
     write_picture_domain,
 )
 
 pytestmark = pytest.mark.slow
 FAMILIES = ("sd", "sd3")
+RUNS = ("ddp", "fsdp2")
 WHOLE: dict[str, Any] = {"model.init_args.lora": None}
 TINY: dict[str, Any] = {
     "model.init_args.sampler.num_steps": 3,
@@ -86,11 +88,9 @@ def test_fsdp2_trains_like_ddp(
         torch.testing.assert_close(fsdp2["state_dict"][name], value, rtol=1e-4, atol=1e-6)
     counts = [held["lit_rlft"]["cost"]["denoiser_calls"] for held in (fsdp2, ddp)]
     assert counts[0] == counts[1] and fsdp2["lit_rlft"]["num_updates"] > 0
+    assert min(scalars("ddp")["train/grad_norm"]) > 0
     written = [sorted(path.name for path in Path(f"runs/{run}/tuned").rglob("*")) for run in RUNS]
     assert written[0] == written[1]
-
-
-RUNS = ("ddp", "fsdp2")
 
 
 @pytest.mark.parametrize(
