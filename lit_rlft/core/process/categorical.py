@@ -96,7 +96,8 @@ class MaskedProcess(Process):
         return Unmasked(hidden, x, x == self.mask, num)
 
     def stepper(self, x_1: State) -> Step:
-        return partial(self.step, num=self._num_positions(tensor_of(x_1)))
+        num = self._num_positions(tensor_of(x_1))
+        return self.step if num is None else partial(self.step, num=num)
 
     def denoised(self, prediction: State, x_t: State, t: Tensor) -> Tensor:
         """Return x_t with each hidden position set to its most likely class."""
