@@ -26,6 +26,16 @@ def traced() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+class _Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(1, 4), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.last(self.first(x).tanh())
+        return found
+
+
 def network_of(*, compiled: bool) -> nn.Module:
     """Return a network that trains, and whose graphs are noted."""
 
@@ -34,7 +44,7 @@ def network_of(*, compiled: bool) -> nn.Module:
         return graph.forward
 
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    network = _Network().double()
     if compiled:
         compile_network(network, "whole", backend=backend)
     return network
@@ -47,8 +57,9 @@ def updated(
 
     Rows that fill up a batch are worth 1e6 each, were they to count.
     """
-    sizes, rows = BatchSizes(microbatch_size, 64, {}), []
-    grads, logs = [], []
+    sizes, rows = BatchSizes(microbatch_size, 64, {}), list[int]()
+    grads: list[list[Tensor]] = []
+    logs: list[dict[str, Tensor]] = []
 
     def loss(part: Experience, noise: Generators) -> tuple[Tensor, dict[str, Tensor]]:
         x = tensor_of(part.states["x"])[:, :1].double()
