@@ -252,11 +252,7 @@ class RewardFineTuner(Checkpointed, ABC):
 
     def _update(self, update: Update, idle: Idle = None) -> dict[str, float]:
         """Take one optimiser step; return what to log: the losses' means and the gradient norm."""
-        optimizer, trainer, trained = (
-            self.optimizers(),
-            self.trainer,
-            list(self._trained().values()),
-        )
+        optimizer, trainer, trained = self.optimizers(), self.trainer, [*self._trained().values()]
         assert isinstance(optimizer, LightningOptimizer)
         optimizer.zero_grad()
         shares = Shares(None, trainer.world_size, partial(no_sync, trainer.strategy), idle=idle)
