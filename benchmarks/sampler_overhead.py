@@ -3,9 +3,10 @@
 Method: a process for each version samples each domain by its embedded model, at eta 0, at eta 1 and
 with log-probabilities, and the two take turns, one pass each. "Beside the network" is all but the
 calls of the pipeline, which are replaced by a fixed prediction; operations are those that torch
-dispatches but for views and draws, times are of the processor, medians over passes with quartiles
-of the ratio (ours / theirs) over pairs. "Share" is the part of an ordinary walk's time, pipeline
-and all, that is spent outside the pipeline.
+dispatches but for views and draws. A step's are what a walk of twice the steps has more, a walk's
+own are the rest. Times are of the processor, medians over passes with quartiles of the ratio
+(ours / theirs) over pairs. "Share" is the part of an ordinary walk's time, pipeline and all, that
+is spent outside the pipeline.
 
     python benchmarks/sampler_overhead.py
     python benchmarks/sampler_overhead.py --beside ../another/checkout --num-samples 1024
@@ -84,9 +85,8 @@ class Sampling:
         self.condition: Condition = self.pipeline.example().repeat(num_samples)
         self.num_samples, self.num_steps, self.within = num_samples, num_steps, 0.0
         process = self.pipeline.process
-        self.grid = process.times(num_steps), process.ends(num_steps)
         self.x_1 = process.prior(self.pipeline.blank(self.condition)).sample(self.noise)
-        t = self.grid[0][0].expand(num_samples)
+        t = process.times(num_steps)[0].expand(num_samples)
         self.known = self.pipeline(self.x_1, t, self.condition)
 
     @property
@@ -94,14 +94,16 @@ class Sampling:
         """Fresh generators."""
         return generators(range(self.num_samples))
 
-    def walk(self, way: str, denoiser: Callable[..., Any]) -> None:
-        """Walk once."""
-        args = (denoiser, self.pipeline.process, self.x_1, self.condition, self.grid[0])
+    def walk(self, way: str, denoiser: Callable[..., Any], times: int = 1) -> None:
+        """Walk once, or with several times the steps."""
+        process, num_steps = self.pipeline.process, times * self.num_steps
+        grid, ends = process.times(num_steps), process.ends(num_steps)
+        args = (denoiser, process, self.x_1, self.condition, grid)
         steps: Iterator[Any]
         if way == "log-probabilities":
-            steps = walk_with_log_probs(*args, 1.0, self.noise, ends=self.grid[1])
+            steps = walk_with_log_probs(*args, 1.0, self.noise, ends=ends)
         else:
-            steps = walk(*args, float(way[-1]), self.noise, self.grid[1])
+            steps = walk(*args, float(way[-1]), self.noise, ends)
         for _ in steps:
             pass
 
@@ -122,9 +124,13 @@ class Sampling:
         start = time.process_time()
         self.walk(way, fixed)
         row["ms"] = 1000 * (time.process_time() - start) / self.num_steps
-        with Count() as count:
-            self.walk(way, fixed)
-        row["operations"] = count.total / self.num_steps
+        totals = []
+        for times in (1, 2):
+            with Count() as count:
+                self.walk(way, fixed, times)
+            totals.append(count.total)
+        row["operations"] = (totals[1] - totals[0]) / self.num_steps
+        row["walk"] = 2 * totals[0] - totals[1]
         if whole:
             self.within, start = 0.0, time.process_time()
             self.walk(way, self.timed)
@@ -141,8 +147,8 @@ def work(num_samples: int, num_steps: int) -> None:
             domain, way, whole = json.loads(line)
             if domain not in known:
                 known = {domain: Sampling(domain, num_samples, num_steps)}
-                for each in WAYS:
-                    known[domain].measured(each, whole=False)  # warm-up
+                for each in WAYS:  # warm-up; the tables of both grids are then known
+                    known[domain].measured(each, whole=False)
             print(json.dumps(known[domain].measured(way, whole=whole)), flush=True)
 
 
@@ -177,7 +183,8 @@ def row_of(sides: Sequence[Side], domain: str, way: str, num_repeats: int) -> st
             whole = repeat < (1 if domain == "shapes" else 3)
             passes[side].append(sides[side].ask(domain, way, whole=whole))
     cells = [domain, way]
-    for name, form in (("operations", "{:.1f}"), ("ms", "{:.2f}"), ("share", "{:.0%}")):
+    forms = {"operations": "{:.0f}", "walk": "{:.0f}", "ms": "{:.2f}", "share": "{:.0%}"}
+    for name, form in forms.items():
         medians = [statistics.median([row[name] for row in own if name in row]) for own in passes]
         cells += [form.format(median) for median in medians]
     if len(sides) == 2:
@@ -206,7 +213,8 @@ def main() -> None:
     sizes = (options.num_samples, options.num_steps)
     sides = [Side(root, sizes) for root in roots]
     both = ["ours", "theirs"][: len(sides)]
-    titles = [f"{name}, {who}" for name in ("operations", "ms a step", "share") for who in both]
+    names = ("operations a step", "a walk's own", "ms a step", "share")
+    titles = [f"{name}, {who}" for name in names for who in both]
     titles += ["ratio of ms (quartiles)"] * (len(sides) == 2)
     print(f"| domain | way | {' | '.join(titles)} |")
     print("|---" * (2 + len(titles)) + "|")

@@ -253,12 +253,12 @@ class RewardFineTuner(Checkpointed, ABC):
 
     def _update(self, update: Update, idle: Idle = None) -> dict[str, float]:
         """Take one optimiser step; return what to log: the losses' means and the gradient norm."""
-        optimizer, trainer = self.optimizers(), self.trainer
+        optimizer, trainer, trained = self.optimizers(), self.trainer, [*self._trained().values()]
         assert isinstance(optimizer, LightningOptimizer)
         optimizer.zero_grad()
         shares = Shares(None, trainer.world_size, partial(no_sync, trainer.strategy), idle=idle)
-        trained = list(self._trained().values())
-        what = (update, self.audience.watched(self.loss), self.manual_backward, trained, shares)
+        loss = self.audience.watched(self.sizes.filled(self.loss, self.pipeline.denoiser, update))
+        what = (update, loss, self.manual_backward, trained, shares)
         logged = fitting(*what, self.sizes, self.meter)
         values, norm = settled(logged, trained, optimizer, trainer.precision_plugin)
         self.audience.on_gradients(values["grad_norm"])

@@ -7,15 +7,27 @@ Log-probabilities and divergences are per sample, [B]: the **sum** over dimensio
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from lit_rlft.core.randomness import Generators, rand_like, randn_like
 from lit_rlft.core.state import State, fields_of, tensor_of
 
-__all__ = ["Categorical", "Distribution", "Gaussian", "Product", "Reduction", "density_of"]
+__all__ = [
+    "Categorical",
+    "Distribution",
+    "Gaussian",
+    "Product",
+    "Reduction",
+    "Unmasked",
+    "certain",
+    "density_of",
+    "squared_distances",
+]
 
 Reduction = Literal["sum", "mean"]
 
@@ -84,14 +96,14 @@ class Gaussian(Distribution):
         return self.loc + self.std * randn_like(self.loc, noise)
 
     def log_prob(self, state: State, reduction: Reduction = "sum") -> Tensor:
-        rate, peak = self._density or density_of(self.std)
-        squares = ((tensor_of(state) - self.loc) * rate).square()
+        factor, peak = self._density or density_of(self.std)
+        squares = squared_distances(tensor_of(state), self.loc)
         alike = peak.dim() in (0, squares.dim()) and peak.shape[1:].numel() == 1
         if not alike:
-            return _reduce(peak - 0.5 * squares, reduction)
+            return _reduce(peak + factor * squares, reduction)
         # One std a sample, as transitions have: few numbers after one pass over states.
         total = peak * squares.shape[1:].numel() if reduction == "sum" else peak
-        return total.flatten() - 0.5 * _reduce(squares, reduction)
+        return torch.addcmul(total.flatten(), factor.flatten(), _reduce(squares, reduction))
 
     def kl(self, other: Distribution, reduction: Reduction = "sum") -> Tensor:
         if not isinstance(other, Gaussian):
@@ -107,11 +119,21 @@ class Gaussian(Distribution):
 
 
 def density_of(std: Tensor) -> tuple[Tensor, Tensor]:
-    """Return 1 / std and the largest log-density of N(0, std^2), both 0 where std is 0."""
+    """Return -1/2 / std^2 and the largest log-density of N(0, std^2), both 0 where std is 0.
+
+    The log-density is the first times the squared distance from the mean, plus the second.
+    """
     certain = std <= 0
     positive = std.masked_fill(certain, 1)
-    peak = -positive.log() - 0.5 * math.log(2 * math.pi)
-    return positive.reciprocal().masked_fill(certain, 0), peak.masked_fill(certain, 0)
+    factor, peak = -0.5 * positive.pow(-2), -positive.log() - 0.5 * math.log(2 * math.pi)
+    return factor.masked_fill(certain, 0), peak.masked_fill(certain, 0)
+
+
+def squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    """Return (a - b)^2, number by number, in one pass."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return (a - b).square()
+    return functional.mse_loss(a, b, reduction="none")
 
 
 class Categorical(Distribution):
@@ -130,9 +152,7 @@ class Categorical(Distribution):
         return self.log_probs.argmax(dim=-1)
 
     def rsample(self, noise: Generators = None) -> Tensor:
-        # Gumbel-max; the noise is kept off 0, where -log(-log(u)) would be -inf for all classes.
-        uniform = rand_like(self.log_probs, noise).clamp(min=torch.finfo(self.log_probs.dtype).tiny)
-        return (self.log_probs - (-uniform.log()).log()).argmax(dim=-1)
+        return _most(self.log_probs, noise)
 
     def log_prob(self, state: State, reduction: Reduction = "sum") -> Tensor:
         picked = self.log_probs.gather(-1, tensor_of(state).long().unsqueeze(-1)).squeeze(-1)
@@ -150,6 +170,47 @@ class Categorical(Distribution):
         if reduction == "sum" or self.num_dimensions is None:
             return _reduce(values, reduction)
         return _reduce(values, "sum") / self.num_dimensions.clamp(min=1)
+
+
+class Unmasked(Categorical):
+    """What hidden variables become; those that are shown stay.
+
+    Args:
+        log_probs: [B, ..., V] of the hidden; those of the shown count nothing.
+        x: [B, ...] int64 in [0, V), the values of the shown.
+        hidden: bool [B, ...].
+        num_dimensions: [B], over how many variables a mean is taken; all of them if None.
+    """
+
+    def __init__(
+        self, log_probs: Tensor, x: Tensor, hidden: Tensor, num_dimensions: Tensor | None = None
+    ) -> None:
+        self._own, self._x, self._hidden = log_probs, x, hidden
+        self.num_dimensions = num_dimensions
+
+    @cached_property
+    def log_probs(self) -> Tensor:  # type: ignore[override]
+        """Of all variables, normalised."""
+        shown = certain(self._own.shape[-1], self._own.device)[self._x]
+        return torch.where(self._hidden.unsqueeze(-1), self._own, shown).log_softmax(dim=-1)
+
+    def rsample(self, noise: Generators = None) -> Tensor:
+        return torch.where(self._hidden, _most(self._own, noise), self._x)
+
+    def log_prob(self, state: State, reduction: Reduction = "sum") -> Tensor:
+        value = tensor_of(state).long()
+        own = self._own.gather(-1, value.unsqueeze(-1)).squeeze(-1)
+        shown = certain(self._own.shape[-1], self._own.device)[self._x, value]
+        return self._reduced(torch.where(self._hidden, own, shown), reduction)
+
+
+@lru_cache(maxsize=32)
+def certain(num_classes: int, device: torch.device) -> Tensor:
+    """Return the log-probabilities of variables that are certain, by their values, [V, V]."""
+    # Also for training, where tensors made under inference mode are refused.
+    with torch.inference_mode(False):
+        impossible = torch.full((num_classes, num_classes), -torch.inf, device=device)
+        return impossible.fill_diagonal_(0)
 
 
 class Product(Distribution):
@@ -184,4 +245,14 @@ def _reduce(values: Tensor, reduction: Reduction) -> Tensor:
 
 
 def _add(terms: list[Tensor]) -> Tensor:
-    return torch.stack(terms).sum(dim=0)
+    return sum(terms[1:], start=terms[0])
+
+
+def _most(log_probs: Tensor, noise: Generators) -> Tensor:
+    """Draw classes by Gumbel-max: the class with the largest log-probability under noise."""
+    return (log_probs - rand_like(log_probs, noise, _minus_gumbel)).argmax(dim=-1)
+
+
+def _minus_gumbel(uniform: Tensor) -> Tensor:
+    """Return log(-log(u)), kept off u = 0, where it would be infinite for all classes."""
+    return (-uniform.clamp(min=torch.finfo(uniform.dtype).tiny).log()).log()

@@ -38,6 +38,9 @@ Generators = Sequence[torch.Generator] | None
 Fill = Callable[[Tensor, torch.Generator], object]
 """Draws a tensor's numbers in place."""
 
+Made = Callable[[Tensor], Tensor]
+"""Makes of noise [B, num, ...] what `num` steps use, each from its own, so that it runs once."""
+
 
 class Seeded(Sequence[torch.Generator]):
     """One generator per seed, made once the first of them is asked for: not all losses draw noise.
@@ -101,7 +104,7 @@ class StepNoise(Sequence[torch.Generator]):
         """Go on to the next step, or to the first."""
         self._left, self._draw = self._left - 1, 0
 
-    def drawn(self, fill: Fill, like: Tensor) -> Tensor:
+    def drawn(self, fill: Fill, like: Tensor, made: Made | None = None) -> Tensor:
         """Return the noise of this step's next draw, of the shape, dtype and device of `like`."""
         if self._draw == len(self._ahead):
             self._ahead.append([])
@@ -109,7 +112,9 @@ class StepNoise(Sequence[torch.Generator]):
         self._draw += 1
         if not ahead:
             num = min(self._left, _MOST_AHEAD // max(like.shape[1:].numel(), 1))
-            ahead.extend(reversed(_filled(fill, like, self.own, max(num, 1)).unbind(dim=1)))
+            drawn = _filled(fill, like, self.own, max(num, 1))
+            drawn = drawn if made is None else made(drawn)
+            ahead.extend(reversed(drawn.unbind(dim=1)))
         return ahead.pop()
 
 
@@ -150,24 +155,34 @@ def paired(noise: Generators, num: int) -> tuple[list[torch.Generator], list[tor
     return generators(seeds), generators(seeds)
 
 
-def randn_like(like: Tensor, noise: Generators = None) -> Tensor:
-    """Draw standard normal noise of the shape, dtype and device of `like` ([B, ...])."""
+def randn_like(like: Tensor, noise: Generators = None, made: Made | None = None) -> Tensor:
+    """Draw standard normal noise of the shape, dtype and device of `like` ([B, ...]).
+
+    Args:
+        like: What is drawn for.
+        noise: One generator per row, or None for torch's global one.
+        made: What becomes of the noise, each step's for itself; a walk's draws are the same in
+            every step.
+    """
     if noise is None:
-        return torch.randn_like(like)
-    return _drawn(lambda row, own: row.normal_(generator=own), like, noise)
+        drawn = torch.randn_like(like)
+        return drawn if made is None else made(drawn.unsqueeze(1))[:, 0]
+    return _drawn(lambda row, own: row.normal_(generator=own), like, noise, made)
 
 
-def rand_like(like: Tensor, noise: Generators = None) -> Tensor:
-    """Draw uniform noise in [0, 1) of the shape, dtype and device of `like` ([B, ...])."""
+def rand_like(like: Tensor, noise: Generators = None, made: Made | None = None) -> Tensor:
+    """Draw uniform noise in [0, 1) of the shape, dtype and device of `like`, as `randn_like`."""
     if noise is None:
-        return torch.rand_like(like)
-    return _drawn(lambda row, own: row.uniform_(generator=own), like, noise)
+        drawn = torch.rand_like(like)
+        return drawn if made is None else made(drawn.unsqueeze(1))[:, 0]
+    return _drawn(lambda row, own: row.uniform_(generator=own), like, noise, made)
 
 
-def _drawn(fill: Fill, like: Tensor, noise: Sequence[torch.Generator]) -> Tensor:
+def _drawn(fill: Fill, like: Tensor, noise: Sequence[torch.Generator], made: Made | None) -> Tensor:
     if isinstance(noise, StepNoise):
-        return noise.drawn(fill, like)
-    return _filled(fill, like, noise, 1)[:, 0]
+        return noise.drawn(fill, like, made)
+    drawn = _filled(fill, like, noise, 1)
+    return (drawn if made is None else made(drawn))[:, 0]
 
 
 def _filled(fill: Fill, like: Tensor, own: Sequence[torch.Generator], num: int) -> Tensor:

@@ -144,12 +144,12 @@ def walk(
         ends: [num_steps], where each step leads (`Process.ends`); None is the grid's next.
     """
     x, size = x_1, batch_size(x_1)
-    steps = process.steps(times, ends, eta, x_1)
+    steps, step = process.steps(times, ends, eta, x_1), process.stepper(x_1)
     ahead = step_noise(noise, len(steps))
     yield 0, x
     for i in range(len(steps)):
         prediction = denoiser(x, steps.levels(i, size), condition)
-        transition = process.step(prediction, x, steps.row(i))
+        transition = step(prediction, x, steps.row(i))
         if process.differentiable and of_step(eta, i) == 0:
             x = transition.mean
         else:

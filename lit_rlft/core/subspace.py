@@ -21,16 +21,24 @@ References:
 
 import math
 from abc import ABC, abstractmethod
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lit_rlft.core.checks import UsageError
-from lit_rlft.core.distribution import Distribution, Gaussian, Reduction, density_of
+from lit_rlft.core.distribution import (
+    Distribution,
+    Gaussian,
+    Reduction,
+    density_of,
+    squared_distances,
+)
 from lit_rlft.core.randomness import Generators, randn_like
 from lit_rlft.core.state import State, tensor_of
 
-__all__ = ["PointCloudGaussian", "PointClouds", "Subspace", "occupied"]
+__all__ = ["PointCloudGaussian", "PointClouds", "Points", "Subspace", "occupied"]
 
 
 class Subspace(ABC):
@@ -44,9 +52,26 @@ class Subspace(ABC):
     def project(self, x: Tensor, like: Tensor) -> Tensor:
         """Return the nearest state that exists where `like` does, [B, ...]."""
 
+    def support(self, like: Tensor) -> Any:
+        """Return what `gaussian` has to know of the states of one walk, of which `like` is one."""
+        return like
+
     @abstractmethod
-    def gaussian(self, loc: Tensor, std: Tensor, like: Tensor) -> Gaussian:
-        """Return the distribution of the projection of N(loc, std^2)."""
+    def gaussian(
+        self,
+        loc: Tensor,
+        std: Tensor,
+        like: Any,
+        density: tuple[Tensor, Tensor] | None = None,
+    ) -> Gaussian:
+        """Return the distribution of the projection of N(loc, std^2).
+
+        Args:
+            loc: [B, ...].
+            std: Broadcastable against `loc`.
+            like: A state, or its `support`.
+            density: `density_of(std)`, where it is known.
+        """
 
     @abstractmethod
     def num_dimensions(self, like: Tensor) -> Tensor:
@@ -73,54 +98,137 @@ class PointClouds(Subspace):
         self.num_coordinates = num_coordinates
 
     def project(self, x: Tensor, like: Tensor) -> Tensor:
-        return _project(x, occupied(like), self.num_coordinates)
+        return self.support(like).project(x)
 
-    def gaussian(self, loc: Tensor, std: Tensor, like: Tensor) -> "PointCloudGaussian":
-        return PointCloudGaussian(loc, std, occupied(like), self.num_coordinates)
+    def support(self, like: "Tensor | Points") -> "Points":
+        return like if isinstance(like, Points) else Points(like, self.num_coordinates)
+
+    def gaussian(
+        self,
+        loc: Tensor,
+        std: Tensor,
+        like: "Tensor | Points",
+        density: tuple[Tensor, Tensor] | None = None,
+    ) -> "PointCloudGaussian":
+        return PointCloudGaussian(loc, std, self.support(like), density)
 
     def num_dimensions(self, like: Tensor) -> Tensor:
-        num = occupied(like).sum(dim=(1, 2))
-        return _num_dimensions(num, like.shape[-1], self.num_coordinates)
+        return self.support(like).num_dimensions
+
+
+class Points:
+    """Which slots of point clouds hold a point, for all states of a walk.
+
+    Args:
+        like: [B, N, D], one of them.
+        num_coordinates: Channels whose mean over a sample's points is 0.
+
+    Attributes:
+        full: bool [B, N, 1], which slots hold a point.
+    """
+
+    def __init__(self, like: Tensor, num_coordinates: int) -> None:
+        self.full, self.num_coordinates = occupied(like), num_coordinates
+        self._num_channels, self._dtype = like.shape[-1], like.dtype
+
+    @cached_property
+    def empty(self) -> Tensor:
+        """Which slots hold none, bool [B, N, 1]."""
+        return ~self.full
+
+    @cached_property
+    def num_dimensions(self) -> Tensor:
+        """How many numbers of each sample are free, float64 [B]."""
+        num = self.full.sum(dim=(1, 2)).double()
+        return num * self._num_channels - self.num_coordinates * num.clamp(max=1)
+
+    @cached_property
+    def free(self) -> Tensor:
+        """The same in the states' type, [B]."""
+        return self.num_dimensions.to(self._dtype)
+
+    @cached_property
+    def at_least_one(self) -> Tensor:
+        """The same, but 1 where there are no points, [B]."""
+        return self.free.clamp(min=1)
+
+    @cached_property
+    def _num(self) -> Tensor:
+        """How many points there are, at least 1, [B, 1, 1]."""
+        return self.full.sum(dim=1, keepdim=True).clamp(min=1)
+
+    def project(self, x: Tensor) -> Tensor:
+        """Return x [B, N, D] around the centre of its points, with nothing in empty slots."""
+        return self.emptied(self.centred(self.emptied(x)))
+
+    def emptied(self, x: Tensor) -> Tensor:
+        """Return x [B, N, D] with nothing in empty slots."""
+        return x.masked_fill(self.empty, 0)
+
+    def centred(self, x: Tensor) -> Tensor:
+        """Move x [B, N, D], which has nothing in empty slots, in place so that its centre is 0.
+
+        Empty slots are moved as well; `emptied` is left to do.
+        """
+        coordinates = x[..., : self.num_coordinates]
+        coordinates -= coordinates.sum(dim=1, keepdim=True) / self._num
+        return x
 
 
 class PointCloudGaussian(Gaussian):
     """The projection of independent normals N(loc, std^2) onto `PointClouds`.
 
+    Its density is that of states in the subspace. Beside the subspace, as numbers stored in half
+    precision are, the distance to it counts as well, the same for every law of that std.
+
     Args:
         loc: [B, N, D]; its projection is the mean.
         std: Broadcastable against `loc`, before the projection. A sample with a std of 0 is a
             point mass, as for `Gaussian`.
-        full: bool [B, N, 1], which slots hold a point.
-        num_coordinates: Channels whose mean over the points is 0.
+        points: Which slots hold a point.
+        density: `density_of(std)`, where it is known.
     """
 
-    def __init__(self, loc: Tensor, std: Tensor, full: Tensor, num_coordinates: int) -> None:
-        self.full, self.num_coordinates = full, num_coordinates
-        self._num = full.sum(dim=1, keepdim=True)
-        super().__init__(self._projected(loc), std)
+    def __init__(
+        self,
+        loc: Tensor,
+        std: Tensor,
+        points: Points,
+        density: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        self.points, self.full, self.num_coordinates = points, points.full, points.num_coordinates
+        self._moved = points.centred(points.emptied(loc))
+        self.std, self._density = std, density
 
-    def _projected(self, x: Tensor) -> Tensor:
-        return _project(x, self.full, self.num_coordinates, self._num)
+    @cached_property
+    def loc(self) -> Tensor:  # type: ignore[override]
+        """The mean, [B, N, D]."""
+        return self.points.emptied(self._moved)
 
     @property
     def num_dimensions(self) -> Tensor:
-        return _num_dimensions(self._num.flatten(), self.loc.shape[-1], self.num_coordinates)
+        return self.points.num_dimensions
 
     def like(self, loc: Tensor, std: Tensor) -> "PointCloudGaussian":
-        return PointCloudGaussian(loc, std, self.full, self.num_coordinates)
+        return PointCloudGaussian(loc, std, self.points)
 
     def rsample(self, noise: Generators = None) -> Tensor:
-        offset = self.std * randn_like(self.loc, noise)
-        return self.loc + self._projected(offset)
+        drawn = randn_like(self._moved, noise, self._emptied_steps)
+        # What is in empty slots is removed once, from the sum.
+        return self.points.emptied(self._moved + self.points.centred(self.std * drawn))
+
+    def _emptied_steps(self, noise: Tensor) -> Tensor:
+        return noise.masked_fill(self.points.empty.unsqueeze(1), 0)
 
     def log_prob(self, state: State, reduction: Reduction = "sum") -> Tensor:
-        offset, dimensions = tensor_of(state) - self.loc, self.num_dimensions.to(self.loc)
+        x, points = tensor_of(state), self.points
         if self.std.dim() == 0 or self.std.shape[1:].numel() == 1:
             # All stds of a sample are equal: the density is the usual one of what exists.
-            rate, peak = (values.flatten().to(offset) for values in density_of(self.std))
-            squares = self._projected(offset).square().sum(dim=(1, 2))
-            values = dimensions * peak - 0.5 * rate.square() * squares
-            return values if reduction == "sum" else values / dimensions.clamp(min=1)
+            factor, peak = (one.flatten() for one in self._density or density_of(self.std))
+            squares = points.emptied(squared_distances(x, self._moved)).sum(dim=(1, 2))
+            values = torch.addcmul(points.free * peak, factor, squares)
+            return values if reduction == "sum" else values / points.at_least_one
+        offset, dimensions = x - self.loc, points.free
         weights = self._weights
         values = self._squares(offset, weights) + self._log_det + dimensions * math.log(2 * math.pi)
         return self._reduced(-0.5 * values, reduction)
@@ -185,26 +293,7 @@ class PointCloudGaussian(Gaussian):
 
 def occupied(like: Tensor) -> Tensor:
     """Return which slots of point clouds [B, N, D] hold a point, bool [B, N, 1]."""
-    return (like != 0).any(dim=-1, keepdim=True)
-
-
-def _project(x: Tensor, full: Tensor, num_coordinates: int, num: Tensor | None = None) -> Tensor:
-    """Project states; `num` is how many points each has, [B, 1, 1]."""
-    num = full.sum(dim=1, keepdim=True) if num is None else num
-    empty = ~full
-    kept = x.masked_fill(empty, 0)
-    coordinates = kept[..., :num_coordinates]
-    mean = coordinates.sum(dim=1, keepdim=True) / num.clamp(min=1)
-    centred = (coordinates - mean).masked_fill(empty, 0)
-    if num_coordinates >= x.shape[-1]:
-        return centred
-    return torch.cat([centred, kept[..., num_coordinates:]], dim=-1)
-
-
-def _num_dimensions(num: Tensor, num_channels: int, num_coordinates: int) -> Tensor:
-    """Return how many numbers are free of so many points [B], float64."""
-    num = num.double()
-    return num * num_channels - num_coordinates * num.clamp(max=1)
+    return like.any(dim=-1, keepdim=True)
 
 
 def _positive(total: Tensor) -> Tensor:

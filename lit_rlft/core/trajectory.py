@@ -14,6 +14,7 @@ from torch import Tensor
 from lit_rlft.core.distribution import Distribution, Reduction
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.process import Noise, Process, of_step
+from lit_rlft.core.process.base import Step
 from lit_rlft.core.randomness import Generators, next_step, step_noise
 from lit_rlft.core.sampling import Denoiser
 from lit_rlft.core.state import State, batch_size, index, leaves, tensor_of, tree_map
@@ -41,10 +42,14 @@ def law_of(
     t: Tensor,
     coefficients: State,
     condition: Condition,
+    step: Step | None = None,
 ) -> Distribution:
-    """Return p(x_s | x_t) of steps whose coefficients are known, as `transition_of` does."""
+    """Return p(x_s | x_t) of steps whose coefficients are known, as `transition_of` does.
+
+    A walk gives the `step` that it has of `process.stepper`.
+    """
     prediction = denoiser(x_t, t, condition)
-    return process.step(single(prediction), single(x_t), coefficients)
+    return (step or process.step)(single(prediction), single(x_t), coefficients)
 
 
 def walk_with_log_probs(
@@ -77,12 +82,12 @@ def walk_with_log_probs(
         seen: Called with the number of each step and the distribution that it draws from.
     """
     x, size = rounded(x_1, x_1, dtype), batch_size(x_1)
-    steps = process.steps(times, ends, eta, single(x_1))
+    steps, step = process.steps(times, ends, eta, single(x_1)), process.stepper(single(x_1))
     ahead = step_noise(noise, len(steps))
     yield x, None
     for i in range(len(steps)):
         t = steps.levels(i, size)
-        transition = law_of(denoiser, process, x, t, steps.row(i), condition)
+        transition = law_of(denoiser, process, x, t, steps.row(i), condition, step)
         if seen is not None:
             seen(i, transition)
         still = process.differentiable and of_step(eta, i) == 0

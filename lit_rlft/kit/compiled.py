@@ -11,7 +11,14 @@ from torch.utils._pytree import tree_map
 from lit_rlft.core.checks import UsageError
 from lit_rlft.kit.weightless import weightless
 
-__all__ = ["Compiled", "SmallCompiled", "blocks_of", "compile_network", "compile_small"]
+__all__ = [
+    "Compiled",
+    "SmallCompiled",
+    "blocks_of",
+    "compile_network",
+    "compile_small",
+    "is_compiled",
+]
 
 Compiled = Literal["blocks", "whole"]
 SmallCompiled = Literal["blocks", "whole", "graphs"]
@@ -109,6 +116,11 @@ def _on_gpu(network: nn.Module, inputs: tuple[Any, ...]) -> None:
 
 def _copied(network: nn.Module, inputs: tuple[Any, ...], outputs: Any) -> Any:
     return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, outputs)
+
+
+def is_compiled(network: nn.Module) -> bool:
+    """Return whether a network, or a part of it, is compiled."""
+    return any(part._compiled_call_impl is not None for part in network.modules())
 
 
 def blocks_of(network: nn.Module) -> list[nn.Module]:

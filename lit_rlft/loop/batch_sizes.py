@@ -16,7 +16,9 @@ from lit_rlft.core.batch_size import BatchSize, GlobalNoise, free_memory
 from lit_rlft.core.checks import UsageError
 from lit_rlft.cost.meter import Meter
 from lit_rlft.distributed import gather
+from lit_rlft.kit.compiled import is_compiled
 from lit_rlft.loop.experience import Experience
+from lit_rlft.loop.filled import filled
 from lit_rlft.loop.updates import Loss, Shares, Update, accumulate, meet
 from lit_rlft.runs.files import write_whole
 from lit_rlft.runs.folder import run_folder, writes_nothing
@@ -58,6 +60,10 @@ class BatchSizes:
         """Those that may change, by key."""
         own = {size.key: size for size in (self.microbatch, self.sampling)}
         return {key: size for key, size in (own | self._pipeline).items() if size.automatic}
+
+    def filled(self, loss: Loss, network: nn.Module, update: Update) -> Loss:
+        """Return the loss of an update, in microbatches of one size where a network is compiled."""
+        return filled(loss, self.microbatch, update) if is_compiled(network) else loss
 
     def taken(self, num_terms: int) -> dict[str, int]:
         """Return the rows that an update took at a time, by key; first what is best lowered."""

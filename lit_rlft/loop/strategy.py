@@ -24,6 +24,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lit_rlft.core.checks import UsageError
 from lit_rlft.distributed import split_like, to_save
+from lit_rlft.kit.compiled import is_compiled
 from lit_rlft.loop.checkpointed import Checkpointed
 from lit_rlft.loop.precision import check_precision
 from lit_rlft.loop.sharded import leaves_gradients, shard
@@ -201,7 +202,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
 
 def _check_compiled(network: nn.Module) -> None:
-    if any(part._compiled_call_impl is not None for part in network.modules()):
+    if is_compiled(network):
         raise UsageError(
             "pipeline.init_args.compile has not been tested with trainer.strategy fsdp2; set it to "
             "null, or trainer.strategy to ddp"

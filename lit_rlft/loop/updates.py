@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -47,6 +47,7 @@ class Update:
         total: Number of samples of all processes.
         total_terms: Number of terms of the loss of all processes.
         most_terms: Number of terms of the process that has the most.
+        largest: Number of terms that this process has in the largest minibatch of its round.
     """
 
     minibatch: Experience
@@ -54,6 +55,7 @@ class Update:
     total: int
     total_terms: int
     most_terms: int = 0
+    largest: int = 0
 
 
 class Layout(NamedTuple):
@@ -130,7 +132,8 @@ def plan(
             shares = torch.bincount(torch.tensor(owners)[places], terms[places])
             total = int(terms[places].sum())
             updates.append(Update(own, epoch, len(places), total, int(shares.max())))
-    return updates
+    largest = max((one.minibatch.num_terms for one in updates), default=0)
+    return [replace(one, largest=largest) for one in updates]
 
 
 def _places(layouts: Sequence[Layout]) -> tuple[list[int], list[int]]:

@@ -1,6 +1,7 @@
 """The interface of a noising process."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,7 +13,10 @@ from lit_rlft.core.process.steps import Steps, StepTables
 from lit_rlft.core.randomness import Generators
 from lit_rlft.core.state import State
 
-__all__ = ["Process"]
+__all__ = ["Process", "Step"]
+
+Step = Callable[[State, State, State], Distribution]
+"""`Process.step`."""
 
 
 class Process(nn.Module, ABC):
@@ -101,6 +105,14 @@ class Process(nn.Module, ABC):
             x_t: [B, ...].
             coefficients: Of each field [B, C], or [C] where all samples take the same step.
         """
+
+    def stepper(self, x_1: State) -> Step:
+        """Return `step` for one walk: what all its states share is found once.
+
+        Args:
+            x_1: One of them.
+        """
+        return self.step
 
     def transition(
         self, prediction: State, x_t: State, t: Tensor, s: Tensor, eta: float

@@ -9,12 +9,14 @@ References:
     https://arxiv.org/abs/2406.07524
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from lit_rlft.core.checks import at_least, positive
-from lit_rlft.core.distribution import Categorical
-from lit_rlft.core.process.base import Process
+from lit_rlft.core.distribution import Categorical, Unmasked, certain
+from lit_rlft.core.process.base import Process, Step
 from lit_rlft.core.randomness import Generators, rand_like
 from lit_rlft.core.state import State, expand_as, tensor_of
 
@@ -59,26 +61,43 @@ class MaskedProcess(Process):
         start = torch.full_like(x, self.mask)
         if self.padded:
             start = start.where(x != self.empty, self.empty)
-        return Categorical(self._point(start.unsqueeze(-1)), self._num_positions(x))
+        values = self.num_classes + 1 + self.padded
+        return Categorical(certain(values, x.device)[start], self._num_positions(x))
 
     def coefficients(self, t: Tensor, s: Tensor, eta: float) -> Tensor:
         """Return the logarithms of the shares of masks that a step lifts and leaves, [B, 2].
 
-        In single precision, as logits are. There is one sampler, `eta` is unused.
+        A third column, of states with empty positions, is the -inf of masks that become empty. In
+        single precision, as logits are. There is one sampler, `eta` is unused.
         """
         before, after = self._hidden(t), self._hidden(s)
         lifted = ((before - after) / before.clamp(min=torch.finfo(t.dtype).tiny)).float()
-        return torch.stack([lifted.log(), (1 - lifted).log()], dim=-1)
-
-    def step(self, prediction: State, x_t: State, coefficients: State) -> Categorical:
-        x, logits = tensor_of(x_t).unsqueeze(-1), tensor_of(prediction).float()
-        lifted, left = (expand_as(one, x) for one in tensor_of(coefficients).unbind(dim=-1))
-        parts = [logits.log_softmax(-1) + lifted, left.expand(x.shape)]
+        columns = [lifted.log(), (1 - lifted).log()]
         if self.padded:
-            parts.append(logits.new_full((1,), -torch.inf).expand(x.shape))
-        hidden = torch.cat(parts, dim=-1)
-        log_probs = torch.where(x == self.mask, hidden, self._point(x))
-        return Categorical(log_probs, self._num_positions(x.squeeze(-1)))
+            columns.append(torch.full_like(lifted, -torch.inf))
+        return torch.stack(columns, dim=-1)
+
+    def step(
+        self, prediction: State, x_t: State, coefficients: State, num: Tensor | None = None
+    ) -> Unmasked:
+        """Return the distribution of x_s, as of any process.
+
+        Args:
+            prediction: Logits.
+            x_t: [B, ...].
+            coefficients: [B, C] or [C].
+            num: How many positions are not empty, [B], where it is known.
+        """
+        x, logits = tensor_of(x_t), tensor_of(prediction).float()
+        lifted, *others = (expand_as(one, logits) for one in tensor_of(coefficients).unbind(dim=-1))
+        ends = [one.expand(*x.shape, 1) for one in others]
+        hidden = torch.cat([logits.log_softmax(dim=-1) + lifted, *ends], dim=-1)
+        num = self._num_positions(x) if num is None else num
+        return Unmasked(hidden, x, x == self.mask, num)
+
+    def stepper(self, x_1: State) -> Step:
+        num = self._num_positions(tensor_of(x_1))
+        return self.step if num is None else partial(self.step, num=num)
 
     def denoised(self, prediction: State, x_t: State, t: Tensor) -> Tensor:
         """Return x_t with each hidden position set to its most likely class."""
@@ -119,12 +138,6 @@ class MaskedProcess(Process):
     def _hidden(self, t: Tensor) -> Tensor:
         """Return the probability of a mask at t, 1 - alpha_t."""
         return t if self.power == 1 else 1 - (1 - t) ** self.power
-
-    def _point(self, x: Tensor) -> Tensor:
-        """Return the log-probabilities of values [B, ..., 1] that are certain, [B, ..., V]."""
-        values = torch.arange(self.num_classes + 1 + self.padded, device=x.device)
-        impossible = torch.full((), -torch.inf, device=x.device)
-        return impossible.masked_fill(x == values, 0)
 
     def _num_positions(self, x: Tensor) -> Tensor | None:
         """Return how many positions are not empty, [B], or None where none can be."""

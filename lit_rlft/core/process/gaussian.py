@@ -18,14 +18,15 @@ References:
 """
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, get_args
+from functools import partial
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from lit_rlft.core.checks import UsageError, at_least
 from lit_rlft.core.distribution import Gaussian, density_of
-from lit_rlft.core.process.base import Process
+from lit_rlft.core.process.base import Process, Step
 from lit_rlft.core.randomness import Generators, randn_like
 from lit_rlft.core.schedule import Schedule
 from lit_rlft.core.state import State, expand_as, tensor_of
@@ -170,16 +171,31 @@ class GaussianProcess(Process):
             )
         return torch.stack(columns, dim=-1)
 
-    def step(self, prediction: State, x_t: State, coefficients: State) -> Gaussian:
+    def stepper(self, x_1: State) -> Step:
+        if self.subspace is None:
+            return self.step
+        return partial(self.step, support=self.subspace.support(tensor_of(x_1)))
+
+    def step(
+        self, prediction: State, x_t: State, coefficients: State, support: Any = None
+    ) -> Gaussian:
+        """Return the distribution of x_s, as of any process.
+
+        Args:
+            prediction: The denoiser's for x_t.
+            x_t: [B, ...].
+            coefficients: [B, C] or [C].
+            support: What `Subspace.support` found of the states, where it is known.
+        """
         x = tensor_of(x_t)
         p, columns = tensor_of(prediction).to(x.dtype), _columns(tensor_of(coefficients), x)
         if self.bound is None:
             of_x, of_p, std, *density = Linear(*columns)
-            return self._law(of_x * x + of_p * p, std, x, density)
+            return self._law(of_x * x + of_p * p, std, x, density, support)
         step = _Bounded(*columns)
         x_0, eps = self._bounded(p, x, step)
         mean = step.alpha_s * x_0 + step.direction * eps
-        return self._law(mean, step.std, x, (step.rate, step.peak))
+        return self._law(mean, step.std, x, (step.factor, step.peak), support)
 
     def balance(self, coefficients: Tensor) -> Tensor:
         """Return weights of steps under which predictions move the means of all alike, [S].
@@ -314,11 +330,18 @@ class GaussianProcess(Process):
         return self.schedule.ends(num_steps)
 
     def _law(
-        self, loc: Tensor, std: Tensor, like: Tensor, density: Sequence[Tensor] | None = None
+        self,
+        loc: Tensor,
+        std: Tensor,
+        like: Tensor,
+        density: Sequence[Tensor] | None = None,
+        support: Any = None,
     ) -> Gaussian:
+        known = None if density is None else (density[0], density[1])
         if self.subspace is None:
-            return Gaussian(loc, std, None if density is None else (density[0], density[1]))
-        return self.subspace.gaussian(loc, std, like)
+            return Gaussian(loc, std, known)
+        support = self.subspace.support(like) if support is None else support
+        return self.subspace.gaussian(loc, std, support, known)
 
     def _projected(self, x: Tensor, like: Tensor) -> Tensor:
         return x if self.subspace is None else self.subspace.project(x, like)
@@ -345,21 +368,21 @@ class Linear(NamedTuple):
     of_x: Tensor
     of_p: Tensor
     std: Tensor
-    rate: Tensor
+    factor: Tensor
     peak: Tensor
 
 
 class _Bounded(NamedTuple):
     """A step as x_s = alpha_s x_0 + direction eps + std z.
 
-    x_0 is the bound of x_0_of_x x_t + x_0_of_p p, and x_t is alpha_t x_0 + sigma_t eps. Rate and
-    peak are `density_of(std)`.
+    x_0 is the bound of x_0_of_x x_t + x_0_of_p p, and x_t is alpha_t x_0 + sigma_t eps. Factor
+    and peak are `density_of(std)`.
     """
 
     alpha_s: Tensor
     direction: Tensor
     std: Tensor
-    rate: Tensor
+    factor: Tensor
     peak: Tensor
     x_0_of_x: Tensor
     x_0_of_p: Tensor

@@ -50,7 +50,7 @@ from torch import Tensor
 
 from lit_rlft.core.checks import UsageError, at_least, positive
 from lit_rlft.core.distribution import Categorical, Distribution, Gaussian, Product, Reduction
-from lit_rlft.core.process.base import Process
+from lit_rlft.core.process.base import Process, Step
 from lit_rlft.core.process.categorical import MaskedProcess
 from lit_rlft.core.process.gaussian import GaussianProcess
 from lit_rlft.core.process.product import ProductProcess
@@ -146,6 +146,9 @@ class GibbsProcess(ProductProcess):
             columns = tensor_of(self.field(name).coefficients(span.t, span.s, eta))
             own[name] = torch.cat([span.moves.to(columns).unsqueeze(-1), columns], dim=-1)
         return own
+
+    def stepper(self, x_1: State) -> Step:
+        return self.step  # its fields are given elements at a time, not whole states
 
     def step(self, prediction: State, x_t: State, coefficients: State) -> Product:
         p, x, own = fields_of(prediction), fields_of(x_t), fields_of(coefficients)

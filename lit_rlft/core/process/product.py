@@ -1,13 +1,14 @@
 """States with several fields, each under a process of its own, denoised jointly."""
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from lit_rlft.core.checks import UsageError, at_least
 from lit_rlft.core.distribution import Product
-from lit_rlft.core.process.base import Process
+from lit_rlft.core.process.base import Process, Step
 from lit_rlft.core.randomness import Generators
 from lit_rlft.core.state import State, fields_of, tensor_of
 
@@ -65,10 +66,12 @@ class ProductProcess(Process):
         }
 
     def step(self, prediction: State, x_t: State, coefficients: State) -> Product:
-        p, x, own = fields_of(prediction), fields_of(x_t), fields_of(coefficients)
-        return Product(
-            {name: self.field(name).step(p[name], x[name], own[name]) for name in self.names}
-        )
+        steps = {name: self.field(name).step for name in self.names}
+        return _step(steps, prediction, x_t, coefficients)
+
+    def stepper(self, x_1: State) -> Step:
+        x = fields_of(x_1)
+        return partial(_step, {name: self.field(name).stepper(x[name]) for name in self.names})
 
     def inverted(self, prediction: State, x_t: State, x_s: State, t: Tensor, s: Tensor) -> State:
         p, x, target = fields_of(prediction), fields_of(x_t), fields_of(x_s)
@@ -105,3 +108,8 @@ class ProductProcess(Process):
 
     def ends(self, num_steps: int) -> Tensor:
         return self.field(self.names[0]).ends(num_steps)
+
+
+def _step(steps: Mapping[str, Step], prediction: State, x_t: State, coefficients: State) -> Product:
+    p, x, own = fields_of(prediction), fields_of(x_t), fields_of(coefficients)
+    return Product({name: step(p[name], x[name], own[name]) for name, step in steps.items()})
