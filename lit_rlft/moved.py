@@ -31,7 +31,6 @@ _MOVED = {
     "lit_rlft.observer": "lit_rlft.loop.hooks",
     "lit_rlft.pictures": "lit_rlft.kit.images",
     "lit_rlft.processes": "lit_rlft.distributed",
-    "lit_rlft.report": "lit_rlft.runs.before_after",
     "lit_rlft.weights": "lit_rlft.kit.network_folder",
 }
 

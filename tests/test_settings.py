@@ -40,6 +40,7 @@ INTERNAL = {
     "Rollouts", "Route", "Rows", "SizeBatches", "TimedBlock", "Update", "Preprocessing",
     "CoupledPointClouds", "FlowMLP", "DiscreteVP", "NoisePolicy", "Report", "Stopped",
     "Lane", "SideProcess", "SideTimes", "CLIPT5Config", "StepNoise", "Evaluator",
+    "Matches", "Points", "Refused", "Seeded", "VoteServer",
 }  # fmt: skip
 """Made by other classes, from settings that those have checked, or from files."""
 
@@ -88,6 +89,7 @@ NEEDED: Mapping[str, Mapping[str, Any]] = {
     "domains.text_to_image.benchmarks.HPDv2Prompts": {"source": "folder"},
     "domains.text_to_image.benchmarks.PartiPrompts": {"source": "file.tsv"},
     "domains.text_to_image.benchmarks.T2ICompBenchPrompts": {"source": "folder"},
+    "lit_rlft.kit.preference_pairs.PreferencePairs": {"file": "votes.jsonl"},
     "lit_rlft.kit.http_reward.HTTPReward": {"url": "http://localhost:8000"},
 }  # fmt: skip
 
@@ -98,7 +100,9 @@ ALLOWED: Mapping[str, tuple[Sequence[float], set[str]]] = {
         {
             "*.num_workers", "HTTPReward.retries", "RewardWorkers.restarts", "*.best_of",
             "MMD.num_draws", "SetDistances.num_draws", "Duplicates.num_draws",
-            "DiffusionNFT.max_decay", "DiffusionNFT.decay_rate",
+            "DiffusionNFT.max_decay", "DiffusionNFT.decay_rate", "DiffusionNFT.cut",
+            "DiffusionDPO.cut", "*.start", "Dial.lora_scale", "Dial.cut",
+            "HumanPreference.undo_seconds",
             "DDPO.kl_coef", "RewardGradient.kl_coef",
             "NoisePPO.beta", "PGRAFT.contrast", "PGRAFT.cut", "GRAFT.contrast", "EMA.decay",
             "InverseNoiseCorrection.data_noise", "Pretrain.condition_dropout",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-from lit_rlft.core.checks import BadArgument, UsageError, at_least
+from lit_rlft.core.checks import BadArgument, UsageError, at_least, below_one
 from lit_rlft.evaluation.jackknife import Moments
 from lit_rlft.evaluation.measurements import Arm
 from lit_rlft.loop.reference import Reference
@@ -46,6 +46,10 @@ class Dial:
     cut: list[float] | None = None
     start: list[float] | None = None
 
+    def __post_init__(self) -> None:
+        at_least(0, self, "lora_scale")
+        below_one(self, "cut", "start")
+
     def check(self, num_steps: int, *, adapted: bool) -> None:
         """Check the values.
 
@@ -56,7 +60,6 @@ class Dial:
         Raises:
             BadArgument: A value is impossible, or there is no LoRA to scale.
         """
-        at_least(0, self, "lora_scale")
         if self.lora_scale and not adapted:
             problem = "scales a LoRA, and model.init_args.lora is null; give cut or start"
             raise BadArgument(self, "lora_scale", problem)

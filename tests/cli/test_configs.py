@@ -31,7 +31,13 @@ HUB = {"flux", "sana", "sd15", "sd2", "sd35", "sdxl", "zimage"}
 OF_THE_HUB = {path.stem for path in EXPERIMENTS if path.stem.split("_")[0] in {*HUB, "sd35m"}}
 # What another experiment runs too, with other numbers.
 LONG = {
-    *("shapes_pretrain_2", "shapes_unconditional_pretrain", "publaynet_pretrain", "qm9_pretrain"),
+    *(
+        "shapes_pretrain_2",
+        "shapes_pretrain_3",
+        "shapes_unconditional_pretrain",
+        "publaynet_pretrain",
+        "qm9_pretrain",
+    ),
     *("digits_pretrain", "layout_mixed_pretrain", "molecule_heavy_pretrain", "layout_pretrain"),
     *("molecule_mixed_pretrain", "molecule_gibbs_pretrain", "layout_gibbs_pretrain"),
     "shapes_drtune",
