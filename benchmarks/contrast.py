@@ -27,7 +27,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cut_regimes import STEPS, TEST, Cell, conditions, mean_and_error, measured, scored, tuner_of
+from cut_regimes import (
+    STEPS,
+    TEST,
+    Cell,
+    compared,
+    conditions,
+    mean_and_error,
+    measured,
+    scored,
+    tuner_of,
+)
 from torch import Tensor
 
 from lit_rlft.algorithms.graft import PGRAFT
@@ -36,7 +46,6 @@ from lit_rlft.core.implicit import group_probabilities
 from lit_rlft.core.process import Process
 from lit_rlft.core.randomness import generators, rand_like, seed_from
 from lit_rlft.core.state import index
-from lit_rlft.kit.ratios import error_of_mean
 from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.reference import LoRA
 
@@ -209,21 +218,9 @@ def curve(
         optimizer.step()
         schedule.step()
     tuner.eval()
-    with torch.no_grad():
-        (x_0,) = tuner.rollouts.draw(
-            tuner.route(), conditions(tuner, TEST), store.test, keep=[STEPS]
-        )
-        values, fid = measured(tuner, x_0)
-    before, fid_before = store.reference
-    gains = {reward: values[reward] - before[reward] for reward in values}
-    write(
-        out,
-        line
-        | {"loss": name, "pages": pages, "rate": rate, "fid": fid, "fid_reference": fid_before}
-        | {"gain": {reward: float(gain.mean()) for reward, gain in gains.items()}}
-        | {"sem": {reward: error_of_mean(gain) for reward, gain in gains.items()}}
-        | {"processor_seconds": time.process_time() - start},
-    )
+    own = line | {"loss": name, "pages": pages, "rate": rate}
+    own |= compared(tuner, store.test, store.reference)
+    write(out, own | {"processor_seconds": time.process_time() - start})
 
 
 def curves(out: Path, seeds: Sequence[int], pages: Sequence[int], objective: str) -> None:

@@ -204,26 +204,37 @@ def held_out_loss(tuner: PGRAFT, cell: Cell, drawn: Drawn) -> dict[str, float]:
     return found
 
 
+def compared(
+    tuner: PGRAFT, seeds: Sequence[int], reference: tuple[dict[str, Tensor], float]
+) -> dict[str, Any]:
+    """Draw from a tuned model and return gains with their paired errors, and FID, of both models.
+
+    Args:
+        tuner: Trained.
+        seeds: Of the test's samples.
+        reference: What `measured` says of the reference's samples of the same seeds.
+    """
+    with torch.no_grad():
+        (x_0,) = tuner.rollouts.draw(tuner.route(), conditions(tuner, TEST), seeds, keep=[STEPS])
+        values, fid = measured(tuner, x_0)
+    before, fid_before = reference
+    gains = {name: values[name] - before[name] for name in values}
+    return {
+        "gain": {name: float(gain.mean()) for name, gain in gains.items()},
+        "sem": {name: error_of_mean(gain) for name, gain in gains.items()},
+        "reference": {name: float(value.mean()) for name, value in before.items()},
+        "fid": fid,
+        "fid_reference": fid_before,
+    }
+
+
 def run(cell: Cell, drawn: Drawn) -> dict[str, Any]:
     """Train and measure one cell."""
     start, tuner = time.process_time(), tuner_of(cell, TRAINED[cell.trained][0])
     train(tuner, cell, drawn)
-    with torch.no_grad():
-        (x_0,) = tuner.rollouts.draw(
-            tuner.route(), conditions(tuner, TEST), drawn.test, keep=[STEPS]
-        )
-        own, fid = measured(tuner, x_0)
-    before, fid_before = drawn.reference
-    gains = {name: own[name] - before[name] for name in own}
-    return asdict(cell) | {
-        "gain": {name: float(gain.mean()) for name, gain in gains.items()},
-        "sem": {name: error_of_mean(gain) for name, gain in gains.items()},
-        "reference": {name: float(values.mean()) for name, values in before.items()},
-        "fid": fid,
-        "fid_reference": fid_before,
-        "held_out_loss": held_out_loss(tuner, cell, drawn),
-        "processor_seconds": time.process_time() - start,
-    }
+    own = compared(tuner, drawn.test, drawn.reference)
+    own |= {"held_out_loss": held_out_loss(tuner, cell, drawn)}
+    return asdict(cell) | own | {"processor_seconds": time.process_time() - start}
 
 
 def sweep(out: Path, seeds: Sequence[int], objectives: Sequence[str]) -> None:

@@ -19,7 +19,8 @@ __all__ = ["HELP", "main"]
 _RUNS = ("fit", "validate", "test", "predict")
 _READERS = {"list": listing.run, "report": reports.report, "compare": reports.compare, "vote": vote}
 """Commands that read what there is, and need no model."""
-_COMMANDS = (*_RUNS, "plan", "profile", *_READERS)
+_NEED_MODELS = (*_RUNS, "plan", "profile")
+_COMMANDS = (*_NEED_MODELS, *_READERS)
 HELP = """\
 lit-rlft fine-tunes pretrained diffusion and flow models with rewards.
 
@@ -100,7 +101,7 @@ def _command(words: list[str]) -> None:
     if words[0].startswith("-"):
         known = ", ".join(_COMMANDS)
         raise UsageError(f"the command comes first, before {words[0]}; it is one of {known}")
-    if words[0] not in (*_RUNS, "plan", "profile"):
+    if words[0] not in _NEED_MODELS:
         close = nearest(words[0], _COMMANDS)
         hint = f"did you mean {close}? " if close else ""
         raise UsageError(

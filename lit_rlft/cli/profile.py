@@ -17,6 +17,7 @@ from lit_rlft.core.randomness import generators, seed_from
 from lit_rlft.core.selection import Selection, TopK
 from lit_rlft.core.streams import Stream
 from lit_rlft.evaluation.reward_profile import Level, Profiled, levels_of, profile, suggested
+from lit_rlft.loop.route import Route
 
 __all__ = ["profile_words"]
 
@@ -44,10 +45,6 @@ def profile_words(words: Sequence[str]) -> None:
 
     class ProfileCommand(Command):
         """The command validate on the pretrained model, with a profile in place of its samples."""
-
-        def before_instantiate_classes(self) -> None:
-            super().before_instantiate_classes()
-            self.config[str(self.subcommand)].ckpt_path = "none"
 
         def _run_subcommand(self, subcommand: str) -> None:
             self.model.trainer = self.trainer
@@ -111,17 +108,11 @@ class _Profiler:
         """Return the tuner, made to profile where it would validate.
 
         Raises:
-            UsageError: The sampler draws no noise, the rule does not fit so many candidates, or
-                there are several processes.
+            UsageError: The rule does not fit so many candidates, or there are several processes.
         """
         tuner = self.tuner
         if tuner.trainer.world_size > 1:
             raise UsageError("profile runs on one device; add --trainer.devices 1")
-        if not tuner.sampler.eta:
-            raise UsageError(
-                "profile completes states with fresh noise, but model.init_args.sampler.eta is 0; "
-                "add --model.sampler.eta 1"
-            )
         self.selection.check(self.candidates)
         tuner.validation_step = self.step  # type: ignore[method-assign]
         tuner.on_validation_epoch_start = _nothing  # type: ignore[method-assign]
@@ -129,7 +120,11 @@ class _Profiler:
         return tuner
 
     def step(self, batch: Batch, batch_idx: int) -> None:
-        """Profile a batch of conditions, as many as are still wanted."""
+        """Profile a batch of conditions, as many as are still wanted.
+
+        Raises:
+            UsageError: The reference's sampler draws no noise.
+        """
         known = sum(len(part.rewards) for part in self.parts)
         wanted = min(len(batch["index"]), self.conditions - known)
         if not wanted:
@@ -138,7 +133,7 @@ class _Profiler:
         batch = {name: values[:wanted] for name, values in batch.items()}
         condition = tuner.pipeline.encode(batch).repeat(m)
         seeds = tuner.rollouts.seeds(batch, m, Stream.EVALUATE)
-        how = (tuner.reference_route(), condition, seeds, self.steps, self.completions)
+        how = (self._route(), condition, seeds, self.steps, self.completions)
         scores, again = profile(tuner.rollouts, *how)
         rewards = scores.rewards.cpu().view(-1, m)
         firsts = range(0, len(seeds), m)
@@ -147,6 +142,15 @@ class _Profiler:
         accepted = self.selection(rewards, keys, noise)
         completions = {k: own.view(-1, m, self.completions) for k, own in again.items()}
         self.parts.append(Profiled(rewards, accepted, completions))
+
+    def _route(self) -> Route:
+        route = self.tuner.reference_route()
+        if route.deterministic:
+            raise UsageError(
+                "profile completes states with fresh noise, and this sampler draws none; "
+                "add --model.sampler.eta 1, or take --config p_graft"
+            )
+        return route
 
     def report(self, folder: Path, most_open: float) -> None:
         """Print the profile with the suggested cut, and write both to `profile.json`."""

@@ -10,7 +10,7 @@ import torch
 
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.randomness import seed_from
-from lit_rlft.core.state import State, cat, index, leaves
+from lit_rlft.core.state import State, index, leaves
 from lit_rlft.core.streams import Stream
 from lit_rlft.loop.rollouts import Rollouts
 from lit_rlft.loop.route import Route
@@ -52,17 +52,6 @@ def best_of(
     samples = index(x_0, best)
     noise = samples
     if not route.deterministic:
-        noise = _again(rollouts, route, index(x_1, best), condition, seeds)
+        again = [seed_from(s, Stream.BEST_OF_AGAIN) for s in seeds]
+        noise = rollouts.complete(route, condition, again, index(x_1, best))
     return {f"best_of_{num}_samples": samples, f"best_of_{num}_noise": noise}
-
-
-def _again(
-    rollouts: Rollouts, route: Route, x_1: State, condition: Condition, seeds: Sequence[int]
-) -> State:
-    """Walk from x_1 once more, with other noise on the way."""
-    parts = []
-    for chunk in rollouts.chunks(condition, [seed_from(s, Stream.BEST_OF_AGAIN) for s in seeds]):
-        with chunk.part:
-            *_, (_, x_0) = route.walk(chunk.condition, chunk.noise, index(x_1, chunk.rows))
-            parts.append(x_0)
-    return cat(parts)

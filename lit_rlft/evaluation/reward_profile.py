@@ -23,8 +23,7 @@ from torch import Tensor
 
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.randomness import seed_from
-from lit_rlft.core.sampling import walk
-from lit_rlft.core.state import State, batch_size, cat, index, leaves
+from lit_rlft.core.state import batch_size, index, leaves
 from lit_rlft.core.streams import Stream
 from lit_rlft.kit.ratios import error_of_mean, ratio, ratio_parts
 from lit_rlft.loop.rollouts import Rollouts, Scores
@@ -105,25 +104,11 @@ def profile(
         ]
         again = condition.repeat(num_completions)
         x_k = index(x, rows.to(leaves(x)[0].device))
-        x_0 = _completed(rollouts, route, again, own, k, x_k)
+        label = f"Completing from step {k}"
+        x_0 = rollouts.complete(route, again, own, x_k, first=k, label=label)
         rewards = Scoring(rollouts, training=False).finish(x_0, again, own, world_size=1).rewards
         found[k] = rewards.cpu().view(-1, num_completions)
     return scores, found
-
-
-def _completed(
-    rollouts: Rollouts, route: Route, condition: Condition, seeds: Sequence[int], k: int, x: State
-) -> State:
-    """Walk the rest of the route from states at times[k] and return x_0."""
-    times, ends = route.times[k:], route.ends[k:]
-    denoiser = route.legs[0].denoiser
-    parts = []
-    for chunk in rollouts.chunks(condition, seeds, f"Completing from step {k}"):
-        with chunk.part:
-            part = (index(x, chunk.rows), chunk.condition, times, route.eta, chunk.noise, ends)
-            *_, (_, x_0) = walk(denoiser, route.process, *part)
-            parts.append(x_0)
-    return cat(parts)
 
 
 def levels_of(profiled: Profiled, times: Tensor) -> list[Level]:

@@ -72,7 +72,7 @@ class Relay:
     def levels(self, process: Process, num_steps: int) -> tuple[float, float]:
         """Return the levels between which the tuned model runs, the lower one first."""
         first, last = self.steps(num_steps)
-        if (first, last) == (0, num_steps):  # whoever asks in each update need not lay the grid
+        if (first, last) == (0, num_steps):  # asked in each update: the grid need not be laid
             return 0.0, 1.0
         times = process.times(num_steps)
         low = float(times[last]) if last < num_steps else 0.0

@@ -172,6 +172,34 @@ class Rollouts:
                     states.append(found[wanted])
         return [cat(states) for states in kept]
 
+    def complete(
+        self,
+        route: Route,
+        condition: Condition,
+        seeds: Sequence[int],
+        x: State,
+        *,
+        first: int = 0,
+        label: str | None = None,
+    ) -> State:
+        """Walk the rest of a route from given states and return x_0.
+
+        Args:
+            route: The route.
+            condition: One row per sample.
+            seeds: One integer per sample; all its noise comes from it.
+            x: States at `route.times[first]`, one per row of `condition`.
+            first: Index of the grid to start at.
+            label: Text of the progress bar; None shows none.
+        """
+        parts = []
+        for chunk in self.chunks(condition, seeds, label):
+            with chunk.part:
+                own = (chunk.condition, chunk.noise, index(x, chunk.rows), first)
+                *_, (_, x_0) = route.walk(*own)
+                parts.append(x_0)
+        return cat(parts)
+
     def merged(
         self, route: Route, condition: Condition, seeds: Sequence[int]
     ) -> AbstractContextManager[None]:

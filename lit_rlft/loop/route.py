@@ -99,26 +99,26 @@ class Route:
         return next(leg.denoiser for leg in self.legs if leg.tuned)(x_1, t, condition)
 
     def walk(
-        self, condition: Condition, noise: Generators, x_1: State | None = None
+        self, condition: Condition, noise: Generators, x: State | None = None, first: int = 0
     ) -> Iterator[tuple[int, State]]:
-        """Iterate over (i, x at times[i]), from x_1 (i = 0) to x_0 (i = num_steps).
+        """Iterate over (i, x at times[i]), from i = `first` to x_0 (i = num_steps).
 
         Args:
             condition: One row per sample.
             noise: One generator per sample, or None for torch's global one.
-            x_1: Where to start; drawn from the prior unless given.
+            x: State at times[first]; drawn from the prior unless given.
+            first: Index of the grid to start at; above 0 with a state alone.
         """
-        x = self.prior(condition).sample(noise) if x_1 is None else x_1
-        times, ends, first = self.times, self.ends, 0
-        ahead = step_noise(noise, self.num_steps)
-        yield 0, x
+        x = self.prior(condition).sample(noise) if x is None else x
+        ahead, end = step_noise(noise, self.num_steps - first), 0
+        yield first, x
         for leg in self.legs:
-            part = times[first : first + leg.num_steps + 1]
-            args = (condition, part, self.eta, ahead, ends[first : first + leg.num_steps])
-            for i, state in walk(leg.denoiser, self.process, x, *args):
+            end += leg.num_steps
+            args = (condition, self.times[first : end + 1], self.eta, ahead, self.ends[first:end])
+            for i, state in walk(leg.denoiser, self.process, x, *args) if first < end else ():
                 if i:
                     yield first + i, (x := state)
-            first += leg.num_steps
+            first = max(first, end)
 
 
 def tuned_part(steps: Tensor) -> dict[str, int]:

@@ -22,7 +22,7 @@ from lit_rlft.core.checks import loading
 from lit_rlft.core.figure import Figure
 from lit_rlft.runs.files import write_whole
 
-if TYPE_CHECKING:  # whoever reads what was kept need not wait for it
+if TYPE_CHECKING:  # a reader of what was kept need not wait for it
     from torch import Tensor
 
 __all__ = ["SHOWN", "TEST", "read_shown", "shown", "write_shown"]

@@ -7,7 +7,7 @@
      "question": "5c...", "vote": 17}
 
 Paths are relative to the file's folder. A choice among four samples has three lines with one number
-`vote`. Where no sample was the better one, `tie` is true, and whatever stands first has no meaning.
+`vote`. Where no sample was the better one, `tie` is true, and what stands first has no meaning.
 A line is on the disk before its voter hears of it. A vote that is taken back is removed by a file
 without it that takes the old one's place.
 """

@@ -90,7 +90,7 @@ def test_only_the_windows_steps_have_noise_and_are_trained(make: Callable[[], Pi
 @GAUSSIAN
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_guarded_log_ratios_are_the_projected_noise(make: Any, reduction: Any) -> None:
-    """Delta . z for every pair, whatever the step's std: mean 0 and no std in it."""
+    """Delta . z for every pair, for every std of the step: mean 0 and no std in it."""
     tuner = tuner_of(make().double(), **GUARD, log_prob_reduction=reduction)
     rollout = collected(tuner)
     before = {name: value.clone() for name, value in tuner.trainable().state_dict().items()}

@@ -284,7 +284,7 @@ def test_settings_that_cannot_work_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v", "velocity"])
 def test_min_snr_weighs_the_error_of_x_0(prediction_type: PredictionType) -> None:
-    """min(SNR, gamma) of the mean squared error of x_0, whatever is predicted."""
+    """min(SNR, gamma) of the mean squared error of x_0, for every prediction type."""
     process = GaussianProcess(CosineVP(min_alpha=0.01), prediction_type)
     t = torch.tensor([0.02, 0.3, 0.5, 0.9], dtype=torch.float64)
     x_0, guess = torch.randn(2, 4, 3, dtype=torch.float64, generator=generators([0])[0])

@@ -161,3 +161,11 @@ def test_differences_between_conditions_do_not_count(
     shifted = Profiled(moved(rewards), accepted, {0: moved(again[0])})
     (other,) = levels_of(shifted, times)
     assert other == pytest.approx(plain, abs=1e-5)
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_a_window_of_training_is_no_noise_of_the_reference() -> None:
+    """MixGRPO's evaluations follow the differential equation; eta above 0 says nothing of them."""
+    configs = (GAUSSIAN[0], "configs/algorithms/mix_grpo.yaml")
+    with pytest.raises(SystemExit, match="this sampler draws none"):
+        main(arguments("profile", configs, {"name": "run", "trainer.accelerator": "cpu"}))

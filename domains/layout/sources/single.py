@@ -1,4 +1,4 @@
-"""Single layouts, as `predict` writes them: whatever a model draws, also pages no data set has."""
+"""Single layouts, as `predict` writes them: all that a model draws, also pages no data set has."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Single molecules, as `predict` writes them: whatever a model draws, also what is not valid."""
+"""Single molecules, as `predict` writes them: all that a model draws, also what is not valid."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path

@@ -44,7 +44,7 @@ def run(words: Sequence[str]) -> None:
         for url in server.urls():
             print(f"vote: {url}")
         if not server.local:
-            print("whoever in this network knows the address can vote; it is not encrypted")
+            print("everybody in this network with the address can vote; it is not encrypted")
         print("keys: 1, 2, ... choose, space for no difference, u takes back; Ctrl-C ends it")
         sys.stdout.flush()
         with suppress(KeyboardInterrupt):

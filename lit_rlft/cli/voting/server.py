@@ -37,7 +37,7 @@ class VoteServer(ThreadingHTTPServer):
 
     Args:
         ballot: Hands out questions and takes votes.
-        token: First part of every path; whoever knows it may vote.
+        token: First part of every path; it allows to vote.
         host: Name or number of the address to listen at.
         port: Of it; 0 takes any that is free.
 

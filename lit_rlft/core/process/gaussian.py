@@ -306,8 +306,8 @@ class GaussianProcess(Process):
     def min_snr_weight(self, t: Tensor, gamma: float) -> Tensor:
         r"""Return the factor of `loss` at s = 0 under min-SNR weighting, [B], float64.
 
-        The error of x_0 then counts :math:`\min(\alpha_t^2 / \sigma_t^2, \gamma)`, whatever the
-        prediction type (Hang et al., 2023, https://arxiv.org/abs/2303.09556).
+        The error of x_0 then counts :math:`\min(\alpha_t^2 / \sigma_t^2, \gamma)`, for
+        every prediction type (Hang et al., 2023, https://arxiv.org/abs/2303.09556).
         """
         alpha, sigma = self.schedule.levels(t)
         a, b = self._weights(alpha, sigma)
