@@ -55,6 +55,12 @@ class Voting(Callback):
         for reward in _asking(pl_module):
             reward.begin_round(pl_module.num_rounds)
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell the page that nobody waits any more."""
+        assert isinstance(pl_module, RewardFineTuner)
+        for reward in _asking(pl_module):
+            reward.close()
+
 
 def _asking(module: RewardFineTuner) -> Iterator[HumanPreference]:
     if module.reward.asks:

@@ -59,6 +59,10 @@ class Desk:
         """Show questions on the page."""
         self._own.ask(questions)
 
+    def end(self) -> None:
+        """Tell the page that this process asks nothing more."""
+        self._own.end()
+
     def wait(
         self,
         questions: Sequence[Question],

@@ -138,6 +138,10 @@ class HumanPreference(Reward):
         self._desk = Desk(folder, num_candidates, rank, world_size, stopping)
         self._desk.start()
 
+    def close(self) -> None:
+        """Tell the page that the run asks nothing more; a run calls it after it has trained."""
+        self._asking().end()
+
     def begin_round(self, number: int) -> None:
         """Forget what an earlier round has left, and take the number of the next one."""
         self._number, self._num_offered = number, 0

@@ -96,6 +96,10 @@ class QuestionFile:
         """Say that a round has gone on, and which questions nobody waits for any more."""
         append_lines(self.path, _line({"closed": list(questions), "round": number, "why": why}))
 
+    def end(self) -> None:
+        """Say that the fit has ended: it asks nothing until it is resumed."""
+        append_lines(self.path, _line({"ended": True}))
+
 
 class Questions:
     """What a reader knows of the questions of all processes.
@@ -108,6 +112,7 @@ class Questions:
         open: Names of those that somebody waits for.
         ready: By process, the last round whose questions are all there.
         stopped: By process, the last round in which it was asked to end.
+        ended: Whether the fit has ended; it may be resumed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -116,6 +121,7 @@ class Questions:
         self.open: set[str] = set()
         self.ready: dict[int, int] = {}
         self.stopped: dict[int, int] = {}
+        self.ended = False
         self._owners: dict[str, int] = {}
         self._seen: dict[Path, tuple[int, int, int]] = {}
 
@@ -163,6 +169,8 @@ class Questions:
             elif line.get("why") == "restarted":
                 self.stopped.pop(rank, None)
                 self.ready.pop(rank, None)
+        if rank == 0:  # any later line is of a fit that goes on
+            self.ended = "ended" in line
 
 
 def _rank(path: Path) -> int:

@@ -140,6 +140,8 @@ def test_a_fit_trains_on_votes_as_they_come(
     with voting(run := Path("runs/run"), rightmost) as asked:
         command("fit", algorithm, **settings)
     assert len(asked) == len(set(asked)) == questions
+    (left := Questions(run / "votes")).refresh()
+    assert left.ended and not left.open
     chosen, rejected = chosen_and_rejected(run)
     assert chosen > rejected
     logged = scalars()

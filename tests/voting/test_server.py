@@ -21,6 +21,7 @@ from lit_rlft.cli.voting.ballot import Ballot, Fixed
 from lit_rlft.cli.voting.server import VoteServer
 from lit_rlft.core.checks import UsageError
 from lit_rlft.kit.preferences import read_preferences
+from lit_rlft.voting.desk import Desk
 from lit_rlft.voting.lines import read_lines
 from lit_rlft.voting.questions import Candidate, Question, QuestionFile, Questions
 from tests.voting.client import TOKEN, Voter, fixed, questions, serving
@@ -304,3 +305,17 @@ def test_waiting_shows_new_questions(tmp_path: Path) -> None:
         assert voter.vote(asked[0].id, 0)[0] == 200  # late, and kept for later
     (line,) = read_lines(tmp_path / "votes.jsonl")
     assert json.dumps(line["condition"]) == '{"prompt": "prompt 0"}'
+
+
+def test_the_page_knows_when_the_run_has_ended_and_when_it_goes_on(tmp_path: Path) -> None:
+    asked = questions(tmp_path, 1)
+    desk = Desk(tmp_path, 2)
+    with serving(Ballot(tmp_path, Questions(tmp_path), tmp_path, live=True)) as server:
+        voter = own(server)
+        desk.end()
+        assert voter.next()["state"] == "ended"
+        time.sleep(0.01)
+        (resumed := Desk(tmp_path, 2)).start()
+        assert voter.next()["state"] == "wait"
+        resumed.ask(asked)
+        assert voter.next()["state"] == "ask"

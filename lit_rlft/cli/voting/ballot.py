@@ -38,10 +38,12 @@ class Source(Protocol):
     Attributes:
         known: Questions by name, in the order in which they are asked.
         open: Names of those to be asked.
+        ended: Whether who asks has ended, so that no more come unless it is resumed.
     """
 
     known: dict[str, Question]
     open: set[str]
+    ended: bool
 
     def refresh(self) -> None:
         """Look for new ones."""
@@ -57,6 +59,7 @@ class Fixed:
     def __init__(self, questions: list[Question]) -> None:
         self.known = {question.id: question for question in questions}
         self.open = set(self.known)
+        self.ended = False
 
     def refresh(self) -> None:
         """Look for none."""
@@ -92,8 +95,8 @@ class Ballot:
     def next(self, voter: str) -> dict[str, Any]:
         """Return what somebody is asked next, and how far all is.
 
-        `state` is "ask"; "wait" where more may come; "others" where others look at all that is
-        left; or "done".
+        `state` is "ask"; "wait" where more may come; "ended" where they come only if the fit is
+        resumed; "others" where others look at all that is left; or "done".
         """
         with self._mutex:
             self.source.refresh()
@@ -192,7 +195,7 @@ class Ballot:
         if waiting:
             return told | {"state": "others"}
         if self.live:
-            return told | {"state": "wait"}
+            return told | {"state": "ended" if self.source.ended else "wait"}
         return told | {"state": "done", "result": self._result and self._result(self.votes)}
 
     def _can_undo(self, vote: Vote | None) -> bool:
