@@ -23,6 +23,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +78,16 @@ class Store:
         self.accepted = torch.zeros_like(groups).scatter(1, best, 1.0).flatten()
         spread = float((groups - groups.mean(dim=1, keepdim=True)).double().std(correction=0))
         self.good = group_probabilities(groups.double(), spread, 1.0).flatten().float()
-        self.test = [seed_from(seed, 2, i) for i in range(TEST)]
-        (x_0,) = tuner.rollouts.draw(route, conditions(tuner, TEST), self.test, keep=[STEPS])
-        self.reference = measured(tuner, x_0)
+        self.seed, self.test = seed, [seed_from(seed, 2, i) for i in range(TEST)]
+
+    @cached_property
+    def reference(self) -> tuple[dict[str, Tensor], float]:
+        """What the reference's samples of the test are worth."""
+        tuner = base(self.seed)
+        with torch.no_grad():
+            route, condition = tuner.reference_route(), conditions(tuner, TEST)
+            (x_0,) = tuner.rollouts.draw(route, condition, self.test, keep=[STEPS])
+            return measured(tuner, x_0)
 
 
 def base(seed: int, lora: LoRA | None = LoRA(16, 16)) -> PGRAFT:
@@ -100,7 +108,8 @@ def weighted(weight: Callable[[Store, Tensor], Tensor], contrast: float = 0.0) -
         tuner.contrast = contrast
         states = {"x_s": index(store.x_0, rows), "weight": weights}
         own = Experience(states, store.condition.index(rows), seeds)
-        return tuner.loss(own, generators(seeds))[0].sum()
+        losses = tuner.loss(own, generators(seeds))[0]  # of the size of the weights
+        return (losses if contrast else losses * weights.sign()).sum()
 
     return loss
 
