@@ -56,7 +56,7 @@ def row(label: str, molecules: Molecules, data: Molecules) -> str:
     condition = Condition([{}], {}, torch.zeros(len(molecules), dtype=torch.int64))
     metric, values = MoleculeMeasures(), Measurements()
     columns, features = (f(molecules, condition) for f in (metric.evaluate, metric.features))
-    values.add("all", 0, columns, None, [], [features])
+    values.add("all", 0, columns, None, [""] * len(molecules), [features])
     found = values.summary(1, [metric], errors=True)["all"]
     cells = []
     for name in COLUMNS:

@@ -102,11 +102,16 @@ class Measurements:
             batch: Number of the batch.
             values: Per metric, [B].
             pictures: [b, 3, H, W] in [0, 1], or None.
-            labels: What each sample was conditioned on.
-            features: Features of each metric of whole sets.
+            labels: What each sample was conditioned on, [B].
+            features: Features of each metric of whole sets, [B, ...].
             rows: The row of the data that each sample belongs to, [B]; None where all are in order.
             figures: Drawings of the pictures' samples, or None.
+
+        Raises:
+            ValueError: There are not as many labels as features.
         """
+        if any(len(value) != len(labels) for own in features for value in own.values()):
+            raise ValueError(f"{len(labels)} labels are not those of all samples measured")
         measured = self.arms.setdefault(arm, Measured())
         for name, value in values.items():
             measured.values[name][batch] = value.detach().double().cpu()

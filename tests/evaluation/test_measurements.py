@@ -143,6 +143,12 @@ def test_processes_are_summarised_together(monkeypatch: pytest.MonkeyPatch) -> N
     assert summary["tuned"]["r"]["mean"] == 5.0 and summary["reference"]["r"]["mean"] == 1.0
 
 
+def test_a_sample_without_a_label_is_refused() -> None:
+    features = [{"size": torch.ones(2)}]  # they were left out of the metric, without a word
+    with pytest.raises(ValueError, match="0 labels are not those of all samples"):
+        Measurements().add("tuned", 0, {"r": torch.ones(2)}, None, [], features)
+
+
 def test_nothing_measured() -> None:
     assert Measurements().summary(1) == {"tuned": {}, "reference": {}, "gain": {}}
 
