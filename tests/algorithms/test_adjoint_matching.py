@@ -131,6 +131,31 @@ def test_the_minimiser_is_the_denoiser_of_the_tilted_law(schedule: str, num_step
         assert float(own.loss) < bound * float(own.start)
 
 
+@each_schedule
+def test_the_lean_adjoint_is_the_gradient_through_the_walk(schedule: str) -> None:
+    """By plain backpropagation from the reward, through the same steps under the same noise."""
+    pipeline, size, num_steps, scale, center = bent(schedule), 4, 6, 1.7, (0.5, -0.2)
+    process, condition = pipeline.process, condition_of(pipeline, size)
+    x_1 = torch.randn(size, 2, dtype=torch.float64)
+    steps, reward = memoryless_steps(process, num_steps, x_1), Quadratic(center).double()
+
+    def mean(i: int, x: Tensor) -> Tensor:
+        prediction = pipeline(x, steps.levels(i, size), condition)
+        return tensor_of(process.step(prediction, x, steps.row(i)).mean)
+
+    with torch.no_grad():
+        walked = memoryless_walk(pipeline, process, x_1, condition, num_steps)
+        states = [tensor_of(state) for state in walked.states]
+        noise = [states[i + 1] - mean(i, states[i]) for i in range(num_steps)]
+    found = swept(pipeline, states, 2 * scale * (states[-1] - torch.tensor(center).double()))
+    for i in range(first_steered(process, steps.t[:1]), num_steps):
+        x = start = states[i].clone().requires_grad_()
+        for j in range(i, num_steps):
+            x = mean(j, x) + noise[j]
+        (wanted,) = torch.autograd.grad(-scale * reward(x, condition).sum(), start)
+        torch.testing.assert_close(found[i], wanted, rtol=1e-6, atol=1e-9)
+
+
 def test_small_steps_give_the_published_loss_times_their_length() -> None:
     """|(2 / sig)(f_base - f) + sig a|^2 with sig^2 = 2 t / (1 - t), halved."""
     pipeline, num_steps = normal(), 4000
