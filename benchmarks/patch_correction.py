@@ -115,7 +115,8 @@ def base(root: Path, num_updates: int, extra: Sequence[str]) -> None:
     arguments |= {"num_val": 40, "num_test": 40, "batch_size": 32, "eval_batch_size": 40}
     config = root / "patches.yaml"
     data = {"class_path": "domains.image.data.ImageData", "init_args": arguments}
-    config.write_text(json.dumps({"data": data}))
+    average = {"class_path": "lit_rlft.callbacks.ema.EMA", "init_args": {"decay": 0.99}}
+    config.write_text(json.dumps({"data": data, "trainer": {"callbacks": [average]}}))
     options = ["--config", CONFIG, "--config", str(config)]
     options += ["--pipeline.architecture.block_out_channels", "[16, 32, 64]"]
     options += ["--pipeline.architecture.attention_head_dim", "16"]

@@ -116,11 +116,13 @@ def largest_singular_value(
     Power iteration on J'J. Its iterates are made orthonormal, and of all their combinations the
     one that J stretches most is taken: a lower bound, exact after as many iterations as dimensions.
     """
-    _, pull = torch.func.vjp(function, x)
+    y, pull = torch.func.vjp(function, x)
+    # u -> J'u is linear, so that v -> J v is its own derivative pulled back.
+    _, push = torch.func.vjp(lambda u: pull(u)[0], torch.zeros_like(y))
     start = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x)
     basis, images = [_unit(start.flatten(1))], []
     for _ in range(num_iterations):
-        _, image = torch.func.jvp(function, (x,), (basis[-1].view_as(x),))
+        (image,) = push(basis[-1].view_as(x))
         images.append(image.flatten(1))
         (back,) = pull(image)
         rest = back.flatten(1)
@@ -359,7 +361,7 @@ def run(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
     weights = [p for p in tuner.trainable().parameters() if p.requires_grad]
     found = asdict(pulled(walked, weights, gradient, noise))
     measured = [*range(0, STEPS - 1, options.every), STEPS - 1]
-    with sdpa_kernel(SDPBackend.MATH):  # the only attention with forward derivatives
+    with sdpa_kernel(SDPBackend.MATH):  # the only attention with second derivatives
         top = {i: largest(walked.step(i), walked.states[i], options, noise) for i in measured}
         products = {
             k: largest(walked.last(k), walked.states[STEPS - k], options, noise)
