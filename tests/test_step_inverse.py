@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.step_inverse import contraction, returned
+from benchmarks.step_inverse import contraction, deviations, returned
 from benchmarks.step_jacobian import Walk
 from domains.gaussian_mixture.pipeline import GaussianMixturePipeline
 from lit_rlft.core.fixed_point import FixedPoint
@@ -55,3 +55,11 @@ def test_noise_returns_where_steps_contract() -> None:
     torch.testing.assert_close(found["x_1"], tensor_of(x_1), rtol=0, atol=1e-4)
     assert found["unconverged"] == 0
     assert found["picture_error"] < 1e-5
+
+
+def test_deviations_of_flat_pictures() -> None:
+    """Pictures of one grey each vary in the constant direction alone, by size times theirs."""
+    greys = torch.randn(200, 1, 1, 1, generator=torch.Generator().manual_seed(0))
+    found = deviations(greys.expand(-1, 1, 8, 8))
+    assert float(found[0]) == pytest.approx(8 * float(greys.std()), rel=1e-5)
+    assert float(found[1:].max()) < 1e-6
