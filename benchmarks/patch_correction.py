@@ -145,7 +145,7 @@ def tuner_of(root: Path, arm: Arm, options: argparse.Namespace) -> InverseNoiseC
         sampler=Sampler(arm.base_steps),
         seed=arm.seed,
         num_epochs=options.passes,
-        minibatch_size=128,
+        minibatch_size=64,
         sampling_batch_size=64,
     )
 
