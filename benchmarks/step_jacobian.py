@@ -289,14 +289,14 @@ def pipeline_of(cell: Cell, pretrained: str | None, device: torch.device) -> Pip
         if height != cell.size:
             raise SystemExit(f"--cells: the pictures are {height} pixels high, not {cell.size}")
         return made.to(device)
+    pixels = {name: 8 * cell.size for name in ("height", "width")}
     if cell.model == "sd15" and pretrained is None:
         from benchmarks.gpu.bench import Bench
         from benchmarks.gpu.models import pipeline_of as random_weights
 
         bench = Bench(device, tiny=device.type == "cpu", seconds=0)
-        settings = {"guidance_scale": cell.guidance}
+        settings = {"guidance_scale": cell.guidance, **pixels}
         return random_weights(bench, "sd", torch.float32, **settings)
-    pixels = {name: 8 * cell.size for name in ("height", "width")}
     with tempfile.TemporaryDirectory() as folder:
         source = pretrained or "shapes"
         if cell.model == "random":
