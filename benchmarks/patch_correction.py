@@ -1,0 +1,371 @@
+"""Does a corrector beat more steps of its base on 32 x 32 patches of photographs?
+
+Method: `photo_patches.py` cuts the patches, and splits them by place. `base` pretrains a flow on
+the training ones through the command line, with `configs/experiments/
+shapes_unconditional_pretrain.yaml` and these data. `run` draws pictures with every number of base
+steps; then, for each of `--base-steps` and `--widths`, it trains a corrector (an MLP of three
+hidden layers) on the inverted training patches, which are inverted once per number of steps, and
+draws again, from the same initial noise. FID is against held-out patches, no pixel of which was
+trained on, by two networks' features: random convolutions (fixed seed; nothing else here has seen
+photographs), and those of the embedded shapes. Training patches against held-out ones say what FID
+the data themselves have. Errors are jackknife standard errors over the drawn pictures, of
+differences over pairs from the same noise; the held-out patches and the trained networks are taken
+as they are. FLOPs are of the forward passes of corrector and base, by torch's counter.
+
+    python benchmarks/photo_patches.py --out runs/patches
+    python -m benchmarks.patch_correction base --root runs/patches
+    python -m benchmarks.patch_correction run --root runs/patches
+    python -m benchmarks.patch_correction table --root runs/patches
+    python -m benchmarks.patch_correction figure --root runs/patches --figure patches.png
+
+The features of each arm are kept in a file, so that an interrupted benchmark goes on.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Trainer
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from domains.image.data import ImageData
+from domains.image.metrics import SetDistances
+from domains.image.networks.features import features_of
+from domains.image.pipeline import ImagePipeline
+from domains.image.rewards import Brightness
+from domains.image.sources import Arrays
+from lit_rlft.algorithms.inverse_noise_correction import InverseNoiseCorrection
+from lit_rlft.core.fixed_point import FixedPoint
+from lit_rlft.core.randomness import seed_from
+from lit_rlft.core.reward import LeftOut
+from lit_rlft.core.sampling import Sampler
+from lit_rlft.evaluation.jackknife import compared
+from lit_rlft.kit.leave_out import frechet_left_out
+
+CONFIG = "configs/experiments/shapes_unconditional_pretrain.yaml"
+DEPTH, CORRECTOR_STEPS = 3, 5
+OWN, SHAPES = "random_convolutions", "shapes_features"
+
+
+class RandomConvolutions(nn.Module):
+    """Features of untrained networks: three convolutions, and each channel's mean and deviation.
+
+    Nothing is normalised within a picture, so that brightness and contrast count.
+    """
+
+    name = OWN
+    widths = (16, 32, 32)
+
+    def __init__(self) -> None:
+        super().__init__()
+        channels, layers = 3, []
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            for i, width in enumerate(self.widths):
+                layer = nn.Conv2d(channels, width, 3, stride=1 if i == 0 else 2, padding=1)
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                layers.append(layer)
+                channels = width
+        self.layers = nn.ModuleList(layers).requires_grad_(False)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Return the features of pictures [B, 3, H, W] in [0, 1], [B, 160]."""
+        maps, found = 2 * pictures - 1, []
+        for layer in self.layers:
+            maps = layer(maps).relu()
+            found += [maps.mean(dim=(2, 3)), maps.std(dim=(2, 3))]
+        return torch.cat(found, dim=1)
+
+
+Moment = tuple[float, float]
+"""A number and its standard error."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What draws pictures: base steps, and the width of the corrector before them, 0 for none."""
+
+    base_steps: int
+    width: int = 0
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """For files."""
+        return f"{self.base_steps}_width_{self.width}_seed_{self.seed}"
+
+
+def base(root: Path, num_updates: int, extra: Sequence[str]) -> None:
+    """Pretrain the base through the command line."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    from command_line import fit
+
+    sources = {"source": "train", "val_source": "held_out", "test_source": "held_out"}
+    arguments: dict[str, Any] = {
+        key: {"class_path": "domains.image.sources.Arrays", "init_args": {"path": str(path)}}
+        for key, path in ((key, root / f"{name}.npy") for key, name in sources.items())
+    }
+    arguments |= {"num_val": 40, "num_test": 40, "batch_size": 32, "eval_batch_size": 40}
+    config = root / "patches.yaml"
+    data = {"class_path": "domains.image.data.ImageData", "init_args": arguments}
+    average = {"class_path": "lit_rlft.callbacks.ema.EMA", "init_args": {"decay": 0.99}}
+    config.write_text(json.dumps({"data": data, "trainer": {"callbacks": [average]}}))
+    options = ["--config", CONFIG, "--config", str(config)]
+    options += ["--pipeline.architecture.block_out_channels", "[16, 32, 64]"]
+    options += ["--pipeline.architecture.attention_head_dim", "16"]
+    for key in ("trainer.max_steps", "trainer.val_check_interval"):
+        options += [f"--{key}", str(num_updates)]
+    options += ["--model.lr_scheduler.total_steps", str(num_updates)]
+    fit(root / "base", [*options, *extra])
+
+
+def pipeline_of(root: Path) -> ImagePipeline:
+    """Return the trained base."""
+    return ImagePipeline(str(root / "base" / "tuned")).eval().requires_grad_(False)
+
+
+def tuner_of(root: Path, arm: Arm, options: argparse.Namespace) -> InverseNoiseCorrection:
+    """Return the base with a new corrector."""
+    return InverseNoiseCorrection(
+        pipeline_of(root),
+        Brightness(),
+        corrector_steps=CORRECTOR_STEPS,
+        width=arm.width or 16,
+        depth=DEPTH,
+        solver=FixedPoint(options.tolerance, options.max_iterations),
+        data_noise=options.data_noise,
+        noise_folder=str(root / f"noise_{arm.base_steps}"),
+        sampler=Sampler(arm.base_steps),
+        seed=arm.seed,
+        num_epochs=options.passes,
+        minibatch_size=64,
+        sampling_batch_size=64,
+    )
+
+
+def fitted(root: Path, arm: Arm, options: argparse.Namespace) -> InverseNoiseCorrection:
+    """Return the base with the arm's corrector, trained where there is one."""
+    tuner = tuner_of(root, arm, options)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=options.epochs,
+        limit_val_batches=0,
+        enable_model_summary=False,
+        default_root_dir=root / "runs",
+        **quiet,
+    )
+    if not arm.width:
+        tuner.trainer = trainer
+        tuner.setup("test")
+        return tuner
+    data = ImageData(
+        Arrays(str(root / "train.npy")),
+        val_source=Arrays(str(root / "held_out.npy")),
+        test_source=Arrays(str(root / "held_out.npy")),
+        num_train=options.rows,
+        batch_size=options.rows,
+    )
+    trainer.fit(tuner, data)
+    return tuner
+
+
+@torch.no_grad()
+def draw(tuner: InverseNoiseCorrection, arm: Arm, num: int) -> Tensor:
+    """Return pictures [num, 3, 32, 32]; the noise they start from does not depend on the arm."""
+    tuner.eval()
+    condition = tuner.pipeline.example().repeat(num)
+    seeds = [seed_from(0, 1, i) for i in range(num)]
+    route = tuner.route() if arm.width else tuner.reference_route()
+    (x_0,) = tuner.rollouts.draw(route, condition, seeds, keep=[arm.base_steps])
+    return tuner.pipeline.decode(x_0, condition)
+
+
+@torch.no_grad()
+def flops(tuner: InverseNoiseCorrection, arm: Arm) -> float:
+    """Return the operations of one picture."""
+    condition = tuner.pipeline.example()
+    x, t = tuner.pipeline.blank(condition).zero_(), torch.full((1,), 0.5)
+    with FlopCounterMode(display=False) as counter:
+        tuner.pipeline.predict(x, t, condition)
+    total = arm.base_steps * counter.get_total_flops()
+    if arm.width:
+        with FlopCounterMode(display=False) as counter:
+            tuner.corrector.predict(x, t, condition)
+        total += CORRECTOR_STEPS * counter.get_total_flops()
+    return float(total)
+
+
+class FID(SetDistances):
+    """FID alone, with its errors."""
+
+    def compare(self, features: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return {"fid"}."""
+        return {"fid": self.real.known.frechet_distance(features["features"])}
+
+    def left_out(self, features: Mapping[str, Tensor], pairs: Tensor) -> dict[str, LeftOut]:
+        """Return it when some samples are left out."""
+        real = self.real.known.gaussian
+        return {"fid": frechet_left_out(features["features"], real, pairs)}
+
+
+def metrics(root: Path) -> list[FID]:
+    """Return the distances from held-out patches by both networks."""
+    source = Arrays(str(root / "held_out.npy"))
+    own, shapes = (FID(source, SHAPES, max_images=2048) for _ in range(2))
+    own.network = RandomConvolutions()  # type: ignore[assignment]
+    return [own, shapes]
+
+
+def run(root: Path, arm: Arm, options: argparse.Namespace) -> dict[str, Any]:
+    """Train and draw one arm; return the features of its pictures and what they cost."""
+    start = time.process_time()
+    tuner = fitted(root, arm, options)
+    trained = time.process_time() - start
+    pictures = draw(tuner, arm, options.num)
+    features = {m.name: features_of(m.network, pictures) for m in metrics(root)}
+    notes = list(tuner._noise.all_notes()) if tuner._noise is not None else []
+    return {
+        "features": features,
+        "pictures": (pictures[:16] * 255).round().byte(),
+        "flops": flops(tuner, arm),
+        "notes": notes,
+        "seconds": (trained, time.process_time() - start - trained),
+    }
+
+
+def sweep(root: Path, options: argparse.Namespace) -> None:
+    """Run what has no file yet."""
+    arms = [Arm(n) for n in options.base_only]
+    for seed in options.seeds:
+        arms += [Arm(n, w, seed) for n in options.base_steps for w in options.widths]
+    (root / "arms").mkdir(exist_ok=True)
+    for arm in arms:
+        path = root / "arms" / f"{arm.name}.pt"
+        if path.exists():
+            continue
+        result = run(root, arm, options)
+        torch.save(result, path)
+        print(arm, "{:.0f} s to train, {:.0f} s to draw".format(*result["seconds"]), flush=True)
+
+
+def held(root: Path) -> dict[Arm, dict[str, Any]]:
+    """Return what every arm left."""
+    found = {}
+    for path in sorted((root / "arms").glob("*.pt")):
+        steps, width, seed = (int(part) for part in path.stem.split("_")[::2])
+        found[Arm(steps, width, seed)] = torch.load(path, weights_only=True)
+    return dict(sorted(found.items(), key=lambda item: (item[0].width, item[0].base_steps)))
+
+
+def dearer(arm: Arm, results: Mapping[Arm, Mapping[str, Any]]) -> Arm | None:
+    """Return the cheapest base that costs at least as many operations as an arm."""
+    alone = [a for a in results if not a.width and results[a]["flops"] >= results[arm]["flops"]]
+    return min(alone, key=lambda a: results[a]["flops"], default=None)
+
+
+def distances(
+    metric: FID, arm: Arm, results: Mapping[Arm, Mapping[str, Any]]
+) -> tuple[Moment, Moment | None]:
+    """Return an arm's FID, and its difference to the base that costs at least as much."""
+    features = {"tuned": {"features": results[arm]["features"][metric.name]}}
+    other = dearer(arm, results) if arm.width else None
+    if other is not None:
+        features["reference"] = {"features": results[other]["features"][metric.name]}
+    found = compared(metric, features, metric.num_draws)
+    moments = [found[name]["fid"] for name in ("tuned", "gain") if name in found]
+    pairs = [(moment["mean"], moment["sem"]) for moment in moments]
+    return pairs[0], pairs[1] if len(pairs) > 1 else None
+
+
+def table(root: Path) -> None:
+    """Print a row per arm."""
+    results, judged = held(root), metrics(root)
+    columns = [f"FID, {m.name}" for m in judged] + [f"minus it, {m.name}" for m in judged]
+    print(f"| corrector | base steps | MFLOP | base beside | {' | '.join(columns)} |")
+    print("| --- " * 8 + "|")
+    num = len(next(iter(results.values()))["features"][OWN])
+    real = torch.from_numpy(Arrays(str(root / "train.npy")).load().pixels[:num].copy())
+    for metric in judged:
+        alone = {"data": {"features": features_of(metric.network, real)}}
+        found = compared(metric, alone, metric.num_draws)["data"]["fid"]
+        print(f"{num} training patches, {metric.name}: {found['mean']:.4g} ± {found['sem']:.2g}")
+    for arm, result in results.items():
+        both = [distances(metric, arm, results) for metric in judged]
+        other = dearer(arm, results) if arm.width else None
+        name = f"width {arm.width}, seed {arm.seed}" if arm.width else "none"
+        cells = [name, str(arm.base_steps), f"{result['flops'] / 1e6:.4g}"]
+        cells += [str(other.base_steps) if other else ""]
+        cells += ["{:.4g} ± {:.2g}".format(*value) for value, _ in both]
+        cells += ["{:+.3g} ± {:.2g}".format(*gain) if gain else "" for _, gain in both]
+        print(f"| {' | '.join(cells)} |")
+
+
+def draw_figure(root: Path, path: Path) -> None:
+    """Plot FID over operations, a panel per network, with twice the standard errors."""
+    import matplotlib.pyplot as plt
+
+    results, judged = held(root), metrics(root)
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for metric, axes in zip(judged, panels, strict=True):
+        for width in sorted({arm.width for arm in results}):
+            arms = [arm for arm in results if arm.width == width]
+            values = [distances(metric, arm, results)[0] for arm in arms]
+            axes.errorbar(
+                [results[arm]["flops"] for arm in arms],
+                [value for value, _ in values],
+                [2 * error for _, error in values],
+                fmt="o-" if not width else "s",
+                capsize=3,
+                label=f"corrector of width {width}" if width else "base alone",
+            )
+            for arm, (value, _) in zip(arms, values, strict=True):
+                place = (results[arm]["flops"], value)
+                axes.annotate(str(arm.base_steps), place, (4, 4), textcoords="offset points")
+        axes.set(xscale="log", yscale="log", xlabel="FLOPs per picture", ylabel=metric.name)
+    panels[0].legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=90)
+
+
+def main() -> None:
+    """Train the base, run the arms, print the table or draw the figure."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("what", choices=["base", "run", "table", "figure"])
+    parser.add_argument("--root", type=Path, default=Path("runs/patches"))
+    parser.add_argument("--updates", type=int, default=1800, help="of the base")
+    parser.add_argument("--base-steps", type=int, nargs="+", default=[2, 4, 1, 8])
+    parser.add_argument("--base-only", type=int, nargs="+", default=[1, 2, 3, 4, 6, 8, 16])
+    parser.add_argument("--widths", type=int, nargs="+", default=[256, 64, 1024])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the correctors")
+    parser.add_argument("--num", type=int, default=1024, help="pictures of each arm")
+    parser.add_argument("--rows", type=int, default=1024, help="patches that are inverted")
+    parser.add_argument("--epochs", type=int, default=10, help="rounds over them")
+    parser.add_argument("--passes", type=int, default=5, help="over them in a round")
+    parser.add_argument("--tolerance", type=float, default=1e-3, help="of the inversion")
+    parser.add_argument("--max-iterations", type=int, default=12, help="of the inversion's steps")
+    parser.add_argument("--data-noise", type=float, default=0.0)
+    parser.add_argument("--figure", type=Path, default=Path("docs/patches_cost.png"))
+    options, extra = parser.parse_known_args()
+    if extra and options.what != "base":
+        parser.error(f"unrecognized arguments: {' '.join(extra)}")
+    if options.what == "base":
+        base(options.root, options.updates, extra)
+    elif options.what == "run":
+        sweep(options.root, options)
+    elif options.what == "table":
+        table(options.root)
+    else:
+        draw_figure(options.root, options.figure)
+
+
+if __name__ == "__main__":
+    main()

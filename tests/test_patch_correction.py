@@ -1,0 +1,69 @@
+"""Arms of the benchmark on photographs: what is kept of them and whom they are compared with."""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import patch_correction
+from benchmarks.patch_correction import OWN, SHAPES, Arm, RandomConvolutions
+from domains.image import EMBEDDED
+from lit_rlft.kit.statistics import frechet_distance
+
+OPTIONS = argparse.Namespace(
+    tolerance=1e-2, max_iterations=2, data_noise=0.0, passes=1, epochs=1, rows=4, num=8
+)
+
+
+def test_features_see_brightness_and_contrast() -> None:
+    """Networks that normalise within a picture would not; the weights are always the same."""
+    pictures = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    network = RandomConvolutions()
+    features = network(pictures)
+    torch.testing.assert_close(features, RandomConvolutions()(pictures))
+    for other in (pictures + 0.2, (pictures - 0.5) / 2 + 0.5):
+        moved = (network(other) - features).norm() / features.norm()
+        assert moved > 0.1
+
+
+def test_an_arm_is_compared_with_the_next_dearer_base() -> None:
+    costs = {Arm(2): 2.0, Arm(3): 3.0, Arm(8): 8.0, Arm(2, 64): 2.5, Arm(8, 64): 8.5}
+    results = {arm: {"flops": flops} for arm, flops in costs.items()}
+    assert patch_correction.dearer(Arm(2, 64), results) == Arm(3)
+    assert patch_correction.dearer(Arm(8, 64), results) is None
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded flow as the base, and noise as its patches."""
+    folder = tmp_path_factory.mktemp("patches")
+    (folder / "base").mkdir()
+    (folder / "base" / "tuned").symlink_to(EMBEDDED / "shapes")
+    draw = np.random.default_rng(0).integers
+    for name in ("train", "held_out"):
+        np.save(folder / f"{name}.npy", draw(0, 256, (16, 32, 32, 3), dtype=np.uint8))
+    return folder
+
+
+@pytest.mark.slow
+def test_arms_start_from_the_same_noise_and_are_kept(root: Path) -> None:
+    options = argparse.Namespace(
+        **vars(OPTIONS), base_only=[1, 2], base_steps=[2], widths=[8], seeds=[0]
+    )
+    patch_correction.sweep(root, options)
+    found = patch_correction.held(root)
+    assert list(found) == [Arm(1), Arm(2), Arm(2, 8)]
+    assert found[Arm(2)]["flops"] == 2 * found[Arm(1)]["flops"]
+    assert found[Arm(2)]["flops"] < found[Arm(2, 8)]["flops"] < 1.1 * found[Arm(2)]["flops"]
+    # A corrector of few updates hands noise on nearly unchanged: the pictures are nearly the same.
+    alone, corrected = (found[arm]["pictures"].float() for arm in (Arm(2), Arm(2, 8)))
+    assert (alone - corrected).abs().mean() < 10
+    metric, _ = patch_correction.metrics(root)
+    (value, error), gain = patch_correction.distances(metric, Arm(1), found)
+    features = found[Arm(1)]["features"][OWN]
+    assert value == pytest.approx(frechet_distance(features, metric.real_features()))
+    assert error > 0
+    assert gain is None
+    assert found[Arm(1)]["features"][SHAPES].shape == (8, 64)
