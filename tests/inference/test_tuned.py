@@ -142,8 +142,9 @@ def test_a_call_that_leaves_the_tuned_model_no_step_is_refused(
         pipe(PROMPTS[0], num_inference_steps=2, **settings(pipe))
 
 
-def test_noise_ppo_draws_from_its_prior(folder: Path, tmp_path: Path) -> None:
-    tuner = tuned(NoisePPO, folder, tmp_path)
+@pytest.mark.parametrize("heads", [0, 3])
+def test_noise_ppo_draws_from_its_prior(folder: Path, tmp_path: Path, heads: int) -> None:
+    tuner = tuned(NoisePPO, folder, tmp_path, attention_heads=heads)
     pipe = load_tuned(theirs(folder), tmp_path)
     for copies in numbers(pipe):
         given = {"generator": generators(copies), "num_images_per_prompt": copies}
