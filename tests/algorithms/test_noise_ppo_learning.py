@@ -146,7 +146,7 @@ def test_rewards_that_do_not_depend_on_the_noise_teach_nothing(tmp_path: Path) -
     [
         pytest.param(Sided, {}, False, id="features"),
         pytest.param(Sided, {"condition_free": True}, True, id="control"),
-        pytest.param(Ordered, {}, True, id="average of tokens"),
+        pytest.param(Ordered, {}, True, id="average of tokens", marks=pytest.mark.slow),
         pytest.param(Ordered, {"attention_heads": 2}, False, id="attention"),
     ],
 )

@@ -165,6 +165,7 @@ def test_the_control_ignores_the_prompts(pictures: Path) -> None:
     assert torch.allclose(first, second, atol=1e-5) and bool(first.any())
 
 
+@pytest.mark.slow
 def test_a_policy_that_reads_tokens_resumes_bit_by_bit(pictures: Path) -> None:
     def fit(name: str, epochs: int, **settings: Any) -> None:
         own = {"name": name, "model.init_args.attention_heads": 2, "trainer.max_epochs": epochs}

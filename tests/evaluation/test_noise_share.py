@@ -89,7 +89,7 @@ def parts(generator: torch.Generator, *sizes: int) -> Tensor:
 
 def test_components_are_unbiased_and_errors_are_those_of_repeated_draws() -> None:
     generator = torch.Generator().manual_seed(0)
-    tables = [parts(generator, 8, 10, 2) for _ in range(120)]
+    tables = [parts(generator, 8, 10, 2) for _ in range(80)]
     found = torch.tensor([components(table) for table in tables], dtype=torch.float64)
     errors = found.std(dim=0) / len(tables) ** 0.5
     assert ((found.mean(dim=0) - torch.tensor(VARIANCES)) / errors).abs().max() < 3.5
@@ -139,7 +139,7 @@ def test_the_linear_share_is_without_bias() -> None:
     generator = torch.Generator().manual_seed(0)
     slopes = torch.tensor([1.0, -1.0]).repeat(4)
     found = []
-    for _ in range(60):
+    for _ in range(40):
         x = torch.randn(16, 5, generator=generator)
         rewards = x[:, 0] + slopes.unsqueeze(1) * x[:, 1] + x[:, 2] ** 2 - 1
         found.append(linear_shares(rewards.unsqueeze(2), x))
