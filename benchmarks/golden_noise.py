@@ -55,7 +55,11 @@ def tuner_of(num_steps: int, pretrained: str = "shapes") -> NoisePPO:
     """Return Noise PPO before training: the reference, its sampler and the reward."""
     pipeline = TextToImagePipeline(pretrained, guidance_scale=1.0)
     tuner = NoisePPO(pipeline, ShapesEval(), sampler=Sampler(num_steps), sampling_batch_size=256)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    quiet: dict[str, Any] = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+    }
     tuner.trainer = Trainer(accelerator="cpu", devices=1, enable_model_summary=False, **quiet)
     tuner.setup("test")
     return tuner

@@ -144,7 +144,8 @@ def main() -> None:
     results = run_all(
         jobs, lambda job: run(options.root, options.prompts, *job, extra), options.workers
     )
-    gains, rows = {}, []
+    gains: dict[tuple[str, int], tuple[float, float]] = {}
+    rows: list[list[str]] = []
     for n in options.steps:
         own = {p: [r for (q, m, _), r in results.items() if (q, m) == (p, n)] for p in POLICIES}
         gains |= {(policy, n): gain(reports) for policy, reports in own.items() if reports}

@@ -149,7 +149,7 @@ class NoisePPO(RewardFineTuner):
         """Return N(mu(c), sigma(c)^2) in units of the process's own prior."""
         policy = self.trainable()
         if policy.heads:  # tokens are large: those of each condition once
-            rows, places = condition.rows.unique(return_inverse=True)
+            rows, places = torch.unique(condition.rows, return_inverse=True)
             z = policy(self.pipeline.tokens(replace(condition, rows=rows)))
             places = places.to(z.loc.device)
             z = Gaussian(z.loc[places], z.std[places])
