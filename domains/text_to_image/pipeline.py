@@ -23,7 +23,7 @@ from domains.text_to_image.networks.web_lora import WEB_LORA, save_web_lora
 from domains.text_to_image.overflow import check_latents, check_vae
 from lit_rlft.core.batch_size import BatchSize
 from lit_rlft.core.checks import UsageError, at_least, require
-from lit_rlft.core.pipeline import PAIR, Batch, Condition, Pipeline, column
+from lit_rlft.core.pipeline import PAIR, Batch, Condition, Pipeline, column, tokens_of
 from lit_rlft.core.process import GaussianProcess
 from lit_rlft.core.state import State, tensor_of
 from lit_rlft.kit.compiled import Compiled, compile_network
@@ -356,6 +356,11 @@ class TextToImagePipeline(Pipeline):
     def example(self) -> Condition:
         # Not the negative prompt, under which guidance has no effect.
         return self.encode({"prompt": ["an example"]})
+
+    def tokens(self, condition: Condition) -> Tensor:
+        names, device = sorted(condition.tables), condition.tables["embedding"].device
+        rows = condition.rows_on(device)
+        return tokens_of([condition.tables[name][rows] for name in names]).to(self.device)
 
     def blank(self, condition: Condition) -> Tensor:
         shape = (len(condition), self.family.channels, *self.latent_size)

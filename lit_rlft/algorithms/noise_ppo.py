@@ -64,6 +64,8 @@ class NoisePPO(RewardFineTuner):
             reduced like log-probabilities, so that the optimum does not depend on the reduction.
         maps: How mu and log sigma are made; small maps, interpolated, unless given.
         width: Units of the policy's two hidden layers.
+        attention_heads: Weighted averages of a text's tokens that the policy reads, each with
+            weights that are learned; 0 reads their plain average, as do domains without tokens.
         condition_free: Learn one prior for all conditions: the control that shows what the
             condition brings.
         **base: Arguments of `RewardFineTuner`; `lora` must be None.
@@ -81,6 +83,7 @@ class NoisePPO(RewardFineTuner):
         beta: float = 0.05,
         maps: Maps | None = None,
         width: int = 256,
+        attention_heads: int = 0,
         condition_free: bool = False,
         **base: Any,
     ) -> None:
@@ -92,6 +95,7 @@ class NoisePPO(RewardFineTuner):
         self.log_prob_reduction: Reduction = log_prob_reduction
         self.beta = beta
         self.maps, self.width, self.condition_free = maps or LowResolution(), width, condition_free
+        self.attention_heads = attention_heads
         self.noise_policy: NoisePolicy | None = None
 
     def check(self) -> None:
@@ -114,7 +118,7 @@ class NoisePPO(RewardFineTuner):
         )
         at_least(1, self, "num_candidates", "width")
         positive(self, "clip_range", "advantage_clip")
-        at_least(0, self, "beta")
+        at_least(0, self, "beta", "attention_heads")
         self.advantage.check(self.num_candidates)
         if self.decoupled_rewards:
             check_parts(self.reward, self)
@@ -124,12 +128,17 @@ class NoisePPO(RewardFineTuner):
         self.pipeline.requires_grad_(False)
         example = self.pipeline.example()
         shape = tensor_of(self.pipeline.blank(example)).shape[1:]
-        num_features = self.pipeline.features(example).shape[1]
-        conditional = not self.condition_free
+        _, length, num_features = self.pipeline.tokens(example).shape
+        reads_tokens = length > 1 and not self.condition_free
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             self.noise_policy = NoisePolicy(
-                num_features, shape, self.maps, width=self.width, conditional=conditional
+                num_features,
+                shape,
+                self.maps,
+                width=self.width,
+                conditional=not self.condition_free,
+                heads=self.attention_heads if reads_tokens else 0,
             ).to(self.pipeline.device)
 
     def trainable(self) -> NoisePolicy:
@@ -138,7 +147,14 @@ class NoisePPO(RewardFineTuner):
 
     def prior(self, condition: Condition) -> Gaussian:
         """Return N(mu(c), sigma(c)^2) in units of the process's own prior."""
-        z = self.trainable()(self.pipeline.features(condition))
+        policy = self.trainable()
+        if policy.heads:  # tokens are large: those of each condition once
+            rows, places = torch.unique(condition.rows, return_inverse=True)
+            z = policy(self.pipeline.tokens(replace(condition, rows=rows)))
+            places = places.to(z.loc.device)
+            z = Gaussian(z.loc[places], z.std[places])
+        else:
+            z = policy(self.pipeline.features(condition))
         base = self.reference_prior(condition)
         if z.loc.shape != base.loc.shape:
             raise UsageError(

@@ -15,7 +15,7 @@ from lit_rlft.core.figure import Figure
 from lit_rlft.core.process import Process
 from lit_rlft.core.state import State
 
-__all__ = ["PAIR", "Batch", "Condition", "Pipeline", "column", "pooled"]
+__all__ = ["PAIR", "Batch", "Condition", "Pipeline", "column", "pooled", "tokens_of"]
 
 PAIR = "pair"
 """Column of samples that are compared, a `kit.preferences.Pair` a row; no part of a condition."""
@@ -206,6 +206,13 @@ class Pipeline(nn.Module, ABC):
         table = torch.cat(tables, dim=1)
         return table[condition.rows_on(table.device)].to(self.device)
 
+    def tokens(self, condition: Condition) -> Tensor:
+        """Return an encoding of each sample's condition in parts, [B, L, F], averaging `features`.
+
+        The default has one part, the features.
+        """
+        return self.features(condition).unsqueeze(1)
+
     def given(self, condition: Condition) -> State | None:
         """Return which entries of a state the condition fixes, bool [B, ...]; None where none are.
 
@@ -329,3 +336,13 @@ def pooled(encoding: Tensor) -> Tensor:
     if encoding.dim() < 3:
         return encoding.float().unsqueeze(-1).flatten(1)
     return encoding.float().flatten(1, -2).mean(dim=1)
+
+
+def tokens_of(encodings: Sequence[Tensor]) -> Tensor:
+    """Join encodings [B, L, F] of the same tokens, and [B, F] of whole texts, to [B, L, sum of F].
+
+    What encodes a whole text stands beside each token, so that their average is that of `pooled`.
+    """
+    length = max((e.shape[1] for e in encodings if e.dim() > 2), default=1)
+    parts = [e.float() if e.dim() > 2 else pooled(e).unsqueeze(1) for e in encodings]
+    return torch.cat([part.expand(-1, length, -1) for part in parts], dim=2)

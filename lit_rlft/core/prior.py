@@ -23,8 +23,12 @@ from torch.nn.functional import interpolate
 from lit_rlft.core.block_checkpointing import BlockCheckpointing
 from lit_rlft.core.checks import at_least
 from lit_rlft.core.distribution import Gaussian
+from lit_rlft.core.pipeline import pooled
 
 __all__ = ["FullResolution", "LowRank", "LowResolution", "Maps", "NoisePolicy", "bounded"]
+
+_SHARPNESS = 16.0
+"""Of the first scores: the heaviest of 16 tokens has a weight of 0.4 on the embedded model."""
 
 
 class Maps(ABC):
@@ -89,11 +93,13 @@ class NoisePolicy(nn.Module, BlockCheckpointing):
     """The distribution N(mu(c), sigma(c)^2) of the initial noise, N(0, I) at the start.
 
     Args:
-        num_features: Size of the encoding of a condition.
+        num_features: F, size of the encoding of a condition, or of each of its tokens.
         shape: A sample's shape, without the batch.
         maps: How mu and log sigma are made.
         width: Units of the two hidden layers.
-        conditional: False ignores the features: one distribution for all conditions.
+        conditional: False ignores the encoding: one distribution for all conditions.
+        heads: Weighted averages of the tokens that the policy reads, each with learned weights; 0
+            reads their plain average.
     """
 
     def __init__(
@@ -104,29 +110,62 @@ class NoisePolicy(nn.Module, BlockCheckpointing):
         *,
         width: int = 256,
         conditional: bool = True,
+        heads: int = 0,
     ) -> None:
         super().__init__()
         at_least(1, self, num_features=num_features, width=width)
+        at_least(0, self, heads=heads)
         self.num_features, self.shape = num_features, tuple(shape)
-        self.maps, self.width, self.conditional = maps, width, conditional
+        self.maps, self.width, self.conditional, self.heads = maps, width, conditional, heads
+        self.attention = _Attention(num_features, heads) if heads else None
         self.trunk = nn.Sequential(
-            nn.Linear(num_features, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
+            nn.Linear(num_features * max(heads, 1), width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
         )
         self.head = maps.head(width, self.shape)
 
-    def forward(self, features: Tensor) -> Gaussian:
-        """Return the distribution of z [B, *shape] for features [B, F], in the network's dtype."""
+    def forward(self, encoding: Tensor) -> Gaussian:
+        """Return the distribution of z [B, *shape], in the network's dtype.
+
+        Args:
+            encoding: Tokens [B, L, F]; without heads also their average, [B, F].
+        """
         weight = next(self.parameters())
         # Rounded as in mixed precision, mu would depend on how samples are batched.
         with torch.autocast(weight.device.type, enabled=False):
+            if self.attention is None:
+                encoding = pooled(encoding) if encoding.dim() > 2 else encoding
             # Multiplied by 0, not left out: all parameters keep a gradient.
-            features = bounded(features.to(weight)) * self.conditional
+            features = bounded(encoding.to(weight)) * self.conditional
             mu, log_sigma = self.run(self._maps_of, features).unbind(dim=1)
         return Gaussian(mu, log_sigma.exp())
 
     def _maps_of(self, features: Tensor) -> Tensor:
-        maps: Tensor = self.head(self.trunk(features))
+        read = features if self.attention is None else self.attention(features)
+        maps: Tensor = self.head(self.trunk(read))
         return maps
+
+
+class _Attention(nn.Module):
+    """Weighted averages of tokens; the weights are a softmax of learned scores.
+
+    Args:
+        num_features: F, numbers of a token.
+        heads: H, averages.
+    """
+
+    def __init__(self, num_features: int, heads: int) -> None:
+        super().__init__()
+        self.scores = nn.Linear(num_features, heads, bias=False)
+        # Softer, all heads would start near to the plain average.
+        nn.init.normal_(self.scores.weight, std=_SHARPNESS / num_features**0.5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Average tokens [B, L, F] to [B, H F]."""
+        weights = self.scores(tokens).softmax(dim=1)
+        return torch.einsum("blh,blf->bhf", weights, tokens).flatten(1)
 
 
 class _Upsample(nn.Module):
@@ -152,8 +191,8 @@ class _Combine(nn.Module):
 
 
 def bounded(features: Tensor) -> Tensor:
-    """Scale features [B, F] to a size below 1; unlike a layer norm it keeps a single number."""
-    return features / (1 + features.square().mean(dim=1, keepdim=True).sqrt())
+    """Scale features [..., F] to a size below 1; unlike a layer norm it keeps a single number."""
+    return features / (1 + features.square().mean(dim=-1, keepdim=True).sqrt())
 
 
 def _zero_linear(width: int, size: int) -> nn.Linear:

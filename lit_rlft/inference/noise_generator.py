@@ -51,11 +51,13 @@ class NoiseGenerator(nn.Module):
         The same generators give diffusers without `latents` the same e.
 
         Args:
-            encoding: [B, L, F] prompt embeddings (without negative prompts) or [B, F] features.
+            encoding: [B, L, F] prompt embeddings (without negative prompts), or [B, F] features
+                unless the prior has attention.
             generator: One for all, one per sample, or None for torch's global one.
 
         Raises:
-            UsageError: The encoding is not of the model that the prior was trained for.
+            UsageError: The encoding is not of the model that the prior was trained for, or has no
+                tokens for attention to read.
         """
         if encoding.shape[-1] != self.policy.num_features:
             raise UsageError(
@@ -63,7 +65,12 @@ class NoiseGenerator(nn.Module):
                 f"trained with {self.policy.num_features}; encode the prompts with "
                 f"{self.notes.get('pipeline', 'the model it was trained with')}"
             )
-        prior = self.policy(pooled(encoding))
+        if self.policy.heads and encoding.dim() != 3:
+            raise UsageError(
+                "this noise generator reads a text's tokens; give it prompt embeddings [B, L, F], "
+                f"not averages of shape {list(encoding.shape)}"
+            )
+        prior = self.policy(encoding if self.policy.heads else pooled(encoding))
         noise = _randn((len(encoding), *self.policy.shape), encoding, generator)
         return (prior.loc + prior.std * noise.to(prior.loc)).to(encoding)
 
@@ -75,6 +82,7 @@ class NoiseGenerator(nn.Module):
             "shape": policy.shape,
             "width": policy.width,
             "conditional": policy.conditional,
+            "heads": policy.heads,
             "maps": {"name": type(policy.maps).__name__, **vars(policy.maps)},
         }
         weights = {name: value.detach().cpu() for name, value in policy.state_dict().items()}

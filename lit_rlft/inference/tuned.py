@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lit_rlft.core.checks import UsageError
-from lit_rlft.core.pipeline import pooled
+from lit_rlft.core.pipeline import pooled, tokens_of
 from lit_rlft.inference.noise_generator import NoiseGenerator
 from lit_rlft.kit.captions import filled, masked
 from lit_rlft.runs.card import read_card
@@ -124,7 +124,8 @@ def _latents(pipe: Any, noise: NoiseGenerator, prompt: Any, settings: dict[str, 
     encoded = _encode(pipe, prompts, **given)
     if sum(part.shape[-1] for part in encoded) != noise.policy.num_features:
         encoded = encoded[:1]  # the generator says what is wrong
-    features = torch.cat([pooled(part) for part in encoded], dim=1)
+    reads_tokens = noise.policy.heads > 0
+    features = tokens_of(encoded) if reads_tokens else torch.cat([*map(pooled, encoded)], dim=1)
     features = features.repeat_interleave(settings.get("num_images_per_prompt") or 1, dim=0)
     latents = noise.to(features.device)(features, settings.get("generator"))
     pack = getattr(pipe, "_pack_latents", None)

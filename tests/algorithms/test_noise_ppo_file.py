@@ -1,5 +1,6 @@
 """The file of a noise generator: it comes back as it was and serves plain diffusers."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lit_rlft.core.checks import UsageError
@@ -19,11 +21,11 @@ from tests.algorithms.noise_ppo_support import Tiny, disturb, each_maps, painted
 
 
 @each_maps
-@pytest.mark.parametrize("conditional", [True, False])
+@pytest.mark.parametrize(("conditional", "heads"), [(True, 0), (False, 0), (True, 2)])
 def test_a_noise_generator_comes_back_from_its_file(
-    tmp_path: Path, maps: Maps, conditional: bool
+    tmp_path: Path, maps: Maps, conditional: bool, heads: int
 ) -> None:
-    policy = NoisePolicy(6, (3, 4, 5), maps, width=8, conditional=conditional)
+    policy = NoisePolicy(6, (3, 4, 5), maps, width=8, conditional=conditional, heads=heads)
     disturb(policy)
     path = NoiseGenerator(policy, {"pipeline": "tiny", "num_steps": 3}).save(
         tmp_path / "a/b.safetensors"
@@ -31,7 +33,7 @@ def test_a_noise_generator_comes_back_from_its_file(
     loaded = NoiseGenerator.load(path)
     assert loaded.notes == {"pipeline": "tiny", "num_steps": 3}
     encoding, seeds = torch.randn(2, 7, 6), [1, 2]
-    law = policy(encoding.mean(dim=1))
+    law = policy(encoding if heads else encoding.mean(dim=1))
     expected = law.sample(generators(seeds))
     torch.testing.assert_close(loaded(encoding, generators(seeds)), tensor_of(expected))
     assert torch.equal(
@@ -40,6 +42,20 @@ def test_a_noise_generator_comes_back_from_its_file(
     )
     assert loaded(encoding.half()).dtype == torch.float16
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_a_file_from_before_attention_is_read(tmp_path: Path) -> None:
+    policy = NoisePolicy(6, (2,), FullResolution(), width=8)
+    disturb(policy)
+    path = NoiseGenerator(policy).save(tmp_path / "new.safetensors")
+    with safe_open(path, "pt") as file:
+        text = json.loads(file.metadata()["lit_rlft.inference"])
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    del text["architecture"]["heads"]
+    old = tmp_path / "old.safetensors"
+    save_file(weights, old, {"lit_rlft.inference": json.dumps(text)})
+    encoding = torch.randn(2, 6)
+    assert torch.equal(NoiseGenerator.load(old).policy(encoding).loc, policy(encoding).loc)
 
 
 def test_files_and_encodings_that_do_not_fit_are_refused(tmp_path: Path) -> None:
@@ -56,6 +72,9 @@ def test_files_and_encodings_that_do_not_fit_are_refused(tmp_path: Path) -> None
     generator = NoiseGenerator(NoisePolicy(6, (2,), FullResolution()), {"pipeline": "tiny"})
     with pytest.raises(UsageError, match=r"has 5 features.*trained with 6.*with tiny"):
         generator(torch.zeros(1, 3, 5))
+    reader = NoiseGenerator(NoisePolicy(6, (2,), FullResolution(), heads=2))
+    with pytest.raises(UsageError, match=r"prompt embeddings \[B, L, F\].*shape \[1, 6\]"):
+        reader(torch.zeros(1, 6))
     with pytest.raises(UsageError, match="2 generators were given for 3 conditions"):
         generator(torch.zeros(3, 6), generators([1, 2]))
 

@@ -23,11 +23,14 @@ from tests.support import assert_equal
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
-@pytest.mark.parametrize("moved", [False, True])
-def test_the_first_ratio_is_one(tiny_stable_diffusion: Tiny, reduction: Any, moved: bool) -> None:
+@pytest.mark.parametrize(("moved", "heads"), [(False, 0), (True, 0), (True, 2)])
+def test_the_first_ratio_is_one(
+    tiny_stable_diffusion: Tiny, reduction: Any, moved: bool, heads: int
+) -> None:
     """Exactly at equal batch shape, below 1e-6 at any other."""
     pipeline = TextToImagePipeline(str(tiny_stable_diffusion()), guidance_scale=1.0)
     settings = {"sampler": Sampler(1), "num_candidates": 4, "log_prob_reduction": reduction}
+    settings["attention_heads"] = heads
     tuner = ready(Symmetry(), pipeline, maps=LowResolution(2), width=64, **settings)
     if moved:
         disturb(tuner.trainable(), 0.03)

@@ -16,10 +16,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributions import Independent, Normal, kl_divergence
+from torch.nn.functional import scaled_dot_product_attention
 
 from domains.gaussian_mixture.rewards import Coordinate, Quadratic
 from lit_rlft.core.distribution import Gaussian
-from lit_rlft.core.pipeline import Condition, pooled
+from lit_rlft.core.pipeline import Condition, pooled, tokens_of
 from lit_rlft.core.prior import FullResolution, LowRank, LowResolution, Maps, NoisePolicy
 from lit_rlft.core.randomness import generators
 from lit_rlft.core.reward import Reward
@@ -47,6 +48,48 @@ def test_the_start_is_the_unit_normal_to_the_last_bit(maps: Maps, shape: tuple[i
     rows = [11, 12, 13]
     expected = torch.stack([torch.randn(shape, generator=g) for g in generators(rows)])
     assert torch.equal(tensor_of(law.sample(generators(rows))), expected)
+
+
+@each_maps
+def test_attention_starts_at_the_unit_normal_too(maps: Maps) -> None:
+    law = NoisePolicy(7, (4, 3, 6), maps, heads=3)(torch.randn(3, 5, 7))
+    assert torch.equal(law.loc, torch.zeros(3, 4, 3, 6))
+    assert torch.equal(law.std, torch.ones(3, 4, 3, 6))
+
+
+def test_attention_is_that_of_torch_and_all_of_it_is_trained() -> None:
+    policy = NoisePolicy(7, (2,), FullResolution(), heads=3, width=16).double()
+    disturb(policy)
+    tokens = torch.randn(4, 5, 7, dtype=torch.float64)
+    bounded = tokens / (1 + tokens.square().mean(dim=2, keepdim=True).sqrt())
+    queries = policy.attention.scores.weight.expand(4, -1, -1)
+    read = scaled_dot_product_attention(queries, bounded, bounded, scale=1.0).flatten(1)
+    mu, log_sigma = policy.head(policy.trunk(read)).unbind(dim=1)
+    law = policy(tokens)
+    torch.testing.assert_close(law.loc, mu)
+    torch.testing.assert_close(law.std, log_sigma.exp())
+    law.loc.sum().backward()
+    assert all(bool(p.grad.any()) for p in policy.parameters())
+
+
+def test_attention_tells_apart_what_the_average_does_not() -> None:
+    """The same numbers at other places: tokens differ, their average does not."""
+    first = torch.tensor([[[1.0, 0.0, 2.0], [0.0, 1.0, -1.0]]])
+    second = torch.tensor([[[1.0, 0.0, -1.0], [0.0, 1.0, 2.0]]])
+    for heads in (0, 2):
+        policy = NoisePolicy(3, (2,), FullResolution(), heads=heads)
+        disturb(policy)
+        same = torch.allclose(policy(first).loc, policy(second).loc, atol=1e-5)
+        assert same is (heads == 0)
+
+
+def test_the_average_of_joined_tokens_is_that_of_their_parts() -> None:
+    parts = [torch.randn(3, 4, 5, dtype=torch.float64), torch.randn(3, 2), torch.randn(3, 4, 1)]
+    tokens = tokens_of(parts)
+    assert tokens.shape == (3, 4, 8) and tokens.dtype == torch.float32
+    torch.testing.assert_close(tokens.mean(dim=1), torch.cat([*map(pooled, parts)], dim=1))
+    assert torch.equal(tokens[:, 2, 5:7], parts[1])
+    assert torch.equal(tokens_of([parts[1]]), parts[1].unsqueeze(1))
 
 
 @each_maps

@@ -41,6 +41,18 @@ class Sided(GaussianMixturePipeline):
         return Condition(entries, tables, batch["index"].cpu() % 2)
 
 
+class Ordered(Sided):
+    """The sides as texts of the same two tokens in another order: their average is the same."""
+
+    def tokens(self, condition: Condition) -> Tensor:
+        places, words = torch.eye(2), torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
+        texts = torch.cat([places.expand(2, 2, 2), words.unsqueeze(2)], dim=2)
+        return texts[condition.rows]
+
+    def features(self, condition: Condition) -> Tensor:
+        return self.tokens(condition).mean(dim=1)
+
+
 class OnItsSide(Reward):
     def forward(self, samples: Any, condition: Condition) -> Tensor:
         return condition.table("side") * samples[:, 0]
@@ -129,24 +141,34 @@ def test_rewards_that_do_not_depend_on_the_noise_teach_nothing(tmp_path: Path) -
     assert torch.equal(mu, torch.zeros(2)) and torch.equal(sigma, torch.ones(2))
 
 
-@pytest.mark.parametrize("condition_free", [False, True])
-def test_each_condition_gets_a_prior_of_its_own(tmp_path: Path, condition_free: bool) -> None:
+@pytest.mark.parametrize(
+    ("pipeline", "settings", "together"),
+    [
+        pytest.param(Sided, {}, False, id="features"),
+        pytest.param(Sided, {"condition_free": True}, True, id="control"),
+        pytest.param(Ordered, {}, True, id="average of tokens", marks=pytest.mark.slow),
+        pytest.param(Ordered, {"attention_heads": 2}, False, id="attention"),
+    ],
+)
+def test_each_condition_gets_a_prior_of_its_own(
+    tmp_path: Path, pipeline: type[Sided], settings: dict[str, Any], together: bool
+) -> None:
     """Alone, two opposite rewards pull mu apart; together, they leave it where it is."""
     tuner = tuner_of(
         OnItsSide(),
-        Sided(),
+        pipeline(),
         num_candidates=16,
         beta=1.0,
         minibatch_size=512,
         sampling_batch_size=1024,
-        condition_free=condition_free,
         optimizer=lambda p: torch.optim.Adam(p, lr=0.005),
+        **settings,
     )
     fit(tuner, tmp_path, num_conditions=32, num_rounds=50)
     with torch.no_grad():
         law = tuner.prior(tuner.pipeline.encode({"index": torch.arange(2)}))
     std = 0.95  # of 16 normals, on average
-    expected = torch.tensor([0.0, 0.0] if condition_free else [std, -std])
+    expected = torch.tensor([0.0, 0.0] if together else [std, -std])
     assert (law.loc[:, 0] - expected).abs().max() < 0.2
     assert law.loc[:, 1].abs().max() < 0.2
-    assert torch.allclose(law.loc[0], law.loc[1], atol=1e-5) is condition_free
+    assert torch.allclose(law.loc[0], law.loc[1], atol=1e-5) is together

@@ -59,6 +59,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "advantage clip": ({"advantage_clip": 0.0}, "advantage_clip must be positive"),
     "beta": ({"beta": -1.0}, "beta must be at least 0"),
     "width": ({"width": 0}, "width must be at least 1"),
+    "heads": ({"attention_heads": -1}, "attention_heads must be at least 0"),
     "masked process": (
         {"pipeline": Masked(MaskedProcess(3))},
         "learns a Gaussian prior, but Masked.*MaskedProcess; use configs/algorithms/ddpo.yaml",

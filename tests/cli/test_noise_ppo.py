@@ -165,6 +165,23 @@ def test_the_control_ignores_the_prompts(pictures: Path) -> None:
     assert torch.allclose(first, second, atol=1e-5) and bool(first.any())
 
 
+@pytest.mark.slow
+def test_a_policy_that_reads_tokens_resumes_bit_by_bit(pictures: Path) -> None:
+    def fit(name: str, epochs: int, **settings: Any) -> None:
+        own = {"name": name, "model.init_args.attention_heads": 2, "trainer.max_epochs": epochs}
+        main(words("fit", NO_SPLITS, own, settings, domain=pictures))
+
+    fit("whole", 2)
+    fit("run", 1)
+    fit("run", 2, ckpt_path=LAST)
+    for key in ("state_dict", "optimizer_states"):
+        assert_equal(checkpoint()[key], checkpoint("whole")[key])
+    weight = checkpoint()["state_dict"]["noise_policy.attention.scores.weight"]
+    assert weight.shape[0] == 2
+    with pytest.raises(SystemExit, match="holds other trained weights"):
+        main(words("test", NO_SPLITS, {"name": "run", "ckpt_path": LAST}, domain=pictures))
+
+
 def test_untrained_it_is_the_reference() -> None:
     command("test")
     metrics = report()

@@ -142,8 +142,11 @@ def test_a_call_that_leaves_the_tuned_model_no_step_is_refused(
         pipe(PROMPTS[0], num_inference_steps=2, **settings(pipe))
 
 
-def test_noise_ppo_draws_from_its_prior(folder: Path, tmp_path: Path) -> None:
-    tuner = tuned(NoisePPO, folder, tmp_path)
+@pytest.mark.parametrize("swapped", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_noise_ppo_draws_from_its_prior(folder: Path, tmp_path: Path, swapped: bool) -> None:
+    """Attention where an encoding of the whole text stands beside the tokens, or elsewhere."""
+    attends = (folder.name in ("sdxl", "flux_dev")) is not swapped
+    tuner = tuned(NoisePPO, folder, tmp_path, attention_heads=3 if attends else 0)
     pipe = load_tuned(theirs(folder), tmp_path)
     for copies in numbers(pipe):
         given = {"generator": generators(copies), "num_images_per_prompt": copies}
