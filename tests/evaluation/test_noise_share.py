@@ -89,7 +89,7 @@ def parts(generator: torch.Generator, *sizes: int) -> Tensor:
 
 def test_components_are_unbiased_and_errors_are_those_of_repeated_draws() -> None:
     generator = torch.Generator().manual_seed(0)
-    tables = [parts(generator, 8, 10, 2) for _ in range(80)]
+    tables = [parts(generator, 12, 12, 2) for _ in range(120)]
     found = torch.tensor([components(table) for table in tables], dtype=torch.float64)
     errors = found.std(dim=0) / len(tables) ** 0.5
     assert ((found.mean(dim=0) - torch.tensor(VARIANCES)) / errors).abs().max() < 3.5

@@ -11,7 +11,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def aggregates() -> ModuleType:
-    path = Path(__file__).parents[1] / "benchmarks" / "aggregates.py"
+    path = Path(__file__).parents[2] / "benchmarks" / "aggregates.py"
     spec = importlib.util.spec_from_file_location("aggregates", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
