@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +222,9 @@ def start(run: Path, port: int = 0) -> tuple[subprocess.Popen[str], Voter]:
     """Start `lit-rlft vote` as a program of its own."""
     words = ["vote", str(run), f"--port={port}"]
     command = [sys.executable, "-m", "lit_rlft", *words]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    # Ctrl-C reaches it also where the tests run in the background, which ignores it.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=heard)
     assert process.stdout is not None
     _, _, address = process.stdout.readline().partition("http://127.0.0.1:")
     found, token, _ = address.split("/")
@@ -244,7 +247,7 @@ def test_a_killed_server_loses_no_vote_and_counts_none_twice(run: Path) -> None:
         with pytest.raises(SystemExit, match=r"serves .* already"):
             main(["vote", str(run), "--port=0"])
         process.send_signal(signal.SIGINT)
-        assert process.stdout is not None and "2 votes in" in process.stdout.read()
+        assert "2 votes in" in process.communicate(timeout=60)[0]
     finally:
         process.kill()
         process.wait()
