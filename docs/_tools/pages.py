@@ -42,6 +42,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for source, page in DOCUMENTS.items():
         # Links of the root's documents into docs/ are links between the site's pages.
         text = (ROOT / source).read_text().replace("](docs/", "](")
+        for other, own in DOCUMENTS.items():
+            text = text.replace(f"]({other})", f"]({own})")
         files.append(File.generated(config, page, content=text))
     return files
 
