@@ -49,6 +49,7 @@ from lit_rlft.core.randomness import generators, rand_like, seed_from
 from lit_rlft.core.state import index
 from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.reference import LoRA
+from lit_rlft.voting.lines import append_lines, read_lines
 
 M, GROUPS, PASSES, SEARCH_SEED, SEARCHED = 4, 64, 4, 100, 4096
 PAGES = (1024, 4096, 16384)
@@ -242,7 +243,7 @@ def curves(out: Path, seeds: Sequence[int], pages: Sequence[int], objective: str
         rate = given or best_rate(out, loss, objective)
         line = {"what": what, "seed": seed, "objective": objective}
         wanted = line | {"loss": loss, "pages": num, "rate": rate}
-        if any(wanted.items() <= known.items() for known in read(out)):
+        if any(wanted.items() <= known.items() for known in read_lines(out)):
             continue
         if store is None or store[0] != seed:
             size = SEARCHED if what == "search" else max(pages)
@@ -255,28 +256,21 @@ def best_rate(out: Path, loss: str, objective: str) -> float:
     """Return the rate that gained most in the search."""
     tried = {
         line["rate"]: line["gain"][objective]
-        for line in read(out)
+        for line in read_lines(out)
         if line["what"] == "search" and (line["loss"], line["objective"]) == (loss, objective)
     }
     return max(tried, key=lambda rate: tried[rate])
 
 
-def read(out: Path) -> list[dict[str, Any]]:
-    """Return the lines so far, without what can be no part of a key."""
-    lines = out.read_text().splitlines() if out.exists() else []
-    return [json.loads(line) for line in lines]
-
-
 def write(out: Path, line: dict[str, Any]) -> None:
     """Append a line and show it."""
-    with out.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    append_lines(out, json.dumps(line) + "\n")
     print(line, flush=True)
 
 
 def table(out: Path) -> None:
     """Print both tables."""
-    lines = read(out)
+    lines = list(read_lines(out))
     print("| loss | mean gradient, squared | variance of a batch | ratio |\n|---|---|---|---|")
     for line in lines:
         if line["what"] == "snr":

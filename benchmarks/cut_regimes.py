@@ -43,6 +43,7 @@ from lit_rlft.core.state import State, index, leaves
 from lit_rlft.kit.ratios import error_of_mean
 from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.reference import LoRA
+from lit_rlft.voting.lines import append_lines, read_lines
 
 STEPS, CANDIDATES, HELD_OUT, TEST = 20, 8, 512, 1024
 CUTS = (0.0, 0.25, 0.5)
@@ -239,9 +240,8 @@ def run(cell: Cell, drawn: Drawn) -> dict[str, Any]:
 
 def sweep(out: Path, seeds: Sequence[int], objectives: Sequence[str]) -> None:
     """Run what is not in the file yet."""
-    lines = out.read_text().splitlines() if out.exists() else []
     names = Cell.__dataclass_fields__
-    known = {Cell(**{name: line[name] for name in names}) for line in map(json.loads, lines)}
+    known = {Cell(**{name: line[name] for name in names}) for line in read_lines(out)}
     drawn: tuple[int, Drawn] | None = None
     for cell in cells(seeds, objectives):
         if cell in known:
@@ -250,15 +250,14 @@ def sweep(out: Path, seeds: Sequence[int], objectives: Sequence[str]) -> None:
             with torch.no_grad():
                 drawn = (cell.seed, Drawn(cell.seed))
         result = run(cell, drawn[1])
-        with out.open("a") as file:
-            file.write(json.dumps(result) + "\n")
+        append_lines(out, json.dumps(result) + "\n")
         print(cell, f"{result['gain'][cell.objective]:+.3f}, FID {result['fid']:.1f}", flush=True)
 
 
 def table(out: Path) -> None:
     """Print gain, change of FID and of the critic, mean over seeds and standard error."""
     groups: dict[tuple[str, int, str, float], list[dict[str, Any]]] = defaultdict(list)
-    for line in map(json.loads, out.read_text().splitlines()):
+    for line in read_lines(out):
         groups[line["objective"], line["accepted"], line["trained"], line["cut"]].append(line)
     print("| reward | accepted | trained | f | gain | change of FID | critic | seeds |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")

@@ -40,6 +40,7 @@ from lit_rlft.core.sampling import Sampler
 from lit_rlft.evaluation.jackknife import Moments
 from lit_rlft.evaluation.noise_share import crossed, golden_gains, linear_shares, noise_shares
 from lit_rlft.kit.ratios import error_of_mean
+from lit_rlft.voting.lines import append_lines, read_lines
 
 NOISES, PROMPTS = 64, 8
 
@@ -83,14 +84,13 @@ def measure(tuner: NoisePPO, seed: int, num_prompts: int, num_noises: int) -> di
 
 def run(out: Path, steps: Sequence[int], seeds: Sequence[int]) -> None:
     """Measure what is not in the file yet."""
-    lines = map(json.loads, out.read_text().splitlines() if out.exists() else [])
-    known = {(line["steps"], line["seed"]) for line in lines}
+    known = {(line["steps"], line["seed"]) for line in read_lines(out)}
     for seed in seeds:
         for num_steps in steps:
             if (num_steps, seed) not in known:
                 found = measure(tuner_of(num_steps), seed, PROMPTS, NOISES)
-                with out.open("a") as file:
-                    file.write(json.dumps({"steps": num_steps, "seed": seed, **found}) + "\n")
+                own = {"steps": num_steps, "seed": seed, **found}
+                append_lines(out, json.dumps(own) + "\n")
                 print(f"{num_steps} steps: {found['processor_seconds']:.0f} s", flush=True)
 
 
@@ -135,7 +135,7 @@ def row(rewards: Tensor, x_1: Tensor) -> list[str]:
 def table(out: Path) -> None:
     """Print the shares by steps and task; a task's noises are those of all."""
     rows = []
-    for line in map(json.loads, out.read_text().splitlines()):
+    for line in read_lines(out):
         rewards = torch.tensor(line["rewards"], dtype=torch.float64)
         x_1 = initial_noise(line["seed"], rewards.shape[1]).double()
         for task in ("all", *TASKS):

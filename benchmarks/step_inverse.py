@@ -33,7 +33,7 @@ from scipy.fft import dctn
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.step_jacobian import Map, Walk, largest_singular_value, mean_square, read
+from benchmarks.step_jacobian import Map, Walk, largest_singular_value, mean_square
 from domains.image.pipeline import ImagePipeline
 from domains.image.sources import Arrays, Digits
 from lit_rlft.core.fixed_point import FixedPoint
@@ -41,6 +41,7 @@ from lit_rlft.core.pipeline import Condition, Pipeline
 from lit_rlft.core.randomness import generators
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.state import tensor_of
+from lit_rlft.voting.lines import append_lines, read_lines
 
 STEPS = (1, 2, 3, 4, 8, 16, 32)
 MOST = 1000
@@ -133,13 +134,12 @@ def sweep(options: argparse.Namespace) -> None:
     source = Arrays(str(options.pictures)) if options.pictures else Digits()
     images = torch.from_numpy(source.load().pixels[:MOST].copy())
     pictures = tensor_of(pipeline.states({"image": images}))
-    known = {(line["model"], line["num_steps"]) for line in read(options.out)}
+    known = {(line["model"], line["num_steps"]) for line in read_lines(options.out)}
     for num_steps in options.steps:
         if (options.model, num_steps) in known:
             continue
         result = run(pipeline, pictures, num_steps, options)
-        with options.out.open("a") as file:
-            file.write(json.dumps(result) + "\n")
+        append_lines(options.out, json.dumps(result) + "\n")
         print(f"{num_steps} steps: {result['processor_seconds']:.0f} s", flush=True)
 
 
@@ -156,7 +156,7 @@ def table(out: Path) -> None:
     rest = ("noise returns within", "not converged", "real pictures: residual", "not converged")
     print(f"| steps | {' | '.join((*head, *rest))} | picture error | noise power |")
     print("| --- " * (len(head) + len(rest) + 3) + "|")
-    for line in sorted(read(out), key=lambda line: line["num_steps"]):
+    for line in sorted(read_lines(out), key=lambda line: line["num_steps"]):
         n, factors = line["num_steps"], line["contraction"]
         places = (0, n // 2, n - 2, n - 1)
         own = [f"{factors[str(i)]:.2f}" if i in range(n) else "" for i in places]

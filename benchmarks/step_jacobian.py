@@ -60,6 +60,7 @@ from lit_rlft.core.randomness import generators
 from lit_rlft.core.sampling import Denoiser, Sampler, walk
 from lit_rlft.core.state import tensor_of
 from lit_rlft.loop.reference import LoRA
+from lit_rlft.voting.lines import append_lines, read_lines
 
 STEPS = 25
 MODELS = ("shapes", "random", "pictures", "sd15")
@@ -395,22 +396,16 @@ def _root(values: Tensor) -> float:
     return float(values.mean().sqrt())
 
 
-def read(out: Path) -> list[dict[str, Any]]:
-    """Return the lines of a file, none where it is missing."""
-    return [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-
-
 def sweep(options: argparse.Namespace) -> None:
     """Run what is not in the file yet."""
     names = Cell.__dataclass_fields__
-    known = {Cell(**{name: line[name] for name in names}) for line in read(options.out)}
+    known = {Cell(**{name: line[name] for name in names}) for line in read_lines(options.out)}
     for seed in options.seeds:
         for cell in (Cell.of(text, seed) for text in options.cells):
             if cell in known:
                 continue
             result = run(cell, options)
-            with options.out.open("a") as file:
-                file.write(json.dumps(result) + "\n")
+            append_lines(options.out, json.dumps(result) + "\n")
             print(f"{cell}: {result['processor_seconds']:.0f} s", flush=True)
 
 
@@ -526,10 +521,11 @@ def main() -> None:
     if options.what == "run":
         sweep(options)
     elif options.what == "figure":
-        draw(read(options.out), options.figure)
+        draw(list(read_lines(options.out)), options.figure)
     else:
-        norm_table(read(options.out))
-        jacobian_table(read(options.out))
+        lines = list(read_lines(options.out))
+        norm_table(lines)
+        jacobian_table(lines)
 
 
 if __name__ == "__main__":

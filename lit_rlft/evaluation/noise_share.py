@@ -42,6 +42,7 @@ from lit_rlft.core.randomness import seed_from
 from lit_rlft.core.state import cat, tensor_of
 from lit_rlft.core.streams import Stream
 from lit_rlft.evaluation.jackknife import Moments
+from lit_rlft.kit.ratios import error_of_mean
 from lit_rlft.loop.rollouts import Rollouts
 from lit_rlft.loop.route import Route
 from lit_rlft.loop.scoring import Scoring
@@ -186,7 +187,7 @@ def golden_gains(rewards: Tensor) -> dict[str, Moments]:
     found = {}
     for name, (values, best) in chosen.items():
         gains = values.gather(1, best.unsqueeze(1)).squeeze(1) - values.mean(dim=1)
-        found[name] = {"mean": float(gains.mean()), "sem": float(gains.std()) / len(gains) ** 0.5}
+        found[name] = {"mean": float(gains.mean()), "sem": error_of_mean(gains)}
     return found
 
 
