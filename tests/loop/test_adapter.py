@@ -260,7 +260,7 @@ def test_rounds_that_need_log_probabilities_are_drawn_apart(
     tuner = fit(cls, "auto", **settings)
     merged = tuner.pipeline.merged
     assert (True in merged["train"]) == train
-    assert True in merged["val"] and merged["val"].count(False) <= 1  # the parity check draws once without
+    assert True in merged["val"] and merged["val"].count(False) <= 1  # parity is checked
     base = {n: p for n, p in tuner.pipeline.denoiser.named_parameters() if "lora_" not in n}
     before = {n: p for n, p in Watched().denoiser.named_parameters()}
     assert {n.replace(".base_layer", "") for n in base} == before.keys()
