@@ -49,7 +49,7 @@ from lit_rlft.core.randomness import generators, rand_like, seed_from
 from lit_rlft.core.state import index
 from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.reference import LoRA
-from lit_rlft.voting.lines import append_lines, read_lines
+from lit_rlft.runs.lines import append_lines, read_lines
 
 M, GROUPS, PASSES, SEARCH_SEED, SEARCHED = 4, 64, 4, 100, 4096
 PAGES = (1024, 4096, 16384)

@@ -43,7 +43,7 @@ from lit_rlft.core.state import State, index, leaves
 from lit_rlft.kit.ratios import error_of_mean
 from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.reference import LoRA
-from lit_rlft.voting.lines import append_lines, read_lines
+from lit_rlft.runs.lines import append_lines, read_lines
 
 STEPS, CANDIDATES, HELD_OUT, TEST = 20, 8, 512, 1024
 CUTS = (0.0, 0.25, 0.5)

@@ -13,9 +13,12 @@ conditions and noise. The table gives the interquartile mean of the seeds' paire
     python benchmarks/fair_comparison.py layout --root runs/fair --seeds 0 1 2 3 4 --workers 2
     python benchmarks/fair_comparison.py layout --denoiser-calls 400000 --root runs/fair_calls
 
-Finished runs are kept, so an interrupted benchmark goes on where it stopped.
+A finished run adds a line to `--results`, an interrupted one goes on from its checkpoint: the
+committed files of `benchmarks/comparisons` draw their tables again without a run, and a benchmark
+that was interrupted goes on where it stopped.
 """
 
+import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +27,9 @@ from pathlib import Path
 from aggregates import improvement, interquartile_mean
 from command_line import Report, command_line, fit_and_test, print_table, run_all
 
+from lit_rlft.runs.lines import append_lines, read_lines
+
+RESULTS = Path(__file__).parent / "comparisons"
 SEARCH_SEED = 100
 ROUND = 512  # candidates, which are reward calls
 RATES = ("1e-4", "3e-4", "1e-3", "3e-3", "1e-2", "3e-2")
@@ -139,16 +145,27 @@ class Comparison:
     Args:
         domain: Its name.
         root: Folder of the runs.
-        budget: Options that end the fit.
-        extra: Further options of every run.
+        results: JSON lines, one a finished run.
+        options: Of every run besides: what ends the fit, and further ones.
     """
 
-    def __init__(self, domain: str, root: Path, budget: Sequence[str], extra: list[str]) -> None:
-        self.domain, self.root, self.budget, self.extra = DOMAINS[domain], root, budget, extra
+    def __init__(self, domain: str, root: Path, results: Path, options: Sequence[str]) -> None:
+        self.domain, self.root, self.results, self.options = DOMAINS[domain], root, results, options
         self.name = domain
+        self.finished = {tuple(line["options"]): line for line in read_lines(results)}
 
     def run(self, arm: str, trial: str, seed: int) -> Report:
-        """Train and test an arm; return its metrics.json."""
+        """Train and test an arm unless that was done; return what metrics.json says of it."""
+        options = self._options(arm, trial, seed)
+        if (held := self.finished.get(tuple(options))) is not None:
+            return held
+        report = fit_and_test(self.root, f"{self.name} {arm} {trial} {seed}", options)
+        kept = {name: report[name] for name in ("reference", "tuned", "gain", "cost")}
+        line = {"arm": arm, "trial": trial, "seed": seed, **kept, "options": options}
+        append_lines(self.results, json.dumps(line) + "\n")
+        return line
+
+    def _options(self, arm: str, trial: str, seed: int) -> list[str]:
         own, domain = ARMS[arm], self.domain
         options = [*domain.options, *(domain.differentiable if own.gradient else [])]
         options += ["--config", f"configs/algorithms/{own.config}.yaml", *own.settings]
@@ -156,9 +173,8 @@ class Comparison:
         if own.candidates > 1:
             options += ["--model.num_candidates", str(own.candidates)]
         options += ["--model.sampler.num_steps", str(domain.steps)]
-        options += [*own.trials()[trial], *self.budget, *self.extra]
-        options += ["--model.seed", str(seed), "--data.seed", str(seed)]
-        return fit_and_test(self.root, f"{self.name} {arm} {trial} {seed}", options)
+        options += [*own.trials()[trial], *self.options]
+        return [*options, "--model.seed", str(seed), "--data.seed", str(seed)]
 
     def gain(self, report: Report) -> float:
         """Return the gain in the reward that the domain is about."""
@@ -194,13 +210,16 @@ def main() -> None:
     limit = parser.add_mutually_exclusive_group()
     limit.add_argument("--reward-calls", type=int, default=20 * ROUND)
     limit.add_argument("--denoiser-calls", type=int)
+    parser.add_argument(
+        "--results", type=Path, help="default: benchmarks/comparisons/<domain>.jsonl"
+    )
     options, extra = parser.parse_known_args()
+    results = options.results or RESULTS / f"{options.domain}.jsonl"
     kind = "reward_calls" if options.denoiser_calls is None else "denoiser_calls"
     budget = ["--trainer.callbacks+", "lit_rlft.callbacks.budget.Budget"]
     budget += [f"--trainer.callbacks.{kind}", str(getattr(options, kind))]
-    compared = Comparison(
-        options.domain, options.root, [*budget, "--trainer.max_epochs", "9"], extra
-    )
+    budget += ["--trainer.max_epochs", "9", *extra]
+    compared = Comparison(options.domain, options.root, results, budget)
     best = compared.best(options.arms, options.workers)
     jobs = [(arm, best[arm], seed) for seed in options.seeds for arm in options.arms]
     found = run_all(jobs, lambda job: compared.run(*job), options.workers)

@@ -40,7 +40,7 @@ from lit_rlft.core.sampling import Sampler
 from lit_rlft.evaluation.jackknife import Moments
 from lit_rlft.evaluation.noise_share import crossed, golden_gains, linear_shares, noise_shares
 from lit_rlft.kit.ratios import error_of_mean
-from lit_rlft.voting.lines import append_lines, read_lines
+from lit_rlft.runs.lines import append_lines, read_lines
 
 NOISES, PROMPTS = 64, 8
 

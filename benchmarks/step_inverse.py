@@ -41,7 +41,7 @@ from lit_rlft.core.pipeline import Condition, Pipeline
 from lit_rlft.core.randomness import generators
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.state import tensor_of
-from lit_rlft.voting.lines import append_lines, read_lines
+from lit_rlft.runs.lines import append_lines, read_lines
 
 STEPS = (1, 2, 3, 4, 8, 16, 32)
 MOST = 1000

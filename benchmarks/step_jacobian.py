@@ -60,7 +60,7 @@ from lit_rlft.core.randomness import generators
 from lit_rlft.core.sampling import Denoiser, Sampler, walk
 from lit_rlft.core.state import tensor_of
 from lit_rlft.loop.reference import LoRA
-from lit_rlft.voting.lines import append_lines, read_lines
+from lit_rlft.runs.lines import append_lines, read_lines
 
 STEPS = 25
 MODELS = ("shapes", "random", "pictures", "sd15")

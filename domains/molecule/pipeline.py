@@ -355,7 +355,8 @@ def _process(a: Architecture) -> GaussianProcess:
     if a.noise == "flow":
         # Clocks of Gibbs steps are shifted themselves.
         shift = 1.0 if a.state == "gibbs" else a.shift
-        return GaussianProcess(RectifiedFlow(shift, a.logit_normal), "velocity", subspace)
+        flow = RectifiedFlow(shift, a.logit_normal, knots=a.knots)
+        return GaussianProcess(flow, "velocity", subspace)
     return GaussianProcess(PolynomialVP(), "epsilon", subspace)
 
 

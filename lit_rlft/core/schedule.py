@@ -12,6 +12,8 @@ Coefficients are computed in float64 and cast by whoever uses them.
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -257,6 +259,10 @@ class RectifiedFlow(Schedule):
         last: The last time of the sampler above 0, before the shift, as SD3's scheduler has it:
             all others are then evenly spaced between 1 and this one. None spaces them evenly
             between 1 and 0.
+        knots: Points (share of the steps done, time) of the sampler's grid between (0, 1) and
+            (1, 0). The times of any number of steps lie on straight lines between them, without the
+            shift, so that one list that was found for a model serves all of its samplers (as the
+            lists of Sabour et al., 2024, arXiv 2404.14507, do). None takes `shift` and `last`.
     """
 
     def __init__(
@@ -264,6 +270,7 @@ class RectifiedFlow(Schedule):
         shift: float = 1.0,
         logit_normal: tuple[float, float] | None = None,
         last: float | None = None,
+        knots: Sequence[tuple[float, float]] | None = None,
     ) -> None:
         super().__init__()
         positive(self, shift=shift)
@@ -275,6 +282,8 @@ class RectifiedFlow(Schedule):
                 f"{list(logit_normal)}"
             )
         self.shift, self.logit_normal, self.last = shift, logit_normal, last
+        self.knots = None if knots is None else _knots(knots)
+        require(None in (last, knots), self, "last", "left out where there are knots")
 
     def alpha(self, t: Tensor) -> Tensor:
         return 1 - t.double()
@@ -283,6 +292,9 @@ class RectifiedFlow(Schedule):
         return t.double()
 
     def times(self, num_steps: int) -> Tensor:
+        if self.knots is not None:
+            points = torch.tensor([(0, 1), *self.knots, (1, 0)], dtype=torch.float64)
+            return _on_lines(points, torch.linspace(0, 1, num_steps + 1, dtype=torch.float64))
         if self.last is None:
             return self._shifted(super().times(num_steps))
         above = torch.linspace(1, self.last, num_steps, dtype=torch.float64)
@@ -300,6 +312,25 @@ class RectifiedFlow(Schedule):
 
     def _shifted(self, t: Tensor) -> Tensor:
         return self.shift * t / (1 + (self.shift - 1) * t)
+
+
+def _knots(knots: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return points as tuples, which go down from (0, 1) to (1, 0)."""
+    if all(len(point) == 2 for point in knots):
+        done, times = zip((0.0, 1.0), *knots, (1.0, 0.0), strict=True)
+        if all(a < b for a, b in pairwise(done)) and all(a > b for a, b in pairwise(times)):
+            return [(float(share), float(time)) for share, time in knots]
+    raise UsageError(
+        "knots must be pairs of a share of the steps that rises between 0 and 1 and a time that "
+        f"falls between 1 and 0, such as [[0.2, 0.4], [0.9, 0.05]], got {[*map(list, knots)]}"
+    )
+
+
+def _on_lines(points: Tensor, x: Tensor) -> Tensor:
+    """Return y of each x on the lines through points (x, y) [P, 2], whose x rise."""
+    after = torch.searchsorted(points[:, 0].contiguous(), x).clamp(min=1)
+    (x_0, y_0), (x_1, y_1) = points[after - 1].T, points[after].T
+    return torch.lerp(y_0, y_1, (x - x_0) / (x_1 - x_0))
 
 
 def _trailing(total: int, num_steps: int) -> Tensor:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lit_rlft.voting.lines import locked
+from lit_rlft.runs.lines import locked
 from lit_rlft.voting.questions import Question, QuestionFile, Questions
 from lit_rlft.voting.votes import Vote, Votes
 

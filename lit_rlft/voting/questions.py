@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lit_rlft.voting.lines import append_lines, read_lines, signature
+from lit_rlft.runs.lines import append_lines, read_lines, signature
 
 __all__ = ["Candidate", "Question", "QuestionFile", "Questions", "pairs_to_show"]
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from lit_rlft.kit.preferences import preference_line
 from lit_rlft.runs.files import write_whole, writing
-from lit_rlft.voting.lines import append_lines, read_lines, signature
+from lit_rlft.runs.lines import append_lines, read_lines, signature
 from lit_rlft.voting.questions import Question
 
 __all__ = ["VOTES", "Vote", "Votes"]

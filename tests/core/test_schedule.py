@@ -169,6 +169,33 @@ def test_flow_grid_is_that_of_diffusers(shift: float, num_steps: int) -> None:
     torch.testing.assert_close(times.float(), scheduler.sigmas, rtol=1e-6, atol=1e-7)
 
 
+def test_knots_of_a_flow_give_a_grid_of_any_number_of_steps() -> None:
+    """The literal times lie on the lines through (0, 1), the knots and (1, 0)."""
+    schedule = RectifiedFlow(shift=0.5, knots=[(0.1, 0.4), (0.5, 0.2)])
+    wanted = {
+        1: [1, 0],
+        4: [1, 0.325, 0.2, 0.1, 0],
+        10: [1, 0.4, 0.35, 0.3, 0.25, 0.2, 0.16, 0.12, 0.08, 0.04, 0],
+    }
+    for num_steps, times in wanted.items():
+        found = schedule.times(num_steps)
+        assert found.dtype == torch.float64 and (found[0], found[-1]) == (1, 0)
+        torch.testing.assert_close(found, torch.tensor(times, dtype=torch.float64))
+    # Training times are the shifted ones all the same.
+    uniform = torch.rand(9, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(schedule.draw_times(uniform), RectifiedFlow(0.5).draw_times(uniform))
+
+
+@pytest.mark.parametrize(
+    "knots", [[(0.5,)], [(0.0, 0.5)], [(0.5, 0.0)], [(0.5, 1.0)], [(0.2, 0.3), (0.6, 0.4)]]
+)
+def test_knots_that_do_not_go_down_are_refused(knots: list[tuple[float, float]]) -> None:
+    with pytest.raises(UsageError, match=r"knots must be pairs of a share .* such as \[\[0\.2"):
+        RectifiedFlow(knots=knots)
+    with pytest.raises(UsageError, match="last must be left out where there are knots"):
+        RectifiedFlow(last=0.1, knots=[(0.1, 0.4)])
+
+
 def test_kept_signal_of_the_cosine_schedule() -> None:
     schedule = CosineVP(min_alpha=0.02)
     one = torch.ones(1)

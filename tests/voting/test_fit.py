@@ -21,9 +21,9 @@ from lit_rlft.core.pipeline import Condition, Pipeline
 from lit_rlft.core.reward import WeightedSum
 from lit_rlft.kit.offloaded import Offloaded
 from lit_rlft.kit.preferences import read_preferences
+from lit_rlft.runs.lines import read_lines
 from lit_rlft.voting import desk
 from lit_rlft.voting.human_preference import HumanPreference
-from lit_rlft.voting.lines import read_lines
 from lit_rlft.voting.questions import Candidate, QuestionFile, Questions
 from tests.support import TWO_FORKS, arguments, scalars
 from tests.voting.client import Voter, serving

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lit_rlft.kit.preferences import read_preferences
-from lit_rlft.voting.lines import read_lines
+from lit_rlft.runs.lines import read_lines
 from tests.browser import Browser, headless
 from tests.voting.client import TOKEN, Voter, fixed, serving
 

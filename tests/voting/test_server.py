@@ -22,8 +22,8 @@ from lit_rlft.cli.voting.ballot import Ballot, Fixed
 from lit_rlft.cli.voting.server import VoteServer
 from lit_rlft.core.checks import UsageError
 from lit_rlft.kit.preferences import read_preferences
+from lit_rlft.runs.lines import read_lines
 from lit_rlft.voting.desk import Desk
-from lit_rlft.voting.lines import read_lines
 from lit_rlft.voting.questions import Candidate, Question, QuestionFile, Questions
 from tests.voting.client import TOKEN, Voter, fixed, questions, serving
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lit_rlft.kit.preferences import read_preferences
-from lit_rlft.voting.lines import append_lines, read_lines
+from lit_rlft.runs.lines import append_lines, read_lines
 from lit_rlft.voting.questions import Question, QuestionFile, Questions
 from lit_rlft.voting.votes import Votes
 from tests.voting.client import questions

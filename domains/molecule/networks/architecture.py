@@ -42,6 +42,8 @@ class Architecture:
             the shift; None has uniform times.
         shift: Time shift of the flow, of training times and of the sampler's grid: below 1 more of
             both lie near the data, where bond lengths are decided.
+        knots: Points (share of the steps done, time) of the sampler's grid, which takes their place
+            (`RectifiedFlow`): steps where this model needs them, found by measuring samples.
         coupled: Whether a flow is trained on noise that was reordered and rotated to be near the
             data (see `coupling`): better with few deterministic steps, but worse with samplers that
             add noise (eta above 0), which assume that noise and data are independent.
@@ -69,6 +71,7 @@ class Architecture:
     type_power: float = 3.0
     logit_normal: tuple[float, float] | None = None
     shift: float = 1.0
+    knots: Sequence[tuple[float, float]] | None = None
     coupled: bool = False
     num_sublayers: int = 1
     tanh: bool = True
@@ -106,6 +109,11 @@ class Architecture:
             )
         if self.coupled and self.noise != "flow":
             raise UsageError("architecture.coupled is for flows; set noise to flow, or it to false")
+        if self.knots is not None and (self.noise != "flow" or self.state == "gibbs"):
+            raise UsageError(
+                "architecture.knots are the times of a flow's sampler; set noise to flow and state "
+                "to continuous or mixed, or leave them out"
+            )
         if self.network == "edm" and self.split:
             raise UsageError("architecture.network edm has continuous states; set state to that")
         if self.implicit_hydrogens == ("H" in check_elements(self.symbols)):

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from lit_rlft.runs.lines import locked
 from lit_rlft.voting.desk import LOCK
-from lit_rlft.voting.lines import locked
 from lit_rlft.voting.places import SUFFIXES
 from lit_rlft.voting.questions import Candidate, Question
 from lit_rlft.voting.votes import Vote, Votes

@@ -12,7 +12,7 @@ from lit_rlft.cli.voting.ballot import Ballot
 from lit_rlft.cli.voting.server import VoteServer
 from lit_rlft.cli.voting.sources import blind_ballot, fit_ballot, samples_ballot
 from lit_rlft.core.checks import UsageError
-from lit_rlft.voting.lines import locked
+from lit_rlft.runs.lines import locked
 from lit_rlft.voting.places import FOLDER
 
 __all__ = ["run"]

@@ -8,7 +8,7 @@ from typing import Any
 from lit_rlft.cli.voting.ballot import Ballot, Fixed
 from lit_rlft.core.checks import UsageError
 from lit_rlft.runs.files import whole
-from lit_rlft.voting.lines import read_lines
+from lit_rlft.runs.lines import read_lines
 from lit_rlft.voting.places import BLIND, FOLDER, PAIRS, SAMPLES, content_name, drawing_of
 from lit_rlft.voting.questions import Candidate, Question, Questions, pairs_to_show
 from lit_rlft.voting.votes import Votes

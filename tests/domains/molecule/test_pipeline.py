@@ -75,6 +75,16 @@ def batch_of(sizes: Tensor = SIZES, seed: int = 0) -> dict[str, Any]:
     }
 
 
+@pytest.mark.parametrize("state", ["continuous", "mixed"])
+def test_a_model_keeps_the_knots_of_its_grid(state: str, tmp_path: Path) -> None:
+    pipeline = tiny(state, knots=[(0.25, 0.4), (0.5, 0.2)])
+    wanted = torch.tensor([1, 0.4, 0.2, 0.1, 0], dtype=torch.float64)
+    torch.testing.assert_close(pipeline.process.times(4), wanted)
+    pipeline.save(tmp_path)
+    again = MoleculePipeline(str(tmp_path))
+    torch.testing.assert_close(again.process.times(4), wanted)
+
+
 def full_of(condition: Condition) -> Tensor:
     return torch.arange(MAX_ATOMS) < condition.table("num_atoms").unsqueeze(1)
 

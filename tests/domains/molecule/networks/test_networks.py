@@ -138,6 +138,8 @@ def test_architectures_that_cannot_be() -> None:
         ({"type_scale": 0.0}, "type_scale must be positive"),
         ({"state": "discrete"}, "continuous, mixed or gibbs"),
         ({"noise": "linear"}, "flow or polynomial"),
+        ({"noise": "polynomial", "knots": [(0.1, 0.4)]}, "knots are the times of a flow's sampler"),
+        ({"state": "gibbs", "knots": [(0.1, 0.4)]}, "knots are the times of a flow's sampler"),
         ({"network": "edm", "state": "mixed"}, "edm has continuous states"),
         ({"elements": ("H", "Xx")}, "elements must be some of"),
         ({"elements": ("C", "N")}, r"elements is \['C', 'N'\], but implicit_hydrogens false"),
