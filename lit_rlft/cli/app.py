@@ -88,6 +88,10 @@ class Command(LightningCLI):
     command: ClassVar[str] = ""
     """The command asked for: a parser for each of the others would take as long to build."""
 
+    called: ClassVar[str] = ""
+    """Name and own options in the help of a command that runs as another one."""
+    about: ClassVar[str] = ""
+    """What such a command does, in one sentence."""
     lock: ClassVar[ExitStack] = ExitStack()
     """Holds the lock of a fit's folder until the command is over."""
     written: ClassVar[Path] = Path()
@@ -220,7 +224,10 @@ def run(words: Sequence[str], kind: type[Command] = Command) -> None:
 def _run(words: list[str], kind: type[Command]) -> None:
     usage = "lit-rlft {} --config DOMAIN --config ALGORITHM [--config TRAINER] [--any.key VALUE]"
     commands = {
-        name: {"description": about + _HOW, "usage": usage.format(name)}
+        name: {
+            "description": (kind.about or about) + _HOW,
+            "usage": usage.format(kind.called or name),
+        }
         for name, about in _ABOUT.items()
         if Command.command in (name, "")
     }

@@ -71,6 +71,9 @@ def plan_words(words: Sequence[str]) -> None:
     class PlanCommand(Command):
         """The command fit, up to the point where it would begin."""
 
+        called = "plan [--memory 24GB] [--flops 165e12] [--share 0.3]"
+        about = "Say what a fit would take: memory by part, calls, hours; no weights are loaded."
+
         def before_instantiate_classes(self) -> None:
             """Make no folder."""
 

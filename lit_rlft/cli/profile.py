@@ -46,6 +46,12 @@ def profile_words(words: Sequence[str]) -> None:
     class ProfileCommand(Command):
         """The command validate on the pretrained model, with a profile in place of its samples."""
 
+        called = (
+            "profile [--conditions 32] [--candidates 8] [--completions 4] [--levels 8] "
+            "[--most_open 0.25]"
+        )
+        about = "Measure when the reward is decided between noise and data; suggest P-GRAFT's cut."
+
         def _run_subcommand(self, subcommand: str) -> None:
             self.model.trainer = self.trainer
             profiler = _Profiler(self.model, **sizes)

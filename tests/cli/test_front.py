@@ -99,14 +99,24 @@ def test_the_module_runs_as_a_program(module: str) -> None:
     assert result.stdout == f"lit-rlft {__version__}\n"
 
 
-def test_help_of_a_command_begins_with_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("command", "usage", "about"),
+    [
+        ("fit", "fit --config DOMAIN --config ALGORITHM", "Tune a pretrained model with a reward."),
+        ("plan", "plan [--memory 24GB] [--flops 165e12] [--share 0.3]", "what a fit would take"),
+        ("profile", "profile [--conditions 32] [--candidates 8]", "suggest P-GRAFT's cut."),
+    ],
+)
+def test_help_of_a_command_begins_with_what_it_does(
+    command: str, usage: str, about: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as raised:
-        main(["fit", "--help"])
+        main([command, "--help"])
     assert raised.value.code == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("usage: lit-rlft fit --config DOMAIN --config ALGORITHM")
-    top = " ".join(lines[:14])
-    assert "Tune a pretrained model with a reward." in top and "--model.help PGRAFT" in top
+    assert lines[0].startswith(f"usage: lit-rlft {usage}")
+    top = " ".join(line.strip() for line in lines[:14])
+    assert about in top and "--model.help PGRAFT" in top
 
 
 def test_help_of_a_class_by_its_short_name(capsys: pytest.CaptureFixture[str]) -> None:
