@@ -31,6 +31,7 @@ from lit_rlft.runs.lines import append_lines, read_lines
 
 RESULTS = Path(__file__).parent / "comparisons"
 SEARCH_SEED = 100
+COSTS = ("reward_calls", "denoiser_calls", "seconds")
 ROUND = 512  # candidates, which are reward calls
 RATES = ("1e-4", "3e-4", "1e-3", "3e-3", "1e-2", "3e-2")
 CLIPS = ("1e-4", "5e-3")
@@ -63,7 +64,7 @@ DOMAINS = {
             *("--data.num_test", "256", "--data.eval_batch_size", "256"),
         ],
         20,
-        ("WeightedSum", "fid", "diversity"),
+        ("WeightedSum", "fid", "diversity", "kl"),
     ),
     "molecule": Domain(
         [
@@ -71,7 +72,7 @@ DOMAINS = {
             *("--data.num_test", "256", "--data.eval_batch_size", "256"),
         ],
         20,
-        ("Stability", "uniqueness", "novelty"),
+        ("Stability", "uniqueness", "novelty", "kl"),
         ["--config", "configs/domains/molecule_soft.yaml"],
     ),
     "shapes": Domain(
@@ -80,7 +81,7 @@ DOMAINS = {
             *("--data.num_train_prompts", "65536", "--data.num_test_prompts", "192"),
         ],
         10,
-        ("ShapesEval", "CLIPScore", "diversity"),
+        ("ShapesEval", "CLIPScore", "diversity", "kl"),
         ["--reward", "domains.text_to_image.rewards.ShapesClassifier"],
     ),
 }
@@ -160,7 +161,8 @@ class Comparison:
         if (held := self.finished.get(tuple(options))) is not None:
             return held
         report = fit_and_test(self.root, f"{self.name} {arm} {trial} {seed}", options)
-        kept = {name: report[name] for name in ("reference", "tuned", "gain", "cost")}
+        kept = {name: report[name] for name in ("reference", "tuned", "gain")}
+        kept["cost"] = {name: report["cost"][name] for name in COSTS}
         line = {"arm": arm, "trial": trial, "seed": seed, **kept, "options": options}
         append_lines(self.results, json.dumps(line) + "\n")
         return line
@@ -198,7 +200,7 @@ class Comparison:
         for metric in self.domain.metrics[1:]:
             moved = [r["tuned"][metric]["mean"] - r["reference"][metric]["mean"] for r in reports]
             cells.append(f"{statistics.mean(moved):+.3f}")
-        for cost in ("reward_calls", "denoiser_calls", "seconds"):
+        for cost in COSTS:
             cells.append(f"{statistics.mean(r['cost'][cost] for r in reports):,.0f}")
         return cells
 
@@ -227,7 +229,7 @@ def main() -> None:
     against = reports[options.arms[0]]
     rows = [compared.row(arm, best[arm], reports[arm], against) for arm in options.arms]
     columns = ["arm", "settings", "gain, IQM (95 %)", f"P(better than {options.arms[0]})"]
-    columns += [*compared.domain.metrics[1:], "reward calls", "denoiser calls", "seconds"]
+    columns += [*compared.domain.metrics[1:], *(name.replace("_", " ") for name in COSTS)]
     print_table(columns, rows)
 
 

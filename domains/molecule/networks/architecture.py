@@ -42,8 +42,8 @@ class Architecture:
             the shift; None has uniform times.
         shift: Time shift of the flow, of training times and of the sampler's grid: below 1 more of
             both lie near the data, where bond lengths are decided.
-        knots: Points (share of the steps done, time) of the sampler's grid, which takes their place
-            (`RectifiedFlow`): steps where this model needs them, found by measuring samples.
+        knots: Points (share of the steps done, time) that the sampler's times run through, in place
+            of `shift`, as `RectifiedFlow` has them. Found by measuring samples of a trained model.
         coupled: Whether a flow is trained on noise that was reordered and rotated to be near the
             data (see `coupling`): better with few deterministic steps, but worse with samplers that
             add noise (eta above 0), which assume that noise and data are independent.

@@ -1,0 +1,95 @@
+"""The fair comparison: the trial taken, what a file of finished runs spares, what a row says."""
+
+import importlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lit_rlft.runs.lines import read_lines
+from tests.support import ROOT
+
+RATES = {"1e-4": 0.1, "3e-4": 0.4, "1e-3": 0.2, "3e-3": 0.3, "1e-2": -1.0, "3e-2": -2.0}
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The script as a module, whose runs give these gains: by learning rate, and 0.01 a seed."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    module = importlib.import_module("fair_comparison")
+    module.started = []
+
+    def pretended(root: Path, name: str, options: Sequence[str]) -> dict[str, Any]:
+        module.started.append(name)
+        rate = options[options.index("--model.optimizer.init_args.lr") + 1]
+        seed = int(options[options.index("--model.seed") + 1])
+        gain = RATES[rate] + 0.01 * seed
+        metrics = {"WeightedSum": 1.0, "fid": 20.0, "diversity": 0.6, "kl": 0.0}
+        tuned = {name: {"mean": mean + gain} for name, mean in metrics.items()}
+        cost = {"reward_calls": 512, "denoiser_calls": 2048, "seconds": 3.4, "flops": 7}
+        return {
+            "reference": {name: {"mean": mean} for name, mean in metrics.items()},
+            "tuned": tuned,
+            "gain": {"WeightedSum": {"mean": gain, "sem": 0.1}},
+            "cost": cost,
+            "samples": 1024,
+        }
+
+    monkeypatch.setattr(module, "fit_and_test", pretended)
+    return module
+
+
+def test_the_trial_with_the_largest_gain_is_taken_by_a_seed_of_its_own(
+    script: Any, tmp_path: Path
+) -> None:
+    compared = script.Comparison("layout", tmp_path, tmp_path / "runs.jsonl", ["--limit", "1"])
+    assert compared.best(["GRAFT", "RAFT"], workers=1) == {"GRAFT": "3e-4", "RAFT": "3e-4"}
+    assert len(script.started) == 12 and all(name.endswith(" 100") for name in script.started)
+
+
+def test_all_arms_have_as_many_trials(script: Any) -> None:
+    assert {len(arm.trials()) for arm in script.ARMS.values()} == {6}
+
+
+def test_finished_runs_are_read_and_others_added(script: Any, tmp_path: Path) -> None:
+    results = tmp_path / "runs.jsonl"
+    first = script.Comparison("layout", tmp_path, results, ["--limit", "1"])
+    report = first.run("GRAFT", "1e-3", 0)
+    (line,) = read_lines(results)
+    assert line == json.loads(json.dumps(report)) and "samples" not in line
+    assert line["cost"] == {"reward_calls": 512, "denoiser_calls": 2048, "seconds": 3.4}
+    again = script.Comparison("layout", tmp_path, results, ["--limit", "1"])
+    assert again.run("GRAFT", "1e-3", 0) == line and len(script.started) == 1
+    # Another seed, trial or budget is another run.
+    again.run("GRAFT", "1e-3", 1)
+    again.run("GRAFT", "3e-3", 0)
+    script.Comparison("layout", tmp_path, results, ["--limit", "2"]).run("GRAFT", "1e-3", 0)
+    assert len(script.started) == 4 == len(list(read_lines(results)))
+
+
+def test_a_row_has_the_gains_the_odds_and_the_costs(script: Any, tmp_path: Path) -> None:
+    compared = script.Comparison("layout", tmp_path, tmp_path / "runs.jsonl", [])
+    better = [compared.run("GRAFT", "3e-4", seed) for seed in (0, 1, 2)]
+    worse = [compared.run("RAFT", "1e-3", seed) for seed in (0, 1, 2)]
+    row = compared.row("GRAFT", "3e-4", better, worse)
+    assert row[:3] == ["GRAFT", "3e-4", "+0.410 (+0.400 to +0.420)"]
+    assert row[3] == "1.00 (1.00 to 1.00)"
+    assert row[4:] == ["+0.410", "+0.410", "+0.410", "512", "2,048", "3"]
+
+
+def test_committed_runs_are_those_that_the_script_would_start(script: Any) -> None:
+    """So the printed command draws the published table without a run."""
+    files = sorted((ROOT / "benchmarks/comparisons").glob("*.jsonl"))
+    assert files
+    for path in files:
+        lines = list(read_lines(path))
+        for line in lines:
+            compared = script.Comparison(path.stem, path.parent, path, [])
+            *own, _, _, _, _ = compared._options(line["arm"], line["trial"], line["seed"])
+            seed = str(line["seed"])
+            assert line["options"][: len(own)] == own
+            assert line["options"][-4:] == ["--model.seed", seed, "--data.seed", seed]
+            limit = line["options"][len(own) : -4]
+            assert limit[:2] == ["--trainer.callbacks+", "lit_rlft.callbacks.budget.Budget"]
