@@ -316,13 +316,13 @@ class RectifiedFlow(Schedule):
 
 def _knots(knots: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Return points as tuples, which go down from (0, 1) to (1, 0)."""
-    if all(len(point) == 2 for point in knots):
+    if all(isinstance(point, Sequence) and len(point) == 2 for point in knots):
         done, times = zip((0.0, 1.0), *knots, (1.0, 0.0), strict=True)
         if all(a < b for a, b in pairwise(done)) and all(a > b for a, b in pairwise(times)):
             return [(float(share), float(time)) for share, time in knots]
     raise UsageError(
         "knots must be pairs of a share of the steps that rises between 0 and 1 and a time that "
-        f"falls between 1 and 0, such as [[0.2, 0.4], [0.9, 0.05]], got {[*map(list, knots)]}"
+        f"falls between 1 and 0, such as [[0.2, 0.4], [0.9, 0.05]], got {list(knots)}"
     )
 
 
