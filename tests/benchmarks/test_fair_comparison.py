@@ -84,9 +84,8 @@ def test_committed_runs_are_those_that_the_script_would_start(script: Any) -> No
     files = sorted((ROOT / "benchmarks/comparisons").glob("*.jsonl"))
     assert files
     for path in files:
-        lines = list(read_lines(path))
-        for line in lines:
-            compared = script.Comparison(path.stem, path.parent, path, [])
+        compared = script.Comparison(path.stem, path.parent, path, [])
+        for line in read_lines(path):
             *own, _, _, _, _ = compared._options(line["arm"], line["trial"], line["seed"])
             seed = str(line["seed"])
             assert line["options"][: len(own)] == own
