@@ -132,13 +132,14 @@ def test_a_run_resumes_bit_by_bit(advantage: dict[str, Any]) -> None:
     ],
 )
 def test_two_processes_learn_what_one_learns(advantage: dict[str, Any]) -> None:
-    settings = {"trainer.limit_val_batches": 0, **advantage}
+    # In double precision, for single sums differ by more than the bounds on some processors.
+    settings = {"trainer.limit_val_batches": 0, "trainer.precision": "64-true", **advantage}
     command("fit", "one", settings)
     command("fit", "two", {**settings, **TWO_FORKS})
     one, two = checkpoint("one"), checkpoint("two")
     assert one["state_dict"].keys() == two["state_dict"].keys()
     for key, value in one["state_dict"].items():
-        torch.testing.assert_close(two["state_dict"][key], value, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(two["state_dict"][key], value, rtol=1e-5, atol=1e-7)
     assert two["lit_rlft"]["num_samples"] == one["lit_rlft"]["num_samples"] == 32
     remembered = [held["lit_rlft"]["advantage"] for held in (one, two)]
     torch.testing.assert_close(remembered[1], remembered[0], rtol=1e-5, atol=1e-6)
