@@ -19,14 +19,15 @@ References:
     DiffusionNFT (Zheng et al., 2025), https://arxiv.org/abs/2509.16117
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lit_rlft.algorithms.base import RewardFineTuner
-from lit_rlft.core.checks import BadArgument, UsageError, at_least, below_one, positive, require
+from lit_rlft.core.checks import BadArgument, at_least, below_one, positive, require
 from lit_rlft.core.implicit import centred, group_probabilities, implicit
 from lit_rlft.core.pipeline import Batch, Condition
 from lit_rlft.core.process import GaussianProcess, Process
@@ -39,7 +40,7 @@ from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.old_policy import OldPolicy
 from lit_rlft.loop.relay import Relay
 from lit_rlft.loop.route import Route
-from lit_rlft.loop.strategy import FSDP2Strategy
+from lit_rlft.loop.sharded import split_again, split_meanwhile
 
 __all__ = ["DiffusionNFT", "contrastive_loss"]
 
@@ -97,10 +98,6 @@ class DiffusionNFT(RewardFineTuner):
     def check(self) -> None:
         at_least(2, self, "num_candidates")
         self.relay.check(self, self.sampler.num_steps)
-        if isinstance(getattr(self._trainer, "strategy", None), FSDP2Strategy):
-            raise UsageError(
-                "trainer.strategy fsdp2 does not split the second policy of DiffusionNFT; use ddp"
-            )
         positive(self, "beta", "reward_clip")
         at_least(0, self, "max_decay", "decay_rate")
         below_one(self, "max_decay")
@@ -126,10 +123,8 @@ class DiffusionNFT(RewardFineTuner):
         Raises:
             UsageError: All rewards failed.
         """
-        trained, world_size = self._trained(), self.trainer.world_size
-        if self.num_rounds:
-            self.old_policy.follow(trained, min(self.decay_rate * self.num_rounds, self.max_decay))
-        with self.old_policy.active(trained):
+        world_size = self.trainer.world_size
+        with self._sampling_policy():
             drawn = draw_candidates(
                 self.rollouts,
                 self.route(),
@@ -160,6 +155,25 @@ class DiffusionNFT(RewardFineTuner):
             histograms={"reward": groups[known], "good": good[known]},
             counts=known.sum(dim=1).tolist(),
         )
+
+    @contextmanager
+    def _sampling_policy(self) -> Iterator[None]:
+        """Let f_old follow the last round's updates, and draw from it within the block."""
+        denoiser, lent = self.pipeline.denoiser, ExitStack()
+        with split_meanwhile(denoiser):
+            trained = self._trained()
+            if self.num_rounds:
+                decay = min(self.decay_rate * self.num_rounds, self.max_decay)
+                self.old_policy.follow(trained, decay)
+            lent.enter_context(self.old_policy.active(trained))
+        try:
+            yield
+        except BaseException:
+            split_again(denoiser)
+            lent.close()
+            raise
+        with split_meanwhile(denoiser):
+            lent.close()
 
     def _probabilities(self, groups: Tensor) -> Tensor:
         """Return how likely each sample of this process counts as good, [G, M]."""

@@ -1,13 +1,15 @@
 """A second set of the trained weights, which follows them: the policy that samples."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lit_rlft.core.checks import UsageError
+from lit_rlft.distributed import own_part, split_like, to_save
 
 __all__ = ["OldPolicy"]
 
@@ -15,7 +17,8 @@ __all__ = ["OldPolicy"]
 class OldPolicy:
     """The weights of a policy that lags behind the trained one; of a LoRA, those of the LoRA alone.
 
-    It starts where training does. Its state is part of checkpoints.
+    It starts where training does. Its state is part of checkpoints. Where the trained weights are
+    split among processes it is split likewise.
     """
 
     def __init__(self) -> None:
@@ -25,21 +28,17 @@ class OldPolicy:
     def active(self, trained: Mapping[str, nn.Parameter]) -> Iterator[None]:
         """Within the block the trained parameters hold this policy's weights, without gradients.
 
-        Nothing is copied, and no graph that was built before notices.
+        Nothing is copied, and no graph that was built before notices. Only the parts of split
+        weights are copied, and their graphs must have run backward before.
 
         Args:
-            trained: The trained parameters by name.
+            trained: The trained parameters by name, not gathered.
         """
         own = self._weights_of(trained)
-        new = [parameter.data for parameter in trained.values()]
-        with torch.no_grad():
-            try:
-                for parameter, weight in zip(trained.values(), own, strict=True):
-                    parameter.data = weight
-                yield
-            finally:
-                for parameter, weight in zip(trained.values(), new, strict=True):
-                    parameter.data = weight
+        with torch.no_grad(), ExitStack() as stack:
+            for parameter, weight in zip(trained.values(), own, strict=True):
+                _lend(parameter, weight, stack)
+            yield
 
     def follow(self, trained: Mapping[str, nn.Parameter], decay: float) -> None:
         """Move to decay old + (1 - decay) trained.
@@ -49,11 +48,11 @@ class OldPolicy:
             decay: In [0, 1]; 0 takes the trained weights as they are.
         """
         for own, parameter in zip(self._weights_of(trained), trained.values(), strict=True):
-            own.lerp_(parameter.detach(), 1 - decay)
+            own_part(own).lerp_(own_part(parameter.detach()), 1 - decay)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the weights by name; none before the first use."""
-        return dict(self._weights)
+        """Return the weights by name; none before the first use. All processes must call this."""
+        return {name: to_save(weight) for name, weight in self._weights.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take the weights that `state_dict` returned."""
@@ -69,5 +68,17 @@ class OldPolicy:
                 "the lora settings (rank, targets) of the run"
             )
         for name, parameter in trained.items():
-            self._weights[name] = self._weights[name].to(parameter.device, parameter.dtype)
+            own = split_like(self._weights[name], parameter)
+            self._weights[name] = own.to(parameter.device, parameter.dtype)
         return [self._weights[name] for name in trained]
+
+
+def _lend(parameter: nn.Parameter, weight: Tensor, stack: ExitStack) -> None:
+    """Give a parameter other numbers until the stack is closed."""
+    if not isinstance(parameter, DTensor):
+        stack.callback(setattr, parameter, "data", parameter.data)
+        parameter.data = weight
+        return
+    place = own_part(parameter)  # FSDP gathers from this storage
+    stack.callback(place.copy_, place.clone())
+    place.copy_(own_part(weight))

@@ -23,7 +23,15 @@ from torch.utils._pytree import tree_map_only
 
 from lit_rlft.kit.compiled import blocks_of
 
-__all__ = ["draws_whole", "is_sharded", "leaves_gradients", "shard", "split_again", "whole_weights"]
+__all__ = [
+    "draws_whole",
+    "is_sharded",
+    "leaves_gradients",
+    "shard",
+    "split_again",
+    "split_meanwhile",
+    "whole_weights",
+]
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_state_dict_pre_hooks")
 _STATE = "__composable_api_state_key"
@@ -66,6 +74,18 @@ def split_again(network: nn.Module) -> None:
     for part in _parts(network):
         part.set_reshard_after_forward(True, recurse=False)
         part.reshard()
+
+
+@contextmanager
+def split_meanwhile(network: nn.Module) -> Iterator[None]:
+    """Within the block a gathered network is split, so that its weights can be changed.
+
+    Afterwards it is gathered again, for which all processes wait for each other; not after an
+    error, which some of them may not have. A network that is never split stays as it is.
+    """
+    split_again(network)
+    yield
+    draws_whole(network)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +20,6 @@ from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.schedule import RectifiedFlow
 from lit_rlft.core.state import State, tensor_of
 from lit_rlft.loop.old_policy import OldPolicy
-from lit_rlft.loop.strategy import FSDP2Strategy
 from tests.algorithms.graft_support import ModeValue, nearest
 from tests.algorithms.test_noise_ppo_learning import Unrelated
 from tests.support import trainer_of
@@ -248,11 +246,19 @@ def test_what_cannot_work_is_refused(settings: dict[str, Any], message: str) -> 
         tuner_of(ModeValue(), **settings).setup("fit")
 
 
-def test_weights_that_are_split_are_refused() -> None:
+def test_an_error_while_sampling_leaves_the_trained_weights() -> None:
     tuner = tuner_of(ModeValue())
-    tuner._trainer = SimpleNamespace(strategy=FSDP2Strategy())  # type: ignore[assignment]
-    with pytest.raises(UsageError, match=r"fsdp2 does not split .* use ddp"):
-        tuner.check()
+    tuner.setup("fit")
+    (weight, *_) = tuner._trained().values()
+    start = weight.detach().clone()
+    with tuner._sampling_policy():
+        pass
+    with torch.no_grad():
+        weight.add_(1)
+    with pytest.raises(KeyError), tuner._sampling_policy():
+        assert torch.equal(weight, start)
+        raise KeyError
+    assert torch.equal(weight, start + 1) and torch.is_grad_enabled()
 
 
 class Failing(Reward):

@@ -41,12 +41,45 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
     return module
 
 
-def test_the_trial_with_the_largest_gain_is_taken_by_a_seed_of_its_own(
-    script: Any, tmp_path: Path
-) -> None:
+def test_trials_have_a_seed_of_their_own(script: Any, tmp_path: Path) -> None:
     compared = script.Comparison("layout", tmp_path, tmp_path / "runs.jsonl", ["--limit", "1"])
-    assert compared.best(["GRAFT", "RAFT"], workers=1) == {"GRAFT": "3e-4", "RAFT": "3e-4"}
+    trials = compared.search(["GRAFT", "RAFT"], workers=1)
     assert len(script.started) == 12 and all(name.endswith(" 100") for name in script.started)
+    assert {arm: compared.best(held) for arm, held in trials.items()} == {
+        "GRAFT": "3e-4",
+        "RAFT": "3e-4",
+    }
+    assert compared.trial_row("RAFT", trials["RAFT"])[:2] == ["RAFT", "1e-4: +1.100, +1.1, +1.1"]
+
+
+@pytest.mark.parametrize(
+    ("domain", "guard", "moves", "taken"),
+    [
+        # FID may rise by 5, uniqueness may fall by 0.1.
+        ("layout", "fid", {"mild": 4.9, "exploited": 5.1}, "mild"),
+        ("layout", "fid", {"mild": -60.0, "exploited": 4.0}, "exploited"),
+        ("molecule", "uniqueness", {"mild": -0.09, "exploited": -0.11}, "mild"),
+        ("molecule", "uniqueness", {"mild": 0.5, "exploited": -0.05}, "exploited"),
+        # Where none is within the bound, the nearest.
+        ("layout", "fid", {"mild": 6.0, "exploited": 40.0}, "mild"),
+        ("molecule", "uniqueness", {"mild": -0.6, "exploited": -0.3}, "exploited"),
+    ],
+)
+def test_the_largest_gain_within_the_bound_is_taken(
+    script: Any, tmp_path: Path, domain: str, guard: str, moves: dict[str, float], taken: str
+) -> None:
+    compared = script.Comparison(domain, tmp_path, tmp_path / "runs.jsonl", [])
+    reward, gains = compared.domain.metrics[0], {"mild": 0.1, "exploited": 0.9}
+    trials = {
+        trial: {
+            "reference": {guard: {"mean": 20.0}},
+            "tuned": {guard: {"mean": 20.0 + move}},
+            "gain": {reward: {"mean": gains[trial]}},
+        }
+        for trial, move in moves.items()
+    }
+    assert compared.best(trials) == taken
+    assert compared.best(trials, reward_alone=True) == "exploited"
 
 
 def test_all_arms_have_as_many_trials(script: Any) -> None:

@@ -44,6 +44,7 @@ TINY = {
     "self_check.reward_probes": False,
 }
 WHOLE: dict[str, Any] = {"model.init_args.lora": None}
+LAGGING: dict[str, Any] = {"model.init_args.decay_rate": 0.4}
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "P-GRAFT of a mixture": ("p_graft", WHOLE),
     "P-GRAFT, all weights": ("p_graft", WHOLE),
@@ -53,6 +54,8 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
         "p_graft",
         {**WHOLE, "model.init_args.selection": "tests.cli.test_sharded.OnFirstProcess"},
     ),
+    "DiffusionNFT, all weights": ("nft", {**WHOLE, **LAGGING}),
+    "DiffusionNFT, LoRA": ("nft", LAGGING),
     "DDPO, all weights": ("ddpo", {**WHOLE, "model.init_args.kl_coef": 0.1}),
     "DDPO, LoRA": ("ddpo", {"model.init_args.kl_coef": 0.1}),
     "DRTune, LoRA": ("drtune", {"model.init_args.method.init_args.m": 2}),
@@ -104,6 +107,8 @@ def test_fsdp2_trains_like_ddp(run: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert ddp["state_dict"].keys() == fsdp2["state_dict"].keys()
     for name, value in ddp["state_dict"].items():
         torch.testing.assert_close(fsdp2["state_dict"][name], value, rtol=1e-9, atol=1e-12)
+    assert bool(lagging(ddp)) == (RUNS[run][0] == "nft")
+    torch.testing.assert_close(lagging(fsdp2), lagging(ddp), rtol=1e-9, atol=1e-12)
     states = [held["optimizer_states"][0]["state"] for held in (fsdp2, ddp)]
     torch.testing.assert_close(*states, rtol=1e-7, atol=1e-12)
     costs = [{**held["lit_rlft"]["cost"], "seconds": 0} for held in (fsdp2, ddp)]
@@ -121,6 +126,12 @@ def test_fsdp2_trains_like_ddp(run: str, monkeypatch: pytest.MonkeyPatch) -> Non
     for tag, values in logged[1].items():
         assert logged[0][tag] == pytest.approx(values, rel=1e-5, abs=1e-9, nan_ok=True), tag
     assert files("ddp") == files("fsdp2")
+
+
+def lagging(held: dict[str, Any]) -> dict[str, Tensor]:
+    """Return a checkpoint's second policy, which DiffusionNFT alone has."""
+    weights: dict[str, Tensor] = held["lit_rlft"].get("old_policy", {})
+    return weights
 
 
 def counted(patch: pytest.MonkeyPatch) -> Path:
@@ -146,7 +157,7 @@ def files(name: str) -> dict[str, int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", ["P-GRAFT, all weights", "DDPO, LoRA"])
+@pytest.mark.parametrize("run", ["P-GRAFT, all weights", "DDPO, LoRA", "DiffusionNFT, LoRA"])
 def test_a_resumed_run_is_the_one_that_never_stopped(run: str) -> None:
     """Bit by bit, with the average of its weights; then one process tests it."""
     more = {"trainer.callbacks+": "EMA", "trainer.precision": "32-true"}
@@ -159,6 +170,7 @@ def test_a_resumed_run_is_the_one_that_never_stopped(run: str) -> None:
     assert whole["epoch"] == parts["epoch"] and whole["global_step"] == parts["global_step"]
     for key in ("state_dict", "optimizer_states"):
         assert_equal(parts[key], whole[key])
+    assert_equal(lagging(parts), lagging(whole))
     averages = [next(v for k, v in c["callbacks"].items() if "EMA" in k) for c in (whole, parts)]
     assert_equal(averages[1]["average"], averages[0]["average"])
     fit(run, "parts", "ddp_fork", more, last, {"trainer.max_epochs": 3})  # goes on without parts

@@ -43,6 +43,7 @@ TINY: dict[str, Any] = {
 OWN: dict[str, dict[str, Any]] = {
     "p_graft": {"model.init_args.cut": 0.5},
     "ddpo": {"model.init_args.kl_coef": 0.1},
+    "nft": {"model.init_args.decay_rate": 0.4},
 }
 
 
