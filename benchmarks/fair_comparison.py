@@ -2,16 +2,17 @@
 
 Method: every arm has six trials: learning rates, and clip ranges where the algorithm has one. A
 trial is one run with a seed of its own, 100, whose held-out conditions and noise are none of the
-reported ones. Taken is the trial with the largest gain in the trained reward of those that leave a
-guard of the domain, which nothing trains, within a bound, as FID at most 5 higher; of the reward
-alone, exploited settings are the best (`--reward-alone` takes those). Then the arm is trained with
+reported ones. Taken is the trial with the largest gain in the trained reward of those that keep
+what nothing trains within the domain's bounds, as FID at most 5 higher; of the reward alone,
+exploited settings are the best (`--reward-alone` takes those). Then the arm is trained with
 each of the reported seeds. All train a LoRA of rank 16 (Noise PPO its policy) of the embedded
 model without guidance, in rounds of 512 candidates, until the fit has spent its budget of reward
 calls (`--reward-calls`) or of rows of the denoiser (`--denoiser-calls`). The seed sets the
 initialisation, the conditions and every sample. Tuned and reference samples share held-out
 conditions and noise. The table gives the interquartile mean of the seeds' paired gains with its
-95 % bootstrap interval, and the probability that a run gains more than one of the first arm's. A
-second table has what every trial changed.
+95 % bootstrap interval; what metrics were and became, since samplers differ in noise and so start
+from other references; and the probability that a run ends with more reward than one of the first
+arm's. A second table has what every trial changed.
 
     python benchmarks/fair_comparison.py layout --root runs/fair --seeds 0 1 2 3 4 --workers 2
     python benchmarks/fair_comparison.py layout --denoiser-calls 400000 --root runs/fair_calls
@@ -22,7 +23,6 @@ that was interrupted goes on where it stopped.
 """
 
 import json
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -50,8 +50,7 @@ class Domain:
         options: Configs and settings of the domain.
         steps: Steps of samplers.
         metrics: Names in metrics.json; the first is the trained reward.
-        guard: Of these, the one that bounds the choice of a trial.
-        bound: How far the guard may move: up if positive, down if negative.
+        bounds: How far some of them may move in a trial: up if positive, down if negative.
         differentiable: Options that replace the reward by one with a gradient, or none where the
             reward has one.
     """
@@ -59,8 +58,7 @@ class Domain:
     options: Sequence[str]
     steps: int
     metrics: Sequence[str]
-    guard: str
-    bound: float
+    bounds: Mapping[str, float]
     differentiable: Sequence[str] = ()
 
 
@@ -72,8 +70,7 @@ DOMAINS = {
         ],
         20,
         ("WeightedSum", "fid", "diversity", "kl"),
-        "fid",
-        5.0,
+        {"fid": 5.0, "diversity": -0.05},
     ),
     "molecule": Domain(
         [
@@ -82,8 +79,7 @@ DOMAINS = {
         ],
         20,
         ("Stability", "uniqueness", "novelty", "kl"),
-        "uniqueness",
-        -0.1,
+        {"uniqueness": -0.1},
         ["--config", "configs/domains/molecule_soft.yaml"],
     ),
     "shapes": Domain(
@@ -93,8 +89,7 @@ DOMAINS = {
         ],
         10,
         ("ShapesEval", "CLIPScore", "diversity", "kl"),
-        "CLIPScore",
-        -0.02,
+        {"CLIPScore": -0.02},
         ["--reward", "domains.text_to_image.rewards.ShapesClassifier"],
     ),
 }
@@ -131,6 +126,7 @@ class Arm:
 
 
 _FIT = [*LORA, "--model.num_epochs", "2", "--model.minibatch_size", "128"]
+_NOISE = ["--model.sampler.eta", "1.0"]  # as GRAFT and the policy gradients sample
 _POLICY = [*LORA, "--model.minibatch_size", "256", "--model.microbatch_size", "1024"]
 ARMS: Mapping[str, Arm] = {
     "P-GRAFT (f = 0.25)": Arm("p_graft", 4, _FIT),
@@ -141,8 +137,9 @@ ARMS: Mapping[str, Arm] = {
     "RandomK (control)": Arm("random_k", 4, _FIT),
     "RAFT": Arm("raft", 4, _FIT),
     "RWR": Arm("rwr", 4, _FIT),
-    "DiffusionNFT": Arm("nft", 4, _FIT),
-    "Diffusion-DPO": Arm("dpo", 4, _FIT),
+    "DiffusionNFT": Arm("nft", 4, [*_FIT, *_NOISE]),
+    "DiffusionNFT (eta = 0)": Arm("nft", 4, _FIT),
+    "Diffusion-DPO": Arm("dpo", 4, [*_FIT, *_NOISE]),
     "DDPO": Arm("ddpo", 4, _POLICY, clips=True),
     "GRPO": Arm("grpo", 8, _POLICY, clips=True),
     "Flow-GRPO": Arm("flow_grpo", 8, _POLICY, clips=True),
@@ -209,36 +206,43 @@ class Comparison:
         }
 
     def best(self, trials: Mapping[str, Report], reward_alone: bool = False) -> str:
-        """Return the trial with the largest gain of those within the guard's bound.
+        """Return the trial with the largest gain of those within the domain's bounds.
 
-        Where none is, the trial nearest to the bound is taken.
+        Where none is, the trial nearest to them is taken.
 
         Args:
             trials: What each trial gave.
             reward_alone: Ask for the largest gain alone.
         """
-        sign = math.copysign(1.0, self.domain.bound)
+        bounds = {} if reward_alone else self.domain.bounds
 
         def merit(trial: str) -> tuple[float, float]:
-            beyond = sign * (self.moved(trials[trial], self.domain.guard) - self.domain.bound)
-            return (0.0 if reward_alone else -max(beyond, 0.0), self.gain(trials[trial]))
+            report = trials[trial]
+            used = (self.moved(report, metric) / bound for metric, bound in bounds.items())
+            return -max((share - 1 for share in used if share > 1), default=0.0), self.gain(report)
 
         return max(trials, key=merit)
 
     def row(self, arm: str, trial: str, reports: list[Report], against: list[Report]) -> list[str]:
         """Return one line of the table."""
+        reward = self.domain.metrics[0]
         gains = [self.gain(report) for report in reports]
-        ahead = improvement(gains, [self.gain(report) for report in against])
-        cells = [arm, trial, f"{interquartile_mean(gains):+.3f}", f"{ahead:.2f}"]
-        for metric in self.domain.metrics[1:]:
-            cells.append(f"{statistics.mean(self.moved(r, metric) for r in reports):+.3f}")
+        ends, others = ([r["tuned"][reward]["mean"] for r in arm] for arm in (reports, against))
+        cells = [arm, trial, f"{interquartile_mean(gains):+.3f}"]
+        for metric in self.domain.metrics:
+            was, became = (
+                statistics.mean(report[side][metric]["mean"] for report in reports)
+                for side in ("reference", "tuned")
+            )
+            cells.append(f"{was:.3f} → {became:.3f}")
+        cells.append(f"{improvement(ends, others):.2f}")
         for cost in COSTS:
             cells.append(f"{statistics.mean(r['cost'][cost] for r in reports):,.0f}")
         return cells
 
     def trial_row(self, arm: str, trials: Mapping[str, Report]) -> list[str]:
-        """Return one line of the table of trials: gain, guard and path KL of each."""
-        shown = (self.domain.guard, "kl")
+        """Return one line of the table of trials: gain, what is bounded, and path KL of each."""
+        shown = (*self.domain.bounds, "kl")
         return [arm] + [
             f"{trial}: {self.gain(report):+.3f}, "
             + ", ".join(f"{self.moved(report, metric):+.3g}" for metric in shown)
@@ -257,7 +261,7 @@ def main() -> None:
         "--results", type=Path, help="default: benchmarks/comparisons/<domain>.jsonl"
     )
     parser.add_argument(
-        "--reward-alone", action="store_true", help="choose trials without a look at the guard"
+        "--reward-alone", action="store_true", help="choose trials without a look at the bounds"
     )
     options, extra = parser.parse_known_args()
     results = options.results or RESULTS / f"{options.domain}.jsonl"
@@ -273,11 +277,11 @@ def main() -> None:
     reports = {arm: [found[arm, best[arm], s] for s in options.seeds] for arm in options.arms}
     against = reports[options.arms[0]]
     rows = [compared.row(arm, best[arm], reports[arm], against) for arm in options.arms]
-    columns = ["arm", "settings", "gain, IQM (95 %)", f"P(better than {options.arms[0]})"]
-    columns += [*compared.domain.metrics[1:], *(name.replace("_", " ") for name in COSTS)]
+    columns = ["arm", "settings", "gain, IQM (95 %)", *compared.domain.metrics]
+    columns += [f"P(above {options.arms[0]})", *(name.replace("_", " ") for name in COSTS)]
     print_table(columns, rows)
     print()
-    shown = f"trials: gain, {compared.domain.guard}, kl"
+    shown = ", ".join(("trials: gain", *compared.domain.bounds, "kl"))
     print_table(["arm", shown, *[""] * 5], [compared.trial_row(a, trials[a]) for a in options.arms])
 
 

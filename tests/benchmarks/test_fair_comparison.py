@@ -49,31 +49,34 @@ def test_trials_have_a_seed_of_their_own(script: Any, tmp_path: Path) -> None:
         "GRAFT": "3e-4",
         "RAFT": "3e-4",
     }
-    assert compared.trial_row("RAFT", trials["RAFT"])[:2] == ["RAFT", "1e-4: +1.100, +1.1, +1.1"]
+    row = compared.trial_row("RAFT", trials["RAFT"])
+    assert row[:2] == ["RAFT", "1e-4: +1.100, +1.1, +1.1, +1.1"]
 
 
 @pytest.mark.parametrize(
     ("domain", "guard", "moves", "taken"),
     [
-        # FID may rise by 5, uniqueness may fall by 0.1.
+        # FID may rise by 5, diversity fall by 0.05, uniqueness by 0.1.
         ("layout", "fid", {"mild": 4.9, "exploited": 5.1}, "mild"),
         ("layout", "fid", {"mild": -60.0, "exploited": 4.0}, "exploited"),
+        ("layout", "diversity", {"mild": -0.04, "exploited": -0.06}, "mild"),
         ("molecule", "uniqueness", {"mild": -0.09, "exploited": -0.11}, "mild"),
         ("molecule", "uniqueness", {"mild": 0.5, "exploited": -0.05}, "exploited"),
-        # Where none is within the bound, the nearest.
+        # Where none is within the bounds, the nearest.
         ("layout", "fid", {"mild": 6.0, "exploited": 40.0}, "mild"),
         ("molecule", "uniqueness", {"mild": -0.6, "exploited": -0.3}, "exploited"),
     ],
 )
-def test_the_largest_gain_within_the_bound_is_taken(
+def test_the_largest_gain_within_the_bounds_is_taken(
     script: Any, tmp_path: Path, domain: str, guard: str, moves: dict[str, float], taken: str
 ) -> None:
     compared = script.Comparison(domain, tmp_path, tmp_path / "runs.jsonl", [])
     reward, gains = compared.domain.metrics[0], {"mild": 0.1, "exploited": 0.9}
+    before = {metric: {"mean": 20.0} for metric in compared.domain.bounds}
     trials = {
         trial: {
-            "reference": {guard: {"mean": 20.0}},
-            "tuned": {guard: {"mean": 20.0 + move}},
+            "reference": before,
+            "tuned": {**before, guard: {"mean": 20.0 + move}},
             "gain": {reward: {"mean": gains[trial]}},
         }
         for trial, move in moves.items()
@@ -108,8 +111,10 @@ def test_a_row_has_the_gains_the_odds_and_the_costs(script: Any, tmp_path: Path)
     worse = [compared.run("RAFT", "1e-3", seed) for seed in (0, 1, 2)]
     row = compared.row("GRAFT", "3e-4", better, worse)
     assert row[:3] == ["GRAFT", "3e-4", "+0.410 (+0.400 to +0.420)"]
-    assert row[3] == "1.00 (1.00 to 1.00)"
-    assert row[4:] == ["+0.410", "+0.410", "+0.410", "512", "2,048", "3"]
+    # Each metric moves by the gain.
+    moves = ["1.000 → 1.410", "20.000 → 20.410", "0.600 → 1.010", "0.000 → 0.410"]
+    assert row[3:7] == moves
+    assert row[7:] == ["1.00 (1.00 to 1.00)", "512", "2,048", "3"]
 
 
 def test_committed_runs_are_those_that_the_script_would_start(script: Any) -> None:
