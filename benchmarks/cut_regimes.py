@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Trainer
+from quiet import quiet_trainer
 from torch import Tensor
 
 from domains.layout.metrics import SetDistances
@@ -99,8 +99,7 @@ def tuner_of(cell: Cell, lora: LoRA | None) -> PGRAFT:
         seed=cell.seed,
         sampling_batch_size=512,
     )
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    tuner.trainer = Trainer(accelerator="cpu", devices=1, enable_model_summary=False, **quiet)
+    tuner.trainer = quiet_trainer()
     tuner.setup("test")
     return tuner
 

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from command_line import print_table
-from lightning import Trainer
+from quiet import quiet_trainer
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -56,12 +56,7 @@ def tuner_of(num_steps: int, pretrained: str = "shapes") -> NoisePPO:
     """Return Noise PPO before training: the reference, its sampler and the reward."""
     pipeline = TextToImagePipeline(pretrained, guidance_scale=1.0)
     tuner = NoisePPO(pipeline, ShapesEval(), sampler=Sampler(num_steps), sampling_batch_size=256)
-    quiet: dict[str, Any] = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-    }
-    tuner.trainer = Trainer(accelerator="cpu", devices=1, enable_model_summary=False, **quiet)
+    tuner.trainer = quiet_trainer()
     tuner.setup("test")
     return tuner
 

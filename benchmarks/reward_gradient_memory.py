@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from quiet import quiet_trainer
 from torch import Tensor
 
 from domains.text_to_image.data import ShapesPrompts
@@ -110,17 +111,12 @@ def measure(options: argparse.Namespace) -> None:
     )
     memory = Memory()
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
+        trainer = quiet_trainer(
             accelerator=options.accelerator,
-            devices=1,
             max_steps=2,
             limit_val_batches=0,
             callbacks=[memory],
             default_root_dir=folder,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
         )
         trainer.fit(tuner, ShapesPrompts(batch_size=options.batch_size))
     print(json.dumps([memory.peak / 2**20, sum(memory.kept.values()) / 2**20]))

@@ -22,10 +22,9 @@ import logging
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
-from lightning import Trainer
+from quiet import quiet_trainer
 from slow_reward import SlowCoordinate
 from torch import Tensor
 
@@ -66,10 +65,7 @@ def tuner_of(args: argparse.Namespace, seconds: float, workers: RewardWorkers | 
         sampling_batch_size=args.chunk,
         reward_workers=workers,
     )
-    quiet: dict[str, Any] = dict.fromkeys(
-        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
-    )
-    tuner.trainer = Trainer(accelerator="cpu", devices=1, **quiet)
+    tuner.trainer = quiet_trainer()
     tuner.setup("fit")
     return tuner
 
