@@ -218,8 +218,8 @@ class Comparison:
 
         def merit(trial: str) -> tuple[float, float]:
             report = trials[trial]
-            used = (self.moved(report, metric) / bound for metric, bound in bounds.items())
-            return -max((share - 1 for share in used if share > 1), default=0.0), self.gain(report)
+            used = [self.moved(report, metric) / bound for metric, bound in bounds.items()]
+            return -max([1.0, *used]), self.gain(report)
 
         return max(trials, key=merit)
 
@@ -227,7 +227,7 @@ class Comparison:
         """Return one line of the table."""
         reward = self.domain.metrics[0]
         gains = [self.gain(report) for report in reports]
-        ends, others = ([r["tuned"][reward]["mean"] for r in arm] for arm in (reports, against))
+        ends, others = ([r["tuned"][reward]["mean"] for r in runs] for runs in (reports, against))
         cells = [arm, trial, f"{interquartile_mean(gains):+.3f}"]
         for metric in self.domain.metrics:
             was, became = (

@@ -7,17 +7,19 @@ from lightning import Trainer
 __all__ = ["quiet_trainer"]
 
 
-def quiet_trainer(**settings: Any) -> Trainer:
+def quiet_trainer(accelerator: str = "cpu", **settings: Any) -> Trainer:
     """Return a trainer without logger, checkpoints, progress bars and summary.
 
     Args:
-        **settings: Others of Lightning's `Trainer`; on the CPU unless they say so.
+        accelerator: Where it runs.
+        **settings: Others of Lightning's `Trainer`.
     """
     return Trainer(
-        **{"accelerator": "cpu", **settings},
+        accelerator=accelerator,
         devices=1,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        **settings,
     )

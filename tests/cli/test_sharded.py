@@ -130,8 +130,7 @@ def test_fsdp2_trains_like_ddp(run: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def lagging(held: dict[str, Any]) -> dict[str, Tensor]:
     """Return a checkpoint's second policy, which DiffusionNFT alone has."""
-    weights: dict[str, Tensor] = held["lit_rlft"].get("old_policy", {})
-    return weights
+    return held["lit_rlft"].get("old_policy", {})
 
 
 def counted(patch: pytest.MonkeyPatch) -> Path:
