@@ -1,5 +1,6 @@
 """Stopping at a cost instead of at a number of updates, to compare algorithms."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
@@ -7,7 +8,7 @@ from lightning import Callback, LightningModule, Trainer
 from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.core.checks import UsageError, at_least
 
-__all__ = ["Budget"]
+__all__ = ["Budget", "limits"]
 
 
 class Budget(Callback):
@@ -43,3 +44,10 @@ class Budget(Callback):
         for name, limit in self.limits.items():
             if limit is not None and pl_module.meter.total(name) >= limit:
                 trainer.should_stop = True
+
+
+def limits(trainer: Trainer) -> Iterator[tuple[str, int]]:
+    """Iterate over what the budgets of a fit limit: the meter's name, and how much may be spent."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Budget):
+            yield from ((name, most) for name, most in callback.limits.items() if most is not None)

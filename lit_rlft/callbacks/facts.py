@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
 
 from lit_rlft.algorithms.base import RewardFineTuner
+from lit_rlft.callbacks import budget
 from lit_rlft.kit.data import batches_seen
 
 __all__ = ["Facts", "RoundLines"]
@@ -48,27 +49,29 @@ class Facts(Callback):
 class RoundLines(Callback):
     """Prints a line a round, and one for each validation: for logs, where bars leave debris.
 
-    Of a long fit it prints every n-th round, so that there are 200 lines at most.
+    Of a long fit it prints a line every 200th part of the way, so that there are 200 at most.
     """
 
     def __init__(self) -> None:
-        self.every = 1
+        self._printed = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Choose how often a line is printed."""
-        rounds = num_rounds(trainer) or max(trainer.max_steps, 1)
-        self.every = -(-rounds // _MAX_LINES)
+        """Go on from where a resumed fit is."""
+        assert isinstance(pl_module, RewardFineTuner)
+        self._printed = _way(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Print the round's reward and loss."""
         assert isinstance(pl_module, RewardFineTuner)
-        done, total = batches_seen(trainer), num_rounds(trainer)
-        if done % self.every and done != total:
+        if (way := _way(trainer, pl_module)) == self._printed:
             return
+        self._printed = way
+        done, total = batches_seen(trainer), num_rounds(trainer)
+        of = f" of {total}" if total and not any(budget.limits(trainer)) else ""
         values = _named(trainer.callback_metrics, "train/", ("reward", "loss"))
-        say(f"round {done}{f' of {total}' if total else ''}: {values}")
+        say(f"round {done}{of}: {values}")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the tuned model's reward beside the reference's."""
@@ -81,7 +84,7 @@ class RoundLines(Callback):
 
 
 def facts(trainer: Trainer, module: RewardFineTuner, conditions: int | None) -> str:
-    """Return one line: model, parameters, device, precision, rounds and reward calls to come.
+    """Return one line: model, parameters, device, precision, what is to come or ends the fit.
 
     Args:
         trainer: At the start of a fit.
@@ -117,6 +120,19 @@ def _finished(trainer: Trainer, module: RewardFineTuner) -> str:
     )
 
 
+def _way(trainer: Trainer, module: RewardFineTuner) -> int:
+    """Return how many lines a fit has come to: `_MAX_LINES` at its end, rounds where none is set.
+
+    The nearest of its ends counts: rounds, updates, or calls of a budget.
+    """
+    done, total = batches_seen(trainer), num_rounds(trainer)
+    ends = [(done, total)] if total else []
+    if trainer.max_steps > 0:
+        ends.append((trainer.global_step, trainer.max_steps))
+    ends += [(module.meter.total(name), most) for name, most in budget.limits(trainer)]
+    return max((_MAX_LINES * of // most for of, most in ends), default=done)
+
+
 def num_rounds(trainer: Trainer) -> int | None:
     """Return how many rounds a fit has from its start to its end, where that is fixed."""
     epochs, batches = trainer.max_epochs, trainer.num_training_batches
@@ -135,11 +151,15 @@ def say(text: str) -> None:
 
 
 def _lengths(trainer: Trainer, module: RewardFineTuner, conditions: int | None) -> list[str]:
+    budgets = [f"{most:,} {name.replace('_', ' ')}" for name, most in budget.limits(trainer)]
+    until = [f"until {' or '.join(budgets)}"] if budgets else []
     rounds = num_rounds(trainer)
     if rounds is None:
-        return [f"up to {trainer.max_steps:,} updates"] if trainer.max_steps >= 0 else []
+        return [f"up to {trainer.max_steps:,} updates"] * (trainer.max_steps >= 0) + until
     left = max(rounds - batches_seen(trainer), 0)
     noun = "round" if rounds == 1 else "rounds"
+    if until:
+        return [f"up to {left:,} {noun}", *until]
     parts = [f"{left:,} {noun}" if left == rounds else f"{left:,} of {rounds:,} {noun} to come"]
     candidates = getattr(module, "num_candidates", None)
     draws = not getattr(module, "offline", False)

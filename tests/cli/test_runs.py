@@ -466,12 +466,29 @@ def test_processes_that_accept_unequal_numbers_do_not_hang() -> None:
         assert len(values) == 4 and all(map(math.isfinite, values))
 
 
-def test_a_budget_ends_the_fit_with_the_round_that_spends_it() -> None:
+def test_a_budget_ends_the_fit_with_the_round_that_spends_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     # 8 conditions, 4 candidates, 3 steps: 96 denoiser calls of sampling and 2 x 8 of training.
     budget = {"trainer.callbacks+": "lit_rlft.callbacks.budget.Budget", "trainer.max_epochs": 9}
-    gaussian("fit", "run", budget | {"trainer.callbacks.denoiser_calls": 113})
+    lines = {"trainer.enable_progress_bar": None}  # instead of bars, which a log has not
+    gaussian("fit", "run", budget | {"trainer.callbacks.denoiser_calls": 113} | lines)
     spent = checkpoint("run")["lit_rlft"]
     assert spent["num_rounds"] == 2 and spent["cost"]["denoiser_calls"] == 224
+    facts, *rounds = capsys.readouterr().out.splitlines()
+    assert facts.endswith("cpu 32-true; up to 18 rounds; until 113 denoiser calls")
+    rounds = [line.split(":")[0] for line in rounds if line.startswith("round ")]
+    assert rounds == ["round 1", "round 2"]
+
+
+def test_a_long_fit_prints_lines_at_even_distances_and_one_at_its_end(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_rlft.callbacks.facts._MAX_LINES", 3)
+    length = {"trainer.max_epochs": 7, "trainer.limit_train_batches": 1}
+    gaussian("fit", "run", length | {"trainer.enable_progress_bar": None})
+    rounds = [line for line in capsys.readouterr().out.splitlines() if line.startswith("round ")]
+    assert [line.split(":")[0] for line in rounds] == [f"round {i} of 7" for i in (3, 5, 7)]
 
 
 METHODS = ("drtune", "draft", "draft_lv", "align_prop", "refl")
