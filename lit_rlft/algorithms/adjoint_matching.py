@@ -22,6 +22,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_rlft.algorithms.base import RewardFineTuner
@@ -47,6 +48,9 @@ from lit_rlft.loop.rollouts import Chunk
 from lit_rlft.loop.strategy import FSDP2Strategy
 
 __all__ = ["AdjointMatching", "Matches"]
+
+_WEAK_TILT = 0.3
+"""Standard deviations by which the optimum moves the mean reward, below which a user is warned."""
 
 
 @dataclass(frozen=True)
@@ -171,11 +175,12 @@ class AdjointMatching(RewardFineTuner):
         states = {name: cat(parts) for name, parts in found.states.items()}
         states["weight"] = self._weights(tensor_of(states.pop("loss")), world_size)
         values = {name: torch.cat(parts).double().cpu() for name, parts in found.values.items()}
+        metrics = {name: mean_of_all(each, world_size) for name, each in values.items()}
         return Matches(
             states=states,
             condition=candidates,
             seeds=seeds,
-            metrics={name: mean_of_all(each, world_size) for name, each in values.items()},
+            metrics=metrics | {"tilt": self._tilt(values["reward"], world_size)},
             histograms=values,
         )
 
@@ -232,6 +237,23 @@ class AdjointMatching(RewardFineTuner):
             )
         parts = iter(of_all)
         return rewards.detach(), tree_map(lambda leaf: -self.reward_scale * next(parts), x_0)
+
+    def _tilt(self, rewards: Tensor, world_size: int) -> float:
+        """Return the standard deviation of lambda r, in nats; warn at the start if it is small.
+
+        Of rewards with a normal law the optimum moves the mean by lambda times their variance.
+        """
+        rewards = torch.cat(gather(rewards, world_size))
+        deviation = float(rewards.std(correction=0))
+        tilt = self.reward_scale * deviation
+        if 0 < tilt < _WEAK_TILT and self.num_rounds == 0:
+            rank_zero_warn(
+                f"reward_scale is {self.reward_scale:g} and {self.reward.name} of samples has the "
+                f"standard deviation {deviation:.3g}: the law that {self.algorithm} ends at has a "
+                f"mean reward higher by about {tilt * deviation:.2g}; with --model.reward_scale "
+                f"{1 / deviation:.2g} it would be about {deviation:.2g}"
+            )
+        return tilt
 
     def _match(
         self, numbers: Tensor, prediction: State, base: State, x_t: State, adjoint: State

@@ -288,6 +288,26 @@ def test_the_loss_by_hand_after_the_model_has_moved() -> None:
     torch.testing.assert_close(losses, wanted, **EXACT)
 
 
+@pytest.mark.parametrize(("scale", "weak"), [(0.01, True), (50.0, False)])
+def test_a_scale_that_would_tilt_next_to_nothing_warns(
+    scale: float, weak: bool, recwarn: pytest.WarningsRecorder
+) -> None:
+    experience = collected(tuner_of(bent("rectified_flow"), reward_scale=scale), 64)
+    assert experience.histograms is not None
+    deviation = float(experience.histograms["reward"].std(correction=0))
+    assert experience.metrics["tilt"] == pytest.approx(scale * deviation)
+    sentences = [str(warning.message) for warning in recwarn if "reward_scale" in str(warning)]
+    if not weak:
+        assert not sentences
+        return
+    (sentence,) = sentences
+    assert "reward_scale is 0.01 and " in sentence
+    assert f"by about {scale * deviation**2:.2g}; " in sentence
+    assert sentence.endswith(
+        f"--model.reward_scale {1 / deviation:.2g} it would be about {deviation:.2g}"
+    )
+
+
 def test_the_cost_of_control_is_the_divergence_of_the_paths() -> None:
     """Log-ratios of the paths' densities, averaged, are as large within their error."""
     tuner = tuner_of(bent("cosine_vp"), sampling_batch_size=512)
