@@ -1,18 +1,20 @@
 """All algorithms at equal reward calls or equal denoiser calls, each with searched settings.
 
-Method: every arm has six trials: learning rates, and clip ranges where the algorithm has one. A
+Method: every arm has six trials: learning rates, or three of them with two values of what else
+decides how far an algorithm goes (clip range, beta, reward scale). Rates are a factor of three
+apart; they are lower by two places for three arms whose best was the lowest in a first search. A
 trial is one run with a seed of its own, 100, whose held-out conditions and noise are none of the
 reported ones. Taken is the trial with the largest gain in the trained reward of those that keep
 what nothing trains within the domain's bounds, as FID at most 5 higher; of the reward alone,
-exploited settings are the best (`--reward-alone` takes those). Then the arm is trained with
-each of the reported seeds. All train a LoRA of rank 16 (Noise PPO its policy) of the embedded
-model without guidance, in rounds of 512 candidates, until the fit has spent its budget of reward
-calls (`--reward-calls`) or of rows of the denoiser (`--denoiser-calls`). The seed sets the
-initialisation, the conditions and every sample. Tuned and reference samples share held-out
-conditions and noise. The table gives the interquartile mean of the seeds' paired gains with its
-95 % bootstrap interval; what metrics were and became, since samplers differ in noise and so start
-from other references; and the probability that a run ends with more reward than one of the first
-arm's. A second table has what every trial changed.
+exploited settings are the best (`--reward-alone` takes those). Then the arm is trained with each of
+the reported seeds. All train a LoRA of rank 16 (Noise PPO its policy) of the embedded model without
+guidance, in rounds of 512 candidates, until the fit has spent its budget of reward
+calls (`--reward-calls`), or, apart from trials, of rows of the denoiser (`--denoiser-calls`). The
+seed sets the initialisation, the conditions and every sample. Tuned and reference samples share
+held-out conditions and noise. The table gives the interquartile mean of the seeds' paired gains
+with its 95 % bootstrap interval; what metrics were and became, since samplers differ in noise and
+so start from other references; and the probability that a run ends with more reward than one of the
+first arm's. A second table has what every trial changed.
 
     python benchmarks/fair_comparison.py layout --root runs/fair --seeds 0 1 2 3 4 --workers 2
     python benchmarks/fair_comparison.py layout --denoiser-calls 400000 --root runs/fair_calls
@@ -25,8 +27,9 @@ that was interrupted goes on where it stopped.
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from aggregates import improvement, interquartile_mean
 from command_line import Report, command_line, fit_and_test, print_table, run_all
@@ -38,7 +41,7 @@ SEARCH_SEED = 100
 COSTS = ("reward_calls", "denoiser_calls", "seconds")
 ROUND = 512  # candidates, which are reward calls
 RATES = ("1e-4", "3e-4", "1e-3", "3e-3", "1e-2", "3e-2")
-CLIPS = ("1e-4", "5e-3")
+LOWER = ("1e-5", "3e-5", *RATES[:4])
 LORA = ["--model.lora.rank", "16", "--model.lora.alpha", "16"]
 
 
@@ -51,15 +54,20 @@ class Domain:
         steps: Steps of samplers.
         metrics: Names in metrics.json; the first is the trained reward.
         bounds: How far some of them may move in a trial: up if positive, down if negative.
-        differentiable: Options that replace the reward by one with a gradient, or none where the
-            reward has one.
+        reward_scales: Of adjoint matching, one and three to four over the standard deviation that
+            the reward with a gradient has among reference samples.
+        differentiable: Options that train for a reward with a gradient and judge by the domain's,
+            or none where that has one.
+        settings: What an algorithm needs there, by its config's name.
     """
 
     options: Sequence[str]
     steps: int
     metrics: Sequence[str]
     bounds: Mapping[str, float]
+    reward_scales: Sequence[str]
     differentiable: Sequence[str] = ()
+    settings: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 DOMAINS = {
@@ -71,6 +79,7 @@ DOMAINS = {
         20,
         ("WeightedSum", "fid", "diversity", "kl"),
         {"fid": 5.0, "diversity": -0.05},
+        ("10", "30"),
     ),
     "molecule": Domain(
         [
@@ -80,7 +89,13 @@ DOMAINS = {
         20,
         ("Stability", "uniqueness", "novelty", "kl"),
         {"uniqueness": -0.1},
-        ["--config", "configs/domains/molecule_soft.yaml"],
+        ("3", "10"),
+        [
+            *("--config", "configs/domains/molecule_soft.yaml"),
+            *("--metrics.parts+", "domains.molecule.rewards.Stability"),
+            *("--metrics.parts.connected", "true"),
+        ],
+        {"drtune": ["--model.method.init_args.m", "1"]},  # rewards say nothing of earlier estimates
     ),
     "shapes": Domain(
         [
@@ -90,7 +105,12 @@ DOMAINS = {
         10,
         ("ShapesEval", "CLIPScore", "diversity", "kl"),
         {"CLIPScore": -0.02},
-        ["--reward", "domains.text_to_image.rewards.ShapesClassifier"],
+        ("0.4", "1.2"),
+        [
+            *("--reward", "domains.text_to_image.rewards.ShapesClassifier"),
+            *("--metrics.parts+", "domains.text_to_image.rewards.ShapesEval"),
+        ],
+        {"drtune": ["--model.method.init_args.m", "5"]},  # half of the steps, as elsewhere
     ),
 }
 
@@ -103,31 +123,38 @@ class Arm:
         config: Its config's name.
         candidates: Candidates of a condition; 1 for reward gradients.
         settings: What is set besides.
-        clips: Clip ranges to choose from, each with half of the learning rates.
+        rates: Learning rates to choose from.
+        second: Another setting to choose, and its values; with none they are the domain's.
         gradient: Whether it needs the reward's gradient.
     """
 
     config: str
     candidates: int
     settings: Sequence[str] = ()
-    clips: bool = False
+    rates: Sequence[str] = RATES
+    second: tuple[str, Sequence[str]] | None = None
     gradient: bool = False
 
-    def trials(self) -> dict[str, list[str]]:
+    def trials(self, domain: Domain) -> dict[str, list[str]]:
         """Return the settings to choose from, by name; all arms have as many."""
-        rate = "--model.optimizer.init_args.lr"
-        if not self.clips:
-            return {lr: [rate, lr] for lr in RATES}
+        rates = {lr: ["--model.optimizer.init_args.lr", lr] for lr in self.rates}
+        if self.second is None:
+            return rates
+        key, values = self.second
         return {
-            f"{lr} {clip}": [rate, lr, "--model.clip_range", clip]
-            for lr in RATES[1:4]
-            for clip in CLIPS
+            f"{lr} {value}": [*rate, f"--model.{key}", value]
+            for lr, rate in rates.items()
+            for value in values or domain.reward_scales
         }
 
 
 _FIT = [*LORA, "--model.num_epochs", "2", "--model.minibatch_size", "128"]
 _NOISE = ["--model.sampler.eta", "1.0"]  # as GRAFT and the policy gradients sample
-_POLICY = [*LORA, "--model.minibatch_size", "256", "--model.microbatch_size", "1024"]
+_POLICY: Mapping[str, Any] = {
+    "settings": [*LORA, "--model.minibatch_size", "256", "--model.microbatch_size", "1024"],
+    "rates": RATES[1:4],
+    "second": ("clip_range", ("1e-4", "5e-3")),
+}
 ARMS: Mapping[str, Arm] = {
     "P-GRAFT (f = 0.25)": Arm("p_graft", 4, _FIT),
     "GRAFT": Arm("graft", 4, _FIT),
@@ -135,18 +162,20 @@ ARMS: Mapping[str, Arm] = {
         "graft", 4, [*_FIT, "--model.iterative", "true", "--model.contrast", "16"]
     ),
     "RandomK (control)": Arm("random_k", 4, _FIT),
-    "RAFT": Arm("raft", 4, _FIT),
+    "RAFT": Arm("raft", 4, _FIT, LOWER),
     "RWR": Arm("rwr", 4, _FIT),
-    "DiffusionNFT": Arm("nft", 4, [*_FIT, *_NOISE]),
+    "DiffusionNFT": Arm("nft", 4, [*_FIT, *_NOISE], LOWER),
     "DiffusionNFT (eta = 0)": Arm("nft", 4, _FIT),
-    "Diffusion-DPO": Arm("dpo", 4, [*_FIT, *_NOISE]),
-    "DDPO": Arm("ddpo", 4, _POLICY, clips=True),
-    "GRPO": Arm("grpo", 8, _POLICY, clips=True),
-    "Flow-GRPO": Arm("flow_grpo", 8, _POLICY, clips=True),
-    "MixGRPO": Arm("mix_grpo", 8, _POLICY, clips=True),
+    "Diffusion-DPO": Arm("dpo", 4, [*_FIT, *_NOISE], RATES[:3], ("beta", ("20", "200"))),
+    "DDPO": Arm("ddpo", 4, **_POLICY),
+    "GRPO": Arm("grpo", 8, **_POLICY),
+    "Flow-GRPO": Arm("flow_grpo", 8, **_POLICY),
+    "MixGRPO": Arm("mix_grpo", 8, **_POLICY),
     "Noise PPO": Arm("noise_ppo", 4),
-    "DRTune": Arm("drtune", 1, [*LORA, "--model.minibatch_size", "64"], gradient=True),
-    "Adjoint matching": Arm("adjoint_matching", 1, LORA, gradient=True),
+    "DRTune": Arm("drtune", 1, [*LORA, "--model.minibatch_size", "64"], LOWER, gradient=True),
+    "Adjoint matching": Arm(
+        "adjoint_matching", 1, LORA, RATES[:3], ("reward_scale", ()), gradient=True
+    ),
 }
 
 
@@ -181,11 +210,12 @@ class Comparison:
         own, domain = ARMS[arm], self.domain
         options = [*domain.options, *(domain.differentiable if own.gradient else [])]
         options += ["--config", f"configs/algorithms/{own.config}.yaml", *own.settings]
+        options += domain.settings.get(own.config, ())
         options += ["--data.batch_size", str(ROUND // own.candidates)]
         if own.candidates > 1:
             options += ["--model.num_candidates", str(own.candidates)]
         options += ["--model.sampler.num_steps", str(domain.steps)]
-        options += [*own.trials()[trial], *self.options]
+        options += [*own.trials(domain)[trial], *self.options]
         return [*options, "--model.seed", str(seed), "--data.seed", str(seed)]
 
     def gain(self, report: Report) -> float:
@@ -198,11 +228,11 @@ class Comparison:
 
     def search(self, arms: Sequence[str], workers: int) -> dict[str, dict[str, Report]]:
         """Return what each trial of each arm gave."""
-        jobs = [(arm, trial, SEARCH_SEED) for arm in arms for trial in ARMS[arm].trials()]
+        trials = {arm: list(ARMS[arm].trials(self.domain)) for arm in arms}
+        jobs = [(arm, trial, SEARCH_SEED) for arm in arms for trial in trials[arm]]
         found = run_all(jobs, lambda job: self.run(*job), workers)
         return {
-            arm: {trial: found[arm, trial, SEARCH_SEED] for trial in ARMS[arm].trials()}
-            for arm in arms
+            arm: {trial: found[arm, trial, SEARCH_SEED] for trial in trials[arm]} for arm in arms
         }
 
     def best(self, trials: Mapping[str, Report], reward_alone: bool = False) -> str:
@@ -250,13 +280,19 @@ class Comparison:
         ]
 
 
+def _budget(kind: str, calls: int, extra: Sequence[str]) -> list[str]:
+    """Return the options of runs that end at a number of calls."""
+    callback = ["--trainer.callbacks+", "lit_rlft.callbacks.budget.Budget"]
+    limit = [f"--trainer.callbacks.{kind}", str(calls)]
+    return [*callback, *limit, "--trainer.max_epochs", "9", *extra]
+
+
 def main() -> None:
     """Search, run all arms and print the tables."""
     parser = command_line(__doc__ or "", "runs/fair_comparison", ARMS, range(5))
     parser.add_argument("domain", choices=list(DOMAINS))
-    limit = parser.add_mutually_exclusive_group()
-    limit.add_argument("--reward-calls", type=int, default=20 * ROUND)
-    limit.add_argument("--denoiser-calls", type=int)
+    parser.add_argument("--reward-calls", type=int, default=20 * ROUND, help="default: 20 rounds")
+    parser.add_argument("--denoiser-calls", type=int, help="of the reported runs, instead")
     parser.add_argument(
         "--results", type=Path, help="default: benchmarks/comparisons/<domain>.jsonl"
     )
@@ -265,12 +301,14 @@ def main() -> None:
     )
     options, extra = parser.parse_known_args()
     results = options.results or RESULTS / f"{options.domain}.jsonl"
-    kind = "reward_calls" if options.denoiser_calls is None else "denoiser_calls"
-    budget = ["--trainer.callbacks+", "lit_rlft.callbacks.budget.Budget"]
-    budget += [f"--trainer.callbacks.{kind}", str(getattr(options, kind))]
-    budget += ["--trainer.max_epochs", "9", *extra]
-    compared = Comparison(options.domain, options.root, results, budget)
-    trials = compared.search(options.arms, options.workers)
+    searched = Comparison(
+        options.domain, options.root, results, _budget("reward_calls", options.reward_calls, extra)
+    )
+    trials = searched.search(options.arms, options.workers)
+    compared = searched
+    if options.denoiser_calls is not None:
+        budget = _budget("denoiser_calls", options.denoiser_calls, extra)
+        compared = Comparison(options.domain, options.root, results, budget)
     best = {arm: compared.best(trials[arm], options.reward_alone) for arm in options.arms}
     jobs = [(arm, best[arm], seed) for seed in options.seeds for arm in options.arms]
     found = run_all(jobs, lambda job: compared.run(*job), options.workers)

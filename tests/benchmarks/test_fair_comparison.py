@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from lit_rlft.cli import main
 from lit_rlft.runs.lines import read_lines
 from tests.support import ROOT
 
@@ -43,14 +45,14 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_trials_have_a_seed_of_their_own(script: Any, tmp_path: Path) -> None:
     compared = script.Comparison("layout", tmp_path, tmp_path / "runs.jsonl", ["--limit", "1"])
-    trials = compared.search(["GRAFT", "RAFT"], workers=1)
+    trials = compared.search(["GRAFT", "RWR"], workers=1)
     assert len(script.started) == 12 and all(name.endswith(" 100") for name in script.started)
     assert {arm: compared.best(held) for arm, held in trials.items()} == {
         "GRAFT": "3e-4",
-        "RAFT": "3e-4",
+        "RWR": "3e-4",
     }
-    row = compared.trial_row("RAFT", trials["RAFT"])
-    assert row[:2] == ["RAFT", "1e-4: +1.100, +1.1, +1.1, +1.1"]
+    row = compared.trial_row("RWR", trials["RWR"])
+    assert row[:2] == ["RWR", "1e-4: +1.100, +1.1, +1.1, +1.1"]
 
 
 @pytest.mark.parametrize(
@@ -86,7 +88,35 @@ def test_the_largest_gain_within_the_bounds_is_taken(
 
 
 def test_all_arms_have_as_many_trials(script: Any) -> None:
-    assert {len(arm.trials()) for arm in script.ARMS.values()} == {6}
+    for domain in script.DOMAINS.values():
+        assert {len(arm.trials(domain)) for arm in script.ARMS.values()} == {6}
+
+
+def test_a_trial_is_a_rate_alone_or_with_a_second_setting(script: Any) -> None:
+    rate, domains = "--model.optimizer.init_args.lr", script.DOMAINS
+    assert script.ARMS["GRAFT"].trials(domains["layout"])["3e-2"] == [rate, "3e-2"]
+    trial = script.ARMS["DDPO"].trials(domains["layout"])["1e-3 1e-4"]
+    assert trial == [rate, "1e-3", "--model.clip_range", "1e-4"]
+    # What a unit of reward is worth differs by domain.
+    for domain, scale in (("layout", "30"), ("shapes", "1.2")):
+        trial = script.ARMS["Adjoint matching"].trials(domains[domain])[f"3e-4 {scale}"]
+        assert trial == [rate, "3e-4", "--model.reward_scale", scale]
+
+
+@pytest.mark.parametrize("domain", ["layout", "molecule", "shapes"])
+@pytest.mark.parametrize("arm", ["GRAFT", "DRTune", "Adjoint matching"])
+def test_whatever_is_trained_for_the_domains_reward_judges(
+    script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], domain: str, arm: str
+) -> None:
+    compared = script.Comparison(domain, tmp_path, tmp_path / "runs.jsonl", [])
+    trial = next(iter(script.ARMS[arm].trials(compared.domain)))
+    with pytest.raises(SystemExit) as raised:
+        main(["fit", *compared._options(arm, trial, 0), "--print_config"])
+    assert raised.value.code == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    judges = [config["reward"], *config["metrics"]["parts"]]
+    names = [judge["class_path"].rpartition(".")[2] for judge in judges]
+    assert names.count(compared.domain.metrics[0]) == 1
 
 
 def test_finished_runs_are_read_and_others_added(script: Any, tmp_path: Path) -> None:
