@@ -8,13 +8,13 @@ reported ones. Taken is the trial with the largest gain in the trained reward of
 what nothing trains within the domain's bounds, as FID at most 5 higher; of the reward alone,
 exploited settings are the best (`--reward-alone` takes those). Then the arm is trained with each of
 the reported seeds. All train a LoRA of rank 16 (Noise PPO its policy) of the embedded model without
-guidance, in rounds of 512 candidates, until the fit has spent its budget of reward
-calls (`--reward-calls`), or, apart from trials, of rows of the denoiser (`--denoiser-calls`). The
-seed sets the initialisation, the conditions and every sample. Tuned and reference samples share
-held-out conditions and noise. The table gives the interquartile mean of the seeds' paired gains
-with its 95 % bootstrap interval; what metrics were and became, since samplers differ in noise and
-so start from other references; and the probability that a run ends with more reward than one of the
-first arm's. A second table has what every trial changed.
+guidance, in rounds of 512 candidates, until the fit has spent its budget of reward calls
+(`--reward-calls`), or, apart from trials, of rows of the denoiser (`--denoiser-calls`). The seed
+sets the initialisation, the conditions and every sample. Tuned and reference samples share held-out
+conditions and noise. The table gives the interquartile mean of the seeds' paired gains with its
+95 % bootstrap interval; what metrics were and became, since samplers differ in noise and so start
+from other references; and the probability that a run ends with more reward than one of the first
+arm's. A second table has what every trial changed.
 
     python benchmarks/fair_comparison.py layout --root runs/fair --seeds 0 1 2 3 4 --workers 2
     python benchmarks/fair_comparison.py layout --denoiser-calls 400000 --root runs/fair_calls
@@ -52,7 +52,7 @@ class Domain:
     Attributes:
         options: Configs and settings of the domain.
         steps: Steps of samplers.
-        metrics: Names in metrics.json; the first is the trained reward.
+        metrics: Names in metrics.json; the first is the reward that judges.
         bounds: How far some of them may move in a trial: up if positive, down if negative.
         reward_scales: Of adjoint matching, one and three to four over the standard deviation that
             the reward with a gradient has among reference samples.

@@ -27,7 +27,8 @@ class Budget(Callback):
         if denoiser_calls is None and reward_calls is None:
             raise UsageError("Budget needs denoiser_calls or reward_calls")
         at_least(1, self, denoiser_calls=denoiser_calls, reward_calls=reward_calls)
-        self.limits = {"denoiser_calls": denoiser_calls, "reward_calls": reward_calls}
+        given = {"denoiser_calls": denoiser_calls, "reward_calls": reward_calls}
+        self.limits = {name: limit for name, limit in given.items() if limit is not None}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin no round where a resumed run has spent everything."""
@@ -42,7 +43,7 @@ class Budget(Callback):
     def _stop(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, RewardFineTuner)
         for name, limit in self.limits.items():
-            if limit is not None and pl_module.meter.total(name) >= limit:
+            if pl_module.meter.total(name) >= limit:
                 trainer.should_stop = True
 
 
@@ -50,4 +51,4 @@ def limits(trainer: Trainer) -> Iterator[tuple[str, int]]:
     """Iterate over what the budgets of a fit limit: the meter's name, and how much may be spent."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, Budget):
-            yield from ((name, most) for name, most in callback.limits.items() if most is not None)
+            yield from callback.limits.items()
