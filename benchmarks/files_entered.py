@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from lightning import Trainer
+from quiet import quiet_trainer
 
 from domains.gaussian_mixture.data import MixtureData
 from domains.gaussian_mixture.pipeline import GaussianMixturePipeline
@@ -49,14 +49,8 @@ def trace() -> dict[str, Counter[str]]:
     )
     entered = {step: count_calls(module, step) for step in STEPS}
     data = MixtureData(num_train=2, num_val=2, num_test=2, batch_size=2, eval_batch_size=2)
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        limit_val_batches=0,
-        enable_model_summary=False,
-        default_root_dir="runs/files_entered",
-        **quiet,
+    trainer = quiet_trainer(
+        max_epochs=1, limit_val_batches=0, default_root_dir="runs/files_entered"
     )
     trainer.fit(module, data)
     trainer.test(module, data, verbose=False)

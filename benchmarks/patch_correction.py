@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Trainer
+from quiet import quiet_trainer
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -153,15 +153,8 @@ def tuner_of(root: Path, arm: Arm, options: argparse.Namespace) -> InverseNoiseC
 def fitted(root: Path, arm: Arm, options: argparse.Namespace) -> InverseNoiseCorrection:
     """Return the base with the arm's corrector, trained where there is one."""
     tuner = tuner_of(root, arm, options)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_epochs=options.epochs,
-        limit_val_batches=0,
-        enable_model_summary=False,
-        default_root_dir=root / "runs",
-        **quiet,
+    trainer = quiet_trainer(
+        max_epochs=options.epochs, limit_val_batches=0, default_root_dir=root / "runs"
     )
     if not arm.width:
         tuner.trainer = trainer

@@ -12,8 +12,9 @@ import torch
 
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.parts import PARTS, Part
+from lit_rlft.runs.lines import append_lines, read_lines
 
-__all__ = ["about", "finished", "read", "run"]
+__all__ = ["about", "finished", "run"]
 
 _PACKAGES = ("torch", "lightning", "diffusers", "transformers", "peft")
 
@@ -36,21 +37,6 @@ def about(device: torch.device) -> dict[str, Any]:
     return found | {name: metadata.version(name) for name in _PACKAGES}  # type: ignore[no-untyped-call]
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a file of results; a last line that was cut off is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text().splitlines()
-    found = []
-    for number, line in enumerate(lines):
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number != len(lines) - 1:
-                raise
-    return found
-
-
 def finished(lines: Iterable[Line]) -> set[str]:
     """Return the parts that need not be run again."""
     return {line["part"] for line in lines if line.get("finished")}
@@ -71,7 +57,7 @@ def run(
     Raises:
         SystemExit: The file is of another device, or of tiny models while these are not.
     """
-    lines, here = read(path), {**about(device), "tiny": tiny}
+    lines, here = list(read_lines(path)), {**about(device), "tiny": tiny}
     before = next((line for line in lines if line["part"] == "about"), None)
     if before is None:
         _append(path, [{"part": "about", **here}])
@@ -105,11 +91,5 @@ def _rows(
     return [*rows, {"part": name, "finished": True, "took": round(taken, 1)}]
 
 
-def _append(path: Path, lines: list[dict[str, Any]]) -> None:
-    """Append lines in one go, below a last line that may have been cut off."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kept = "".join(json.dumps(line) + "\n" for line in read(path))
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    whole = path.with_name(path.name + ".part")
-    whole.write_text(kept + text)
-    whole.replace(path)
+def _append(path: Path, lines: Iterable[Line]) -> None:
+    append_lines(path, "".join(json.dumps(line) + "\n" for line in lines))

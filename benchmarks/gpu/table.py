@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.gpu.runs import finished, read
+from benchmarks.gpu.runs import finished
+from lit_rlft.runs.lines import read_lines
 
 __all__ = ["PAGE", "RESULTS", "page"]
 
@@ -295,7 +296,7 @@ _TARGETS: dict[str, tuple[str, Callable[[Results], float | None]]] = {
 def page(folder: Path) -> str:
     """Return the page of all results in a folder; tiny models' are left out."""
     sections = [_HEAD]
-    runs = [read(path) for path in sorted(folder.glob("*.jsonl"))]
+    runs = [list(read_lines(path)) for path in sorted(folder.glob("*.jsonl"))]
     runs = [lines for lines in runs if lines and not lines[0].get("tiny")]
     for lines in runs:
         about = {k: v for k, v in lines[0].items() if k not in ("part", "device", "tiny")}

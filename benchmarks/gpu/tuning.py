@@ -10,6 +10,7 @@ from lightning import Callback, Trainer
 from torch.utils.data import DataLoader
 
 from benchmarks.gpu.bench import Bench, Row
+from benchmarks.quiet import quiet_trainer
 from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.kit.data import Rows, collate
 from lit_rlft.loop.updates import Update
@@ -33,16 +34,8 @@ def fit(
         prompts: Of each round, all different.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    quiet: dict[str, Any] = dict.fromkeys(
-        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
-    )
-    trainer = Trainer(
-        accelerator="gpu" if bench.cuda else "cpu",
-        devices=1,
-        precision="bf16-mixed",
-        max_epochs=1,
-        callbacks=callbacks,
-        **quiet,
+    trainer = quiet_trainer(
+        "gpu" if bench.cuda else "cpu", precision="bf16-mixed", max_epochs=1, callbacks=callbacks
     )
     rows = Rows(rounds * prompts, lambda i: {"prompt": f"a red ring, number {i % prompts}"})
     loader = DataLoader(rows, batch_size=prompts, collate_fn=collate)

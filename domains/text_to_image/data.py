@@ -1,5 +1,6 @@
 """DataModules of prompts, and of the captioned pictures of the shapes world."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ from torch.utils.data import Dataset
 
 from domains.text_to_image.shapes import world
 from domains.text_to_image.sources.prompts import PromptFile, Records, read_prompts
-from lit_rlft.core.checks import at_least
+from lit_rlft.core.checks import at_least, require
 from lit_rlft.kit.data import Record, Rows, Split, SplitData
 from lit_rlft.kit.sources import SourceData
 
@@ -84,6 +85,8 @@ class ShapesPrompts(SplitData):
         num_train_prompts: Prompts in one training epoch; tasks take turns.
         num_val_prompts: Prompts in validation.
         num_test_prompts: Prompts in the test.
+        train_tasks: Tasks of the training prompts; one that is named twice has twice the share.
+            Validation and test have all six.
         **loading: Arguments of the loaders: batch_size, eval_batch_size, seed, num_workers.
     """
 
@@ -92,15 +95,19 @@ class ShapesPrompts(SplitData):
         num_train_prompts: int = 1536,
         num_val_prompts: int = 48,
         num_test_prompts: int = 192,
+        train_tasks: Sequence[world.Task] = world.TASKS,
         **loading: Any,
     ) -> None:
         super().__init__(**loading)
         at_least(1, self, num_train_prompts=num_train_prompts)
         at_least(1, self, num_val_prompts=num_val_prompts, num_test_prompts=num_test_prompts)
+        require(len(train_tasks) > 0, self, "train_tasks", f"some of {', '.join(world.TASKS)}")
         self.sizes = {"train": num_train_prompts, "val": num_val_prompts, "test": num_test_prompts}
+        self.train_tasks = train_tasks
 
     def rows(self, split: Split) -> Dataset[dict[str, Any]]:
-        texts = _balanced(split, self.sizes[split], self.seed)
+        tasks = self.train_tasks if split == "train" else world.TASKS
+        texts = _balanced(split, self.sizes[split], self.seed, tasks)
         return Rows(len(texts), lambda i: {"prompt": texts[i]})
 
 
@@ -140,13 +147,15 @@ class ShapesPictures(SplitData):
         return Rows(self.sizes[split], row)
 
 
-def _balanced(split: Split, num: int, seed: int) -> list[str]:
+def _balanced(
+    split: Split, num: int, seed: int, tasks: Sequence[world.Task] = world.TASKS
+) -> list[str]:
     """Return `num` prompts of a split, tasks taking turns, each task's prompts cycled shuffled."""
     rng = np.random.default_rng([seed, {"train": 0, "val": 1, "test": 2}[split]])
     prompts = world.split_prompts(split)
     queues: list[list[str]] = []
-    for task in world.TASKS:
+    for task in tasks:
         texts = [prompt.text for prompt in prompts if prompt.task == task]
-        repeats = -(-num // (len(world.TASKS) * len(texts))) + 1
+        repeats = -(-num // (len(tasks) * len(texts))) + 1
         queues.append([texts[i] for _ in range(repeats) for i in rng.permutation(len(texts))])
     return [queues[i % len(queues)][i // len(queues)] for i in range(num)]

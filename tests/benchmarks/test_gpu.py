@@ -12,8 +12,8 @@ from benchmarks.gpu.bench import Bench, NotHere, quartiles
 from benchmarks.gpu.models import DENOISERS
 from benchmarks.gpu.parts import PARTS
 from benchmarks.gpu.parts.denoisers import inputs_of
-from benchmarks.gpu.runs import read
 from benchmarks.gpu.table import NOTHING, PAGE, RESULTS, TABLES, page
+from lit_rlft.runs.lines import read_lines
 
 CPU = torch.device("cpu")
 
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 def run(path: Path, *parts: str) -> list[dict[str, Any]]:
     chosen = ["--parts", *parts] if parts else []
     main(["--tiny", "--device=cpu", "--results", str(path), *chosen])
-    return read(path)
+    return list(read_lines(path))
 
 
 def test_the_page_is_what_the_generator_gives() -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations, permutations
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,14 +39,15 @@ GROUNDS: dict[str, tuple[int, int, int]] = {
 COUNTS = {"two": 2, "three": 3, "four": 4}
 # Relation -> (axis, sign of the positioned figure's offset along it); y points down.
 RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
-TASKS = (
+Task = Literal[
     "single_object",
     "two_objects",
     "counting",
     "colors",
     "position",
     "color_attribution",
-)
+]
+TASKS: tuple[Task, ...] = get_args(Task)
 Split = Literal["train", "val", "test"]
 Picture = NDArray[np.uint8]
 

@@ -249,6 +249,18 @@ def test_shapes_tasks_take_turns() -> None:
         assert set(prompts) <= set(world.split_prompts(split))
 
 
+def test_shapes_train_on_the_tasks_that_are_named() -> None:
+    data = ShapesPrompts(600, 48, 192, train_tasks=["counting", "colors", "counting"])
+    tasks = {s: Counter(world.parse(t).task for t in texts(rows(data, s))) for s in SPLITS}
+    assert tasks["train"] == {"counting": 400, "colors": 200}
+    assert tasks["val"] == dict.fromkeys(world.TASKS, 8)
+    assert tasks["test"] == dict.fromkeys(world.TASKS, 32)
+    with pytest.raises(
+        UsageError, match="ShapesPrompts: train_tasks must be some of single_object"
+    ):
+        ShapesPrompts(train_tasks=[])
+
+
 def test_shapes_prompts_are_held_out() -> None:
     data = ShapesPrompts(num_train_prompts=6000, num_val_prompts=600, num_test_prompts=1200)
     train, val, test = (set(texts(rows(data, split))) for split in SPLITS)
