@@ -37,6 +37,8 @@ from lit_rlft.core.adjoint import (
 )
 from lit_rlft.core.checks import UsageError, at_least, finite, positive, require
 from lit_rlft.core.pipeline import Batch, Condition
+from lit_rlft.core.process.base import Process
+from lit_rlft.core.process.product import ProductProcess
 from lit_rlft.core.process.steps import Steps
 from lit_rlft.core.randomness import Generators, generators, seed_from
 from lit_rlft.core.state import State, cat, flatten, index, leaves, tensor_of, tree_map
@@ -129,6 +131,7 @@ class AdjointMatching(RewardFineTuner):
     def check(self) -> None:
         followed = (self.pipeline, self.reward, self.reward_workers)
         check_differentiable(self, self.algorithm, *followed)
+        self._check_process(self.pipeline.process)
         if isinstance(getattr(self._trainer, "strategy", None), FSDP2Strategy):
             raise UsageError(
                 "trainer.strategy fsdp2 lets go of weights in every backward pass, also in those "
@@ -156,6 +159,16 @@ class AdjointMatching(RewardFineTuner):
             f"both for {self.algorithm}: the adjoint runs through both predictions",
         )
 
+    def _check_process(self, process: Process) -> None:
+        if isinstance(process, ProductProcess):
+            for name in process.names:
+                self._check_process(process.field(name))
+        elif getattr(process, "bound", None) is not None:
+            raise UsageError(
+                f"{self.algorithm} regresses on steps that clip nothing, but {process.one_way}; or "
+                "use configs/algorithms/p_graft.yaml"
+            )
+
     def collect(self, batch: Batch, condition: Condition) -> Matches:
         """Draw M samples per condition with the current policy; keep K steps of each.
 
@@ -166,7 +179,7 @@ class AdjointMatching(RewardFineTuner):
         seeds = self.rollouts.seeds(batch, self.num_candidates, Stream.ROLLOUT, self.num_rounds)
         own = generators([seed_from(seed, Stream.STEPS) for seed in seeds])
         num_steps = self.sampler.num_steps
-        drawn = drawn_steps(num_steps, min(self.num_matched, num_steps), own, len(seeds))
+        drawn = drawn_steps(num_steps, self._num_matched, own, len(seeds))
         found = _Found()
         for chunk in self.rollouts.chunks(candidates, seeds, "Sampling"):
             with chunk.part:
@@ -191,7 +204,13 @@ class AdjointMatching(RewardFineTuner):
         prediction = self.pipeline(x_t, self._steps(x_t).t[numbers], experience.condition)
         own = self._match(numbers, prediction, pairs["base"], x_t, pairs["adjoint"])
         weight = tensor_of(pairs["weight"]).to(own.loss)
-        return own.loss * weight, {"reference_loss": own.start}
+        counted = weight * self._num_matched  # 1, or 0 for a pair that is left out
+        return own.loss * weight, {"reference_loss": own.start * counted}
+
+    @property
+    def _num_matched(self) -> int:
+        """K, of a sampler that has as many steps."""
+        return min(self.num_matched, self.sampler.num_steps)
 
     def _steps(self, like: State) -> Steps:
         return memoryless_steps(self.pipeline.process, self.sampler.num_steps, like)

@@ -79,7 +79,7 @@ from lit_rlft.loop.scoring import Scoring
 from lit_rlft.loop.strategy import no_sync
 from lit_rlft.loop.updates import Shares
 
-__all__ = ["DDPO", "Rollout"]
+__all__ = ["DDPO", "Rollout", "rounds_by_batch"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,15 +151,28 @@ class Rollout(Experience):
         self.trajectories.replace_log_probs(places[rows], samples[rows], values, law)
 
 
+def rounds_by_batch(dtype: torch.dtype, device: str) -> bool:
+    """Return whether products round so coarsely that a result depends on the size of its batch.
+
+    Args:
+        dtype: Of a network's weights.
+        device: The type of their device.
+    """
+    half = dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(device)
+    matmul, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    return half or (device == "cuda" and (matmul != "highest" or convolutions))
+
+
 class DDPO(RewardFineTuner):
     """DDPO, DPOK, GRPO and its kin: policy gradients on random steps, for any reward.
 
     `minibatch_size` counts samples: an update trains all their trained steps, averaged.
     `microbatch_size` counts (step, sample) pairs and bounds the memory of the replay.
 
-    In half precision a prediction depends on the size of its batch, and ratios on that rounding.
-    The old log-probabilities are then taken again, in microbatches, once a round, and microbatches
-    that are not full are filled up: give `microbatch_size`, or batches have no one size.
+    In half precision, and under TF32, a prediction depends on the size of its batch, and ratios on
+    that rounding. The old log-probabilities are then taken again, in microbatches, once a round,
+    and microbatches that are not full are filled up: give `microbatch_size`, or batches have no
+    one size.
 
     Args:
         *args: Pipeline and reward.
@@ -175,7 +188,8 @@ class DDPO(RewardFineTuner):
             `ratio_norm` it is some 2e-6, which is that of an independent implementation.
         ratio_norm: Clip ratios that mean the same at every noise level (GRPO-Guard): log-ratios are
             centred and freed of their step's std (`normalized_log_ratio`), and steps are weighted
-            by the inverse of what a step's mean moves with the prediction, 1 on average.
+            by the inverse of what a step's mean moves with the prediction, 1 on average over those
+            of the sampler that have noise.
         log_prob_reduction: Log-probabilities are the "mean" over the dimensions of a state, as
             DDPO publishes, or their "sum", whose ratios grow with the number of dimensions.
         kl_coef: Weight of KL(policy || reference) of each trained transition, in closed form and
@@ -184,7 +198,8 @@ class DDPO(RewardFineTuner):
             trains all.
         sliding: A window that moves on over training, in place of `window`; only its steps draw
             noise (MixGRPO), and evaluations draw none.
-        num_train_steps: Train so many steps of the window, drawn again each round; None trains all.
+        num_train_steps: Train so many steps of the window that have noise, drawn again each round;
+            None trains all.
         state_dtype: Type in which states are kept between sampling and replay; None takes the
             pipeline's. The sampler walks on rounded states, so ratios do not notice.
         **base: Arguments of `RewardFineTuner`.
@@ -272,6 +287,13 @@ class DDPO(RewardFineTuner):
         self.advantage.check(self.num_candidates)
         if self.decoupled_rewards:
             check_parts(self.reward, self)
+            require(
+                not isinstance(self.advantage, LeaveOneOutAdvantage),
+                self,
+                "decoupled_rewards",
+                "false beside LeaveOneOutAdvantage, which leaves each part in its own unit; set it "
+                "to false, or model.init_args.advantage to GroupAdvantage",
+            )
 
     def _check_sliding(self) -> None:
         if self.sliding is None:
@@ -404,8 +426,9 @@ class DDPO(RewardFineTuner):
         """Draw trajectories in chunks; return what is kept of them, and x_0."""
         process, num_steps = self.pipeline.process, self.sampler.num_steps
         times, ends = process.times(num_steps), process.ends(num_steps)
-        table = self._steps(condition.index(slice(0, 1))).coefficients
-        grid = (times, self._draw_steps(), self.state_dtype, ends, table)
+        table = self._steps(condition.index(slice(0, 1)), self._noise).coefficients
+        trained = self._draw_steps(process.noisy(table))
+        grid = (times, trained, self.state_dtype, ends, table)
         kept = Trajectories(len(condition), *grid, keeps_means=self.ratio_norm)
         x_0 = []
         for chunk in self.rollouts.chunks(condition, seeds, "Sampling"):
@@ -430,10 +453,9 @@ class DDPO(RewardFineTuner):
 
     @property
     def _rounds_by_batch(self) -> bool:
-        """Whether the denoiser computes in half precision."""
+        """Whether the denoiser computes with factors of fewer bits than float32 has."""
         weight = next(self.pipeline.denoiser.parameters())
-        half = weight.dtype in (torch.float16, torch.bfloat16)
-        return half or torch.is_autocast_enabled(weight.device.type)
+        return rounds_by_batch(weight.dtype, weight.device.type)
 
     def _replay(self, rollout: Rollout) -> None:
         """Take the old log-probabilities as the updates will take the new ones."""
@@ -466,12 +488,20 @@ class DDPO(RewardFineTuner):
             return pairs
         return pairs.index(torch.cat([torch.arange(len(pairs)), torch.zeros(missing).long()]))
 
-    def _draw_steps(self) -> list[int]:
-        """Draw the trained steps of a round, the same on every process."""
+    def _draw_steps(self, noisy: Tensor) -> list[int]:
+        """Draw the trained steps of a round, the same on every process.
+
+        Args:
+            noisy: Which steps of the sampler may leave something to chance, bool [T].
+        """
         first, last = self._trained_window
+        steps, noisy = torch.arange(first, last), noisy.cpu()[first:last]
+        if self.num_train_steps is not None and noisy.any():
+            steps = steps[noisy]  # a draw of one without would train nothing
         (generator,) = generators([seed_from(self.seed, Stream.STEPS, self.num_rounds)])
-        order = torch.randperm(last - first, generator=generator)
-        return (first + order[: self.num_train_steps]).tolist()
+        return steps[torch.randperm(len(steps), generator=generator)][
+            : self.num_train_steps
+        ].tolist()
 
     def _num_random(self, random: Tensor) -> int:
         """Return in how many trained steps something was left to chance, on any process."""
@@ -492,11 +522,11 @@ class DDPO(RewardFineTuner):
             return transition_of(denoiser, process, *args)
         return law_of(denoiser, process, x_t, t, states["coefficients"], pairs.condition)
 
-    def _steps(self, condition: Condition) -> Steps:
-        """Return the steps of this round's grid, for states of some conditions."""
+    def _steps(self, condition: Condition, noise: Noise) -> Steps:
+        """Return the steps of the sampler's grid, for states of some conditions."""
         process, num_steps = self.pipeline.process, self.sampler.num_steps
         grid = (process.times(num_steps), process.ends(num_steps))
-        return process.steps(*grid, self._noise, single(self.pipeline.blank(condition)))
+        return process.steps(*grid, noise, single(self.pipeline.blank(condition)))
 
     @property
     def _place(self) -> dict[str, float]:
@@ -509,8 +539,11 @@ class DDPO(RewardFineTuner):
             return None
         process = self.pipeline.process
         assert isinstance(process, GaussianProcess)
-        table = tensor_of(self._steps(condition.index(slice(0, 1))).coefficients)
-        return process.balance(table[list(steps)]).cpu()
+        # Of all steps, whichever are trained this round: a step's weight is the same in each.
+        table = tensor_of(
+            self._steps(condition.index(slice(0, 1)), self.sampler.noise).coefficients
+        )
+        return process.balance(table)[list(steps)].cpu()
 
     def _normalized(
         self, log_probs: Tensor, policy: Distribution, pairs: Mapping[str, State]

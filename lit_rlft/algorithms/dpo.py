@@ -53,8 +53,9 @@ class DiffusionDPO(RewardFineTuner):
     Args:
         *args: Pipeline and reward.
         num_candidates: M, samples drawn per condition; the best and the worst are a pair.
-        beta: Strength of the pull towards the reference, for losses averaged over dimensions;
-            published are 2,000 for Stable Diffusion 1.5 and 5,000 for XL.
+        beta: Strength of the pull towards the reference, for losses averaged over dimensions. The
+            paper names 2,000 for Stable Diffusion 1.5 and 5,000 for XL; the authors' code halves
+            its `beta_dpo` before use, so that 5,000 there is 2,500 here.
         iterative: Draw each round from the model tuned so far; False draws from the reference.
         offline: Take the pairs from the data, `PreferencePairs`, and draw none. The reward, and how
             often the policy prefers as the pairs that are held out, are measured in validations.

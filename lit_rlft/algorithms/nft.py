@@ -7,7 +7,8 @@ becomes the probability :math:`r` of being good. Its :math:`x_0` is noised to a 
     r \, \ell(f_+, x_0) + (1 - r) \, \ell(f_-, x_0), \qquad
     f_\pm = f_{old} \pm \beta (f - f_{old}),
 
-is minimised with the model's own denoising loss :math:`\ell`. For squared errors the minimiser is
+is minimised with the model's own denoising loss :math:`\ell`. For squared errors the minimiser is,
+where f_old is the exact denoiser of its own samples,
 
 .. math::
     f^* = f_{old} + \frac{2}{\beta} E[r \mid x_t] \,

@@ -265,6 +265,8 @@ def _total(values: Tensor) -> Tensor:
 def drawn_steps(num_steps: int, num_drawn: int, noise: Generators, size: int) -> Tensor:
     """Draw different steps for each sample, half of them from the last quarter, int64 [size, K].
 
+    A coin decides for the odd one of an odd K.
+
     Args:
         num_steps: T.
         num_drawn: K, at most T.
@@ -272,10 +274,12 @@ def drawn_steps(num_steps: int, num_drawn: int, noise: Generators, size: int) ->
         size: Number of samples.
     """
     late = -(-num_steps // 4)
-    num_late = min(late, max(-(-num_drawn // 2), num_drawn - (num_steps - late)))
+    half, odd = divmod(num_drawn, 2)
     drawn = []
     for i in range(size):
         own = None if noise is None else noise[i]
+        coin = int(torch.randint(2, (1,), generator=own)) if odd else 0
+        num_late = min(late, max(half + coin, num_drawn - (num_steps - late)))
         early = torch.randperm(num_steps - late, generator=own)[: num_drawn - num_late]
         last = num_steps - late + torch.randperm(late, generator=own)[:num_late]
         drawn.append(torch.cat([early, last]).sort().values)

@@ -21,14 +21,21 @@ __all__ = ["centred", "group_probabilities", "implicit"]
 def implicit(prediction: State, old: State, share: Tensor) -> State:
     """Return old + share (prediction - old), the policy at `share` on the line through both.
 
-    Predictions of categorical parts are logits, on which the line is drawn.
+    Predictions of categorical parts are logits, on which the line is drawn. Infinite ones, of what
+    a condition gives, are the same in both and stay.
 
     Args:
         prediction: The trained policy's, [B, ...].
         old: The other one's.
         share: [B], beta for f_+ and -beta for f_-.
     """
-    return tree_map(lambda f_old, f: f_old.lerp(f, expand_as(share, f)), old, prediction)
+
+    def between(f_old: Tensor, f: Tensor) -> Tensor:
+        certain = f_old.isinf()
+        line = f_old.masked_fill(certain, 0).lerp(f.masked_fill(certain, 0), expand_as(share, f))
+        return f_old.where(certain, line)
+
+    return tree_map(between, old, prediction)
 
 
 def centred(rewards: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.schedule import RectifiedFlow
 from lit_rlft.core.state import tensor_of
 from lit_rlft.core.subspace import PointClouds
+from lit_rlft.kit.saved_grids import Clip
 from lit_rlft.loop.reference import LoRA
 from lit_rlft.loop.strategy import FSDP2Strategy
 from tests.support import assert_close_in_rounding, trainer_of
@@ -222,6 +223,13 @@ def test_half_of_the_steps_are_from_the_last_quarter() -> None:
     shares = torch.bincount(chosen.flatten(), minlength=20) / 1500
     torch.testing.assert_close(shares[15:], torch.full((5,), 0.4), rtol=0, atol=0.06)
     torch.testing.assert_close(shares[:15], torch.full((15,), 2 / 15), rtol=0, atol=0.05)
+    # An odd number of them: a coin decides for the odd one.
+    for num in (1, 3):
+        odd = drawn_steps(20, num, generators(range(1500)), 1500)
+        assert set((odd >= 15).sum(dim=1).tolist()) == {num // 2, num // 2 + 1}
+        shares = torch.bincount(odd.flatten(), minlength=20) / 1500
+        assert float(shares[15:].sum()) == pytest.approx(num / 2, abs=0.05)
+        torch.testing.assert_close(shares[:15], torch.full((15,), num / 30), rtol=0, atol=0.05)
     for num_steps, num in ((2, 1), (2, 2), (5, 5), (9, 7), (3, 2)):
         few = drawn_steps(num_steps, num, generators(range(50)), 50)
         assert few.shape == (50, num) and int(few.max()) < num_steps
@@ -264,6 +272,25 @@ def test_at_the_start_the_control_is_0_and_costs_nothing() -> None:
     assert len(losses) == 30 == experience.num_terms
     torch.testing.assert_close(3 * losses, values["reference_loss"])
     assert experience.terms_per_sample.tolist() == [3] * 10
+
+
+def test_the_reference_loss_is_that_of_the_pairs_that_count() -> None:
+    """Before anything is learned it is the loss, whatever is left out."""
+    tuner = tuner_of(bent("rectified_flow"), loss_quantile=0.6)
+    experience = collected(tuner, 20)
+    losses, values = tuner.loss(experience.terms(torch.arange(experience.num_terms)), None)
+    assert 0 < int((losses == 0).sum()) < len(losses)
+    torch.testing.assert_close(3 * losses, values["reference_loss"])
+
+
+def test_steps_that_clip_are_refused() -> None:
+    pipeline = bent("rectified_flow")
+    pipeline.process.bound = Clip(1.0)
+    with pytest.raises(UsageError, match=r"clip nothing.*set clip_sample.*p_graft.yaml"):
+        tuner_of(pipeline)
+    pipeline.process = ProductProcess({"x": pipeline.process})
+    with pytest.raises(UsageError, match="clip nothing"):
+        tuner_of(pipeline)
 
 
 def test_the_loss_by_hand_after_the_model_has_moved() -> None:

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from domains.gaussian_mixture.pipeline import GaussianMixturePipeline
+from lit_rlft.algorithms.ddpo import rounds_by_batch
 from lit_rlft.core.advantage import GroupAdvantage, LeaveOneOutAdvantage
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Pipeline
 from lit_rlft.core.process import GaussianProcess
+from lit_rlft.core.reward import WeightedSum
 from lit_rlft.core.sampling import Sampler, walk
 from lit_rlft.core.schedule import DiscreteVP, vp_betas
 from lit_rlft.core.state import leaves, tensor_of
@@ -27,6 +29,7 @@ from tests.algorithms.ddpo_support import (
     NUM,
     PIPELINES,
     STEPS,
+    Sum,
     Toy,
     collected,
     each_process,
@@ -147,6 +150,55 @@ def test_guarded_steps_pull_predictions_alike(make: Any) -> None:
         torch.testing.assert_close(weights[later], weights[later][:1].expand(int(later.sum())))
 
 
+@GAUSSIAN
+@pytest.mark.parametrize("sampler", [Sampler(STEPS, 1.0), SDE["sampler"]])
+def test_steps_without_noise_are_not_drawn(make: Any, sampler: Sampler) -> None:
+    """The last step of all has none: a round that drew it alone could train nothing."""
+    tuner = tuner_of(make(), sampler=sampler, num_train_steps=1)
+    drawn = set()
+    for tuner.num_rounds in range(20):
+        drawn |= set(collected(tuner).trajectories.steps)
+    assert drawn == set(range(STEPS - 1))
+
+
+@pytest.mark.parametrize("kind", [MASKED, MIXED])
+def test_steps_of_masks_all_leave_something_to_chance(kind: Any) -> None:
+    tuner = tuner_of(Toy(kind), num_train_steps=1)
+    drawn = set()
+    for tuner.num_rounds in range(30):
+        drawn |= set(collected(tuner).trajectories.steps)
+    assert drawn == set(range(STEPS))
+
+
+@GAUSSIAN
+@pytest.mark.parametrize("settings", [{"num_train_steps": 1}, {"sliding": SlidingWindow(2)}])
+def test_a_guarded_step_has_one_weight_whichever_are_trained(
+    make: Any, settings: dict[str, Any]
+) -> None:
+    whole = collected(tuner_of(make().double(), **GUARD)).balance
+    some = collected(tuner_of(make().double(), **GUARD, **settings))
+    assert whole is not None and some.balance is not None
+    torch.testing.assert_close(some.balance, whole[some.trajectories.steps])
+
+
+@pytest.mark.parametrize(
+    ("matmul", "convolutions", "rounds"),
+    [("highest", False, False), ("high", False, True), ("highest", True, True)],
+)
+def test_tf32_rounds_by_batch_on_a_gpu_alone(
+    matmul: str, convolutions: bool, rounds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", convolutions)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(matmul)
+    try:
+        assert rounds_by_batch(torch.float32, "cuda") is rounds
+        assert not rounds_by_batch(torch.float32, "cpu")
+        assert rounds_by_batch(torch.bfloat16, "cpu")
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_guarded_ratios_survive_half_precision_replay() -> None:
     with pytest.warns(UserWarning, match="was loaded in bfloat16"):
         tuner = tuner_of(Toy(FLOW).bfloat16(), **GUARD, state_dtype="bfloat16")
@@ -240,6 +292,15 @@ WRONG: dict[str, tuple[Callable[[], Pipeline], dict[str, Any], str]] = {
         clipped_pipeline,
         {"ratio_norm": True},
         "ratio_norm must be false where steps clip",
+    ),
+    "leave one out of each part": (
+        PIPELINES["flow"],
+        {
+            "decoupled_rewards": True,
+            "advantage": LeaveOneOutAdvantage(),
+            "reward": WeightedSum({"a": Sum(), "b": Sum()}),
+        },
+        "decoupled_rewards must be false beside LeaveOneOutAdvantage.*GroupAdvantage",
     ),
     "no ratios": (
         PIPELINES["flow"],

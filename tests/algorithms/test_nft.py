@@ -170,6 +170,16 @@ def test_implicit_policies_mirror_each_other() -> None:
     assert found["a"][:, 0].tolist() == [0.5, -0.5] and found["b"].tolist() == [2.0, 0.0]
 
 
+def test_implicit_policies_keep_what_is_certain_and_its_neighbours_gradient() -> None:
+    old = torch.tensor([[0.0, -math.inf], [1.0, 2.0]])
+    new = torch.tensor([[0.0, -math.inf], [3.0, 2.0]], requires_grad=True)
+    found = implicit(new, old, torch.tensor([2.0, -1.0]))
+    assert isinstance(found, Tensor)
+    assert found.tolist() == [[0.0, -math.inf], [-1.0, 2.0]]
+    (gradient,) = torch.autograd.grad(found[1].sum() + found[0, 0], new)
+    assert gradient.tolist() == [[2.0, 0.0], [-1.0, -1.0]]
+
+
 def test_the_old_policy_lends_its_weights() -> None:
     layer = nn.Linear(2, 2, bias=False)
     trained, policy = dict(layer.named_parameters()), OldPolicy()

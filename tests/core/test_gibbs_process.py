@@ -382,6 +382,12 @@ def test_pretraining_reaches_the_law_of_its_data(kind: str) -> None:
     assert 0.5 * (law - clean(kind)).abs().sum() < 0.04
 
 
+def test_numbers_alone_are_no_plain_product() -> None:
+    """Elements have clocks of their own, of which an adjoint at one level knows nothing."""
+    process = GibbsProcess({"x": FLOW, "y": FLOW}, {"x": 2, "y": 2}, 2)
+    assert not (process.differentiable or process.invertible or process.has_sde)
+
+
 def test_bad_settings_are_named() -> None:
     cloud = GaussianProcess(RectifiedFlow(), "velocity", PointClouds(3))
     with pytest.raises(UsageError, match=r"elements of field 'x' depend .* leave it out of elem"):

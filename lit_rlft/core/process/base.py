@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lit_rlft.core.checks import UsageError
@@ -11,7 +12,7 @@ from lit_rlft.core.distribution import Distribution
 from lit_rlft.core.process.noise import FlowSDE, Noise, Within, within
 from lit_rlft.core.process.steps import Steps, StepTables
 from lit_rlft.core.randomness import Generators
-from lit_rlft.core.state import State
+from lit_rlft.core.state import State, leaves
 
 __all__ = ["Process", "Step"]
 
@@ -105,6 +106,15 @@ class Process(nn.Module, ABC):
             x_t: [B, ...].
             coefficients: Of each field [B, C], or [C] where all samples take the same step.
         """
+
+    def noisy(self, coefficients: State) -> Tensor:
+        """Return which steps may leave something to chance, bool [T].
+
+        Args:
+            coefficients: Of each field [T, C].
+        """
+        table = leaves(coefficients)[0]
+        return torch.ones(len(table), dtype=torch.bool, device=table.device)
 
     def stepper(self, x_1: State) -> Step:
         """Return `step` for one walk: what all its states share is found once.

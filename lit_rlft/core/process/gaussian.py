@@ -197,6 +197,10 @@ class GaussianProcess(Process):
         mean = step.alpha_s * x_0 + step.direction * eps
         return self._law(mean, step.std, x, (step.factor, step.peak), support)
 
+    def noisy(self, coefficients: State) -> Tensor:
+        of_each = Linear if self.bound is None else _Bounded
+        return of_each(*tensor_of(coefficients).unbind(dim=-1)).std > 0
+
     def balance(self, coefficients: Tensor) -> Tensor:
         """Return weights of steps under which predictions move the means of all alike, [S].
 
@@ -207,7 +211,7 @@ class GaussianProcess(Process):
             coefficients: [S, C], of a process without a bound.
         """
         step = Linear(*coefficients.unbind(dim=-1))
-        noisy = step.std > 0
+        noisy = self.noisy(coefficients)
         inverse = step.of_p.abs().where(noisy, 1).reciprocal().where(noisy, 0)
         return inverse * noisy.sum() / inverse.sum()
 

@@ -109,7 +109,7 @@ class GibbsProcess(ProductProcess):
             _check(name, self.field(name), name in elements)
         self.elements, self.rounds, self.shift = dict(elements), rounds, shift
         self._parts = _parts(order, shares)
-        self.invertible = self.has_sde = False
+        self.differentiable = self.invertible = self.has_sde = False
 
     def levels(self, x_t: State, t: Tensor) -> dict[str, Tensor]:
         """Return the level that each element has at time t, [B, L]; of a block [B].
@@ -146,6 +146,9 @@ class GibbsProcess(ProductProcess):
             columns = tensor_of(self.field(name).coefficients(span.t, span.s, eta))
             own[name] = torch.cat([span.moves.to(columns).unsqueeze(-1), columns], dim=-1)
         return own
+
+    def noisy(self, coefficients: State) -> Tensor:
+        return Process.noisy(self, coefficients)
 
     def stepper(self, x_1: State) -> Step:
         return self.step  # its fields are given elements at a time, not whole states

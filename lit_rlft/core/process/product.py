@@ -55,6 +55,11 @@ class ProductProcess(Process):
     def coefficients(self, t: Tensor, s: Tensor, eta: float) -> dict[str, Tensor]:
         return {name: tensor_of(self.field(name).coefficients(t, s, eta)) for name in self.names}
 
+    def noisy(self, coefficients: State) -> Tensor:
+        own = fields_of(coefficients)
+        fields = [self.field(name).noisy(own[name]) for name in self.names]
+        return torch.stack(fields).any(dim=0)
+
     def flow_sde(self, t: Tensor, s: Tensor, scale: float) -> dict[str, Tensor]:
         """Return each field's coefficients; a field without an equation takes its own steps."""
         rules = {name: self.field(name) for name in self.names}

@@ -23,16 +23,17 @@ from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.algorithms.ddpo import DDPO
 from lit_rlft.algorithms.dpo import DiffusionDPO
 from lit_rlft.algorithms.graft import GRAFT, PGRAFT
-from lit_rlft.algorithms.nft import DiffusionNFT
+from lit_rlft.algorithms.nft import DiffusionNFT, contrastive_loss
 from lit_rlft.algorithms.noise_ppo import NoisePPO
 from lit_rlft.algorithms.pretrain import Pretrain
 from lit_rlft.algorithms.reward_gradient import RewardGradient
 from lit_rlft.core.advantage import GroupAdvantage
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.gradient_plan import DRTune
+from lit_rlft.core.implicit import implicit
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.sampling import Sampler
-from lit_rlft.core.state import State, leaves
+from lit_rlft.core.state import State, fields_of, leaves
 from lit_rlft.loop.experience import Draw
 from lit_rlft.loop.reference import LoRA, attach_lora
 from tests.support import assert_close_in_rounding
@@ -149,6 +150,29 @@ def test_given_entries_have_no_loss_no_gradient_and_no_divergence(
     assert not ours.kl(theirs).any()
 
 
+@pytest.mark.parametrize("state", ["mixed", "gibbs"])
+def test_mirror_images_leave_what_is_given_alone(
+    state: str, tiny_pipeline: Make, batch_of: Make
+) -> None:
+    """Given classes have infinite logits, and no part in the loss of the line through both."""
+    pipeline, old = tiny_pipeline(state), tiny_pipeline(state, seed=1)
+    batch = batch_of("category")
+    condition, x_0 = pipeline.encode(batch), pipeline.states(batch)
+    t, s, good = torch.full((6,), 0.6), torch.zeros(6), torch.linspace(0, 1, 6)
+    x_t = pipeline.process.noised(x_0, s, t)
+    with torch.no_grad():
+        old_one, other = (p.predict(x_t, t, condition) for p in (old, pipeline))
+    assert fields_of(old_one)["category"].isinf().any()
+    losses = contrastive_loss(pipeline.process, other, old_one, x_0, x_t, t, good, beta=1.0)
+    assert losses.isfinite().all()
+    # Without free classes the category's loss is 0, as that of a prediction on the line is.
+    native = [pipeline.process.loss(p, x_0, x_t, s, t) for p in (other, old_one)]
+    plus = implicit(other, old_one, torch.ones(6))
+    torch.testing.assert_close(pipeline.process.loss(plus, x_0, x_t, s, t), native[0])
+    at_start = contrastive_loss(pipeline.process, old_one, old_one, x_0, x_t, t, good, beta=0.7)
+    torch.testing.assert_close(at_start, native[1])
+
+
 def test_the_network_sees_what_is_given_and_not_the_noise_there(
     tiny_pipeline: Make, batch_of: Make
 ) -> None:
@@ -195,6 +219,7 @@ def run(model: RewardFineTuner, data: LayoutData, tmp_path: Path) -> list[Draw]:
         default_root_dir=tmp_path,
     )
     trainer.fit(model, data)
+    assert trainer.callback_metrics["train/loss"].isfinite()
     draws = trainer.predict(model, data)
     assert draws
     return draws  # type: ignore[return-value]
