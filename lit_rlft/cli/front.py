@@ -8,6 +8,7 @@ from lit_rlft import __version__
 from lit_rlft.cli import listing, reports
 from lit_rlft.cli.collector import without_collection
 from lit_rlft.cli.names import with_class_paths
+from lit_rlft.cli.old_arguments import without_old_arguments
 from lit_rlft.cli.paths import with_config_files
 from lit_rlft.cli.quiet import quieten
 from lit_rlft.cli.voting.command import run as vote
@@ -111,6 +112,7 @@ def _command(words: list[str]) -> None:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # classes of the user's own, as `python` finds them
     words = with_class_paths(with_config_files(configs_first(words)))
+    words = without_old_arguments(words)
     with without_collection():
         if words[0] == "plan":
             from lit_rlft.cli.plan import plan_words

@@ -7,11 +7,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
-
 from lit_rlft.cli.index import Entry, index
 from lit_rlft.cli.packages import domain_packages
 from lit_rlft.cli.paths import packaged_configs
+from lit_rlft.cli.texts import ITEM, Key, absolute_files, edited, scalars, text_of
 from lit_rlft.cli.words import Option, nearest, options, rewritten
 from lit_rlft.core.checks import UsageError
 
@@ -25,25 +24,18 @@ _KINDS = {
     "model": ("algorithm",),
 }
 """Kinds of classes in the groups of a config; the first kind that has a name wins."""
-_ITEM = "*"
 _WHOLE = {
     *((group,) for group in _KINDS if group != "metrics"),
     ("metrics", "parts"),
-    ("metrics", "parts", _ITEM),
+    ("metrics", "parts", ITEM),
     ("trainer", "callbacks"),
-    ("trainer", "callbacks", _ITEM),
+    ("trainer", "callbacks", ITEM),
 }
 """Keys whose value names a class where it is a single word."""
 _BASES = {"RewardFineTuner", "Pipeline", "Metric", "LightningDataModule"}
 _NAME = re.compile(r"[A-Z]\w*")
 _LOWER = re.compile(r"[a-z][\w-]*")
 """What a class may be mistyped as, or a config taken for one."""
-
-_CONFIGS = (".yaml", ".yml", ".json")
-
-Key = tuple[str, ...]
-Edit = tuple[int, int, str]
-"""Start and end of a part of a text, and what takes its place."""
 
 
 class _Word(NamedTuple):
@@ -74,7 +66,7 @@ def with_class_paths(words: Sequence[str]) -> list[str]:
     Raises:
         UsageError: A name belongs to no class, or to several; the sentence lists them.
     """
-    texts = [(option, *_text(option)) for option in options(words)]
+    texts = [(option, *text_of(option)) for option in options(words)]
     found = [(option, text, list(_words(prefix, text))) for option, prefix, text in texts]
     names = [word for _, _, own in found for word in own]
     if not names:
@@ -84,27 +76,9 @@ def with_class_paths(words: Sequence[str]) -> list[str]:
         paths = [(word.start, word.end, resolver.path(word)) for word in own]
         edits = [(start, end, path) for start, end, path in paths if path is not None]
         if edits:
-            edits += _absolute_files(option, text)
-            words = rewritten(words, option, _edited(text, edits))
+            edits += absolute_files(option, text)
+            words = rewritten(words, option, edited(text, edits))
     return list(words)
-
-
-def _edited(text: str, edits: Sequence[Edit]) -> str:
-    for start, end, new in sorted(edits, reverse=True):
-        text = text[:start] + new + text[end:]
-    return text
-
-
-def _absolute_files(option: Option, text: str) -> list[Edit]:
-    """Return edits of the files that a config names beside itself: as a text it has no place."""
-    if option.key != "config" or "\n" in option.value:
-        return []
-    folder = Path(option.value).absolute().parent
-    return [
-        (node.start_mark.index, node.end_mark.index, str(folder / node.value))
-        for _, node in _scalars((), text)
-        if node.value.endswith(_CONFIGS) and (folder / node.value).is_file()
-    ]
 
 
 class _Resolver:
@@ -160,7 +134,7 @@ class _Resolver:
 
 
 def _flag(word: _Word) -> str:
-    return "--" + ".".join(part for part in word.key if part not in (_ITEM, "class_path"))
+    return "--" + ".".join(part for part in word.key if part not in (ITEM, "class_path"))
 
 
 def _domain(names: Sequence[_Word], texts: Sequence[tuple[Option, Key, str]]) -> str | None:
@@ -179,53 +153,19 @@ def _domain(names: Sequence[_Word], texts: Sequence[tuple[Option, Key, str]]) ->
 
 
 def _pipelines(prefix: Key, text: str) -> Iterator[str]:
-    for key, node in _scalars(prefix, text):
+    for key, node in scalars(prefix, text):
         if key in (("pipeline",), ("pipeline", "class_path")):
             yield str(node.value)
 
 
-def _text(option: Option) -> tuple[Key, str]:
-    """Return the key of an option's value, and its text; for a config, that of its file."""
-    if option.key != "config":
-        return tuple(option.key.split(".")), option.value
-    path = Path(option.value)
-    if "\n" in option.value or not path.is_file():
-        return (), option.value
-    return (), path.read_text(encoding="utf-8", errors="replace")
-
-
 def _words(prefix: Key, text: str) -> Iterator[_Word]:
-    for key, node in _scalars(prefix, text):
+    for key, node in scalars(prefix, text):
         if not node.tag.endswith(":str"):
             continue
         word = _Word(key, node.value, node.start_mark.index, node.end_mark.index)
         mistyped = word.is_top and _LOWER.fullmatch(node.value) and not Path(node.value).exists()
         if mistyped or _NAME.fullmatch(node.value):
             yield word
-
-
-def _scalars(prefix: Key, text: str) -> Iterator[tuple[Key, yaml.ScalarNode]]:
-    """Iterate over the single values of a YAML text; the parser reports a broken one."""
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError:
-        return
-    if root is not None and (prefix or not isinstance(root, yaml.ScalarNode)):
-        yield from _below(prefix, root, set())
-
-
-def _below(key: Key, node: yaml.Node, seen: set[int]) -> Iterator[tuple[Key, yaml.ScalarNode]]:
-    if id(node) in seen:  # an alias of what stands elsewhere
-        return
-    seen.add(id(node))
-    if isinstance(node, yaml.MappingNode):
-        for name, value in node.value:
-            yield from _below((*key, str(name.value).removesuffix("+")), value, seen)
-    elif isinstance(node, yaml.SequenceNode):
-        for value in node.value:
-            yield from _below((*key, _ITEM), value, seen)
-    elif isinstance(node, yaml.ScalarNode):
-        yield key, node
 
 
 def _is_loaded(name: str) -> bool:

@@ -9,6 +9,7 @@ import yaml
 
 from lit_rlft.cli import main
 from lit_rlft.cli.names import with_class_paths
+from lit_rlft.cli.old_arguments import without_old_arguments
 from lit_rlft.cli.paths import CONFIGS, config_file
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.reward import Reward
@@ -194,3 +195,53 @@ def test_a_printed_config_can_be_fed_back(
     first = printed(capsys, *(f"--config={name}" for name in configs))
     Path("printed.yaml").write_text(first)
     assert printed(capsys, "--config", "printed.yaml") == first
+
+
+@pytest.mark.parametrize("later", ["option", "config"])
+def test_another_reward_takes_no_arguments_of_the_first(
+    later: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both have a `pretrained`, which means another kind of model."""
+    (tmp_path / "other.yaml").write_text("reward: {class_path: PickScore}\n")
+    given = {"option": ["--reward", "PickScore"], "config": ["--config", "other.yaml"]}[later]
+    words = ["--config", "sd15", "--config", "p_graft", "--data.source", "prompts.txt", *given]
+    reward = yaml.safe_load(printed(capsys, *words))["reward"]
+    assert reward["class_path"] == f"{T2I}.rewards.PickScore"
+    assert reward["init_args"]["pretrained"] == "yuvalkirstain/PickScore_v1"
+    # An argument of its own counts, and the class that a config has already keeps its own.
+    own = yaml.safe_load(printed(capsys, *words, "--reward.pretrained", "a/b"))["reward"]
+    assert own["init_args"]["pretrained"] == "a/b"
+    same = [*words[:6], "--reward", "CLIPScore"]
+    clip = yaml.safe_load(printed(capsys, *same))["reward"]["init_args"]["pretrained"]
+    assert clip == "openai/clip-vit-large-patch14"
+
+
+def test_what_stands_around_the_old_arguments_stays(tmp_path: Path) -> None:
+    text = """\
+reward:
+  # of the molecule
+  init_args:
+    rewards: {a: 1}
+    file: part.yaml
+
+  class_path: a.First
+data:
+  file: part.yaml
+"""
+    (tmp_path / "part.yaml").write_text("{}")
+    (tmp_path / "one.yaml").write_text(text)
+    words = without_old_arguments(["fit", "--config", "one.yaml", "--reward", "b.Second"])
+    found = yaml.safe_load(words[2])
+    assert found == {
+        "reward": {"init_args": {}, "class_path": "a.First"},
+        "data": {"file": str(tmp_path / "part.yaml")},
+    }
+    assert words[3:] == ["--reward", "b.Second"]
+    for kept in (["--reward", "a.First"], ["--reward.file", "x"], []):
+        words = ["fit", "--config", "one.yaml", *kept]
+        assert without_old_arguments(words) == words
+    flow = ["fit", "--config", "reward: {class_path: A, init_args: {b: 1}}\nname: x", "--reward=B"]
+    assert yaml.safe_load(without_old_arguments(flow)[2]) == {
+        "reward": {"class_path": "A", "init_args": {}},
+        "name": "x",
+    }
