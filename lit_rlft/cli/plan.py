@@ -3,7 +3,7 @@
 import re
 from argparse import ArgumentParser
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from copy import copy
 from functools import partial
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.algorithms.reward_gradient import RewardGradient
+from lit_rlft.callbacks import budget
 from lit_rlft.cli.app import Command, run
 from lit_rlft.core.batch_size import AUTO
 from lit_rlft.core.checks import UsageError
@@ -119,7 +120,10 @@ def _trainer(given: Namespace) -> Trainer:
         ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
     )
     kept = {name: given[name] for name in ("max_epochs", "max_steps", "limit_train_batches")}
-    return Trainer(accelerator="cpu", devices=1, **quiet, **kept)
+    own = given["callbacks"] or []
+    own = own if isinstance(own, list) else [own]
+    ends = [callback for callback in own if isinstance(callback, budget.Budget)]
+    return Trainer(accelerator="cpu", devices=1, callbacks=ends, **quiet, **kept)
 
 
 def rehearse(
@@ -156,7 +160,7 @@ def rehearse(
         tuner.to("meta")
         ledger.hold([*tuner.parameters(), *tuner.buffers()])
         _watch(tuner, ledger)
-        return _Round(tuner, ledger).run(_moved(batch), _rounds(trainer, len(loader)), settings)
+        return _Round(tuner, ledger).run(_moved(batch), trainer, len(loader), settings)
 
 
 def _card_of(settings: Namespace) -> torch.device:
@@ -174,11 +178,23 @@ def _moved(batch: Any) -> Any:
     return {n: v.to("meta") if isinstance(v, Tensor) else v for n, v in batch.items()}
 
 
-def _rounds(trainer: Trainer, batches: int) -> int:
-    """Return the number of rounds of a fit whose epochs have so many batches."""
-    limit = trainer.limit_train_batches
+def _rounds(trainer: Trainer, batches: int, of_round: Mapping[str, int]) -> int:
+    """Return the number of rounds of a fit, which ends with the first of its limits.
+
+    Args:
+        trainer: Has the limits. Without any it is one epoch.
+        batches: Of an epoch.
+        of_round: Updates, denoiser_calls and reward_calls of a round.
+    """
+    limit, epochs = trainer.limit_train_batches, trainer.max_epochs
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * (limit or 1.0))
-    return batches * max(trainer.max_epochs or 1, 1)
+    known = [*budget.limits(trainer)]
+    if trainer.max_steps > 0:
+        known.append(("updates", trainer.max_steps))
+    ends = [-(-most // of_round[name]) for name, most in known if of_round[name]]
+    if epochs is not None and epochs > 0:
+        ends.append(batches * epochs)
+    return min(ends, default=batches)
 
 
 class _Calls(Meter):
@@ -254,8 +270,15 @@ class _Round:
         named = tuner.trainable().named_parameters()
         self.trained = [p for _, p in named if p.requires_grad]
 
-    def run(self, batch: Any, rounds: int, settings: Namespace) -> Plan:
-        """Return what it takes."""
+    def run(self, batch: Any, trainer: Trainer, batches: int, settings: Namespace) -> Plan:
+        """Return what it takes.
+
+        Args:
+            batch: On the device.
+            trainer: Says how long the fit is.
+            batches: Of an epoch.
+            settings: Of the command.
+        """
         tuner, ledger = self.tuner, self.ledger
         weights = list(_parts(tuner, {id(p) for p in self.trained}))
         updates = self._collect(batch)
@@ -274,6 +297,7 @@ class _Round:
         totals = [int(b + scale * u) for b, u in zip(before, update, strict=True)]
         phases = {n: size + optimizer for n, size in ledger.peaks.items() if n != "other"}
         phases["optimiser step"] = ledger.peaks["optimiser step"]
+        of_round = {"updates": len(updates), "denoiser_calls": totals[0], "reward_calls": totals[1]}
         size = tuner.sizes.microbatch
         most = updates[0].minibatch.num_terms
         micro = AUTO if size.automatic else min(most, size.rows or most)
@@ -282,7 +306,7 @@ class _Round:
             optimizer=optimizer,
             gradients=gradients,
             phases=phases,
-            rounds=rounds,
+            rounds=_rounds(trainer, batches, of_round),
             denoiser_calls=totals[0],
             reward_calls=totals[1],
             flops=totals[2],

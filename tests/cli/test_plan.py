@@ -15,6 +15,7 @@ from tests.cost.measured import peak_of
 from tests.domains.text_to_image.families.real_sizes import clip_l, sana, sdxl, z_image
 
 LIMITS = ["--trainer.limit_train_batches=1", "--trainer.limit_val_batches=0"]
+BUDGET = ["--trainer.callbacks+=Budget"]
 CASES = {
     "p_graft": ["--data.batch_size=8", "--model.minibatch_size=8", "--model.microbatch_size=4"],
     "drtune": [
@@ -202,3 +203,22 @@ def test_weights_that_do_not_fit_ask_for_a_lora_or_for_half_precision() -> None:
     assert first_change(made(phases, pipeline__frozen_dtype="float32"), 6 * GB) == (
         "--pipeline.frozen_dtype bfloat16"
     )
+
+
+@pytest.mark.parametrize(
+    ("limits", "rounds"),
+    [
+        (["--trainer.max_epochs=3"], 48),  # of 16 batches
+        (["--trainer.max_steps=40", "--trainer.max_epochs=-1"], 40 // 8),  # 64 rows, 2 passes
+        (["--trainer.max_steps=41", "--trainer.max_epochs=3"], 6),
+        (["--trainer.max_epochs=3", *BUDGET, "--trainer.callbacks.reward_calls=1000"], 4),
+        (["--trainer.max_epochs=-1", *BUDGET, "--trainer.callbacks.denoiser_calls=1"], 1),
+    ],
+)
+def test_a_fit_ends_with_the_first_of_its_limits(
+    limits: list[str], rounds: int, planned: list[Plan]
+) -> None:
+    words = ["--config=gaussian_mixture", "--config=graft", "--data.num_train=1024"]
+    sizes = ["--data.batch_size=64", "--model.num_candidates=4", "--model.minibatch_size=16"]
+    main(["plan", *words, *sizes, "--model.num_epochs=2", "--model.selection=TopK", *limits])
+    assert planned[0].rounds == rounds
