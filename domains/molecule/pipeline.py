@@ -337,10 +337,11 @@ class MoleculePipeline(Pipeline):
     def _check(self, batch: Batch) -> None:
         most, limit = int(_num_atoms(batch).max()), self.architecture.max_atoms
         if most > limit:
+            key = "data.init_args.source.init_args" if "elements" in batch else "data.init_args"
             raise UsageError(
                 f"the data have molecules of {most} atoms, the model {self.name!r} has "
-                f"{limit} slots; leave them out (max_atoms of data.init_args.source), or train a "
-                "model with more"
+                f"{limit} slots; leave them out ({key}.max_atoms {limit}), or train a model with "
+                "more"
             )
         own = tuple(batch["elements"][0]) if "elements" in batch else self.elements
         if own != self.elements:

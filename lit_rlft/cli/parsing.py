@@ -5,7 +5,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from importlib.util import find_spec
-from inspect import signature
+from inspect import Parameter, signature
 from pathlib import Path
 
 from lit_rlft.cli.index import index
@@ -25,6 +25,20 @@ _NOISE = re.compile(
     r"|Expected an? <class|Expected an? typing"
     r"|Type typing\.|Type collections\.|Not a valid subclass of"
 )
+_MEANT = {
+    "lr": "model.optimizer.lr",
+    "learning_rate": "model.optimizer.lr",
+    "weight_decay": "model.optimizer.weight_decay",
+    "num_steps": "model.sampler.num_steps",
+    "num_inference_steps": "model.sampler.num_steps",
+    "eta": "model.sampler.eta",
+    "rank": "model.lora.rank",
+    "alpha": "model.lora.alpha",
+    "lora_alpha": "model.lora.alpha",
+    "guidance_scale": "pipeline.guidance_scale",
+    "batch_size": "data.batch_size",
+}
+"""Where settings of the model are that other trainers have on top."""
 _MOST = 60
 """Longest shown value."""
 
@@ -56,8 +70,7 @@ def parser_sentence(causes: Sequence[BaseException]) -> str:
     value = values[-1] if values else ""
     if own := _own_code(causes):
         return f"{key}: {short(value)} cannot be imported: {own}"
-    if package := _absent(value):
-        why = f"the package {package} is not installed; pip install {package}, or correct the path"
+    if why := _absent(value):
         return f"{key}: {short(value)} cannot be imported: {why}"
     reasons = [line.strip(" -") for line in last.splitlines()]
     reasons = [line for line in reasons if line and not _NOISE.match(line)]
@@ -73,10 +86,21 @@ def parser_sentence(causes: Sequence[BaseException]) -> str:
 
 
 def _absent(path: str) -> str:
-    """Return the package of a class path, if it is not installed."""
-    package = path.partition(".")[0]
-    is_class = re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*\.[A-Z]\w*", path)
-    return package if is_class and find_spec(package) is None else ""
+    """Return why the class or function of a path cannot be found, and the remedy, if so."""
+    module, _, name = path.rpartition(".")
+    if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", module) or not name.isidentifier():
+        return ""
+    package = module.partition(".")[0]
+    if find_spec(package) is None:
+        return (
+            f"there is no module {package}; put {package}.py into this folder or on PYTHONPATH, or "
+            "pip install the package that has it"
+        )
+    loaded = sys.modules.get(module)
+    if loaded is None or hasattr(loaded, name):
+        return ""
+    close = nearest(name, vars(loaded))
+    return f"{module} has no {name}" + (f"; did you mean {close}?" if close else "")
 
 
 def _innermost(texts: Sequence[str]) -> str:
@@ -90,11 +114,18 @@ def _unknown(key: str, option: str, path: str) -> str:
     """Return the sentence on a key that nothing takes."""
     if not path:
         return f"there is no key {option}; lit-rlft COMMAND --help shows them all"
-    name = path.rpartition(".")[2]
-    group = key.partition(".")[0] or "model"
-    close = nearest(option, _arguments(path))
-    hint = f"did you mean {close}?" if close else f"see --{group}.help {name}"
-    return f"{key}.init_args.{option}: {name} has no such argument; {hint}"
+    name, own = path.rpartition(".")[2], _arguments(path)
+    group, nested = key.partition(".")[0] or "model", "." in key
+    # The parser names the class around an optimiser's, and only the base of a callback's.
+    known = bool(own) and not (nested and key.rpartition(".")[2] in own)
+    sentence = f"{key}.init_args.{option}: {name if known else 'its class'} has no such argument"
+    if group == "model" and option in _MEANT and option not in own:
+        return f"{sentence}; did you mean {_MEANT[option]}?"
+    if known and (close := nearest(option, own)):
+        return f"{sentence}; did you mean {close}?"
+    if nested:
+        return f"{sentence}; it has {', '.join(own)}" if known else sentence
+    return f"{sentence}; see --{group}.help {name}"
 
 
 def _arguments(path: str) -> list[str]:
@@ -103,7 +134,9 @@ def _arguments(path: str) -> list[str]:
     found = getattr(sys.modules.get(module), name, None)
     bases = found.__mro__ if isinstance(found, type) else ()
     made = [vars(base)["__init__"] for base in bases[:-1] if "__init__" in vars(base)]
-    return [argument for init in made for argument in signature(init).parameters]
+    taken = [each for init in made for each in list(signature(init).parameters.values())[1:]]
+    stars = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+    return [each.name for each in taken if each.kind not in stars]
 
 
 def _without_key(text: str) -> str:

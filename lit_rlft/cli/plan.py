@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from jsonargparse import Namespace
-from lightning import LightningDataModule, Trainer
+from lightning import Callback, LightningDataModule, Trainer
 from torch import Tensor, nn
 
 from lit_rlft.algorithms.base import RewardFineTuner
@@ -122,7 +122,7 @@ def _trainer(given: Namespace) -> Trainer:
     kept = {name: given[name] for name in ("max_epochs", "max_steps", "limit_train_batches")}
     own = given["callbacks"] or []
     own = own if isinstance(own, list) else [own]
-    ends = [callback for callback in own if isinstance(callback, budget.Budget)]
+    ends: list[Callback] = [one for one in own if isinstance(one, budget.Budget)]
     return Trainer(accelerator="cpu", devices=1, callbacks=ends, **quiet, **kept)
 
 

@@ -45,6 +45,7 @@ def check_cached(source: str, key: str) -> Iterator[None]:
     except (OSError, ValueError) as error:
         raise UsageError(
             f"{key}: the configs of {source!r} are neither in a folder nor in the hub's cache, and "
-            f"plan downloads nothing; run `hf download {source} --include '*.json' '*.txt'`, or "
-            "give a folder with its config.json files (weights are not needed)"
+            f"plan downloads nothing; run `hf download {source} --include '*.json' "
+            "--include '*.txt'`, or give a folder with its config.json files (weights are not "
+            "needed)"
         ) from error

@@ -58,8 +58,17 @@ FILES = {
     "nowhere.yaml": (b"model: {init_args: {cut: '${no.where}'}}", r"model.init_args.cut: .*no\.w"),
     "typo.yaml": (b"modle: {init_args: {cut: 1}}", "there is no key modle.init_args.cut"),
 }  # fmt: skip
+FUNCTION = "reward=domains.layout.rewards.FunctionReward"
 MISTAKES = {
     "model.cutt=1": "model.init_args.cutt: PGRAFT has no such argument; did you mean cut",
+    "model.learning_rate=1e-4": "PGRAFT has no such argument; did you mean model.optimizer.lr",
+    "model.optimizer.learning_rate=1": "its class has no .*; did you mean model.optimizer.lr",
+    "model.optimizer.weight_decy=1": "optimizer.init_args.weight_decy: its class has no such arg",
+    "model.guidance_scale=4": "did you mean pipeline.guidance_scale",
+    "model.lora.foo=3": "lora.init_args.foo: LoRA has no such argument; it has rank, alpha",
+    f"{FUNCTION} --reward.function=own.nothing": "own has no nothing",
+    f"{FUNCTION} --reward.function=owm.score": "there is no module owm; put owm.py into",
+    "reward=own.Failss": "own has no Failss; did you mean Fails",
     "model.cut=[1]": r"model.init_args.cut is '\[1\]', but must be float",
     "model.sampler.num_st=3": r"model: it has no argument sampler.num_st; see --model.help",
     "trainer.max_ep=1": "there is no option --trainer.max_ep=1",
@@ -79,8 +88,8 @@ MISTAKES = {
     "reward=own.Unborn": r"Unborn: its __init__ must begin with super\(\)",
     "reward=own.Unfinished": "reward: the class is abstract",
     "model.optimizer=bits_of_bytes.optim.AdamW8bit": (
-        "model.init_args.optimizer: bits_of_bytes.optim.AdamW8bit cannot be imported: the package "
-        "bits_of_bytes is not installed; pip install bits_of_bytes"
+        "model.init_args.optimizer: bits_of_bytes.optim.AdamW8bit cannot be imported: "
+        "there is no module bits_of_bytes; put bits_of_bytes.py into this folder .*pip install"
     ),
     "reward=raises.Any": r"reward: raises.Any cannot be imported: ZeroDivision.*raises.py, line 2",
     "trainer=3": "trainer",
@@ -115,7 +124,7 @@ def test_configs_that_are_none(name: str) -> None:
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_one_sentence_with_the_key(mistake: str) -> None:
-    message = error(f"--{mistake}")
+    message = error(*f"--{mistake}".split())
     assert re.fullmatch(f"lit-rlft: error: .*{MISTAKES[mistake]}.*", message), message
     assert len(message) < 300 and not list(Path().rglob("*.ckpt"))
 
