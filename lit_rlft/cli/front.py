@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from lit_rlft import __version__
 from lit_rlft.cli import listing, reports
 from lit_rlft.cli.collector import without_collection
+from lit_rlft.cli.data_files import check_sources
 from lit_rlft.cli.names import with_class_paths
 from lit_rlft.cli.old_arguments import without_old_arguments
 from lit_rlft.cli.paths import with_config_files
@@ -113,6 +114,7 @@ def _command(words: list[str]) -> None:
         sys.path.append(os.getcwd())  # classes of the user's own, as `python` finds them
     words = with_class_paths(with_config_files(configs_first(words)))
     words = without_old_arguments(words)
+    check_sources(words)
     with without_collection():
         if words[0] == "plan":
             from lit_rlft.cli.plan import plan_words

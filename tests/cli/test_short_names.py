@@ -1,5 +1,6 @@
 """Classes and configs by their names alone."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -245,3 +246,25 @@ data:
         "reward": {"class_path": "A", "init_args": {}},
         "name": "x",
     }
+
+
+SOURCES = {
+    "molecule_pretrain": ("mols.csv", "MoleculeData", r"MoleculeFile, QM9, SmilesFile$"),
+    "layout_pretrain": ("coco.json", "LayoutData", r"JSONLayouts.*PubLayNet"),
+    "digits_pretrain": ("flowers", "ImageData", r"Arrays, ImageFolder"),
+}
+
+
+@pytest.mark.parametrize("config", SOURCES)
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_file_is_no_source(config: str, exists: bool, tmp_path: Path) -> None:
+    name, data, classes = SOURCES[config]
+    if exists:
+        (tmp_path / name).write_text("smiles\n") if "." in name else (tmp_path / name).mkdir()
+    elif "." not in name:
+        return  # a word without a dot may be a class of one's own
+    with pytest.raises(SystemExit) as raised:
+        main(["fit", "--config", config, "--data.source", name])
+    sentence = f"--data.source {name}: {data} takes the class that reads the file, as in "
+    assert sentence in str(raised.value.code)
+    assert re.search(classes, str(raised.value.code))
