@@ -2,11 +2,9 @@
 
 Method: pages of which nothing is given, by samplers of several steps and noises, a seed of noise
 each; values with the standard error over pages, FID with the embedded encoder against 2,048 other
-pages of the grammar (with its jackknife error). A model in a folder is named by its path: those of
-interleaved Gibbs diffusion are pretrained first.
+pages of the grammar (with its jackknife error). A model in a folder is named by its path.
 
-    python benchmarks/layout_models.py grammar_mixed runs/layout_gibbs_pretrain/tuned \
-        --steps 24 48 96 288 --eta 1
+    python benchmarks/layout_models.py --steps 12 24 48 96 288 --seeds 0 1
 """
 
 import argparse
@@ -15,7 +13,6 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from domains.layout import EMBEDDED
 from domains.layout.metrics import LayoutMeasures, SetDistances, source_layouts
 from domains.layout.pipeline import LayoutPipeline
 from domains.layout.samples import Layouts
@@ -26,6 +23,7 @@ from lit_rlft.core.sampling import Sampler
 from lit_rlft.evaluation.measurements import Measurements
 
 COLUMNS = ("alignment_100", "overlap", "num_elements", "coverage", "fid", "class_tv")
+MODELS = ("grammar", "grammar_mixed", "grammar_gibbs")
 BATCH = 256
 
 
@@ -60,11 +58,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[12, 25, 50, 100])
     parser.add_argument("--eta", type=float, nargs="+", default=[0.0, 1.0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("models", nargs="*", help="names or folders; all embedded ones if none")
+    parser.add_argument("models", nargs="*", default=MODELS, help="names or folders")
     settings = parser.parse_args()
     torch.set_num_threads(1)
-    names = settings.models or sorted(path.name for path in EMBEDDED.iterdir() if path.is_dir())
-    for name in names:
+    for name in settings.models:
         pipeline = LayoutPipeline(name)
         print(f"| {name} | {' | '.join(COLUMNS)} |\n|{'---|' * (len(COLUMNS) + 1)}")
         data = source_layouts(Grammar(num_pages=settings.num, seed=2), settings.num)

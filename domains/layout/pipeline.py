@@ -51,7 +51,8 @@ class LayoutPipeline(Pipeline):
 
     Args:
         pretrained: A folder that `save` wrote or the name of an embedded model ("grammar",
-            "grammar_mixed"); None draws new weights of `architecture`, to pretrain them.
+            "grammar_mixed", "grammar_gibbs"); None draws new weights of `architecture`, to pretrain
+            them.
         architecture: Sizes of the new network; of a pretrained one its own.
         category_weight: Weight of the classes' loss beside the boxes', where they are integers.
         save_dtype: Precision in which the tuned model is written.
@@ -346,5 +347,5 @@ def _load(pretrained: str) -> LayoutTransformer:
         EMBEDDED,
         lambda source: load_network(Path(source)),
         kind="a layout model",
-        give="'grammar', 'grammar_mixed' or a folder that save wrote",
+        give="'grammar', 'grammar_mixed', 'grammar_gibbs' or a folder that save wrote",
     )

@@ -49,6 +49,8 @@ def penalty(layouts: Layouts) -> torch.Tensor:
         ("grammar", "completion", 0.33),
         ("grammar_mixed", "unconditional", 0.28),
         ("grammar_mixed", "category", 0.42),
+        ("grammar_gibbs", "unconditional", 0.21),
+        ("grammar_gibbs", "category", 0.37),
     ],
 )
 def test_samples_are_as_good_as_the_readme_says(name: str, task: str, limit: float) -> None:
