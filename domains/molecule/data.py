@@ -119,7 +119,8 @@ class MoleculeData(SourceData[Packed]):
 class AtomCounts(SplitData):
     """Numbers of atoms, drawn from a histogram: conditions of generation.
 
-    Rows are `{"index", "num_atoms": int64 []}`; row i is a function of `seed`, the split and i.
+    Rows are `{"index", "num_atoms": int64 [], "most_atoms": int64 []}`, the last being the largest
+    number of the histogram; row i is a function of `seed`, the split and i.
 
     Args:
         counts: Number of molecules, or share, by number of atoms; "qm9" and "qm9_heavy" are QM9's
@@ -179,11 +180,12 @@ class AtomCounts(SplitData):
         assert self._histogram is not None
         sizes, shares = self._histogram
         stream = (self.seed, _SPLITS.index(split))
+        most = int(sizes.max())  # in every row, so that no run stops midway at a rare one
 
         def row(i: int) -> Record:
             drawn = np.random.default_rng([*stream, i]).random()
             place = int(np.searchsorted(shares, drawn, side="right"))
-            return {"num_atoms": torch.tensor(int(sizes[place]))}
+            return {"num_atoms": torch.tensor(int(sizes[place])), "most_atoms": torch.tensor(most)}
 
         return Rows(self.limits[split], row)
 
@@ -199,6 +201,7 @@ def _cumulative(
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Return numbers of atoms and their cumulative shares but for the last."""
     kept = {n: share for n, share in sorted(counts.items()) if max_atoms is None or n <= max_atoms}
+    kept = {n: share for n, share in kept.items() if share != 0}
     shares = np.array([*kept.values()], np.float64)
     if not kept or min(kept) < 1 or (shares < 0).any() or not 0 < shares.sum() < np.inf:
         raise UsageError(

@@ -335,7 +335,8 @@ class MoleculePipeline(Pipeline):
         return functional.pad(values, widths, value=fill)
 
     def _check(self, batch: Batch) -> None:
-        most, limit = int(_num_atoms(batch).max()), self.architecture.max_atoms
+        numbers = batch["most_atoms"] if "most_atoms" in batch else _num_atoms(batch)
+        most, limit = int(numbers.max()), self.architecture.max_atoms
         if most > limit:
             key = "data.init_args.source.init_args" if "elements" in batch else "data.init_args"
             raise UsageError(

@@ -183,6 +183,9 @@ def test_conditions_follow_the_histogram() -> None:
     assert [int(row["num_atoms"]) for row in other] != found[:50].tolist()
     small = rows(AtomCounts({3: 1, 5: 6, 9: 3}, max_atoms=5), "train")
     assert {int(row["num_atoms"]) for row in small} == {3, 5}
+    assert {int(row["most_atoms"]) for row in small} == {5}
+    never = AtomCounts({3: 1, 9: 0})
+    assert {int(row["most_atoms"]) for row in rows(never, "train")} == {3}
     batch = next(iter(data.train_dataloader()))
     assert batch["num_atoms"].dtype == torch.int64 and batch["num_atoms"].shape == (32,)
 

@@ -457,6 +457,10 @@ def test_data_of_other_elements_or_too_many_atoms_are_refused() -> None:
     batch = batch_of()
     with pytest.raises(UsageError, match=r"molecules of 7 atoms.*has 6 slots"):
         pipeline.encode({**batch, "num_atoms": torch.tensor([7])})
+    # A histogram is refused as a whole, before a batch draws its rarest number.
+    conditions = {"num_atoms": torch.tensor([3, 3]), "most_atoms": torch.tensor([9, 9])}
+    with pytest.raises(UsageError, match=r"molecules of 9 atoms.*\(data.init_args.max_atoms 6\)"):
+        pipeline.encode(conditions)
     with pytest.raises(UsageError, match=r"elements \['C', 'N'\]"):
         pipeline.states({**batch, "elements": [("C", "N")] * 5})
 
