@@ -499,9 +499,8 @@ class DDPO(RewardFineTuner):
         if self.num_train_steps is not None and noisy.any():
             steps = steps[noisy]  # a draw of one without would train nothing
         (generator,) = generators([seed_from(self.seed, Stream.STEPS, self.num_rounds)])
-        return steps[torch.randperm(len(steps), generator=generator)][
-            : self.num_train_steps
-        ].tolist()
+        order = torch.randperm(len(steps), generator=generator)
+        return steps[order[: self.num_train_steps]].tolist()
 
     def _num_random(self, random: Tensor) -> int:
         """Return in how many trained steps something was left to chance, on any process."""
@@ -540,10 +539,8 @@ class DDPO(RewardFineTuner):
         process = self.pipeline.process
         assert isinstance(process, GaussianProcess)
         # Of all steps, whichever are trained this round: a step's weight is the same in each.
-        table = tensor_of(
-            self._steps(condition.index(slice(0, 1)), self.sampler.noise).coefficients
-        )
-        return process.balance(table)[list(steps)].cpu()
+        whole = self._steps(condition.index(slice(0, 1)), self.sampler.noise)
+        return process.balance(tensor_of(whole.coefficients))[list(steps)].cpu()
 
     def _normalized(
         self, log_probs: Tensor, policy: Distribution, pairs: Mapping[str, State]

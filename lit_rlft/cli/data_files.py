@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Sequence
-from inspect import Parameter, signature
+from inspect import signature
 from pathlib import Path
 
 from lit_rlft.cli.texts import scalars, text_of
@@ -32,7 +32,7 @@ def check_sources(words: Sequence[str]) -> None:
     parameters = signature(getattr(importlib.import_module(module), name)).parameters
     for option in given:
         argument = option.key.rpartition(".")[2]
-        if "Source" in str(parameters.get(argument, Parameter("x", Parameter.KEYWORD_ONLY))):
+        if argument in parameters and "Source" in str(parameters[argument].annotation):
             key = f"--data.{argument}"
             raise UsageError(
                 f"{key} {option.value}: {name} takes the class that reads the file, as in {key} "
@@ -51,7 +51,7 @@ def _is_file(option: Option) -> bool:
 def _data_class(words: Sequence[str]) -> str:
     """Return the path of the DataModule that is given last."""
     texts = [text_of(option) for option in options(words)]
-    named = [str(n.value) for texts_own in texts for key, n in scalars(*texts_own) if key in _CLASS]
+    named = [str(n.value) for text in texts for key, n in scalars(*text) if key in _CLASS]
     return named[-1] if named else ""
 
 
