@@ -168,7 +168,7 @@ SETTINGS = {
         {"model.init_args.num_candidates": "few"},
         "model.init_args.num_candidates is 'few', but must",
     ),
-    "unknown class": ({"reward": "nowhere.Nothing"}, "the package nowhere is not installed"),
+    "unknown class": ({"reward": "nowhere.Nothing"}, "there is no module nowhere; put nowhere.py"),
     "missing config": ({"config": ["configs/nowhere.yaml"]}, "does not exist"),
     "NaN reward": ({"reward": "mistaken_rewards.Failing"}, "Failing failed for all 32 samples"),
     "wide reward": ({"reward": "mistaken_rewards.Wide"}, "Wide returned shape (32, 2) for 32"),
