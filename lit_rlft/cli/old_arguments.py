@@ -21,7 +21,7 @@ def without_old_arguments(words: Sequence[str]) -> list[str]:
     """Return a command's words; configs whose reward gives way to another class lose its arguments.
 
     Args:
-        words: Configs first, with full class paths.
+        words: Configs first.
     """
     texts = [(option, *text_of(option)) for option in options(words)]
     named = [_class_of(prefix, text) for _, prefix, text in texts]
@@ -36,9 +36,12 @@ def without_old_arguments(words: Sequence[str]) -> list[str]:
 
 
 def _class_of(prefix: tuple[str, ...], text: str) -> str | None:
-    """Return the class that a text gives to the reward, if any."""
+    """Return the name of the class that a text gives to the reward, if any.
+
+    The name alone: a class may have several paths.
+    """
     found = [str(node.value) for key, node in scalars(prefix, text) if key in _CLASS]
-    return found[-1] if found else None
+    return found[-1].rpartition(".")[2] if found else None
 
 
 def _emptied(text: str) -> list[Edit]:

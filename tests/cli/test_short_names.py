@@ -238,7 +238,7 @@ data:
         "data": {"file": str(tmp_path / "part.yaml")},
     }
     assert words[3:] == ["--reward", "b.Second"]
-    for kept in (["--reward", "a.First"], ["--reward.file", "x"], []):
+    for kept in (["--reward", "a.First"], ["--reward", "a.b.First"], ["--reward.file", "x"], []):
         words = ["fit", "--config", "one.yaml", *kept]
         assert without_old_arguments(words) == words
     flow = ["fit", "--config", "reward: {class_path: A, init_args: {b: 1}}\nname: x", "--reward=B"]
