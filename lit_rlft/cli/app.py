@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import jsonargparse
 import lightning
 from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-defined]
-from lightning import LightningDataModule, Trainer
+from lightning import Callback, LightningDataModule, Trainer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -48,7 +48,7 @@ from lit_rlft.runs.files import disk_trouble
 from lit_rlft.runs.folder import give_folder, make_folder, trainer_settings
 from lit_rlft.runs.warned import Heard, hearing_warnings
 
-__all__ = ["Command", "run"]
+__all__ = ["Command", "own_callbacks", "run"]
 
 _ABOUT = {
     "fit": "Tune a pretrained model with a reward.",
@@ -71,6 +71,12 @@ _CALLBACKS = (
 
 _FURTHER = (Facts, LeftOut, Monitored, TrainingMetrics, Charts, Voting, BlindPairs)
 """Those that every run has too, without settings."""
+
+
+def own_callbacks(trainer: Namespace) -> list[Callback]:
+    """Return the callbacks that a config gives to its trainer: a list, one alone, or none."""
+    given = trainer["callbacks"] or []
+    return given if isinstance(given, list) else [given]
 
 
 class _Parser(LightningArgumentParser):
@@ -166,8 +172,7 @@ class Command(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         given = self.config_init[str(self.subcommand)].trainer
-        own = given["callbacks"] or []
-        own = own if isinstance(own, list) else [own]
+        own = own_callbacks(given)
         shown, bars = progress(own, given["enable_progress_bar"])
         settings = trainer_settings(given, self.folder) | {
             "callbacks": [*own, *shown, *(further() for further in _FURTHER)],

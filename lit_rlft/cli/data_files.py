@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from inspect import signature
 from pathlib import Path
 
-from lit_rlft.cli.texts import scalars, text_of
+from lit_rlft.cli.packages import domain_of, domain_packages, modules
+from lit_rlft.cli.texts import class_of, text_of
 from lit_rlft.cli.words import Option, options
 from lit_rlft.core.checks import UsageError
 
 __all__ = ["check_sources"]
 
-_CLASS = (("data",), ("data", "class_path"))
 _SOURCES = ("source", "val_source", "test_source")
 
 
@@ -25,8 +25,12 @@ def check_sources(words: Sequence[str]) -> None:
         UsageError: One is; the sentence names the classes that read files.
     """
     given = [option for option in options(words) if _is_file(option)]
-    path = _data_class(words) if given else ""
-    if not path.startswith("domains."):
+    named = [class_of("data", *text_of(option)) for option in options(words)] if given else []
+    path = next(filter(None, reversed(named)), "")
+    if (domain := domain_of(path)) is None:
+        return
+    package = domain_packages()[domain]
+    if f"{package}.sources" not in modules(package):
         return
     module, _, name = path.rpartition(".")
     parameters = signature(getattr(importlib.import_module(module), name)).parameters
@@ -36,7 +40,7 @@ def check_sources(words: Sequence[str]) -> None:
             key = f"--data.{argument}"
             raise UsageError(
                 f"{key} {option.value}: {name} takes the class that reads the file, as in {key} "
-                f"CLASS {key}.path {option.value}; classes are {', '.join(_readers(module))}"
+                f"CLASS {key}.path {option.value}; classes are {', '.join(_readers(package))}"
             )
 
 
@@ -48,16 +52,9 @@ def _is_file(option: Option) -> bool:
     return path.exists() or path.suffix[1:].islower()
 
 
-def _data_class(words: Sequence[str]) -> str:
-    """Return the path of the DataModule that is given last."""
-    texts = [text_of(option) for option in options(words)]
-    named = [str(n.value) for text in texts for key, n in scalars(*text) if key in _CLASS]
-    return named[-1] if named else ""
-
-
-def _readers(module: str) -> list[str]:
+def _readers(package: str) -> list[str]:
     """Return the names of a domain's sources that have a path."""
-    sources = importlib.import_module(".".join([*module.split(".")[:2], "sources"]))
+    sources = importlib.import_module(f"{package}.sources")
     found = {name: getattr(sources, name) for name in sources.__all__}
     classes = {name: one for name, one in found.items() if isinstance(one, type)}
     return sorted(name for name, one in classes.items() if "path" in signature(one).parameters)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lit_rlft.cli.index import Entry, index
-from lit_rlft.cli.packages import domain_packages
+from lit_rlft.cli.packages import domain_of
 from lit_rlft.cli.paths import packaged_configs
-from lit_rlft.cli.texts import ITEM, Key, absolute_files, edited, scalars, text_of
+from lit_rlft.cli.texts import ITEM, Key, absolute_files, class_of, edited, scalars, text_of
 from lit_rlft.cli.words import Option, nearest, options, rewritten
 from lit_rlft.core.checks import UsageError
 
@@ -141,21 +141,13 @@ def _domain(names: Sequence[_Word], texts: Sequence[tuple[Option, Key, str]]) ->
     """Return the domain of the pipeline that is given last, by its short name or its path."""
     given = [word.name for word in names if word.key[0] == "pipeline" and word.is_top]
     short = {entry.name: entry.domain for entry in index() if entry.kind == "pipeline"}
-    paths = [path for _, prefix, text in texts for path in _pipelines(prefix, text)]
-    packages = domain_packages()
-    for path in reversed(paths):
-        for domain, package in packages.items():
-            if path.startswith(f"{package}."):
-                return domain
+    paths = [class_of("pipeline", prefix, text) for _, prefix, text in texts]
+    for path in filter(None, reversed(paths)):
+        if domain := domain_of(path):
+            return domain
         if path in given:
             return short.get(path)
     return None
-
-
-def _pipelines(prefix: Key, text: str) -> Iterator[str]:
-    for key, node in scalars(prefix, text):
-        if key in (("pipeline",), ("pipeline", "class_path")):
-            yield str(node.value)
 
 
 def _words(prefix: Key, text: str) -> Iterator[_Word]:

@@ -8,13 +8,12 @@ from collections.abc import Sequence
 
 import yaml
 
-from lit_rlft.cli.texts import Edit, absolute_files, edited, scalars, text_of
+from lit_rlft.cli.texts import Edit, absolute_files, class_of, edited, text_of
 from lit_rlft.cli.words import options, rewritten
 
 __all__ = ["without_old_arguments"]
 
 _GROUP = "reward"
-_CLASS = ((_GROUP,), (_GROUP, "class_path"))
 
 
 def without_old_arguments(words: Sequence[str]) -> list[str]:
@@ -24,7 +23,8 @@ def without_old_arguments(words: Sequence[str]) -> list[str]:
         words: Configs first.
     """
     texts = [(option, *text_of(option)) for option in options(words)]
-    named = [_class_of(prefix, text) for _, prefix, text in texts]
+    paths = [class_of(_GROUP, prefix, text) for _, prefix, text in texts]
+    named = [path and path.rpartition(".")[2] for path in paths]  # a class may have several paths
     for i, (option, _, text) in enumerate(texts):
         other = any(name not in (None, named[i]) for name in named[i + 1 :])
         if option.key != "config" or named[i] is None or not other:
@@ -33,15 +33,6 @@ def without_old_arguments(words: Sequence[str]) -> list[str]:
             files = [edit for edit in absolute_files(option, text) if not start <= edit[0] < end]
             words = rewritten(words, option, edited(text, [(start, end, nothing), *files]))
     return list(words)
-
-
-def _class_of(prefix: tuple[str, ...], text: str) -> str | None:
-    """Return the name of the class that a text gives to the reward, if any.
-
-    The name alone: a class may have several paths.
-    """
-    found = [str(node.value) for key, node in scalars(prefix, text) if key in _CLASS]
-    return found[-1].rpartition(".")[2] if found else None
 
 
 def _emptied(text: str) -> list[Edit]:

@@ -5,7 +5,7 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 
-__all__ = ["GROUP", "domain_packages", "modules"]
+__all__ = ["GROUP", "domain_of", "domain_packages", "modules"]
 
 GROUP = "lit_rlft.domains"
 _ROOT = Path(__file__).parents[2]
@@ -17,6 +17,12 @@ def domain_packages() -> dict[str, str]:
     A checkout's own pyproject.toml is read too: its installed metadata may be older.
     """
     return _of_checkout() | {point.name: point.value for point in entry_points(group=GROUP)}
+
+
+def domain_of(path: str) -> str | None:
+    """Return the domain that a class path belongs to, None for those of no domain."""
+    packages = domain_packages().items()
+    return next((name for name, own in packages if path.startswith(f"{own}.")), None)
 
 
 def modules(package: str) -> dict[str, Path]:

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from jsonargparse import Namespace
-from lightning import Callback, LightningDataModule, Trainer
+from lightning import LightningDataModule, Trainer
 from torch import Tensor, nn
 
 from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.algorithms.reward_gradient import RewardGradient
 from lit_rlft.callbacks import budget
-from lit_rlft.cli.app import Command, run
+from lit_rlft.cli.app import Command, own_callbacks, run
 from lit_rlft.core.batch_size import AUTO
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Pipeline
@@ -120,10 +120,8 @@ def _trainer(given: Namespace) -> Trainer:
         ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
     )
     kept = {name: given[name] for name in ("max_epochs", "max_steps", "limit_train_batches")}
-    own = given["callbacks"] or []
-    own = own if isinstance(own, list) else [own]
-    ends: list[Callback] = [one for one in own if isinstance(one, budget.Budget)]
-    return Trainer(accelerator="cpu", devices=1, callbacks=ends, **quiet, **kept)
+    ends = [one for one in own_callbacks(given) if isinstance(one, budget.Budget)]
+    return Trainer(accelerator="cpu", devices=1, callbacks=[*ends], **quiet, **kept)
 
 
 def rehearse(

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lit_rlft.cli.index import index
-from lit_rlft.cli.packages import domain_packages, modules
+from lit_rlft.cli.packages import domain_of, domain_packages, modules
 from lit_rlft.core.checks import UsageError
 
 __all__ = ["check_domains"]
@@ -22,12 +22,12 @@ def check_domains(config: Mapping[str, Any]) -> None:
         config: Of a command, with full class paths.
     """
     pipeline = config.get("pipeline")
-    own = _domain(pipeline.get("class_path")) if isinstance(pipeline, Mapping) else None
+    own = domain_of(str(pipeline.get("class_path"))) if isinstance(pipeline, Mapping) else None
     if own is None:
         return
     for group, kind in _GROUPS.items():
         for key, path in _paths(config.get(group), group):
-            other = _domain(path)
+            other = domain_of(path)
             if other is None or _samples(other) == _samples(own):
                 continue
             names = [entry.name for entry in index() if (entry.domain, entry.kind) == (own, kind)]
@@ -49,12 +49,6 @@ def _paths(value: Any, key: str) -> Iterator[tuple[str, str]]:
         parts = [(f"{key}.{i}", p) for i, p in enumerate(value)] if isinstance(value, list) else []
     for name, part in parts:
         yield from _paths(part, name)
-
-
-def _domain(path: Any) -> str | None:
-    """Return the domain that a class path belongs to, None for those of no domain."""
-    packages = domain_packages().items()
-    return next((name for name, own in packages if str(path).startswith(f"{own}.")), None)
 
 
 def _samples(domain: str) -> str:

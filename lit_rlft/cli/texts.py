@@ -7,7 +7,7 @@ import yaml
 
 from lit_rlft.cli.words import Option
 
-__all__ = ["ITEM", "Edit", "Key", "absolute_files", "edited", "scalars", "text_of"]
+__all__ = ["ITEM", "Edit", "Key", "absolute_files", "class_of", "edited", "scalars", "text_of"]
 
 ITEM = "*"
 """In a key, any place of a list."""
@@ -46,6 +46,13 @@ def absolute_files(option: Option, text: str) -> list[Edit]:
         for _, node in scalars((), text)
         if node.value.endswith(_CONFIGS) and (folder / node.value).is_file()
     ]
+
+
+def class_of(group: str, prefix: Key, text: str) -> str | None:
+    """Return the class that a text gives to a group of the config, by path or name, if any."""
+    keys = ((group,), (group, "class_path"))
+    found = [str(node.value) for key, node in scalars(prefix, text) if key in keys]
+    return found[-1] if found else None
 
 
 def scalars(prefix: Key, text: str) -> Iterator[tuple[Key, yaml.ScalarNode]]:

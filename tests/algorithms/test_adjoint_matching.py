@@ -275,7 +275,7 @@ def test_at_the_start_the_control_is_0_and_costs_nothing() -> None:
 
 
 def test_the_reference_loss_is_that_of_the_pairs_that_count() -> None:
-    """Before anything is learned it is the loss, whatever is left out."""
+    """Before anything is learned it is the loss, of the same pairs."""
     tuner = tuner_of(bent("rectified_flow"), loss_quantile=0.6)
     experience = collected(tuner, 20)
     losses, values = tuner.loss(experience.terms(torch.arange(experience.num_terms)), None)
