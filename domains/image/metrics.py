@@ -13,10 +13,11 @@ from domains.image.samples import check_pictures
 from domains.image.sources import Digits, Source
 from lit_rlft.core.checks import at_least
 from lit_rlft.core.guard import LARGE_FALL, LARGE_RISE, Guard
-from lit_rlft.core.pipeline import Condition
+from lit_rlft.core.pipeline import Condition, Pipeline
 from lit_rlft.core.reward import LeftOut, Metric
 from lit_rlft.kit.leave_out import precision_recall_left_out
 from lit_rlft.kit.set_metrics import RealFeatures, SourceDistances, sums_over_others
+from lit_rlft.kit.sources import prepare
 from lit_rlft.kit.statistics import neighbour_distances, precision_recall
 
 __all__ = ["Diversity", "SetDistances"]
@@ -57,6 +58,9 @@ class SetDistances(SourceDistances["_Real"]):
         self.source = source or Digits()
         self.network = load_features(features)
         self.max_images, self.num_neighbours = max_images, num_neighbours
+
+    def check(self, pipeline: Pipeline) -> None:
+        prepare(self, "source", self.source)
 
     @property
     def name(self) -> str:

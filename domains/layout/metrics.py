@@ -24,9 +24,10 @@ from domains.layout.samples import Layouts, check_layouts
 from domains.layout.sources import Grammar, Source
 from lit_rlft.core.checks import at_least
 from lit_rlft.core.guard import LARGE_FALL, LARGE_RISE, Guard
-from lit_rlft.core.pipeline import Condition
+from lit_rlft.core.pipeline import Condition, Pipeline
 from lit_rlft.core.reward import LeftOut, Metric
 from lit_rlft.kit.set_metrics import RealFeatures, SourceDistances
+from lit_rlft.kit.sources import prepare
 from lit_rlft.kit.statistics import frechet_distance
 
 __all__ = [
@@ -100,6 +101,9 @@ class SetDistances(SourceDistances["_Real"]):
         self.source = source or Grammar(num_pages=max_layouts, seed=1)
         self.encoder = load_encoder(pretrained, self.source.classes)
         self.max_layouts = max_layouts
+
+    def check(self, pipeline: Pipeline) -> None:
+        prepare(self, "source", self.source)
 
     @torch.no_grad()
     def features(self, samples: Any, condition: Condition) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from domains.molecule.sources import Enumerated, Source
 from domains.molecule.sources.packed import Packed
-from lit_rlft.core.checks import UsageError, at_least
+from lit_rlft.core.checks import UsageError, at_least, reading
 from lit_rlft.kit.data import Record, Rows, Split, SplitData, collate
 from lit_rlft.kit.size_batches import Batches, FixedBatches, SizeBatches
 from lit_rlft.kit.sources import SourceData
@@ -171,7 +171,8 @@ class AtomCounts(SplitData):
             return
         if self.counts is None:
             source = self.source or Enumerated()
-            counts: Mapping[int, float] = histogram(source.load())
+            with reading(self, "source"):
+                counts: Mapping[int, float] = histogram(source.load())
         else:
             counts = _PUBLISHED[self.counts] if isinstance(self.counts, str) else self.counts
         self._histogram = _cumulative(counts, self.max_atoms)

@@ -27,11 +27,12 @@ from domains.molecule.sources import Enumerated, Source
 from domains.molecule.sources.packed import Packed, molecules_of
 from lit_rlft.core.checks import at_least
 from lit_rlft.core.guard import LARGE_FALL, Guard
-from lit_rlft.core.pipeline import Condition
+from lit_rlft.core.pipeline import Condition, Pipeline
 from lit_rlft.core.reward import Metric, SetMetric
 from lit_rlft.kit.distinct import KindCount, kind_error, text_number
 from lit_rlft.kit.ratios import error_of_mean, ratio, ratio_parts
 from lit_rlft.kit.set_metrics import SourceDistances
+from lit_rlft.kit.sources import prepare
 
 __all__ = [
     "Drugs",
@@ -156,6 +157,9 @@ class Novelty(SetMetric):
         self.source = source or Enumerated()
         self._known: frozenset[str] | None = None
 
+    def check(self, pipeline: Pipeline) -> None:
+        prepare(self, "source", self.source)
+
     def features(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
         """Return what tells molecules apart, and whether each is known, [B] each."""
         chemistry = chemistry_of(check_molecules(samples, condition))
@@ -213,6 +217,9 @@ class SetDistances(SourceDistances["_Statistics"]):
         super().__init__(num_draws)
         at_least(2, self, max_molecules=max_molecules)
         self.source, self.max_molecules = source or Enumerated(), max_molecules
+
+    def check(self, pipeline: Pipeline) -> None:
+        prepare(self, "source", self.source)
 
     def features(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
         """Return positions [B, N, 3], types, numbers in `EXPLICIT`, [B, N], descriptors [B]."""

@@ -13,6 +13,7 @@ __all__ = [
     "finite",
     "loading",
     "positive",
+    "reading",
     "require",
     "within",
 ]
@@ -119,6 +120,17 @@ def loading(sentence: str) -> Iterator[None]:
         raise
     except Exception as error:  # a file can hold anything, and every reader has its own errors
         raise UsageError(f"{sentence} ({_reason(error)})") from error
+
+
+@contextmanager
+def reading(owner: object, argument: str) -> Iterator[None]:
+    """Turn UsageError on data into BadArgument, which names the setting that gave the data."""
+    try:
+        yield
+    except BadArgument:
+        raise
+    except UsageError as error:
+        raise BadArgument(owner, argument, f"cannot be used: {error}") from error
 
 
 def _reason(error: Exception) -> str:

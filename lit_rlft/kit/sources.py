@@ -12,12 +12,12 @@ from typing import Any, ClassVar, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from lit_rlft.core.checks import UsageError, at_least, below_one
+from lit_rlft.core.checks import UsageError, at_least, below_one, reading
 from lit_rlft.kit.bad_entries import Report
 from lit_rlft.kit.cache import cached_folder, listing, open_arrays, save_arrays, user_cache
 from lit_rlft.kit.data import Split, SplitData, hold_out
 
-__all__ = ["CachedSource", "Source", "SourceData", "Splits"]
+__all__ = ["CachedSource", "Source", "SourceData", "Splits", "prepare"]
 
 P = TypeVar("P", bound=Sized)
 Splits = dict[str, NDArray[np.int64]]
@@ -169,22 +169,25 @@ class SourceData(SplitData, Generic[P]):
 
     def prepare_data(self) -> None:
         """Fill the caches of the sources, on one process of each machine."""
-        for source in (self.origin, *self.own.values()):
+        prepare(self, "source", self.origin)
+        for split, source in self.own.items():
             if source is not None:
-                source.prepare()
+                prepare(self, f"{split}_source", source)
 
     def setup(self, stage: str) -> None:
         """Load the data and split them."""
         if self._splits:
             return
-        packed = self.origin.load()
+        with reading(self, "source"):
+            packed = self.origin.load()
         shares = {split: self.fractions[split] for split, own in self.own.items() if own is None}
         chosen = self.origin.splits(packed) or hold_out(len(packed), shares, self.seed)
         splits = {split: (packed, rows) for split, rows in chosen.items()}
         for split, source in self.own.items():
             if source is not None:
                 self._check_kinds(source.kind(), self.origin.kind(), split)
-                data = source.load()
+                with reading(self, f"{split}_source"):
+                    data = source.load()
                 splits[split] = (data, np.arange(len(data)))
         if any(not len(rows) for _, rows in splits.values()):
             noun = self.origin.noun
@@ -214,3 +217,18 @@ class SourceData(SplitData, Generic[P]):
                 f"data.init_args.{split}_source has {own}, but source has {other}; give both the "
                 "same"
             )
+
+
+def prepare(owner: object, argument: str, source: Source[Any]) -> None:
+    """Fill a source's caches.
+
+    Args:
+        owner: Whose source it is.
+        argument: Its name among the owner's settings.
+        source: The data.
+
+    Raises:
+        BadArgument: They cannot be read.
+    """
+    with reading(owner, argument):
+        source.prepare()

@@ -99,8 +99,11 @@ PROMPT_FILES = {
     "empty.txt": ("", "holds no prompts"),
     "blank.jsonl": ("\n\n", "holds no prompts"),
     "empty.csv": ("", "holds no prompts"),
-    "columns.csv": ("text,size\na ring,2\n", r"data\.init_args\.column.*no 'prompt'.*'text'"),
-    "columns.jsonl": ('{"caption": "a ring"}\n', r"data\.init_args\.column.*'caption'"),
+    "columns.csv": ("text,size\na ring,2\n", r"no 'prompt'.*'text'.*set data\.init_args\.column"),
+    "columns.jsonl": (
+        '{"caption": "a ring"}\n',
+        r"only \['caption'\]; set data\.init_args\.column",
+    ),
     "broken.json": ('[{"prompt": "a ring"}', "cannot be read"),
     "object.json": ('{"prompt": "a ring"}', "must hold a list"),
     "numbers.json": ("[1, 2]", "must hold a list"),
@@ -119,7 +122,15 @@ def test_prompt_file(pictures: dict[str, Any], name: str) -> None:
 
 def test_missing_prompt_file(pictures: dict[str, Any]) -> None:
     message = error({**pictures, "data.init_args.source": "nowhere.txt"})
-    assert "data.init_args.source: there is no file nowhere.txt" in message
+    assert "data.init_args.source cannot be used: there is no file nowhere.txt" in message
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_missing_file_of_a_split(pictures: dict[str, Any], split: str) -> None:
+    Path("rings.txt").write_text("a ring\na star")
+    files = {"source": "rings.txt", f"{split}_source": "nowhere.txt"}
+    message = error({**pictures, **{f"data.init_args.{key}": path for key, path in files.items()}})
+    assert f"data.init_args.{split}_source cannot be used: there is no file nowhere" in message
 
 
 def test_a_folder_that_is_no_pipeline(pictures: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Distances of sets: closed forms, slow versions, scipy."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -9,6 +10,16 @@ from scipy.linalg import sqrtm
 from torch import Tensor, nn
 from torchmetrics.image.kid import KernelInceptionDistance
 
+from domains.gaussian_mixture.pipeline import GaussianMixturePipeline
+from domains.image.metrics import SetDistances as ImageDistances
+from domains.image.sources import Arrays
+from domains.layout.metrics import SetDistances as LayoutDistances
+from domains.layout.sources import JSONLayouts
+from domains.molecule.metrics import Novelty
+from domains.molecule.metrics import SetDistances as MoleculeDistances
+from domains.molecule.sources import MoleculeFile
+from lit_rlft.core.checks import BadArgument
+from lit_rlft.core.reward import Metric
 from lit_rlft.kit import statistics
 from lit_rlft.kit.statistics import (
     frechet_distance,
@@ -143,3 +154,17 @@ def test_precision_and_recall_are_the_slow_ones() -> None:
     expected = slow_share(generated, real, 3), slow_share(real, generated, 3)
     assert precision_recall(real, generated) == pytest.approx(expected)
     assert 0 < expected[0] < 1 and 0 < expected[1] < 1
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ImageDistances(Arrays("none.npz")),
+        lambda: LayoutDistances(JSONLayouts("none.json")),
+        lambda: MoleculeDistances(MoleculeFile("none.sdf")),
+        lambda: Novelty(MoleculeFile("none.sdf")),
+    ],
+)
+def test_a_source_that_is_missing_is_named_before_the_run(make: Callable[[], Metric]) -> None:
+    with pytest.raises(BadArgument, match=r": source cannot be used: there is no .*none\."):
+        make().check(GaussianMixturePipeline())

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from torch.utils.data import Dataset
 
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import BadArgument, UsageError
 from lit_rlft.kit.bad_entries import BadEntry, Report, usable
 from lit_rlft.kit.data import Rows, Split
 from lit_rlft.kit.sources import CachedSource, Source, SourceData, Splits
@@ -126,6 +126,21 @@ def test_sources_that_do_not_fit(tmp_path: Path) -> None:
         Data(Kept(2, tmp_path)).setup("fit")
     with pytest.raises(UsageError, match="Standard has 10 entries, too few"):
         Data(Standard(0)).setup("fit")
+
+
+class Missing(Kept):
+    def identity(self) -> list[Any]:
+        raise UsageError("there is no file numbers.txt")
+
+
+@pytest.mark.parametrize("name", ["source", "val_source", "test_source"])
+def test_errors_name_the_setting_that_gave_the_data(name: str, tmp_path: Path) -> None:
+    sources = {"source": Kept(20, tmp_path), name: Missing(3, tmp_path)}
+    for step in (Data.prepare_data, lambda data: data.setup("fit")):
+        with pytest.raises(BadArgument) as raised:
+            step(Data(**sources))
+        message = f"Data: {name} cannot be used: there is no file numbers.txt"
+        assert str(raised.value) == message
 
 
 def test_a_strict_report_stops_at_the_first_bad_entry() -> None:

@@ -37,9 +37,12 @@ class Arrays(Source):
             )
         self.path, self.key, self.layout = Path(path), key, layout
 
-    def load(self) -> Images:
+    def prepare(self) -> None:
         if not self.path.is_file():
             raise UsageError(f"there is no file {self.path}; give a .npy or .npz of images")
+
+    def load(self) -> Images:
+        self.prepare()
         try:
             loaded = np.load(self.path, mmap_mode="r", allow_pickle=False)
         except Exception as error:  # numpy reads headers as Python, which fails in many ways

@@ -74,9 +74,13 @@ class Enumerated(Source):
 
     def load(self) -> Packed:
         """Return the molecules: those that ship with the package where the settings are theirs."""
-        if not ASSET.is_file() or not self._is_shipped():
+        if not self._is_shipped():
             return super().load()
         return _unpacked(load_file(ASSET), self.max_atoms)
+
+    def prepare(self) -> None:
+        if not self._is_shipped():
+            super().prepare()
 
     def write_asset(self) -> Path:
         """Write the molecules to the file that ships with the package, rounded to 0.0002 Angstrom.
@@ -103,6 +107,8 @@ class Enumerated(Source):
 
     def _is_shipped(self) -> bool:
         """Whether the file that ships holds the molecules of these settings."""
+        if not ASSET.is_file():
+            return False
         with safe_open(ASSET, "np") as file:
             return (file.metadata() or {}).get("settings") == self.digest()
 

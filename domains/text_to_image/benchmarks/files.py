@@ -14,9 +14,7 @@ __all__ = ["lines_of", "refused", "table_of"]
 
 def refused(path: Path, line: int, problem: str) -> UsageError:
     """Return the error of a damaged line."""
-    return UsageError(
-        f"data.init_args.source: line {line} of {path} {problem}; download the file again"
-    )
+    return UsageError(f"line {line} of {path} {problem}; download the file again")
 
 
 def lines_of(path: Path, *, blank: bool = False) -> list[tuple[int, str]]:
@@ -31,19 +29,17 @@ def lines_of(path: Path, *, blank: bool = False) -> list[tuple[int, str]]:
     """
     if not path.is_file():
         raise UsageError(
-            f"data.init_args.source: there is no file {path}; the benchmark's page in the "
+            f"there is no file {path}; the benchmark's page in the "
             "documentation says where to download it"
         )
     try:
         text = path.read_text(encoding=encoding(path))
     except (UnicodeError, OSError) as error:
-        raise UsageError(
-            f"data.init_args.source: {path} cannot be read as text ({error}); download it again"
-        ) from error
+        raise UsageError(f"{path} cannot be read as text ({error}); download it again") from error
     lines = [(i + 1, line) for i, line in enumerate(text.split("\n"))]
     found = [(i, line.rstrip("\r")) for i, line in lines if blank or line.strip()]
     if not any(line.strip() for _, line in found):
-        raise UsageError(f"data.init_args.source: {path} holds no prompts; download it again")
+        raise UsageError(f"{path} holds no prompts; download it again")
     return found
 
 
@@ -77,7 +73,7 @@ def table_of(path: Path, wanted: Mapping[str, Sequence[str]], *, tabs: bool) -> 
     except csv.Error as error:
         raise refused(path, line, f"cannot be read ({error})") from error
     if not records:
-        raise UsageError(f"data.init_args.source: {path} holds no prompts; download it again")
+        raise UsageError(f"{path} holds no prompts; download it again")
     return records
 
 

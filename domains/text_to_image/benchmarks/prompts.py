@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from domains.text_to_image.benchmarks.files import lines_of, refused, table_of
 from domains.text_to_image.benchmarks.geneval import COLORS, RELATIONS, TASKS
-from lit_rlft.core.checks import BadArgument, UsageError, at_least
+from lit_rlft.core.checks import BadArgument, UsageError, at_least, reading
 from lit_rlft.kit.data import Record, Rows, Split, SplitData
 
 __all__ = [
@@ -85,7 +85,8 @@ class _Prompts(SplitData, ABC):
                 "prompts of the training as data, and the benchmark to `lit-rlft test`"
             )
         if split not in self._read:
-            self._read[split] = self.read(split)
+            with reading(self, "source"):
+                self._read[split] = self.read(split)
         return self._read[split]
 
     def rows(self, split: Split) -> Dataset[dict[str, Any]]:
@@ -251,10 +252,7 @@ class HPDv2Prompts(_Prompts):
             raise refused(path, 1, "holds no list of prompts")
         for number, one in enumerate(found):
             if not isinstance(one, str) or not one.strip():
-                raise UsageError(
-                    f"data.init_args.source: entry {number + 1} of {path} is no text; download it "
-                    "again"
-                )
+                raise UsageError(f"entry {number + 1} of {path} is no text; download it again")
         return [one.strip() for one in found]
 
 

@@ -30,7 +30,6 @@ __all__ = ["PromptFile", "Records", "read_prompts"]
 _LARGE = 1 << 22
 """Bytes of a file from which on its records are kept on disk."""
 _FORMAT = "lit-rlft prompts 1"
-_KEY = "data.init_args"
 
 
 class Records(Sequence[Record]):
@@ -183,7 +182,7 @@ def _pack(path: Path, column: str, file: BinaryIO, *, once: bool) -> _Packed:
             numbers.append(text_number(prompt))
     found = np.array(spans, dtype=np.int64).reshape(-1, 2)
     if not len(found):
-        raise UsageError(f"{_KEY}.source: {path} holds no prompts")
+        raise UsageError(f"{path} holds no prompts")
     said = []
     # The lines of a .txt that are empty part its prompts; an empty record is a hole.
     if empty and path.suffix.lower() != ".txt":
@@ -219,23 +218,19 @@ def _records(path: Path, column: str) -> Iterator[Any]:
         ".tsv": lambda file: csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE),
     }
     if path.suffix.lower() not in readers:
-        raise UsageError(
-            f"{_KEY}.source: {path} has an unknown file type; use one of {sorted(readers)}"
-        )
+        raise UsageError(f"{path} has an unknown file type; use one of {sorted(readers)}")
     if not path.is_file():
-        raise UsageError(f"{_KEY}.source: there is no file {path}")
+        raise UsageError(f"there is no file {path}")
     try:
         with path.open(encoding=encoding(path)) as file:
             for i, record in enumerate(readers[path.suffix.lower()](file)):
                 yield _checked(record, i, path, column)
     except UnicodeError as error:
-        raise UsageError(
-            f"{_KEY}.source: {path} cannot be read as text ({error}); save it as UTF-8"
-        ) from error
+        raise UsageError(f"{path} cannot be read as text ({error}); save it as UTF-8") from error
     except UsageError:
         raise
     except (ValueError, csv.Error, RecursionError) as error:
-        raise UsageError(f"{_KEY}.source: {path} cannot be read ({error})") from error
+        raise UsageError(f"{path} cannot be read ({error})") from error
 
 
 def _listed(file: TextIO) -> list[Any]:
@@ -245,12 +240,12 @@ def _listed(file: TextIO) -> list[Any]:
 
 def _checked(record: Any, i: int, path: Path, column: str) -> dict[str, Any]:
     if not isinstance(record, str | dict):
-        raise UsageError(f"{_KEY}.source: {path} must hold a list of texts or of records")
+        raise UsageError(f"{path} must hold a list of texts or of records")
     if isinstance(record, str):
         return {column: record}
     if column not in record:
         raise UsageError(
-            f"{_KEY}.column: record {i + 1} of {path} has no {column!r}, only "
-            f"{sorted(map(str, record))}; set column to the one that holds the prompt"
+            f"record {i + 1} of {path} has no {column!r}, only {sorted(map(str, record))}; set "
+            "data.init_args.column to the one that holds the prompt"
         )
     return record

@@ -153,7 +153,11 @@ def test_records_without_a_prompt_are_left_out(tmp_path: Path) -> None:
         ("a.jsonl", '{"prompt": "x"}\n{"prompt"', "cannot be read"),
         ("a.json", '{"prompt": "x"}', "a list of texts or of records"),
         ("a.json", "[1, 2]", "a list of texts or of records"),
-        ("a.csv", "text\nx\n", r"record 1 of .* has no 'prompt', only \['text'\]; set column"),
+        (
+            "a.csv",
+            "text\nx\n",
+            r"record 1 of .* has no 'prompt', only \['text'\]; set data",
+        ),
         ("a.jsonl", '{"prompt": "x"}\n{"text": "y"}', "record 2 of .* has no 'prompt'"),
     ],
 )

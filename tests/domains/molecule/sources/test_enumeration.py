@@ -129,6 +129,7 @@ def test_the_command_makes_and_counts(
 
 def test_the_molecules_that_ship(tmp_path: Path) -> None:
     source = Enumerated(cache_dir=str(tmp_path))
+    source.prepare()
     packed: Packed = source.load()
     assert not [*tmp_path.iterdir()], "the file that ships has other settings than the defaults"
     molecules = molecules_of(packed, source.elements)

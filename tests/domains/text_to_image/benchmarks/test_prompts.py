@@ -125,7 +125,7 @@ def geneval(**change: Any) -> str:
 def test_damaged_files_of_geneval(text: str, problem: str, tmp_path: Path) -> None:
     path = tmp_path / "geneval.jsonl"
     path.write_text(text)
-    with pytest.raises(UsageError, match=f"^data.init_args.source: .*{problem}"):
+    with pytest.raises(UsageError, match=f"^\\w+: source cannot be used: .*{problem}"):
         GenEvalPrompts(str(path)).setup("test")
 
 
@@ -170,7 +170,7 @@ def style(text: str) -> Callable[[Path], SplitData]:
     ],
 )
 def test_damaged_files(make: Callable[[Path], SplitData], problem: str, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=f"^data.init_args.source: .*{problem}"):
+    with pytest.raises(UsageError, match=f"^\\w+: source cannot be used: .*{problem}"):
         make(tmp_path).setup("test")
 
 
