@@ -74,6 +74,8 @@ def parser_sentence(causes: Sequence[BaseException]) -> str:
         return f"{key}: {short(value)} cannot be imported: {why}"
     reasons = [line.strip(" -") for line in last.splitlines()]
     reasons = [line for line in reasons if line and not _NOISE.match(line)]
+    if reasons and "is abstract" in reasons[0] and _settings_alone(value):
+        return _classless(key)
     if reasons and "Expected a dot import path" not in reasons[0]:
         return f"{key}: {_plain(reasons[0], classes)}{_hint(value)}"
     if re.search("import path string", last) and re.fullmatch(r"[A-Z]\w*", value):
@@ -115,6 +117,8 @@ def _unknown(key: str, option: str, path: str) -> str:
     if not path:
         return f"there is no key {option}; lit-rlft COMMAND --help shows them all"
     name, own = path.rpartition(".")[2], _arguments(path)
+    if name == "LightningDataModule":
+        return _classless(key)
     group, nested = key.partition(".")[0] or "model", "." in key
     # The parser names the class around an optimiser's, and only the base of a callback's.
     known = bool(own) and not (nested and key.rpartition(".")[2] in own)
@@ -126,6 +130,21 @@ def _unknown(key: str, option: str, path: str) -> str:
     if nested:
         return f"{sentence}; it has {', '.join(own)}" if known else sentence
     return f"{sentence}; see --{group}.help {name}"
+
+
+def _settings_alone(value: str) -> bool:
+    """Return whether a value is settings of a class, or a list of them, that name no class."""
+    return value.startswith(("{", "[{")) and "class_path" not in value
+
+
+def _classless(key: str) -> str:
+    """Return the sentence on settings of a class that was not named."""
+    config = {"model": "an algorithm's config, as in --config graft,"}
+    config |= dict.fromkeys(
+        ("data", "pipeline", "reward"), "a domain's config, as in --config layout,"
+    )
+    before = f"put {config[key]} before them, or " if key in config else ""
+    return f"{key} has settings but no class; {before}give its class_path"
 
 
 def _arguments(path: str) -> list[str]:

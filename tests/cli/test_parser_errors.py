@@ -189,3 +189,19 @@ def test_a_plateau_of_what_is_never_logged_is_refused() -> None:
     assert re.search(f"{key}: nothing is logged as 'kl'", error(*words))
     words[1] = "--model.lr_scheduler.monitor=val/kl"
     assert re.search(f"{key} is val/kl", error(*words, "--trainer.limit_val_batches=0"))
+
+
+@pytest.mark.parametrize(
+    ("text", "other", "problem"),
+    [
+        ("pipeline: {pretrained: x}", "graft", "pipeline .* put a domain's config.* --config lay"),
+        ("reward: {scale: 2}", "graft", "reward .* put a domain's config"),
+        ("data: {batch_size: 4}", "graft", "data .* put a domain's config"),
+        ("model: {num_candidates: 4}", "gaussian_mixture", "model .* put an algorithm's config"),
+        ("metrics: {parts: [{num_draws: 4}]}", "gaussian_mixture", "metrics.parts .*; give its"),
+    ],
+)
+def test_settings_without_a_class(text: str, other: str, problem: str) -> None:
+    Path("own.yaml").write_text(text)
+    with pytest.raises(SystemExit, match=problem.replace(" .*", " has settings but no class.*")):
+        main(["fit", "--config", "own.yaml", "--config", other])
