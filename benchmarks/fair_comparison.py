@@ -9,12 +9,13 @@ what nothing trains within the domain's bounds, as FID at most 5 higher; of the 
 exploited settings are the best (`--reward-alone` takes those). Then the arm is trained with each of
 the reported seeds. All train a LoRA of rank 16 (Noise PPO its policy) of the embedded model without
 guidance, in rounds of 512 candidates, until the fit has spent its budget of reward calls
-(`--reward-calls`), or, apart from trials, of rows of the denoiser (`--denoiser-calls`). The seed
-sets the initialisation, the conditions and every sample. Tuned and reference samples share held-out
-conditions and noise. The table gives the interquartile mean of the seeds' paired gains with its
-95 % bootstrap interval; what metrics were and became, since samplers differ in noise and so start
-from other references; and the probability that a run ends with more reward than one of the first
-arm's. A second table has what every trial changed.
+(`--reward-calls`), or, apart from trials, of rows of the denoiser (`--denoiser-calls`; runs that
+spent just as many under the other budget are taken over). The seed sets the initialisation, the
+conditions and every sample. Tuned and reference samples share held-out conditions and noise. The
+table gives the interquartile mean of the seeds' paired gains with its 95 % bootstrap interval; what
+metrics were and became, since samplers differ in noise and so start from other references; and the
+probability that a run ends with more reward than one of the first arm's. A second table has what
+every trial changed.
 
     python benchmarks/fair_comparison.py layout --root runs/fair --seeds 0 1 2 3 4 --workers 2
     python benchmarks/fair_comparison.py layout --denoiser-calls 400000 --root runs/fair_calls
@@ -204,7 +205,15 @@ class Comparison:
         kept["cost"] = {name: report["cost"][name] for name in COSTS}
         line = {"arm": arm, "trial": trial, "seed": seed, **kept, "options": options}
         append_lines(self.results, json.dumps(line) + "\n")
+        self.finished[tuple(options)] = line
         return line
+
+    def take(self, other: "Comparison", cost: str, spent: int) -> None:
+        """Take over another's runs that spent just so much: a budget of that is the same run."""
+        for line in list(other.finished.values()):
+            if line["cost"][cost] == spent:
+                options = self._options(line["arm"], line["trial"], line["seed"])
+                self.finished.setdefault(tuple(options), line)
 
     def _options(self, arm: str, trial: str, seed: int) -> list[str]:
         own, domain = ARMS[arm], self.domain
@@ -309,6 +318,7 @@ def main() -> None:
     if options.denoiser_calls is not None:
         budget = _budget("denoiser_calls", options.denoiser_calls, extra)
         compared = Comparison(options.domain, options.root, results, budget)
+        compared.take(searched, "denoiser_calls", options.denoiser_calls)
     best = {arm: compared.best(trials[arm], options.reward_alone) for arm in options.arms}
     jobs = [(arm, best[arm], seed) for seed in options.seeds for arm in options.arms]
     found = run_all(jobs, lambda job: compared.run(*job), options.workers)

@@ -160,3 +160,15 @@ def test_committed_runs_are_those_that_the_script_would_start(script: Any) -> No
             assert line["options"][-4:] == ["--model.seed", seed, "--data.seed", seed]
             limit = line["options"][len(own) : -4]
             assert limit[:2] == ["--trainer.callbacks+", "lit_rlft.callbacks.budget.Budget"]
+
+
+def test_a_run_of_just_the_other_budget_is_the_same_run(script: Any, tmp_path: Path) -> None:
+    results = tmp_path / "runs.jsonl"
+    first = script.Comparison("layout", tmp_path, results, ["--reward-calls", "512"])
+    report = first.run("GRAFT", "1e-3", 0)
+    for spent, runs in ((2047, 2), (2048, 1)):
+        other = script.Comparison("layout", tmp_path, results, ["--denoiser-calls", str(spent)])
+        other.take(first, "denoiser_calls", spent)
+        script.started[1:] = []
+        assert other.run("GRAFT", "1e-3", 0)["gain"] == report["gain"]
+        assert len(script.started) == runs
