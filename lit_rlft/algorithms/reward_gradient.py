@@ -35,6 +35,9 @@ from lit_rlft.loop.route import Leg, Route
 
 __all__ = ["GradientWalk", "RewardGradient"]
 
+_STILL = 1e-9
+"""Difference of two levels, in [0, 1], of a step that moves nothing."""
+
 
 class RewardGradient(RewardFineTuner):
     """DRTune, DRaFT, AlignProp, ReFL: ascends a differentiable reward through the sampler.
@@ -86,7 +89,7 @@ class RewardGradient(RewardFineTuner):
         followed = (self.pipeline, self.reward, self.reward_workers)
         check_differentiable(self, self.algorithm, *followed)
         self.relay.check(self, self.sampler.num_steps)
-        self.method.check(self.sampler.num_steps - self._num_early)
+        self.method.check(self._num_moving)
         at_least(0, self, "kl_coef")
         finite(self, "reward_ceiling")
 
@@ -94,6 +97,17 @@ class RewardGradient(RewardFineTuner):
     def _num_early(self) -> int:
         """Number of steps that the reference runs first."""
         return self.relay.steps(self.sampler.num_steps)[0]
+
+    @property
+    def _ends_still(self) -> bool:
+        """Whether the last step moves nothing, as under schedulers without an offset."""
+        process, num_steps = self.pipeline.process, self.sampler.num_steps
+        return bool(process.times(num_steps)[-2] - process.ends(num_steps)[-1] < _STILL)
+
+    @property
+    def _num_moving(self) -> int:
+        """Number of the steps that can be trained."""
+        return self.sampler.num_steps - self._num_early - self._ends_still
 
     def route(self) -> Route:
         return self.relay.of(super().route(), self.reference)
@@ -126,7 +140,7 @@ class RewardGradient(RewardFineTuner):
     def draw_plan(self) -> GradientPlan:
         """Draw the plan of the current update, the same on every process and microbatch."""
         (generator,) = generators([seed_from(self.seed, Stream.PLAN, self.num_updates)])
-        return self.method.draw(self.sampler.num_steps - self._num_early, generator)
+        return self.method.draw(self._num_moving, generator).before(int(self._ends_still))
 
     def _gradient_walk(self, condition: Condition) -> "GradientWalk":
         return GradientWalk(
@@ -138,6 +152,7 @@ class RewardGradient(RewardFineTuner):
             detach_input=self.method.detach_input,
             recompute=self.gradient_checkpointing == "steps",
             early=Leg(self.reference, self._num_early, tuned=False),
+            ends_still=self._ends_still,
         )
 
 
@@ -153,6 +168,7 @@ class GradientWalk:
         detach_input: Whether trained steps cut off the graph of their input.
         recompute: Whether trained steps are run again in the backward pass, to save memory.
         early: Who runs the first steps instead of the pipeline; None leaves it all of them.
+        ends_still: Whether the last step moves nothing.
 
     Attributes:
         distances: Per trained step, the squared distance to the reference's prediction, [n].
@@ -169,8 +185,10 @@ class GradientWalk:
         detach_input: bool,
         recompute: bool,
         early: Leg | None = None,
+        ends_still: bool = False,
     ) -> None:
         self.plan, self.condition, self.early = plan, condition, early
+        self.ends_still = ends_still
         self.pipeline, self.sampler, self.reference = pipeline, sampler, reference
         self.detach_input, self.recompute = detach_input, recompute
         self.num_copies = max(plan.num_copies, 1)
@@ -240,10 +258,11 @@ class GradientWalk:
         return prediction
 
     def _last_step_again(self, x_0: State, times: Tensor, noise: Generators) -> State:
-        """Noise x_0 to the level before the last step and do that step again, with gradient."""
+        """Noise x_0 to the level before the last step that moves and do it again, with gradient."""
         process, size = self.pipeline.process, len(self.condition)
         device = leaves(x_0)[0].device
-        t, s = (level.to(device) for level in times[-2:])
+        last = len(times) - 1 - self.ends_still
+        t, s = (level.to(device) for level in times[last - 1 : last + 1])
         copies = cat(
             [
                 process.noised(x_0, s.expand(size), t.expand(size), noise)
@@ -253,7 +272,8 @@ class GradientWalk:
         side_by_side = torch.arange(self.num_copies * size, device=device).view(-1, size).T
         x_t = index(copies, side_by_side.flatten())
         t, s = t.expand(batch_size(x_t)), s.expand(batch_size(x_t))
-        prediction = self._trained(x_t, t, self.condition.repeat(self.num_copies), step=1)
+        condition = self.condition.repeat(self.num_copies)
+        prediction = self._trained(x_t, t, condition, step=1 + self.ends_still)
         return process.transition(prediction, x_t, t, s, eta=0.0).mean
 
 

@@ -16,7 +16,7 @@ class Budget(Callback):
 
     Args:
         denoiser_calls: Rows the denoiser is evaluated on, over all processes (guidance counts
-            both its halves, checkpointing its recomputation).
+            both its halves; what checkpointing runs again is not counted).
         reward_calls: Samples that are scored, over all processes.
 
     Raises:

@@ -16,6 +16,7 @@ from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.callbacks.facts import say
 from lit_rlft.callbacks.signals import Signals, Stopped
 from lit_rlft.core.checks import require
+from lit_rlft.core.reward import WeightedSum
 from lit_rlft.distributed import together
 from lit_rlft.evaluation.exploitation import held_out
 from lit_rlft.loop.experience import Experience
@@ -41,9 +42,10 @@ class LastCheckpoint(Hooks, ModelCheckpoint):
 
     With `monitor: auto`, as `lit-rlft fit` has it, the further checkpoint is the best by what a
     validation measures and the run does not train on: the first reward that is held out, else the
-    first reward among the metrics. Where there is none it is the trained reward; without a
-    validation the newest checkpoint is kept, and so it is where `every_n_train_steps`,
-    `train_time_interval` or `save_top_k` asks for others. `--ckpt_path best` takes it.
+    first reward among the metrics. Where there is none it is the trained reward, or its gain where
+    `normalize` changes the reward's unit during the run; without a validation the newest checkpoint
+    is kept, and so it is where `every_n_train_steps`, `train_time_interval` or `save_top_k` asks
+    for others. `--ckpt_path best` takes it.
 
     Args:
         dirpath: Where to; `checkpoints` in the run's folder unless given.
@@ -95,8 +97,10 @@ class LastCheckpoint(Hooks, ModelCheckpoint):
         validates = trainer.state.fn != TrainerFn.FITTING or trainer.enable_validation
         between = self._every_n_train_steps or self._train_time_interval or self.save_top_k < 1
         if isinstance(pl_module, RewardFineTuner) and validates and not between:
-            name = held_out(pl_module.reward, pl_module.metrics)
-            self.monitor = None if name is None else f"val/{name}"
+            reward = pl_module.reward
+            name = held_out(reward, pl_module.metrics)
+            moves = isinstance(reward, WeightedSum) and reward.moments and name == reward.name
+            self.monitor = None if name is None else f"val{'_gain' if moves else ''}/{name}"
         self.mode, self.kth_value = "max", torch.tensor(-torch.inf)
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:

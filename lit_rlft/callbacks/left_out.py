@@ -27,7 +27,8 @@ class LeftOut(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Write the list of data of which nothing is left."""
-        if isinstance(exception, NothingLeft):
+        # Raised with the key of the data, where the command line reads them.
+        if any(isinstance(one, NothingLeft) for one in (exception, exception.__cause__)):
             _write(trainer)
 
 

@@ -5,7 +5,7 @@ for every update and shared by its samples, so that a step runs either with a gr
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -27,6 +27,12 @@ class GradientPlan:
     trained: frozenset[int]
     stop: int | None = None
     num_copies: int = 0
+
+    def before(self, num_steps: int) -> "GradientPlan":
+        """Return the same plan for the steps that come before so many last ones."""
+        trained = frozenset(step + num_steps for step in self.trained)
+        stop = None if self.stop is None else self.stop + num_steps
+        return replace(self, trained=trained, stop=stop)
 
 
 class GradientMethod(ABC):

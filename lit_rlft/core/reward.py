@@ -281,8 +281,11 @@ class Combination(Reward):
             for key, value in values_of(reward, samples, condition).items():
                 detail = key.removeprefix(reward.name).removeprefix("/")
                 values[f"{name}/{detail}" if detail else name] = value
-        counted = self.scaled({name: values[name] for name in self.counted})
-        return {self.name: self.combine(counted), **values}
+        return {self.name: self.combined(values), **values}
+
+    def combined(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Return the combination [B] of the parts among values by name, in their own units."""
+        return self.combine(self.scaled({name: values[name] for name in self.counted}))
 
     @abstractmethod
     def combine(self, parts: Mapping[str, Tensor]) -> Tensor:

@@ -39,6 +39,9 @@ _CPU_ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
 class Cost:
     """Counters of one phase on this process.
 
+    What a backward pass runs again to save memory is not counted, so that a switch for memory does
+    not change what algorithms are compared by.
+
     Attributes:
         denoiser_calls: Rows the denoiser was evaluated on; guidance counts both its halves.
         reward_calls: Samples that were scored.
@@ -50,7 +53,7 @@ class Cost:
         counting_seconds: Wall time of what was run for the sake of counting `flops`.
         backward_flops: Operations of backward passes, about: of each call with a graph as many as
             of its forward pass for the gradients of activations, and as many again for those of
-            the weights where all are trained. What is run again for them is not counted.
+            the weights where all are trained.
     """
 
     denoiser_calls: int = 0
@@ -74,6 +77,8 @@ def count_calls(
     """Count the rows a network is evaluated on into what `cost` returns at that time."""
 
     def count(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if _in_backward():
+            return
         spent = cost()
         setattr(spent, counter, getattr(spent, counter) + _num_rows(inputs))
 
@@ -95,7 +100,7 @@ def count_flops(network: nn.Module, cost: Callable[[], Cost]) -> None:
 
     def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         switched_off = bool(adapters) and adapters[0].disable_adapters
-        if not (rows := _num_rows(args)):
+        if _in_backward() or not (rows := _num_rows(args)):
             return
         key = (switched_off, *_shapes((args, kwargs), rows))
         if key not in known:
@@ -108,10 +113,15 @@ def count_flops(network: nn.Module, cost: Callable[[], Cost]) -> None:
             bills[rows, key] = (flops, round(flops * backward[switched_off]))
         spent, (flops, backwards) = cost(), bills[rows, key]
         spent.flops += flops
-        if torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
+        if torch.is_grad_enabled():
             spent.backward_flops += backwards or flops * _wanted((args, kwargs))
 
     network.register_forward_pre_hook(_untraced(count), with_kwargs=True)
+
+
+def _in_backward() -> bool:
+    """Return whether a backward pass runs something again that it did not keep."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def _backward_share(network: nn.Module, switched_off: bool) -> Fraction:

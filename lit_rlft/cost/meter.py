@@ -91,8 +91,9 @@ class Meter:
             cost: What all processes had spent.
             first: Whether this is the process that takes it on.
         """
-        taken = cost if first else {**cost, **dict.fromkeys(_COUNTS, 0)}
-        vars(self.training).update(taken)
+        nothing, all_of_it = dict.fromkeys(_COUNTS, 0), {name: int(cost[name]) for name in _COUNTS}
+        vars(self.training).update({**cost, **(all_of_it if first else nothing)})
+        self._others = nothing if first else all_of_it
 
     def spent(self, num_samples: int) -> dict[str, int]:
         """Return what training has cost so far, over all processes, for the log.

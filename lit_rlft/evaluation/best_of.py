@@ -47,7 +47,8 @@ def best_of(
         drawn=scoring.drawn,
     )
     rewards = scoring.finish(x_0, candidates, own, world_size=1).rewards
-    best = rewards.cpu().view(-1, num).argmax(dim=1) + num * torch.arange(len(condition))
+    known = rewards.cpu().nan_to_num(nan=-torch.inf)  # what could not be scored is not chosen
+    best = known.view(-1, num).argmax(dim=1) + num * torch.arange(len(condition))
     best = best.to(leaves(x_0)[0].device)
     samples = index(x_0, best)
     noise = samples

@@ -14,7 +14,14 @@ from lit_rlft.core.divergence import path_kl
 from lit_rlft.core.figure import Figure
 from lit_rlft.core.pipeline import Batch, Condition
 from lit_rlft.core.randomness import seed_from
-from lit_rlft.core.reward import Metric, SetMetric, all_failed, check_rewards, values_of
+from lit_rlft.core.reward import (
+    Metric,
+    SetMetric,
+    WeightedSum,
+    all_failed,
+    check_rewards,
+    values_of,
+)
 from lit_rlft.core.state import State, index
 from lit_rlft.core.streams import Stream
 from lit_rlft.distributed import telling
@@ -108,6 +115,15 @@ class Evaluator:
         self._waiting.clear()
         kept = self._measurements.reference if keep_reference else None
         self._measurements, self._best = Measurements(kept), None
+        if isinstance(self.reward, WeightedSum) and self.reward.moments:
+            self._combine_again(self.reward)
+
+    def _combine_again(self, reward: WeightedSum) -> None:
+        """Bring the reference's sums to the present unit, in which the tuned model's will be."""
+        values = self._measurements.reference.values
+        for batch in values[reward.name]:
+            parts = {name: values[name][batch] for name in reward.counted}
+            values[reward.name][batch] = reward.combined(parts)
 
     def run(
         self,

@@ -188,7 +188,7 @@ def _by_groups(
     if not values or num < _FEWEST:
         return {}
     order = torch.randperm(num, generator=torch.Generator().manual_seed(seed))
-    groups = order.split(-(-num // num_groups))  # type: ignore[no-untyped-call]
+    groups = order.tensor_split(min(num_groups, num))  # none much smaller than the others
     count = len(groups)
     pairs = _pairs(count, 1, seed) if count >= _FEWEST else torch.empty(0, 2, dtype=torch.int64)
     # Not below a live display of rich, which would show it without end in a notebook.

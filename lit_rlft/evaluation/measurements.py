@@ -135,6 +135,9 @@ class Measurements:
     ) -> dict[Arm, dict[str, Moments]]:
         """Return mean and standard error per arm and metric, over all processes.
 
+        Errors are those of drawing other rows of the data, each with as many samples; of one row
+        alone, those of drawing other samples.
+
         "gain" is tuned - reference of what was measured of both, with the error of paired samples;
         "kept" is the share of a baseline's gain that one sample of the tuned model has
         (`kept_share`).
@@ -147,31 +150,36 @@ class Measurements:
         """
         gathered = gather({arm: m.columns() for arm, m in self.arms.items()}, world_size)
         whole = {arm: _concatenated([part[arm] for part in gathered]) for arm in self.arms}
+        rows = gather({arm: m.all_rows() for arm, m in self.arms.items()}, world_size)
+        places = {arm: torch.cat([part[arm] for part in rows]) for arm in self.arms}
         summary: dict[Arm, dict[str, Moments]] = {
-            arm: {name: moments(values) for name, values in columns.items()}
+            arm: {name: moments(values, places[arm]) for name, values in columns.items()}
             for arm, columns in whole.items()
         }
         summary["gain"] = {
-            name: paired_moments(values, whole["reference"][name])
+            name: paired_moments(values, whole["reference"][name], places["tuned"])
             for name, values in whole["tuned"].items()
             if all(_are_pairs(part["tuned"], part["reference"], name) for part in gathered)
         }
         if best is not None and best in whole:
             summary["kept"] = {
-                name: kept_share(whole["tuned"][name], whole["reference"][name], whole[best][name])
-                for name in summary["gain"]
-                if len(whole[best].get(name, ())) == len(whole["reference"][name])
+                name: kept_share(whole["tuned"][name], reference, whole[best][name], places[best])
+                for name, reference in whole["reference"].items()
+                if name in summary["gain"] and len(whole[best].get(name, ())) == len(reference)
             }
-        for arm, values in self._compared(world_size, sets, errors):
+        for arm, values in self._compared(world_size, rows, sets, errors):
             summary[arm] |= values
         return summary
 
     def _compared(
-        self, world_size: int, sets: Sequence[SetMetric], errors: bool
+        self,
+        world_size: int,
+        rows: Sequence[Mapping[Arm, Tensor]],
+        sets: Sequence[SetMetric],
+        errors: bool,
     ) -> Iterator[tuple[Arm, dict[str, Moments]]]:
         """Iterate over the numbers of metrics of whole sets, by arm."""
         features = gather({arm: m.sets() for arm, m in self.arms.items()}, world_size)
-        rows = gather({arm: m.all_rows() for arm, m in self.arms.items()}, world_size)
         for i, metric in enumerate(sets):
             own = {
                 arm: _in_order(
@@ -207,7 +215,7 @@ def _are_pairs(tuned: Features, reference: Features, name: str) -> bool:
     return tuned[name].shape == reference[name].shape
 
 
-def paired_moments(tuned: Tensor, reference: Tensor) -> Moments:
+def paired_moments(tuned: Tensor, reference: Tensor, rows: Tensor | None = None) -> Moments:
     """Return the difference of two means over what is not NaN, and its error for paired samples.
 
     Where each arm counts other samples its mean is a ratio of two sums, and the error is that of
@@ -217,14 +225,18 @@ def paired_moments(tuned: Tensor, reference: Tensor) -> Moments:
     Args:
         tuned: [n] values.
         reference: [n] values of the same conditions and noise.
+        rows: As in `moments`.
     """
     if torch.equal(tuned.isnan(), reference.isnan()):
-        return moments(tuned - reference)
+        return moments(tuned - reference, rows)
     mean = _mean(tuned) - _mean(reference)
-    return {"mean": mean, "sem": error_of_mean(_moves(tuned), _moves(reference))}
+    rows = rows if rows is not None and len(rows) == len(tuned) else None
+    return {"mean": mean, "sem": error_of_mean(_moves(tuned), _moves(reference), rows)}
 
 
-def kept_share(tuned: Tensor, reference: Tensor, best: Tensor) -> Moments:
+def kept_share(
+    tuned: Tensor, reference: Tensor, best: Tensor, rows: Tensor | None = None
+) -> Moments:
     r"""Return the share of a best-of-n gain that one sample of the tuned model has.
 
     With means t, r and b it is :math:`S = (t - r) / (b - r)`, and its error to first order that of
@@ -235,16 +247,17 @@ def kept_share(tuned: Tensor, reference: Tensor, best: Tensor) -> Moments:
         tuned: [n] values.
         reference: [n] values of the same conditions and noise.
         best: [n] values of the best of n samples of the reference, its own among them.
+        rows: As in `moments`.
 
     Returns:
         NaN where best of n is not above or below the reference by two standard errors.
     """
-    headroom = paired_moments(best, reference)
+    headroom = paired_moments(best, reference, rows)
     if not abs(headroom["mean"]) > _CERTAIN * headroom["sem"]:  # NaN is no gain either
         return {"mean": float("nan"), "sem": float("nan")}
     share = (_mean(tuned) - _mean(reference)) / headroom["mean"]
     apart = _moves(tuned) - _moves(reference) - share * (_moves(best) - _moves(reference))
-    return {"mean": share, "sem": error_of_mean(apart / headroom["mean"])}
+    return {"mean": share, "sem": error_of_mean(apart / headroom["mean"], groups=rows)}
 
 
 def _mean(values: Tensor) -> float:
@@ -256,10 +269,19 @@ def _moves(values: Tensor) -> Tensor:
     return ratio_parts(values, torch.ones_like(values))
 
 
-def moments(values: Tensor) -> Moments:
-    """Return the mean and its standard error over the entries that are not NaN."""
-    known = values[~values.isnan()]
-    if not len(known):
+def moments(values: Tensor, rows: Tensor | None = None) -> Moments:
+    """Return the mean and its standard error over the entries that are not NaN.
+
+    Args:
+        values: [n].
+        rows: int64 [n], the row of the data that each belongs to, whose samples depend on each
+            other through their condition. None, or rows of other values, takes all as independent.
+    """
+    known = ~values.isnan()
+    if not known.any():
         return {"mean": float("nan"), "sem": float("nan")}
-    sem = known.std() / len(known) ** 0.5 if len(known) > 1 else torch.tensor(float("nan"))
-    return {"mean": float(known.mean()), "sem": float(sem)}
+    groups = rows[known] if rows is not None and len(rows) == len(values) else None
+    return {
+        "mean": float(values[known].mean()),
+        "sem": error_of_mean(values[known], groups=groups),
+    }

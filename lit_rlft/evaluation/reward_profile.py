@@ -16,6 +16,7 @@ References:
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -91,9 +92,10 @@ def profile(
     Returns:
         The candidates' scores, and the completions' rewards by step, [N, R].
     """
-    scoring, last = Scoring(rollouts, training=False), route.num_steps
+    strict = partial(Scoring, rollouts, training=False, may_fail=False)
+    scoring, last = strict(), route.num_steps
     *states, x_0 = rollouts.draw(route, condition, seeds, keep=[*steps, last], drawn=scoring.drawn)
-    scores = scoring.finish(x_0, condition, seeds, world_size=1)
+    candidates = scoring.finish(x_0, condition, seeds, world_size=1)
     found = {}
     for k, x in zip(steps, states, strict=True):
         rows = torch.arange(batch_size(x)).repeat_interleave(num_completions)
@@ -106,9 +108,9 @@ def profile(
         x_k = index(x, rows.to(leaves(x)[0].device))
         label = f"Completing from step {k}"
         x_0 = rollouts.complete(route, again, own, x_k, first=k, label=label)
-        rewards = Scoring(rollouts, training=False).finish(x_0, again, own, world_size=1).rewards
-        found[k] = rewards.cpu().view(-1, num_completions)
-    return scores, found
+        scores = strict().finish(x_0, again, own, world_size=1)
+        found[k] = scores.rewards.cpu().view(-1, num_completions)
+    return candidates, found
 
 
 def levels_of(profiled: Profiled, times: Tensor) -> list[Level]:
@@ -133,8 +135,12 @@ def levels_of(profiled: Profiled, times: Tensor) -> list[Level]:
 
 
 def suggested(levels: Sequence[Level], most_open: float) -> Level | None:
-    """Return the noisiest level at which no more than a share of the variance is open, or None."""
-    return next((level for level in levels if level.open_share <= most_open), None)
+    """Return the noisiest level at which no more than a share of the variance is open, or None.
+
+    The initial noise is none: with a cut of 1 nothing would be trained.
+    """
+    cuts = [level for level in levels if level.cut < 1]
+    return next((level for level in cuts if level.open_share <= most_open), None)
 
 
 def _total_variance(profiled: Profiled) -> Tensor:

@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import Tensor
 
 __all__ = ["error_of_mean", "ratio", "ratio_parts"]
@@ -27,8 +28,25 @@ def ratio_parts(parts: Tensor, wholes: Tensor) -> Tensor:
     return (p - ratio(parts, wholes) * w) / w.mean()
 
 
-def error_of_mean(values: Tensor, other: Tensor | None = None) -> float:
-    """Return the standard error of the mean of values [n], or of values - other; NaN for n < 2."""
+def error_of_mean(
+    values: Tensor, other: Tensor | None = None, groups: Tensor | None = None
+) -> float:
+    """Return the standard error of the mean of values [n], or of values - other; NaN for n < 2.
+
+    Args:
+        values: [n].
+        other: [n], subtracted.
+        groups: int64 [n], whose members depend on each other, as samples of one condition do.
+            Groups are then what was drawn: the error is that of other groups (clustered). None, or
+            one group alone, takes values as independent.
+    """
     differences = values.double() if other is None else values.double() - other.double()
     n = len(differences)
-    return float(differences.std()) / math.sqrt(n) if n > 1 else math.nan
+    if n < 2:
+        return math.nan
+    labels, places = (None, None) if groups is None else torch.unique(groups, return_inverse=True)
+    if labels is None or places is None or len(labels) == 1:
+        return float(differences.std()) / math.sqrt(n)
+    sums = differences.new_zeros(len(labels))
+    sums.index_add_(0, places.to(sums.device), differences - differences.mean())
+    return float((sums.square().sum() * len(labels) / (len(labels) - 1)).sqrt()) / n

@@ -26,12 +26,20 @@ class Scoring:
         rollouts: Decodes and scores.
         by_part: Score by the parts of a combined reward, each for itself.
         training: False scores the samples of an evaluation: a combined reward learns no scales from
-            them, and all of them must be scored.
+            them.
+        may_fail: False asks for all rewards.
     """
 
-    def __init__(self, rollouts: Rollouts, *, by_part: bool = False, training: bool = True) -> None:
+    def __init__(
+        self,
+        rollouts: Rollouts,
+        *,
+        by_part: bool = False,
+        training: bool = True,
+        may_fail: bool = True,
+    ) -> None:
         reward = rollouts.reward
-        self.rollouts, self.by_part, self.training = rollouts, by_part, training
+        self.rollouts, self.by_part, self.may_fail = rollouts, by_part, may_fail
         learns = training and isinstance(reward, WeightedSum)
         self._normalises = learns and bool(reward.moments)
         sides = side_rewards(reward)
@@ -112,8 +120,8 @@ class Scoring:
         samples, condition = self._waiting.popleft()
         reward = self.rollouts.reward
         if not self._raw:
-            may_fail = self.training
-            self._rewards.append(self.rollouts.reward_of(samples, condition, may_fail=may_fail))
+            own = self.rollouts.reward_of(samples, condition, may_fail=self.may_fail)
+            self._rewards.append(own)
             return
         assert isinstance(reward, Combination)
         self.rollouts.meter.current.reward_calls += len(condition)

@@ -20,8 +20,10 @@ from domains.gaussian_mixture.data import MixtureData
 from domains.layout.networks.transformer import Architecture
 from domains.layout.pipeline import LayoutPipeline
 from domains.layout.rewards import Overlap
+from domains.molecule.pipeline import MoleculePipeline
 from domains.text_to_image.pipeline import TextToImagePipeline
 from domains.text_to_image.rewards import Symmetry
+from lit_rlft.algorithms.inverse_noise_correction.inversion import noise_power
 from lit_rlft.core.fixed_point import FixedPoint
 from lit_rlft.core.randomness import generators
 from lit_rlft.core.sampling import Sampler
@@ -214,3 +216,16 @@ def test_pictures_are_corrected_under_their_prompts(
         drawn = flatten(tuner.prior(condition).sample(generators([1, 1, 1, 1])))
     assert_close_in_rounding(drawn[0], drawn[3])
     assert not torch.allclose(drawn[0], drawn[1], atol=1e-2)
+
+
+def test_the_power_of_noise_is_that_of_a_free_number() -> None:
+    """Empty slots and the centre that a cloud of points has not are no numbers of it."""
+    pipeline = MoleculePipeline("small")
+    condition = pipeline.encode({"num_atoms": torch.tensor([5] * 512)})
+    blank = pipeline.blank(condition)
+    x_1 = pipeline.process.prior(blank).sample(generators(range(512)))
+    assert noise_power(pipeline.process, x_1) == pytest.approx(1, abs=0.03)
+    padded = pipeline.encode({"num_atoms": torch.tensor([5] * 511 + [20])})
+    x_1 = pipeline.process.prior(pipeline.blank(padded)).sample(generators(range(512)))
+    assert tensor_of(x_1).shape[1] == 20
+    assert noise_power(pipeline.process, x_1) == pytest.approx(1, abs=0.03)

@@ -28,10 +28,11 @@ from lit_rlft.core.gradient_plan import (
     GradientPlan,
     ReFL,
 )
-from lit_rlft.core.process import MaskedProcess
+from lit_rlft.core.process import GaussianProcess, MaskedProcess
 from lit_rlft.core.randomness import generators
 from lit_rlft.core.reward import WeightedSum
 from lit_rlft.core.sampling import Sampler
+from lit_rlft.core.schedule import DiscreteVP, vp_betas
 from lit_rlft.core.state import tensor_of
 from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.reference import LoRA
@@ -536,3 +537,44 @@ def test_every_method_reaches_the_optimum_of_a_quadratic_reward(method: Gradient
         x_0 = tuner.sampler.sample(tuner.pipeline, tuner.pipeline.process, x_1, condition)
         reached = float(tuner.reward(x_0, condition).mean())
     assert means[0] < -2.0 and reached > -0.1
+
+
+@pytest.mark.parametrize(
+    "method",
+    [DRaFT(1), DRaFT(2), DRaFTLV(2), AlignProp(1, 1), DRTune(k=1, m=1), ReFL(m=1)],
+    ids=["DRaFT-1", "DRaFT-2", "DRaFT-LV", "AlignProp", "DRTune", "ReFL"],
+)
+def test_a_last_step_that_moves_nothing_is_not_one_of_those_trained(method: GradientMethod) -> None:
+    """Schedulers without an offset end at the level at which their last step begins."""
+    still = DiscreteVP(vp_betas(), steps_offset=0, ends_at_zero=False)
+    assert abs(float(still.times(T)[-2] - still.ends(T)[-1])) < 1e-9
+    tuner = tuner_of(method, prediction_type="v", log_depth=True)
+    tuner.pipeline.process = GaussianProcess(still, "v")
+    losses, values = tuner.loss(experience_of(tuner), generators(SEEDS))
+    parameters = [p for p in tuner.trainable().parameters() if p.requires_grad]
+    grads = torch.autograd.grad(losses.sum(), parameters, allow_unused=True)
+    assert max(float(g.abs().max()) for g in grads if g is not None) > 1e-4
+    trained = {name for name in values if name.startswith("grad_norm_at_step")}
+    assert trained and "grad_norm_at_step/001" not in trained
+    assert all(float(values[name].abs().max()) > 0 for name in trained)
+
+
+def test_as_many_steps_can_be_trained_as_move() -> None:
+    tuner = tuner_of(DRaFT(T))
+    tuner.check()
+    still = DiscreteVP(vp_betas(), steps_offset=0, ends_at_zero=False)
+    tuner.pipeline.process = GaussianProcess(still, "v")
+    with pytest.raises(UsageError, match=f"1 <= k <= the sampler's {T - 1} steps"):
+        tuner.check()
+
+
+@pytest.mark.parametrize("method", [DRaFT(4), AlignProp(4, 4)], ids=["DRaFT", "AlignProp"])
+def test_saving_memory_changes_no_cost(method: GradientMethod) -> None:
+    spent = []
+    for how in (None, "steps"):
+        tuner = tuner_of(method, gradient_checkpointing=how)
+        losses, _ = tuner.loss(experience_of(tuner), generators(SEEDS))
+        losses.sum().backward()
+        cost = tuner.meter.training
+        spent.append((cost.denoiser_calls, cost.flops, cost.backward_flops))
+    assert spent[0] == spent[1] and spent[0][0] == T * SIZE and min(spent[0]) > 0

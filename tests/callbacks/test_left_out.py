@@ -36,10 +36,11 @@ def test_the_list_is_kept_in_the_runs_folder(tmp_path: Path) -> None:
 
 def test_the_list_is_kept_where_nothing_is_left(tmp_path: Path) -> None:
     data = Data(Kept(7, tmp_path / "cache", bad=tuple(range(7))))
-    with pytest.raises(NothingLeft, match=r"every one is listed in .*left_out\.txt") as raised:
+    with pytest.raises(UsageError, match=r"every one is listed in .*left_out\.txt") as raised:
         data.prepare_data()
     run = trainer(data, tmp_path / "run")
     LeftOut().on_exception(run, None, UsageError("another"))  # type: ignore[arg-type]
     assert not (tmp_path / "run").exists()
+    assert isinstance(raised.value.__cause__, NothingLeft)
     LeftOut().on_exception(run, None, raised.value)  # type: ignore[arg-type]
     assert len((tmp_path / "run/left_out.txt").read_text().splitlines()) == 7

@@ -47,6 +47,9 @@ def test_processes_that_spend_unequally_are_summed() -> None:
         meter.end_round(everyone)
         assert meter.total("denoiser_calls") == meter.spent(0)["denoiser_calls"] == 15
     held = meters[1].as_dict()
+    for number, meter in enumerate(meters):  # as a test of the checkpoint after the fit
+        meter.restore(held, first=number == 0)
+        assert meter.total("denoiser_calls") == 15
     # A run that goes on with two processes has spent the same so far.
     resumed = [Meter() for _ in range(2)]
     for number, meter in enumerate(resumed):

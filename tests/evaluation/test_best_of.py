@@ -11,6 +11,7 @@ from domains.gaussian_mixture.rewards import Coordinate
 from lit_rlft.algorithms.graft import GRAFT
 from lit_rlft.cli import main
 from lit_rlft.core.checks import UsageError
+from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.state import tensor_of
 from lit_rlft.evaluation.best_of import best_of
@@ -99,3 +100,21 @@ def test_through_the_command_line(tmp_path: Path) -> None:
 def test_one_is_no_choice() -> None:
     with pytest.raises(UsageError, match=r"best_of must be 0 for none, or above 1"):
         GRAFT(GaussianMixturePipeline(), Coordinate(), best_of=1).setup("test")
+
+
+class Unreliable(Coordinate):
+    """Fails for what lies high."""
+
+    def forward(self, samples: Tensor, condition: Condition) -> Tensor:
+        values = super().forward(samples, condition)
+        return values.where(samples[:, 1] < 0.3, torch.nan)
+
+
+def test_what_cannot_be_scored_is_not_chosen() -> None:
+    tuner = tuner_of(1.0)
+    tuner.rollouts.reward = Unreliable()
+    condition = tuner.pipeline.encode({"index": torch.arange(256)})
+    seeds = list(range(256))
+    samples, _ = best_of(tuner.rollouts, tuner.reference_route(), condition, seeds, N).values()
+    low = float((tensor_of(samples)[:, 1] < 0.3).double().mean())
+    assert low > 0.8  # all four fail for the others; where a NaN is the largest it is 0.03

@@ -85,3 +85,23 @@ def test_an_evaluation_joins_the_batches_and_keeps_pairs() -> None:
 
 def test_metrics_of_sets_stand_beside_others() -> None:
     assert Metrics([Mean()]).evaluate(torch.ones(3), None) == {}  # type: ignore[arg-type]
+
+
+class Distinct(Mean):
+    """How many points differ: it depends on their number."""
+
+    def compare(self, features: Mapping[str, Tensor]) -> dict[str, float]:
+        return {"average": float(len(features["points"].unique()))}
+
+
+def test_groups_are_of_one_size() -> None:
+    """381 points in groups of 20 would leave one of a single point, 1.35 times too large errors."""
+    generator = torch.Generator().manual_seed(0)
+    numbers, errors = [], []
+    for _ in range(200):
+        points = torch.randint(0, 500, (381,), generator=generator)
+        found = compared(Distinct(), {"tuned": {"points": points}}, 20)["tuned"]["average"]
+        numbers.append(found["mean"])
+        errors.append(found["sem"])
+    true = torch.tensor(numbers).std().item()
+    assert torch.tensor(errors).square().mean().sqrt().item() == pytest.approx(true, rel=0.25)

@@ -1,10 +1,12 @@
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from lit_rlft.evaluation.measurements import Measurements, kept_share, moments, paired_moments
+from lit_rlft.report.compare import paired_test
 from lit_rlft.runs.before_after import before_after, comparison
 
 NAN = float("nan")
@@ -136,11 +138,16 @@ def test_processes_are_summarised_together(monkeypatch: pytest.MonkeyPatch) -> N
     added(evaluation, "reference", 0, r=[1.0])
     added(evaluation, "tuned", 0, r=[2.0, 4.0])
     other = {"tuned": {"r": torch.tensor([9.0])}, "reference": {}, "gain": {}}
-    monkeypatch.setattr(
-        "lit_rlft.evaluation.measurements.gather", lambda mine, world_size: [mine, other]
-    )
+    rows = {"tuned": torch.tensor([1]), "reference": torch.tensor([], dtype=torch.int64)}
+
+    def gathered(mine: dict[str, Any], world_size: int) -> list[dict[str, Any]]:
+        return [mine, rows if isinstance(mine["tuned"], Tensor) else other]
+
+    monkeypatch.setattr("lit_rlft.evaluation.measurements.gather", gathered)
     summary = evaluation.summary(world_size=2)
     assert summary["tuned"]["r"]["mean"] == 5.0 and summary["reference"]["r"]["mean"] == 1.0
+    # Two rows, 2 and 4 of the one and 9 of the other: sqrt(2 / 1 (4^2 + 4^2)) / 3.
+    assert summary["tuned"]["r"]["sem"] == pytest.approx(8 / 3)
 
 
 def test_a_sample_without_a_label_is_refused() -> None:
@@ -206,3 +213,39 @@ def test_comparison_has_a_column_per_condition(size: tuple[int, int], num_rows: 
 def test_comparison_of_a_single_sample() -> None:
     image = comparison(pictures(1), pictures(1), ["a"], [0, 1], "one sample")
     assert image.width > 96 and image.height > 2 * 96
+
+
+@pytest.mark.parametrize("between", [0.0, 1.0])
+def test_samples_of_a_row_depend_on_each_other(between: float) -> None:
+    """Errors are those over fresh rows, as the paired test of `compare` has them."""
+    generator = torch.Generator().manual_seed(0)
+    rows, each, sets = 24, 4, 600
+    places = torch.arange(rows).repeat_interleave(each)
+
+    def drawn() -> tuple[dict[str, float], float]:
+        shift = between * torch.randn(rows, 1, generator=generator, dtype=torch.float64)
+        gains = shift + 0.5 * torch.randn(rows, each, generator=generator, dtype=torch.float64)
+        reference = torch.randn(rows * each, generator=generator, dtype=torch.float64)
+        found = paired_moments(reference + gains.flatten(), reference, places)
+        _, sem, count, _ = paired_test(gains.mean(dim=1).numpy())
+        assert count == rows and found["sem"] == pytest.approx(sem)
+        arms = reference + gains.flatten(), reference, reference + 1
+        return found, kept_share(*arms, places)["sem"]
+
+    found = [drawn() for _ in range(sets)]
+    true = torch.tensor([gain["mean"] for gain, _ in found]).std().item()
+    error = torch.tensor([gain["sem"] for gain, _ in found]).square().mean().sqrt().item()
+    assert error == pytest.approx(true, rel=0.1)
+    beyond = sum(abs(gain["mean"]) > 3 * gain["sem"] for gain, _ in found) / sets
+    assert beyond < 0.02
+    assert [kept for _, kept in found] == pytest.approx([gain["sem"] for gain, _ in found])
+
+
+def test_one_row_alone_and_rows_of_which_some_do_not_count() -> None:
+    values = torch.tensor([1.0, 3.0, NAN, 7.0], dtype=torch.float64)
+    alone = moments(values, torch.zeros(4).long())
+    assert alone == moments(values) and alone["sem"] == pytest.approx(28**0.5 / 3)
+    apart = moments(values, torch.tensor([5, 5, 2, 2]))
+    # 2 / (2 - 1) times the rows' squared sums of what lies off the mean, over 3 squared.
+    off = 11 / 3
+    assert apart["sem"] == pytest.approx((2 * ((4 - 2 * off) ** 2 + (7 - off) ** 2)) ** 0.5 / 3)

@@ -16,6 +16,7 @@ from lit_rlft.algorithms.graft import GRAFT
 from lit_rlft.cli import main
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.evaluation.reward_profile import Level, Profiled, levels_of, profile, suggested
+from lit_rlft.loop.relay import Relay
 from tests.cli.test_runs import GAUSSIAN, TINY
 from tests.support import arguments, trainer_of, working_directory
 
@@ -95,6 +96,18 @@ def test_the_noisiest_level_that_is_decided_enough_is_suggested(
     assert cut is not None and cut.open_share <= 0.25
     assert all(level.open_share > 0.25 for level in levels if level.time > cut.time)
     assert suggested(levels[:2], 0.25) is None
+
+
+def test_a_cut_that_trains_nothing_is_not_suggested(
+    exact: tuple[list[Level], list[float]],
+) -> None:
+    """Where the noise decides all but a little, the noisiest level below it is the cut."""
+    levels = [level._replace(open_share=0.1) for level in exact[0]]
+    assert levels[0].cut == 1
+    cut = suggested(levels, 0.25)
+    assert cut is levels[1]
+    Relay(cut=cut.cut).check(GaussianMixturePipeline(), 8)
+    assert suggested(levels[:1], 0.25) is None
 
 
 def test_a_constant_reward_has_no_shares() -> None:

@@ -1,10 +1,12 @@
 """Parts of a sum brought to mean 0 and deviation 1 over all samples that a run has trained on."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from domains.gaussian_mixture.data import MixtureData
@@ -18,6 +20,7 @@ from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Product, Reward, WeightedSum
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.cost.meter import Meter
+from lit_rlft.evaluation.jackknife import Moments
 from lit_rlft.loop.rollouts import Rollouts
 from lit_rlft.loop.scoring import Scoring
 from lit_rlft.loop.side.rewards import RewardWorkers, SideReward
@@ -154,3 +157,30 @@ def test_only_a_whole_reward_is_normalised() -> None:
     inner = WeightedSum({"a": Coordinate()}, normalize=True)
     with pytest.raises(UsageError, match=r"without normalize in its parts \['b'\]"):
         Product({"a": Coordinate(), "b": inner})
+
+
+def test_a_model_that_does_not_change_gains_nothing(tmp_path: Path) -> None:
+    """The unit changes with every round; the reference's kept values follow it."""
+    reward = WeightedSum({"a": Coordinate(), "b": Quadratic()}, normalize=True)
+    tuner = DDPO(
+        GaussianMixturePipeline(),
+        reward,
+        sampler=Sampler(4, 1.0),
+        optimizer=partial(torch.optim.SGD, lr=0.0),
+        num_candidates=4,
+    )
+    found: list[dict[str, Moments]] = []
+
+    class Look(Callback):
+        def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            found.append(tuner.evaluator.latest["gain"])
+
+    settings = {"max_epochs": 1, "val_check_interval": 1, "limit_train_batches": 4}
+    settings |= {"limit_val_batches": 1}
+    trainer = trainer_of(default_root_dir=tmp_path, callbacks=[Look()], **settings)
+    trainer.fit(tuner, MixtureData(num_train=64, num_val=16, batch_size=8))
+    assert len(found) >= 4
+    units = {float(reward.moments[name].mean) for name in reward.moments}
+    assert 0.0 not in units
+    for gain in found:
+        assert [own["mean"] for own in gain.values()] == pytest.approx([0.0] * len(gain), abs=1e-6)

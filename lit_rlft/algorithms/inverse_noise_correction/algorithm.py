@@ -28,7 +28,7 @@ from torch.utils.data import Dataset
 
 from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.algorithms.inverse_noise_correction.fingerprint import alike, probe
-from lit_rlft.algorithms.inverse_noise_correction.inversion import Inversion, NoisyData
+from lit_rlft.algorithms.inverse_noise_correction.inversion import Inversion, NoisyData, noise_power
 from lit_rlft.algorithms.inverse_noise_correction.noise_store import InvertedNoise
 from lit_rlft.core.checks import UsageError, at_least, loading, require
 from lit_rlft.core.corrector import Flow, FlowMLP, FlowPrior
@@ -36,7 +36,7 @@ from lit_rlft.core.fixed_point import FixedPoint
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline
 from lit_rlft.core.randomness import Generators, generators, rand_like, seed_from
 from lit_rlft.core.sampling import Sampler
-from lit_rlft.core.state import State, flatten, leaves, tree_map
+from lit_rlft.core.state import State, leaves, tree_map
 from lit_rlft.core.streams import Stream
 from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.route import Route
@@ -214,7 +214,7 @@ class InverseNoiseCorrection(RewardFineTuner):
         x_1 = tree_map(lambda held, own: held.to(own), self._noise.read(batch["index"].cpu()), like)
         seeds = self.rollouts.seeds(batch, 1, Stream.DATA, self.num_rounds)
         self.num_samples += len(seeds) * self.trainer.world_size
-        power = float(flatten(x_1).double().square().mean())
+        power = noise_power(self.pipeline.process, x_1)
         return Experience({"x_1": x_1}, condition, seeds, {"noise_power": power})
 
     def loss(self, experience: Experience, noise: Generators) -> tuple[Tensor, dict[str, Tensor]]:
