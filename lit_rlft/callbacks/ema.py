@@ -17,7 +17,8 @@ class EMA(Callback):
     """Averages the trainable weights after every batch; evaluates and exports the average.
 
     After n updates the decay is min(decay, (1 + n) / (10 + n)), so that the start is forgotten
-    quickly. The average lives in the callback's state and is restored on resuming.
+    quickly. The average has single precision at least. It lives in the callback's state and is
+    restored on resuming.
 
     Args:
         decay: Weight of the old average per training batch, in [0, 1).
@@ -35,12 +36,12 @@ class EMA(Callback):
         """Move the average towards the weights."""
         weights = _weights(pl_module)
         if self.average is None:
-            self.average = [w.clone() for w in weights]
+            self.average = [_precise(w) for w in weights]
         self.average = _split_like(self.average, weights)
         self.num_updates += 1
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         for average, weight in zip(self.average, weights, strict=True):
-            average.lerp_(weight.to(average.device), 1 - decay)
+            average.lerp_(weight.to(average), 1 - decay)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate the average."""
@@ -78,7 +79,8 @@ class EMA(Callback):
         return {"average": average, "num_updates": self.num_updates}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.average, self.num_updates = state_dict["average"], state_dict["num_updates"]
+        average, self.num_updates = state_dict["average"], state_dict["num_updates"]
+        self.average = average and [_precise(own) for own in average]
 
     def _swap_in(self, pl_module: LightningModule) -> None:
         if self.average is None:
@@ -86,6 +88,11 @@ class EMA(Callback):
         weights = _weights(pl_module)
         self._raw = [w.clone() for w in weights]
         _copy(self.average, weights)
+
+
+def _precise(weight: Tensor) -> Tensor:
+    """Return a copy in single precision at least: in half precision small moves are rounded off."""
+    return weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
 
 
 def _weights(pl_module: LightningModule) -> list[Tensor]:

@@ -233,6 +233,7 @@ class Unique(Selection):
         if keys is None:
             raise UsageError("Unique needs keys; the pipeline gives none, use the inner rule alone")
         weights = self.inner.weights(rewards, keys, noise)
+        weights = weights * ~rewards.isneginf()  # a twin that could not be scored stands for none
         for group, names in enumerate(keys):
             seen: set[Hashable] = set()
             order = torch.randperm(len(names), generator=noise[group] if noise else None)

@@ -1,5 +1,6 @@
 """Evaluation: the tuned model, its reference and baselines under the same conditions and noise."""
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -55,6 +56,10 @@ def unseen(
     """Take measured samples and do nothing."""
 
 
+_HOPELESS = 64
+"""So many first samples that all failed end an evaluation before the rest is drawn."""
+
+
 class _Drawn(NamedTuple):
     """Samples that wait for their measurement: the arguments of `Evaluator._measure`, decoded."""
 
@@ -88,7 +93,8 @@ class Evaluator:
         self.rollouts, self.metrics, self.num_samples = rollouts, metrics, num_samples
         self.pipeline, self.reward = rollouts.pipeline, rollouts.reward
         self._measurements, self.num_pictures, self.world_size = Measurements(), 0, 1
-        self.shown, self._scored, self._said = True, False, False
+        self.shown, self._said = True, False
+        self._num_failed: float = 0
         self.keeps_figures = False
         self.seen: Seen = unseen
         self._best: Arm | None = None
@@ -175,9 +181,17 @@ class Evaluator:
         return Draw(samples, condition, seeds, rewards)
 
     def summary(self, *, errors: bool = False) -> dict[Arm, dict[str, Moments]]:
-        """Return mean and standard error per arm and metric (`Measurements.summary`)."""
-        sets, best = self.set_metrics, self._best
-        return self.measurements.summary(self.world_size, sets, errors=errors, best=best)
+        """Return mean and standard error per arm and metric (`Measurements.summary`).
+
+        Raises:
+            UsageError: No sample of any process could be scored.
+        """
+        sets, best, measurements = self.set_metrics, self._best, self.measurements
+        found = measurements.summary(self.world_size, sets, errors=errors, best=best)
+        scores = found["tuned"].get(self.reward.name)
+        if scores is not None and math.isnan(scores["mean"]) and not self.reward.asks:
+            raise all_failed(self.reward.name, measurements.tuned.num_samples)
+        return found
 
     def means(self) -> dict[str, float]:
         """Return the means of `summary` by "/<metric>", and by "_<arm>/<metric>" of other arms."""
@@ -261,9 +275,9 @@ class Evaluator:
         found = check_rewards(self.reward, rewards, num_samples, may_fail=True).isfinite()
         if self.reward.asks:
             return
-        self._scored = self._scored or bool(found.any())
-        if not self._scored:
-            raise all_failed(self.reward.name, num_samples)
+        self._num_failed = -math.inf if found.any() else self._num_failed + num_samples
+        if self._num_failed >= _HOPELESS:
+            raise all_failed(self.reward.name, int(self._num_failed))
         if not found.all() and not self._said:
             self._said = True
             rank_zero_warn(

@@ -51,6 +51,11 @@ class Measured:
         return batch in self.labels
 
     @property
+    def num_samples(self) -> int:
+        """Number of samples that were measured."""
+        return sum(map(len, self.labels.values()))
+
+    @property
     def num_pictures(self) -> int:
         """Number of samples that were rendered."""
         return sum(map(len, self.pictures.values()))

@@ -170,6 +170,11 @@ class SplitData(LightningDataModule, ABC):
     def _evaluation(self, split: Split) -> DataLoader[dict[str, Any]]:
         rows = self.rows(split)
         ranks, rank = self._place()
+        if (num_rows := len(rows)) < ranks:  # type: ignore[arg-type]
+            raise UsageError(
+                f"the {split} data have {num_rows} rows, too few for {ranks} processes; give them "
+                f"more rows, or set trainer.devices to {max(num_rows, 1)}"
+            )
         order = UnrepeatedDistributedSampler(rows, ranks, rank, shuffle=False)
         return self._loader(rows, self.eval_batch_size, order, drop_last=False)
 

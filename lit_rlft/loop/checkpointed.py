@@ -1,9 +1,10 @@
 """The part of a tuner that writes and reads its checkpoints, with a trainer and without one."""
 
+import re
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from lightning import LightningModule, Trainer
@@ -11,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from lit_rlft.core import gradient_plan
 from lit_rlft.core.batch_size import AUTO
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.moments import RunningMoments
@@ -40,6 +42,7 @@ _MOMENTS = "reward_moments"
 _AVERAGE = "EMA"
 """How the states of callbacks are called that average the weights."""
 _TOLD = "the weights are the run's average (EMA)"
+T = TypeVar("T")
 _TAKEN = {bool, int, float, type(None)}
 _GROUPS: dict[str, type] = {"sampler": Sampler, "lora": LoRA, "sliding": SlidingWindow}
 """Arguments that are plain values together."""
@@ -97,9 +100,10 @@ class Checkpointed(LightningModule):
     ) -> Self:
         """Return the tuned model of a checkpoint, ready to sample from, without a trainer.
 
-        Numbers, sampler, LoRA and sliding window that are not given are those that the checkpoint
-        names. Nothing else of the checkpoint's settings is used, and none of its code is run. Of a
-        run with an average of its weights (`EMA`) the model has the average.
+        Numbers, sampler, LoRA, sliding window and reward-gradient method that are not given are
+        those that the checkpoint names. Nothing else of the checkpoint's settings is used, and none
+        of its code is run. Of a run with an average of its weights (`EMA`) the model has the
+        average.
 
         Args:
             checkpoint_path: The file.
@@ -117,7 +121,7 @@ class Checkpointed(LightningModule):
                 raise UsageError(f"{cls.__name__}.load_from_checkpoint needs {name}=...")
         checkpoint = load(checkpoint_path)
         recorded: dict[str, Plain] = checkpoint["lit_rlft"].get("settings", {})
-        module = cls(**{**_plain_arguments(cls, recorded), **init_args})
+        module = _made(cls, _plain_arguments(cls, recorded), init_args)
         module.setup(TrainerFn.PREDICTING.value)
         module.on_load_checkpoint(checkpoint)
         module.load_state_dict(checkpoint["state_dict"], strict=False)
@@ -182,7 +186,7 @@ class Checkpointed(LightningModule):
         scheduler = self.make_lr_scheduler and self.make_lr_scheduler(optimizer)
         resume.check_optimizer(checkpoint, old or {}, optimizer, scheduler)
         new = self._settings() | resume.optimizer_settings(optimizer, scheduler)
-        resume.list_changes(checkpoint, old, new)
+        resume.list_changes(checkpoint, old, new, optimizer, scheduler)
 
     def _settings(self) -> dict[str, Plain]:
         """Return the settings of the model, its reward, its pipeline and its data."""
@@ -279,6 +283,19 @@ def _average_in(
     return list(average)
 
 
+def _made(cls: type[T], recorded: dict[str, Any], given: Mapping[str, Any]) -> T:
+    """Return a tuner with recorded arguments, but for those that its class gives to its base."""
+    taken = {name: value for name, value in recorded.items() if name not in given}
+    while True:
+        try:
+            return cls(**taken, **given)
+        except TypeError as error:
+            twice = re.search(r"multiple values for keyword argument '(\w+)'", str(error))
+            if twice is None or twice.group(1) not in taken:
+                raise
+            del taken[twice.group(1)]
+
+
 def _plain_arguments(cls: type, recorded: Mapping[str, Plain]) -> dict[str, Any]:
     """Return the recorded arguments of a tuner that are plain values, alone or in groups."""
     found: dict[str, Any] = {}
@@ -290,6 +307,10 @@ def _plain_arguments(cls: type, recorded: Mapping[str, Plain]) -> dict[str, Any]
     for name, kind in _GROUPS.items():
         if isinstance(recorded.get(f"model.{name}"), str):
             found[name] = kind(**_fields(kind, recorded, f"model.{name}"))
+    module, _, name = str(recorded.get("model.method")).rpartition(".")
+    if module == gradient_plan.__name__ and name in gradient_plan.__all__:
+        own = getattr(gradient_plan, name)
+        found["method"] = own(**_fields(own, recorded, "model.method"))
     return found
 
 

@@ -25,6 +25,8 @@ _SETTINGS = {
 }
 """What torch's optimisers call their arguments in errors."""
 _MONITOR = "model.init_args.lr_scheduler.init_args.monitor"
+_SOMETIMES = ("train/loss", "train/reward")
+"""What a round lacks that made no update, or of which no sample has a reward."""
 
 
 def optimizer_of(
@@ -105,6 +107,8 @@ def _monitor(schedule: ReduceLROnPlateau) -> str:
 def _step(schedule: ReduceLROnPlateau, logged: Mapping[str, float]) -> None:
     name = _monitor(schedule)
     if name not in logged:
+        if name in _SOMETIMES or schedule.last_epoch > 0:
+            return  # as in a round that accepted nothing, or whose rewards were equal
         known = ", ".join(sorted(logged)[:8])
         raise UsageError(f"{_MONITOR}: nothing is logged as {name!r}; choose one of {known}, ...")
     if not math.isnan(logged[name]):  # as where no sample of a round could be scored

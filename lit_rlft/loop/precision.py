@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import torch
 from lightning import Trainer
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities import rank_zero_warn
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -12,9 +13,18 @@ from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Pipeline
 from lit_rlft.distributed import of_all, own_part
 
-__all__ = ["check_precision", "check_weights", "frozen_dtype", "in_single", "settle"]
+__all__ = [
+    "check_precision",
+    "check_weights",
+    "frozen_dtype",
+    "in_single",
+    "loss_scale",
+    "settle",
+    "tell_skipped",
+]
 
 _HALF = (torch.float16, torch.bfloat16)
+_LEAST_SCALE = 2.0**-10
 _REFUSED = {"16-true": "16-mixed", "bf16-true": "bf16-mixed"}
 """Precisions in which weights themselves are too coarse to be trained, and what to use instead.
 
@@ -107,4 +117,38 @@ def check_weights(weights: Mapping[str, Tensor], num_updates: int) -> None:
         f"the weights are not finite after update {num_updates - 1} (first in {first}), so they "
         "are neither saved nor exported; checkpoints from before are as they were. Lower the "
         "learning rate, or compute in trainer.precision 32-true, and resume with --ckpt_path"
+    )
+
+
+def loss_scale(precision: object) -> float:
+    """Return what losses are multiplied by, so that gradients in float16 do not vanish.
+
+    The trainer divides gradients by it in the optimiser's step. It skips the step and halves the
+    scale where they are too large for float16.
+
+    Args:
+        precision: The trainer's plugin.
+    """
+    if isinstance(precision, MixedPrecision) and precision.scaler is not None:
+        return float(precision.scaler.get_scale())
+    return 1.0
+
+
+def tell_skipped(scale: float) -> None:
+    """Say once that an update was skipped.
+
+    Args:
+        scale: What losses are multiplied by from now on.
+
+    Raises:
+        UsageError: It is so small that no scale will do.
+    """
+    if scale < _LEAST_SCALE:
+        raise UsageError(
+            "gradients are too large for float16 at any scale of the loss; set trainer.precision "
+            "to bf16-mixed or 32-true"
+        )
+    rank_zero_warn(
+        "gradients of an update were too large for float16: it was skipped and the loss's scale "
+        "halved. A few are usual at the start of 16-mixed; bf16-mixed has none"
     )

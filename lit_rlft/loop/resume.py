@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 OPTIMIZER, SCHEDULER = "model.optimizer", "model.lr_scheduler"
-_ADAPTER = "model.lora."
+_ALPHA = "model.lora.alpha"
 _COUNTERS_OF_SCHEDULERS = ("optimizer", "last_epoch")
 _WITHOUT_EFFECT = (
     "model.num_eval_samples",
@@ -51,12 +51,13 @@ def optimizer_settings(optimizer: Optimizer, scheduler: Any) -> dict[str, Any]:
 
 def check_adapter(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     """Raise UsageError where an adapter of the same shapes is scaled in another way."""
-    for key, before, now in changes(old, new):
-        if key == f"{_ADAPTER}alpha":
-            raise UsageError(
-                f"the checkpoint was trained with a LoRA of alpha {before}, not {now}; set "
-                f"model.init_args.lora.alpha to {before}"
-            )
+    # Not by `changes`, which compares nothing below another algorithm's class.
+    before, now = old.get(_ALPHA), new.get(_ALPHA)
+    if None not in (before, now) and before != now:
+        raise UsageError(
+            f"the checkpoint was trained with a LoRA of alpha {before}, not {now}; set "
+            f"model.init_args.lora.alpha to {before}"
+        )
 
 
 def check_same_run(old: Mapping[str, Any], algorithm: str) -> None:
@@ -109,9 +110,21 @@ def check_optimizer(
 
 
 def list_changes(
-    checkpoint: Mapping[str, Any], old: Mapping[str, Any] | None, new: Mapping[str, Any]
+    checkpoint: Mapping[str, Any],
+    old: Mapping[str, Any] | None,
+    new: Mapping[str, Any],
+    optimizer: Optimizer,
+    scheduler: Any,
 ) -> None:
-    """Say in one line which settings differ from the run's, and make the new ones apply."""
+    """Say in one line which settings differ from the run's, and make the new ones apply.
+
+    Args:
+        checkpoint: Of the run; its states of optimiser and schedule are changed.
+        old: Its settings; None for a checkpoint of an older version.
+        new: The settings now.
+        optimizer: Has them.
+        scheduler: Has them; None for a constant rate.
+    """
     if old is None:
         rank_zero_info(
             "resuming from a checkpoint of an older version, which does not name its settings: "
@@ -122,12 +135,12 @@ def list_changes(
     if found:
         listed = ", ".join(f"{key} {_short(a)} -> {_short(b)}" for key, a, b in found)
         rank_zero_info(f"resuming with other settings: {listed}")
-    for key, before, now in found:
-        name = key.rpartition(".")[2]
-        if key == f"{OPTIMIZER}.{name}":
-            _set_in_optimizer(checkpoint, name, before, now)
-        elif key == f"{SCHEDULER}.{name}":
-            checkpoint["lr_schedulers"][0][name] = now
+    for key, before, _ in found:
+        name = key.removeprefix(f"{OPTIMIZER}.").removeprefix(f"{SCHEDULER}.").partition(".")[0]
+        if key.startswith(f"{OPTIMIZER}."):
+            _set_in_optimizer(checkpoint, name, before, optimizer.defaults[name])
+        elif key.startswith(f"{SCHEDULER}."):
+            checkpoint["lr_schedulers"][0][name] = scheduler.state_dict()[name]
 
 
 def _without_effect(key: str) -> bool:

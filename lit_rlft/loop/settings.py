@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from lit_rlft.loop.side.rewards import SideReward
 
@@ -15,7 +16,7 @@ __all__ = ["Plain", "arguments", "changes", "settings"]
 Plain = bool | int | float | str | None
 _MAX_DEPTH = 4
 _FOREIGN = ("torch", "lightning", "builtins", "abc")
-"""Packages whose own arguments are not settings of a run."""
+"""Packages whose own arguments are not settings of a run, but for schedules of a learning rate."""
 
 
 def settings(value: Any, key: str, leave_out: Sequence[str] = ()) -> dict[str, Plain]:
@@ -49,7 +50,8 @@ def arguments(cls: type) -> dict[str, inspect.Parameter]:
     """Return the named arguments of a class's constructor, its bases' included."""
     names: dict[str, inspect.Parameter] = {}
     for base in cls.__mro__:
-        if base.__module__.partition(".")[0] in _FOREIGN or "__init__" not in vars(base):
+        foreign = base.__module__.partition(".")[0] in _FOREIGN
+        if (foreign and not issubclass(base, LRScheduler)) or "__init__" not in vars(base):
             continue
         own = inspect.signature(vars(base)["__init__"]).parameters.values()
         named = {p.name: p for p in own if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}

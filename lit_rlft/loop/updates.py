@@ -9,8 +9,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
 from lit_rlft.core.checks import UsageError
@@ -246,8 +244,7 @@ def _zeros(parameters: Sequence[nn.Parameter]) -> Tensor:
 def settled(
     logged: Mapping[str, Tensor],
     parameters: Iterable[nn.Parameter],
-    optimizer: LightningOptimizer,
-    precision: object,
+    scale: float = 1.0,
 ) -> tuple[dict[str, float], Tensor]:
     """Return the numbers that an update logs, and the norm of all gradients, "grad_norm" there.
 
@@ -256,13 +253,10 @@ def settled(
     Args:
         logged: What `accumulate` returned.
         parameters: The trained parameters.
-        optimizer: Their optimiser.
-        precision: The trainer's plugin, which may have scaled the gradients.
+        scale: Of their gradients (`loss_scale`).
     """
-    if isinstance(precision, MixedPrecision) and precision.scaler is not None:
-        # fp16 gradients are scaled until the scaler is told to undo it.
-        precision.scaler.unscale_(optimizer.optimizer)
-    norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm = whole(torch.nn.utils.get_total_norm(grads)) / scale
     values = {**logged, "grad_norm": norm}
     numbers = torch.stack([value.detach().double() for value in values.values()]).tolist()
     return dict(zip(values, numbers, strict=True)), norm
@@ -273,7 +267,7 @@ def clip(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float | Non
 
     Args:
         parameters: The trained parameters.
-        norm: Of all their gradients.
+        norm: Of all their gradients, without the scale that losses have.
         max_norm: The largest that is left alone; None leaves all alone.
     """
     if max_norm is not None:

@@ -43,6 +43,13 @@ SCHEDULE = {
 }
 
 
+def test_a_test_by_another_algorithm_has_the_same_adapter(run: Path) -> None:
+    """Below another class nothing is compared, but for how strong the adapter is."""
+    settings = TINY_MIXTURE | {"ckpt_path": LAST, "model.lora.alpha": 64}
+    with pytest.raises(SystemExit, match=r"LoRA of alpha 8, not 64; set .*lora\.alpha to 8"):
+        main(arguments("test", (DOMAIN, "graft"), settings))
+
+
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return the lines that are logged about a resumed run."""
@@ -89,6 +96,25 @@ def test_other_settings_are_listed_and_apply(run: Path, said: list[str]) -> None
     (group,) = checkpoint("run")["optimizer_states"][0]["param_groups"]
     assert group["lr"] == 0.01
     assert checkpoint("run")["lit_rlft"]["settings"]["model.num_candidates"] == 8
+
+
+def test_settings_of_several_numbers_and_of_torchs_schedules_apply(
+    tmp_path: Path, said: list[str]
+) -> None:
+    schedule = "torch.optim.lr_scheduler.CosineAnnealingLR"
+    start = {"model.optimizer": "torch.optim.AdamW", "model.optimizer.lr": 0.01}
+    start |= {"model.lr_scheduler": schedule, "model.lr_scheduler.T_max": 10}
+    with working_directory(tmp_path):
+        fit(start)
+        other = {"model.optimizer.betas": [0.5, 0.99], "model.lr_scheduler.T_max": 1000}
+        fit(start | GOING_ON | other)
+        (line,) = [one for one in said if "resuming with other settings" in one]
+        for change in ("betas.0 0.9 -> 0.5", "betas.1 0.999 -> 0.99", "T_max 10 -> 1000"):
+            assert change in line
+        ended = checkpoint("run")
+        (group,) = ended["optimizer_states"][0]["param_groups"]
+        assert tuple(group["betas"]) == (0.5, 0.99)
+        assert ended["lr_schedulers"][0]["T_max"] == 1000
 
 
 def test_the_same_settings_are_no_news(

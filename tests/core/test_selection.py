@@ -205,6 +205,12 @@ def test_deduplication_counts_accepted_candidates_only() -> None:
     assert accepted.tolist() == [[False, True, False, True]]
 
 
+def test_a_twin_that_failed_does_not_stand_for_a_candidate() -> None:
+    r = torch.tensor([[1.0, -torch.inf]]).repeat(64, 1)
+    accepted = Unique(TopK(2))(r, [["a", "a"]] * 64)
+    assert accepted.tolist() == [[True, False]] * 64
+
+
 def test_reward_weights_by_hand() -> None:
     """exp(r / beta) over its mean in each row; what failed (-inf) counts nothing."""
     rule = RewardWeighted(beta=0.5)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset, DistributedSampler
 
+from domains.gaussian_mixture.data import MixtureData
 from lit_rlft.core.checks import UsageError
 from lit_rlft.kit.data import Rows, Split, SplitData, _TrainOrder, collate
 
@@ -118,3 +119,12 @@ def test_passes_are_those_of_torch(num_rows: int, ranks: int) -> None:
             own.set_epoch(epoch)
             other.set_epoch(epoch)
             assert list(own) == list(other)[: len(own)]
+
+
+def test_fewer_rows_than_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = MixtureData(num_train=8, num_val=1, num_test=2, batch_size=8)
+    data.setup("fit")
+    monkeypatch.setattr(type(data), "_place", lambda self: (2, 0))
+    with pytest.raises(UsageError, match=r"the val data have 1 rows.*2 processes.*devices to 1"):
+        data.val_dataloader()
+    assert len(data.test_dataloader()) == 1

@@ -1,5 +1,6 @@
 """One module in several fits, tests and predictions, as a notebook does it."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -85,3 +86,24 @@ def test_whoever_hears_a_phase_begin_hears_it_end(tmp_path: Path) -> None:
         trainer.fit(module_of(), MixtureData(**DATA))
     assert first.told == [("start", "collect"), ("end", "collect")]
     assert second.told == [("start", "collect")]
+
+
+def test_an_average_of_half_precision_moves(tmp_path: Path) -> None:
+    """A thousandth of what a weight is away from its average is nothing to bfloat16."""
+    module, average = module_of(lora=LoRA(rank=1, dtype="bfloat16")), EMA(0.999)
+    module.setup("fit")
+    trained = [p for p in module.trainable().parameters() if p.requires_grad]
+    assert {p.dtype for p in trained} == {torch.bfloat16}
+    for value in (1.0, 1.5):
+        with torch.no_grad():
+            for parameter in trained:
+                parameter.fill_(value)
+        for _ in range(3000):
+            average.on_train_batch_end(trainer_of(), module, None, None, 0)
+    assert average.average is not None
+    expected = 1.5 - 0.5 * math.prod(min(0.999, (1 + n) / (10 + n)) for n in range(3001, 6001))
+    assert all(torch.allclose(own, torch.tensor(expected), atol=1e-3) for own in average.average)
+    again = EMA(0.999)
+    old = average.state_dict()
+    again.load_state_dict({**old, "average": [own.bfloat16() for own in old["average"]]})
+    assert again.average is not None and again.average[0].dtype == torch.float32

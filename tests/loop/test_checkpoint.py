@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,12 @@ from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.algorithms.ddpo import DDPO
 from lit_rlft.algorithms.graft import GRAFT, PGRAFT
 from lit_rlft.algorithms.pretrain import Pretrain
+from lit_rlft.algorithms.reward_gradient import RewardGradient
 from lit_rlft.callbacks.ema import EMA
 from lit_rlft.core.checks import UsageError
+from lit_rlft.core.gradient_plan import DRaFT, DRTune
 from lit_rlft.core.sampling import Sampler
+from lit_rlft.core.selection import BestOfM
 from lit_rlft.core.window import SlidingWindow
 from lit_rlft.loop.checkpoint import check_file, fingerprint
 from lit_rlft.loop.reference import LoRA
@@ -277,3 +281,33 @@ def test_settings_are_plain_and_tell_objects_apart() -> None:
     other = PGRAFT(GaussianMixturePipeline(), Judged(), sampler=Sampler(num_steps=5), cut=0.5)
     keys = [key for key, *_ in changes(first, settings(other, "model"))]
     assert keys == ["model.lora", "model.reward", "model.sampler.num_steps"]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(GRAFT, num_candidates=2),
+        partial(GRAFT, num_candidates=2, iterative=True, selection=BestOfM()),
+        partial(RewardGradient, method=DRaFT(2)),
+        partial(RewardGradient, method=DRTune(k=1, m=2)),
+    ],
+    ids=["GRAFT", "RAFT", "DRaFT", "DRTune"],
+)
+def test_arguments_that_a_class_gives_to_its_base_are_not_given_twice(
+    make: Any, tmp_path: Path
+) -> None:
+    """GRAFT is P-GRAFT with a cut of 0; a reward gradient's method is checked before it is used."""
+    parts = {"pipeline": GaussianMixturePipeline(), "reward": Coordinate()}
+    original = make(**parts, sampler=Sampler(3), lora=LoRA(rank=2, alpha=3))
+    trained(original, tmp_path)
+    parts["pipeline"] = GaussianMixturePipeline()
+    loaded = make.func.load_from_checkpoint(tmp_path / "file.ckpt", **parts)
+    original.eval()
+    seeds, condition = [1, 2, 3, 4], original.pipeline.example().repeat(4)
+    found = [
+        tuner.rollouts.draw(tuner.route(), condition, seeds, keep=[3])[0]
+        for tuner in (original, loaded)
+    ]
+    assert_equal(*found)
+    if isinstance(original, RewardGradient):
+        assert vars(loaded.method) == vars(original.method)

@@ -1,0 +1,53 @@
+"""Evaluations where rewards fail: what is known counts; where nothing is, they end."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from domains.gaussian_mixture.pipeline import GaussianMixturePipeline
+from domains.gaussian_mixture.rewards import Coordinate
+from lit_rlft.algorithms.graft import GRAFT
+from lit_rlft.core.checks import UsageError
+from lit_rlft.core.pipeline import Condition
+from lit_rlft.core.sampling import Sampler
+from lit_rlft.evaluation.evaluator import Evaluator
+from tests.support import trainer_of
+
+
+class Late(Coordinate):
+    """Fails for the first samples it is asked about."""
+
+    def __init__(self, num_failed: float) -> None:
+        super().__init__()
+        self.left = num_failed
+
+    def forward(self, samples: Tensor, condition: Condition) -> Tensor:
+        failed = torch.arange(len(samples)) < self.left
+        self.left -= len(samples)
+        return super().forward(samples, condition).masked_fill(failed, torch.nan)
+
+
+def evaluated(num_failed: float, num_batches: int = 8, batch_size: int = 8) -> Evaluator:
+    sampler = Sampler(2, 1.0)
+    tuner = GRAFT(GaussianMixturePipeline(), Late(num_failed), sampler=sampler, num_eval_samples=1)
+    tuner.trainer = trainer_of()
+    tuner.setup("test")
+    tuner.evaluator.start()
+    for number in range(num_batches):
+        rows = torch.arange(batch_size * number, batch_size * (number + 1))
+        tuner.evaluator.run({"index": rows}, number, tuner.route(), tuner.reference_route())
+    return tuner.evaluator
+
+
+def test_a_first_batch_that_fails_is_left_out() -> None:
+    summary = evaluated(num_failed=20).summary()
+    assert set(summary["tuned"]) >= {"Late", "kl"}
+    assert summary["tuned"]["Late"]["sem"] > 0 and summary["reference"]["Late"]["sem"] > 0
+
+
+def test_a_reward_that_knows_nothing_ends_an_evaluation() -> None:
+    with pytest.raises(UsageError, match="Late failed for all 64 samples"):
+        evaluated(num_failed=float("inf"))  # half way, with the reference's
+    few = evaluated(num_failed=float("inf"), num_batches=2)
+    with pytest.raises(UsageError, match="Late failed for all 16 samples"):
+        few.summary()
