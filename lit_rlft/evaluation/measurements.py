@@ -156,21 +156,27 @@ class Measurements:
         gathered = gather({arm: m.columns() for arm, m in self.arms.items()}, world_size)
         whole = {arm: _concatenated([part[arm] for part in gathered]) for arm in self.arms}
         rows = gather({arm: m.all_rows() for arm, m in self.arms.items()}, world_size)
-        places = {arm: torch.cat([part[arm] for part in rows]) for arm in self.arms}
+        every = torch.cat([part["tuned"] for part in rows])
+
+        def known(values: Tensor) -> Tensor | None:
+            """Return the rows of values; None for those of some batches alone."""
+            return every if len(values) == len(every) else None
+
         summary: dict[Arm, dict[str, Moments]] = {
-            arm: {name: moments(values, places[arm]) for name, values in columns.items()}
+            arm: {name: moments(values, known(values)) for name, values in columns.items()}
             for arm, columns in whole.items()
         }
         summary["gain"] = {
-            name: paired_moments(values, whole["reference"][name], places["tuned"])
+            name: paired_moments(values, whole["reference"][name], known(values))
             for name, values in whole["tuned"].items()
             if all(_are_pairs(part["tuned"], part["reference"], name) for part in gathered)
         }
         if best is not None and best in whole:
+            tuned, reference, highest = (whole[arm] for arm in ("tuned", "reference", best))
             summary["kept"] = {
-                name: kept_share(whole["tuned"][name], reference, whole[best][name], places[best])
-                for name, reference in whole["reference"].items()
-                if name in summary["gain"] and len(whole[best].get(name, ())) == len(reference)
+                name: kept_share(values, reference[name], highest[name], known(values))
+                for name, values in tuned.items()
+                if name in summary["gain"] and len(highest.get(name, ())) == len(reference[name])
             }
         for arm, values in self._compared(world_size, rows, sets, errors):
             summary[arm] |= values
@@ -235,7 +241,6 @@ def paired_moments(tuned: Tensor, reference: Tensor, rows: Tensor | None = None)
     if torch.equal(tuned.isnan(), reference.isnan()):
         return moments(tuned - reference, rows)
     mean = _mean(tuned) - _mean(reference)
-    rows = rows if rows is not None and len(rows) == len(tuned) else None
     return {"mean": mean, "sem": error_of_mean(_moves(tuned), _moves(reference), rows)}
 
 
@@ -280,12 +285,12 @@ def moments(values: Tensor, rows: Tensor | None = None) -> Moments:
     Args:
         values: [n].
         rows: int64 [n], the row of the data that each belongs to, whose samples depend on each
-            other through their condition. None, or rows of other values, takes all as independent.
+            other through their condition. None takes all as independent.
     """
     known = ~values.isnan()
     if not known.any():
         return {"mean": float("nan"), "sem": float("nan")}
-    groups = rows[known] if rows is not None and len(rows) == len(values) else None
+    groups = None if rows is None else rows[known]
     return {
         "mean": float(values[known].mean()),
         "sem": error_of_mean(values[known], groups=groups),
