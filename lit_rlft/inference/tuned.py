@@ -128,6 +128,8 @@ def _latents(pipe: Any, noise: NoiseGenerator, prompt: Any, settings: dict[str, 
     features = tokens_of(encoded) if reads_tokens else torch.cat([*map(pooled, encoded)], dim=1)
     features = features.repeat_interleave(settings.get("num_images_per_prompt") or 1, dim=0)
     latents = noise.to(features.device)(features, settings.get("generator"))
+    if getattr(pipe, "unet", None) is not None:  # other pipelines give latents a dtype themselves
+        latents = latents.to(encoded[0].dtype)
     pack = getattr(pipe, "_pack_latents", None)
     return latents if pack is None else pack(latents, *latents.shape)
 
