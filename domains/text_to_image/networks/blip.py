@@ -62,7 +62,7 @@ class BLIP(nn.Module):
             encoder_attention_mask=patches.new_ones(patches.shape[:2], dtype=torch.int64),
             is_decoder=False,
         ).last_hidden_state
-        return self.head(states[:, 0]).squeeze(1)
+        return self.head(states[:, 0].to(self.head.weight.dtype)).squeeze(1)
 
 
 _VISION: Mapping[str, Any] = {

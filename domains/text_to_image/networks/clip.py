@@ -129,7 +129,7 @@ class CLIPEncoder(Frozen):
             preprocessor_config.json, or the name of an embedded model ("shapes_clip"); or the
             parts themselves.
         batch_size: Pictures embedded at a time, which bounds the memory of the vision tower.
-        dtype: Precision of the weights.
+        dtype: Precision of the weights; the scale of logits stays as it was loaded.
 
     Attributes:
         reader: Tokenises; its `cut` are the texts that were cut off.
@@ -148,7 +148,9 @@ class CLIPEncoder(Frozen):
         super().__init__()
         at_least(1, self, batch_size=batch_size)
         parts = pretrained if isinstance(pretrained, CLIPParts) else load_clip(pretrained)
+        scale = parts.model.logit_scale.detach().clone()
         self.clip = frozen(parts.model).to(precision(self, dtype))
+        self.clip.logit_scale.data = scale  # in bfloat16 its exponential would be 1 % off
         self.tokenizer, self.preprocess = parts.tokenizer, parts.preprocess
         self.batch_size = batch_size
         length = self.clip.config.text_config.max_position_embeddings

@@ -52,7 +52,7 @@ class ImageReward(Frozen, Reward):
             without running code.
         tokenizer: Folder or hub id of BERT's tokenizer.
         batch_size: Pictures scored at a time, which bounds the memory.
-        dtype: Precision of the weights.
+        dtype: Precision of the encoders' weights; the head's is single.
         self_test: Folder of the four examples' pictures, 1.webp to 4.webp: before a run they have
             to score within 0.05 of what is published. None tests nothing.
 
@@ -79,7 +79,10 @@ class ImageReward(Frozen, Reward):
         super().__init__()
         at_least(1, self, batch_size=batch_size)
         network, words = _load(pretrained, tokenizer)
-        self.network = frozen(network).to(precision(self, dtype))
+        kind = precision(self, dtype)
+        self.network = frozen(network)
+        for part in (network.vision, network.text):
+            part.to(kind)
         size = network.vision.config.image_size
         self.preprocess = Preprocessing.from_config({"size": size, "crop_size": size})
         length = min(_LENGTH, network.text.config.max_position_embeddings)
@@ -120,10 +123,9 @@ class ImageReward(Frozen, Reward):
         return ((raw - _MEAN) / _STD).to(pictures.device)
 
     def _score(self, pictures: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        weight = self.network.head.weight
-        device = weight.device
+        device, dtype = self.network.head.weight.device, self.network.vision.dtype
         with torch.autocast(device.type, enabled=False):
-            pixels = self.preprocess(pictures.to(device)).to(weight.dtype)
+            pixels = self.preprocess(pictures.to(device)).to(dtype)
             raw = self.network(pixels, input_ids.to(device), attention_mask.to(device))
         return raw.to(torch.promote_types(raw.dtype, torch.float32))
 

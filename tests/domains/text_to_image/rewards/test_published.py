@@ -1,5 +1,6 @@
 """Rewards from published weights against independent computations, on tiny random models."""
 
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -348,6 +349,26 @@ def test_chunks_and_half_precision_change_little(name: str, make: Callable) -> N
     values = half(shown, given)
     assert values.dtype == torch.float32
     assert values.allclose(whole, rtol=0.1, atol=0.05)
+
+
+def test_pick_score_has_its_whole_scale_in_half_precision(files: Path, tmp_path: Path) -> None:
+    shutil.copytree(files / "clip", tmp_path / "clip")
+    model = CLIPModel.from_pretrained(tmp_path / "clip")
+    model.logit_scale.data.fill_(math.log(100))
+    model.save_pretrained(tmp_path / "clip")
+    shown, texts = pictures(), condition(PROMPTS)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        reward = PickScore(str(tmp_path / "clip"), None, dtype=str(dtype).removeprefix("torch."))
+        encoder = reward.encoder
+        assert encoder.clip.vision_model.dtype == dtype
+        cosines = (encoder.embed_pictures(shown) * encoder.embed_texts(PROMPTS)).sum(dim=1)
+        assert (reward(shown, texts) / cosines).mean() == pytest.approx(100, rel=1e-5)
+
+
+def test_image_rewards_head_stays_in_single_precision(make: Callable) -> None:
+    head, half = make("ImageReward").network.head, make("ImageReward", dtype="bfloat16").network
+    assert half.vision.dtype == half.text.dtype == torch.bfloat16
+    assert torch.equal(half.head.weight, head.weight) and torch.equal(half.head.bias, head.bias)
 
 
 def _count(rows: list[int], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
