@@ -2,6 +2,7 @@
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,8 @@ def judge(folder: str, **settings: Any) -> VLMJudge:
     return VLMJudge(folder, **{"dtype": "float32", "max_tokens": 4, **settings})
 
 
-UNIFIED = r"(?:Alignment|Coherence|Style) Score \(1-5\): (\d(?:\.\d+)?)"
+PAGE = Path(__file__).parents[4] / "docs/domains/rewards.md"
+UNIFIED = " ".join(PAGE.read_text().partition('--reward.pattern "')[2].partition('"')[0].split())
 
 
 @pytest.mark.parametrize(
@@ -42,6 +44,11 @@ UNIFIED = r"(?:Alignment|Coherence|Style) Score \(1-5\): (\d(?:\.\d+)?)"
             {"pattern": UNIFIED, "num_scores": 3, "scale": (0, 5)},
             "Alignment Score (1-5): 4\nCoherence Score (1-5): 3.5\nStyle Score (1-5): 3",
             0.7,
+        ),
+        (
+            {"pattern": UNIFIED, "num_scores": 3, "scale": (0, 5)},
+            "Alignment Score (1-5): 3.92\nCoherence Score (1-5): 3.08\nStyle Score (1-5): 4.75",
+            11.75 / 15,
         ),
         ({"pattern": UNIFIED, "num_scores": 3}, "Alignment Score (1-5): 4", math.nan),
     ],
