@@ -1,5 +1,6 @@
 """What people put in place of a model's own parts, or beside them: a VAE, textual inversions."""
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,7 @@ def _check_latents(given: str, config: dict[str, Any], own: dict[str, Any], kind
     names = ["latent_channels"]
     if kind is not AutoencoderTiny:  # it is trained on scaled latents
         names += ["scaling_factor", "shift_factor"]
+    config, own = _completed(config), _completed(own)
     for name in names:
         theirs, ours = config.get(name), own.get(name)
         if ours is not None and theirs != ours:
@@ -105,6 +107,16 @@ def _check_latents(given: str, config: dict[str, Any], own: dict[str, Any], kind
                 f"{_VAE}: {given!r} has {name} {theirs}, and the model's own VAE {ours}; give a "
                 "VAE of the same kind of model, since the denoiser draws latents of that kind"
             )
+
+
+def _completed(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a VAE's config with its class's defaults: files of older releases lack some keys."""
+    kinds = (kind for kinds in _VAE_KINDS.values() for kind in kinds)
+    named = {kind.__name__: kind for kind in kinds}
+    kind = named.get(str(config.get("_class_name")), AutoencoderKL)
+    arguments = inspect.signature(kind.__init__).parameters.values()
+    defaults = {each.name: each.default for each in arguments if each.default is not each.empty}
+    return defaults | config
 
 
 def add_textual_inversions(parts: DiffusionPipeline, files: Sequence[str]) -> list[str]:

@@ -280,6 +280,29 @@ def test_a_vae_takes_the_place_of_the_models_own(tmp_path: Path, model: Model) -
         TextToImagePipeline(str(folder), vae=sources[0], **SIZE)
 
 
+@pytest.mark.parametrize("lacking", ["its own", "the model's", "both"])
+def test_a_vae_whose_config_lacks_the_scale_has_its_classs(tmp_path: Path, lacking: str) -> None:
+    """As stabilityai/sd-vae-ft-mse, and Stable Diffusion 1.5's own."""
+    folder, path = tmp_path / "sd", tmp_path / "vae"
+    tiny("sd").save_pretrained(folder)
+    tiny("sd", seed=5).vae.save_pretrained(path)
+    own, others = path / "config.json", folder / "vae" / "config.json"
+    whole = json.loads(own.read_text())
+    assert whole["scaling_factor"] == 0.18215
+    less = {key: value for key, value in whole.items() if key != "scaling_factor"}
+    for file in {"its own": [own], "the model's": [others], "both": [own, others]}[lacking]:
+        file.write_text(json.dumps(less))
+    pipeline = TextToImagePipeline(str(folder), vae=str(path), **SIZE)
+    assert pipeline.vae.config["scaling_factor"] == 0.18215
+    for file in (others, own):
+        file.write_text(json.dumps(less))
+    (own if lacking == "the model's" else others).write_text(
+        json.dumps(less | {"scaling_factor": 0.13025})
+    )
+    with pytest.raises(UsageError, match=r"scaling_factor 0\.(18215|13025), and the model's own"):
+        TextToImagePipeline(str(folder), vae=str(path), **SIZE)
+
+
 @pytest.mark.parametrize("model", SD, indirect=True)
 def test_a_vae_of_other_latents_is_refused(tmp_path: Path, model: Model) -> None:
     _, folder, _, _ = model
