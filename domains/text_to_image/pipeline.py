@@ -488,6 +488,11 @@ class TextToImagePipeline(Pipeline):
     def hub_header(self, files: Sequence[str]) -> Mapping[str, Any]:
         return card.hub_header(self.pretrained, files)
 
+    def tuned_facts(self) -> dict[str, Any]:
+        """Return what a tuned model's lit_rlft.json says of the prompts, for `load_tuned`."""
+        length = self.family.call_settings().get("max_sequence_length")
+        return {} if length is None else {"max_sequence_length": length}
+
     def usage(self, files: Sequence[str], facts: Mapping[str, Any]) -> str:
         kind, told = type(self.diffusers).__name__, {"guidance_scale": self.guidance_scale}
         return card.usage(kind, self.pretrained, self.config, files, {**facts, **told})

@@ -40,7 +40,7 @@ def load_tuned(pipe: P, folder: str | Path) -> P:
     Its call then runs the steps that the tuned model ran with the LoRA, and the others without, as
     P-GRAFT's last ones; or it draws its initial noise from the prior that Noise PPO learned. All
     arguments of the call stay as they are. Unless given, `num_inference_steps` is what the model
-    was tuned with.
+    was tuned with, and so is `max_sequence_length` where the folder says it.
 
     Args:
         pipe: A pipeline of diffusers with the weights that were tuned; it is changed.
@@ -66,6 +66,7 @@ def load_tuned(pipe: P, folder: str | Path) -> P:
     skipped = card.get("skipped_steps", 0) if has_lora else 0
     pipe._tuned_start = skipped / card["num_steps"]  # type: ignore[attr-defined]
     pipe._tuned_num_steps = card["num_steps"]  # type: ignore[attr-defined]
+    pipe._tuned_length = card.get("max_sequence_length")  # type: ignore[attr-defined]
     pipe._tuned_noise = NoiseGenerator.load(folder / _NOISE) if has_noise else None  # type: ignore[attr-defined]
     return pipe
 
@@ -76,10 +77,13 @@ class _Tuned:
     _tuned_share: float
     _tuned_start: float
     _tuned_num_steps: int
+    _tuned_length: int | None
     _tuned_noise: NoiseGenerator | None
 
     def __call__(self, prompt: Any = None, *args: Any, **settings: Any) -> Any:
         num_steps = settings.setdefault("num_inference_steps", self._tuned_num_steps)
+        if self._tuned_length is not None:
+            settings.setdefault("max_sequence_length", self._tuned_length)
         if self._tuned_noise is not None and settings.get("latents") is None:
             settings["latents"] = _latents(self, self._tuned_noise, prompt, settings)
         first = round(self._tuned_start * num_steps)

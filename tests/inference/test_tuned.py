@@ -20,7 +20,7 @@ from lit_rlft.core.sampling import Sampler
 from lit_rlft.inference import load_tuned
 from lit_rlft.loop.reference import LoRA
 from lit_rlft.loop.route import tuned_part
-from lit_rlft.runs.card import CARD, write_card
+from lit_rlft.runs.card import CARD, read_card, write_card
 from tests.domains.text_to_image.families.tiny import tiny
 
 SIZE = {"height": 32, "width": 64}
@@ -40,9 +40,15 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return path
 
 
-def tuned(kind: type[RewardFineTuner], folder: Path, out: Path, **settings: Any) -> RewardFineTuner:
+def tuned(
+    kind: type[RewardFineTuner],
+    folder: Path,
+    out: Path,
+    own: dict[str, Any] | None = None,
+    **settings: Any,
+) -> RewardFineTuner:
     """Return a tuner whose trained weights are not zero, exported to a folder."""
-    pipeline = TextToImagePipeline(str(folder), guidance_scale=2.0, **SIZE)
+    pipeline = TextToImagePipeline(str(folder), guidance_scale=2.0, **SIZE, **(own or {}))
     tuner = kind(pipeline, Brightness(), sampler=Sampler(STEPS), **settings)
     tuner.setup("fit")
     generator = torch.Generator().manual_seed(1)
@@ -50,7 +56,7 @@ def tuned(kind: type[RewardFineTuner], folder: Path, out: Path, **settings: Any)
         if parameter.requires_grad and not parameter.any():
             parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
     tuner.export(out)
-    write_card(out, tuned_part(tuner.route().tuned_steps))
+    write_card(out, {**tuned_part(tuner.route().tuned_steps), **pipeline.tuned_facts()})
     return tuner
 
 
@@ -155,6 +161,34 @@ def test_noise_ppo_draws_from_its_prior(folder: Path, tmp_path: Path, swapped: b
     assert (pictures[0] - pictures[1]).abs().max() > 1e-3
     with pytest.raises(UsageError, match=r"needs the prompt.*give prompt, or latents"):
         pipe(prompt_embeds=torch.zeros(1, 77, 32))
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "expected"),
+    [
+        ("flux_schnell", {}, 256),
+        ("sd3", {"max_sequence_length": 20}, 20),
+        pytest.param("sana", {"max_sequence_length": 40}, 40, marks=pytest.mark.slow),
+    ],
+)
+def test_a_prior_is_given_prompts_as_long_as_in_training(
+    name: str, own: dict[str, Any], expected: int, tmp_path: Path
+) -> None:
+    tiny(name).save_pretrained(tmp_path / name)
+    tuner = tuned(NoisePPO, tmp_path / name, tmp_path / "out", own)
+    card = read_card(tmp_path / "out")
+    assert card["max_sequence_length"] == expected
+    pipe = load_tuned(theirs(tmp_path / name), tmp_path / "out")
+    given = settings(pipe)
+    pictures = pipe(list(PROMPTS), generator=generators(), **given).images
+    torch.testing.assert_close(pictures, ours(tuner), atol=2e-4, rtol=0)
+    # A folder of before says nothing of it; the call's own default is then taken.
+    write_card(tmp_path / "out", {k: v for k, v in card.items() if k != "max_sequence_length"})
+    old = load_tuned(theirs(tmp_path / name), tmp_path / "out")
+    others = old(list(PROMPTS), generator=generators(), **given).images
+    assert (others - pictures).abs().max() > 1e-3
+    known = pipe(list(PROMPTS), generator=generators(), max_sequence_length=30, **given).images
+    assert (known - pictures).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

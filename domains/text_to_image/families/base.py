@@ -163,6 +163,13 @@ class Family(ABC):
         """Return what encodings depend on beside the text encoders and the encodings' shapes."""
         return {}
 
+    def call_settings(self) -> dict[str, Any]:
+        """Return arguments of the call of the family's pipeline that draw as `denoise` does.
+
+        They are those of one family alone; sizes and what all have come beside them.
+        """
+        return {}
+
     def readers(self) -> list[Reader]:
         """Return the tokenizers at which a prompt's words are lost to the model: all of CLIP."""
         named = [name.replace("text_encoder", "tokenizer") for name in self.encoder_names]

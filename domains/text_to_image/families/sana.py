@@ -71,6 +71,10 @@ class Sana(Family):
     def encoding_settings(self) -> dict[str, Any]:
         return {"instruction": self._instruction}
 
+    def call_settings(self) -> dict[str, Any]:
+        # Binning draws another size of the same shape, and cuts the picture to the given one.
+        return {"max_sequence_length": self._length, "use_resolution_binning": False}
+
     def encoded_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"embedding": (self._length, self.denoiser.config["caption_channels"] + 1)}
 

@@ -62,6 +62,9 @@ class StableDiffusion3(Family):
     def _length(self) -> int:
         return self.options.get("max_sequence_length", 256)
 
+    def call_settings(self) -> dict[str, Any]:
+        return {"max_sequence_length": self._length}
+
     def encoded_shapes(self) -> dict[str, tuple[int, ...]]:
         config, clip = self.denoiser.config, self.parts.tokenizer.model_max_length
         return {  # without T5 its tokens are zeros
@@ -151,6 +154,10 @@ class Flux(Family):
         """Tokens of T5: schnell, without guidance, was trained for half of dev's."""
         length = 512 if self.denoiser.config["guidance_embeds"] else 256
         return self.options.get("max_sequence_length", length)
+
+    def call_settings(self) -> dict[str, Any]:
+        true_cfg = self.options.get("true_cfg_scale")
+        return {"max_sequence_length": self._length, "true_cfg_scale": true_cfg}
 
     def encoded_shapes(self) -> dict[str, tuple[int, ...]]:
         config = self.denoiser.config

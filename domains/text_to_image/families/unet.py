@@ -1,7 +1,7 @@
 """Families with a U-Net: Stable Diffusion 1.x and 2.x, and Stable Diffusion XL."""
 
 from collections.abc import Iterator, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -117,6 +117,10 @@ class StableDiffusionXL(_UNetFamily):
     @property
     def _widths(self) -> list[int]:
         return [getattr(self.parts, name).config.hidden_size for name in self.encoder_names]
+
+    def call_settings(self) -> dict[str, Any]:
+        original, crop = (self.options.get(name) for name in ("original_size", "crop"))
+        return {"original_size": original, "crops_coords_top_left": crop}
 
     def encoded_shapes(self) -> dict[str, tuple[int, ...]]:
         tokens = self.parts.tokenizer.model_max_length

@@ -64,6 +64,11 @@ class ZImage(Family):
     def _length(self) -> int:
         return self.options.get("max_sequence_length", 512)
 
+    def call_settings(self) -> dict[str, Any]:
+        names = ("cfg_normalization", "cfg_truncation")
+        given = {name: self.options.get(name) for name in names}
+        return {"max_sequence_length": self._length, **given}
+
     def encoded_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"embedding": (self._length, self.denoiser.config["cap_feat_dim"] + 1)}
 
