@@ -72,7 +72,8 @@ class TextToImagePipeline(Pipeline):
         crop: For Stable Diffusion XL: top and left edge in pixels that it is told of.
         max_sequence_length: For Stable Diffusion 3 and FLUX.1: tokens of the T5 encoder. For
             Z-Image and Sana: most tokens of a prompt.
-        true_cfg_scale: For FLUX.1: w of classifier-free guidance beside its own.
+        true_cfg_scale: For FLUX.1: w of classifier-free guidance beside its own, for which there
+            has to be a negative prompt.
         cfg_normalization: For Z-Image: the guided prediction is at most this times as long as the
             conditional one; diffusers' true is 1. None bounds nothing.
         cfg_truncation: For Z-Image: no guidance where 1 - t, from 0 at noise to 1 at data, is above
@@ -189,6 +190,7 @@ class TextToImagePipeline(Pipeline):
         self.family = family_of(self.diffusers, size, encode_batch_size=rows, **options, **sizes)
         own = self.family.guidance_scale
         self.guidance_scale = own if guidance_scale is None else guidance_scale
+        self.family.check_negative(self.guidance_scale, self.negative_prompt)
         if files.hollow_encoders and not weightless():
             self.family.read_encoder = self._reader(self._loaded)
 

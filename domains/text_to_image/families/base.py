@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from domains.text_to_image.embeddings import EmbeddingCache
@@ -46,6 +47,7 @@ class Family(ABC):
         encoder_names: Attributes of the text encoders; a model may come without some of them.
         lora_targets: Name endings of the layers that get a LoRA unless a config says otherwise.
         guidance_scale: Guidance unless a config says otherwise: diffusers' own default.
+        guided_above: When there is classifier-free guidance, in words.
         option_names: The settings that this family has beside the common ones.
         overflows_in_half: Parts that cannot be in float16, in words.
         cache: Encodings on disk, which come before those of the text encoders; None without them.
@@ -65,6 +67,7 @@ class Family(ABC):
     encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder",)
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     guidance_scale: ClassVar[float]
+    guided_above: ClassVar[str] = "guidance_scale above 1"
     option_names: ClassVar[tuple[str, ...]] = ()
     overflows_in_half: ClassVar[tuple[str, ...]] = ()
 
@@ -279,6 +282,19 @@ class Family(ABC):
     def cfg_scale(self, guidance: float) -> float:
         """Return w of classifier-free guidance, which costs a second prediction above 1."""
         return guidance
+
+    def check_negative(self, guidance: float, negative: str | None) -> None:
+        """Warn of a negative prompt that no prediction is made of.
+
+        Args:
+            guidance: The pipeline's guidance scale.
+            negative: The negative prompt.
+        """
+        if negative is not None and self.cfg_scale(guidance) <= 1:
+            rank_zero_warn(
+                "pipeline.init_args.negative_prompt changes no picture where guidance is off; set "
+                f"pipeline.init_args.{self.guided_above}, or leave it out"
+            )
 
     def guided(self, u: Tensor, c: Tensor, t: Tensor, guidance: float) -> Tensor:
         """Return what classifier-free guidance makes of two predictions.

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from domains.text_to_image.families.base import Family, Tables
 from domains.text_to_image.families.checks import clip_problems, latent_problems, missing
 from domains.text_to_image.networks.texts import Reader
+from lit_rlft.core.checks import UsageError
 from lit_rlft.core.process import GaussianProcess
 from lit_rlft.kit.flow_schedulers import flow_process, flow_timestep
 
@@ -126,7 +127,7 @@ class Flux(Family):
 
     Options:
         max_sequence_length: Tokens of T5; 512 unless given, 256 for a model without guidance.
-        true_cfg_scale: w of classifier-free guidance; 1 is none.
+        true_cfg_scale: w of classifier-free guidance, which needs a negative prompt; 1 is none.
     """
 
     name = "FLUX.1"
@@ -134,6 +135,7 @@ class Flux(Family):
     encoder_names = ("text_encoder", "text_encoder_2")
     lora_targets = _ATTENTION
     guidance_scale = 3.5
+    guided_above = "true_cfg_scale above 1"
     option_names: ClassVar[tuple[str, ...]] = ("max_sequence_length", "true_cfg_scale")
 
     def problems(self) -> Iterator[str]:
@@ -179,6 +181,16 @@ class Flux(Family):
 
     def cfg_scale(self, guidance: float) -> float:
         return self.options.get("true_cfg_scale", 1.0)
+
+    def check_negative(self, guidance: float, negative: str | None) -> None:
+        """Raise UsageError for `true_cfg_scale` alone, which in diffusers guides nothing."""
+        super().check_negative(guidance, negative)
+        if negative is None and self.cfg_scale(guidance) > 1:
+            raise UsageError(
+                "pipeline.init_args.true_cfg_scale above 1 needs a "
+                "pipeline.init_args.negative_prompt to guide away from; give one, or '\"\"' for an "
+                "empty text"
+            )
 
     def make_process(self) -> GaussianProcess:
         height, width = self.latent_size

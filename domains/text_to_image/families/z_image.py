@@ -42,6 +42,7 @@ class ZImage(Family):
     name = "Z-Image"
     pipeline_class = "ZImagePipeline"
     guidance_scale = 5.0
+    guided_above = "guidance_scale above 0"
     option_names: ClassVar[tuple[str, ...]] = (
         "max_sequence_length",
         "cfg_normalization",

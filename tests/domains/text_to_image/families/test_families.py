@@ -1,5 +1,7 @@
 """Each family beside its own pipeline in diffusers: same scheduler, steps, guidance and latents."""
 
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +10,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from domains.text_to_image.families import FAMILIES, Family
+from domains.text_to_image.pipeline import TextToImagePipeline
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.sampling import Sampler
 from tests.domains.text_to_image.families.tiny import tiny
@@ -105,6 +108,38 @@ def test_flux_guides_classifier_free_beside_its_own_guidance() -> None:
         family, 4, guidance_scale=3.5, true_cfg_scale=2.5, negative_prompt=["dull"] * 2
     )
     torch.testing.assert_close(packed(ours(family, 3.5, 4, "dull")), expected, atol=5e-5, rtol=1e-5)
+
+
+def test_flux_refuses_guidance_away_from_nothing() -> None:
+    """Where diffusers does not guide at all."""
+    family = family_of("flux_dev", (32, 32), true_cfg_scale=2.5)
+    sentence = r"true_cfg_scale above 1 needs a pipeline.init_args.negative_prompt .*'\"\"' for an"
+    with pytest.raises(UsageError, match=sentence):
+        family.check_negative(3.5, None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for negative in ("", "dull"):
+            family.check_negative(3.5, negative)
+        for name, guidance in (("sd", 1.0), ("zimage", 0.0), ("flux_dev", 3.5)):
+            family_of(name, (32, 32)).check_negative(guidance, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "guidance", "remedy"),
+    [
+        ("sd", 1.0, "guidance_scale above 1"),
+        ("zimage", 0.0, "guidance_scale above 0"),
+        ("flux_dev", 3.5, "true_cfg_scale above 1"),
+    ],
+)
+def test_a_negative_prompt_without_guidance_is_told_once(
+    name: str, guidance: float, remedy: str, tmp_path: Path
+) -> None:
+    tiny(name).save_pretrained(tmp_path)
+    given = {"guidance_scale": guidance, "negative_prompt": "dull", "height": 32, "width": 32}
+    with pytest.warns(UserWarning, match=f"guidance is off; set .*{remedy}, or leave") as told:
+        TextToImagePipeline(str(tmp_path), **given)
+    assert sum("negative_prompt" in str(each.message) for each in told) == 1
 
 
 @pytest.mark.parametrize("name", ["sdxl", "sdxl_turbo"])
