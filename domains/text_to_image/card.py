@@ -9,6 +9,7 @@ from domains.text_to_image import EMBEDDED
 __all__ = ["hub_header", "usage"]
 
 _LORA, _NOISE = "pytorch_lora_weights.safetensors", "noise_generator.safetensors"
+_LINE = 90
 _FLUX = "black-forest-labs/FLUX.1-dev"
 
 
@@ -30,7 +31,12 @@ def hub_header(base: str, files: Sequence[str]) -> dict[str, Any]:
 
 
 def usage(
-    kind: str, base: str, config: str | None, files: Sequence[str], facts: Mapping[str, Any]
+    kind: str,
+    base: str,
+    config: str | None,
+    files: Sequence[str],
+    facts: Mapping[str, Any],
+    settings: Mapping[str, Any],
 ) -> str:
     """Return how to draw pictures, in Python.
 
@@ -39,13 +45,11 @@ def usage(
         base: What was tuned.
         config: What completes it where it is a single file.
         files: Names of the tuned model's files.
-        facts: `num_steps`, `tuned_steps` and `guidance_scale` of the run.
+        facts: `num_steps` and `tuned_steps` of the run.
+        settings: Further arguments of the pipeline's call.
     """
     start = f"from diffusers import {kind}\n"
-    call = (
-        f'picture = pipe("a red ring", num_inference_steps={facts["num_steps"]}, '
-        f"guidance_scale={facts['guidance_scale']:g}).images[0]\n"
-    )
+    call = _call({"num_inference_steps": facts["num_steps"], **settings})
     if _LORA not in files and _NOISE not in files:
         return f'```python\n{start}\npipe = {kind}.from_pretrained("tuned")  # here\n{call}```'
     load = f"pipe = {_loaded(kind, base, config)}"
@@ -64,6 +68,17 @@ def usage(
         f"{ours}\n\nThe LoRA is for {which} of {facts['num_steps']} "
         "steps; `load_tuned` switches it off for the others. Plain diffusers leaves it on:\n\n"
         f"{plain}"
+    )
+
+
+def _call(settings: Mapping[str, Any]) -> str:
+    """Return the line that draws a picture, or several lines where it is long."""
+    told = [f"{k}={v:g}" if isinstance(v, float) else f"{k}={v!r}" for k, v in settings.items()]
+    line = f'picture = pipe("a red ring", {", ".join(told)}).images[0]\n'
+    if len(line) <= _LINE:
+        return line
+    return "\n    ".join(["picture = pipe(", *(f"{each}," for each in ['"a red ring"', *told])]) + (
+        "\n).images[0]\n"
     )
 
 

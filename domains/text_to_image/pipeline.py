@@ -496,8 +496,9 @@ class TextToImagePipeline(Pipeline):
         return {} if length is None else {"max_sequence_length": length}
 
     def usage(self, files: Sequence[str], facts: Mapping[str, Any]) -> str:
-        kind, told = type(self.diffusers).__name__, {"guidance_scale": self.guidance_scale}
-        return card.usage(kind, self.pretrained, self.config, files, {**facts, **told})
+        kind = type(self.diffusers).__name__
+        settings = self.family.call(self.guidance_scale, self.negative_prompt)
+        return card.usage(kind, self.pretrained, self.config, files, facts, settings)
 
     def _save_web_lora(self, folder: Path) -> list[Path]:
         if not self.web_lora:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from diffusers import FluxPipeline
 from torch import Tensor
 
 from domains.gaussian_mixture.data import MixtureData
@@ -20,15 +21,18 @@ from domains.text_to_image.rewards import Brightness
 from lit_rlft.algorithms.graft import PGRAFT
 from lit_rlft.callbacks.ema import EMA
 from lit_rlft.callbacks.run_files import RunFiles
+from lit_rlft.core.randomness import generators
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.selection import TopK
 from lit_rlft.loop.reference import LoRA
 from lit_rlft.runs.card import write_card
 from lit_rlft.runs.readme import README, add_results, readme
+from tests.domains.text_to_image.families.tiny import tiny
 from tests.support import trainer_of
 
 LORA = ["pytorch_lora_weights.safetensors"]
-FACTS = {"num_steps": 2, "tuned_steps": 2, "guidance_scale": 2.0}
+FACTS = {"num_steps": 2, "tuned_steps": 2}
+CALL = {"guidance_scale": 2.0}
 
 
 def header(text: str) -> dict[str, Any]:
@@ -117,14 +121,65 @@ def test_what_the_hub_reads() -> None:
 def test_a_base_of_this_machine_is_named_without_its_path(
     kind: str, base: str, config: str | None, expected: str
 ) -> None:
-    text = usage(kind, base, config, LORA, FACTS)
+    text = usage(kind, base, config, LORA, FACTS, CALL)
     assert expected in text and "/x/" not in text and "/y/" not in text
     for block in code(text):
         compile(block, "card", "exec")
     assert "load_lora_weights" not in usage(
-        kind, base, config, ["noise_generator.safetensors"], FACTS
+        kind, base, config, ["noise_generator.safetensors"], FACTS, CALL
     )
-    assert 'from_pretrained("tuned")' in usage(kind, base, config, ["unet"], FACTS)
+    assert 'from_pretrained("tuned")' in usage(kind, base, config, ["unet"], FACTS, CALL)
+
+
+SIZE: dict[str, Any] = {"height": 32, "width": 64}
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "told"),
+    [
+        ("sd", {"negative_prompt": 'a "dull" one', "guidance_scale": 3.0}, "negative_prompt='a"),
+        ("sdxl", {"original_size": (64, 48), "crop": (4, 8)}, "crops_coords_top_left=(4, 8)"),
+        (
+            "flux_dev",
+            {"true_cfg_scale": 2.5, "negative_prompt": "dull", "max_sequence_length": 24},
+            "true_cfg_scale=2.5",
+        ),
+        ("flux_schnell", {}, "max_sequence_length=256"),
+        ("sana", {}, "use_resolution_binning=False"),
+        (
+            "zimage",
+            {"cfg_normalization": 0.9, "cfg_truncation": 0.5, "max_sequence_length": 64},
+            "cfg_normalization=0.9",
+        ),
+    ],
+)
+def test_the_cards_code_draws_what_the_run_draws(
+    name: str, own: dict[str, Any], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny(name).save_pretrained(tmp_path / "tuned")
+    pipeline = TextToImagePipeline(str(tmp_path / "tuned"), **SIZE, **own)
+    condition, noise = pipeline.encode({"prompt": ["a red ring"]}), generators([3])
+    with torch.no_grad():
+        x_1 = pipeline.process.prior(pipeline.blank(condition)).sample(noise)
+        x_0 = Sampler(3).sample(pipeline, pipeline.process, x_1, condition, noise)
+        expected = pipeline.decode(x_0, condition)
+    (text,) = code(pipeline.usage(["transformer"], {"num_steps": 3, "tuned_steps": 3}))
+    assert told in text and "height=32" in text and "width=64" in text
+    assert max(map(len, text.splitlines())) <= 90
+    latents = x_1 if name[:4] != "flux" else FluxPipeline._pack_latents(x_1, *x_1.shape)
+    given = {"latents": latents, "output_type": "pt"}
+    names: dict[str, Any] = {"given": given}
+    monkeypatch.chdir(tmp_path)
+    exec(re.sub(r"\bpipe\(", "pipe(**given, prompt=", text), names)
+    torch.testing.assert_close(names["picture"], expected[0], atol=2e-4, rtol=0)
+
+
+def test_a_card_leaves_the_defaults_of_diffusers_out(tmp_path: Path) -> None:
+    for name in ("sd", "sdxl", "sd3", "flux_dev"):
+        tiny(name).save_pretrained(tmp_path / name)
+        pipeline = TextToImagePipeline(str(tmp_path / name))
+        call = pipeline.family.call(pipeline.guidance_scale, None)
+        assert call == {"guidance_scale": pipeline.guidance_scale}
 
 
 def test_other_domains_have_a_short_card(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What one family of text-to-image models adds to the pipeline: text, sizes, the network's call."""
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -172,6 +173,26 @@ class Family(ABC):
         They are those of one family alone; sizes and what all have come beside them.
         """
         return {}
+
+    def call(self, guidance: float, negative: str | None) -> dict[str, Any]:
+        """Return arguments of the family's pipeline in diffusers that draw the same pictures.
+
+        Its own defaults are left out, but guidance is always told.
+
+        Args:
+            guidance: The pipeline's guidance scale.
+            negative: The negative prompt.
+        """
+        sizes = zip(("height", "width"), self.pixels, strict=True)
+        given = {"guidance_scale": guidance, **dict(sizes), **self.call_settings()}
+        if self.cfg_scale(guidance) > 1:
+            given["negative_prompt"] = negative
+        parameters = inspect.signature(type(self.parts).__call__).parameters
+        usual = {name: parameters[name].default for name in given} | {"guidance_scale": None}
+        if (native := self.native()) is not None:
+            for name, size in zip(("height", "width"), native, strict=True):
+                usual[name] = usual[name] or size * self.factor
+        return {k: v for k, v in given.items() if v is not None and v != usual[k]}
 
     def readers(self) -> list[Reader]:
         """Return the tokenizers at which a prompt's words are lost to the model: all of CLIP."""
