@@ -1,13 +1,15 @@
 """Numbers that are not finite: which part of a text-to-image model made them, and the remedy."""
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lit_rlft.core.checks import UsageError
 
-__all__ = ["check_latents", "check_vae"]
+__all__ = ["check_latents", "check_vae", "kept_single"]
 
 _WEIGHTS = "pipeline.init_args.frozen_dtype"
 _VAE = "pipeline.init_args.vae"
@@ -50,6 +52,22 @@ def check_vae(values: Tensor, vae: nn.Module, what: str) -> None:
     """
     if not _finite(values):
         raise UsageError(_sentence(what, "VAE", vae))
+
+
+def kept_single(vae: Any, device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context in which a VAE that overflows in float16 runs in the single of its weights.
+
+    Without one, autocast of a trainer's 16-mixed would run it in half.
+
+    Args:
+        vae: The VAE.
+        device: Where it runs.
+    """
+    kind = device.type
+    half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+    if half and vae.dtype == torch.float32 and vae.config.get("force_upcast"):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
 
 
 def _finite(values: Tensor) -> bool:

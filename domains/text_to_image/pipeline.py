@@ -20,7 +20,7 @@ from domains.text_to_image.families import family_of
 from domains.text_to_image.loading import Files, load_parts, text_encoder_reader
 from domains.text_to_image.networks.lora import Home, lora_weights, read_lora, save_lora
 from domains.text_to_image.networks.web_lora import WEB_LORA, save_web_lora
-from domains.text_to_image.overflow import check_latents, check_vae
+from domains.text_to_image.overflow import check_latents, check_vae, kept_single
 from lit_rlft.core.batch_size import BatchSize
 from lit_rlft.core.checks import UsageError, at_least, require
 from lit_rlft.core.pipeline import PAIR, Batch, Condition, Pipeline, column, tokens_of
@@ -408,11 +408,12 @@ class TextToImagePipeline(Pipeline):
         def decode(x: Tensor) -> Tensor:
             return self.vae.decode(x).sample
 
-        if self.checkpoint_decoder and latents.requires_grad and torch.is_grad_enabled():
-            pictures = checkpoint(decode, latents, use_reentrant=False)
-        else:
-            pictures = decode(latents)
-        check_vae(pictures, self.vae, "pictures")
+        with kept_single(self.vae, latents.device):
+            if self.checkpoint_decoder and latents.requires_grad and torch.is_grad_enabled():
+                pictures = checkpoint(decode, latents, use_reentrant=False)
+            else:
+                pictures = decode(latents)
+            check_vae(pictures, self.vae, "pictures")
         return pictures
 
     def probes(self) -> tuple[Tensor, Condition]:
@@ -447,12 +448,13 @@ class TextToImagePipeline(Pipeline):
         self.check_states()
         pictures = column(batch, "image").to(self.device, self.vae.dtype) / 127.5 - 1
         encoded = []
-        with torch.no_grad(), at_work(self._idle_vae, self.device):
+        single = kept_single(self.vae, self.device)
+        with torch.no_grad(), at_work(self._idle_vae, self.device), single:
             for part in self._at_a_time(graph=False).parts(len(pictures)):
                 with part:
                     encoded.append(_mode(self.vae.encode(pictures[part.rows])))
-        modes = torch.cat(encoded)
-        check_vae(modes, self.vae, "latents of the given pictures")
+            modes = torch.cat(encoded)
+            check_vae(modes, self.vae, "latents of the given pictures")
         return self.family.from_vae(modes.to(self.precision))
 
     def condition_row(self, entry: Mapping[str, Any]) -> Mapping[str, Any]:

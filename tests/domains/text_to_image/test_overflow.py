@@ -89,6 +89,7 @@ def test_weights_that_are_not_finite_are_named(
 
 def test_under_autocast_the_remedy_is_the_trainers_precision(pipeline: TextToImagePipeline) -> None:
     pipeline = large(pipeline, "vae.decoder.conv_out", torch.float32)
+    pipeline.vae.register_to_config(force_upcast=False)
     with (
         torch.autocast("cpu", torch.float16),
         pytest.raises(
@@ -98,3 +99,28 @@ def test_under_autocast_the_remedy_is_the_trainers_precision(pipeline: TextToIma
         pictures(pipeline)
     with torch.autocast("cpu", torch.bfloat16):
         assert pictures(pipeline).isfinite().all()
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_vae_that_overflows_stays_in_single_under_autocast(
+    pipeline: TextToImagePipeline, checkpointed: bool
+) -> None:
+    pipeline = large(pipeline, "vae.decoder.conv_out", torch.float32)
+    pipeline.vae.encoder.conv_out.weight.data.fill_(LARGEST / 2)
+    pipeline.checkpoint_decoder = checkpointed
+    assert pipeline.vae.config["force_upcast"]
+    kinds: dict[str, set[torch.dtype]] = {"vae": set(), "denoiser": set()}
+    for name, layer in (("vae", pipeline.vae.decoder), ("denoiser", pipeline.denoiser)):
+        layer.conv_in.register_forward_hook(
+            lambda _, args, made, name=name: kinds[name].add(made.dtype)
+        )
+    condition = pipeline.encode({"prompt": ["a red ring"]})
+    latents = torch.randn(pipeline.blank(condition).shape, requires_grad=True)
+    image = torch.full((2, 3, 16, 16), 255, dtype=torch.uint8)
+    with torch.autocast("cpu", torch.float16):
+        assert pictures(pipeline).isfinite().all()
+        assert pipeline.states({"image": image}).isfinite().all()
+        decoded = pipeline.decode(latents, condition)
+    decoded.mean().backward()
+    assert latents.grad is not None and latents.grad.isfinite().all()
+    assert kinds == {"vae": {torch.float32}, "denoiser": {torch.float16}}
