@@ -37,7 +37,8 @@ class Reader:
     def lost(self, prompts: Sequence[str]) -> list[str]:
         """Return what is cut off the end of each prompt; "" where it is read whole."""
         kept = self.length - self.tokenizer.num_special_tokens_to_add()
-        long = [i for i, prompt in enumerate(prompts) if len(prompt) > kept]  # a letter at least
+        # A token has a byte at least, but the mark that some tokenizers put before the first word.
+        long = [i for i, prompt in enumerate(prompts) if len(prompt.encode()) >= kept]
         ends = [""] * len(prompts)
         if not long:
             return ends

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from domains.text_to_image.families import FAMILIES, Family
+from domains.text_to_image.networks.texts import Reader
 from domains.text_to_image.pipeline import TextToImagePipeline
 from tests.domains.text_to_image.families.tiny import tiny
 
@@ -118,3 +119,12 @@ def test_a_pipeline_says_the_number_in_the_data_once(
         pipeline.encode(batch)
     assert len([one for one in caught if "cut off" in str(one.message)]) == 1
     assert not caplog.records
+
+
+def test_letters_of_several_tokens_are_counted_by_their_tokens() -> None:
+    prompt = "红色的圆环在蓝色方块的左边背景是雪山与日落水彩画风格高清很美丽"
+    tokenizer = shared("sd").tokenizer
+    assert len(prompt) == 31
+    assert len(tokenizer(prompt, add_special_tokens=False).input_ids) > 75
+    (end,) = Reader(tokenizer, 77, "CLIP").lost([prompt])
+    assert end and prompt.endswith(end) and len(end) < 31
