@@ -1,6 +1,7 @@
 """Encodings of prompts on disk, so that a later run need not run the text encoders."""
 
 import contextlib
+import copy
 import hashlib
 import json
 import os
@@ -46,6 +47,14 @@ class EmbeddingCache:
             raise UsageError(f"{_KEY}: {folder} is a file; give a folder, or null for no cache")
         self.folder, self.shapes = folder, dict(shapes)
         self.model = _digest(json.dumps([_FORMAT, model, self.shapes], sort_keys=True))
+
+    def under(self, autocast: torch.dtype | None) -> "EmbeddingCache":
+        """Return the cache of what the same text encoders make under autocast; None is none."""
+        if autocast is None:
+            return self
+        other = copy.copy(self)
+        other.model = _digest(json.dumps([self.model, f"autocast {autocast}"]))
+        return other
 
     def path(self, prompt: str) -> Path:
         """Return where a prompt's encodings are or would be."""

@@ -262,6 +262,8 @@ class Family(ABC):
                 "pipeline.init_args.embedding_cache is for text encoders that stay as they are; "
                 "set it to null, or model.init_args.train_encoder to false"
             )
+        own_device = next(self.denoiser.parameters()).device
+        cache = cache.under(_autocast(own_device.type))
         unique = dict.fromkeys(prompts)
         found = {prompt: cache.read(prompt) for prompt in unique}
         absent = [prompt for prompt, tables in found.items() if tables is None]
@@ -271,7 +273,7 @@ class Family(ABC):
             cache.write(prompt, own)
             found[prompt] = own
         rows = [tables for prompt in prompts if (tables := found[prompt]) is not None]
-        device = self._place(rows[0], len(rows), next(self.denoiser.parameters()).device)
+        device = self._place(rows[0], len(rows), own_device)
         return {name: torch.stack([row[name] for row in rows]).to(device) for name in cache.shapes}
 
     def tables(self, prompts: Sequence[str], negative: str | None) -> dict[str, Tensor]:
@@ -380,6 +382,11 @@ class Family(ABC):
                 )
             sizes.append(pixels)
         return sizes[0], sizes[1]
+
+
+def _autocast(kind: str) -> torch.dtype | None:
+    """Return the precision that autocast has on a kind of device; None where it is off."""
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 class _Denoiser(nn.Module):

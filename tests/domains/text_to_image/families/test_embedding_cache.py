@@ -72,6 +72,21 @@ def test_a_second_run_never_runs_the_encoders(name: str, folders: Any, tmp_path:
     assert calls == [["a star"]]
 
 
+def test_encodings_under_autocast_are_kept_apart(folders: Any, tmp_path: Path) -> None:
+    store = tmp_path / "cache"
+    with torch.autocast("cpu", torch.bfloat16):
+        half = tables(loaded(folders("sd"), store))
+    whole = loaded(folders("sd"), store)
+    calls, expected = runs(whole), tables(loaded(folders("sd"), None))
+    assert equal(tables(whole), expected) and not equal(half, expected)
+    assert len(calls) == 1
+    again = loaded(folders("sd"), store)
+    calls = runs(again)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert equal(tables(again), half)
+    assert equal(tables(again), expected) and not calls
+
+
 def _flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-3] ^= 1
