@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from domains.text_to_image import EMBEDDED
+from domains.text_to_image.networks.web_lora import WEB_LORA
 
-__all__ = ["hub_header", "usage"]
+__all__ = ["hub_header", "strength", "usage"]
 
 _LORA, _NOISE = "pytorch_lora_weights.safetensors", "noise_generator.safetensors"
 _LINE = 90
@@ -68,6 +69,23 @@ def usage(
         f"{ours}\n\nThe LoRA is for {which} of {facts['num_steps']} "
         "steps; `load_tuned` switches it off for the others. Plain diffusers leaves it on:\n\n"
         f"{plain}"
+    )
+
+
+def strength(rank: int, alpha: float, files: Sequence[str]) -> str:
+    """Return a sentence on a LoRA whose alpha is not its rank; empty where it is.
+
+    Args:
+        rank: Of the LoRA.
+        alpha: Of the LoRA.
+        files: Names of the tuned model's files.
+    """
+    if rank == alpha:
+        return ""
+    remedy = f"give `{WEB_LORA}` to" if WEB_LORA in files else f"take strength {alpha / rank:g} in"
+    return (
+        f"\n\nThe LoRA has rank {rank} and alpha {alpha:g}, which its metadata say; {remedy} "
+        "programs that do not read them, such as web interfaces."
     )
 
 

@@ -500,7 +500,11 @@ class TextToImagePipeline(Pipeline):
     def usage(self, files: Sequence[str], facts: Mapping[str, Any]) -> str:
         kind = type(self.diffusers).__name__
         settings = self.family.call(self.guidance_scale, self.negative_prompt)
-        return card.usage(kind, self.pretrained, self.config, files, facts, settings)
+        text = card.usage(kind, self.pretrained, self.config, files, facts, settings)
+        if not self._has_lora:
+            return text
+        config = self.denoiser.peft_config["default"]
+        return text + card.strength(config.r, config.lora_alpha, files)
 
     def _save_web_lora(self, folder: Path) -> list[Path]:
         if not self.web_lora:

@@ -24,12 +24,13 @@ from lit_rlft.callbacks.run_files import RunFiles
 from lit_rlft.core.randomness import generators
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.selection import TopK
-from lit_rlft.loop.reference import LoRA
+from lit_rlft.loop.reference import LoRA, adapt
 from lit_rlft.runs.card import write_card
 from lit_rlft.runs.readme import README, add_results, readme
 from tests.domains.text_to_image.families.tiny import tiny
 from tests.support import trainer_of
 
+RECIPES = sorted((Path(__file__).parents[2] / "configs/experiments").glob("*.yaml"))
 LORA = ["pytorch_lora_weights.safetensors"]
 FACTS = {"num_steps": 2, "tuned_steps": 2}
 CALL = {"guidance_scale": 2.0}
@@ -172,6 +173,35 @@ def test_the_cards_code_draws_what_the_run_draws(
     monkeypatch.chdir(tmp_path)
     exec(re.sub(r"\bpipe\(", "pipe(**given, prompt=", text), names)
     torch.testing.assert_close(names["picture"], expected[0], atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "web_lora", "told"),
+    [
+        (4, True, ""),
+        (8, True, "rank 4 and alpha 8, which its metadata say; give `web_lora.safetensors` to"),
+        (8, False, "rank 4 and alpha 8, which its metadata say; take strength 2 in programs"),
+    ],
+)
+def test_a_card_says_where_alpha_is_not_the_rank(
+    alpha: int, web_lora: bool, told: str, tmp_path: Path
+) -> None:
+    tiny("flux_dev").save_pretrained(tmp_path / "flux")
+    pipeline = TextToImagePipeline(str(tmp_path / "flux"), web_lora=web_lora, **SIZE)
+    assert "alpha" not in pipeline.usage(["transformer"], FACTS)
+    adapt(pipeline, LoRA(rank=4, alpha=alpha), seed=0)
+    files = [path.name for path in pipeline.save(tmp_path / "tuned")]
+    text = pipeline.usage(files, FACTS)
+    assert told in text and ("metadata" in text) == bool(told)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_whose_alpha_is_not_the_rank_write_a_lora_for_web_interfaces(path: Path) -> None:
+    config = yaml.safe_load(path.read_text())
+    lora = config["model"]["init_args"].get("lora") or {}
+    kind = config["pipeline"]["class_path"]
+    if "TextToImage" in kind and lora.get("rank") != lora.get("alpha"):
+        assert config["pipeline"]["init_args"]["web_lora"]
 
 
 def test_a_card_leaves_the_defaults_of_diffusers_out(tmp_path: Path) -> None:
