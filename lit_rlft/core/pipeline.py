@@ -301,6 +301,13 @@ class Pipeline(nn.Module, ABC):
         """
         return {}
 
+    def tuned_facts(self) -> Mapping[str, Any]:
+        """Return what a tuned model's lit_rlft.json says of it beside the run; nothing by default.
+
+        Values are such as JSON can hold.
+        """
+        return {}
+
     def usage(self, files: Sequence[str], facts: Mapping[str, Any]) -> str:
         """Return how to draw samples with a tuned model's files, in Markdown, for its card.
 

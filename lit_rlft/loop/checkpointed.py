@@ -225,7 +225,8 @@ class Checkpointed(LightningModule):
         check_weights(self._trained(), self.num_updates)
         trainer = self.trainer
         writes = trainer.is_global_zero and self.num_updates and not writes_nothing(trainer)
-        folder, facts = run_folder(trainer) / "tuned", self._facts() | steps
+        folder = run_folder(trainer) / "tuned"
+        facts = {**self._facts(), **self.pipeline.tuned_facts(), **steps}
         own = export if writes else None
         with whole_weights(self.pipeline.denoiser):
             write_tuned(folder, own, trainer.world_size, facts, self._model_card)
