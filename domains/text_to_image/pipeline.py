@@ -484,8 +484,11 @@ class TextToImagePipeline(Pipeline):
             return [*save_lora(self.denoiser, self._home, folder), *self._save_web_lora(folder)]
         if self.web_lora:
             rank_zero_info("pipeline.web_lora: no LoRA was trained, so none is written")
+        whole = copy.copy(self.diffusers)
         with self.family.encoders_here(torch.device("cpu")):
-            whole = copy.deepcopy(self.diffusers).to(dtype=self.save_dtype)
+            for name, part in self.diffusers.components.items():
+                if isinstance(part, nn.Module):  # one at a time: a device may have room for no more
+                    setattr(whole, name, copy.deepcopy(part).to("cpu", self.save_dtype))
         whole.save_pretrained(folder)
         return [folder]
 
