@@ -31,7 +31,7 @@ from lit_rlft.loop.experience import Draw, Experience
 from lit_rlft.loop.hooks import Audience
 from lit_rlft.loop.learning_rate import after_round, after_update, after_validation, optimizer_of
 from lit_rlft.loop.lockstep import Idle, idle_of
-from lit_rlft.loop.precision import check_weights, loss_scale, settle, tell_skipped
+from lit_rlft.loop.precision import check_weights, loss_scale, settle, stepped
 from lit_rlft.loop.reference import LoRA, adapt, completed
 from lit_rlft.loop.rollouts import Rollouts, track
 from lit_rlft.loop.round_log import log_round, round_means, write_round
@@ -260,16 +260,12 @@ class RewardFineTuner(Checkpointed, ABC):
         loss = self.audience.watched(self.sizes.filled(self.loss, self.pipeline.denoiser, update))
         what = (update, loss, self.manual_backward, trained, shares)
         logged = fitting(*what, self.sizes, self.meter)
-        scale = loss_scale(trainer.precision_plugin)
-        values, norm = settled(logged, trained, scale)
-        self.audience.on_gradients(values["grad_norm"])
+        values, norm = settled(logged, trained, loss_scale(trainer.precision_plugin))
+        self.audience.on_gradients(values.get("grad_norm", float("inf")))
         clip(trained, norm, self.max_grad_norm)
-        optimizer.step()
-        if loss_scale(trainer.precision_plugin) < scale:  # no step was made
-            tell_skipped(loss_scale(trainer.precision_plugin))
-            return {name: value for name, value in values.items() if name != "grad_norm"}
-        self.num_updates += 1
-        after_update(self.lr_schedulers())
+        if stepped(optimizer, trainer.precision_plugin):
+            self.num_updates += 1
+            after_update(self.lr_schedulers())
         return values
 
     def on_validation_epoch_start(self) -> None:
@@ -283,8 +279,7 @@ class RewardFineTuner(Checkpointed, ABC):
     def on_validation_epoch_end(self) -> None:
         means = self.evaluator.means()
         self.log_dict({f"val{name}": mean for name, mean in means.items()}, sync_dist=True)
-        if not self.trainer.sanity_checking:
-            after_validation(self.lr_schedulers(), means)
+        after_validation(self.lr_schedulers(), means, self.trainer)
         self.meter.end_evaluation()
 
     def on_test_epoch_start(self) -> None:

@@ -157,24 +157,21 @@ class Measurements:
         whole = {arm: _concatenated([part[arm] for part in gathered]) for arm in self.arms}
         rows = gather({arm: m.all_rows() for arm, m in self.arms.items()}, world_size)
         every = torch.cat([part["tuned"] for part in rows])
-
-        def known(values: Tensor) -> Tensor | None:
-            """Return the rows of values; None for those of some batches alone."""
-            return every if len(values) == len(every) else None
-
         summary: dict[Arm, dict[str, Moments]] = {
-            arm: {name: moments(values, known(values)) for name, values in columns.items()}
+            arm: {
+                name: moments(values, _fitting(every, values)) for name, values in columns.items()
+            }
             for arm, columns in whole.items()
         }
         summary["gain"] = {
-            name: paired_moments(values, whole["reference"][name], known(values))
+            name: paired_moments(values, whole["reference"][name], _fitting(every, values))
             for name, values in whole["tuned"].items()
             if all(_are_pairs(part["tuned"], part["reference"], name) for part in gathered)
         }
         if best is not None and best in whole:
             tuned, reference, highest = (whole[arm] for arm in ("tuned", "reference", best))
             summary["kept"] = {
-                name: kept_share(values, reference[name], highest[name], known(values))
+                name: kept_share(values, reference[name], highest[name], _fitting(every, values))
                 for name, values in tuned.items()
                 if name in summary["gain"] and len(highest.get(name, ())) == len(reference[name])
             }
@@ -217,6 +214,11 @@ def _in_order(parts: Sequence[Features], rows: Sequence[Tensor]) -> Features:
 def _concatenated(parts: Sequence[Features]) -> Features:
     names = dict.fromkeys(name for part in parts for name in part)
     return {name: torch.cat([part[name] for part in parts if name in part]) for name in names}
+
+
+def _fitting(rows: Tensor, values: Tensor) -> Tensor | None:
+    """Return the rows of all samples for values of all; None for those of some batches alone."""
+    return rows if len(rows) == len(values) else None
 
 
 def _are_pairs(tuned: Features, reference: Features, name: str) -> bool:

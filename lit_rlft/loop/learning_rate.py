@@ -85,13 +85,16 @@ def after_round(schedule: Any, means: Mapping[str, float]) -> None:
         _step(schedule, {f"train/{name}": value for name, value in means.items()})
 
 
-def after_validation(schedule: Any, means: Mapping[str, float]) -> None:
-    """Step a schedule that waits for a plateau of a validation's mean.
+def after_validation(schedule: Any, means: Mapping[str, float], trainer: Trainer) -> None:
+    """Step a schedule that waits for a plateau of a validation's mean; a sanity check is none.
 
     Args:
         schedule: The schedule, or None.
         means: By name without "val", as "/kl" and "_gain/kl".
+        trainer: That validates.
     """
+    if trainer.sanity_checking:
+        return
     if isinstance(schedule, ReduceLROnPlateau) and _monitor(schedule).startswith("val"):
         _step(schedule, {f"val{name}": value for name, value in means.items()})
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import torch
 from lightning import Trainer
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities import rank_zero_warn
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -20,6 +21,7 @@ __all__ = [
     "in_single",
     "loss_scale",
     "settle",
+    "stepped",
     "tell_skipped",
 ]
 
@@ -132,6 +134,24 @@ def loss_scale(precision: object) -> float:
     if isinstance(precision, MixedPrecision) and precision.scaler is not None:
         return float(precision.scaler.get_scale())
     return 1.0
+
+
+def stepped(optimizer: LightningOptimizer, precision: object) -> bool:
+    """Take a step; return whether it was made, which gradients too large for float16 prevent.
+
+    Args:
+        optimizer: Takes it.
+        precision: The trainer's plugin.
+
+    Raises:
+        UsageError: No scale of the loss is small enough.
+    """
+    before = loss_scale(precision)
+    optimizer.step()
+    after = loss_scale(precision)
+    if after < before:
+        tell_skipped(after)
+    return after >= before
 
 
 def tell_skipped(scale: float) -> None:

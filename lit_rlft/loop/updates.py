@@ -248,6 +248,8 @@ def settled(
 ) -> tuple[dict[str, float], Tensor]:
     """Return the numbers that an update logs, and the norm of all gradients, "grad_norm" there.
 
+    A norm that is too large for float16 is no number: such an update is skipped (`stepped`).
+
     Waits for the device once, for all of them together.
 
     Args:
@@ -259,7 +261,10 @@ def settled(
     norm = whole(torch.nn.utils.get_total_norm(grads)) / scale
     values = {**logged, "grad_norm": norm}
     numbers = torch.stack([value.detach().double() for value in values.values()]).tolist()
-    return dict(zip(values, numbers, strict=True)), norm
+    found = dict(zip(values, numbers, strict=True))
+    if scale != 1 and not math.isfinite(found["grad_norm"]):
+        del found["grad_norm"]
+    return found, norm
 
 
 def clip(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float | None) -> None:
