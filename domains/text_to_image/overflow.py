@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lit_rlft.core.checks import UsageError
 
-__all__ = ["check_latents", "check_vae", "kept_single"]
+__all__ = ["autocast_dtype", "check_latents", "check_vae", "kept_single"]
 
 _WEIGHTS = "pipeline.init_args.frozen_dtype"
 _VAE = "pipeline.init_args.vae"
@@ -63,11 +63,16 @@ def kept_single(vae: Any, device: torch.device) -> AbstractContextManager[Any]:
         vae: The VAE.
         device: Where it runs.
     """
-    kind = device.type
-    half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+    half = autocast_dtype(device) == torch.float16
     if half and vae.dtype == torch.float32 and vae.config.get("force_upcast"):
-        return torch.autocast(kind, enabled=False)
+        return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return the precision that autocast has on a device; None where it is off."""
+    kind = device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def _finite(values: Tensor) -> bool:
@@ -80,8 +85,8 @@ def _sentence(what: str, part: str, network: nn.Module) -> str:
     if not all(map(_finite, network.parameters())):
         cause = "its files are damaged, or training diverged (lower the learning rate)"
         return f"{start}: so are weights of the {part}: {cause}"
-    by_trainer = torch.is_autocast_enabled(first.device.type)
-    used = torch.get_autocast_dtype(first.device.type) if by_trainer else first.dtype
+    by_trainer = autocast_dtype(first.device)
+    used = by_trainer or first.dtype
     name = str(used).removeprefix("torch.")
     if used != torch.float16:
         return f"{start}: the {part} overflows even in {name}; take another model or sampler"

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
@@ -21,7 +20,7 @@ from lit_rlft.core.state import tensor_of
 from lit_rlft.distributed import gather, whole
 from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.hooks import Hooks
-from lit_rlft.loop.precision import check_weights
+from lit_rlft.loop.precision import check_weights, loss_scaler
 
 __all__ = ["SelfCheck"]
 
@@ -156,8 +155,7 @@ class SelfCheck(Hooks):
                 self._check_seen(module, seen)
             gather(None, module.trainer.world_size)  # another process says what it has found
         named = [(n, p) for n, p in module.trainable().named_parameters() if p.requires_grad]
-        precision = module.trainer.precision_plugin
-        scaled = isinstance(precision, MixedPrecision) and precision.scaler is not None
+        scaled = loss_scaler(module.trainer.precision_plugin) is not None
         if not math.isfinite(norm) and not scaled:  # a scaler skips such updates and goes on
             grads = [(n, whole(p.grad)) for n, p in named if p.grad is not None]
             wrong = [n for n, grad in grads if not grad.isfinite().all()]

@@ -127,7 +127,7 @@ class Evaluator:
     def _combine_again(self, reward: WeightedSum) -> None:
         """Bring the reference's sums to the present unit, in which the tuned model's will be."""
         values = self._measurements.reference.values
-        for batch in values[reward.name]:
+        for batch in values.get(reward.name, ()):
             parts = {name: values[name][batch] for name in reward.counted}
             values[reward.name][batch] = reward.combined(parts)
 

@@ -20,6 +20,7 @@ __all__ = [
     "frozen_dtype",
     "in_single",
     "loss_scale",
+    "loss_scaler",
     "settle",
     "stepped",
     "tell_skipped",
@@ -122,6 +123,11 @@ def check_weights(weights: Mapping[str, Tensor], num_updates: int) -> None:
     )
 
 
+def loss_scaler(precision: object) -> torch.amp.GradScaler | None:
+    """Return what scales losses in a trainer's plugin, as 16-mixed has it; None of others."""
+    return precision.scaler if isinstance(precision, MixedPrecision) else None
+
+
 def loss_scale(precision: object) -> float:
     """Return what losses are multiplied by, so that gradients in float16 do not vanish.
 
@@ -131,9 +137,8 @@ def loss_scale(precision: object) -> float:
     Args:
         precision: The trainer's plugin.
     """
-    if isinstance(precision, MixedPrecision) and precision.scaler is not None:
-        return float(precision.scaler.get_scale())
-    return 1.0
+    scaler = loss_scaler(precision)
+    return 1.0 if scaler is None else float(scaler.get_scale())
 
 
 def stepped(optimizer: LightningOptimizer, precision: object) -> bool:

@@ -9,6 +9,7 @@ from domains.gaussian_mixture.rewards import Coordinate
 from lit_rlft.algorithms.graft import GRAFT
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
+from lit_rlft.core.reward import WeightedSum
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.evaluation.evaluator import Evaluator
 from tests.support import trainer_of
@@ -43,6 +44,16 @@ def test_a_first_batch_that_fails_is_left_out() -> None:
     summary = evaluated(num_failed=20).summary()
     assert set(summary["tuned"]) >= {"Late", "kl"}
     assert summary["tuned"]["Late"]["sem"] > 0 and summary["reference"]["Late"]["sem"] > 0
+
+
+def test_an_evaluation_of_a_normalised_reward_may_measure_nothing() -> None:
+    """Before the first batch the reference has no sum that could be brought to another unit."""
+    reward = WeightedSum({"a": Coordinate()}, normalize=True)
+    tuner = GRAFT(GaussianMixturePipeline(), reward, sampler=Sampler(2, 1.0))
+    tuner.trainer = trainer_of()
+    tuner.setup("test")
+    tuner.evaluator.start()
+    assert tuner.evaluator.summary() == {"tuned": {}, "reference": {}, "gain": {}}
 
 
 def test_a_reward_that_knows_nothing_ends_an_evaluation() -> None:

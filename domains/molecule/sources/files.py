@@ -179,8 +179,8 @@ def edm_split(numbers: NDArray[np.int32], left_out: Collection[int] = ()) -> Spl
     """
     if len(numbers) and not 1 <= numbers.min() <= numbers.max() <= _NUM_QM9:
         raise UsageError(
-            f"QM9 numbers its molecules from 1 to {_NUM_QM9}, but the file "
-            f"has {numbers.min()} to {numbers.max()}; read it as a MoleculeFile"
+            f"QM9 numbers its molecules from 1 to {_NUM_QM9}, but the file has {numbers.min()} to "
+            f"{numbers.max()}; read it as a MoleculeFile"
         )
     known = np.setdiff1d(np.arange(1, _NUM_QM9 + 1), np.fromiter(left_out, np.int64))
     total, num_test = len(known), int(0.1 * len(known))

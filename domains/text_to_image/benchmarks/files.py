@@ -29,8 +29,8 @@ def lines_of(path: Path, *, blank: bool = False) -> list[tuple[int, str]]:
     """
     if not path.is_file():
         raise UsageError(
-            f"there is no file {path}; the benchmark's page in the "
-            "documentation says where to download it"
+            f"there is no file {path}; the benchmark's page in the documentation says where to "
+            "download it"
         )
     try:
         text = path.read_text(encoding=encoding(path))

@@ -15,6 +15,7 @@ from domains.text_to_image.embeddings import EmbeddingCache
 from domains.text_to_image.families.cuts import CutPrompts
 from domains.text_to_image.networks.texts import Reader, quiet
 from domains.text_to_image.networks.weightless import NoTokenizer
+from domains.text_to_image.overflow import autocast_dtype
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.process import GaussianProcess
 from lit_rlft.kit.frozen import frozen
@@ -263,7 +264,7 @@ class Family(ABC):
                 "set it to null, or model.init_args.train_encoder to false"
             )
         own_device = next(self.denoiser.parameters()).device
-        cache = cache.under(_autocast(own_device.type))
+        cache = cache.under(autocast_dtype(own_device))
         unique = dict.fromkeys(prompts)
         found = {prompt: cache.read(prompt) for prompt in unique}
         absent = [prompt for prompt, tables in found.items() if tables is None]
@@ -382,11 +383,6 @@ class Family(ABC):
                 )
             sizes.append(pixels)
         return sizes[0], sizes[1]
-
-
-def _autocast(kind: str) -> torch.dtype | None:
-    """Return the precision that autocast has on a kind of device; None where it is off."""
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 class _Denoiser(nn.Module):
