@@ -2,23 +2,25 @@
 
 Method: every arm has six trials: learning rates, or three of them with two values of what else
 decides how far an algorithm goes (clip range, beta, reward scale). Rates are a factor of three
-apart; they are lower by two places for three arms whose best was the lowest in a first search. A
-trial is one run with a seed of its own, 100, whose held-out conditions and noise are none of the
-reported ones. Taken is the trial with the largest gain in the trained reward of those that keep
-what nothing trains within the domain's bounds, as FID at most 5 higher; of the reward alone,
-exploited settings are the best (`--reward-alone` takes those). Then the arm is trained with each of
-the reported seeds. All train a LoRA of rank 16 (Noise PPO its policy) of the embedded model without
-guidance, in rounds of 512 candidates, until the fit has spent its budget of reward calls
-(`--reward-calls`), or, apart from trials, of rows of the denoiser (`--denoiser-calls`; runs that
-spent just as many under the other budget are taken over). The seed sets the initialisation, the
-conditions and every sample. Tuned and reference samples share held-out conditions and noise. The
-table gives the interquartile mean of the seeds' paired gains with its 95 % bootstrap interval; what
-metrics were and became, since samplers differ in noise and so start from other references; and the
-probability that a run ends with more reward than one of the first arm's. A second table has what
-every trial changed.
+apart; they are lower by two places for three arms whose best was the lowest in a first search.
+`--trials 3` tries every second of them, where a run is dear: rates a factor of ten apart, or with
+the first of the two values. A trial is one run with a seed of its own, 100, whose held-out
+conditions and noise are none of the reported ones. Taken is the trial with the largest gain in the
+trained reward of those that keep what nothing trains within the domain's bounds, as FID at most 5
+higher; of the reward alone, exploited settings are the best (`--reward-alone` takes those). Then
+the arm is trained with each of the reported seeds. All train a LoRA of rank 16 (Noise PPO its
+policy) of the embedded model without guidance, in rounds of 512 candidates, until the fit has spent
+its budget of reward calls (`--reward-calls`), or, apart from trials, of rows of the denoiser
+(`--denoiser-calls`; runs that spent just as many under the other budget are taken over). The seed
+sets the initialisation, the conditions and every sample. Tuned and reference samples share held-out
+conditions and noise. The table gives the interquartile mean of the seeds' paired gains with its 95
+% bootstrap interval; what metrics were and became, since samplers differ in noise and so start from
+other references; and the probability that a run ends with more reward than one of the first arm's.
+A second table has what every trial changed.
 
     python benchmarks/fair_comparison.py layout --root runs/fair --seeds 0 1 2 3 4 --workers 2
     python benchmarks/fair_comparison.py layout --denoiser-calls 400000 --root runs/fair_calls
+    python benchmarks/fair_comparison.py molecule --reward-calls 5120 --trials 3
 
 A finished run adds a line to `--results`, an interrupted one goes on from its checkpoint: the
 committed files of `benchmarks/comparisons` draw their tables again without a run, and a benchmark
@@ -40,6 +42,7 @@ from lit_rlft.runs.lines import append_lines, read_lines
 RESULTS = Path(__file__).parent / "comparisons"
 SEARCH_SEED = 100
 COSTS = ("reward_calls", "denoiser_calls", "seconds")
+TRIALS = 6
 ROUND = 512  # candidates, which are reward calls
 RATES = ("1e-4", "3e-4", "1e-3", "3e-3", "1e-2", "3e-2")
 LOWER = ("1e-5", "3e-5", *RATES[:4])
@@ -55,7 +58,7 @@ class Domain:
         steps: Steps of samplers.
         metrics: Names in metrics.json; the first is the reward that judges.
         bounds: How far some of them may move in a trial: up if positive, down if negative.
-        reward_scales: Of adjoint matching, one and three to four over the standard deviation that
+        reward_scales: Of adjoint matching, three to four and one over the standard deviation that
             the reward with a gradient has among reference samples.
         differentiable: Options that train for a reward with a gradient and judge by the domain's,
             or none where that has one.
@@ -80,7 +83,7 @@ DOMAINS = {
         20,
         ("WeightedSum", "fid", "diversity", "kl"),
         {"fid": 5.0, "diversity": -0.05},
-        ("10", "30"),
+        ("30", "10"),
     ),
     "molecule": Domain(
         [
@@ -90,7 +93,7 @@ DOMAINS = {
         20,
         ("Stability", "uniqueness", "novelty", "kl"),
         {"uniqueness": -0.1},
-        ("3", "10"),
+        ("10", "3"),
         [
             *("--config", "configs/domains/molecule_soft.yaml"),
             *("--metrics.parts+", "domains.molecule.rewards.Stability"),
@@ -106,7 +109,7 @@ DOMAINS = {
         10,
         ("ShapesEval", "CLIPScore", "diversity", "kl"),
         {"CLIPScore": -0.02},
-        ("0.4", "1.2"),
+        ("1.2", "0.4"),
         [
             *("--reward", "domains.text_to_image.rewards.ShapesClassifier"),
             *("--metrics.parts+", "domains.text_to_image.rewards.ShapesEval"),
@@ -188,11 +191,14 @@ class Comparison:
         root: Folder of the runs.
         results: JSON lines, one a finished run.
         options: Of every run besides: what ends the fit, and further ones.
+        trials: How many of an arm's six are tried.
     """
 
-    def __init__(self, domain: str, root: Path, results: Path, options: Sequence[str]) -> None:
+    def __init__(
+        self, domain: str, root: Path, results: Path, options: Sequence[str], trials: int = TRIALS
+    ) -> None:
         self.domain, self.root, self.results, self.options = DOMAINS[domain], root, results, options
-        self.name = domain
+        self.name, self.every = domain, TRIALS // trials
         self.finished = {tuple(line["options"]): line for line in read_lines(results)}
 
     def run(self, arm: str, trial: str, seed: int) -> Report:
@@ -237,7 +243,7 @@ class Comparison:
 
     def search(self, arms: Sequence[str], workers: int) -> dict[str, dict[str, Report]]:
         """Return what each trial of each arm gave."""
-        trials = {arm: list(ARMS[arm].trials(self.domain)) for arm in arms}
+        trials = {arm: list(ARMS[arm].trials(self.domain))[:: self.every] for arm in arms}
         jobs = [(arm, trial, SEARCH_SEED) for arm in arms for trial in trials[arm]]
         found = run_all(jobs, lambda job: self.run(*job), workers)
         return {
@@ -308,11 +314,11 @@ def main() -> None:
     parser.add_argument(
         "--reward-alone", action="store_true", help="choose trials without a look at the bounds"
     )
+    parser.add_argument("--trials", type=int, default=TRIALS, choices=(3, TRIALS))
     options, extra = parser.parse_known_args()
     results = options.results or RESULTS / f"{options.domain}.jsonl"
-    searched = Comparison(
-        options.domain, options.root, results, _budget("reward_calls", options.reward_calls, extra)
-    )
+    spent = _budget("reward_calls", options.reward_calls, extra)
+    searched = Comparison(options.domain, options.root, results, spent, options.trials)
     trials = searched.search(options.arms, options.workers)
     compared = searched
     if options.denoiser_calls is not None:

@@ -55,6 +55,16 @@ def test_trials_have_a_seed_of_their_own(script: Any, tmp_path: Path) -> None:
     assert row[:2] == ["RWR", "1e-4: +1.100, +1.1, +1.1, +1.1"]
 
 
+def test_every_second_trial_of_each_arm(script: Any, tmp_path: Path) -> None:
+    file = tmp_path / "runs.jsonl"
+    trials = script.Comparison("molecule", tmp_path, file, [], trials=3).search(["GRAFT"], 1)
+    assert list(trials["GRAFT"]) == ["1e-4", "1e-3", "1e-2"]
+    tried = [list(arm.trials(script.DOMAINS["layout"]))[::2] for arm in script.ARMS.values()]
+    assert {len(names) for names in tried} == {3}
+    rates = [{name.split()[0] for name in names} for names in tried]
+    assert {len(names) for names in rates} == {3}  # no arm loses one of its learning rates
+
+
 @pytest.mark.parametrize(
     ("domain", "guard", "moves", "taken"),
     [
