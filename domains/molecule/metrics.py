@@ -106,7 +106,11 @@ class MoleculeMeasures(SetMetric):
         return dict.fromkeys(names, Guard()) | {"uniqueness": LARGE_FALL}
 
     def errors(
-        self, features: Mapping[str, Tensor], other: Mapping[str, Tensor] | None = None
+        self,
+        features: Mapping[str, Tensor],
+        other: Mapping[str, Tensor] | None = None,
+        *,
+        rows: Tensor | None = None,
     ) -> dict[str, float]:
         """Return the standard errors of all three."""
         arms = [features] if other is None else [features, other]
@@ -114,9 +118,9 @@ class MoleculeMeasures(SetMetric):
         counts = [_different(arm, self.compare(arm)["uniqueness"]) for arm in arms]
         shares = [_different(arm) for arm in arms]
         return {
-            "atom_stability": error_of_mean(*parts),
-            "uniqueness": kind_error(*counts),
-            "valid_unique": kind_error(*shares),
+            "atom_stability": error_of_mean(*parts, groups=rows),
+            "uniqueness": kind_error(*counts, groups=rows),
+            "valid_unique": kind_error(*shares, groups=rows),
         }
 
 
@@ -185,13 +189,18 @@ class Novelty(SetMetric):
         return dict.fromkeys(("novelty", "valid_unique_novel"), LARGE_FALL)
 
     def errors(
-        self, features: Mapping[str, Tensor], other: Mapping[str, Tensor] | None = None
+        self,
+        features: Mapping[str, Tensor],
+        other: Mapping[str, Tensor] | None = None,
+        *,
+        rows: Tensor | None = None,
     ) -> dict[str, float]:
         """Return the standard errors of both."""
         arms = [features] if other is None else [features, other]
+        novel = [_novel(arm, self.compare(arm)["novelty"]) for arm in arms]
         return {
-            "novelty": kind_error(*(_novel(arm, self.compare(arm)["novelty"]) for arm in arms)),
-            "valid_unique_novel": kind_error(*map(_novel, arms)),
+            "novelty": kind_error(*novel, groups=rows),
+            "valid_unique_novel": kind_error(*map(_novel, arms), groups=rows),
         }
 
 

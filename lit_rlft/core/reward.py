@@ -61,7 +61,8 @@ class LeftOut(NamedTuple):
 class SetMetric(Metric):
     """A measurement of all samples of an evaluation together, such as FID.
 
-    The standard errors of a test are the jackknife's: from the numbers when samples are left out.
+    The standard errors of a test are the jackknife's: from the numbers when samples are left out,
+    with all others of their row of the data where rows have several.
 
     Attributes:
         num_draws: Groups of samples that are left out in turn for the errors of numbers that
@@ -88,7 +89,11 @@ class SetMetric(Metric):
         """
 
     def errors(
-        self, features: Mapping[str, Tensor], other: Mapping[str, Tensor] | None = None
+        self,
+        features: Mapping[str, Tensor],
+        other: Mapping[str, Tensor] | None = None,
+        *,
+        rows: Tensor | None = None,
     ) -> dict[str, float] | None:
         """Return the standard error of each number where a formula gives all; None otherwise.
 
@@ -96,17 +101,24 @@ class SetMetric(Metric):
             features: Those of `compare`.
             other: Those of another model under the same conditions and noise. The errors are then
                 those of the differences.
+            rows: int64 [n], the row of the data of each sample; samples of one depend on each
+                other. None where all are of different rows.
         """
         return None
 
     def beside(
-        self, features: Mapping[str, Tensor], reference: Mapping[str, Tensor]
+        self,
+        features: Mapping[str, Tensor],
+        reference: Mapping[str, Tensor],
+        *,
+        rows: Tensor | None = None,
     ) -> dict[str, tuple[float, float]]:
         """Return numbers of the tuned model beside the reference, each with its standard error.
 
         Args:
             features: Those of `compare`, of the tuned model.
             reference: Those of the reference under the same conditions and noise.
+            rows: As in `errors`.
         """
         return {}
 

@@ -11,6 +11,9 @@ where the models are near to the data: errors would be up to 1.4 times too large
 unbiased for statistics of one and two samples (U-statistics of order two). Nothing is drawn with
 replacement: repeated samples lower the rank of a covariance and the distances of neighbours.
 
+Samples of one row of the data depend on each other. Where rows have several, groups are of whole
+rows, and the closed forms for single samples are not used.
+
 References:
     The Jackknife Estimate of Variance (Efron & Stein, 1981), https://doi.org/10.1214/aos/1176345462
     The Jackknife, the Bootstrap and Other Resampling Plans (Efron, 1982), chapter 4,
@@ -19,7 +22,7 @@ References:
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -76,14 +79,19 @@ class _Jackknife:
 
 
 def compared(
-    metric: SetMetric, arms: Mapping[str, Features], num_draws: int, seed: int = 0
+    metric: SetMetric,
+    arms: Mapping[str, Features],
+    num_draws: int,
+    seed: int = 0,
+    rows: Mapping[str, Tensor] | None = None,
 ) -> dict[str, dict[str, Moments]]:
     """Return the metric of each model's samples and, as "gain", tuned - reference.
 
     The tuned model's numbers hold those that are of both models, such as win rates.
 
-    A standard error is that of drawing other samples from the model. The gain's is that of a paired
-    difference: the same rows of both models are left out together.
+    A standard error is that of drawing other rows of the data, each with as many samples; without
+    rows or with one alone, that of drawing other samples. The gain's is that of a paired
+    difference: the same samples of both models are left out together.
 
     Args:
         metric: What is measured.
@@ -91,13 +99,15 @@ def compared(
         num_draws: Groups that are left out in turn for numbers without `SetMetric.left_out`; below
             2 there are no errors at all, NaN.
         seed: Seed of the groups and of the pairs.
+        rows: By model, the row of the data of each sample, int64 [n]; None takes all samples as
+            independent.
     """
+    shared = {arm: _shared(rows[arm]) if rows else None for arm in arms}
     values = {arm: metric.compare(features) for arm, features in arms.items()}
     errors: dict[str, dict[str, float]] = {}
     if num_draws >= 2:
-        known = _known_errors(metric, arms)
-        errors = (
-            _jackknife_errors(metric, arms, values, num_draws, seed) if known is None else known
+        errors = _known_errors(metric, arms, shared) or _jackknife_errors(
+            metric, arms, values, num_draws, seed, shared
         )
     if "tuned" in values and "reference" in values:
         tuned, reference = values["tuned"], values["reference"]
@@ -112,24 +122,31 @@ def compared(
     if "gain" in found and _length(arms["tuned"]) == _length(arms["reference"]):
         found["tuned"] |= {
             name: {"mean": value, "sem": error}
-            for name, (value, error) in metric.beside(arms["tuned"], arms["reference"]).items()
+            for name, (value, error) in metric.beside(
+                arms["tuned"], arms["reference"], rows=shared["tuned"]
+            ).items()
         }
     return found
 
 
+def _shared(rows: Tensor) -> Tensor | None:
+    """Return the rows unless each has one sample, or one has all."""
+    return rows if 1 < len(rows.unique()) < len(rows) else None  # type: ignore[no-untyped-call]
+
+
 def _known_errors(
-    metric: SetMetric, arms: Mapping[str, Features]
+    metric: SetMetric, arms: Mapping[str, Features], rows: Mapping[str, Tensor | None]
 ) -> dict[str, dict[str, float]] | None:
     """Return the errors that a metric knows by itself, of the gain too; None where it does not."""
     known: dict[str, dict[str, float]] = {}
     for arm, features in arms.items():
-        errors = metric.errors(features)
+        errors = metric.errors(features, rows=rows[arm])
         if errors is None:
             return None
         known[arm] = errors
     pair = [arms[arm] for arm in ("tuned", "reference") if arm in arms]
     if len(pair) == 2 and len({_length(features) for features in pair}) == 1:
-        known["gain"] = metric.errors(*pair) or {}
+        known["gain"] = metric.errors(*pair, rows=rows["tuned"]) or {}
     return known
 
 
@@ -139,10 +156,11 @@ def _jackknife_errors(
     values: Mapping[str, Mapping[str, float]],
     num_groups: int,
     seed: int,
+    rows: Mapping[str, Tensor | None],
 ) -> dict[str, dict[str, float]]:
     """Return the errors of each model's numbers and of the gain."""
     parts = {
-        arm: _jackknives(metric, features, values[arm], num_groups, seed)
+        arm: _jackknives(metric, features, values[arm], num_groups, seed, rows[arm])
         for arm, features in arms.items()
     }
     errors = {arm: {name: part.error() for name, part in own.items()} for arm, own in parts.items()}
@@ -157,11 +175,16 @@ def _jackknives(
     values: Mapping[str, float],
     num_groups: int,
     seed: int,
+    rows: Tensor | None,
 ) -> dict[str, _Jackknife]:
     """Return the jackknife of each number, by its closed form where there is one."""
+    if rows is not None:
+        _, units = torch.unique(rows, return_inverse=True)
+        return _by_groups(metric.compare, features, values, num_groups, seed, units)
     known = _closed_forms(metric, features, values, seed)
     others = {name: value for name, value in values.items() if name not in known}
-    return known | _by_groups(metric, features, others, num_groups, seed)
+    units = torch.arange(_length(features))
+    return known | _by_groups(metric.compare_draw, features, others, num_groups, seed, units)
 
 
 def _closed_forms(
@@ -177,14 +200,24 @@ def _closed_forms(
 
 
 def _by_groups(
-    metric: SetMetric,
+    compare: Callable[[Features], dict[str, float]],
     features: Features,
     values: Mapping[str, float],
     num_groups: int,
     seed: int,
+    units: Tensor,
 ) -> dict[str, _Jackknife]:
-    """Return the jackknife over groups of samples of all numbers, unless there are none."""
-    num = _length(features)
+    """Return the jackknife over groups of units of all numbers, unless there are none.
+
+    Args:
+        compare: Returns the numbers of some samples.
+        features: Of all samples.
+        values: The numbers of all samples.
+        num_groups: How many groups, at most.
+        seed: Of the groups and pairs.
+        units: int64 [n], from 0, whose samples are left out together.
+    """
+    num = int(units.max()) + 1 if len(units) else 0
     if not values or num < _FEWEST:
         return {}
     order = torch.randperm(num, generator=torch.Generator().manual_seed(seed))
@@ -196,9 +229,9 @@ def _by_groups(
     left_out = [[g] for g in range(count)] + pairs.tolist()
     drawn = []
     for chosen in tqdm(left_out, "Standard errors", disable=hidden, leave=False):
-        stays = torch.ones(num, dtype=torch.bool)
-        stays[torch.cat([groups[g] for g in chosen])] = False
-        drawn.append(metric.compare_draw({name: x[stays] for name, x in features.items()}))
+        present = torch.ones(num, dtype=torch.bool)
+        present[torch.cat([groups[g] for g in chosen])] = False
+        drawn.append(compare({name: x[present[units]] for name, x in features.items()}))
     numbers = {
         name: torch.tensor([own[name] for own in drawn], dtype=torch.float64)
         for name in values

@@ -188,6 +188,10 @@ class Measurements:
     ) -> Iterator[tuple[Arm, dict[str, Moments]]]:
         """Iterate over the numbers of metrics of whole sets, by arm."""
         features = gather({arm: m.sets() for arm, m in self.arms.items()}, world_size)
+        ordered = {
+            arm: torch.cat([part[arm] for part in rows]).sort(stable=True).values
+            for arm in self.arms
+        }
         for i, metric in enumerate(sets):
             own = {
                 arm: _in_order(
@@ -198,7 +202,7 @@ class Measurements:
             }
             present = {arm: values for arm, values in own.items() if values}
             num_draws = metric.num_draws if errors else 0
-            yield from compared(metric, present, num_draws).items()
+            yield from compared(metric, present, num_draws, rows=ordered).items()
 
 
 def _joined(columns: Mapping[str, _Batches]) -> Features:
@@ -243,7 +247,7 @@ def paired_moments(tuned: Tensor, reference: Tensor, rows: Tensor | None = None)
     if torch.equal(tuned.isnan(), reference.isnan()):
         return moments(tuned - reference, rows)
     mean = _mean(tuned) - _mean(reference)
-    return {"mean": mean, "sem": error_of_mean(_moves(tuned), _moves(reference), rows)}
+    return {"mean": mean, "sem": error_of_mean(_moves(tuned), _moves(reference), groups=rows)}
 
 
 def kept_share(

@@ -22,6 +22,8 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
+from lit_rlft.kit.ratios import error_of_mean
+
 __all__ = ["KindCount", "kind_error", "text_number"]
 
 
@@ -41,57 +43,75 @@ class KindCount:
     linear: Tensor
 
 
-def kind_error(own: KindCount, other: KindCount | None = None) -> float:
+def kind_error(
+    own: KindCount, other: KindCount | None = None, *, groups: Tensor | None = None
+) -> float:
     """Return the standard error of a count, or of own - other; NaN for fewer than two samples.
 
     Args:
         own: Of n samples.
         other: Of n samples that are pairs with the first.
+        groups: As in `error_of_mean`. Groups take the place of samples then: a kind is met once
+            that one group alone has.
     """
     if len(own.kinds) < 2:
         return math.nan
-    counts = [_times_met(count) for count in (own, other) if count is not None]
-    moves = _moves(own, counts[0])
-    variance = _excess(own.weights, counts[0])
+    units = torch.arange(len(own.kinds)) if groups is None else groups
+    counts = [_times_met(count, units) for count in (own, other) if count is not None]
+    moves = _moves(own, counts[0], units)
+    variance = _excess(own, counts[0], units)
     if other is not None:
-        moves = moves - _moves(other, counts[1])
-        variance += _excess(other.weights, counts[1])
-        variance -= 2 * _common(own, other, counts)
-    variance += float((moves - moves.mean()).square().sum())
+        moves = moves - _moves(other, counts[1], units)
+        variance += _excess(other, counts[1], units)
+        variance -= 2 * _common(own, other, counts, units)
+    variance += (len(moves) * error_of_mean(moves, groups=groups)) ** 2
     return math.sqrt(max(variance, 0.0))
 
 
-def _times_met(count: KindCount) -> Tensor:
-    """Return how often each sample's kind is met, [n]; 0 where it does not count."""
+def _times_met(count: KindCount, units: Tensor) -> Tensor:
+    """Return in how many units each sample's kind is met, [n]; 0 where it does not count."""
     counted = count.weights != 0
-    _, inverse, times = torch.unique(count.kinds[counted], return_inverse=True, return_counts=True)
+    once = counted & _first(units, count.kinds, counted)
+    kinds, times = torch.unique(count.kinds[once], return_counts=True)
     met = torch.zeros_like(count.kinds)
-    met[counted] = times[inverse]
+    met[counted] = times[torch.searchsorted(kinds, count.kinds[counted])]
     return met
 
 
-def _moves(count: KindCount, met: Tensor) -> Tensor:
-    """Return by how much the count falls without each sample, [n]."""
-    return count.weights.double() * (met == 1) + count.linear.double()
+def _first(*columns: Tensor) -> Tensor:
+    """Return which samples are the first that have their values in these columns, bool [n]."""
+    _, places = torch.unique(torch.stack(columns, dim=1).long(), dim=0, return_inverse=True)
+    order = places.argsort(stable=True)
+    new = torch.ones_like(order, dtype=torch.bool)
+    new[1:] = places[order][1:] != places[order][:-1]
+    return torch.zeros_like(new).index_put((order,), new)
 
 
-def _excess(weights: Tensor, met: Tensor) -> float:
+def _moves(count: KindCount, met: Tensor, units: Tensor) -> Tensor:
+    """Return by how much the count falls without each sample, [n]; summed, without each unit."""
+    alone = (met == 1) & _first(units, count.kinds, met > 0)
+    return count.weights.double() * alone + count.linear.double()
+
+
+def _excess(count: KindCount, met: Tensor, units: Tensor) -> float:
     """Return what the variance is more than that of the moves."""
-    excess = 0.0
-    for weight in _values(weights):
-        once, twice = (int(((met == times) & (weights == weight)).sum()) for times in (1, 2))
+    excess, first = 0.0, _first(units, count.kinds, met > 0)
+    for weight in _values(count.weights):
+        here = first & (count.weights == weight)
+        once, twice = (int(((met == times) & here).sum()) for times in (1, 2))
         excess += weight**2 * _added_beyond(once, twice // 2)
     return excess
 
 
-def _common(own: KindCount, other: KindCount, counts: list[Tensor]) -> float:
+def _common(own: KindCount, other: KindCount, counts: list[Tensor], units: Tensor) -> float:
     """Return the same of the covariance: pairs of kinds that are met together alone."""
     once, twice = ((counts[0] == times) & (counts[1] == times) for times in (1, 2))
     pairs = torch.stack([own.kinds, other.kinds], dim=1)
+    first = _first(units, own.kinds, other.kinds, counts[0] > 0, counts[1] > 0)
     total = 0.0
     for a in _values(own.weights):
         for b in _values(other.weights):
-            here = (own.weights == a) & (other.weights == b)
+            here = first & (own.weights == a) & (other.weights == b)
             _, times = torch.unique(pairs[twice & here], dim=0, return_counts=True)
             total += a * b * _added_beyond(int((once & here).sum()), int((times == 2).sum()))
     return total

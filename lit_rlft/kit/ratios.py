@@ -29,7 +29,7 @@ def ratio_parts(parts: Tensor, wholes: Tensor) -> Tensor:
 
 
 def error_of_mean(
-    values: Tensor, other: Tensor | None = None, groups: Tensor | None = None
+    values: Tensor, other: Tensor | None = None, *, groups: Tensor | None = None
 ) -> float:
     """Return the standard error of the mean of values [n], or of values - other; NaN for n < 2.
 

@@ -50,7 +50,11 @@ class Known(Mean):
     """The same, whose error needs no draws."""
 
     def errors(
-        self, features: Mapping[str, Tensor], other: Mapping[str, Tensor] | None = None
+        self,
+        features: Mapping[str, Tensor],
+        other: Mapping[str, Tensor] | None = None,
+        *,
+        rows: Tensor | None = None,
     ) -> dict[str, float]:
         return {"average": 1.0 if other is None else 2.0}
 
@@ -63,6 +67,31 @@ def test_errors_that_a_metric_knows_take_the_place_of_draws() -> None:
     assert math.isnan(compared(Known(), arms, num_draws=0)["tuned"]["average"]["sem"])
     unpaired = compared(Known(), {**arms, "reference": {"points": torch.zeros(4)}}, num_draws=20)
     assert math.isnan(unpaired["gain"]["average"]["sem"])
+
+
+@pytest.mark.parametrize("rows_in_order", [True, False])
+def test_samples_of_one_row_are_left_out_together(rows_in_order: bool) -> None:
+    """Where rows differ much, samples on their own would give half the error or less."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.arange(100).repeat_interleave(8)
+    rows = rows if rows_in_order else rows[torch.randperm(800, generator=generator)]
+    of_row = torch.randn(100, generator=generator, dtype=torch.float64)
+    points = of_row[rows] + torch.randn(800, generator=generator, dtype=torch.float64)
+    arms = {"tuned": {"points": points + 0.1 * of_row[rows]}, "reference": {"points": points}}
+    found = compared(Mean(), arms, 100, rows=dict.fromkeys(arms, rows))
+    means = torch.zeros(100, dtype=torch.float64).index_add_(0, rows, points) / 8
+    exact = {"reference": float(means.std()) / 10, "gain": 0.1 * float(of_row.std()) / 10}
+    for arm, error in exact.items():
+        assert found[arm]["average"]["sem"] == pytest.approx(error, rel=1e-6)
+    apart = compared(Mean(), arms, 100)["reference"]["average"]["sem"]
+    assert apart < 0.6 * exact["reference"]
+
+
+def test_rows_of_one_sample_and_one_row_alone_change_nothing() -> None:
+    points = torch.randn(40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    plain = compared(Mean(), {"tuned": {"points": points}}, 20)
+    for rows in (torch.arange(40).flip(0), torch.zeros(40).long()):
+        assert compared(Mean(), {"tuned": {"points": points}}, 20, rows={"tuned": rows}) == plain
 
 
 def test_an_evaluation_joins_the_batches_and_keeps_pairs() -> None:

@@ -69,6 +69,30 @@ def test_errors_of_numbers_of_kinds(law: str, num_kinds: int, within: float) -> 
             assert 0.8 * true < mean < (1 + within) * true, (name, true)
 
 
+@pytest.mark.parametrize(("num_kinds", "per_row"), [(300, 50), (3000, 3), (30_000, 2)])
+def test_errors_of_kinds_of_rows(num_kinds: int, per_row: int) -> None:
+    """Four samples of a row have few kinds; taken alone they give from 0.39 of the deviation on."""
+    generator = torch.Generator().manual_seed(num_kinds)
+    rows = torch.arange(N // 4).repeat_interleave(4)
+
+    def drawn() -> list[tuple[Tensor, Tensor, Tensor]]:
+        starts = torch.randint(0, num_kinds, (N // 4,), generator=generator)[rows]
+        first, second = starts + torch.randint(0, per_row, (2, N), generator=generator)
+        second = first.where(torch.rand(N, generator=generator) < 0.5, second)
+        return [(k % num_kinds, k % 5 > 0, k % 3 > 0) for k in (first, second)]
+
+    pairs = [drawn() for _ in range(300)]
+    for name in ("uniqueness", "valid_unique", "novelty"):
+        values = torch.tensor([[shares(*arm)[name] for arm in pair] for pair in pairs])
+        found = [[counts(*arm)[name] for arm in pair] for pair in pairs[:50]]
+        alone = [kind_error(pair[0], groups=rows) for pair in found]
+        paired = [kind_error(*pair, groups=rows) for pair in found]
+        differences = values[:, 0] - values[:, 1]
+        for true, errors in ((values[:, 0].std(), alone), (differences.std(), paired)):
+            mean = torch.tensor(errors).square().mean().sqrt()
+            assert 0.75 * true < mean < 1.2 * true, (name, true)
+
+
 def test_errors_of_kinds_at_the_ends() -> None:
     ones, none = torch.ones(4) / 4, torch.zeros(4)
     same, apart = torch.zeros(4).long(), torch.arange(4)

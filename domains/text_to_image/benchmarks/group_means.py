@@ -14,7 +14,7 @@ from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import SetMetric
 from lit_rlft.kit.ratios import error_of_mean, ratio, ratio_parts
 
-__all__ = ["GroupMeans", "decoded", "encoded", "slug"]
+__all__ = ["GroupMeans", "decoded", "encoded", "places_by_group", "slug"]
 
 _WIDTH = 64
 """Bytes of a group's name that are kept."""
@@ -26,7 +26,7 @@ class GroupMeans(SetMetric):
     Values are named `<name>/<group>` and `<name>`. A group is its samples' mean; the whole is the
     mean of the groups' means, so that each group counts as much as another, whatever its size.
     Samples without a group, or with a score that is NaN, do not count. The errors are of drawing
-    other samples: the groups' are independent.
+    other prompts of each group, each with as many samples: the groups' are independent.
     """
 
     @property
@@ -54,16 +54,22 @@ class GroupMeans(SetMetric):
         return self._named(means, sum(means.values()) / len(means) if means else math.nan)
 
     def errors(
-        self, features: Mapping[str, Tensor], other: Mapping[str, Tensor] | None = None
+        self,
+        features: Mapping[str, Tensor],
+        other: Mapping[str, Tensor] | None = None,
+        *,
+        rows: Tensor | None = None,
     ) -> dict[str, float]:
         """Return the standard error of each number, or of its difference from another model's."""
         own = self._pairs(features)
         others = {} if other is None else self._pairs(other)
+        places = places_by_group(features["group"])
         errors = {}
         for group, pair in own.items():
             parts = ratio_parts(*pair)
             beside = ratio_parts(*others[group]) if group in others else None
-            errors[group] = error_of_mean(parts, beside)
+            within = None if rows is None else rows[places[group]]
+            errors[group] = error_of_mean(parts, beside, groups=within)
         squares = sum(error**2 for error in errors.values())
         return self._named(errors, math.sqrt(squares) / len(errors) if errors else math.nan)
 
@@ -73,17 +79,23 @@ class GroupMeans(SetMetric):
 
     def _pairs(self, features: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         """Return scores and ones of each group's samples, in the order of the groups' names."""
-        names = decoded(features["group"])
-        scores = features["score"]
         found = {}
-        for group in sorted({*names} - {""}):
-            own = scores[torch.tensor([name == group for name in names])]
+        for group, places in places_by_group(features["group"]).items():
+            own = features["score"][places]
             if not own.isnan().all():
                 found[group] = (own, torch.ones_like(own))
         return found
 
     def _named(self, values: Mapping[str, float], whole: float) -> dict[str, float]:
         return {self.name: whole} | {f"{self.name}/{g}": value for g, value in values.items()}
+
+
+def places_by_group(groups: Tensor) -> dict[str, Tensor]:
+    """Return which samples are of each group, bool [n], in the order of the groups' names."""
+    names = decoded(groups)
+    return {
+        group: torch.tensor([name == group for name in names]) for group in sorted({*names} - {""})
+    }
 
 
 def slug(name: str) -> str:

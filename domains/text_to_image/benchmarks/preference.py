@@ -3,10 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from domains.text_to_image.benchmarks.group_means import GroupMeans, decoded, slug
+from domains.text_to_image.benchmarks.group_means import GroupMeans, places_by_group, slug
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Reward, rewards_of
@@ -64,17 +63,23 @@ class RewardByGroup(GroupMeans):
         return {self.name: whole} | own
 
     def beside(
-        self, features: Mapping[str, Tensor], reference: Mapping[str, Tensor]
+        self,
+        features: Mapping[str, Tensor],
+        reference: Mapping[str, Tensor],
+        *,
+        rows: Tensor | None = None,
     ) -> dict[str, tuple[float, float]]:
         """Return the win rate over all pairs and per group, each with its standard error."""
         tuned, other = features["score"], reference["score"]
         wins = (tuned > other).double() + 0.5 * (tuned == other).double()
-        wins = wins.where(~(tuned.isnan() | other.isnan()), torch.nan)
-        names, key = decoded(features["group"]), f"win_rate/{self.reward.name}"
-        parts = {key: wins}
-        for group in sorted({*names}):
-            parts[f"{key}/{group}"] = wins[torch.tensor([name == group for name in names])]
-        known = {name: own[~own.isnan()] for name, own in parts.items()}
+        known, key = ~(tuned.isnan() | other.isnan()), f"win_rate/{self.reward.name}"
+        groups = places_by_group(features["group"])
+        parts = {key: known} | {f"{key}/{group}": known & own for group, own in groups.items()}
         return {
-            name: (float(own.mean()), error_of_mean(own)) for name, own in known.items() if len(own)
+            name: (
+                float(wins[own].mean()),
+                error_of_mean(wins[own], groups=None if rows is None else rows[own]),
+            )
+            for name, own in parts.items()
+            if own.any()
         }
