@@ -54,7 +54,8 @@ class _Word(NamedTuple):
     @property
     def is_top(self) -> bool:
         """Whether it is one of the five parts of a run, not something within them."""
-        return self.is_class and self.key[0] in _KINDS and "init_args" not in self.key
+        key = self.key[:-1] if self.key[-1] in ("class_path", "help") else self.key
+        return key in _WHOLE and key[0] in _KINDS
 
 
 def with_class_paths(words: Sequence[str]) -> list[str]:

@@ -19,6 +19,7 @@ _OPTION = re.compile(r"[Oo]ption '([^']+)'")
 _VALUE = re.compile(r"(?:Given value|Got value): (.*)")
 _SUBTYPES = re.compile(r"Subtypes: \[(.*)\]")
 _EXPECTED = re.compile(r"Expected an? (<class '.*?'>|typing\.\S+|List|list)")
+_REQUIRED = re.compile("following arguments are required: (.*)")
 _NOISE = re.compile(
     r"Expected a path but|Does not validate against|Subtypes: |Errors:|Given value|Got value"
     r"|a class path|a dict|Parser key|Problem with given class_path|Subclass types expect"
@@ -76,6 +77,10 @@ def parser_sentence(causes: Sequence[BaseException]) -> str:
     reasons = [line for line in reasons if line and not _NOISE.match(line)]
     if reasons and "is abstract" in reasons[0] and _settings_alone(value):
         return _classless(key)
+    if reasons and (found := _REQUIRED.search(reasons[0])):
+        name = value.rpartition(".")[2] if re.fullmatch(r"[\w.]+", value) else "its class"
+        each = [f"{key}.init_args.{argument}" for argument in found.group(1).split(", ")]
+        return f"{' and '.join(each)} must be given: {name} has no default for it"
     if reasons and "Expected a dot import path" not in reasons[0]:
         return f"{key}: {_plain(reasons[0], classes)}{_hint(value)}"
     if re.search("import path string", last) and re.fullmatch(r"[A-Z]\w*", value):
@@ -160,7 +165,7 @@ def _arguments(path: str) -> list[str]:
 
 def _without_key(text: str) -> str:
     """Return the sentence of an error that names no key of the parser's."""
-    if found := re.search("following arguments are required: (.*)", text):
+    if found := _REQUIRED.search(text):
         keys = re.sub(r"\b(?:fit|validate|test|predict)\.", "", found.group(1))
         return f"{short(keys, 120)} must be given, by an option or in a config"
     if found := re.search("[Uu]nrecognized arguments: (.*)", text):

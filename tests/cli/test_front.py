@@ -119,8 +119,18 @@ def test_help_of_a_command_begins_with_what_it_does(
     assert about in top and "--model.help PGRAFT" in top
 
 
-def test_help_of_a_class_by_its_short_name(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (["--model.help", "PGRAFT"], "--model.num_candidates"),
+        (["--config", "graft", "--model.selection.help", "TopK"], "--selection.k"),
+        (["--config", "graft", "--model.optimizer.help", "AdamW"], "--optimizer.betas"),
+    ],
+)
+def test_help_of_a_class_by_its_short_name(
+    words: list[str], option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as raised:
-        main(["fit", "--model.help", "PGRAFT"])
+        main(["fit", *words])
     assert raised.value.code == 0
-    assert "num_candidates" in capsys.readouterr().out
+    assert option in capsys.readouterr().out

@@ -205,3 +205,17 @@ def test_settings_without_a_class(text: str, other: str, problem: str) -> None:
     Path("own.yaml").write_text(text)
     with pytest.raises(SystemExit, match=problem.replace(" .*", " has settings but no class.*")):
         main(["fit", "--config", "own.yaml", "--config", other])
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "problem"),
+    [
+        ("--reward", "HTTPReward", "reward.init_args.url must be given: HTTPReward has no default"),
+        ("--data.source", "PubLayNet", "data.init_args.source.init_args.path must be given: PubL"),
+    ],
+)
+def test_arguments_without_default_are_named_by_their_keys(
+    option: str, value: str, problem: str
+) -> None:
+    with pytest.raises(SystemExit, match=re.escape(problem)):
+        main(["fit", "--config=layout", "--config=graft", option, value])
