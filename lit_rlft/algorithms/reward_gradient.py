@@ -49,7 +49,8 @@ class RewardGradient(RewardFineTuner):
         *args: Pipeline and reward.
         method: Which steps carry gradient; DRTune unless given.
         kl_coef: Weight of the squared distance of prediction and reference prediction, per
-            dimension and averaged over the trained steps; 0 never runs the reference.
+            dimension and averaged over the trained steps, whose states it takes as given; 0 never
+            runs the reference. Methods that follow the states predict twice for it.
         reward_ceiling: lambda of the hinge max(0, lambda - r): samples above it are left alone;
             None maximises without bound.
         gradient_checkpointing: "steps" keeps only the inputs of trained steps and runs the
@@ -245,17 +246,23 @@ class GradientWalk:
     def _trained(self, x_t: State, t: Tensor, condition: Condition, step: int) -> State:
         """Return a prediction that carries gradient to the weights."""
         x = detach(x_t) if self.detach_input else x_t
-        if self.recompute:
-            prediction = checkpoint(self.pipeline, x, t, condition, use_reentrant=False)
-        else:
-            prediction = self.pipeline(x, t, condition)
-        self._predictions[step] = prediction
+        prediction = self._predictions[step] = self._followed(x, t, condition)
         if self.reference is not None:
+            given, own = detach(x), prediction
+            if any(leaf.requires_grad for leaf in leaves(x)):
+                # Otherwise a part alone of the distance's gradient would flow through the state.
+                own = self._followed(given, t, condition)
             with torch.no_grad():
-                reference = self.reference(detach(x), t, condition)
-            distance = _mean_square(prediction, reference)
+                reference = self.reference(given, t, condition)
+            distance = _mean_square(own, reference)
             self.distances.append(distance.view(len(self.condition), -1).mean(dim=1))
         return prediction
+
+    def _followed(self, x: State, t: Tensor, condition: Condition) -> State:
+        """Return a prediction with its graph, or what it takes to run it again."""
+        if self.recompute:
+            return checkpoint(self.pipeline, x, t, condition, use_reentrant=False)
+        return self.pipeline(x, t, condition)
 
     def _last_step_again(self, x_0: State, times: Tensor, noise: Generators) -> State:
         """Noise x_0 to the level before the last step that moves and do it again, with gradient."""

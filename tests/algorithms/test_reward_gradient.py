@@ -399,6 +399,37 @@ def test_the_penalty_is_the_distance_to_the_reference(method: GradientMethod) ->
     torch.testing.assert_close(losses, unpenalised + 0.5 * distance, rtol=1e-5, atol=0)
 
 
+@each_method
+def test_the_penaltys_gradient_takes_the_states_as_given(method: GradientMethod) -> None:
+    """Also where the reward's gradient follows the states: a part of it alone fits no loss."""
+    tuner, plain = tuner_of(method, kl_coef=0.5), tuner_of(method)
+    for each in (tuner, plain):
+        with torch.no_grad():
+            each.pipeline.denoiser.means[:] += 0.1
+    seen: list[tuple[Any, Tensor, Any, Tensor]] = []
+    reference = tuner.reference.forward
+
+    def compared(x_t: Any, t: Tensor, condition: Any) -> Any:
+        prediction = reference(x_t, t, condition)
+        seen.append((x_t, t, condition, tensor_of(prediction)))
+        return prediction
+
+    tuner.reference.forward = compared  # type: ignore[method-assign]
+    losses, _ = tuner.loss(experience_of(tuner), generators(SEEDS))
+    found = gradients(losses.sum(), tuner)
+    unpenalised, _ = plain.loss(experience_of(plain), generators(SEEDS))
+    distances = torch.stack(
+        [
+            (tensor_of(plain.pipeline(x_t, t, condition)) - prediction).square().mean(dim=1)
+            for x_t, t, condition, prediction in seen
+        ]
+    )
+    copies = distances.shape[1] // SIZE
+    penalty = 0.5 * distances.sum() / (len(seen) * copies)
+    expected = gradients(unpenalised.sum() + penalty, plain)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)
+
+
 def test_the_reference_does_not_run_without_a_penalty() -> None:
     tuner = tuner_of(DRTune(k=2, m=3))
     assert tuner.reference is not None and tuner.reference.frozen is not None
