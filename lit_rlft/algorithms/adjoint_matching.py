@@ -30,10 +30,10 @@ from lit_rlft.core.adjoint import (
     Match,
     adjoints,
     drawn_steps,
-    first_steered,
     match,
     memoryless_steps,
     memoryless_walk,
+    near_noise,
 )
 from lit_rlft.core.checks import UsageError, at_least, finite, positive, require
 from lit_rlft.core.pipeline import Batch, Condition
@@ -216,9 +216,10 @@ class AdjointMatching(RewardFineTuner):
         return memoryless_steps(self.pipeline.process, self.sampler.num_steps, like)
 
     @cached_property
-    def _first(self) -> int:
-        start = self.pipeline.process.times(self.sampler.num_steps)[:1]
-        return first_steered(self.pipeline.process, start.to(self.pipeline.device))
+    def _near(self) -> Tensor | None:
+        process, num_steps = self.pipeline.process, self.sampler.num_steps
+        levels = process.times(num_steps)[0], process.ends(num_steps)[0]
+        return near_noise(process, *(level.to(self.pipeline.device) for level in levels))
 
     def _matched(self, chunk: Chunk, drawn: Tensor) -> tuple[dict[str, State], dict[str, Tensor]]:
         """Draw a chunk of samples; return the states of its matched steps, and values to log."""
@@ -231,7 +232,7 @@ class AdjointMatching(RewardFineTuner):
         costs, norms = torch.zeros_like(rewards), torch.zeros_like(rewards)
         with self.reference.active():
             args = (self.pipeline, process, steps, walked.states, condition, adjoint)
-            for i, adjoint, base in adjoints(*args, self._first):
+            for i, adjoint, base in adjoints(*args, self._near, chunk.noise):
                 x_t, row = walked.states[i], steps.row(i)
                 prediction, numbers = walked.predictions[i], torch.full_like(kept.steps[:, 0], i)
                 loss = self._match(numbers, prediction, base, x_t, adjoint).loss
@@ -280,7 +281,7 @@ class AdjointMatching(RewardFineTuner):
         """Compare predictions at some steps with what the adjoints ask for."""
         steps = self._steps(x_t)
         args = (steps, numbers, prediction, base, x_t, adjoint)
-        return match(self.pipeline.process, *args, self._first)
+        return match(self.pipeline.process, *args, self._near)
 
     def _weights(self, losses: Tensor, world_size: int) -> Tensor:
         """Return the weights of pairs in the loss, like `losses` [n, K]; 0 leaves a pair out."""

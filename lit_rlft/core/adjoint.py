@@ -46,15 +46,19 @@ __all__ = [
     "Walked",
     "adjoints",
     "drawn_steps",
-    "first_steered",
     "match",
     "memoryless_steps",
     "memoryless_walk",
+    "near_noise",
 ]
 
 _LEAST_SIGNAL = 0.01
 """Below this alpha a state counts as pure noise: sigma^2 / alpha times its adjoint is 0 times
 infinity. Stable Diffusion's tables end at 0.07, EDM's at 0.003, flows at 0."""
+_NEAR = 0.05
+"""The alpha of the level whose adjoint stands for that of pure noise: the shift there is too small
+by alpha^2 / sigma^2 of the data's variance, and its chance grows as 1 / alpha."""
+_LEVELS = 1025  # among which that one is looked for
 _MEMORYLESS = 1.0
 """The eta of the ancestral sampler, whose noise leaves nothing of x_1 in x_0."""
 
@@ -114,12 +118,14 @@ def adjoints(
     states: Sequence[State],
     condition: Condition,
     adjoint: State,
-    first: int,
+    near: Tensor | None,
+    noise: Generators = None,
 ) -> Iterator[tuple[int, State, State]]:
     """Iterate over (i, adjoint of `states[i]`, pretrained prediction there), from i = T - 1 to 0.
 
     One vector-Jacobian product per step. The adjoint of pure noise vanishes with alpha and tells
-    nothing: where walks start from it (`first_steered`), that of `states[1]` comes again.
+    nothing: where walks start from it, `states[1]` is noised to a level near it, and the adjoint
+    there takes its place. It is drawn from the law of the walk, which has no memory.
 
     Args:
         denoiser: The pretrained one; it must stay so until the end, for parts of it may be computed
@@ -129,29 +135,55 @@ def adjoints(
         states: T + 1, from x_1 to x_0.
         condition: One row per sample.
         adjoint: Of x_0.
-        first: `first_steered`.
+        near: `near_noise`.
+        noise: One generator per sample, or None for torch's global one.
     """
     size = len(condition)
-    for i in reversed(range(first, len(steps))):
+    for i in reversed(range(int(near is not None), len(steps))):
         x_t, t, row = states[i], steps.levels(i, size), steps.row(i)
         adjoint, prediction = _pulled(denoiser, process, x_t, t, row, condition, adjoint)
         yield i, adjoint, prediction
-    if first:
-        yield 0, adjoint, detach(denoiser(states[0], steps.levels(0, size), condition))
+    if near is None:
+        return
+    grid = torch.stack([near.to(steps.s), steps.s[0]])
+    if grid[0] > grid[1]:
+        t, s = (level.expand(size) for level in grid)
+        x_t, row = process.noised(states[1], s, t, noise), _ancestral(process, grid, states[1])
+        adjoint, _ = _pulled(denoiser, process, x_t, t, row, condition, adjoint)
+    yield 0, adjoint, detach(denoiser(states[0], steps.levels(0, size), condition))
 
 
-def first_steered(process: Process, start: Tensor) -> int:
-    """Return the first step with an adjoint of its own: 1 where some field starts as pure noise.
+def _ancestral(process: Process, grid: Tensor, like: State) -> State:
+    """Return the coefficients of the ancestral sampler's step from one level to another, [2]."""
+    return process.steps(grid, None, _MEMORYLESS, like).row(0)
+
+
+def near_noise(process: Process, start: Tensor, after: Tensor) -> Tensor | None:
+    """Return the level whose adjoint stands for that of the start, []; None if it has its own.
+
+    That is the level of `states[1]` where this is near enough to noise itself.
 
     Args:
         process: Of Gaussian fields.
-        start: The level at which walks start, [1]; it waits for the device.
+        start: The level at which walks start, [], on the process's device; it waits for that.
+        after: The level to which the first step leads, [].
     """
+    if float(_signal(process, start.view(1))) >= _LEAST_SIGNAL:
+        return None
+    parts = torch.linspace(0, 1, _LEVELS, dtype=start.dtype, device=start.device)
+    levels = after + (start - after) * parts
+    enough = _signal(process, levels) >= _NEAR
+    return levels[max(int(enough.sum()) - 1, 0)]
+
+
+def _signal(process: Process, levels: Tensor) -> Tensor:
+    """Return alpha at some levels, of the field that has least."""
     if isinstance(process, ProductProcess):
-        return max(first_steered(process.field(name), start) for name in process.names)
+        fields = [_signal(process.field(name), levels) for name in process.names]
+        return torch.stack(fields).amin(dim=0)
     if not isinstance(process, GaussianProcess):
         raise TypeError(f"no adjoint through a {type(process).__name__}")
-    return int(float(process.schedule.alpha(start)) < _LEAST_SIGNAL)
+    return process.schedule.alpha(levels)
 
 
 def _pulled(
@@ -196,7 +228,7 @@ def match(
     base: State,
     x_t: State,
     adjoint: State,
-    first: int,
+    near: Tensor | None,
 ) -> Match:
     """Compare the tuned model's shift with what the adjoint asks for.
 
@@ -208,11 +240,15 @@ def match(
         base: The pretrained model's.
         x_t: Where both predict.
         adjoint: As `adjoints` gives it.
-        first: `first_steered`.
+        near: `near_noise`.
     """
-    after = numbers.clamp(min=first)  # whose adjoint the step has
-    levels = torch.stack([steps.t[numbers], steps.t[after], steps.t[(after - 1).clamp(min=0)]])
-    led = after > 0
+    own = pulled = steps.t[numbers]
+    after = numbers
+    if near is not None:  # the first step then has the weight of the second
+        pulled = near.to(own).where(numbers == 0, own)
+        after = numbers.clamp(min=1)
+    before = steps.t[(after - 1).clamp(min=0)]
+    levels, led = torch.stack([own, pulled, steps.t[after], before]), after > 0
     residual, start, size = _squares(process, levels, led, prediction, base, x_t, adjoint)
     per_dimension = 0.5 / size.clamp(min=1).to(residual)
     return Match(per_dimension * residual, per_dimension * start)
@@ -231,8 +267,8 @@ def _squares(
 
     Args:
         process: As of `match`, like the states.
-        levels: Of x_t, of the adjoint, and before the adjoint, [3, B].
-        led: Whether there is one before it, bool [B].
+        levels: Of x_t, of the adjoint, and two from whose signal the weight is, [4, B].
+        led: Whether the last of them counts, bool [B].
         prediction: The tuned model's.
         base: The pretrained model's.
         x_t: Where both predict.
@@ -250,7 +286,7 @@ def _squares(
     x, pull, t = tensor_of(x_t), tensor_of(adjoint), levels[0]
     shift = process.denoised(prediction, x, t) - process.denoised(base, x, t)
     alpha, sigma = process.schedule.levels(levels[1:])
-    growth, growth_before = (alpha / sigma).square()
+    growth, growth_before = (alpha[1:] / sigma[1:]).square()
     rate = (growth - growth_before * led).clamp(min=0).sqrt()
     if process.subspace is not None:  # noise, and so a shift, lies in there alone
         pull = process.subspace.project(pull, x)
