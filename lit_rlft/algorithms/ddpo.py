@@ -69,7 +69,7 @@ from lit_rlft.core.trajectory import (
 )
 from lit_rlft.core.window import SlidingWindow
 from lit_rlft.distributed import gather
-from lit_rlft.loop.advantages import check_parts, judge
+from lit_rlft.loop.advantages import check_decoupled, judge
 from lit_rlft.loop.batch_sizes import rehearse
 from lit_rlft.loop.checkpoint import Kept
 from lit_rlft.loop.experience import Experience
@@ -286,14 +286,18 @@ class DDPO(RewardFineTuner):
         self._check_ratio_norm()
         self.advantage.check(self.num_candidates)
         if self.decoupled_rewards:
-            check_parts(self.reward, self)
-            require(
-                not isinstance(self.advantage, LeaveOneOutAdvantage),
-                self,
-                "decoupled_rewards",
-                "false beside LeaveOneOutAdvantage, which leaves each part in its own unit; set it "
-                "to false, or model.init_args.advantage to GroupAdvantage",
-            )
+            check_decoupled(self.reward, self.advantage, self)
+
+    def _check_one_update(self, num_samples: int) -> None:
+        """Raise BadArgument if a round of the score function would be several updates."""
+        require(
+            self.estimator == "importance_sampling" or num_samples <= self.minibatch_size,
+            self,
+            "minibatch_size",
+            f"at least the {num_samples} samples of a round: the score function holds for the "
+            "weights that drew them, so a round is one update; or set model.init_args.estimator "
+            "to importance_sampling",
+        )
 
     def _check_sliding(self) -> None:
         if self.sliding is None:
@@ -354,9 +358,11 @@ class DDPO(RewardFineTuner):
         """Draw M trajectories per condition with the current policy and compare their rewards.
 
         Raises:
-            UsageError: All rewards failed, or no trained step left anything to chance.
+            UsageError: All rewards failed, no trained step left anything to chance, or the score
+                function would take several updates.
         """
         candidates = condition.repeat(self.num_candidates)
+        self._check_one_update(len(candidates) * self.trainer.world_size)
         stream = (Stream.ROLLOUT, self.num_rounds)
         seeds = self.rollouts.seeds(batch, self.num_candidates, *stream)
         scoring = Scoring(self.rollouts, by_part=self.decoupled_rewards)

@@ -58,8 +58,10 @@ class PGRAFT(RewardFineTuner):
             moves from f_ref by contrast / 2 times the difference of the two fits. The loss is
             bounded below, unlike one with negative weights, but has the same direction at the
             reference. After the implicit negative policy of DiffusionNFT (Zheng et al., 2025),
-            https://arxiv.org/abs/2509.16117. The candidates of a condition are noised alike in
-            training, so that noise cancels in the difference too.
+            https://arxiv.org/abs/2509.16117, which mirrors in the policy that drew; `iterative`
+            here takes the difference where the tuned model is, and the pull to f_ref stays. The
+            candidates of a condition are noised alike in training, so that noise cancels in the
+            difference too.
         **base: Arguments of `RewardFineTuner`.
     """
 

@@ -34,7 +34,7 @@ from lit_rlft.core.state import tensor_of
 from lit_rlft.core.streams import Stream
 from lit_rlft.core.surrogate import importance_sampling, ratio_values
 from lit_rlft.inference import NoiseGenerator
-from lit_rlft.loop.advantages import check_parts, judge
+from lit_rlft.loop.advantages import check_decoupled, judge
 from lit_rlft.loop.checkpoint import Kept
 from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.route import Route
@@ -121,7 +121,7 @@ class NoisePPO(RewardFineTuner):
         at_least(0, self, "beta", "attention_heads")
         self.advantage.check(self.num_candidates)
         if self.decoupled_rewards:
-            check_parts(self.reward, self)
+            check_decoupled(self.reward, self.advantage, self)
 
     def build(self) -> None:
         """Freeze the pipeline and size the policy for its states and features."""

@@ -11,7 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lit_rlft.core.advantage import Advantage, BatchAdvantage, constant_groups
+from lit_rlft.core.advantage import (
+    Advantage,
+    BatchAdvantage,
+    LeaveOneOutAdvantage,
+    constant_groups,
+)
 from lit_rlft.core.checks import require
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Reward, WeightedSum, all_failed
@@ -19,14 +24,19 @@ from lit_rlft.core.state import State
 from lit_rlft.distributed import gather
 from lit_rlft.loop.scoring import Scoring
 
-__all__ = ["Judged", "check_parts", "compare", "judge"]
+__all__ = ["Judged", "check_decoupled", "compare", "judge"]
 
 
-def check_parts(reward: Reward, owner: object) -> None:
+def check_decoupled(reward: Reward, advantage: Advantage, owner: object) -> None:
     """Raise BadArgument unless a reward has several parts whose advantages can be added."""
     several = isinstance(reward, WeightedSum) and len(reward.counted) > 1
     wanted = f"false for {reward.name}: there are no several rewards; or set reward to WeightedSum"
     require(several, owner, "decoupled_rewards", wanted)
+    rule = (
+        "false beside LeaveOneOutAdvantage, which leaves each part in its own unit; set it to "
+        "false, or model.init_args.advantage to GroupAdvantage"
+    )
+    require(not isinstance(advantage, LeaveOneOutAdvantage), owner, "decoupled_rewards", rule)
 
 
 class Judged(NamedTuple):
@@ -160,9 +170,11 @@ def _advantages(
     """Return the advantages [G, M] of one or of several rewards, [G, M, P]."""
     if len(weights) == 1:
         return advantage(parts[..., 0] * weights[0], names, clip)
+    # A sample with a part that failed teaches nothing, nor is it a peer in its other parts.
+    failed = ~parts.isfinite().all(dim=-1)
+    parts = parts.masked_fill(failed.unsqueeze(-1), torch.nan)
     total = torch.zeros(parts.shape[:2], dtype=torch.float64)
     for i, weight in enumerate(weights):
         # A rule that remembers conditions keeps each reward's apart.
         total += weight * advantage(parts[..., i], [f"{i} {name}" for name in names])
-    failed = ~parts.isfinite().all(dim=-1)
     return BatchAdvantage()(total.masked_fill(failed, torch.nan), names, clip)

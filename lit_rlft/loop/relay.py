@@ -45,8 +45,11 @@ class Relay:
         return round(self.start * num_steps), num_steps - round(self.cut * num_steps)
 
     def check(self, owner: object, num_steps: int) -> None:
-        """Raise BadArgument of `owner` unless shares leave the tuned model a step."""
+        """Raise BadArgument of `owner` unless both models have a step where they have a share."""
         below_one(owner, start=self.start, cut=self.cut)
+        for name, share in (("start", self.start), ("cut", self.cut)):
+            rule = f"0, or enough for one of the sampler's {num_steps} steps, got {share}"
+            require(not share or bool(round(share * num_steps)), owner, name, rule)
         first, last = self.steps(num_steps)
         steps = f"at least one of the sampler's {num_steps} steps"
         name = "start" if last >= 1 and self.start else "cut"
@@ -75,7 +78,7 @@ class Relay:
         if (first, last) == (0, num_steps):  # asked in each update: the grid need not be laid
             return 0.0, 1.0
         times = process.times(num_steps)
-        low = float(times[last]) if last < num_steps else 0.0
+        low = float(process.ends(num_steps)[last - 1]) if last < num_steps else 0.0
         return low, float(times[first]) if first else 1.0
 
     def random_times(

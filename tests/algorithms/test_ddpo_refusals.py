@@ -30,6 +30,16 @@ def test_a_step_without_noise_is_sampled_and_not_trained() -> None:
         collected(tuner_of(window=(STEPS - 1, STEPS)))
 
 
+def test_a_round_of_the_score_function_is_one_update() -> None:
+    """A second update would be of samples that other weights drew, without their ratio."""
+    fresh = {"estimator": "score_function"}
+    assert len(collected(tuner_of(**fresh, minibatch_size=NUM))) == NUM
+    sentence = f"minibatch_size must be at least the {NUM} samples of a round"
+    with pytest.raises(UsageError, match=sentence):
+        collected(tuner_of(**fresh, minibatch_size=NUM - 1))
+    collected(tuner_of(minibatch_size=NUM - 1))
+
+
 class Flaky(Reward):
     """Fails for every third sample, or for all."""
 

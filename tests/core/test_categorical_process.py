@@ -1,4 +1,5 @@
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
-from lit_rlft.core.process import MaskedProcess
+from lit_rlft.core.process import MaskedProcess, UniformProcess
 from lit_rlft.core.randomness import generators
 from lit_rlft.core.sampling import Sampler, walk
 
@@ -215,3 +216,17 @@ def test_intermediate_weight_is_bounded() -> None:
 def test_a_process_without_classes_is_refused() -> None:
     with pytest.raises(UsageError, match="num_classes"):
         MaskedProcess(0)
+
+
+def test_uniform_noise_with_a_class_that_cannot_be() -> None:
+    """The last step's loss is the cross-entropy; its gradient says nothing of that class."""
+    process, t = UniformProcess(CLASSES), torch.tensor([0.5], dtype=torch.float64)
+    logits = torch.tensor([[[0.3, 0.1, -torch.inf]]], requires_grad=True)
+    state = torch.tensor([[1]])
+    loss = process.loss(logits, state, torch.tensor([[0]]), torch.zeros(1).double(), t)
+    (found,) = torch.autograd.grad(loss.sum(), logits)
+    share = float(torch.tensor([0.3, 0.1]).softmax(0)[0])
+    assert float(loss) == pytest.approx(-math.log(1 - share), rel=1e-6)
+    torch.testing.assert_close(found, torch.tensor([[[share, -share, 0.0]]]))
+    law = process.transition(logits, state, t, torch.zeros(1).double(), 1.0)
+    assert law.log_prob(torch.tensor([[2]])).exp() == 0

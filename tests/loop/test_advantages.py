@@ -10,11 +10,17 @@ from torch import Tensor
 
 from domains.gaussian_mixture.rewards import Coordinate
 from lit_rlft.cli import main
-from lit_rlft.core.advantage import Advantage, BatchAdvantage, GroupAdvantage, RunningAdvantage
+from lit_rlft.core.advantage import (
+    Advantage,
+    BatchAdvantage,
+    GroupAdvantage,
+    LeaveOneOutAdvantage,
+    RunningAdvantage,
+)
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Product, Reward, WeightedSum
-from lit_rlft.loop.advantages import check_parts, compare
+from lit_rlft.loop.advantages import check_decoupled, compare
 from tests.support import scalars
 
 REWARD = """
@@ -101,6 +107,22 @@ def test_a_sample_that_failed_by_one_reward_teaches_nothing() -> None:
         advantages(values * torch.nan)
 
 
+def test_a_failed_part_says_nothing_of_samples_without_information() -> None:
+    """The failed one is no peer in its other parts either: the others' sum would not be 0."""
+    values = rewards()
+    values[6, 1] = torch.nan
+    values[8:] = values[8]  # a group of equals
+    found = advantages(values)
+    assert found[6] == 0 and float(found[8:].abs().max()) < 1e-12
+    without = values.view(3, M, 2)[1][[0, 1, 3]].numpy()
+    own = sum(
+        weight * (part - part.mean()) / (part.std() + 1e-6)
+        for weight, part in zip(WEIGHTS, without.T, strict=True)
+    )
+    scale = float(found[4]) / own[0]
+    np.testing.assert_allclose(found[[4, 5, 7]].numpy(), scale * own, rtol=1e-4)
+
+
 @pytest.mark.parametrize("kind", [BatchAdvantage, RunningAdvantage])
 def test_statistics_of_several_rewards_are_kept_apart(kind: type[Advantage]) -> None:
     settings = {"buffer_size": 8, "min_count": 4} if kind is RunningAdvantage else {}
@@ -116,9 +138,9 @@ def test_statistics_of_several_rewards_are_kept_apart(kind: type[Advantage]) -> 
 
 
 def test_only_sums_have_parts_to_compare() -> None:
-    first, second = Coordinate(0), Coordinate(1)
+    first, second, owner = Coordinate(0), Coordinate(1), object()
     total = WeightedSum({"a": first, "b": second}, {"b": -0.5})
-    check_parts(total, GroupAdvantage())
+    check_decoupled(total, GroupAdvantage(), owner)
     others: list[Reward] = [
         first,
         Product({"a": first, "b": second}),
@@ -126,7 +148,9 @@ def test_only_sums_have_parts_to_compare() -> None:
     ]
     for reward in others:
         with pytest.raises(UsageError, match="decoupled_rewards must be false"):
-            check_parts(reward, GroupAdvantage())
+            check_decoupled(reward, GroupAdvantage(), owner)
+    with pytest.raises(UsageError, match=r"false beside LeaveOneOutAdvantage.*to GroupAdvantage"):
+        check_decoupled(total, LeaveOneOutAdvantage(), owner)
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "noise_ppo"])

@@ -32,6 +32,14 @@ PROCESSES: dict[str, Process] = {
 }
 
 
+def test_x_tau_lies_where_the_last_tuned_step_leads() -> None:
+    """Schedulers with fixed strides step past their own grid: the next label is another level."""
+    process = GaussianProcess(DiscreteVP(vp_betas(), spacing="linspace", strides=True), "epsilon")
+    low, high = Relay(cut=0.25).levels(process, 10)
+    assert (low, high) == (float(process.ends(10)[7]), 1.0)
+    assert low == pytest.approx(0.123) and float(process.times(10)[8]) == pytest.approx(0.112)
+
+
 @pytest.mark.parametrize("name", PROCESSES)
 def test_training_levels_are_the_native_ones_between_the_ends(name: str) -> None:
     """Kolmogorov-Smirnov: as drawn above the cut, where those above the start are thrown away."""
@@ -124,6 +132,8 @@ def test_image_refl_trains_the_steps_after_the_reference(monkeypatch: pytest.Mon
         ({"start": 0.95}, "start must be smaller"),
         ({"cut": 0.95}, "cut must be smaller"),
         ({"start": 0.6, "cut": 0.6}, "start must be smaller"),
+        ({"cut": 0.01}, r"cut must be 0, or enough for one of the sampler's \d+ steps, got 0.01"),
+        ({"start": 0.01}, "start must be 0, or enough for one"),
     ],
 )
 @pytest.mark.parametrize("kind", [PGRAFT, DiffusionNFT, DiffusionDPO])

@@ -80,7 +80,11 @@ class UniformProcess(Process):
         # p(x_0 | x_t) / q(x_t | x_0), then x_s given that, then x_t given x_s.
         weights = log_probs - torch.logaddexp(own_t, any_t).where(same, any_t)
         total = weights.logsumexp(dim=-1, keepdim=True)
-        arrived = torch.logaddexp(own + weights, any_s + total)
+        same_s, any_s = own + weights, any_s + total
+        # Of two -inf, as of a class that cannot be, the sum has no derivative.
+        never = (same_s == -math.inf) & (any_s == -math.inf)
+        arrived = torch.logaddexp(same_s.masked_fill(never, 0.0), any_s.masked_fill(never, 0.0))
+        arrived = arrived.masked_fill(never, -math.inf)
         return Categorical(arrived + torch.logaddexp(kept, moved).where(same, moved))
 
     def denoised(self, prediction: State, x_t: State, t: Tensor) -> Tensor:
