@@ -39,7 +39,8 @@ class PGRAFT(RewardFineTuner):
 
     Args:
         *args: Pipeline and reward.
-        cut: f in [0, 1); the reference runs the last f of the sampler's steps. 0 is GRAFT.
+        cut: f in [0, 1); the reference runs the last f of the sampler's steps, above 0 one at
+            least. 0 is GRAFT.
         start: Share of the sampler's steps that the reference runs first, in [0, 1).
         selection: The acceptance rule; the 1 best of M unless given.
         num_candidates: M, samples drawn per condition.

@@ -14,7 +14,7 @@ from lit_rlft.core.process import FlowSDE, Noise, Process, of_step
 from lit_rlft.core.randomness import Generators, next_step, step_noise
 from lit_rlft.core.state import State, batch_size, index, leaves
 
-__all__ = ["Denoiser", "Inverted", "Sampler", "Transition", "walk"]
+__all__ = ["Denoiser", "Inverted", "Sampler", "Transition", "steps_of_share", "walk"]
 
 Denoiser = Callable[[State, Tensor, Condition], State]
 """(x_t, t [B], condition) -> prediction."""
@@ -119,6 +119,11 @@ class Sampler:
             x, iterations = solution.state, iterations + solution.iterations
             residuals = residuals.maximum(solution.residuals.to(residuals))
         return Inverted(x, residuals, iterations)
+
+
+def steps_of_share(share: float, num_steps: int) -> int:
+    """Return how many of a sampler's steps a share of them is: above 0 one at least."""
+    return max(round(share * num_steps), int(share > 0))
 
 
 def walk(

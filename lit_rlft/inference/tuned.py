@@ -6,7 +6,7 @@ picture = pipe("a red ring", num_inference_steps=50).images[0]
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import pooled, tokens_of
+from lit_rlft.core.sampling import steps_of_share
 from lit_rlft.inference.noise_generator import NoiseGenerator
 from lit_rlft.kit.captions import filled, masked
 from lit_rlft.runs.card import read_card
@@ -62,20 +63,23 @@ def load_tuned(pipe: P, folder: str | Path) -> P:
     kind = type(pipe)
     tuned = type(kind.__name__, (_Tuned, kind), {"__module__": kind.__module__})
     pipe.__class__ = tuned
-    pipe._tuned_share = card["tuned_steps"] / card["num_steps"] if has_lora else 1.0  # type: ignore[attr-defined]
-    skipped = card.get("skipped_steps", 0) if has_lora else 0
-    pipe._tuned_start = skipped / card["num_steps"]  # type: ignore[attr-defined]
+    pipe._tuned_shares = _shares(card) if has_lora else (0.0, 0.0)  # type: ignore[attr-defined]
     pipe._tuned_num_steps = card["num_steps"]  # type: ignore[attr-defined]
     pipe._tuned_length = card.get("max_sequence_length")  # type: ignore[attr-defined]
     pipe._tuned_noise = NoiseGenerator.load(folder / _NOISE) if has_noise else None  # type: ignore[attr-defined]
     return pipe
 
 
+def _shares(card: Mapping[str, Any]) -> tuple[float, float]:
+    """Return the shares of the first and of the last steps that the LoRA was not tuned for."""
+    total, first = card["num_steps"], card.get("skipped_steps", 0)
+    return first / total, (total - first - card["tuned_steps"]) / total
+
+
 class _Tuned:
     """Mixed into a pipeline's class; everything else is the pipeline's own."""
 
-    _tuned_share: float
-    _tuned_start: float
+    _tuned_shares: tuple[float, float]
     _tuned_num_steps: int
     _tuned_length: int | None
     _tuned_noise: NoiseGenerator | None
@@ -86,11 +90,11 @@ class _Tuned:
             settings.setdefault("max_sequence_length", self._tuned_length)
         if self._tuned_noise is not None and settings.get("latents") is None:
             settings["latents"] = _latents(self, self._tuned_noise, prompt, settings)
-        first = round(self._tuned_start * num_steps)
-        last = round((self._tuned_start + self._tuned_share) * num_steps)
+        first, after = (steps_of_share(share, num_steps) for share in self._tuned_shares)
+        last = num_steps - after
         if (first, last) == (0, num_steps):
             return super().__call__(prompt, *args, **settings)  # type: ignore[misc]
-        if first == last:
+        if first >= last:
             raise UsageError(f"num_inference_steps {num_steps} leaves no step to the tuned model")
         further = settings.get("callback_on_step_end")
         settings["callback_on_step_end"] = _switch(first, last, further)

@@ -18,7 +18,7 @@ from torch import Tensor
 from lit_rlft.core.checks import below_one, require
 from lit_rlft.core.process import Process
 from lit_rlft.core.randomness import Generators, rand_like
-from lit_rlft.core.sampling import Denoiser
+from lit_rlft.core.sampling import Denoiser, steps_of_share
 from lit_rlft.core.state import State, leaves
 from lit_rlft.loop.route import Leg, Route
 
@@ -42,14 +42,12 @@ class Relay:
 
     def steps(self, num_steps: int) -> tuple[int, int]:
         """Return the first step that the tuned model runs and the one after its last, from 0."""
-        return round(self.start * num_steps), num_steps - round(self.cut * num_steps)
+        first, after = (steps_of_share(share, num_steps) for share in (self.start, self.cut))
+        return first, num_steps - after
 
     def check(self, owner: object, num_steps: int) -> None:
-        """Raise BadArgument of `owner` unless both models have a step where they have a share."""
+        """Raise BadArgument of `owner` unless shares leave the tuned model a step."""
         below_one(owner, start=self.start, cut=self.cut)
-        for name, share in (("start", self.start), ("cut", self.cut)):
-            rule = f"0, or enough for one of the sampler's {num_steps} steps, got {share}"
-            require(not share or bool(round(share * num_steps)), owner, name, rule)
         first, last = self.steps(num_steps)
         steps = f"at least one of the sampler's {num_steps} steps"
         name = "start" if last >= 1 and self.start else "cut"
