@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ _GROUPS = ("model", "reward", "pipeline", "data")
 _OF_TRAINER = ("max_epochs", "max_steps", "limit_train_batches", "precision")
 _TESTED = {"tuned": "test", "reference": "test_reference", "gain": "test_gain"}
 """Names of the log by arm."""
+_SAMPLE = re.compile(r"\d{5,}_\d{19,}")
+"""The name of a sample's file: its row and its seed."""
 
 __all__ = ["RunFiles", "SaveConfig"]
 
@@ -49,22 +52,37 @@ class SaveConfig(SaveConfigCallback):
     """Writes the whole config into the run's folder, and its settings to the loggers.
 
     TensorBoard has them as text too. Its page HParams, like the hyperparameters of other loggers,
-    has all plain settings of the model, the reward, the pipeline and the data.
+    has all plain settings of the model, the reward, the pipeline and the data. That of a fit starts
+    anew: it does not hold the checkpoint that the fit went on from.
     """
+
+    _last: tuple[Path, str] | None = None
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write `config.yaml` for a fit, `config_<stage>.yaml` otherwise."""
-        text = self.parser.dump(self.config, skip_none=False)
-        stage = TrainerFn(stage).value
+        stage, config = TrainerFn(stage).value, self.config
+        if stage == "fit":
+            config = config.clone()
+            config.ckpt_path = None
+        text = self.parser.dump(config, skip_none=False)
         name = "config.yaml" if stage == "fit" else f"config_{stage}.yaml"
         folder = run_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
-        with writing(folder / name):
-            write_whole(folder / name, text)
+        self._last = (folder / name, text) if stage == "test" else None
+        if self._last is None:
+            with writing(folder / name):
+                write_whole(folder / name, text)
         log_settings(pl_module, _settings(yaml.safe_load(text)))
         writer = summary_writer(pl_module)
         if writer is not None:
             writer.add_text(f"config/{stage}", f"```yaml\n{text}\n```")
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the config of a test beside its results: until then it is that of older ones."""
+        if self._last is not None:
+            path, text = self._last
+            with writing(path):
+                write_whole(path, text)
 
 
 class RunFiles(Callback):
@@ -239,12 +257,20 @@ class RunFiles(Callback):
                 lines.sort(key=lambda line: json.loads(line)["file"])
             with writing(folder / "samples.jsonl"):
                 write_whole(folder / "samples.jsonl", "".join(f"{line}\n" for line in lines))
+            _clear(folder / "samples", {Path(json.loads(line)["file"]).stem for line in lines})
             for part in parts:
                 part.unlink()
         if writes_nothing(trainer):
             say("fast_dev_run: nothing was written")
             return
         say(f"samples: {folder / 'samples'}\nsamples.jsonl: {folder / 'samples.jsonl'}")
+
+
+def _clear(folder: Path, named: set[str]) -> None:
+    """Delete samples of a folder that earlier commands with other settings left there."""
+    for path in folder.glob("*"):
+        if _SAMPLE.fullmatch(path.stem) and path.stem not in named:
+            path.unlink()
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, bool | int | float | str]:

@@ -45,7 +45,7 @@ from lit_rlft.loop.strategy import check_strategy
 from lit_rlft.runs.checkpoint_file import WholeCheckpoints
 from lit_rlft.runs.events import quiet_event_writer
 from lit_rlft.runs.files import disk_trouble
-from lit_rlft.runs.folder import give_folder, make_folder, trainer_settings
+from lit_rlft.runs.folder import give_folder, make_folder, spelled_out, trainer_settings
 from lit_rlft.runs.warned import Heard, hearing_warnings
 
 __all__ = ["Command", "own_callbacks", "run"]
@@ -145,6 +145,7 @@ class Command(LightningCLI):
         given = own.trainer.strategy
         check_strategy(given if isinstance(given, str) else given.class_path)
         check_loggers(own.trainer.logger)
+        own.root = spelled_out(own.root)
         own.ckpt_path = choose(own, self.config.subcommand)
 
     def _parse_ckpt_path(self) -> None:

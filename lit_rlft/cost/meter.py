@@ -36,7 +36,7 @@ class Meter:
         self.training = self.current = Cost()
         self.flops_per_call = 0
         self._others = dict.fromkeys(_COUNTS, 0)
-        self._started = self._seconds_before = 0.0
+        self._started = self._paused = self._seconds_before = 0.0
 
     def watch(self, pipeline: Pipeline, trained: nn.Module, reference: nn.Module) -> None:
         """Count the calls and operations of networks from now on.
@@ -105,12 +105,13 @@ class Meter:
         return {"samples": num_samples, **calls}
 
     def start_evaluation(self) -> None:
-        """Bill an evaluation in the middle of training; training's clock runs on."""
-        self.current = Cost()
+        """Bill an evaluation in the middle of training, whose clock stands still."""
+        self.current, self._paused = Cost(), time.monotonic()
 
     def end_evaluation(self) -> None:
         """Bill training again."""
         self.current = self.training
+        self._started += time.monotonic() - self._paused
 
     def start_test(self) -> None:
         """Bill a test, with a clock of its own."""

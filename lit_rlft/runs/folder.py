@@ -22,6 +22,7 @@ from lit_rlft.runs.lock import RunLock
 _NAME = "LIT_RLFT_RUN_NAME"
 _OWN_SETTINGS = {
     "gradient_clip_val": (None, "max_grad_norm"),
+    "gradient_clip_algorithm": (None, "max_grad_norm, which bounds the norm"),
     "accumulate_grad_batches": (1, "minibatch_size and microbatch_size"),
 }
 """Lightning's settings of automatic optimisation: their defaults, and what takes their place."""
@@ -38,6 +39,7 @@ __all__ = [
     "give_folder",
     "make_folder",
     "run_folder",
+    "spelled_out",
     "summary_writer",
     "trainer_settings",
     "writes_nothing",
@@ -124,14 +126,19 @@ def summary_writer(module: LightningModule) -> SummaryWriter | None:
     return None
 
 
+def spelled_out(root: str) -> str:
+    """Return a path with the user's home and variables in place, as the logger would write it."""
+    return os.path.expandvars(Path(root).expanduser())
+
+
 def check_name(name: str | None) -> None:
     """Raise UsageError for a name that is not that of one folder below the root."""
     if name is None:
         return
-    if not name.strip() or name in (".", "..") or any(c in "/\\" or c < " " for c in name):
+    if not name.strip() or name in (".", "..") or any(c in "/\\$" or c < " " for c in name):
         raise UsageError(
-            f"name must be that of a folder in root, without separators, got {name!r}; set root "
-            "to write elsewhere"
+            f"name must be that of a folder in root, without separators and $, got {name!r}; set "
+            "root to write elsewhere"
         )
 
 
@@ -173,6 +180,11 @@ def _check_fresh(folder: Path, checkpoints: Path) -> None:
     """
     found = sorted(checkpoints.glob("*.ckpt"), key=_newest)
     requeued = "SLURM_JOB_ID" in os.environ and any(folder.glob("hpc_ckpt_*.ckpt"))
+    if not found and (folder / "tuned").exists():
+        raise UsageError(
+            f"{folder} already holds a run that kept no checkpoint; choose another --name, or "
+            "delete it"
+        )
     if not found or requeued:
         return
     if checkpoints.parent == folder:

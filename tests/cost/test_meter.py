@@ -37,6 +37,21 @@ def test_calls_are_billed_to_whoever_runs() -> None:
     assert meter.spent(num_samples=7) == {"samples": 7, "reward_calls": 0, "denoiser_calls": 4}
 
 
+def test_the_clock_of_training_stands_still_in_evaluations(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As its calls do: runs that validate more or less often compare."""
+    now = iter([10.0, 13.0, 113.0, 114.0, 120.0, 170.0, 175.0])
+    monkeypatch.setattr("lit_rlft.cost.meter.time.monotonic", lambda: next(now))
+    meter = Meter()
+    meter.start_training()
+    for seconds in (4.0, 15.0):
+        meter.start_evaluation()
+        meter.end_evaluation()
+        meter.end_round([meter.counts()])
+        assert meter.training.seconds == seconds
+
+
 def test_processes_that_spend_unequally_are_summed() -> None:
     meters = [Meter() for _ in range(3)]
     for number, meter in enumerate(meters):
