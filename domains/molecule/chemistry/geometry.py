@@ -150,6 +150,10 @@ def _fault(
     unknown = {atom.GetSymbol() for atom in atoms} - elements - {"H"}
     if unknown:
         return f"elements other than {', '.join(sorted(elements))}", ", ".join(sorted(unknown))
+    # Distance geometry knows no distances between parts, and lays them over each other.
+    num_parts = len(Chem.GetMolFrags(mol))
+    if num_parts > 1:
+        return "more than one part", f"{num_parts} parts"
     if any(atom.GetNumRadicalElectrons() for atom in atoms):
         return "a radical", ""
     if not charged and any(atom.GetFormalCharge() for atom in atoms):

@@ -139,6 +139,8 @@ class SmilesFile(MoleculePath):
         **source: `strict` and `cache_dir` of a source.
     """
 
+    version = 2  # of SMILES of several parts
+
     def __init__(
         self,
         path: str,

@@ -119,6 +119,7 @@ def _remedies(elements: Sequence[str], max_atoms: int) -> dict[str, str]:
         f"elements other than {', '.join(elements)}": "name them in elements",
         f"more atoms than {max_atoms}": "raise max_atoms",
         "missing hydrogens": "add hydrogens, or set elements to heavy atoms alone",
+        "more than one part": "write each part on a line of its own",
         "no conformer": "embed the molecules, as SmilesFile does",
         "bonds that are not its valences": "set only_stable to false",
         "bonds beyond a valence": "set only_stable to false",

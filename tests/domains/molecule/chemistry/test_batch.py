@@ -174,6 +174,8 @@ def test_processes_give_what_one_does() -> None:
         ("CCl", "elements other than C, F, H, N, O"),
         ("C[CH2]", "a radical"),
         ("C[N+](=O)[O-]", "a formal charge"),
+        ("C.C", "more than one part"),
+        ("[NH4+].[O-]C=O", "more than one part"),
         ("CCCCCC", "more atoms than 9"),
         ("C1#CC1", "no conformer (ETKDG found none)"),
     ],

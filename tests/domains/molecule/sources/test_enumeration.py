@@ -141,12 +141,12 @@ def test_the_molecules_that_ship(tmp_path: Path) -> None:
 
 
 def test_caches_that_were_made_before_are_used(tmp_path: Path) -> None:
-    """Their readers take the same molecules as those of 0.2.0, whose folders had these names."""
+    """The enumerated are those of 0.2.0, whose folder had this name; SMILES are read anew."""
     assert Enumerated(3, 300).digest() == "25fd188c34efb51a"
     path = tmp_path / "a.smi"
     path.write_text("C\n")
     source = SmilesFile(str(path))
-    settings = [1, "SmilesFile", EXPLICIT, 29, False, True]
+    settings = [2, "SmilesFile", EXPLICIT, 29, False, True]
     assert source.identity() == [*settings, str(path.resolve()), stamps([path]), "smiles", False]
 
 

@@ -188,6 +188,21 @@ def test_smiles_are_embedded_and_the_rest_is_listed(tmp_path: Path, workers: int
     assert "line 7 has bonds that are not its valences" in listing
 
 
+@pytest.mark.parametrize("elements", [EXPLICIT, HEAVY])
+def test_smiles_of_several_parts_are_left_out(tmp_path: Path, elements: tuple[str, ...]) -> None:
+    """Laid over each other they were one molecule: C.C became ethane."""
+    path = tmp_path / "some.smi"
+    path.write_text("C.C\nCO.CC\nCCO\n")
+    source = SmilesFile(str(path), elements=elements, only_stable=False, **settings(tmp_path))
+    packed = source.load()
+    assert packed.numbers.tolist() == [3]
+    assert Chemistry(molecules_of(packed, elements)).smiles == ["CCO"]
+    assert "line 1 has more than one part (2 parts)" in source.left_out()
+    path.write_text("C.C\n")
+    with pytest.raises(UsageError, match="nothing is left to use: write each part on a line"):
+        source.load()
+
+
 def test_heavy_atoms_only(tmp_path: Path) -> None:
     path = tmp_path / "some.smi"
     path.write_text("CCO\nCCCCCC\n")
