@@ -24,7 +24,7 @@ from domains.molecule.chemistry.batch import Chemistry, chemistry_of
 from domains.molecule.chemistry.elements import EXPLICIT
 from domains.molecule.samples import EMPTY, Molecules, check_molecules
 from domains.molecule.sources import Enumerated, Source
-from domains.molecule.sources.packed import Packed, molecules_of
+from domains.molecule.sources.packed import known_smiles, molecules_of
 from lit_rlft.core.checks import at_least
 from lit_rlft.core.guard import LARGE_FALL, Guard
 from lit_rlft.core.pipeline import Condition, Pipeline
@@ -275,13 +275,6 @@ def _statistics(features: Mapping[str, Tensor]) -> _Statistics:
     groups = {"bond_length": bond_lengths(chemistry), "angle": angles(chemistry)}
     groups |= {name: {0: _finite(features[name].numpy())} for name in _DESCRIPTORS}
     return _Statistics(chemistry.molecules, groups)
-
-
-def known_smiles(packed: Packed, elements: tuple[str, ...]) -> frozenset[str]:
-    """Return canonical SMILES of packed molecules, made from positions as those of samples are."""
-    chunks = [slice(i, i + 4096) for i in range(0, len(packed), 4096)]
-    found = (Chemistry(molecules_of(packed, elements, rows)).smiles for rows in chunks)
-    return frozenset(smiles for part in found for smiles in part if smiles is not None)
 
 
 def type_total_variation(a: Molecules, b: Molecules) -> float:

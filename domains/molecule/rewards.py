@@ -22,13 +22,16 @@ from torch import Tensor
 from domains.molecule.chemistry import bonds
 from domains.molecule.chemistry.batch import Chemistry, chemistry_of
 from domains.molecule.chemistry.elements import VALENCES, valences
-from domains.molecule.chemistry.graphs import to_smiles
+from domains.molecule.chemistry.smiles import plain_smiles
 from domains.molecule.samples import Molecules, check_molecules
+from domains.molecule.sources import Source
 from domains.molecule.sources.formats import read_smiles
+from domains.molecule.sources.packed import known_smiles
 from lit_rlft.core.checks import UsageError, at_least, finite, positive
 from lit_rlft.core.pipeline import Condition, Pipeline
 from lit_rlft.core.reward import Reward
 from lit_rlft.kit.called import name_of, numbers_of
+from lit_rlft.kit.sources import prepare
 
 __all__ = [
     "QED",
@@ -317,23 +320,37 @@ class Strain(_Chemical):
 class Novelty(_Chemical):
     """1 for valid and connected molecules whose graph is not in a file of SMILES, 0 for others.
 
+    Stereochemistry, isotopes and atom maps of the file do not count.
+
     Args:
         path: A .csv file with a header, or one with a SMILES a line.
         column: Name of the SMILES' column in a .csv file.
+        source: The molecules that were trained on: what their positions are read as is known
+            beside the file. None suffices where they are a SmilesFile's that leaves out what is
+            read as another molecule, as it does unless `only_stable` is false.
 
     Raises:
         UsageError: The file is missing or holds no readable SMILES.
     """
 
-    def __init__(self, path: str, column: str = "smiles") -> None:
+    def __init__(self, path: str, column: str = "smiles", source: Source | None = None) -> None:
         super().__init__()
+        self.source = source
+        self._trained_on: frozenset[str] | None = None
         parsed = (Chem.MolFromSmiles(text) for _, _, text in read_smiles(Path(path), column))
-        self.known = frozenset(to_smiles(mol) for mol in parsed if mol is not None)
+        self.known = frozenset(plain_smiles(mol) for mol in parsed if mol is not None)
         if not self.known:
             raise UsageError(f"reward.init_args.path: {path} holds no SMILES that RDKit can read")
 
+    def check(self, pipeline: Pipeline) -> None:
+        if self.source is not None:
+            prepare(self, "source", self.source)
+
     def values(self, chemistry: Chemistry) -> NDArray[np.float64]:
-        new = [smiles not in self.known for smiles in chemistry.smiles]
+        if self.source is not None and self._trained_on is None:
+            self._trained_on = known_smiles(self.source.load(), self.source.elements)
+        known = self.known | (self._trained_on or frozenset())
+        new = [smiles not in known for smiles in chemistry.smiles]
         return (np.array(new, bool) & chemistry.connected).astype(np.float64)
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from domains.molecule.chemistry import bonds
 from domains.molecule.chemistry.descriptors import DESCRIPTORS
 from domains.molecule.chemistry.geometry import electronic_of, strain_of
-from domains.molecule.chemistry.graphs import Graphs, graphs_of, to_smiles
+from domains.molecule.chemistry.graphs import Graphs, graphs_of
+from domains.molecule.chemistry.smiles import to_smiles
 from domains.molecule.chemistry.workers import in_workers
 from domains.molecule.samples import Molecules
 

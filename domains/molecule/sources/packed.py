@@ -9,13 +9,15 @@ import torch
 from numpy.typing import NDArray
 
 from domains.molecule.chemistry import bonds
+from domains.molecule.chemistry.batch import Chemistry
 from domains.molecule.chemistry.elements import ATOMIC_NUMBERS
 from domains.molecule.samples import EMPTY, Molecules
 from lit_rlft.kit.bad_entries import BadEntry, Report, usable
 
-__all__ = ["Packed", "Structure", "molecules_of", "pack"]
+__all__ = ["Packed", "Structure", "known_smiles", "molecules_of", "pack"]
 
 _CHUNK = 4096  # molecules
+_MISREAD = "bonds that are read as another molecule's"
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,9 @@ class Structure:
         symbols: [n] elements, hydrogens among them.
         positions: [n, 3] in Angstrom.
         num_missing: Hydrogens that the file's bonds call for and that are not among the atoms.
+        charge: Sum of the formal charges.
+        smiles: The canonical SMILES of the molecule meant, where it is known and its bonds shall be
+            read as that.
     """
 
     name: str
@@ -35,6 +40,8 @@ class Structure:
     symbols: Sequence[str]
     positions: NDArray[np.floating]
     num_missing: int = 0
+    charge: int = 0
+    smiles: str = ""
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,8 @@ def pack(
         source: The file, for messages.
         strict: Stop at the first bad entry instead of leaving it out.
         only_stable: Leave out molecules with an atom whose bonds, by the tables, are not its
-            valence; with implicit hydrogens, exceed it.
+            valence; with implicit hydrogens, exceed it. Also those whose bonds, by the tables, are
+            those of another molecule than the structure's `smiles`, where it has any.
 
     Raises:
         UsageError: An entry is bad and `strict`, or no entry is good.
@@ -93,20 +101,23 @@ def pack(
     # Flat arrays: Python objects per molecule would take several times their memory.
     positions, types, numbers = array("f"), array("b"), array("i")
     names: list[str] = []
+    meant: list[str] = []
     for entry in usable(entries, lambda entry: _fault(entry, types_of, max_atoms), report):
         _append(entry, types_of, max_atoms, positions, types)
         numbers.append(entry.number)
         names.append(entry.name)
+        meant.append(entry.smiles)
     packed = Packed(
         np.frombuffer(positions, np.float32).reshape(-1, max_atoms, 3),
         np.frombuffer(types, np.int8).reshape(-1, max_atoms),
         np.frombuffer(numbers, np.int32),
     )
     if only_stable and len(packed):
-        stable, fault = _stability(packed, tuple(elements))
-        for row in np.flatnonzero(~stable).tolist():
-            report.leave_out(BadEntry(names[row], fault))
-        packed = packed.index(stable)
+        faults = _bond_faults(packed, tuple(elements), meant)
+        for name, fault in zip(names, faults, strict=True):
+            if fault:
+                report.leave_out(BadEntry(name, *fault))
+        packed = packed.index(np.array([not fault for fault in faults]))
     report.num_kept = len(packed)
     report.remedies = _remedies(elements, max_atoms)
     report.check()
@@ -123,6 +134,7 @@ def _remedies(elements: Sequence[str], max_atoms: int) -> dict[str, str]:
         "no conformer": "embed the molecules, as SmilesFile does",
         "bonds that are not its valences": "set only_stable to false",
         "bonds beyond a valence": "set only_stable to false",
+        _MISREAD: "set only_stable to false",
     }
 
 
@@ -133,6 +145,13 @@ def molecules_of(
     positions = torch.from_numpy(np.array(packed.positions[rows]))
     types = torch.from_numpy(packed.types[rows].astype(np.int64))
     return Molecules.of(positions, types, elements, "H" not in elements)
+
+
+def known_smiles(packed: Packed, elements: tuple[str, ...]) -> frozenset[str]:
+    """Return canonical SMILES of packed molecules, made from positions as those of samples are."""
+    chunks = [slice(i, i + _CHUNK) for i in range(0, len(packed), _CHUNK)]
+    found = (Chemistry(molecules_of(packed, elements, rows)).smiles for rows in chunks)
+    return frozenset(smiles for part in found for smiles in part if smiles is not None)
 
 
 def _fault(entry: Structure, types_of: dict[str, int], max_atoms: int) -> BadEntry | None:
@@ -154,7 +173,8 @@ def _fault(entry: Structure, types_of: dict[str, int], max_atoms: int) -> BadEnt
         return BadEntry(entry.name, "a position that is not finite", detail)
     if len(entry.symbols) > 1 and np.ptp(entry.positions, axis=0).max() < 1e-3:
         return BadEntry(entry.name, "no conformer", "all atoms are in one place")
-    if "H" in types_of and sum(ATOMIC_NUMBERS[symbol] for symbol in entry.symbols) % 2:
+    num_electrons = sum(ATOMIC_NUMBERS[symbol] for symbol in entry.symbols) - entry.charge
+    if "H" in types_of and num_electrons % 2:
         return BadEntry(entry.name, "an odd number of electrons", "a radical or an ion")
     return None
 
@@ -174,6 +194,28 @@ def _append(
     positions.extend([0.0] * 3 * num_empty)
     types.extend(types_of[entry.symbols[i]] for i in kept)
     types.extend([EMPTY] * num_empty)
+
+
+def _bond_faults(
+    packed: Packed, elements: tuple[str, ...], meant: Sequence[str]
+) -> list[tuple[str, ...]]:
+    """Return what is wrong with each molecule's bonds by the tables; nothing where nothing is.
+
+    Args:
+        packed: n molecules.
+        elements: Symbols of the types.
+        meant: [n] SMILES that they shall have; "" for any.
+    """
+    stable, fault = _stability(packed, elements)
+    faults: list[tuple[str, ...]] = [() if right else (fault,) for right in stable.tolist()]
+    known = np.flatnonzero(stable & np.array([bool(smiles) for smiles in meant]))
+    for start in range(0, len(known), _CHUNK):
+        rows = known[start : start + _CHUNK]
+        found = Chemistry(molecules_of(packed, elements, rows)).smiles
+        for row, smiles in zip(rows.tolist(), found, strict=True):
+            if smiles != meant[row]:
+                faults[row] = (_MISREAD, f"{meant[row]} as {smiles}")
+    return faults
 
 
 def _stability(packed: Packed, elements: tuple[str, ...]) -> tuple[NDArray[np.bool_], str]:

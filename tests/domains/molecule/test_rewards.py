@@ -14,10 +14,12 @@ from scipy.stats import spearmanr
 
 from domains.molecule import rewards
 from domains.molecule.chemistry import bonds
-from domains.molecule.chemistry.elements import EXPLICIT
+from domains.molecule.chemistry.batch import chemistry_of
+from domains.molecule.chemistry.elements import EXPLICIT, HEAVY
 from domains.molecule.networks import Architecture
 from domains.molecule.pipeline import MoleculePipeline
 from domains.molecule.samples import EMPTY, Molecules
+from domains.molecule.sources import SmilesFile
 from lit_rlft.algorithms.graft import GRAFT
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.reward import Reward, WeightedSum, check_rewards
@@ -136,6 +138,35 @@ def test_strain_and_novelty(tmp_path: Path) -> None:
     path.write_text("not-a-molecule\n")
     with pytest.raises(UsageError, match="holds no SMILES"):
         rewards.Novelty(str(path))
+
+
+def test_molecules_that_were_trained_on_are_not_new(tmp_path: Path) -> None:
+    """What the bond tables read benzene as without hydrogens is known where the source is."""
+    path = tmp_path / "known.smi"
+    path.write_text("c1ccccc1\nCO\n")
+    benzene = from_smiles("c1ccccc1", heavy=True)
+    assert chemistry_of(benzene).smiles == ["C1CCCCC1"]
+    assert reward_of(rewards.Novelty(str(path)), benzene) == [1]
+    source = SmilesFile(
+        str(path), elements=HEAVY, only_stable=False, cache_dir=str(tmp_path / "cache")
+    )
+    novelty = rewards.Novelty(str(path), source=source)
+    assert reward_of(novelty, benzene) == [0]
+    assert reward_of(novelty, from_smiles("CO", "CN", heavy=True)) == [0, 1]
+
+
+def test_labels_of_atoms_make_no_molecule_new(tmp_path: Path) -> None:
+    labelled = (
+        "[CH3:1][OH:2]",
+        "[2H]C([2H])([2H])O",
+        "[13CH3]O",
+        "[H]OC([H])([H])[H]",
+        "[CH3]O[2H]",
+    )
+    path = tmp_path / "known.smi"
+    for smiles in labelled:
+        path.write_text(f"{smiles}\n")
+        assert reward_of(rewards.Novelty(str(path)), from_smiles("CO", "CN")) == [0, 1], smiles
 
 
 def test_invalid_molecules_get_the_number_that_is_stated() -> None:

@@ -203,6 +203,39 @@ def test_smiles_of_several_parts_are_left_out(tmp_path: Path, elements: tuple[st
         source.load()
 
 
+def test_smiles_that_positions_are_not_read_as_are_left_out(tmp_path: Path) -> None:
+    """Bonds of 139.5 pm are single ones to the tables: benzene becomes cyclohexane."""
+    path = tmp_path / "some.smi"
+    path.write_text("c1ccccc1\nCc1ccncc1\nCC=O\n[13CH3]O\nCC#N\n")
+    source = SmilesFile(str(path), elements=HEAVY, **settings(tmp_path))
+    packed = source.load()
+    assert packed.numbers.tolist() == [3, 4, 5]
+    found = Chemistry(molecules_of(packed, HEAVY)).smiles
+    assert found == [Chem.CanonSmiles(smiles) for smiles in ("CC=O", "CO", "CC#N")]
+    fault = "line 1 has bonds that are read as another molecule's (c1ccccc1 as C1CCCCC1)"
+    assert fault in source.left_out()
+    path.write_text("c1ccccc1\n")
+    with pytest.raises(UsageError, match="nothing is left to use: set only_stable to false"):
+        source.load()
+    every = SmilesFile(str(path), elements=HEAVY, only_stable=False, **settings(tmp_path))
+    assert len(every.load()) == 1
+
+
+def test_ions_are_kept_where_charges_may_be(tmp_path: Path) -> None:
+    path = tmp_path / "some.smi"
+    path.write_text("C[NH3+]\nCC(=O)[O-]\nC[N+](=O)[O-]\nCC\n")
+    kept: dict[str, Any] = {"only_stable": False, **settings(tmp_path)}
+    packed = SmilesFile(str(path), charged=True, **kept).load()
+    assert packed.numbers.tolist() == [1, 2, 3, 4]
+    assert SmilesFile(str(path), **kept).load().numbers.tolist() == [4]
+    # A radical cation has an odd number of electrons, counted with its charge.
+    symbols, places = geometry("C[NH3+]")
+    ion = Structure("a", 1, symbols, places, charge=1)
+    radical = Structure("b", 2, symbols, places)
+    packed, report = pack([ion, radical], EXPLICIT, 9, source="a file")
+    assert packed.numbers.tolist() == [1] and "an odd number of electrons (b)" in str(report)
+
+
 def test_heavy_atoms_only(tmp_path: Path) -> None:
     path = tmp_path / "some.smi"
     path.write_text("CCO\nCCCCCC\n")
