@@ -127,6 +127,8 @@ class MoleculeMeasures(SetMetric):
 class Drugs(Metric):
     """QED, SA score and logP of valid and connected molecules, and on request their strain.
 
+    Radicals, whose atoms lack bonds, are valid: they count in the first three. They have no strain.
+
     Args:
         strain: Also measure "strain": MMFF94 energy before minus after minimisation, kcal/mol.
         num_workers: Worker processes for the strain; 0 works in this one.

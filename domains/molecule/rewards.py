@@ -299,12 +299,13 @@ class Strain(_Chemical):
     r"""How relaxed a geometry is, in (0, 1].
 
     The reward is :math:`\exp(-\Delta E / s)`, with :math:`\Delta E` the MMFF94 energy before minus
-    after minimisation. DFT geometries of small molecules have about 1 kcal/mol.
+    after minimisation. DFT geometries of small molecules have about 1 kcal/mol. Radicals have none.
 
     Args:
         scale: s in kcal/mol.
         num_workers: Worker processes; 0 works in this one.
-        invalid: Reward of molecules that are not valid and connected or unknown to MMFF94.
+        invalid: Reward of molecules that are not valid and connected, radicals, or unknown to
+            MMFF94.
     """
 
     def __init__(self, scale: float = 10.0, num_workers: int = 0, invalid: float = 0.0) -> None:

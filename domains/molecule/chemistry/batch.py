@@ -67,12 +67,18 @@ class Chemistry:
 
     @cached_property
     def mols(self) -> list[Chem.Mol | None]:
-        """Sanitised molecules, all fragments, hydrogens counted on heavy atoms; None if invalid."""
-        return self.graphs.compact()
+        """Sanitised molecules, all fragments, hydrogens counted on heavy atoms; None if invalid.
+
+        One with an atom whose position is not finite is invalid.
+        """
+        molecules = self.molecules
+        placed = molecules.positions.isfinite().all(dim=2) | ~molecules.valid
+        mols = zip(self.graphs.compact(), placed.all(dim=1).tolist(), strict=True)
+        return [mol if whole else None for mol, whole in mols]
 
     @cached_property
     def valid(self) -> NDArray[np.bool_]:
-        """Which molecules RDKit sanitises, [B]."""
+        """Which molecules RDKit sanitises, all of whose positions are finite, [B]."""
         return np.array([mol is not None for mol in self.mols], bool)
 
     @cached_property
@@ -117,7 +123,8 @@ class Chemistry:
     def strain(self, num_workers: int = 0) -> NDArray[np.float64]:
         """Return the MMFF94 energy before minus after minimisation in kcal/mol, [B].
 
-        NaN unless the molecule is valid and in one part and the force field knows its atoms.
+        NaN unless the molecule is valid, in one part and no radical, and the force field knows its
+        atoms.
         Hydrogens that are implicit are placed and minimised before.
 
         Args:

@@ -113,11 +113,15 @@ def with_hydrogens(mol: Chem.Mol) -> Chem.Mol | None:
 def strain_of(mol: Chem.Mol) -> float:
     """Return the MMFF94 energy before minus after minimisation in kcal/mol, or NaN.
 
+    NaN for radicals too: the force field takes their atoms for those of other molecules.
+
     Args:
         mol: A molecule with positions, as for `with_hydrogens`.
     """
     whole = with_hydrogens(mol)
-    field = None if whole is None else _field(whole)
+    if whole is None or any(atom.GetNumRadicalElectrons() for atom in whole.GetAtoms()):
+        return math.nan
+    field = _field(whole)
     if field is None:
         return math.nan
     before = field.CalcEnergy()

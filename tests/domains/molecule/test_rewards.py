@@ -82,7 +82,7 @@ def test_stability() -> None:
 
 
 def test_valid_and_connected() -> None:
-    # The last one's two atoms at no place are two parts.
+    # The last one's two atoms are at no place.
     assert reward_of(rewards.ValidConnected(), broken()) == [1, 0, 0, 0]
     assert reward_of(rewards.ValidConnected(), from_smiles("CCO", heavy=True)) == [1]
 

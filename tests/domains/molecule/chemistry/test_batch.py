@@ -142,6 +142,30 @@ def test_strain_of_a_minimum_and_of_a_stretched_bond() -> None:
     assert 0 <= values[0] < 0.2 and values[1] > 1 and math.isnan(values[2])
 
 
+def test_radicals_have_no_strain() -> None:
+    """MMFF94 has no types of theirs: RDKit gives a methyl radical the carbon of methane."""
+    symbols, places = geometry("C")
+    ethane = geometry("CC")
+    ethyl = (ethane[0][:-1], ethane[1][:-1])
+    view = Chemistry(from_atoms([(symbols[:4], places[:4]), ethyl, (symbols, places)]))
+    assert view.smiles == ["[CH3]", "[CH2]C", "C"] and view.connected.all()
+    assert np.isnan(view.strain()).tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("heavy", [False, True])
+@pytest.mark.parametrize("lost", [math.nan, math.inf])
+def test_molecules_with_an_atom_at_no_place_are_invalid(heavy: bool, lost: float) -> None:
+    whole = from_smiles("C", "CCO", heavy=heavy)
+    positions = whole.positions.clone()
+    positions[0, 0, 1] = lost
+    positions[1, -1] = lost if heavy is False else positions[1, -1]
+    positions[0, 1:][~whole.valid[0, 1:]] = lost  # anything may be in empty slots
+    view = Chemistry(Molecules.of(positions, whole.types, whole.elements, heavy))
+    assert view.valid.tolist() == view.connected.tolist() == [False, heavy]
+    assert view.smiles == [None, "CCO" if heavy else None]
+    assert np.isnan(view.values("qed")).tolist() == [True, not heavy]
+
+
 def test_strain_with_implicit_hydrogens_places_them_first() -> None:
     values = Chemistry(from_smiles("CCO", "CC(C)=O", heavy=True)).strain()
     assert (values >= 0).all() and (values < 2).all()
