@@ -21,7 +21,7 @@ __all__ = ["LayoutData", "Task", "given"]
 Task = Literal["unconditional", "category", "category_size", "completion"]
 _TASKS: tuple[Task, ...] = get_args(Task)
 _SPLITS: tuple[Split, ...] = ("train", "val", "test")
-_COMPLETION = (0.1, 0.9)  # share of the elements that are given, at least one and not all
+_COMPLETION = (0.1, 0.9)  # share of the elements that are given: at least one, not all of several
 
 
 class LayoutData(SourceData[Packed]):

@@ -77,8 +77,9 @@ class SetDistances(SourceDistances["_Real"]):
     """FID, KID, class and box distances of an evaluation's samples from a set of layouts.
 
     "class_tv", "box_wasserstein", "fid" and "kid". FID depends on the number of samples and on the
-    encoder: compare runs that share both. Standard errors are those of drawing other samples; the
-    layouts compared with are taken as they are.
+    encoder: compare runs that share both. Boxes that are not finite are left out, of FID and KID
+    their whole layouts. Standard errors are those of drawing other samples; the layouts compared
+    with are taken as they are.
 
     Args:
         source: The layouts compared with; pages of the page grammar unless given.
@@ -115,14 +116,20 @@ class SetDistances(SourceDistances["_Real"]):
     def compare(self, features: Mapping[str, Tensor]) -> dict[str, float]:
         """Return the four distances."""
         encoded = features["features"]
+        encoded = encoded[encoded.isfinite().all(dim=1)]
         return self.compare_draw(features) | {
             "fid": self.real.known.frechet_distance(encoded),
             "kid": self.real.known.kernel_distance(encoded),
         }
 
     def left_out(self, features: Mapping[str, Tensor], pairs: Tensor) -> dict[str, LeftOut]:
-        """Return "fid" and "kid"."""
-        fid, kid = self.real.known.distances_left_out(features["features"], pairs)
+        """Return "fid" and "kid"; NaN where a layout has a box that is not finite."""
+        encoded = features["features"]
+        if not encoded.isfinite().all():
+            each = torch.full((len(encoded),), torch.nan, dtype=torch.float64)
+            unknown = LeftOut(each, each.new_full((len(pairs),), torch.nan))
+            return {"fid": unknown, "kid": unknown}
+        fid, kid = self.real.known.distances_left_out(encoded, pairs)
         return {"fid": fid, "kid": kid}
 
     def compare_draw(self, features: Mapping[str, Tensor]) -> dict[str, float]:
@@ -154,7 +161,9 @@ class Diversity(Metric):
     """How much a layout differs from the others of the same condition, in [0, 1].
 
     1 minus the mean of DocSim(a, b) / sqrt(DocSim(a, a) DocSim(b, b)) over the next few samples of
-    the condition; 0 when all are the same. A fall below the reference's is the first sign that a
+    the condition; 0 when all are the same. DocSim is a mean over the larger layout's
+    elements here. Layouts without elements or area are the same. One with a box that is not
+    finite has NaN, and is none of the others. A fall below the reference's is the first sign that a
     reward is being exploited.
 
     Args:
@@ -181,7 +190,7 @@ class Diversity(Metric):
             places = torch.arange(len(members)).repeat_interleave(num_others)
             b = members[(places + steps) % len(members)]
             alike = docsim(layouts.index(a), layouts.index(b), normalised=True)
-            values[members] = 1 - torch.from_numpy(alike).view(-1, num_others).mean(dim=1)
+            values[members] = 1 - torch.from_numpy(alike).view(-1, num_others).nanmean(dim=1)
         return {"diversity": values}
 
     def guards(self) -> dict[str, Guard]:

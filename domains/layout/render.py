@@ -1,6 +1,7 @@
 """Layouts as pictures: labelled boxes for panels, PNG, SVG; and as JSON, the input format."""
 
 import json
+import math
 from pathlib import Path
 from xml.sax.saxutils import escape
 
@@ -45,7 +46,7 @@ def each(layouts: Layouts) -> list[list[Element]]:
 def to_image(
     elements: list[Element], classes: tuple[str, ...], size: tuple[int, int]
 ) -> Image.Image:
-    """Return a picture of one layout, large boxes below small ones.
+    """Return a picture of one layout, large boxes below small ones, without those not finite.
 
     Args:
         elements: Boxes in fractions of the page.
@@ -53,6 +54,7 @@ def to_image(
         size: Width and height in pixels.
     """
     width, height = size
+    elements = _finite(elements)
     fine = Image.new("RGB", (_FINE * width, _FINE * height), "white")
     pen = ImageDraw.Draw(fine, "RGBA")
     for element in sorted(elements, key=lambda e: -e.width * e.height):
@@ -69,8 +71,9 @@ def to_image(
 
 
 def to_svg(elements: list[Element], classes: tuple[str, ...], canvas: tuple[int, int]) -> str:
-    """Return one layout as an SVG document in the units of the canvas."""
+    """Return one layout as an SVG document in the units of the canvas, without boxes not finite."""
     width, height = canvas
+    elements = _finite(elements)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
         f'width="{width}" height="{height}" font-family="sans-serif" '
@@ -117,6 +120,11 @@ def save_layout(layout: Layouts, canvas: tuple[int, int], path: Path) -> Path:
     path.with_name(f"{path.name}.svg").write_text(to_svg(elements, layout.classes, canvas))
     to_image(elements, layout.classes, canvas).save(path.with_name(f"{path.name}.png"))
     return written
+
+
+def _finite(elements: list[Element]) -> list[Element]:
+    """Return the elements whose boxes can be drawn."""
+    return [e for e in elements if all(map(math.isfinite, (e.left, e.top, e.width, e.height)))]
 
 
 def _write_labels(picture: Image.Image, elements: list[Element], classes: tuple[str, ...]) -> None:

@@ -26,6 +26,8 @@ __all__ = ["box_wasserstein", "class_total_variation", "docsim", "max_iou"]
 def max_iou(a: Layouts, b: Layouts, *, progress: bool = False) -> float:
     """Return Max IoU of two sets, in [0, 1]: how well their layouts of the same classes match.
 
+    A box that is not finite has an IoU of 0 with every other.
+
     Both sets are grouped by the multiset of labels. A pair of layouts scores the mean over
     elements of the IoU under the best assignment of elements of equal labels; each group scores
     under the best assignment of layouts, summed, and divided by the number of pairs.
@@ -60,16 +62,24 @@ def docsim(a: Layouts, b: Layouts, *, normalised: bool = False) -> NDArray[np.fl
     Args:
         a: B layouts.
         b: B layouts.
-        normalised: Divide by the geometric mean of each layout's DocSim to itself.
+        normalised: Divide the sum by the number of elements of the larger layout instead, and by
+            the geometric mean of each layout's DocSim to itself: in [0, 1], and 1 for equal
+            layouts. Two whose DocSim to themselves is 0, without elements or area, are equal.
+
+    NaN where an element's box is not finite.
     """
-    weights = _docsim_weights(a, b)
+    lost = (_lost(a) | _lost(b)).numpy()
+    weights = np.where(lost[:, None, None], 0, _docsim_weights(a, b))
     counts = torch.minimum(a.num_elements, b.num_elements).clamp(min=1).numpy()
     totals = np.array([w[linear_sum_assignment(w, maximize=True)].sum() for w in weights])
+    totals[lost] = np.nan
     if not normalised:
         return totals / counts
     own = [_self_similarity(layouts) for layouts in (a, b)]
     larger = torch.maximum(a.num_elements, b.num_elements).clamp(min=1).numpy()
-    return totals / larger / np.sqrt(own[0] * own[1]).clip(1e-12)
+    scale = np.sqrt(own[0] * own[1])
+    similarity = totals / larger / np.where(scale > 0, scale, 1)
+    return np.where((own[0] == 0) & (own[1] == 0), 1.0, similarity)
 
 
 def class_total_variation(a: Layouts, b: Layouts) -> float:
@@ -85,12 +95,20 @@ def class_total_variation(a: Layouts, b: Layouts) -> float:
 def box_wasserstein(a: Layouts, b: Layouts) -> float:
     """Return the mean Wasserstein-1 distance of centres, widths and heights of all elements.
 
-    1 where one of the sets has no elements.
+    1 where one of the sets has no elements. Boxes that are not finite are left out.
     """
-    first, second = (layouts.boxes[layouts.valid].double().numpy() for layouts in (a, b))
+    first, second = (
+        layouts.boxes[layouts.valid & layouts.boxes.isfinite().all(dim=-1)].double().numpy()
+        for layouts in (a, b)
+    )
     if not len(first) or not len(second):
         return 1.0
     return float(np.mean([wasserstein_distance(first[:, i], second[:, i]) for i in range(4)]))
+
+
+def _lost(layouts: Layouts) -> Tensor:
+    """Return which layouts have an element whose box is not finite, [B]."""
+    return (~layouts.boxes.isfinite().all(dim=-1) & layouts.valid).any(dim=1)
 
 
 def _by_labels(layouts: Layouts) -> dict[tuple[int, ...], list[int]]:
@@ -144,7 +162,8 @@ def _iou(a: Tensor, b: Tensor) -> Tensor:
     common = measures.intersections(a, b)
     areas = [(edges[..., 2:] - edges[..., :2]).clamp(min=0).prod(dim=-1) for edges in (a, b)]
     union = areas[0].unsqueeze(-1) + areas[1].unsqueeze(-2) - common
-    return (common / union.where(union > 0, 1)).where(union > 0, 0)
+    found = (union > 0) & common.isfinite() & union.isfinite()
+    return (common / union.where(found, 1)).where(found, 0)
 
 
 def _docsim_weights(a: Layouts, b: Layouts) -> NDArray[np.float64]:
@@ -154,11 +173,11 @@ def _docsim_weights(a: Layouts, b: Layouts) -> NDArray[np.float64]:
     shape = (first - second)[..., 2:].abs().sum(dim=-1)
     area = torch.minimum(first[..., 2:].prod(dim=-1), second[..., 2:].prod(dim=-1)).clamp(min=0)
     same = (a.labels.unsqueeze(2) == b.labels.unsqueeze(1)) & a.valid.unsqueeze(2)
-    return (area.sqrt() * 2 ** (-distance - 2 * shape) * same).numpy()
+    return (area.sqrt() * 2 ** (-distance - 2 * shape)).where(same, 0).numpy()
 
 
 def _self_similarity(layouts: Layouts) -> NDArray[np.float64]:
     """Return DocSim of each layout to itself: the mean root of the areas."""
     areas = layouts.boxes[..., 2:].double().prod(dim=-1).clamp(min=0)
-    roots = (areas.sqrt() * layouts.valid).sum(dim=1)
+    roots = areas.sqrt().where(layouts.valid, 0).sum(dim=1)
     return (roots / layouts.num_elements.clamp(min=1)).numpy()

@@ -2,7 +2,8 @@ r"""Measures of single layouts, [B] each, and their smooth twins.
 
 Every function takes `smooth`: without it, slots are full or empty and minima and pixels are hard;
 with it, elements count by their `presence`, minima and pixels are soft, and gradients reach boxes
-and presence. Boxes are l, t, r, b, centres xc, yc; N valid elements.
+and presence. Boxes are l, t, r, b, centres xc, yc; N valid elements. What boxes of empty slots hold
+does not matter; a layout with an element whose box is not finite has NaN, but for N.
 
 References:
     Constrained Graphic Layout Generation via Latent Optimization (Kikuchi et al., 2021; alignment
@@ -10,6 +11,9 @@ References:
 """
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import wraps
+from typing import Concatenate, ParamSpec
 
 import torch
 from torch import Tensor
@@ -28,6 +32,8 @@ __all__ = [
     "share_of_size",
 ]
 
+P = ParamSpec("P")
+
 RASTER = 64  # cells a side
 _SOFT_MIN = 0.0015  # of the page: distances of lines beyond the smallest, by which they count
 _SOFT_EDGE = 100.0  # slope of a soft box's edge, per page
@@ -35,11 +41,29 @@ _SOFT_SIZE = 0.1  # width of the soft step at a smallest size, as a share of it
 _TINY = 1e-6
 
 
+def _of_boxes(
+    measure: Callable[Concatenate[Layouts, P], Tensor],
+) -> Callable[Concatenate[Layouts, P], Tensor]:
+    """Return a measure whatever empty slots hold; NaN where an element's box is not finite."""
+
+    @wraps(measure)
+    def measured(layouts: Layouts, /, *args: P.args, **kwargs: P.kwargs) -> Tensor:
+        boxes, valid = layouts.boxes, layouts.valid.unsqueeze(-1)
+        finite = boxes.isfinite()
+        # Not finite times 0 is not 0. Smooth twins have gradients at boxes of slots that are empty.
+        kept = valid | finite if kwargs.get("smooth") else valid
+        values = measure(replace(layouts, boxes=boxes.where(kept, 0)), *args, **kwargs)
+        return values.where((finite | ~valid).all(dim=2).all(dim=1), torch.nan)
+
+    return measured
+
+
 def num_elements(layouts: Layouts, *, smooth: bool = False) -> Tensor:
     """Return N."""
     return _weights(layouts, smooth).sum(dim=1)
 
 
+@_of_boxes
 def alignment(layouts: Layouts, *, smooth: bool = False, compat: bool = False) -> Tensor:
     r"""Return A, 0 where every element shares a line with another, lower is better.
 
@@ -73,6 +97,7 @@ def alignment(layouts: Layouts, *, smooth: bool = False, compat: bool = False) -
     return _mean(-torch.log1p(-nearest.clamp(max=1 - _TINY)), weights)
 
 
+@_of_boxes
 def overlap(layouts: Layouts, *, smooth: bool = False, ignored: Tensor | None = None) -> Tensor:
     r"""Return O, the area that elements share with others, in own areas, lower is better.
 
@@ -93,6 +118,7 @@ def overlap(layouts: Layouts, *, smooth: bool = False, ignored: Tensor | None = 
     return _mean(shared, weights)
 
 
+@_of_boxes
 def coverage(layouts: Layouts, *, smooth: bool = False) -> Tensor:
     """Return the share of the page that elements cover, in [0, 1], on a raster of 64 x 64."""
     weights = _weights(layouts, smooth)
@@ -105,6 +131,7 @@ def coverage(layouts: Layouts, *, smooth: bool = False) -> Tensor:
     return 1 - (1 - cells).prod(dim=1).mean(dim=(1, 2))
 
 
+@_of_boxes
 def inside_page(layouts: Layouts, *, smooth: bool = False) -> Tensor:
     """Return the mean share of an element's area that lies on the page, in [0, 1].
 
@@ -117,18 +144,20 @@ def inside_page(layouts: Layouts, *, smooth: bool = False) -> Tensor:
     return _mean(_of_sizes(inside, size), _weights(layouts, smooth))
 
 
+@_of_boxes
 def share_of_size(
     layouts: Layouts, min_width: float, min_height: float, *, smooth: bool = False
 ) -> Tensor:
-    """Return the share of elements that are wider and higher than some size, in [0, 1]."""
+    """Return the share of elements that are at least so wide and so high, in [0, 1]."""
     passed = torch.ones_like(layouts.presence)
     for size, least in ((layouts.boxes[..., 2], min_width), (layouts.boxes[..., 3], min_height)):
         excess = size - least
-        step = torch.sigmoid(excess / (_SOFT_SIZE * least)) if smooth else (excess > 0).to(excess)
+        step = torch.sigmoid(excess / (_SOFT_SIZE * least)) if smooth else (excess >= 0).to(excess)
         passed = passed * step
     return _mean(passed, _weights(layouts, smooth))
 
 
+@_of_boxes
 def gap_deviation(layouts: Layouts) -> Tensor:
     """Return the standard deviation of vertical gaps in columns, in pages; 0 for fewer than two.
 
@@ -212,9 +241,9 @@ def _others(weights: Tensor) -> Tensor:
 
 def _nearest(distances: Tensor, partners: Tensor) -> Tensor:
     """Return the smallest distance to a partner, [B, N]; 0 where there is none."""
-    blocked = distances.amin(dim=-1).masked_fill(partners < 0.5, torch.inf)
-    nearest = blocked.amin(dim=2)
-    return nearest.where(nearest.isfinite(), 0)
+    others = partners >= 0.5
+    nearest = distances.amin(dim=-1).masked_fill(~others, torch.inf).amin(dim=2)
+    return nearest.where(others.any(dim=2), 0)
 
 
 def _between(ticks: Tensor, low: Tensor, high: Tensor, smooth: bool) -> Tensor:

@@ -133,6 +133,53 @@ def pair(pages: Layouts, i: int, j: int) -> float:
     return docsim(pages.index(slice(i, i + 1)), pages.index(slice(j, j + 1)))[0]
 
 
+def test_pages_without_elements_or_area_are_the_same() -> None:
+    empty = joined(*[layout()] * 3)
+    flat = joined(*[layout((0, 0.5, 0.5, 0.5, 0.5), (1, 0.2, 0.1, 0.2, 0.3))] * 3)
+    for pages in (empty, flat):
+        assert Diversity().evaluate(pages, conditions([0] * 3))["diversity"].tolist() == [0] * 3
+    # Beside a page with area an empty one has nothing in common with it.
+    mixed = joined(layout(), layout((0, 0, 0, 0.5, 0.5)))
+    assert Diversity().evaluate(mixed, conditions([0, 0]))["diversity"].tolist() == [1, 1]
+    tiny = joined(*[layout((0, 0.5, 0.5, 0.5 + 1e-14, 0.5 + 1e-14))] * 2)
+    found = Diversity().evaluate(tiny, conditions([0, 0]))["diversity"]
+    np.testing.assert_allclose(found, 0, atol=1e-9)
+
+
+def test_normalised_docsim_by_hand() -> None:
+    a, b = layout((0, 0.3, 0.3, 0.7, 0.7)), layout((0, 0.3, 0.3, 0.7, 0.7), (0, 0, 0, 0.1, 0.1))
+    # The common box's weight is 0.4, of two elements; to themselves 0.4 and (0.4 + 0.1) / 2.
+    expected = 0.4 / 2 / (0.4 * 0.25) ** 0.5
+    assert docsim(a, b, normalised=True) == pytest.approx([expected])
+    assert docsim(a, b) == pytest.approx([0.4])
+
+
+@pytest.mark.parametrize("lost", [np.nan, np.inf])
+def test_pages_with_a_box_that_is_not_finite(lost: float) -> None:
+    pages = source_layouts(Grammar(40, seed=5))
+    boxes = pages.boxes.clone()
+    boxes[0, 0, 1] = lost
+    boxes[~pages.valid] = lost  # anything may be in empty slots
+    spoilt, rows = Layouts.of(boxes, pages.labels, NAMES), conditions([0] * 40)
+    rest, others = pages.index(slice(1, 40)), conditions([0] * 39)
+    found = Diversity(39).evaluate(spoilt, rows)["diversity"]
+    assert found[0].isnan()
+    expected = Diversity(38).evaluate(rest, others)["diversity"]
+    np.testing.assert_allclose(found[1:], expected, atol=1e-9)
+    measured = LayoutMeasures().evaluate(spoilt, rows)
+    for name in ("alignment_100", "overlap", "coverage"):
+        assert measured[name].isnan().nonzero().flatten().tolist() == [0], name
+    metric = SetDistances(max_layouts=64)
+    features = metric.features(spoilt, rows)
+    whole, without = metric.compare(features), metric.compare(metric.features(rest, others))
+    for name in ("fid", "kid"):
+        assert whole[name] == pytest.approx(without[name], rel=1e-6)
+    assert 0 <= whole["box_wasserstein"] < 0.1
+    pairs = torch.tensor([[0, 1], [2, 3]])
+    assert all(x.isnan().all() for part in metric.left_out(features, pairs).values() for x in part)
+    assert 0 < max_iou(spoilt, pages) < 1
+
+
 def test_diversity_is_within_conditions() -> None:
     pages = source_layouts(Grammar(4, seed=5))
     doubled = pages.index(torch.tensor([0, 1, 0, 1, 2]))

@@ -52,6 +52,18 @@ def test_labels_are_written_where_they_fit() -> None:
     assert dark[16:32].any() and not dark[40:150].any()
 
 
+def test_boxes_that_are_not_finite_are_not_drawn(tmp_path: Path) -> None:
+    good = layout((0, 0.1, 0.1, 0.9, 0.3))
+    for lost in (float("nan"), float("inf")):
+        page = layout((0, 0.1, 0.1, 0.9, 0.3), (1, lost, 0.5, 0.9, 0.9))
+        assert torch.equal(draw(page, CANVAS), draw(good, CANVAS))
+        assert torch.equal(
+            draw(layout((0, lost, lost, lost, lost)), CANVAS), draw(layout(), CANVAS)
+        )
+        save_layout(page, CANVAS, tmp_path / "page")
+        assert (tmp_path / "page.svg").read_text().count("<text") == 1
+
+
 def test_panels_have_the_shape_of_the_canvas_and_survive_bad_boxes() -> None:
     good = layout((0, 0.1, 0.1, 0.9, 0.3))
     bad = layout((0, -5.0, 0.5, 7.0, 0.6), (1, 0.5, 0.5, 0.5, 0.5), (2, 0.9, 1.5, 1.2, 1.9))

@@ -83,7 +83,7 @@ def test_values_are_exact_and_gradients_those_of_the_smooth_twin(cls: Any) -> No
         assert torch.equal(reward(layouts, condition(30)), values)
 
 
-def test_layouts_of_fewer_than_two_elements_are_worse_than_any_page() -> None:
+def test_layouts_of_fewer_than_two_elements_are_worse_than_shaken_pages() -> None:
     worst = jittered(
         source_layouts(Grammar(100)), torch.full((100,), 0.1), torch.Generator().manual_seed(0)
     )
@@ -91,6 +91,54 @@ def test_layouts_of_fewer_than_two_elements_are_worse_than_any_page() -> None:
     alignment = rewards.Alignment()
     assert max(value(alignment, x) for x in few) < alignment(worst, condition(100)).min()
     assert [value(rewards.Overlap(), x) for x in few] == [-1, -1]
+    # The worst pages are worse still: no line nearer than 0.98, eight boxes on top of each other.
+    corners = layout((0, 0.0, 0.0, 0.02, 0.02), (1, 0.98, 0.98, 1.0, 1.0))
+    assert value(alignment, corners) == pytest.approx(math.log(0.02))
+    stack = layout(*[(0, 0.3, 0.3, 0.7, 0.7)] * 8, slots=8)
+    assert value(rewards.Overlap(), stack) == pytest.approx(-7)
+
+
+def test_a_relation_of_a_class_with_itself_holds_for_half_of_the_pairs() -> None:
+    pages = layout((0, 0.4, 0.1, 0.6, 0.2), (0, 0.4, 0.4, 0.6, 0.5))
+    assert value(rewards.Relations([("text", "above", "text")]), pages) == 0.5
+
+
+def test_boxes_of_exactly_the_smallest_size_are_large_enough() -> None:
+    pages = layout((0, 0.25, 0.25, 0.5, 0.75), (0, 0.25, 0.25, 0.46875, 0.75))
+    assert value(rewards.MinimumSize(0.25, 0.5), pages) == 0.5
+
+
+BOX_REWARDS = [*(cls() for cls in SMOOTH if cls is not rewards.Count), rewards.GapRegularity()]
+
+
+@pytest.mark.parametrize("reward", BOX_REWARDS)
+@pytest.mark.parametrize("lost", [math.nan, math.inf])
+def test_pages_with_a_box_that_is_not_finite_have_no_number(reward: Reward, lost: float) -> None:
+    """A NaN was taken for a perfect line."""
+    pages = noisy_pages(3)
+    boxes = pages.boxes.clone()
+    boxes[1, pages.valid[1].nonzero()[0], 2] = lost
+    found = reward(Layouts.of(boxes, pages.labels, NAMES), condition(3))
+    assert found.isnan().tolist() == [False, True, False]
+    assert torch.equal(found[[0, 2]], reward(pages, condition(3))[[0, 2]])
+
+
+@pytest.mark.parametrize("reward", [*BOX_REWARDS, *OTHERS])
+@pytest.mark.parametrize("lost", [math.nan, math.inf, -1e6])
+def test_empty_slots_may_hold_anything(reward: Reward, lost: float) -> None:
+    pages = noisy_pages(20)
+    pages = Layouts.of(pages.boxes.float(), pages.labels, NAMES)
+    boxes = pages.boxes.clone()
+    assert (~pages.valid).any()
+    boxes[~pages.valid] = lost
+    found, expected = (
+        reward(Layouts.of(x.requires_grad_(), pages.labels, NAMES), condition(20))
+        for x in (boxes, pages.boxes)
+    )
+    assert torch.equal(found, expected)
+    if found.requires_grad:
+        (gradient,) = torch.autograd.grad(found.sum(), boxes)
+        assert gradient.isfinite().all()
 
 
 def test_known_ways_of_gaming_do_not_pay() -> None:
