@@ -25,7 +25,7 @@ from domains.molecule.chemistry.elements import EXPLICIT
 from domains.molecule.samples import EMPTY, Molecules, check_molecules
 from domains.molecule.sources import Enumerated, Source
 from domains.molecule.sources.packed import known_smiles, molecules_of
-from lit_rlft.core.checks import at_least
+from lit_rlft.core.checks import BadArgument, at_least
 from lit_rlft.core.guard import LARGE_FALL, Guard
 from lit_rlft.core.pipeline import Condition, Pipeline
 from lit_rlft.core.reward import Metric, SetMetric
@@ -216,7 +216,8 @@ class SetDistances(SourceDistances["_Statistics"]):
     valid and connected molecules.
 
     Args:
-        source: The molecules compared with; the enumerated ones unless given.
+        source: The molecules compared with; the enumerated ones unless given. With hydrogens where
+            the model draws them, without where it does not.
         max_molecules: Compare with so many of them, drawn at random once.
         num_draws: Groups of molecules left out in turn for the standard errors of a test; 0 leaves
             them out.
@@ -230,6 +231,14 @@ class SetDistances(SourceDistances["_Statistics"]):
         self.source, self.max_molecules = source or Enumerated(), max_molecules
 
     def check(self, pipeline: Pipeline) -> None:
+        own, drawn = self.source.elements, getattr(pipeline, "elements", self.source.elements)
+        if ("H" in own) != ("H" in drawn):
+            raise BadArgument(
+                self,
+                "source",
+                f"has the elements {list(own)}, but the model draws {list(drawn)}: hydrogens are "
+                f"counted on one side alone; give a source with elements [{', '.join(drawn)}]",
+            )
         prepare(self, "source", self.source)
 
     def features(self, samples: Any, condition: Condition) -> dict[str, Tensor]:

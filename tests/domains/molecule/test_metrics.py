@@ -12,9 +12,12 @@ from scipy.stats import wasserstein_distance
 
 from domains.molecule import metrics
 from domains.molecule.chemistry.batch import Chemistry
-from domains.molecule.chemistry.elements import EXPLICIT
+from domains.molecule.chemistry.elements import EXPLICIT, HEAVY
+from domains.molecule.networks import Architecture
+from domains.molecule.pipeline import MoleculePipeline
 from domains.molecule.samples import EMPTY, Molecules
-from domains.molecule.sources import SmilesFile
+from domains.molecule.sources import Enumerated, SmilesFile
+from lit_rlft.core.checks import UsageError
 from lit_rlft.core.reward import SetMetric
 from tests.domains.molecule.chemistry.test_batch import overfull
 from tests.domains.molecule.known import conditions, from_atoms, from_smiles, geometry
@@ -173,6 +176,22 @@ def test_set_distances(tmp_path: Path) -> None:
     alone = together(metric, from_atoms([(("C", "C"), [(0, 0, 0), (9, 0, 0)])]))
     assert math.isnan(alone["bond_length_w1"]) and math.isnan(alone["qed_w1"])
     assert alone["size_tv"] == 1
+
+
+@pytest.mark.parametrize("heavy", [False, True])
+def test_a_source_with_hydrogens_on_one_side_alone_is_refused(tmp_path: Path, heavy: bool) -> None:
+    """Atoms, sizes and bonds of heavy atoms were compared with those of whole molecules."""
+    sources = {False: known(tmp_path, "CCO"), True: Enumerated(elements=HEAVY)}
+    architecture = Architecture(implicit_hydrogens=heavy, width=8, depth=1, max_atoms=3)
+    pipeline = MoleculePipeline(None, architecture=architecture)
+    elements = "C, N, O, F" if heavy else "H, C, N, O, F"
+    with pytest.raises(UsageError, match=rf"SetDistances: source .* with elements \[{elements}\]"):
+        metrics.SetDistances(sources[not heavy]).check(pipeline)
+    file = tmp_path / "fitting.smi"
+    file.write_text("CCO\n")
+    kinds = HEAVY if heavy else EXPLICIT
+    source = SmilesFile(str(file), elements=kinds, cache_dir=str(tmp_path / "c"))
+    metrics.SetDistances(source).check(pipeline)
 
 
 def test_heavy_atoms_are_compared_with_heavy_atoms(tmp_path: Path) -> None:
