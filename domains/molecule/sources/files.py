@@ -103,7 +103,7 @@ class MoleculeFile(MoleculePath):
         **source: `strict`, `only_stable` and `cache_dir` of a source.
     """
 
-    version = 2  # of SDF entries with wrong bonds, of n_atoms, of byte order marks
+    version = 3  # of SDF entries with wrong bonds, of n_atoms, of byte order marks, of columns
 
     def __init__(
         self,

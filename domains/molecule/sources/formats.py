@@ -36,6 +36,8 @@ Entry = Structure | BadEntry
 _TABLE = Chem.GetPeriodicTable()
 _QM9_NAME = re.compile(r"dsgdb9nsd_(\d+)\.xyz$")
 _UNCHARACTERIZED_HEADER = 9  # lines
+_PROPERTIES = re.compile(r"\bProperties\s*=\s*\"?([\w:]+)", re.IGNORECASE)
+_COLUMN = re.compile(r"(\w+):([a-z]):(\d+)")
 _NOT_A_NUMBER = re.compile(r"\b(nan|inf)\b", re.IGNORECASE)
 
 
@@ -56,7 +58,7 @@ def read_qm9(path: Path, left_out: frozenset[int] = frozenset()) -> Iterator[Ent
             continue
         found, number = True, int(match[1])
         if number not in left_out:
-            yield _xyz_entry(text.splitlines(), Path(name).name, number)
+            yield _xyz_entry(_lines(text), Path(name).name, number)
     if not found:
         raise UsageError(f"{path} holds no files dsgdb9nsd_<number>.xyz; give QM9's raw archive")
 
@@ -67,7 +69,7 @@ def read_uncharacterized(path: Path) -> frozenset[int]:
     Raises:
         UsageError: The file is missing or holds no numbers.
     """
-    lines = _text(existing(path)).splitlines()[_UNCHARACTERIZED_HEADER:]
+    lines = _lines(_text(existing(path)))[_UNCHARACTERIZED_HEADER:]
     first = [line.split()[0] for line in lines if line.strip()]
     numbers = frozenset(int(word) for word in first if word.isdigit())
     if not numbers:
@@ -80,10 +82,13 @@ def read_uncharacterized(path: Path) -> frozenset[int]:
 def read_xyz(path: Path) -> Iterator[Entry]:
     """Iterate over the frames of an .xyz file: a count, a comment, and a line for every atom.
 
+    A line has an element and a position first, or where the comment's `Properties=` of the extended
+    format say.
+
     Raises:
         UsageError: The file is missing.
     """
-    lines = _text(existing(path)).splitlines()
+    lines = _lines(_text(existing(path)))
     place = number = 0
     while place < len(lines):
         if not lines[place].strip():
@@ -155,7 +160,7 @@ def read_arrays(path: Path) -> Iterator[Entry]:
     """Iterate over the molecules of an .npz file.
 
     It holds `positions` [n, N, 3] in Angstrom, `atomic_numbers` [n, N] with 0 or less for padding,
-    and perhaps `n_atoms` [n], which cuts off padding that is no 0.
+    and perhaps `n_atoms` [n], at most N, which cuts off padding that is no 0.
 
     Raises:
         UsageError: The file is missing or lacks an array, or their shapes do not fit.
@@ -177,8 +182,13 @@ def read_arrays(path: Path) -> Iterator[Entry]:
             f"{path} has positions {positions.shape}, atomic_numbers {numbers.shape} and n_atoms "
             f"{sizes.shape}; they must be [n, N, 3], [n, N] and [n]"
         )
-    sizes = np.minimum(sizes.clip(min=0), known)
-    for row, (size, place, number) in enumerate(zip(sizes, positions, numbers, strict=True)):
+    most = numbers.shape[1]
+    cut = np.minimum(sizes.clip(min=0), known)
+    for row, (size, place, number) in enumerate(zip(cut, positions, numbers, strict=True)):
+        if sizes[row] > most:
+            detail = f"n_atoms is {sizes[row]}, the arrays have {most}"
+            yield BadEntry(f"row {row}", "more atoms than its arrays", detail)
+            continue
         symbols = [_element(value) for value in number[:size].tolist()]
         yield Structure(f"row {row}", row, symbols, place[:size])
 
@@ -210,19 +220,47 @@ def _xyz_entry(lines: list[str], name: str, number: int) -> Entry:
     atoms = lines[2 : 2 + size]
     if len(atoms) < size:
         return BadEntry(name, "fewer atoms than it says", f"{len(atoms)} of {size}")
+    columns = _columns(lines[1])
+    if columns is None:
+        detail = lines[1].strip()[:60]
+        return BadEntry(name, "Properties without columns species:S:1 and pos:R:3", detail)
     symbols, positions = [], np.empty((size, 3))
     for i, line in enumerate(atoms):
         try:
-            symbol, positions[i] = _xyz_atom(line)
+            symbol, positions[i] = _xyz_atom(line, *columns)
         except ValueError:
             return BadEntry(name, "an unreadable atom", f"atom {i + 1}: {line.strip()[:60]!r}")
         symbols.append(symbol)
     return Structure(name, number, symbols, positions)
 
 
-def _xyz_atom(line: str) -> tuple[str, list[float]]:
-    """Return symbol and position; raises ValueError where there are none."""
-    name, x, y, z = line.split()[:4]
+def _columns(comment: str) -> tuple[int, int] | None:
+    """Return the columns of element and position, after the comment of the extended format.
+
+    None where it says what the columns are and these are not among them.
+    """
+    match = _PROPERTIES.search(comment)
+    if match is None:
+        return 0, 1
+    found, place = {}, 0
+    for name, kind, count in _COLUMN.findall(match[1].lower()):
+        found[name, kind, int(count)] = place
+        place += int(count)
+    element = found.get(("species", "s", 1), found.get(("z", "i", 1)))
+    position = found.get(("pos", "r", 3))
+    return None if element is None or position is None else (element, position)
+
+
+def _xyz_atom(line: str, element: int = 0, position: int = 1) -> tuple[str, list[float]]:
+    """Return symbol and position; raises ValueError where there are none.
+
+    Args:
+        line: The atom's.
+        element: Column of the symbol or atomic number.
+        position: First of the three columns of the position.
+    """
+    words = line.split()
+    (name,), (x, y, z) = words[element : element + 1], words[position : position + 3]
     return _symbol(name), [_float(word) for word in (x, y, z)]
 
 
@@ -237,7 +275,7 @@ def _next_frame(lines: list[str], start: int) -> int:
     for place in range(start, len(lines) - 2):
         if len(lines[place].split()) == 1 and _count(lines[place]):
             try:
-                _xyz_atom(lines[place + 2])
+                _xyz_atom(lines[place + 2], *(_columns(lines[place + 1]) or ()))
             except ValueError:
                 continue
             return place
@@ -300,6 +338,12 @@ def _first_column(path: Path) -> list[str]:
 
 def _text(path: Path) -> str:
     return path.read_text(encoding=encoding(path), errors="replace")
+
+
+def _lines(text: str) -> list[str]:
+    """Return a text's lines. Form feeds and Unicode's separators, which comments hold, end none."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return text.removesuffix("\n").split("\n")
 
 
 def _number_of(title: str, number: int) -> int:

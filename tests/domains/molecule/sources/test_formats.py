@@ -564,6 +564,65 @@ def test_a_number_of_atoms_beyond_the_atoms_costs_nothing(tmp_path: Path) -> Non
         MoleculeFile(str(path), **settings(tmp_path)).load()
 
 
+def test_a_number_of_atoms_beyond_the_arrays_is_a_fault(tmp_path: Path) -> None:
+    positions, numbers = np.zeros((2, 5, 3)), np.tile([6, 1, 1, 1, 1], (2, 1))
+    positions[:] = geometry("C")[1]
+    path = tmp_path / "a.npz"
+    np.savez(path, positions=positions, atomic_numbers=numbers, n_atoms=np.array([6, 5]))
+    source = MoleculeFile(str(path), **settings(tmp_path))
+    assert source.load().numbers.tolist() == [1]
+    assert "row 0 has more atoms than its arrays (n_atoms is 6, the arrays" in source.left_out()
+
+
+@pytest.mark.parametrize(
+    ("comment", "order"),
+    [
+        ("Properties=species:S:1:pos:R:3:forces:R:3", "s p p"),
+        ('Lattice="9 0 0 0 9 0 0 0 9" Properties=species:S:1:Z:I:1:pos:R:3 pbc="F F F"', "s Z p"),
+        ("Properties=pos:R:3:Z:I:1", "p Z"),
+        ('properties="id:I:1:species:S:1:pos:R:3"', "Z s p"),
+    ],
+)
+def test_columns_of_the_extended_format(tmp_path: Path, comment: str, order: str) -> None:
+    symbols, positions = geometry("CO")
+    numbers = {"H": "1", "C": "6", "O": "8"}
+    lines = [str(len(symbols)), comment]
+    for symbol, place in zip(symbols, positions, strict=True):
+        parts = {"s": symbol, "p": " ".join(f"{x:.8f}" for x in place), "Z": numbers[symbol]}
+        lines.append(" ".join(parts[name] for name in order.split()))
+    path = tmp_path / "a.xyz"
+    path.write_text("\n".join(lines) + "\n")
+    (entry,) = good(read_xyz(path))
+    same(entry, "CO")
+
+
+def test_columns_without_positions_are_a_fault(tmp_path: Path) -> None:
+    path = tmp_path / "a.xyz"
+    path.write_text("1\nProperties=species:S:1:momenta:R:3\nC 0 0 0\n" + xyz("N"))
+    first, second = read_xyz(path)
+    assert "has Properties without columns species:S:1 and pos:R:3 (Properties=" in str(first)
+    assert isinstance(second, Structure)
+    same(second, "N")
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_separators_in_comments_end_no_line(tmp_path: Path, end: str) -> None:
+    frames = "".join(xyz(s).replace(f"\n{s}\n", "\na\u2028b\x0cc\x85\n") for s in "CN")
+    path = tmp_path / "a.xyz"
+    path.write_bytes(frames.replace("\n", end).encode())
+    found = good(read_xyz(path))
+    for entry, smiles in zip(found, "CN", strict=True):
+        same(entry, smiles)
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    text = xyz("C", qm9=True).replace("gdb 1 C", "gdb\u20281\x0cC").replace("\n", end)
+    (folder / "dsgdb9nsd_000001.xyz").write_bytes(text.encode())
+    same(*good(read_qm9(folder)), "C", decimals=6)
+    listing = tmp_path / "uncharacterized.txt"
+    listing.write_bytes(("a\x0cb\n" * 9 + "7 C\n").replace("\n", end).encode())
+    assert read_uncharacterized(listing) == {7}
+
+
 def test_nothing_left_names_the_key_and_keeps_the_list(tmp_path: Path) -> None:
     path = tmp_path / "a.sdf"
     path.write_text(block("CCO") * 7)
