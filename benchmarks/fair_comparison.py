@@ -336,7 +336,8 @@ def main() -> None:
     print_table(columns, rows)
     print()
     shown = ", ".join(("trials: gain", *compared.domain.bounds, "kl"))
-    print_table(["arm", shown, *[""] * 5], [compared.trial_row(a, trials[a]) for a in options.arms])
+    columns = ["arm", shown, *[""] * (options.trials - 1)]
+    print_table(columns, [compared.trial_row(arm, trials[arm]) for arm in options.arms])
 
 
 if __name__ == "__main__":
