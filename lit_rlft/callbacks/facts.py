@@ -138,7 +138,12 @@ def num_rounds(trainer: Trainer) -> int | None:
     epochs, batches = trainer.max_epochs, trainer.num_training_batches
     if epochs is None or epochs < 0 or trainer.max_steps >= 0 or batches == float("inf"):
         return None
-    return int(epochs * batches)
+    # Of a resumed run, epochs so far may have had another number of rounds.
+    progress: Any = trainer.fit_loop.epoch_progress.current
+    loop: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    begun = progress.started > progress.processed
+    left = max(epochs - progress.processed, 0) * batches
+    return batches_seen(trainer) + int(left - begun * min(loop.processed, batches))
 
 
 @rank_zero_only

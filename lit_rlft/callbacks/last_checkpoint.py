@@ -154,17 +154,19 @@ class LastCheckpoint(Hooks, ModelCheckpoint):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what Lightning's options ask for; last.ckpt follows when all is logged."""
         self._held = True
-        super().on_validation_end(trainer, pl_module)
+        with _as_cut(trainer, before_logging=True):
+            super().on_validation_end(trainer, pl_module)
         self._held = False
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._untouched = self._validated = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save what Lightning's options ask for, and last.ckpt."""
-        self._held = True
-        super().on_train_epoch_end(trainer, pl_module)
-        self._held = False
-        self._between_rounds(trainer, pl_module, epoch_end=True)
+        """Save what Lightning's options ask for, and last.ckpt; of a cut epoch, to go on in it."""
+        with _as_cut(trainer):
+            self._held = True
+            super().on_train_epoch_end(trainer, pl_module)
+            self._held = False
+            self._between_rounds(trainer, pl_module, epoch_end=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what came after the last save."""
@@ -287,6 +289,38 @@ def _as_after_the_last_batch(trainer: Trainer) -> Iterator[None]:
         progress.is_last_batch, loop._batches_that_stepped = last, logged
         for one, before in zip(counters, held, strict=True):
             one.ready, one.started, one.completed = before
+
+
+@contextmanager
+def _as_cut(trainer: Trainer, *, before_logging: bool = False) -> Iterator[None]:
+    """Count an epoch that a limit ends before its last batch as begun, not as done.
+
+    Lightning counts it as a whole one, and a resumed run would go on in the next.
+
+    Args:
+        trainer: In a validation of a fit, or at the end of an epoch; otherwise nothing changes.
+        before_logging: Whether Lightning has yet to count the last batch as logged.
+    """
+    fit, loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
+    limited = trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step
+    if trainer.state.fn != TrainerFn.FITTING or not limited or loop._num_ready_batches_reached():
+        yield
+        return
+    stop, logged = trainer.should_stop, loop._batches_that_stepped
+    epochs: Any = fit.epoch_progress
+    counters = (epochs.total, epochs.current)
+    held = [one.processed for one in counters]
+    trainer.should_stop = False  # a resumed run would not validate for the sake of a stop
+    loop._batches_that_stepped += before_logging
+    for one in counters:
+        one.processed = one.completed
+    try:
+        with _as_after_the_last_batch(trainer):
+            yield
+    finally:
+        trainer.should_stop, loop._batches_that_stepped = stop, logged
+        for one, processed in zip(counters, held, strict=True):
+            one.processed = processed
 
 
 def _rounds(module: LightningModule) -> int:

@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from lit_rlft.cli import main
-from tests.support import TINY_MIXTURE, arguments, checkpoint, working_directory
+from tests.support import (
+    TINY_MIXTURE,
+    arguments,
+    assert_equal,
+    checkpoint,
+    scalars,
+    working_directory,
+)
 
 DOMAIN = "gaussian_mixture"
 LAST = "runs/run/checkpoints/last.ckpt"
@@ -174,6 +181,66 @@ def test_a_finished_run_says_so(
     pattern = rf"nothing left to train: {LAST} is the end of its run \(round 2\); raise .*{named}"
     assert re.search(pattern, said), said
     assert checkpoint("run")["lit_rlft"]["num_rounds"] == 2
+
+
+BUDGET = {"trainer.callbacks+": "lit_rlft.callbacks.budget.Budget"}
+LONG = {"data.num_train": 32, "trainer.max_epochs": 2}
+"""Two epochs of four rounds, each of two updates and 32 reward calls."""
+
+
+def end(name: str) -> dict[str, Any]:
+    """Return the numbers that a run ends with, but for times and what validations have seen."""
+    content = checkpoint(name)
+    del content["lit_rlft"]["cost"]["seconds"]
+    for text in ("settings", "algorithm", "pipeline", "pretrained"):
+        del content["lit_rlft"][text]
+    kept = {k: content[k] for k in ("state_dict", "optimizer_states", "lit_rlft", "loops")}
+    del kept["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]  # one more validation
+    return kept
+
+
+@pytest.mark.parametrize(
+    ("limit", "more", "rounds"),
+    [
+        (BUDGET | {"trainer.callbacks.reward_calls": 80}, {}, 3),
+        (BUDGET | {"trainer.callbacks.reward_calls": 130}, {"trainer.limit_val_batches": 0}, 5),
+        (BUDGET | {"trainer.callbacks.reward_calls": 64}, {"trainer.val_check_interval": 2}, 2),
+        (BUDGET | {"trainer.callbacks.reward_calls": 128}, {}, 4),
+        ({"trainer.max_steps": 5}, {}, 3),
+        ({"trainer.max_steps": 12}, {"trainer.val_check_interval": 2}, 6),
+    ],
+)
+def test_a_run_that_a_limit_ends_in_an_epoch_goes_on_in_it(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    limit: dict[str, Any],
+    more: dict[str, Any],
+    rounds: int,
+) -> None:
+    """Lightning alone would count the epoch as a whole one, and go on in the next."""
+    with working_directory(tmp_path):
+        fit(LONG | more | {"name": "whole"})
+        fit(LONG | more | limit)
+        assert checkpoint("run")["lit_rlft"]["num_rounds"] == rounds
+        capsys.readouterr()
+        fit(LONG | more | {"ckpt_path": LAST})
+        said = capsys.readouterr().out
+        assert f"{8 - rounds} of 8 rounds to come" in said
+        assert_equal(end("run"), end("whole"))
+        ends = [
+            {k: v for k, v in scalars(n).items() if k[:6] == "train/"} for n in ("run", "whole")
+        ]
+        assert_equal(*ends)
+
+
+def test_the_best_of_a_run_that_a_limit_ended_goes_on_in_its_epoch(tmp_path: Path) -> None:
+    """It was saved by the validation that a stop brings."""
+    with working_directory(tmp_path):
+        fit(LONG | {"name": "whole"})
+        fit(LONG | BUDGET | {"trainer.callbacks.reward_calls": 80})
+        (best,) = Path("runs/run/checkpoints").glob("epoch*.ckpt")
+        fit(LONG | {"ckpt_path": str(best)})
+        assert_equal(end("run"), end("whole"))
 
 
 def test_last_starts_anew_where_there_is_none(
