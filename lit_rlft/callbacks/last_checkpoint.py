@@ -76,7 +76,8 @@ class LastCheckpoint(Hooks, ModelCheckpoint):
         seconds = None if minutes is None else 60 * minutes
         self.clock = SaveClock(given.total_seconds() if given else seconds, max_share)
         self.signals = Signals()
-        self._saved_round = self._num_samples = 0
+        self._saved_round = 0
+        self._counts: dict[str, Any] = {}
         self._training = self._untouched = self._validated = self._held = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -114,7 +115,7 @@ class LastCheckpoint(Hooks, ModelCheckpoint):
         self.clock.start()
         self.signals.install(trainer)
         self._training = True
-        self._finished(pl_module)
+        self._finished(trainer, pl_module)
         # What a run was resumed from may lie elsewhere; before the first round there is nothing.
         self._saved_round = -1 if _rounds(pl_module) else 0
 
@@ -134,7 +135,7 @@ class LastCheckpoint(Hooks, ModelCheckpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save what Lightning's options ask for."""
-        self._finished(pl_module)
+        self._finished(trainer, pl_module)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -216,22 +217,27 @@ class LastCheckpoint(Hooks, ModelCheckpoint):
         fitting = trainer.state.fn == TrainerFn.FITTING
         return bool(self.save_last) and fitting and not writes_nothing(trainer)
 
-    def _finished(self, pl_module: LightningModule) -> None:
+    def _finished(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note what the end of a round has counted: a next one that fails has counted more."""
         self._untouched = True
-        self._num_samples = getattr(pl_module, "num_samples", 0)
+        if isinstance(pl_module, RewardFineTuner) and trainer.world_size == 1:
+            self._counts = pl_module.counts()
 
     def _try_to_save(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         if self._saved_round == _rounds(pl_module):
             return
-        if isinstance(pl_module, RewardFineTuner):
-            pl_module.num_samples = self._num_samples  # those of the round that failed are lost
         try:
             with _as_after_the_last_batch(trainer):
+                if isinstance(pl_module, RewardFineTuner):
+                    pl_module.counted = self._counts
                 self.save(trainer, pl_module)
         except Exception as error:  # the first error is the one to see
             say(f"the last rounds could not be saved ({error})")
+        finally:
+            if isinstance(pl_module, RewardFineTuner):
+                pl_module.counted = {}
 
     def _last_path(self, trainer: Trainer) -> Path:
         name = self.format_checkpoint_name(

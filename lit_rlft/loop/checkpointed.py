@@ -4,6 +4,7 @@ import re
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self, TypeVar
 
 import torch
@@ -11,6 +12,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from lit_rlft.core import gradient_plan
 from lit_rlft.core.batch_size import AUTO
@@ -49,8 +51,14 @@ _GROUPS: dict[str, type] = {"sampler": Sampler, "lora": LoRA, "sliding": Sliding
 
 
 class Checkpointed(LightningModule):
-    """A tuner whose checkpoints hold what was trained and the settings it was trained with."""
+    """A tuner whose checkpoints hold what was trained and the settings it was trained with.
 
+    Attributes:
+        counted: What a round counts and learns before its first update, for the checkpoints that
+            are written from now on; empty for that of the present.
+    """
+
+    counted: Mapping[str, Any] = MappingProxyType({})
     pipeline: Pipeline
     reward: Reward
     meter: Meter
@@ -140,11 +148,8 @@ class Checkpointed(LightningModule):
             "pipeline": self.pipeline.name,
             "algorithm": self.algorithm,
             "settings": self._settings() | self._optimizer_settings(),
-            "cost": self.meter.as_dict(),
             "batch_sizes": self.sizes.state(),
-            **{name: getattr(self, name) for name in COUNTERS},
-            **{name: part.state_dict() for name, part in self.statistics().items()},
-            _MOMENTS: {name: part.state_dict() for name, part in self._moments().items()},
+            **(self.counted or self._counts()),
         }
         contents.reduce(checkpoint, contents.trained_shapes(self, trained.values()), ours)
 
@@ -169,6 +174,19 @@ class Checkpointed(LightningModule):
             if name in (known := ours.get(_MOMENTS, {})):
                 moments.load_state_dict(known[name])
         self.meter.restore(ours["cost"], first=trainer is None or self.global_rank == 0)
+
+    def _counts(self) -> dict[str, Any]:
+        """Return counters, costs, statistics and moments, for a checkpoint."""
+        return {
+            "cost": self.meter.as_dict(),
+            **{name: getattr(self, name) for name in COUNTERS},
+            **{name: part.state_dict() for name, part in self.statistics().items()},
+            _MOMENTS: {name: part.state_dict() for name, part in self._moments().items()},
+        }
+
+    def counts(self) -> dict[str, Any]:
+        """Return a copy of what a round counts and learns, in the processor's memory."""
+        return tree_map_only(Tensor, lambda v: v.detach().to("cpu", copy=True), self._counts())
 
     def _moments(self) -> Mapping[str, RunningMoments]:
         """Return the moments of the parts of a reward that are normalised, by name."""

@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from lightning import LightningModule
 
+from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.cli import main
+from lit_rlft.loop.hooks import Hooks
 from tests.support import (
     TINY_MIXTURE,
     arguments,
@@ -240,6 +243,44 @@ def test_the_best_of_a_run_that_a_limit_ended_goes_on_in_its_epoch(tmp_path: Pat
         fit(LONG | BUDGET | {"trainer.callbacks.reward_calls": 80})
         (best,) = Path("runs/run/checkpoints").glob("epoch*.ckpt")
         fit(LONG | {"ckpt_path": str(best)})
+        assert_equal(end("run"), end("whole"))
+
+
+class FailsInRound(Hooks):
+    """Stops a run where a round has drawn and scored everything, and not yet trained."""
+
+    def on_phase_end(self, module: LightningModule, name: str, num_samples: int) -> None:
+        assert isinstance(module, RewardFineTuner)
+        if name == "collect" and module.num_rounds == 2:
+            raise RuntimeError("a fault of its own")
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "more"),
+    [
+        (
+            "p_graft",
+            {
+                "reward": "lit_rlft.core.reward.WeightedSum",
+                "reward.rewards": {"a": {"class_path": "Coordinate"}},
+                "reward.normalize": True,
+            },
+        ),
+        ("nft", {}),
+        ("ddpo", {"model.advantage": "lit_rlft.core.advantage.RunningAdvantage"}),
+    ],
+)
+def test_a_round_that_fails_is_counted_and_learnt_from_once(
+    tmp_path: Path, algorithm: str, more: dict[str, Any]
+) -> None:
+    failing = {"trainer.callbacks+": "tests.cli.test_resume.FailsInRound"}
+    long = LONG | {"trainer.max_epochs": 1} | more
+    with working_directory(tmp_path):
+        fit(long | {"name": "whole"}, algorithm)
+        with pytest.raises(SystemExit, match="a fault of its own"):
+            fit(long | failing, algorithm)
+        assert checkpoint("run")["lit_rlft"]["num_rounds"] == 2
+        fit(long | {"ckpt_path": LAST}, algorithm)
         assert_equal(end("run"), end("whole"))
 
 
