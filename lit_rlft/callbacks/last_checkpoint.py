@@ -15,7 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.callbacks.facts import say
 from lit_rlft.callbacks.signals import Signals, Stopped
-from lit_rlft.core.checks import require
+from lit_rlft.core.checks import UsageError, require
 from lit_rlft.core.reward import WeightedSum
 from lit_rlft.distributed import together
 from lit_rlft.evaluation.exploitation import held_out
@@ -72,6 +72,11 @@ class LastCheckpoint(Hooks, ModelCheckpoint):
         minutes = every_minutes
         require(minutes is None or minutes > 0, self, "every_minutes", "above 0, or null for never")
         require(0 < max_share <= 1, self, "max_share", "in (0, 1]")
+        if self.save_last == "link":
+            raise UsageError(
+                "checkpoint.save_last must be true or false: a link would go to one of the further "
+                "checkpoints, which may be older than the last round"
+            )
         given = self._train_time_interval
         seconds = None if minutes is None else 60 * minutes
         self.clock = SaveClock(given.total_seconds() if given else seconds, max_share)

@@ -284,6 +284,13 @@ def test_a_round_that_fails_is_counted_and_learnt_from_once(
         assert_equal(end("run"), end("whole"))
 
 
+def test_the_last_checkpoint_is_no_link(tmp_path: Path) -> None:
+    """Lightning's would be one to an older file, where nothing newer was asked for."""
+    refused = pytest.raises(SystemExit, match=r"error: checkpoint\.save_last must be true or false")
+    with working_directory(tmp_path), refused:
+        fit({"checkpoint.save_last": "link"})
+
+
 def test_last_starts_anew_where_there_is_none(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
