@@ -25,7 +25,7 @@ from lit_rlft.runs.files import PARTIAL, DiskError, writing
 from lit_rlft.runs.folder import run_folder, writes_nothing
 from lit_rlft.runs.save_clock import SaveClock
 
-__all__ = ["AUTO", "LastCheckpoint"]
+__all__ = ["AUTO", "LastCheckpoint", "monitored"]
 
 AUTO = "auto"
 """The value of `monitor` that leaves the choice to the run."""
@@ -139,9 +139,14 @@ class LastCheckpoint(Hooks, ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save what Lightning's options ask for."""
+        """Save what Lightning's options ask for, and before a validation that may end the fit."""
         self._finished(trainer, pl_module)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+        unknown = monitored(trainer).keys() - trainer.callback_metrics.keys()
+        follows = fetcher is not None and loop._should_check_val_fx(fetcher)
+        if unknown and follows and self._saves(trainer):
+            self.save(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note that the weights may be others until it ends."""
@@ -332,6 +337,19 @@ def _as_cut(trainer: Trainer, *, before_logging: bool = False) -> Iterator[None]
         trainer.should_stop, loop._batches_that_stepped = stop, logged
         for one, processed in zip(counters, held, strict=True):
             one.processed = processed
+
+
+def monitored(trainer: Trainer) -> dict[str, str]:
+    """Return the settings of a fit's callbacks that monitor a name, by the name that they have."""
+    if writes_nothing(trainer) or trainer.state.fn != TrainerFn.FITTING:
+        return {}
+    found = {}
+    for callback in vars(trainer).get("callbacks", []):
+        name, own = getattr(callback, "monitor", None), isinstance(callback, LastCheckpoint)
+        chosen = own and callback.chooses  # nobody has asked for that name
+        if isinstance(name, str) and name not in ("epoch", "step") and not chosen:
+            found[name] = f"{'checkpoint' if own else type(callback).__name__}.monitor"
+    return found
 
 
 def _rounds(module: LightningModule) -> int:

@@ -3,13 +3,11 @@
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_rlft.algorithms.base import RewardFineTuner
-from lit_rlft.callbacks.last_checkpoint import LastCheckpoint
+from lit_rlft.callbacks.last_checkpoint import monitored
 from lit_rlft.core.checks import UsageError
-from lit_rlft.runs.folder import writes_nothing
 
 __all__ = ["Monitored"]
 
@@ -20,14 +18,15 @@ _OF_VALIDATION = ("val/", "val_")
 class Monitored(Callback):
     """Stops a fit with a sentence where a callback monitors a name that is never logged.
 
-    Names of rounds are known after the first round, all others after the first validation;
-    Lightning would see it at the first save, with a list of everything.
+    Names of rounds are known after the first round, all others after the first validation, before
+    which `LastCheckpoint` saves; Lightning would see it at the first save, with a list of
+    everything.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that what validations log can come."""
         assert isinstance(pl_module, RewardFineTuner)
-        for key, name in _monitors(trainer):
+        for name, key in monitored(trainer).items():
             if name.startswith("test/"):
                 raise _never(key, name, "a test is no part of a fit; val/ is what fit can monitor")
             if name.startswith(_OF_VALIDATION) and not trainer.enable_validation:
@@ -54,25 +53,11 @@ class Monitored(Callback):
 
 def _check(trainer: Trainer, prefixes: tuple[str, ...]) -> None:
     logged = trainer.callback_metrics
-    for owner, name in _monitors(trainer):
+    for name, owner in monitored(trainer).items():
         if name.startswith(prefixes) and name not in logged:
             kind = tuple(p for p in (*_OF_ROUNDS, *_OF_VALIDATION) if name.startswith(p))
             known = sorted(key for key in logged if key.startswith(kind or _OF_VALIDATION))
             raise _never(owner, name, f"there are {', '.join(known)}")
-
-
-def _monitors(trainer: Trainer) -> list[tuple[str, str]]:
-    """Return the names that callbacks of a fit monitor, each after its setting."""
-    if writes_nothing(trainer) or trainer.state.fn != TrainerFn.FITTING:
-        return []
-    callbacks = vars(trainer).get("callbacks", [])
-    found = []
-    for callback in callbacks:
-        name, own = getattr(callback, "monitor", None), isinstance(callback, LastCheckpoint)
-        chosen = own and callback.chooses  # nobody has asked for that name
-        if isinstance(name, str) and name not in ("epoch", "step") and not chosen:
-            found.append((f"{'checkpoint' if own else type(callback).__name__}.monitor", name))
-    return found
 
 
 def _never(key: str, name: str, why: str) -> UsageError:

@@ -131,7 +131,7 @@ class SplitData(LightningDataModule, ABC):
 
         Raises:
             UsageError: `batch_size`, or the number of rows where that is less, is not divisible by
-                the number of processes.
+                the number of processes; or the validation of a fit has fewer rows than those.
         """
         ranks, rank = self._place()
         self.check_batch_size(ranks)
@@ -144,6 +144,8 @@ class SplitData(LightningDataModule, ABC):
                 f"the training data have {num_rows} rows, fewer than data.init_args.batch_size "
                 f"({self.batch_size}), which {ranks} processes cannot share evenly; set {remedy}"
             )
+        if self._validates():  # the loader itself would tell it after an epoch
+            self._check_rows("val", self.rows("val"), ranks)
         order = _TrainOrder(rows, ranks, rank, seed=self.seed, batch_size=size, seen=self._seen)
         return self._loader(rows, size, order, drop_last=True)
 
@@ -170,13 +172,24 @@ class SplitData(LightningDataModule, ABC):
     def _evaluation(self, split: Split) -> DataLoader[dict[str, Any]]:
         rows = self.rows(split)
         ranks, rank = self._place()
+        self._check_rows(split, rows, ranks)
+        order = UnrepeatedDistributedSampler(rows, ranks, rank, shuffle=False)
+        return self._loader(rows, self.eval_batch_size, order, drop_last=False)
+
+    def _validates(self) -> bool:
+        """Return whether a fit comes to a validation."""
+        if not getattr(self.trainer, "enable_validation", False):
+            return False
+        assert self.trainer is not None
+        every, epochs = self.trainer.check_val_every_n_epoch, self.trainer.max_epochs
+        return every is None or epochs is None or epochs < 0 or every <= epochs
+
+    def _check_rows(self, split: Split, rows: Dataset[dict[str, Any]], ranks: int) -> None:
         if (num_rows := len(rows)) < ranks:  # type: ignore[arg-type]
             raise UsageError(
                 f"the {split} data have {num_rows} rows, too few for {ranks} processes; give them "
                 f"more rows, or set trainer.devices to {max(num_rows, 1)}"
             )
-        order = UnrepeatedDistributedSampler(rows, ranks, rank, shuffle=False)
-        return self._loader(rows, self.eval_batch_size, order, drop_last=False)
 
     def _loader(
         self,

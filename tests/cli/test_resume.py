@@ -325,8 +325,11 @@ def test_what_is_never_logged_is_not_monitored(
     with working_directory(tmp_path):
         with pytest.raises(SystemExit, match=f"monitor {monitor} is never logged: {reason}"):
             fit({"checkpoint.monitor": monitor} | more)
-        # Names of rounds are known after the first one, which is not lost.
-        assert Path(LAST).exists() == (monitor == "train/rewards")
+        # Names are known after the first round or validation, before which all rounds are saved.
+        assert Path(LAST).exists() == (reason[:9] == "there are")
+        if Path(LAST).exists():
+            rounds = 1 if monitor == "train/rewards" else 2
+            assert checkpoint("run")["lit_rlft"]["num_rounds"] == rounds
 
 
 def test_a_checkpoint_cannot_have_files_deleted(run: Path) -> None:

@@ -109,6 +109,18 @@ def test_a_round_must_divide_among_processes() -> None:
         on(Numbers(batch_size=5), 2, 0).train_dataloader()
 
 
+def test_too_few_rows_to_validate_are_told_before_the_first_round() -> None:
+    data = on(Numbers(batch_size=6), 3, 0)
+    data.sizes = Numbers.sizes | {"val": 2}
+    data.train_dataloader()  # this trainer does not validate
+    own = vars(data.trainer)
+    own |= {"enable_validation": True, "check_val_every_n_epoch": 2, "max_epochs": 1}
+    data.train_dataloader()  # nor does this one, which ends before
+    own["max_epochs"] = 2
+    with pytest.raises(UsageError, match="the val data have 2 rows, too few for 3 processes"):
+        data.train_dataloader()
+
+
 @pytest.mark.parametrize(("num_rows", "ranks"), [(3, 2), (10, 1), (11, 3), (2, 3)])
 def test_passes_are_those_of_torch(num_rows: int, ranks: int) -> None:
     rows = Rows(num_rows, lambda i: {})
