@@ -1,5 +1,6 @@
 """Keeps last.ckpt: never older than some minutes, never torn, and the end of the last fit."""
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ from lit_rlft.distributed import together
 from lit_rlft.evaluation.exploitation import held_out
 from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.hooks import Hooks
-from lit_rlft.runs.files import PARTIAL, DiskError, writing
+from lit_rlft.runs.files import PARTIAL, DiskError, whole, writing
 from lit_rlft.runs.folder import run_folder, writes_nothing
 from lit_rlft.runs.save_clock import SaveClock
 
@@ -114,6 +115,10 @@ class LastCheckpoint(Hooks, ModelCheckpoint):
         if not self.chooses or self.monitor is None or self.monitor in monitor_candidates:
             super()._save_topk_checkpoint(trainer, monitor_candidates)
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget earlier fits."""
+        self._training = False
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock and listen to signals."""
         super().on_train_start(trainer, pl_module)
@@ -183,6 +188,18 @@ class LastCheckpoint(Hooks, ModelCheckpoint):
         """Save what came after the last save."""
         if self._saves(trainer) and self._saved_round != _rounds(pl_module):
             self.save(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take over the checkpoint of a fit that has nothing left to train, in a new folder."""
+        source = trainer.ckpt_path
+        if self._training or source is None or not self._saves(trainer):
+            return
+        with together(trainer.world_size):
+            path = self._last_path(trainer)
+            if trainer.is_global_zero and not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with Path(source).open("rb") as old, writing(path), whole(path) as new:
+                    shutil.copyfileobj(old, new)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException

@@ -291,6 +291,18 @@ def test_the_last_checkpoint_is_no_link(tmp_path: Path) -> None:
         fit({"checkpoint.save_last": "link"})
 
 
+def test_a_finished_run_in_a_new_folder_brings_its_checkpoint(run: Path) -> None:
+    """What is tested there is the model that is exported there."""
+    average = {"trainer.callbacks+": "lit_rlft.callbacks.ema.EMA"}
+    fit(average | {"name": "other"})
+    fit(average | {"name": "new", "ckpt_path": "runs/other/checkpoints/last.ckpt"})
+    assert_equal(end("new"), end("other"))
+    assert (Path("runs/new/tuned")).is_dir()
+    before = Path(LAST).read_bytes()
+    fit({"ckpt_path": "runs/other/checkpoints/last.ckpt"})  # a checkpoint is never replaced by it
+    assert Path(LAST).read_bytes() == before
+
+
 def test_last_starts_anew_where_there_is_none(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
