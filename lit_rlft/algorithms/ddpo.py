@@ -36,6 +36,7 @@ from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_rlft.algorithms.base import RewardFineTuner
@@ -288,16 +289,16 @@ class DDPO(RewardFineTuner):
         if self.decoupled_rewards:
             check_decoupled(self.reward, self.advantage, self)
 
-    def _check_one_update(self, num_samples: int) -> None:
-        """Raise BadArgument if a round of the score function would be several updates."""
-        require(
-            self.estimator == "importance_sampling" or num_samples <= self.minibatch_size,
-            self,
-            "minibatch_size",
-            f"at least the {num_samples} samples of a round: the score function holds for the "
-            "weights that drew them, so a round is one update; or set model.init_args.estimator "
-            "to importance_sampling",
-        )
+    def _warn_of_updates(self, num_samples: int) -> None:
+        """Warn, once, if a round of the score function is several updates."""
+        once = self.num_rounds == 0 and self.estimator == "score_function"
+        if once and num_samples > self.minibatch_size:
+            rank_zero_warn(
+                f"the score function holds for the weights that drew the samples, but a round's "
+                f"{num_samples} are {-(-num_samples // self.minibatch_size)} updates: set "
+                f"model.init_args.minibatch_size to {num_samples} or more, or "
+                "model.init_args.estimator to importance_sampling"
+            )
 
     def _check_sliding(self) -> None:
         if self.sliding is None:
@@ -358,11 +359,10 @@ class DDPO(RewardFineTuner):
         """Draw M trajectories per condition with the current policy and compare their rewards.
 
         Raises:
-            UsageError: All rewards failed, no trained step left anything to chance, or the score
-                function would take several updates.
+            UsageError: All rewards failed, or no trained step left anything to chance.
         """
         candidates = condition.repeat(self.num_candidates)
-        self._check_one_update(len(candidates) * self.trainer.world_size)
+        self._warn_of_updates(len(candidates) * self.trainer.world_size)
         stream = (Stream.ROLLOUT, self.num_rounds)
         seeds = self.rollouts.seeds(batch, self.num_candidates, *stream)
         scoring = Scoring(self.rollouts, by_part=self.decoupled_rewards)

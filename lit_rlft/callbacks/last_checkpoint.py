@@ -151,7 +151,10 @@ class LastCheckpoint(Hooks, ModelCheckpoint):
         unknown = monitored(trainer).keys() - trainer.callback_metrics.keys()
         follows = fetcher is not None and loop._should_check_val_fx(fetcher)
         if unknown and follows and self._saves(trainer):
+            step = self._last_global_step_saved
             self.save(trainer, pl_module)
+            # The validation saves at this step, too: the best one, and last.ckpt once more.
+            self._last_global_step_saved, self._saved_round = step, -1
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note that the weights may be others until it ends."""

@@ -21,7 +21,6 @@ def test_graft_is_p_graft_without_a_cut(folder: Path) -> None:
             tuner_of(GRAFT, num_epochs=2),
             tuner_of(PGRAFT, cut=0.0, num_epochs=2),
             tuner_of(PGRAFT, cut=0.0, num_epochs=2, train_from="clean"),
-            tuner_of(PGRAFT, cut=0.01, num_epochs=2),  # less than half a step
         )
     ]
     states = [run.tuner.pipeline.denoiser.state_dict() for run in runs]

@@ -219,7 +219,7 @@ def shares(make: Any, split: str, ranks: int) -> list[list[str]]:
     parts = []
     for rank in range(ranks):
         data = make()
-        data.trainer = Mock(world_size=ranks, global_rank=rank)
+        data.trainer = Mock(world_size=ranks, global_rank=rank, enable_validation=False)
         data.trainer.fit_loop.epoch_loop.batch_progress.total.processed = 0
         data.setup("fit")
         loader = getattr(data, f"{split}_dataloader")()
