@@ -44,7 +44,7 @@ _TINY = 1e-6
 def _of_boxes(
     measure: Callable[Concatenate[Layouts, P], Tensor],
 ) -> Callable[Concatenate[Layouts, P], Tensor]:
-    """Return a measure whatever empty slots hold; NaN where an element's box is not finite."""
+    """Return a measure in which empty slots count nothing; NaN where a box is not finite."""
 
     @wraps(measure)
     def measured(layouts: Layouts, /, *args: P.args, **kwargs: P.kwargs) -> Tensor:
