@@ -33,10 +33,10 @@ class Facts(Callback):
         self._begun = False
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say that the checkpoint was the end already, and what prolongs the run."""
+        """Say that nothing was trained, why, and what would prolong the run."""
         assert isinstance(pl_module, RewardFineTuner)
-        if not self._begun and trainer.ckpt_path is not None:
-            say(_finished(trainer, pl_module))
+        if not self._begun:
+            say(_idle(trainer, pl_module))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the line."""
@@ -103,6 +103,16 @@ def facts(trainer: Trainer, module: RewardFineTuner, conditions: int | None) -> 
         *_lengths(trainer, module, conditions),
     ]
     return "; ".join(parts)
+
+
+def _idle(trainer: Trainer, module: RewardFineTuner) -> str:
+    """Return why a fit had nothing to do."""
+    lengths = [] if trainer.ckpt_path else ["max_epochs", "max_steps"]
+    limits = ["limit_train_batches", *lengths]
+    if zero := [f"trainer.{name}" for name in limits if getattr(trainer, name) == 0]:
+        verb, them = ("is", "it") if len(zero) == 1 else ("are", "them")
+        return f"nothing was trained: {' and '.join(zero)} {verb} 0; raise {them}"
+    return _finished(trainer, module) if trainer.ckpt_path else "nothing was trained"
 
 
 def _finished(trainer: Trainer, module: RewardFineTuner) -> str:

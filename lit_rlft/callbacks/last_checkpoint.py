@@ -215,7 +215,7 @@ class LastCheckpoint(Hooks, ModelCheckpoint):
             self._try_to_save(trainer, pl_module, exception)
         path = self._last_path(trainer)
         if path.is_file() and not isinstance(exception, Stopped | DiskError):
-            say(_how_to_resume(trainer, path))
+            say(self._how_to_resume(trainer, path))
 
     def save(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write last.ckpt; all processes must call it.
@@ -240,7 +240,7 @@ class LastCheckpoint(Hooks, ModelCheckpoint):
         self.signals.obey_requeue()
         if stop:
             error, path = Stopped(stop, trainer), self._last_path(trainer)
-            say(f"stopped by {error.signal.name}; {_how_to_resume(trainer, path)}")
+            say(f"stopped by {error.signal.name}; {self._how_to_resume(trainer, path)}")
             raise error
 
     def _saves(self, trainer: Trainer) -> bool:
@@ -268,6 +268,19 @@ class LastCheckpoint(Hooks, ModelCheckpoint):
         finally:
             if isinstance(pl_module, RewardFineTuner):
                 pl_module.counted = {}
+
+    def _how_to_resume(self, trainer: Trainer, path: Path) -> str:
+        folder = run_folder(trainer)
+        if not path.is_file():
+            return "nothing is saved yet: run the same command again"
+        if self.save_weights_only:
+            return (
+                f"{path} holds weights alone, from which test and predict work and no fit goes on "
+                "(checkpoint.save_weights_only)"
+            )
+        relative = folder / "checkpoints" / path.name
+        shown = relative if relative.is_file() else path
+        return f"to go on, run the same command with --name {folder.name} --ckpt_path {shown}"
 
     def _last_path(self, trainer: Trainer) -> Path:
         name = self.format_checkpoint_name(
@@ -374,12 +387,3 @@ def monitored(trainer: Trainer) -> dict[str, str]:
 
 def _rounds(module: LightningModule) -> int:
     return module.num_rounds if isinstance(module, RewardFineTuner) else module.global_step
-
-
-def _how_to_resume(trainer: Trainer, path: Path) -> str:
-    folder = run_folder(trainer)
-    if not path.is_file():
-        return "nothing is saved yet: run the same command again"
-    relative = folder / "checkpoints" / path.name
-    shown = relative if relative.is_file() else path
-    return f"to go on, run the same command with --name {folder.name} --ckpt_path {shown}"

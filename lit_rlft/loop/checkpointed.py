@@ -204,6 +204,7 @@ class Checkpointed(LightningModule):
         scheduler = self.make_lr_scheduler and self.make_lr_scheduler(optimizer)
         resume.check_optimizer(checkpoint, old or {}, optimizer, scheduler)
         new = self._settings() | resume.optimizer_settings(optimizer, scheduler)
+        resume.check_same_batches(checkpoint, old or {}, new)
         resume.list_changes(checkpoint, old, new, optimizer, scheduler)
 
     def _settings(self) -> dict[str, Plain]:

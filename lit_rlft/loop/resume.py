@@ -16,13 +16,14 @@ from lit_rlft.loop.settings import changes, settings
 __all__ = [
     "check_adapter",
     "check_optimizer",
+    "check_same_batches",
     "check_same_run",
     "list_changes",
     "optimizer_settings",
 ]
 
 OPTIMIZER, SCHEDULER = "model.optimizer", "model.lr_scheduler"
-_ALPHA = "model.lora.alpha"
+_ALPHA, _BATCH = "model.lora.alpha", "data.batch_size"
 _COUNTERS_OF_SCHEDULERS = ("optimizer", "last_epoch")
 _WITHOUT_EFFECT = (
     "model.num_eval_samples",
@@ -68,6 +69,25 @@ def check_same_run(old: Mapping[str, Any], algorithm: str) -> None:
             f"the checkpoint is of a run of {before}, which {algorithm} cannot go on with; resume "
             f"with {before}, or start a run of {algorithm} under another name"
         )
+
+
+def check_same_batches(
+    checkpoint: Mapping[str, Any], old: Mapping[str, Any], new: Mapping[str, Any]
+) -> None:
+    """Raise UsageError in the middle of an epoch, which is counted in batches of another size.
+
+    At the end of one a new size applies from the next epoch on.
+    """
+    before, now = old.get(_BATCH), new.get(_BATCH)
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    done = progress["current"]["completed"]
+    if None in (before, now) or before == now or not done or progress["is_last_batch"]:
+        return
+    raise UsageError(
+        f"the checkpoint lies in the middle of an epoch, after {done} batches of {before} rows, "
+        f"and data.init_args.batch_size is {now}; set it to {before} until that epoch has ended, "
+        f"or resume from a checkpoint at an epoch's end"
+    )
 
 
 def check_optimizer(

@@ -27,6 +27,10 @@ _OWN_SETTINGS = {
 }
 """Lightning's settings of automatic optimisation: their defaults, and what takes their place."""
 
+_OF_STAGE = {"validate": "limit_val_batches", "test": "limit_test_batches"}
+_OF_STAGE |= {"predict": "limit_predict_batches"}
+"""Lightning's setting that leaves a command nothing to do where it is 0."""
+
 _FOLDER, _SCRATCH = "_lit_rlft_run_folder", "_lit_rlft_scratch"
 """Attributes of a trainer: the folder it was given, and that of a fast_dev_run."""
 
@@ -60,11 +64,13 @@ def make_folder(config: Namespace, stage: str, lock: ExitStack | None = None) ->
     Raises:
         UsageError: The name is none of a folder, the folder cannot be written, `fit` would mix a
             new run into an old one, another fit writes there, a file stands where it writes a
-            folder, or the trainer is asked for something that the model does itself.
+            folder, the trainer is asked for something that the model does itself, or for nothing.
     """
     for key, (default, remedy) in _OWN_SETTINGS.items():
         if config.trainer[key] != default:
             raise UsageError(f"trainer.{key} does not apply here; set model.init_args.{remedy}")
+    if (limit := _OF_STAGE.get(stage)) and config.trainer[limit] == 0:
+        raise UsageError(f"trainer.{limit} is 0, so {stage} would do nothing; raise it")
     check_name(config.name)
     folder = Path(config.root) / agreed(lambda: _prepare(config, stage, lock))
     if not config.trainer["fast_dev_run"]:
@@ -149,17 +155,25 @@ def _prepare(config: Namespace, stage: str, lock: ExitStack | None) -> str:
     folder = Path(config.root) / name
     if trial or not is_first():  # started by Lightning: its first process has done all this
         return str(name)
+    checkpoints = checkpoints_of(config, folder)
     _make(folder)
-    _check_folders(folder, checkpoints_of(config, folder))
+    _check_folders(folder, checkpoints)
     if stage == "fit" and lock is not None:
-        held = RunLock(folder)
-        with writing(held.path):
-            held.acquire()
-        lock.callback(held.release)
+        _lock(RunLock(folder), lock)
+        if not checkpoints.is_relative_to(folder):
+            _make(checkpoints)
+            _lock(RunLock(checkpoints, "checkpoint.dirpath"), lock)
         clean(folder)
     if stage == "fit" and config.ckpt_path is None:
-        _check_fresh(folder, checkpoints_of(config, folder))
+        _check_fresh(folder, checkpoints)
     return str(name)
+
+
+def _lock(held: RunLock, until: ExitStack) -> None:
+    """Hold a folder's lock until the stack is closed."""
+    with writing(held.path):
+        held.acquire()
+    until.callback(held.release)
 
 
 def _check_folders(folder: Path, checkpoints: Path) -> None:

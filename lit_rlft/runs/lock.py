@@ -27,11 +27,12 @@ class RunLock:
     that another process has its number now, and takes over.
 
     Args:
-        folder: The run's, which exists.
+        folder: The run's, or another that it writes to, which exists.
+        setting: What chooses the folder, for the sentence of a refusal.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / LOCK
+    def __init__(self, folder: Path, setting: str = "--name") -> None:
+        self.path, self.setting = folder / LOCK, setting
         self._own: dict[str, Any] | None = None
 
     def acquire(self) -> None:
@@ -48,7 +49,7 @@ class RunLock:
                 return
             held = _read(self.path)
             if held is not None and (reason := _alive(held)):
-                raise UsageError(_refusal(self.path, held, reason))
+                raise UsageError(_refusal(self.path, held, reason, self.setting))
             if (held is not None or _is_old(self.path)) and self._take_over(held, own):
                 self._own = own
                 return
@@ -132,13 +133,15 @@ def _alive(held: dict[str, Any]) -> str:
     return "here" if held.get("process_start") == _process_start(pid) else ""
 
 
-def _refusal(path: Path, held: dict[str, Any], reason: str) -> str:
+def _refusal(path: Path, held: dict[str, Any], reason: str, setting: str) -> str:
     who = f"process {held.get('pid')} on {held.get('host')}, since {held.get('since')}"
     if reason == "here":
-        return f"another fit writes to {path.parent} ({who}); choose another --name or wait for it"
+        return (
+            f"another fit writes to {path.parent} ({who}); choose another {setting} or wait for it"
+        )
     return (
-        f"another fit may be writing to {path.parent} ({who}); choose another --name, or delete "
-        f"{path} if that process has ended"
+        f"another fit may be writing to {path.parent} ({who}); choose another {setting}, or "
+        f"delete {path} if that process has ended"
     )
 
 

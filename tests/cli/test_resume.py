@@ -246,6 +246,19 @@ def test_the_best_of_a_run_that_a_limit_ended_goes_on_in_its_epoch(tmp_path: Pat
         assert_equal(end("run"), end("whole"))
 
 
+def test_in_the_middle_of_an_epoch_batches_keep_their_size(tmp_path: Path) -> None:
+    """That place is a number of batches: of another size they would be other rows."""
+    smaller = LONG | {"ckpt_path": LAST, "data.batch_size": 4}
+    middle = r"middle of an epoch, after 3 batches of 8 rows, and .*batch_size is 4; set it to 8 "
+    with working_directory(tmp_path):
+        fit(LONG | BUDGET | {"trainer.callbacks.reward_calls": 80})
+        with pytest.raises(SystemExit, match=middle):
+            fit(smaller)
+        fit(LONG | {"ckpt_path": LAST, "trainer.max_epochs": 1})
+        fit(smaller)
+        assert checkpoint("run")["lit_rlft"]["num_rounds"] == 4 + 8
+
+
 class FailsInRound(Hooks):
     """Stops a run where a round has drawn and scored everything, and not yet trained."""
 
@@ -303,6 +316,25 @@ def test_a_finished_run_in_a_new_folder_brings_its_checkpoint(run: Path) -> None
     assert Path(LAST).read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["max_epochs", "limit_train_batches"])
+def test_a_fit_that_is_asked_for_nothing_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    with working_directory(tmp_path):
+        fit({f"trainer.{name}": 0})
+    assert f"nothing was trained: trainer.{name} is 0; raise it" in capsys.readouterr().out
+
+
+def test_a_measurement_that_is_asked_for_nothing_is_refused(tmp_path: Path) -> None:
+    limits = {"validate": "limit_val_batches", "test": "limit_test_batches"}
+    limits |= {"predict": "limit_predict_batches"}
+    with working_directory(tmp_path):
+        for stage, limit in limits.items():
+            nothing = rf"trainer\.{limit} is 0, so {stage} would do nothing; raise it"
+            with pytest.raises(SystemExit, match=nothing):
+                main(arguments(stage, (DOMAIN, "graft"), TINY_MIXTURE | {f"trainer.{limit}": 0}))
+
+
 def test_last_starts_anew_where_there_is_none(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -319,6 +351,17 @@ def test_weights_alone_are_tested_but_not_resumed(tmp_path: Path) -> None:
         main(arguments("test", (DOMAIN, "p_graft"), TINY_MIXTURE))
         with pytest.raises(SystemExit, match=r"holds weights alone .*save_weights_only false"):
             fit(GOING_ON)
+
+
+def test_a_run_that_ends_with_weights_alone_does_not_say_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing = {"trainer.callbacks+": "tests.cli.test_resume.FailsInRound"}
+    with working_directory(tmp_path):
+        with pytest.raises(SystemExit, match="a fault of its own"):
+            fit(LONG | failing | {"checkpoint.save_weights_only": True})
+        assert "to go on" not in (said := capsys.readouterr().out)
+        assert re.search(r"last\.ckpt holds weights alone, from which test and predict work", said)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from lit_rlft.cli import main
 from lit_rlft.core.checks import UsageError
 from lit_rlft.runs.lock import LOCK, RunLock
+from tests.support import TINY_MIXTURE, arguments, working_directory
 
 
 def changed(folder: Path, **fields: Any) -> None:
@@ -124,3 +126,23 @@ def test_without_hard_links_the_file_is_created_exclusively(
         RunLock(tmp_path).acquire()
     first.release()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_of_checkpoints_that_two_runs_share_is_locked(tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    held = RunLock(shared, "checkpoint.dirpath")
+    shared.mkdir()
+    held.acquire()
+    with (
+        working_directory(tmp_path),
+        pytest.raises(SystemExit, match=r"writes to .*shared .*choose another checkpoint\.dirpath"),
+    ):
+        main(
+            arguments(
+                "fit",
+                ("gaussian_mixture", "graft"),
+                TINY_MIXTURE | {"checkpoint.dirpath": str(shared)},
+            )
+        )
+    assert not list(shared.glob("*.ckpt"))
+    held.release()
