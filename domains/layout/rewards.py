@@ -213,7 +213,7 @@ class Relations(Reward):
             )
 
     def forward(self, samples: Any, condition: Condition) -> Tensor:
-        """Return the share of each layout, [B]."""
+        """Return the share of each layout, [B]; NaN where a box is not finite."""
         layouts = check_layouts(samples, condition)
         held = torch.zeros(len(layouts), device=layouts.boxes.device)
         asked = torch.zeros_like(held)
@@ -225,7 +225,13 @@ class Relations(Reward):
             pairs &= ~torch.eye(pairs.shape[1], dtype=torch.bool, device=pairs.device)
             held += (pairs & _RELATIONS[name](layouts.boxes)).sum(dim=(1, 2))
             asked += pairs.sum(dim=(1, 2))
-        return (held / asked.clamp(min=1)).where(asked > 0, 1)
+        return _share(held, asked, layouts)
+
+
+def _share(held: Tensor, asked: Tensor, layouts: Layouts) -> Tensor:
+    """Return held / asked, 1 where nothing is asked, NaN for a page that cannot be drawn."""
+    share = (held / asked.clamp(min=1)).where(asked > 0, 1)
+    return share.where(layouts.finite, torch.nan)
 
 
 class ClassCounts(Reward):
@@ -272,7 +278,7 @@ class GrammarRules(Reward):
         self.distance, self.flush, self.common = distance, flush, common
 
     def forward(self, samples: Any, condition: Condition) -> Tensor:
-        """Return the share of each layout, [B].
+        """Return the share of each layout, [B]; NaN where a box is not finite.
 
         Raises:
             UsageError: The classes are not PubLayNet's.
@@ -296,7 +302,7 @@ class GrammarRules(Reward):
         floats = table | figure
         held = (title & follows).sum(dim=1) + (floats & captioned).sum(dim=1)
         asked = (title | floats).sum(dim=1)
-        return (held / asked.clamp(min=1)).where(asked > 0, 1)
+        return _share(held, asked, layouts)
 
 
 class FunctionReward(Reward):

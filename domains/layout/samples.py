@@ -55,6 +55,11 @@ class Layouts(Samples):
         return self.valid.sum(dim=1)
 
     @property
+    def finite(self) -> Tensor:
+        """Whether the boxes of all elements are finite, bool [B]: a page can be drawn then."""
+        return (self.boxes.isfinite().all(dim=-1) | ~self.valid).all(dim=1)
+
+    @property
     def edges(self) -> Tensor:
         """Left, top, right, bottom of each box, [B, N, 4]."""
         centre, half = self.boxes[..., :2], self.boxes[..., 2:] / 2

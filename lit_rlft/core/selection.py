@@ -174,12 +174,16 @@ class RewardWeighted(Selection):
     def weights(
         self, rewards: Tensor, keys: Keys | None = None, noise: Generators = None
     ) -> Tensor:
-        """Return exp(r / beta) over its mean, float32 [G, M]; 0 where the reward is -inf."""
+        """Return exp(r / beta) over its mean, float32 [G, M]; 0 only where the reward is -inf.
+
+        A candidate of weight 0 would not be trained on, and the others' mean loss be larger.
+        """
         known = self(rewards)
         highest = rewards.amax(dim=1, keepdim=True)
         apart = ((rewards - highest).double() / self.beta).where(known, -torch.inf).exp()
         mean = apart.sum(dim=1, keepdim=True) / known.sum(dim=1, keepdim=True).clamp(min=1)
-        return (apart / mean).where(known, 0).float()
+        smallest = torch.finfo(torch.float32).tiny
+        return (apart / mean).clamp(min=smallest).where(known, 0).float()
 
 
 class Preference(Selection):

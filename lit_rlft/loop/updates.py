@@ -106,7 +106,8 @@ def plan(
 
     The samples of all processes are split, in the order that one process would have: which of them
     meet in a minibatch does not depend on the number of processes. They stay where they are, so a
-    process may have many samples of a minibatch, or none.
+    process may have many samples of a minibatch, or none. A minibatch without a term is left out:
+    an optimiser's momentum and weight decay would move the weights, where nothing is learnt.
 
     Args:
         experience: This process's own.
@@ -131,7 +132,7 @@ def plan(
             total = int(terms[places].sum())
             updates.append(Update(own, epoch, len(places), total, int(shares.max())))
     largest = max((one.minibatch.num_terms for one in updates), default=0)
-    return [replace(one, largest=largest) for one in updates]
+    return [replace(one, largest=largest) for one in updates if one.total_terms]
 
 
 def _places(layouts: Sequence[Layout]) -> tuple[list[int], list[int]]:

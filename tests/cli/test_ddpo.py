@@ -11,7 +11,9 @@ import torch
 import yaml
 from torch.testing import assert_close
 
+from domains.gaussian_mixture.rewards import Coordinate
 from lit_rlft.cli import main
+from lit_rlft.core.pipeline import Condition
 from tests.cli.test_runs import GAUSSIAN, TINY
 from tests.support import (
     TWO_FORKS,
@@ -243,3 +245,31 @@ def test_integer_rewards_train(odd_rewards: None) -> None:
     fit("ddpo", "run", {"reward": "odd_rewards.Whole"})
     assert scalars("run")["train/advantage_std"][0] == pytest.approx(1, abs=0.5)
     assert any(value.any() for key, value in weights("run").items() if "lora_B" in key)
+
+
+class OnceThenEqual(Coordinate):
+    """A reward that tells samples apart in the first round alone."""
+
+    rounds = 0
+
+    def forward(self, samples: Any, condition: Condition) -> torch.Tensor:
+        values = super().forward(samples, condition)
+        type(self).rounds += 1
+        return values if self.rounds == 1 else torch.zeros_like(values)
+
+
+def test_a_round_without_a_winner_moves_nothing() -> None:
+    """Momentum and weight decay would go on from the round before."""
+    settings = ROUNDS | {
+        "model.init_args.kl_coef": 0.0,
+        "model.init_args.optimizer.init_args.weight_decay": 0.5,
+        "reward": "tests.cli.test_ddpo.OnceThenEqual",
+        "trainer.limit_val_batches": 0,
+    }
+    updates = []
+    for name, length in (("short", 1), ("long", 3)):
+        OnceThenEqual.rounds = 0
+        main(command("fit", "grpo", name, settings | {"trainer.limit_train_batches": length}))
+        updates.append(checkpoint(name)["lit_rlft"]["num_updates"])
+    assert updates[0] == updates[1] > 0
+    assert_equal(weights("short"), weights("long"))

@@ -219,6 +219,9 @@ def test_reward_weights_by_hand() -> None:
     torch.testing.assert_close(found, torch.tensor([[0.6, 1.8, 0.6], [4 / 3, 2 / 3, 0.0]]))
     assert rule(r).tolist() == [[True] * 3, [True, True, False]]
     assert not rule.weights(torch.full((1, 3), -torch.inf)).any()
+    cold = RewardWeighted(beta=1e-3).weights(torch.tensor([[0.0, 1.0, 0.0, -torch.inf]]))
+    assert (cold > 0).tolist() == [[True, True, True, False]]  # all that count are trained on
+    assert float(cold.sum()) == 3.0
 
 
 def test_reward_weights_tilt_the_reference() -> None:

@@ -68,7 +68,7 @@ def docsim(a: Layouts, b: Layouts, *, normalised: bool = False) -> NDArray[np.fl
 
     NaN where an element's box is not finite.
     """
-    lost = (_lost(a) | _lost(b)).numpy()
+    lost = ~(a.finite & b.finite).numpy()
     weights = np.where(lost[:, None, None], 0, _docsim_weights(a, b))
     counts = torch.minimum(a.num_elements, b.num_elements).clamp(min=1).numpy()
     totals = np.array([w[linear_sum_assignment(w, maximize=True)].sum() for w in weights])
@@ -104,11 +104,6 @@ def box_wasserstein(a: Layouts, b: Layouts) -> float:
     if not len(first) or not len(second):
         return 1.0
     return float(np.mean([wasserstein_distance(first[:, i], second[:, i]) for i in range(4)]))
-
-
-def _lost(layouts: Layouts) -> Tensor:
-    """Return which layouts have an element whose box is not finite, [B]."""
-    return (~layouts.boxes.isfinite().all(dim=-1) & layouts.valid).any(dim=1)
 
 
 def _by_labels(layouts: Layouts) -> dict[tuple[int, ...], list[int]]:

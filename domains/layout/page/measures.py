@@ -49,11 +49,10 @@ def _of_boxes(
     @wraps(measure)
     def measured(layouts: Layouts, /, *args: P.args, **kwargs: P.kwargs) -> Tensor:
         boxes, valid = layouts.boxes, layouts.valid.unsqueeze(-1)
-        finite = boxes.isfinite()
         # Not finite times 0 is not 0. Smooth twins have gradients at boxes of slots that are empty.
-        kept = valid | finite if kwargs.get("smooth") else valid
+        kept = valid | boxes.isfinite() if kwargs.get("smooth") else valid
         values = measure(replace(layouts, boxes=boxes.where(kept, 0)), *args, **kwargs)
-        return values.where((finite | ~valid).all(dim=2).all(dim=1), torch.nan)
+        return values.where(layouts.finite, torch.nan)
 
     return measured
 
