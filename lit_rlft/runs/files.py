@@ -70,7 +70,10 @@ def whole(path: Path) -> Iterator[IO[bytes]]:
 
     Raises:
         OSError: It cannot be written; the old one, if any, is as it was.
+        UsageError: A folder stands in its place.
     """
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder, where a file is to be written; move it away")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}{PARTIAL}")
     try:

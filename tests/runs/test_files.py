@@ -151,6 +151,14 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_folder_in_the_place_of_a_file_is_named_and_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "comparison.png"
+    (folder / "own").mkdir(parents=True)
+    with pytest.raises(UsageError, match=r"comparison\.png is a folder.*move it away"):
+        write_whole(folder, "text")
+    assert (folder / "own").is_dir() and len(list(tmp_path.iterdir())) == 1
+
+
 def test_a_folder_is_swapped_as_a_whole(tmp_path: Path) -> None:
     folder = tmp_path / "tuned"
 
