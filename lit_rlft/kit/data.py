@@ -27,6 +27,8 @@ Record = Mapping[str, Any]
 class Rows(Dataset[dict[str, Any]]):
     """A data set whose row i is `row(i)`, made on demand, with its number under "index".
 
+    Seeds, files and pairs go by that number: a column of the same name gives way to it.
+
     Args:
         length: Number of rows.
         row: Returns the columns of a row.
@@ -39,7 +41,7 @@ class Rows(Dataset[dict[str, Any]]):
         return self.length
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        return {"index": i, **self.row(i)}
+        return {**self.row(i), "index": i}
 
 
 class _TrainOrder(DistributedSampler[Any]):

@@ -56,4 +56,4 @@ class PairStates:
         ]
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(seed_from(self.seed, Stream.DATA, row))
-            return self.pipeline.states(collate([{"index": 0, **columns} for columns in read]))
+            return self.pipeline.states(collate([{**columns, "index": 0} for columns in read]))

@@ -140,3 +140,7 @@ def test_fewer_rows_than_processes_are_refused(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(UsageError, match=r"the val data have 1 rows.*2 processes.*devices to 1"):
         data.val_dataloader()
     assert len(data.test_dataloader()) == 1
+
+
+def test_a_rows_number_is_its_own_whatever_its_columns() -> None:
+    assert Rows(3, lambda i: {"index": 7, "n": i})[2] == {"index": 2, "n": 2}

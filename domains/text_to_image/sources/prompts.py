@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 
 from lit_rlft.core.checks import UsageError
+from lit_rlft.core.pipeline import PAIR
 from lit_rlft.kit.cache import cached_folder, user_cache
 from lit_rlft.kit.data import Record
 from lit_rlft.kit.distinct import text_number
@@ -29,7 +30,9 @@ __all__ = ["PromptFile", "Records", "read_prompts"]
 
 _LARGE = 1 << 22
 """Bytes of a file from which on its records are kept on disk."""
-_FORMAT = "lit-rlft prompts 1"
+_FORMAT = "lit-rlft prompts 2"
+_OURS = frozenset({"index", PAIR})
+"""Columns that batches have of their own."""
 
 
 class Records(Sequence[Record]):
@@ -173,6 +176,8 @@ def _pack(path: Path, column: str, file: BinaryIO, *, once: bool) -> _Packed:
     spans, numbers, empty, total = array("q"), array("q"), array("q"), 0
     for total, record in enumerate(_records(path, column), start=1):
         columns.update(dict.fromkeys(record))
+        for name in _OURS - {column}:
+            record.pop(name, None)
         if not (prompt := _prompt(record[column])):
             empty.append(total)
             continue
@@ -183,7 +188,8 @@ def _pack(path: Path, column: str, file: BinaryIO, *, once: bool) -> _Packed:
     found = np.array(spans, dtype=np.int64).reshape(-1, 2)
     if not len(found):
         raise UsageError(f"{path} holds no prompts")
-    said = []
+    ours = sorted(_OURS & columns.keys() - {column})
+    said = [f"{path}: the column {name!r} is left out, a name that batches use" for name in ours]
     # The lines of a .txt that are empty part its prompts; an empty record is a hole.
     if empty and path.suffix.lower() != ".txt":
         said.append(
@@ -199,7 +205,7 @@ def _pack(path: Path, column: str, file: BinaryIO, *, once: bool) -> _Packed:
             f"{path}: {len(kept)} prompts used; {repeats} left out that repeat another, "
             "so that no split sees another's"
         )
-    return _Packed(kept, list(columns), said)
+    return _Packed(kept, [name for name in columns if name not in ours], said)
 
 
 def _prompt(value: Any) -> str:
@@ -243,6 +249,10 @@ def _checked(record: Any, i: int, path: Path, column: str) -> dict[str, Any]:
         raise UsageError(f"{path} must hold a list of texts or of records")
     if isinstance(record, str):
         return {column: record}
+    if any(record.pop(None, ())):  # where `csv` puts fields beyond the header
+        tabs = path.suffix.lower() == ".tsv"
+        remedy = "texts cannot hold tabs" if tabs else "put texts with commas in quotes"
+        raise UsageError(f"record {i + 1} of {path} has more fields than its header; {remedy}")
     if column not in record:
         raise UsageError(
             f"record {i + 1} of {path} has no {column!r}, only {sorted(map(str, record))}; set "

@@ -141,6 +141,24 @@ def test_records_without_a_prompt_are_left_out(tmp_path: Path) -> None:
     assert texts(read_prompts(path)) == ["3"]
     ragged = written(tmp_path / "a.csv", "tag,prompt\nx\ny,a cat\n")
     assert texts(read_prompts(ragged)) == ["a cat"]
+    trailing = written(tmp_path / "b.csv", "prompt\na cat,,\n")
+    assert texts(read_prompts(trailing)) == ["a cat"]
+
+
+def test_columns_whose_names_batches_use_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All rows would be row 0: with the same seeds, and files that replace each other."""
+    lines = [{"prompt": f"prompt {i}", "index": 0, "pair": "x", "n": i} for i in range(4)]
+    path = written(tmp_path / "a.jsonl", "\n".join(map(json.dumps, lines)))
+    said: list[str] = []
+    monkeypatch.setattr("domains.text_to_image.sources.prompts.rank_zero_info", said.append)
+    data = PromptData(str(path), val_source=str(path), test_source=str(path))
+    found = rows(data, "train")
+    assert sorted(row["index"] for row in found) == [0, 1, 2, 3]
+    assert all(row.keys() == {"index", "prompt", "n"} for row in found)
+    assert any("the column 'index' is left out" in line for line in said)
+    assert texts(read_prompts(path, "index")) == ["0"] * 4  # unless it is the prompt
 
 
 @pytest.mark.parametrize(
@@ -159,6 +177,8 @@ def test_records_without_a_prompt_are_left_out(tmp_path: Path) -> None:
             r"record 1 of .* has no 'prompt', only \['text'\]; set data",
         ),
         ("a.jsonl", '{"prompt": "x"}\n{"text": "y"}', "record 2 of .* has no 'prompt'"),
+        ("a.csv", "prompt\na\na ring, big\n", "record 2 of .* more fields .* commas in quotes"),
+        ("a.tsv", "prompt\na\tb\n", "record 1 of .* more fields .* cannot hold tabs"),
     ],
 )
 def test_files_that_cannot_be_read_are_refused(
