@@ -13,7 +13,7 @@ from lit_rlft.cli.old_arguments import without_old_arguments
 from lit_rlft.cli.paths import with_config_files
 from lit_rlft.cli.quiet import quieten
 from lit_rlft.cli.voting.command import run as vote
-from lit_rlft.cli.words import configs_first, nearest
+from lit_rlft.cli.words import configs_first, nearest, with_nulls
 from lit_rlft.core.checks import UsageError
 
 __all__ = ["HELP", "main"]
@@ -113,7 +113,7 @@ def _command(words: list[str]) -> None:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # classes of the user's own, as `python` finds them
     words = with_class_paths(with_config_files(configs_first(words)))
-    words = without_old_arguments(words)
+    words = with_nulls(without_old_arguments(words))
     check_sources(words)
     with without_collection():
         if words[0] == "plan":

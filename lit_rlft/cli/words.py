@@ -1,10 +1,15 @@
 """The words of a command line: options with their values, and names like those one mistyped."""
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-__all__ = ["Option", "configs_first", "nearest", "options", "rewritten"]
+__all__ = ["Option", "configs_first", "nearest", "options", "rewritten", "with_nulls"]
+
+_DATACLASSES = ("lora", "dial", "reward_workers")
+"""Settings of the model that are dataclasses with fields that may be null."""
+_NULLS = ("null", "Null", "NULL", "~")
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,21 @@ def rewritten(words: Sequence[str], option: Option, value: str) -> list[str]:
     """Return the words with another value of an option."""
     result, word = list(words), words[option.place]
     result[option.place] = word[: len(word) - len(option.value)] + value
+    return result
+
+
+def with_nulls(words: Sequence[str]) -> list[str]:
+    """Return a command's words with a null in a dataclass as JSON, in which the parser sees it.
+
+    In `--model.lora.rank null` jsonargparse takes it for the text "None".
+    """
+    result = list(words)
+    for option in options(words):
+        parent, _, name = option.key.rpartition(".")
+        if option.value in _NULLS and parent.rpartition(".")[2] in _DATACLASSES:
+            value, joined = json.dumps({name: None}), result[option.place].startswith("--")
+            written = [f"--{parent}={value}"] if joined else [f"--{parent}", value]
+            result[option.place + 1 - len(written) : option.place + 1] = written
     return result
 
 

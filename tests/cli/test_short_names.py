@@ -268,3 +268,23 @@ def test_a_file_is_no_source(config: str, exists: bool, tmp_path: Path) -> None:
     sentence = f"--data.source {name}: {data} takes the class that reads the file, as in "
     assert sentence in str(raised.value.code)
     assert re.search(classes, str(raised.value.code))
+
+
+@pytest.mark.parametrize("joined", [True, False])
+@pytest.mark.parametrize("prefix", ["model", "model.init_args"])
+def test_null_in_a_dataclass_is_none(
+    capsys: pytest.CaptureFixture[str], prefix: str, joined: bool
+) -> None:
+    """The parser alone takes it for the text "None", a file or a wrong number."""
+    nulls = [("lora.rank", "null"), ("lora.pretrained", "~"), ("lora.targets", "null")]
+    given = [("lora.alpha", "4"), ("lora.rank", "2"), ("dial.cut", "[0.5]"), *nulls]
+    words = [
+        word
+        for key, value in [*given, ("reward_workers.devices", "null")]
+        for word in ([f"--{prefix}.{key}={value}"] if joined else [f"--{prefix}.{key}", value])
+    ]
+    text = printed(capsys, "--config", "gaussian_mixture", "--config", "graft", *words)
+    found = yaml.safe_load(text)["model"]["init_args"]
+    assert found["lora"]["alpha"] == 4 and found["dial"]["cut"] == [0.5]
+    assert {found["lora"][name] for name in ("rank", "pretrained", "targets")} == {None}
+    assert found["reward_workers"]["devices"] is None
