@@ -32,13 +32,6 @@ RUN = [
     if page.name == "README.md" or page.parent.name in ("start", "how_to")
 ]
 PARSED = [page for page in PAGES if page not in RUN]
-MADE = {
-    "contributing.md": "CONTRIBUTING.md",
-    "changelog.md": "CHANGELOG.md",
-    "security.md": "SECURITY.md",
-}
-"""Pages that the site makes of documents at the repository's root."""
-
 NOT_RUN = {
     "pip install": "installs the package, as this environment has it",
     "make ": "each target is run by continuous integration or takes minutes",
@@ -242,8 +235,6 @@ def test_links_lead_somewhere(page: Path) -> None:
             continue
         path, _, anchor = target.partition("#")
         found = (page.parent / path).resolve() if path else page
-        if found.name in MADE and found.parent == ROOT / "docs":
-            found = ROOT / MADE[found.name]
         assert found.exists(), f"{name(page)} links to {target}"
         assert not anchor or anchor in anchors(found), f"{name(page)} links to {target}"
 

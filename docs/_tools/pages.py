@@ -48,6 +48,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
+    """Lead links to documents of the repository's root to the site's pages of them."""
+    up = "../" * page.file.src_uri.count("/")
+    for source, own in DOCUMENTS.items():
+        markdown = re.sub(rf"\]\((?:\.\./)+{re.escape(source)}", f"]({up}{own}", markdown)
+    return markdown
+
+
 def _packages() -> list[str]:
     """Return the packages below `lit_rlft`, its modules for users, and the domains."""
     folders = sorted(path.parent for path in (ROOT / "lit_rlft").glob("*/__init__.py"))
