@@ -15,10 +15,11 @@ from collections.abc import Hashable, Sequence
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_rlft.algorithms.base import RewardFineTuner
-from lit_rlft.core.checks import at_least
+from lit_rlft.core.checks import UsageError, at_least
 from lit_rlft.core.implicit import implicit
 from lit_rlft.core.pipeline import Batch, Condition
 from lit_rlft.core.randomness import Generators, Seeded
@@ -88,6 +89,7 @@ class PGRAFT(RewardFineTuner):
         self.iterative = iterative
         self.guided_loss = guided_loss
         self.contrast = contrast
+        self._warned = False
 
     def check(self) -> None:
         at_least(1, self, "num_candidates")
@@ -128,6 +130,8 @@ class PGRAFT(RewardFineTuner):
         accepted = self._accept(groups, drawn.keys, seeds)
         chosen = accepted.flatten().nonzero().flatten()
         counted = groups.flatten()[chosen] * accepted.flatten()[chosen]
+        rate = mean_of_all((accepted > 0).float(), world_size)
+        self._warn_of_none(rate, len(seeds) * world_size)
         weights = self._weights(accepted, groups.isfinite())
         trained = weights.flatten().nonzero().flatten()
         source = x_tau if self.train_from == "intermediate" else x_0
@@ -142,7 +146,7 @@ class PGRAFT(RewardFineTuner):
                 "reward": drawn.reward,
                 "failed_rewards": drawn.failed_rewards,
                 "accepted_reward": mean_of_all(counted, world_size),
-                "acceptance_rate": mean_of_all((accepted > 0).float(), world_size),
+                "acceptance_rate": rate,
             },
             histograms={"reward": drawn.known, "accepted_reward": groups.flatten()[chosen]},
             counts=weights.count_nonzero(dim=1).tolist(),
@@ -156,7 +160,24 @@ class PGRAFT(RewardFineTuner):
         grouped = [keys[i : i + self.num_candidates] for i in starts] if keys else None
         noise = Seeded([seeds[i] for i in starts], Stream.SELECT)
         known = groups.isfinite()
-        return self.selection.weights(groups.where(known, -math.inf), grouped, noise) * known
+        found: Any = self.selection.weights(groups.where(known, -math.inf), grouped, noise)
+        if not isinstance(found, Tensor) or found.shape != groups.shape:
+            given = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise UsageError(
+                f"{type(self.selection).__name__} returned {given}; a selection returns a bool "
+                f"tensor, a row per condition and a column per candidate: {tuple(groups.shape)}"
+            )
+        return found * known
+
+    def _warn_of_none(self, rate: float, num_candidates: int) -> None:
+        """Warn, once, where a round has nothing to train on."""
+        if rate == 0 and not self._warned:
+            self._warned, name = True, type(self.selection).__name__
+            rank_zero_warn(
+                f"{name} accepted none of the {num_candidates:,} candidates of round "
+                f"{self.num_rounds + 1}, from which nothing is learnt; look at the settings of "
+                "model.init_args.selection, or raise model.init_args.num_candidates"
+            )
 
     @property
     def _noised_alike(self) -> int:

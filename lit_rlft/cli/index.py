@@ -22,6 +22,8 @@ _KINDS = {
     "lightning.pytorch.LightningDataModule": "data",
 }
 _GRADIENT = "differentiable"
+_INTERNAL = frozenset({"lit_rlft.loop.side.rewards.SideReward"})
+"""Classes of such a kind that nobody names."""
 _CLASS = re.compile(r"^class \w+\(", re.MULTILINE)
 
 
@@ -128,6 +130,7 @@ def _index(domains: tuple[tuple[str, str], ...]) -> list[Entry]:
         for module, known in sources.modules.items()
         for name, node in known.classes.items()
         if not name.startswith("_") and not sources.is_abstract(f"{module}.{name}")
+        if f"{module}.{name}" not in _INTERNAL
         for entry in [_entry(sources, module, node, owner.get(module), shortest)]
     ]
 
@@ -220,7 +223,8 @@ def _sets_gradient(statement: ast.stmt) -> bool:
     if not isinstance(statement, ast.Assign | ast.AnnAssign):
         return False
     targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
-    return any(isinstance(one, ast.Attribute) and one.attr == _GRADIENT for one in targets)
+    found = (one for target in targets for one in ast.walk(target))  # of `a, b = ...` too
+    return any(isinstance(one, ast.Attribute) and one.attr == _GRADIENT for one in found)
 
 
 def _value(value: ast.expr | None) -> str:

@@ -40,6 +40,8 @@ _MEANT = {
     "batch_size": "data.batch_size",
 }
 """Where settings of the model are that other trainers have on top."""
+_CLASSES = ("model", "pipeline", "reward", "data")
+"""Keys whose value is a class."""
 _MOST = 60
 """Longest shown value."""
 
@@ -69,6 +71,9 @@ def parser_sentence(causes: Sequence[BaseException]) -> str:
         return _without_key(last)
     values = _VALUE.findall(last) or re.findall("import path string: (.*)", last) or classes
     value = values[-1] if values else ""
+    if value.endswith(".py") or (key in _CLASSES and re.fullmatch(r"[\w./-]*/\w+", value)):
+        dotted = value.removesuffix(".py").strip("./").replace("/", ".")
+        return f"{key}: {short(value)} is a file; give the class in it, as {dotted}.ClassName"
     if own := _own_code(causes):
         return f"{key}: {short(value)} cannot be imported: {own}"
     if why := _absent(value):
@@ -179,6 +184,8 @@ def _plain(reason: str, classes: Sequence[str]) -> str:
         return "the class is abstract; give one that defines all of its methods"
     if found := re.search(r"does not correspond to a subclass of (\w+)", reason):
         return f"the class is no {found.group(1)}"
+    if found := re.search(r"Parameter '(\w+)' from .* does not specify a type", reason):
+        return f"its argument {found.group(1)} has no type; write {found.group(1)}: float, or so"
     if found := re.search(r"[Uu]nrecognized arguments: --([\w.]+)", reason):
         return f"it has no argument {found.group(1)}; see --model.help"
     if classes and reason.startswith(("No module named", "module ")):

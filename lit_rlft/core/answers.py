@@ -70,7 +70,9 @@ def numbers(name: str, values: Any, num_samples: int, what: str) -> Tensor:
     """
     rule = f"a {what} returns a tensor with one number per sample, shape ({num_samples},)"
     if not isinstance(values, Tensor):
-        raise UsageError(f"{name} returned a {type(values).__name__}; {rule}")
+        lists = hasattr(values, "__len__")
+        remedy = ", as torch.as_tensor makes of lists and arrays" if lists else ""
+        raise UsageError(f"{name} returned a {type(values).__name__}; {rule}{remedy}")
     if values.shape != (num_samples,):
         raise UsageError(
             f"{name} returned shape {tuple(values.shape)} for {num_samples} samples; {rule}"

@@ -13,6 +13,7 @@ References:
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +59,11 @@ class Selection(ABC):
         self, rewards: Tensor, keys: Keys | None = None, noise: Generators = None
     ) -> Tensor:
         """Return how much each candidate counts, [G, M]: 1 where it is accepted, or else 0."""
-        return self(rewards, keys, noise).float()
+        accepted: Any = self(rewards, keys, noise)
+        if not isinstance(accepted, Tensor):
+            name, given = type(self).__name__, type(accepted).__name__
+            raise UsageError(f"{name} returned {given}; a selection returns a bool tensor, [G, M]")
+        return accepted.float()
 
 
 class TopK(Selection):

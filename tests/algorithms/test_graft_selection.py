@@ -250,3 +250,31 @@ def test_candidates_that_could_not_be_scored_are_left_out(
     assert experience.counts[3] == 0 and 0 < max(experience.counts) <= 2
     assert experience.histograms["accepted_reward"].isfinite().all()
     assert len(experience.histograms["reward"]) == 14
+
+
+class Odd(Selection):
+    """Returns what it is told to, which is no bit per candidate."""
+
+    def __init__(self, found: Any) -> None:
+        self.found = found
+
+    def __call__(self, rewards: Tensor, keys: Any = None, noise: Any = None) -> Tensor:
+        found: Tensor = self.found
+        return found
+
+
+@pytest.mark.parametrize(
+    ("found", "given"), [(None, "NoneType"), (torch.ones(32, dtype=torch.bool), r"\(32,\)")]
+)
+def test_a_selection_that_returns_no_bits_is_named(folder: Path, found: Any, given: str) -> None:
+    tuner = tuner_of(GRAFT, reward=Coordinate(), selection=Odd(found))
+    with pytest.raises(UsageError, match=f"Odd returned {given}; a selection returns a .*tensor"):
+        fit(tuner, default_root_dir=folder)
+
+
+def test_a_round_that_accepts_nothing_is_warned_of_once(folder: Path) -> None:
+    tuner = tuner_of(GRAFT, reward=Coordinate(), selection=Threshold(1e9))
+    with pytest.warns(UserWarning, match="none of the 32 candidates of round 1, .*selection") as w:
+        fit(tuner, num_rounds=2, default_root_dir=folder)
+    assert sum("Threshold accepted none" in str(one.message) for one in w) == 1
+    assert tuner.num_updates == 0

@@ -37,6 +37,17 @@ class Wide(Reward):
 class Number(Reward):
     def forward(self, samples, condition):
         return 1.0
+
+class Listed(Reward):
+    def forward(self, samples, condition):
+        return [1.0] * len(condition)
+
+class Untyped(Reward):
+    def __init__(self, scale):
+        super().__init__()
+
+    def forward(self, samples, condition):
+        return samples[:, 0]
 """
 
 
@@ -183,6 +194,23 @@ SETTINGS = {
     "missing config": ({"config": ["configs/nowhere.yaml"]}, "does not exist"),
     "NaN reward": ({"reward": "mistaken_rewards.Failing"}, "Failing failed for all 32 samples"),
     "wide reward": ({"reward": "mistaken_rewards.Wide"}, "Wide returned shape (32, 2) for 32"),
+    "list of rewards": (
+        {"reward": "mistaken_rewards.Listed"},
+        "Listed returned a list; a reward returns a tensor with one number per sample, shape (32,),"
+        " as torch.as_tensor makes",
+    ),
+    "untyped argument": (
+        {"reward": "mistaken_rewards.Untyped"},
+        "reward: its argument scale has no type; write scale: float",
+    ),
+    "file of a class": (
+        {"reward": "mistaken_rewards.py"},
+        "mistaken_rewards.py is a file; give the class in it, as mistaken_rewards.ClassName",
+    ),
+    "path of a class": (
+        {"reward": "own/rewards"},
+        "own/rewards is a file; give the class in it, as own.rewards.ClassName",
+    ),
     "bare reward": ({"reward": "mistaken_rewards.Number"}, "Number returned a float"),
 }
 
