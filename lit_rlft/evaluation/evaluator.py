@@ -25,7 +25,7 @@ from lit_rlft.core.reward import (
 )
 from lit_rlft.core.state import State, index
 from lit_rlft.core.streams import Stream
-from lit_rlft.distributed import telling
+from lit_rlft.distributed import gather, telling
 from lit_rlft.evaluation.best_of import best_of
 from lit_rlft.evaluation.dial import Setting
 from lit_rlft.evaluation.jackknife import Moments
@@ -94,7 +94,8 @@ class Evaluator:
         self.pipeline, self.reward = rollouts.pipeline, rollouts.reward
         self._measurements, self.num_pictures, self.world_size = Measurements(), 0, 1
         self.shown, self._said = True, False
-        self._num_failed: float = 0
+        self._num_failed = self._num_asked = 0
+        self._hopeful = False
         self.keeps_figures = False
         self.seen: Seen = unseen
         self._best: Arm | None = None
@@ -118,6 +119,7 @@ class Evaluator:
     def start(self, world_size: int = 1, *, keep_reference: bool = False) -> None:
         """Start a fresh evaluation by all processes; the reference's measurements can be kept."""
         self.world_size = world_size
+        self._num_failed = self._num_asked = 0
         self._waiting.clear()
         kept = self._measurements.reference if keep_reference else None
         self._measurements, self._best = Measurements(kept), None
@@ -188,9 +190,12 @@ class Evaluator:
         """
         sets, best, measurements = self.set_metrics, self._best, self.measurements
         found = measurements.summary(self.world_size, sets, errors=errors, best=best)
+        own = (self._num_failed, self._num_asked, measurements.tuned.num_samples)
+        failed, asked, tuned = map(sum, zip(*gather(own, self.world_size), strict=True))
         scores = found["tuned"].get(self.reward.name)
         if scores is not None and math.isnan(scores["mean"]) and not self.reward.asks:
-            raise all_failed(self.reward.name, measurements.tuned.num_samples)
+            raise all_failed(self.reward.name, tuned)
+        self._say_failed(failed, asked)
         return found
 
     def means(self) -> dict[str, float]:
@@ -270,19 +275,26 @@ class Evaluator:
     def _check_scored(self, rewards: Any, num_samples: int) -> None:
         """Check rewards; say once that some are missing, and stop where there never were any.
 
-        A person is asked in training alone.
+        A person is asked in training alone. One of several processes does not stop: `summary`
+        knows the rewards of all.
         """
         found = check_rewards(self.reward, rewards, num_samples, may_fail=True).isfinite()
         if self.reward.asks:
             return
-        self._num_failed = -math.inf if found.any() else self._num_failed + num_samples
-        if self._num_failed >= _HOPELESS:
-            raise all_failed(self.reward.name, int(self._num_failed))
-        if not found.all() and not self._said:
+        failed = int((~found).sum())
+        self._num_failed, self._num_asked = self._num_failed + failed, self._num_asked + num_samples
+        self._hopeful |= failed < num_samples
+        if not self._hopeful and self.world_size == 1 and self._num_failed >= _HOPELESS:
+            raise all_failed(self.reward.name, self._num_failed)
+        self._say_failed(failed, num_samples)
+
+    def _say_failed(self, failed: int, num_samples: int) -> None:
+        """Say once, on the first process, that some rewards are missing."""
+        if failed and not self._said:
             self._said = True
             rank_zero_warn(
-                f"{self.reward.name} failed for {int((~found).sum())} of {num_samples} samples of "
-                "an evaluation, which are left out of its means; further failures are not said"
+                f"{self.reward.name} failed for {failed} of {num_samples} samples of an "
+                "evaluation, which are left out of its means; further failures are not said"
             )
 
     def _pictures(

@@ -1,6 +1,7 @@
 """One, two and three processes: the same samples in the same minibatches, the same weights."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -19,9 +20,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.cli import main
+from lit_rlft.core.pipeline import Condition
+from lit_rlft.core.reward import Reward
 from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.hooks import Hooks
 from lit_rlft.report.run import read_run
+from lit_rlft.runs.warned import WARNINGS
 from tests.cli.test_forward_process import write_votes
 from tests.support import (
     ROOT,
@@ -265,6 +269,31 @@ def run(command: list[str]) -> "subprocess.CompletedProcess[str]":
     path = os.pathsep.join((str(Path.cwd()), str(ROOT)))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+
+
+class LostOnTheSecond(Reward):
+    """Scores none of the second process's samples."""
+
+    def forward(self, samples: Any, condition: Condition) -> Tensor:
+        lost = torch.full((len(samples),), torch.distributed.get_rank() == 1)
+        return samples[:, 0].masked_fill(lost, torch.nan)
+
+
+@pytest.mark.filterwarnings("default::UserWarning")
+def test_rewards_that_fail_on_another_process_are_said() -> None:
+    """However many they are, the test goes on, as it does on one process."""
+    settings = {
+        "reward": "tests.cli.test_world_size.LostOnTheSecond",
+        "data.init_args.num_test": 40,
+        "data.init_args.eval_batch_size": 10,
+        "self_check.reward_probes": False,
+        "ckpt_path": "none",
+    }
+    main(words("test", QUICK, 2, settings))
+    assert math.isfinite(report("runs/2")["tuned"]["LostOnTheSecond"]["mean"])
+    # 20 rows of 40, two samples of each, of two models.
+    warned = Path("runs/2", WARNINGS).read_text()
+    assert "LostOnTheSecond failed for 80 of 160 samples of an evaluation" in warned
 
 
 FAULTY = """

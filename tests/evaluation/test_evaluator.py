@@ -1,5 +1,7 @@
 """Evaluations where rewards fail: what is known counts; where nothing is, they end."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,10 +11,11 @@ from domains.gaussian_mixture.rewards import Coordinate
 from lit_rlft.algorithms.graft import GRAFT
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
-from lit_rlft.core.reward import WeightedSum
+from lit_rlft.core.reward import Reward, WeightedSum
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.evaluation.evaluator import Evaluator
 from tests.support import trainer_of
+from tests.test_distributed import processes
 
 
 class Late(Coordinate):
@@ -28,15 +31,24 @@ class Late(Coordinate):
         return super().forward(samples, condition).masked_fill(failed, torch.nan)
 
 
-def evaluated(num_failed: float, num_batches: int = 8, batch_size: int = 8) -> Evaluator:
+def started(reward: Reward, world_size: int = 1) -> GRAFT:
     sampler = Sampler(2, 1.0)
-    tuner = GRAFT(GaussianMixturePipeline(), Late(num_failed), sampler=sampler, num_eval_samples=1)
+    tuner = GRAFT(GaussianMixturePipeline(), reward, sampler=sampler, num_eval_samples=1)
     tuner.trainer = trainer_of()
     tuner.setup("test")
-    tuner.evaluator.start()
+    tuner.evaluator.start(world_size)
+    return tuner
+
+
+def measure(tuner: GRAFT, num_batches: int, batch_size: int) -> None:
     for number in range(num_batches):
         rows = torch.arange(batch_size * number, batch_size * (number + 1))
         tuner.evaluator.run({"index": rows}, number, tuner.route(), tuner.reference_route())
+
+
+def evaluated(num_failed: float, num_batches: int = 8, batch_size: int = 8) -> Evaluator:
+    tuner = started(Late(num_failed))
+    measure(tuner, num_batches, batch_size)
     return tuner.evaluator
 
 
@@ -62,3 +74,28 @@ def test_a_reward_that_knows_nothing_ends_an_evaluation() -> None:
     few = evaluated(num_failed=float("inf"), num_batches=2)
     with pytest.raises(UsageError, match="Late failed for all 16 samples"):
         few.summary()
+
+
+def test_one_of_several_processes_does_not_give_up_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one may have found scores; of all together it is known at the end."""
+
+    def work(rank: int) -> object:
+        tuner = started(Late(float("inf") if rank else 0), world_size=2)
+        measure(tuner, num_batches=8, batch_size=8)
+        return tuner.evaluator.summary()["tuned"]["Late"]["mean"]
+
+    first, second = processes(monkeypatch, 2, work)
+    assert first == second and math.isfinite(first)
+
+
+def test_a_reward_that_knows_nothing_on_any_process_ends_an_evaluation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def work(rank: int) -> None:
+        tuner = started(Late(float("inf")), world_size=2)
+        measure(tuner, num_batches=2 + rank, batch_size=4)
+        tuner.evaluator.summary()
+
+    for error in processes(monkeypatch, 2, work):
+        assert isinstance(error, UsageError)
+        assert str(error).startswith("Late failed for all 20 samples")
