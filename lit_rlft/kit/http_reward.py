@@ -5,6 +5,7 @@ import json
 import math
 import tempfile
 import time
+import warnings
 from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
@@ -14,7 +15,6 @@ from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_rlft.core.checks import BadArgument, UsageError, at_least, positive
@@ -39,8 +39,8 @@ class HTTPReward(Reward):
     or null for one that it could not score.
 
     A request that fails is made again. One that fails for good costs its samples: they are left
-    out, counted and said once, and the run goes on. Before the run an empty list of samples is
-    sent, to which `{"rewards": []}` is the answer.
+    out, counted and said once by each process, and the run goes on. Before the run an empty list of
+    samples is sent, to which `{"rewards": []}` is the answer.
 
     Args:
         url: Where the server listens, http or https.
@@ -116,9 +116,11 @@ class HTTPReward(Reward):
         except _NoRewards as error:
             if not self._said:
                 self._said = True
-                rank_zero_warn(
+                # From whichever process: what the server said to one is known to that one alone.
+                warnings.warn(
                     f"HTTPReward: {self.url} gave no rewards for {len(packed)} samples ({error}); "
-                    "they are left out, and further failures are not said"
+                    "they are left out, and further failures are not said",
+                    stacklevel=2,
                 )
             return [math.nan] * len(packed)
 

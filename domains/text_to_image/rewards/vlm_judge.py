@@ -2,10 +2,10 @@
 
 import math
 import re
+import warnings
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from domains.text_to_image.networks.clip import Precision, precision
@@ -34,9 +34,9 @@ class VLMJudge(Frozen, Reward):
 
     The model answers in words, the likeliest ones; scores are what a pattern finds there. Their
     mean is brought to [0, 1] by the scale's ends. A picture without a score, or with one outside
-    the scale, has none: it is left out, counted in `num_failed`, and the first such answer is said.
-    Not differentiable, and slow: each picture costs an answer of up to `max_tokens` steps.
-    `VQAScore` needs one.
+    the scale, has none: it is left out, counted in `num_failed`, and each process says its
+    first such answer. Not differentiable, and slow: each picture costs an answer of up to
+    `max_tokens` steps. `VQAScore` needs one.
 
     Args:
         pretrained: Folder or hub id of an image-text-to-text model; its licence is its own
@@ -101,10 +101,12 @@ class VLMJudge(Frozen, Reward):
             worst, best = self.scale
             return (sum(found) / len(found) - worst) / (best - worst)
         if not self.num_failed:
-            rank_zero_warn(
+            # From whichever process: nobody else sees the answer.
+            warnings.warn(
                 f"VLMJudge: no score in the answer {answer[:200]!r}, so its picture is left out; "
                 "further ones are not said. Ask for the score as reward.init_args.pattern reads "
-                "it, or raise reward.init_args.max_tokens where answers are cut off"
+                "it, or raise reward.init_args.max_tokens where answers are cut off",
+                stacklevel=2,
             )
         self.num_failed += 1
         return math.nan
