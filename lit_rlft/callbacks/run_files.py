@@ -24,7 +24,7 @@ from lit_rlft.callbacks.report_files import OF_A_TEST
 from lit_rlft.callbacks.result_table import result_table
 from lit_rlft.callbacks.training_metrics import training_values
 from lit_rlft.core.checks import at_least
-from lit_rlft.distributed import gather
+from lit_rlft.distributed import gather, together
 from lit_rlft.evaluation.dial import dial_rows
 from lit_rlft.evaluation.exploitation import Exploitation, exploitation, guards_of
 from lit_rlft.loop.checkpoint_file import COUNTERS
@@ -123,13 +123,10 @@ class RunFiles(Callback):
         for arm, prefix in _TESTED.items():
             for name, values in summary[arm].items():
                 pl_module.log(f"{prefix}/{name}", values["mean"], sync_dist=True)
-        meter = pl_module.meter
-        cost = meter.report(gather(meter.counts(), trainer.world_size))
+        cost = _cost(pl_module, trainer.world_size)
         if not trainer.is_global_zero:
             return
         folder = run_folder(trainer)
-        for hooks in pl_module.audience:
-            cost |= hooks.report()
         newer = _measured(trainer, pl_module)
         reward = pl_module.reward
         found = exploitation(summary, reward.name, guards_of(reward, pl_module.metrics))
@@ -264,6 +261,15 @@ class RunFiles(Callback):
             say("fast_dev_run: nothing was written")
             return
         say(f"samples: {folder / 'samples'}\nsamples.jsonl: {folder / 'samples.jsonl'}")
+
+
+def _cost(module: RewardFineTuner, world_size: int) -> dict[str, Any]:
+    """Return what was spent, on the first process that of all, which must all call this."""
+    cost = module.meter.report(gather(module.meter.counts(), world_size))
+    with together(world_size):
+        for hooks in module.audience:
+            cost |= hooks.report()
+    return cost
 
 
 def _clear(folder: Path, named: set[str]) -> None:

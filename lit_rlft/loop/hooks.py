@@ -28,7 +28,10 @@ class Hooks(Callback):
     enabled: bool = True
 
     def report(self) -> dict[str, Any]:
-        """Return what belongs under "cost" in metrics.json, by name."""
+        """Return what belongs under "cost" in metrics.json, by name.
+
+        All processes call it, so that they may gather; what the first one returns is written.
+        """
         return {}
 
     def on_phase_start(self, module: LightningModule, name: str) -> None:

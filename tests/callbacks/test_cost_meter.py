@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,9 @@ from lit_rlft.core.sampling import Sampler
 from lit_rlft.cost.counters import Cost, count_calls, count_flops, flop_counter
 from lit_rlft.loop.reference import LoRA
 from tests.support import trainer_of
+from tests.test_distributed import processes
+
+COUNTS = ("samples", "denoiser_calls", "prior_calls", "reward_calls", "flops")
 
 # The mixture's residual network: 2 + 4 inputs, 64, 64, 2; its mixture: responsibilities of five
 # components times their means [5, 2], twice. (Products of a matrix and a vector do not count.)
@@ -315,3 +319,31 @@ def test_books_go_on_after_a_checkpoint(tmp_path: Path) -> None:
     restored.on_test_start(tuner, tuner)
     assert set(restored.report()["phases"]) == {"train", "validate"}
     assert restored.report()["flops_per_sample"] == {}
+
+
+def test_books_are_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those of a checkpoint, which each process reads; seconds are those of the first."""
+
+    def work(rank: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        trainer: Any = SimpleNamespace(is_global_zero=rank == 0, world_size=2)
+        meter = CostMeter()
+        meter.setup(trainer, trainer, "test")
+        held = {"seconds": 5.0, **dict.fromkeys(COUNTS, 100.0)}
+        meter.load_state_dict({"train": {"collect": held}})
+        own = {"seconds": 2.0 + rank, **dict.fromkeys(COUNTS, 4.0 + rank)}
+        meter.books["test"] = {"sample_tuned": own}
+        if rank:  # a phase that the first process did not have
+            meter.books["test"]["measure"] = own
+        return meter.report(), meter.state_dict()
+
+    (report, state), _ = processes(monkeypatch, 2, work)
+    expected = {
+        "train": {"collect": {"seconds": 5.0, **dict.fromkeys(COUNTS, 100)}},
+        "test": {
+            "sample_tuned": {"seconds": 2.0, **dict.fromkeys(COUNTS, 9)},
+            "measure": {"seconds": 0.0, **dict.fromkeys(COUNTS, 5)},
+        },
+    }
+    assert report["phases"] == expected and state == expected
+    assert report["denoiser_calls_per_sample"] == {"tuned": 1.0}
+    assert report["seconds_per_sample"] == {"tuned": 2.0 / 4}

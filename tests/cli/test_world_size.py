@@ -191,6 +191,9 @@ def assert_trained_alike(world_size: int) -> None:
         assert own["lit_rlft"][key] == one["lit_rlft"][key]
     costs = [{**held["lit_rlft"]["cost"], "seconds": 0} for held in (one, own)]
     assert costs[1] == costs[0]
+    (books,) = (name for name in one["callbacks"] if name.startswith("CostMeter"))
+    one_page, own_page = (counts_by_phase(held["callbacks"][books]) for held in (one, own))
+    assert_reports_alike(own_page, one_page)
     if "advantage" in one["lit_rlft"]:
         remembered = (held["lit_rlft"]["advantage"] for held in (own, one))
         torch.testing.assert_close(*remembered, rtol=1e-4, atol=1e-5)
@@ -235,8 +238,18 @@ def kept_samples(folder: str) -> list[Any]:
 
 
 def without_times(report: dict[str, Any]) -> dict[str, Any]:
-    cost = {k: v for k, v in report["cost"].items() if k.endswith(("_calls", "flops"))}
+    known = ("_calls", "flops", "calls_per_sample", "flops_per_sample")
+    cost = {k: v for k, v in report["cost"].items() if k.endswith(known)}
+    cost["phases"] = counts_by_phase(report["cost"]["phases"])
     return {**report, "checkpoint": None, "cost": cost}  # named from another folder
+
+
+def counts_by_phase(books: dict[str, Any]) -> dict[str, Any]:
+    """Return books without seconds."""
+    return {
+        stage: {phase: {**spent, "seconds": 0} for phase, spent in page.items()}
+        for stage, page in books.items()
+    }
 
 
 def assert_reports_alike(found: Any, expected: Any) -> None:
