@@ -1,8 +1,8 @@
 """Finds errors while they can still be fixed: in ratios, rewards, losses, gradients."""
 
 import math
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from lightning import LightningModule, Trainer
@@ -80,6 +80,7 @@ class SelfCheck(Hooks):
         self._said: set[str] = set()
         self._seen: list[_Seen] = []
         self._rewards: list[Tensor] = []
+        self._judged = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the reward."""
@@ -111,7 +112,10 @@ class SelfCheck(Hooks):
                 "teach nothing; raise model.init_args.num_candidates, or choose a finer reward or "
                 "other conditions",
             )
-        self._check_constant(experience.histograms.get("reward"), source, number)
+        self._rewards = []
+        self._judged = "reward" in experience.histograms
+        if self._judged:
+            self._check_constant([experience.histograms["reward"]], module, number)
 
     def on_losses(
         self,
@@ -136,15 +140,21 @@ class SelfCheck(Hooks):
         losses.register_hook(lambda grad: grad.masked_fill(bad, math.nan))  # type: ignore[no-untyped-call]
         self._seen.append(seen)
         if "reward" in values and "constant rewards" not in self._said:
-            self._rewards.append(values["reward"])
+            self._rewards.append(values["reward"].detach())
 
     def on_phase_end(self, module: LightningModule, name: str, num_samples: int) -> None:
-        """Check the rewards that the updates of a round have seen."""
+        """Forget the updates of a round."""
         if name == "update":
-            assert isinstance(module, RewardFineTuner)
-            rewards, self._rewards, self._seen = self._rewards, [], []
-            for own in rewards:
-                self._check_constant(own, module.reward.name, module.num_rounds)
+            self._seen = []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Check the rewards that the updates of a round have seen, where its draws had none."""
+        assert isinstance(pl_module, RewardFineTuner)
+        if self.enabled and not self._judged:
+            rewards, self._rewards = self._rewards, []
+            self._check_constant(rewards, pl_module, pl_module.num_rounds - 1)
 
     def on_gradients(self, module: LightningModule, norm: float) -> None:
         """Check losses and ratios, that gradients are finite and that there are any."""
@@ -203,13 +213,23 @@ class SelfCheck(Hooks):
             + _cause(denoiser, str(precision), sized=module.sizes.microbatch.rows is not None)
         )
 
-    def _check_constant(self, rewards: Tensor | None, source: str, number: int) -> None:
-        if rewards is not None and rewards.numel() > 1 and rewards.min() == rewards.max():
+    def _check_constant(
+        self, rewards: Sequence[Tensor], module: RewardFineTuner, number: int
+    ) -> None:
+        """Warn where the rewards of all processes are the same; all of them must call this."""
+        if "constant rewards" in self._said:
+            return
+        known = torch.cat([own.double().flatten().cpu() for own in rewards] or [torch.zeros(0)])
+        known = known[known.isfinite()]
+        own = (len(known), float(known.min()), float(known.max())) if len(known) else None
+        parts = [part for part in gather(own, module.trainer.world_size) if part is not None]
+        total, values = sum(part[0] for part in parts), {end for part in parts for end in part[1:]}
+        if total > 1 and len(values) == 1:
             self._warn(
                 "constant rewards",
-                f"all {rewards.numel()} rewards of a batch in round {number} are "
-                f"{float(rewards.flatten()[0]):.4g}: {source} does not tell samples apart there, "
-                "and nothing can be learned from them",
+                f"all {total} rewards of a batch in round {number} are {values.pop():.4g}: "
+                f"{module.reward.name} does not tell samples apart there, and nothing can be "
+                "learned from them",
             )
 
     def _warn(self, kind: str, text: str) -> None:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,6 +34,7 @@ from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.state import State
 from lit_rlft.loop.experience import Experience
 from tests.support import arguments, checkpoint, trainer_of, working_directory
+from tests.test_distributed import processes
 
 FAMILY: dict[str, Callable[..., RewardFineTuner]] = {
     "DDPO": lambda *args: DDPO(*args, sampler=Sampler(4, 1.0)),
@@ -316,6 +318,41 @@ def test_constant_rewards_are_said_once(name: str, tmp_path: Path) -> None:
     assert sum("Constant does not tell samples apart" in text for text in texts) == 1
     groups = [text for text in texts if "in 100% of the groups of round 0" in text]
     assert len(groups) == (name in ("DDPO", "NoisePPO"))
+
+
+@pytest.mark.parametrize(
+    ("parts", "number"),
+    [(([0.0, 0.0], [1.0, 2.0]), 0), (([0.5, 0.5], [0.5]), 3), (([0.5], [torch.nan]), 0)],
+    ids=["another process has others", "all processes have the same", "too few"],
+)
+@pytest.mark.parametrize("in_updates", [False, True])
+def test_rewards_are_constant_where_those_of_all_processes_are(
+    parts: tuple[list[float], ...],
+    number: int,
+    in_updates: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of many rewards that are mostly 0, one process may well see no other."""
+    said: list[str] = []
+    monkeypatch.setattr("lit_rlft.callbacks.self_check.rank_zero_warn", said.append)
+    condition = GaussianMixturePipeline().example()
+
+    def work(rank: int) -> None:
+        check, tuner, rewards = SelfCheck(), ddpo(), torch.tensor(parts[rank])
+        trainer: Any = SimpleNamespace(world_size=2)
+        tuner._trainer = trainer
+        shown = {} if in_updates else {"reward": rewards}
+        part = Experience({}, condition, [0], histograms=shown)
+        check.on_experience(tuner, part)
+        if in_updates:
+            losses = torch.zeros(len(rewards), requires_grad=True) * 1
+            check.on_losses(tuner, part, losses, {"reward": rewards})
+            check.on_phase_end(tuner, "update", 0)
+        check.on_train_batch_end(trainer, tuner, None, None, 0)
+
+    assert processes(monkeypatch, 2, work) == [None, None]
+    assert len(said) == 2 * (number > 0)
+    assert all(text.startswith(f"all {number} rewards of a batch") for text in said)
 
 
 def test_failed_rewards_are_counted(tmp_path: Path) -> None:
