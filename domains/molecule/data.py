@@ -90,12 +90,14 @@ class MoleculeData(SourceData[Packed]):
         """Return shuffled batches of one size each, all of `batch_size` rows.
 
         Raises:
-            UsageError: `batch_size` is not divisible by the number of processes.
+            UsageError: `batch_size` is not divisible by the number of processes, or the validation
+                of a fit has fewer rows than those.
         """
         if not self.bucketed:
             return super().train_dataloader()
         ranks, rank = self._place()
         self.check_batch_size(ranks)
+        self._check_validation(ranks)
         order = SizeBatches(
             self.sizes("train"), self.batch_size, ranks, rank, seed=self.seed, seen=self._seen
         )
@@ -103,6 +105,7 @@ class MoleculeData(SourceData[Packed]):
 
     def _evaluation(self, split: Split) -> DataLoader[dict[str, Any]]:
         ranks, rank = self._place()
+        self._check_rows(split, self.rows(split), ranks)
         order = FixedBatches(self.sizes(split), self.eval_batch_size, ranks, rank)
         return self._batched(split, order)
 

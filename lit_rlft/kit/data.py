@@ -146,8 +146,7 @@ class SplitData(LightningDataModule, ABC):
                 f"the training data have {num_rows} rows, fewer than data.init_args.batch_size "
                 f"({self.batch_size}), which {ranks} processes cannot share evenly; set {remedy}"
             )
-        if self._validates():  # the loader itself would tell it after an epoch
-            self._check_rows("val", self.rows("val"), ranks)
+        self._check_validation(ranks)
         order = _TrainOrder(rows, ranks, rank, seed=self.seed, batch_size=size, seen=self._seen)
         return self._loader(rows, size, order, drop_last=True)
 
@@ -177,6 +176,14 @@ class SplitData(LightningDataModule, ABC):
         self._check_rows(split, rows, ranks)
         order = UnrepeatedDistributedSampler(rows, ranks, rank, shuffle=False)
         return self._loader(rows, self.eval_batch_size, order, drop_last=False)
+
+    def _check_validation(self, ranks: int) -> None:
+        """Raise UsageError where a fit comes to a validation that has too few rows.
+
+        Its own loader would tell it after an epoch.
+        """
+        if self._validates():
+            self._check_rows("val", self.rows("val"), ranks)
 
     def _validates(self) -> bool:
         """Return whether a fit comes to a validation."""

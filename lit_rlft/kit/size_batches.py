@@ -73,6 +73,8 @@ class SizeBatches(DistributedSampler[Any]):
 class FixedBatches(DistributedSampler[Any]):
     """Batches of rows of one size, in order of size, each row once over all ranks.
 
+    Where there are fewer batches than ranks the largest are halved, for each rank needs one.
+
     Args:
         sizes: [n] size of each row.
         batch_size: Most rows of a batch.
@@ -89,7 +91,7 @@ class FixedBatches(DistributedSampler[Any]):
             for rows in (np.flatnonzero(sizes == size) for size in np.unique(sizes))
             for i in range(0, len(rows), batch_size)
         ]
-        self.batches: list[list[int]] = batches[rank::ranks]
+        self.batches: list[list[int]] = _at_least(ranks, batches)[rank::ranks]
 
     def __len__(self) -> int:
         """Return the number of batches of this rank."""
@@ -97,6 +99,15 @@ class FixedBatches(DistributedSampler[Any]):
 
     def __iter__(self) -> Iterator[list[int]]:
         return iter(self.batches)
+
+
+def _at_least(number: int, batches: list[list[int]]) -> list[list[int]]:
+    """Return batches in the same order, the largest halved until there are so many, if they can."""
+    while len(batches) < number and (size := max(map(len, batches), default=0)) > 1:
+        place = [len(batch) for batch in batches].index(size)
+        half, whole = -(-size // 2), batches[place]
+        batches = [*batches[:place], whole[:half], whole[half:], *batches[place + 1 :]]
+    return batches
 
 
 def training_batches(

@@ -140,6 +140,34 @@ def test_processes_share_batches() -> None:
     assert sorted(seen) == [*range(100)] and sum(map(len, fixed)) == len(FixedBatches(sizes, 7))
 
 
+@pytest.mark.parametrize("sizes", [[4] * 9, [4, 4, 5, 5, 5], [4, 5, 6]])
+def test_every_process_has_a_batch_to_measure(sizes: list[int]) -> None:
+    """Also where the rows would fill fewer batches than there are processes."""
+    own = [list(FixedBatches(np.array(sizes), 16, 3, rank)) for rank in range(3)]
+    assert all(own)
+    rows = [row for batches in own for batch in batches for row in batch]
+    assert sorted(rows) == [*range(len(sizes))]
+    for batches in own:
+        assert all(len({sizes[row] for row in batch}) == 1 for batch in batches)
+    lengths = [len(batch) for batches in own for batch in batches]
+    assert max(lengths) <= 5 and len(lengths) == 3
+
+
+def test_fewer_molecules_than_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a fit's validation before the first round."""
+    data = MoleculeData(num_train=8, num_val=2, num_test=4, batch_size=6)
+    data.setup("fit")
+    monkeypatch.setattr(MoleculeData, "_place", lambda self: (3, 0))
+    assert len(data.test_dataloader()) > 0
+    few = r"the val data have 2 rows, too few for 3 processes.*trainer.devices to 2"
+    with pytest.raises(UsageError, match=few):
+        data.val_dataloader()
+    data.train_dataloader()  # without a trainer there is no validation
+    monkeypatch.setattr(MoleculeData, "_validates", lambda self: True)
+    with pytest.raises(UsageError, match=few):
+        data.train_dataloader()
+
+
 class Watcher(LightningModule):
     def __init__(self) -> None:
         super().__init__()
