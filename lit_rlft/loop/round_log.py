@@ -4,6 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -40,6 +41,7 @@ def write_round(
     spent: Mapping[str, int],
     histograms: Mapping[str, Tensor],
     num_updates: int,
+    world_size: int = 1,
 ) -> None:
     """Write a round's histograms, and its reward over samples and over reward calls.
 
@@ -47,13 +49,15 @@ def write_round(
         writer: TensorBoard's; None writes nothing.
         means: Of the round, by name.
         spent: "samples" and "reward_calls" so far.
-        histograms: Values to show, by name.
+        histograms: Values to show, by name; those of all processes are shown together.
         num_updates: Optimiser steps so far.
+        world_size: Number of processes, all of which must call this.
     """
+    parts = gather({name: _shown(values) for name, values in histograms.items()}, world_size)
     if writer is None:
         return
-    for name, values in histograms.items():
-        if (shown := _shown(values)).numel():
+    for name in histograms:
+        if (shown := torch.cat([part[name] for part in parts])).numel():
             writer.add_histogram(f"train/{name}", shown, num_updates)
     if "reward" in means:
         for axis in ("samples", "reward_calls"):
