@@ -6,6 +6,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lit_rlft.algorithms.base import RewardFineTuner
+from lit_rlft.evaluation.kept import first_of_all
 from lit_rlft.evaluation.measurements import Measured
 from lit_rlft.runs.folder import run_folder
 from lit_rlft.voting.blind_pairs import write_pairs
@@ -22,7 +23,9 @@ class BlindPairs(Callback):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the pictures of both models and the list of pairs."""
         assert isinstance(pl_module, RewardFineTuner)
-        measurements = pl_module.evaluator.measurements
+        evaluator = pl_module.evaluator
+        number, size = evaluator.num_pictures, trainer.world_size
+        measurements = first_of_all(evaluator.measurements, number, size)
         if not trainer.is_global_zero or not measurements.tuned.pictures:
             return
         tuned, reference = measurements.tuned, measurements.reference

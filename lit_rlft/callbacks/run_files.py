@@ -27,6 +27,8 @@ from lit_rlft.core.checks import at_least
 from lit_rlft.distributed import gather, together
 from lit_rlft.evaluation.dial import dial_rows
 from lit_rlft.evaluation.exploitation import Exploitation, exploitation, guards_of
+from lit_rlft.evaluation.kept import first_of_all
+from lit_rlft.evaluation.measurements import Measurements
 from lit_rlft.loop.checkpoint_file import COUNTERS
 from lit_rlft.loop.experience import Draw
 from lit_rlft.runs.before_after import comparison, png
@@ -100,9 +102,7 @@ class RunFiles(Callback):
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ask for the pictures."""
         assert isinstance(pl_module, RewardFineTuner)
-        num_samples = self.num_conditions * pl_module.num_eval_samples
-        evaluator = pl_module.evaluator
-        evaluator.num_pictures = max(evaluator.num_pictures, num_samples)
+        pl_module.evaluator.show(self.num_conditions * pl_module.num_eval_samples)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say where everything is."""
@@ -124,6 +124,7 @@ class RunFiles(Callback):
             for name, values in summary[arm].items():
                 pl_module.log(f"{prefix}/{name}", values["mean"], sync_dist=True)
         cost = _cost(pl_module, trainer.world_size)
+        first = self._first(pl_module, trainer.world_size)
         if not trainer.is_global_zero:
             return
         folder = run_folder(trainer)
@@ -145,7 +146,7 @@ class RunFiles(Callback):
         } | ({"training": training} if training else {})
         report |= _dialled(rows)
         path, shown = folder / "metrics.json", folder / "comparison.png"
-        picture = self._picture(pl_module, summary, num_samples)
+        picture = self._picture(pl_module, first, summary, num_samples)
         with writing(path):
             others = [shown, *(folder / name for name in OF_A_TEST)]
             kept = keep_others(path, others, newer)
@@ -177,9 +178,15 @@ class RunFiles(Callback):
             say(self._result)
             self._result = ""
 
-    def _picture(self, module: RewardFineTuner, summary: Summary, num_samples: int) -> Image.Image:
-        measurements = module.evaluator.measurements
-        reference, tuned = measurements.reference, measurements.tuned
+    def _first(self, module: RewardFineTuner, world_size: int) -> Measurements:
+        """Return the samples to show, of all processes, which must all call this."""
+        number = self.num_conditions * module.num_eval_samples
+        return first_of_all(module.evaluator.measurements, number, world_size)
+
+    def _picture(
+        self, module: RewardFineTuner, first: Measurements, summary: Summary, num_samples: int
+    ) -> Image.Image:
+        reference, tuned = first.reference, first.tuned
         batches = sorted(tuned.pictures)
         labels = [label for batch in batches for label in tuned.labels[batch]]
         size = module.num_eval_samples

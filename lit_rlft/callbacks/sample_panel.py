@@ -11,7 +11,7 @@ from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.callbacks.logged import log_picture
 from lit_rlft.core.checks import at_least
 from lit_rlft.evaluation.exploitation import guards_of
-from lit_rlft.evaluation.kept import first_entries
+from lit_rlft.evaluation.kept import first_entries, first_of_all
 from lit_rlft.runs.before_after import before_after, comparison, write_png
 from lit_rlft.runs.files import writing
 from lit_rlft.runs.folder import run_folder
@@ -40,15 +40,18 @@ class SamplePanel(Callback):
         """Ask for the pictures."""
         assert isinstance(pl_module, RewardFineTuner)
         evaluator = pl_module.evaluator
-        evaluator.num_pictures = max(evaluator.num_pictures, self.num_samples)
+        evaluator.show(self.num_samples)
         evaluator.keeps_figures = True
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the panel of what was just drawn."""
         assert isinstance(pl_module, RewardFineTuner)
-        if trainer.sanity_checking or not trainer.is_global_zero:
+        if trainer.sanity_checking:
             return
-        measurements = pl_module.evaluator.measurements
+        own, size = pl_module.evaluator.measurements, trainer.world_size
+        measurements = first_of_all(own, self.num_samples, size)
+        if not trainer.is_global_zero:
+            return
         arms = [
             torch.cat([arm.pictures[i] for i in sorted(arm.pictures)])[: self.num_samples]
             for arm in (measurements.reference, measurements.tuned)
@@ -65,7 +68,8 @@ class SamplePanel(Callback):
         if trainer.state.fn == TrainerFn.FITTING:
             path = folder / SHOWN / f"{updates:06d}.json.gz"
             with writing(path):
-                write_shown(path, _record(pl_module, self.num_samples))
+                entries = first_entries(measurements, self.num_samples, pl_module.num_eval_samples)
+                write_shown(path, _record(pl_module, entries))
 
 
 def _title(module: RewardFineTuner) -> str:
@@ -76,7 +80,7 @@ def _title(module: RewardFineTuner) -> str:
     return f"{module.algorithm} after {module.num_updates} updates{gain}"
 
 
-def _record(module: RewardFineTuner, number: int) -> dict[str, Any]:
+def _record(module: RewardFineTuner, entries: list[dict[str, Any]]) -> dict[str, Any]:
     """Return what a report shows of a checkpoint: its numbers and some samples."""
     evaluator = module.evaluator
     guards = guards_of(module.reward, module.metrics)
@@ -96,5 +100,5 @@ def _record(module: RewardFineTuner, number: int) -> dict[str, Any]:
         "seconds": module.meter.training.seconds,
         "guards": {name: guard.worse for name, guard in guards.items()},
         "summary": summary,
-        "entries": first_entries(evaluator.measurements, number, module.num_eval_samples),
+        "entries": entries,
     }

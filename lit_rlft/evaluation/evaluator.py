@@ -82,7 +82,7 @@ class Evaluator:
     Attributes:
         latest: The `summary` that `means` was last made of.
         world_size: Processes that share it; one that fails tells the others.
-        num_pictures: Samples to render; callbacks that show them raise it.
+        num_pictures: First samples to render, over all processes; see `show`.
         keeps_figures: Whether drawings of these samples are kept too.
         shown: Whether this process renders any.
         seen: Hears of all samples that were measured; callbacks set it.
@@ -115,6 +115,13 @@ class Evaluator:
     def set_metrics(self) -> list[SetMetric]:
         """The metrics of all samples of an evaluation together."""
         return [part for part in self.metrics.modules() if isinstance(part, SetMetric)]
+
+    def show(self, num_samples: int) -> None:
+        """Render so many first samples at least; each process renders its share of them.
+
+        `kept.first_of_all` brings them together.
+        """
+        self.num_pictures, self.shown = max(self.num_pictures, num_samples), True
 
     def start(self, world_size: int = 1, *, keep_reference: bool = False) -> None:
         """Start a fresh evaluation by all processes; the reference's measurements can be kept."""
@@ -303,13 +310,20 @@ class Evaluator:
         """Render only what is still to be shown: some domains render more slowly than sample."""
         if arm not in ("tuned", "reference") or not self.shown:
             return None, None
-        missing = self.num_pictures - self._measurements.arms[arm].num_pictures
+        missing = self._share() - self._measurements.arms[arm].num_pictures
         rows = torch.arange(max(0, min(missing, len(condition))))
         if not len(rows):
             return None, None
         chosen = self.pipeline.index_samples(samples, rows), condition.index(rows)
         figures = self.pipeline.figures(*chosen) if self.keeps_figures else None
         return self.pipeline.render(*chosen), figures
+
+    def _share(self) -> int:
+        """Return how many samples this process renders: those of its share of the first rows."""
+        if self.world_size == 1:
+            return self.num_pictures
+        rows = math.ceil(self.num_pictures / self.num_samples)
+        return math.ceil(rows / self.world_size) * self.num_samples
 
     def _divergence(
         self, x_0: State, condition: Condition, seeds: Sequence[int], route: Route, other: Route

@@ -1,20 +1,41 @@
 """Samples that an evaluation keeps to be looked at: the first ones, and the extremes of a test."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lit_rlft.core.figure import Figure
 from lit_rlft.core.pipeline import Condition, Pipeline
+from lit_rlft.distributed import gather
 from lit_rlft.evaluation.measurements import Arm, Measured, Measurements
 from lit_rlft.runs.shown import shown
 
-__all__ = ["KINDS", "Extremes", "first_entries"]
+__all__ = ["KINDS", "Extremes", "first_entries", "first_of_all"]
 
 Entry = dict[str, Any]
 """A pair of samples, as a record of `runs.shown` has it."""
+
+_SHOWN: tuple[Arm, ...] = ("tuned", "reference")
+
+
+class _Drawn(NamedTuple):
+    """A model's sample as it is shown: [3, H, W] uint8, its drawing, what was measured of it."""
+
+    picture: Tensor
+    figure: Figure | None
+    values: dict[str, float]
+
+
+class _Sample(NamedTuple):
+    """A rendered sample of both models, by arm."""
+
+    row: int
+    label: str
+    drawn: dict[Arm, _Drawn]
+
 
 KINDS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "best": lambda tuned, reference: tuned,
@@ -22,6 +43,51 @@ KINDS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "changed": lambda tuned, reference: (tuned - reference).abs(),
 }
 """Kinds of extremes; each ranks samples by a number of both models' rewards, largest first."""
+
+
+def first_of_all(measurements: Measurements, number: int, world_size: int) -> Measurements:
+    """Return the first samples that processes have rendered, as one batch in the data's order.
+
+    All processes must call this. One alone keeps its batches and their order.
+
+    Args:
+        measurements: This process's, of one evaluation.
+        number: Samples at most.
+        world_size: Number of processes.
+    """
+    if world_size == 1:
+        return measurements
+    every = chain(*gather(_rendered(measurements), world_size))
+    first = sorted(every, key=lambda sample: sample.row)[:number]
+    joined = Measurements()
+    for arm in _SHOWN if first else ():
+        own, drawn = joined.arms[arm], [sample.drawn[arm] for sample in first]
+        own.pictures[0] = torch.stack([one.picture for one in drawn])
+        own.labels[0] = [sample.label for sample in first]
+        own.rows[0] = torch.tensor([sample.row for sample in first])
+        figures = [one.figure for one in drawn if one.figure is not None]
+        if len(figures) == len(drawn):
+            own.figures[0] = figures
+        for name in drawn[0].values:
+            if all(name in one.values for one in drawn):
+                numbers = [one.values[name] for one in drawn]
+                own.values[name][0] = torch.tensor(numbers, dtype=torch.float64)
+    return joined
+
+
+def _rendered(measurements: Measurements) -> list[_Sample]:
+    """Return the samples that were rendered of both models."""
+    arms = {arm: measurements.arms[arm] for arm in _SHOWN}
+    found = []
+    for batch in sorted(measurements.tuned.pictures):
+        count = min(len(arm.pictures.get(batch, ())) for arm in arms.values())
+        rows, labels = measurements.tuned.rows[batch], measurements.tuned.labels[batch]
+        drawn = {name: _drawn(arm, batch, count) for name, arm in arms.items()}
+        found += [
+            _Sample(int(rows[i]), labels[i], {name: own[i] for name, own in drawn.items()})
+            for i in range(count)
+        ]
+    return found
 
 
 def first_entries(measurements: Measurements, number: int, per_condition: int) -> list[Entry]:
@@ -32,17 +98,11 @@ def first_entries(measurements: Measurements, number: int, per_condition: int) -
         number: Samples at most.
         per_condition: Samples of each row of the data.
     """
-    arms = {"reference": measurements.reference, "tuned": measurements.tuned}
-    entries = []
-    for batch in sorted(measurements.tuned.pictures):
-        count = min(len(arm.pictures[batch]) for arm in arms.values())
-        rows, labels = measurements.tuned.rows[batch], measurements.tuned.labels[batch]
-        drawn = {name: _drawn(arm, batch, count) for name, arm in arms.items()}
-        entries += [
-            _entry(int(rows[i]), i % per_condition, labels[i], *(own[i] for own in drawn.values()))
-            for i in range(count)
-        ]
-    return entries[:number]
+    found: list[Entry] = []
+    for i, sample in enumerate(_rendered(measurements)[:number]):
+        own = (shown(*sample.drawn[arm]) for arm in ("reference", "tuned"))
+        found.append(_entry(sample.row, i % per_condition, sample.label, *own))
+    return found
 
 
 class Extremes:
@@ -136,10 +196,13 @@ def _no(count: int) -> list[Figure | None]:
     return [None] * count
 
 
-def _drawn(arm: Measured, batch: int, count: int) -> list[dict[str, Any]]:
+def _drawn(arm: Measured, batch: int, count: int) -> list[_Drawn]:
     figures: Sequence[Figure | None] = arm.figures.get(batch) or _no(count)
     values = {name: own[batch] for name, own in arm.values.items() if batch in own}
     return [
-        shown(arm.pictures[batch][i], figures[i], {n: float(x[i]) for n, x in values.items()})
+        # A view would take all pictures of its batch along to the other processes.
+        _Drawn(
+            arm.pictures[batch][i].clone(), figures[i], {n: float(x[i]) for n, x in values.items()}
+        )
         for i in range(count)
     ]

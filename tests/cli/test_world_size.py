@@ -10,9 +10,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning import LightningModule, Trainer
+from PIL import Image
 from torch import Tensor
 from torch.distributed import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -25,6 +27,7 @@ from lit_rlft.core.reward import Reward
 from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.hooks import Hooks
 from lit_rlft.report.run import read_run
+from lit_rlft.runs.shown import read_shown
 from lit_rlft.runs.warned import WARNINGS
 from tests.cli.test_forward_process import write_votes
 from tests.support import (
@@ -225,6 +228,19 @@ def test_two_and_three_processes_train_and_test_like_one(algorithm: str) -> None
     assert_reports_alike(three, one)
     tables = [kept_samples(f"runs/{name}") for name in (1, 3)]
     assert_reports_alike(tables[1], tables[0])
+    drawn = [np.asarray(Image.open(f"runs/{name}/comparison.png"), float) for name in (1, 3)]
+    assert drawn[0].shape == drawn[1].shape and abs(drawn[0] - drawn[1]).mean() < 0.1
+    validations = [*Path("runs/1/report").glob("0*.json.gz")]
+    assert validations
+    for path in validations:
+        first, third = (read_shown(Path(f"runs/{name}/report", path.name)) for name in (1, 3))
+        assert_reports_alike(*(shown_samples(held) for held in (third, first)))
+
+
+def shown_samples(record: dict[str, Any]) -> list[Any]:
+    """Return which samples of a validation a run keeps, and their values."""
+    keys = ("row", "sample", "label")
+    return [[*(one[k] for k in keys), one["tuned"]["values"]] for one in record["entries"]]
 
 
 def kept_samples(folder: str) -> list[Any]:

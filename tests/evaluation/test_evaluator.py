@@ -14,6 +14,8 @@ from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Reward, WeightedSum
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.evaluation.evaluator import Evaluator
+from lit_rlft.evaluation.kept import first_entries, first_of_all
+from lit_rlft.evaluation.measurements import Measurements
 from tests.support import trainer_of
 from tests.test_distributed import processes
 
@@ -99,3 +101,39 @@ def test_a_reward_that_knows_nothing_on_any_process_ends_an_evaluation(
     for error in processes(monkeypatch, 2, work):
         assert isinstance(error, UsageError)
         assert str(error).startswith("Late failed for all 20 samples")
+
+
+@pytest.mark.parametrize("number", [1, 5, 6])
+def test_processes_render_their_shares_of_the_first_samples(
+    number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Together they show what one shows alone, in the order of the data."""
+    sampler = Sampler(2, 1.0)
+
+    def work(rank: int, world_size: int = 3) -> tuple[Measurements, int]:
+        tuner = GRAFT(GaussianMixturePipeline(), Coordinate(), sampler=sampler, num_eval_samples=2)
+        tuner.trainer = trainer_of()
+        tuner.setup("test")
+        evaluator = tuner.evaluator
+        evaluator.start(world_size)
+        evaluator.show(number)
+        for batch, row in enumerate(range(rank, 7, world_size)):
+            routes = tuner.route(), tuner.reference_route()
+            evaluator.run({"index": torch.tensor([row])}, batch, *routes)
+        own = evaluator.measurements
+        return first_of_all(own, number, world_size), own.tuned.num_pictures
+
+    alone, _ = work(0, world_size=1)
+    for shown, rendered in processes(monkeypatch, 3, work):
+        assert rendered <= 2
+        for arm in ("tuned", "reference"):
+            one, own = alone.arms[arm], shown.arms[arm]
+            pictures = torch.cat([one.pictures[i] for i in sorted(one.pictures)])
+            apart = own.pictures[0].int() - pictures.int()
+            assert len(own.pictures[0]) == number and apart.abs().max() <= 1  # rounding
+            assert own.rows[0].tolist() == one.all_rows().tolist()[:number]
+        entries, expected = (first_entries(part, number, 2) for part in (shown, alone))
+        places = [[(one["row"], one["sample"]) for one in found] for found in (entries, expected)]
+        assert places[0] == places[1] and len(places[0]) == number
+        values = [[one["tuned"]["values"]["Coordinate"] for one in p] for p in (entries, expected)]
+        assert values[0] == pytest.approx(values[1], rel=1e-5)
