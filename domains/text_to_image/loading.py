@@ -15,6 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from domains.text_to_image import EMBEDDED
 from domains.text_to_image.extras import add_textual_inversions, load_vae
 from domains.text_to_image.families import FAMILIES
+from domains.text_to_image.families.checks import left_out
 from domains.text_to_image.networks.on_demand import hollow, read_network
 from domains.text_to_image.networks.weightless import bare_pipeline
 from domains.text_to_image.single_file import load_single_file
@@ -141,7 +142,7 @@ def _read(
             f"{_KEY}: {folder} has no model_index.json, so it is no diffusers pipeline; give a "
             "folder written by save_pretrained or a hub id"
         )
-    kind = _known_kind(source)
+    kind, index = _known_kind(source)
     _check_half(kind, dtype)
     new: dict[str, Any] = {} if vae is None else {"vae": load_vae(vae, source, dtype)}
     if weightless():
@@ -156,11 +157,12 @@ def _read(
         check_whole(folder, read, variant, _KEY)
     new |= _new_networks(source, kind, dtype) if from_scratch else {}
     new |= hollow(source, FAMILIES[kind].encoder_names, dtype) if files.hollow_encoders else {}
+    new = left_out(index, getattr(diffusers, kind)) | _LEFT_OUT.get(kind, {}) | new
     with warnings.catch_warnings():
         # Older versions know this name of it alone.
         warnings.filterwarnings("ignore", "`torch_dtype` is deprecated")
         loaded = getattr(diffusers, kind).from_pretrained(
-            source, torch_dtype=dtype, variant=variant, **_LEFT_OUT.get(kind, {}), **new
+            source, torch_dtype=dtype, variant=variant, **new
         )
     assert isinstance(loaded, DiffusionPipeline)
     for part in loaded.components.values():
@@ -182,13 +184,13 @@ def _check_half(kind: str, dtype: torch.dtype) -> None:
         )
 
 
-def _known_kind(source: str) -> str:
-    """Return the class of diffusers that a folder or hub id is of; one of a known family."""
+def _known_kind(source: str) -> tuple[str, dict[str, Any]]:
+    """Return a folder's or hub id's class in diffusers, of a known family, and its parts."""
     if weightless():
         with check_cached(source, _KEY):
-            index = DiffusionPipeline.load_config(source, local_files_only=True)
+            index = dict(DiffusionPipeline.load_config(source, local_files_only=True))
     else:
-        index = DiffusionPipeline.load_config(source)
+        index = dict(DiffusionPipeline.load_config(source))
     saved = index.get("_class_name", "StableDiffusionPipeline")
     kind = _ALIKE.get(str(saved), str(saved))
     if kind not in FAMILIES:
@@ -203,7 +205,7 @@ def _known_kind(source: str) -> str:
             f"{_KEY}: {source!r} is not supported: it has no {' and no '.join(absent)}; give a "
             f"text-to-image model of the kind of {family.name}"
         )
-    return kind
+    return kind, index
 
 
 def _new_networks(source: str, kind: str, dtype: torch.dtype) -> dict[str, Any]:

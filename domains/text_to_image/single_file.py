@@ -14,6 +14,7 @@ from torch import nn
 
 from domains.text_to_image.extras import load_vae
 from domains.text_to_image.families import FAMILIES
+from domains.text_to_image.families.checks import left_out
 from domains.text_to_image.networks.weightless import bare_pipeline
 from lit_rlft.core.checks import UsageError, loading
 from lit_rlft.kit.weight_file import refuse_pickle, shapes_in
@@ -119,15 +120,14 @@ def load_single_file(
         )
     for name in lacking:
         if name not in parts and index.get(name, [None])[0]:
-            parts[name] = _from_config(path, source, name, index[name], dtype)
-    left_out = {
-        name: None
-        for name in ("safety_checker", "feature_extractor", "image_encoder")
-        if name in index and name not in parts
-    }
+            spare = name not in FAMILIES[kind].needed()
+            parts[name] = _from_config(path, source, name, index[name], dtype, spare=spare)
+    made: Any = getattr(diffusers, kind)
+    beside = ("safety_checker", "feature_extractor", "image_encoder")
+    parts = left_out(index, made) | {name: None for name in beside if name in index} | parts
     watermark = {"add_watermarker": False} if kind == _SDXL else {}
-    loaded = getattr(diffusers, kind).from_single_file(
-        str(path), config=source, torch_dtype=dtype, **left_out, **watermark, **parts
+    loaded = made.from_single_file(
+        str(path), config=source, torch_dtype=dtype, **watermark, **parts
     )
     assert isinstance(loaded, DiffusionPipeline)
     _check_filled(path, loaded)
@@ -219,14 +219,25 @@ def _lacks(shapes: Iterable[str], kind: str, part: str) -> bool:
 
 
 def _from_config(
-    path: Path, source: str, name: str, made: tuple[str, str], dtype: torch.dtype
+    path: Path,
+    source: str,
+    name: str,
+    made: tuple[str, str],
+    dtype: torch.dtype,
+    *,
+    spare: bool,
 ) -> nn.Module:
-    """Load a part that the file lacks from where the configs are."""
+    """Load a part that the file lacks from where the configs are; a spare one can be left out."""
     kind: Any = getattr(importlib.import_module(made[0]), made[1])
     sentence = (
         f"{_CONFIG}: {path.name} has no {name} in it, and it could not be loaded from {source!r}; "
         f"give a folder or hub id that has its weights in {name}/"
     )
+    if spare:
+        sentence += (
+            f", or a folder whose model_index.json has {name} and its tokenizer as [null, null], "
+            "to do without it"
+        )
     with loading(sentence):
         network = kind.from_pretrained(source, subfolder=name, torch_dtype=dtype)
     assert isinstance(network, nn.Module)

@@ -1,6 +1,7 @@
 """What a model must be like for its family to supply all that it needs; each in words."""
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from diffusers import AutoencoderKL, AutoencoderTiny
@@ -8,7 +9,29 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from domains.text_to_image.networks.weightless import NoTokenizer
 
-__all__ = ["clip_problems", "latent_problems", "missing", "text_problems", "unet_problems"]
+__all__ = [
+    "clip_problems",
+    "latent_problems",
+    "left_out",
+    "missing",
+    "text_problems",
+    "unet_problems",
+]
+
+
+def left_out(index: Mapping[str, Any], kind: type) -> dict[str, None]:
+    """Return the parts that a model comes without, as arguments of diffusers' loaders.
+
+    diffusers takes null for such a part in its file of names, but wants to be told of it again.
+
+    Args:
+        index: What model_index.json holds.
+        kind: The pipeline's class in diffusers.
+    """
+    parameters = inspect.signature(kind).parameters.values()
+    own = [each.name for each in parameters if each.default is each.empty]
+    absent = [name for name in own if index.get(name) is None]
+    return dict.fromkeys([*absent, *(name for name, part in index.items() if part == [None, None])])
 
 
 def missing(parts: Any, names: Sequence[str]) -> Iterator[str]:

@@ -63,9 +63,10 @@ def bare_pipeline(source: str, kind: str, dtype: torch.dtype, key: str) -> Diffu
     made = getattr(diffusers, kind)
     settings = {n: v for n, v in index.items() if n[0] != "_" and n not in (*named, *_ADDED)}
     known = inspect.signature(made.__init__).parameters
-    left_out = {name: None for name in _ADDED if name in known}
+    needed = [name for name, one in known.items() if one.default is one.empty and name != "self"]
+    left_out = dict.fromkeys([*needed, *(name for name in _ADDED if name in known)])
     kept = {name: value for name, value in settings.items() if name in known}
-    loaded = made(**left_out, **parts, **kept)
+    loaded = made(**(left_out | parts), **kept)
     assert isinstance(loaded, DiffusionPipeline)
     loaded.register_to_config(_name_or_path=source)
     for part in parts.values():
