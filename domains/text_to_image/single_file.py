@@ -1,6 +1,8 @@
 """Whole models in one safetensors file, in the layout of the original code."""
 
 import importlib
+import inspect
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -56,7 +58,18 @@ _ALONE = (
         "holds quantised weights, which cannot be trained on; give the model in bfloat16 or "
         "float16",
     ),
+    (
+        ("edm_mean", "edm_vpred."),
+        "was trained in EDM's way, as Playground 2.5 and CosXL, which is not supported; give a "
+        "model whose scheduler has betas",
+    ),
 )
+_MARKS = {
+    "v_pred": ("prediction_type", "v_prediction"),
+    "ztsnr": ("rescale_betas_zero_snr", True),
+}
+"""Keys without values by which files of NoobAI's kind say how to sample them: what a scheduler has
+to have then."""
 _PARTS = (
     (("control_model.", "controlnet_"), "is a ControlNet", "give the model that it controls"),
     (
@@ -108,6 +121,7 @@ def load_single_file(
     shapes = shapes_in(path, _KEY)
     kind = _kind(path, shapes)
     source, index = _configs(path, shapes, kind, config)
+    _check_scheduler(path, shapes, source, index)
     parts: dict[str, Any] = {} if vae is None else {"vae": load_vae(vae, source, dtype)}
     if weightless():
         bare = bare_pipeline(source, kind, dtype, _CONFIG)
@@ -208,6 +222,33 @@ def _configs(
             f"{FAMILIES[kind].name}; give the folder or hub id of one"
         )
     return source, index
+
+
+def _check_scheduler(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], source: str, index: Mapping[str, Any]
+) -> None:
+    """Raise UsageError where a file says that it is sampled otherwise than the configs have it.
+
+    The configs are not changed here: a tuned model's users load them beside the file, too.
+    """
+    needed = {mark: wanted for mark, wanted in _MARKS.items() if mark in shapes}
+    if not needed:
+        return
+    name = str(index["scheduler"][1])
+    with loading(f"{_CONFIG}: the scheduler of {source!r} could not be read"):
+        kind: Any = getattr(diffusers, name)
+        options = {"subfolder": "scheduler", "local_files_only": weightless()}
+        own = kind.load_config(source, **options)
+        read = inspect.signature(kind).parameters
+    if all(option in read and own.get(option) == value for option, value in needed.values()):
+        return
+    told = " and ".join(f'"{option}": {json.dumps(value)}' for option, value in needed.values())
+    raise UsageError(
+        f"{_CONFIG}: {path} has the key {' and the key '.join(needed)}, which asks for {told}, but "
+        f"the {name} of {source!r} is set otherwise; copy those configs, set it in "
+        "scheduler/scheduler_config.json (of a class that reads it, such as "
+        "EulerDiscreteScheduler) and give the copy"
+    )
 
 
 def _lacks(shapes: Iterable[str], kind: str, part: str) -> bool:

@@ -4,17 +4,21 @@ import inspect
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusionXLPipeline
 from diffusers.loaders import single_file_model, single_file_utils
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from domains.text_to_image.pipeline import TextToImagePipeline
 from lit_rlft.core.checks import UsageError
+from lit_rlft.core.randomness import generators
+from lit_rlft.core.sampling import Sampler
 from lit_rlft.kit.weightless import without_weights
 from tests.domains.text_to_image.families.original import as_one_file, of_two_widths
 from tests.domains.text_to_image.families.tiny import tiny
@@ -136,6 +140,7 @@ FILES: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
     "controlnet": ({"control_model.time_embed.0.weight": (1,)}, "is a ControlNet; give the model"),
     "denoiser": ({"down_blocks.0.x": (1,)}, "denoiser of a diffusers folder alone; give the whole"),
     "quantised": ({"double_blocks.0.x": (1,), "scaled_fp8": (1,)}, "quantised weights"),
+    "edm": ({"model.diffusion_model.x": (1,), "edm_mean": (4,)}, "was trained in EDM's way"),
     "refiner": (
         {
             "model.diffusion_model.input_blocks.0.0.weight": (1,),
@@ -250,6 +255,65 @@ def test_a_pickled_checkpoint_is_refused_with_its_conversion(tmp_path: Path) -> 
     torch.save({"state_dict": {"a": torch.ones(2)}}, tmp_path / "x.ckpt")
     with pytest.raises(UsageError, match="is a pickle, which can run code; convert it: "):
         TextToImagePipeline(str(tmp_path / "x.ckpt"))
+
+
+@pytest.mark.parametrize("marks", [("v_pred",), ("v_pred", "ztsnr")])
+def test_a_file_that_says_that_it_predicts_v_needs_such_a_scheduler(
+    tmp_path: Path, marks: tuple[str, ...]
+) -> None:
+    """As NoobAI's files, in whose names for them no value stands."""
+    pipe = of_two_widths("sdxl")
+    pipe.save_pretrained(tmp_path / "f")
+    held = as_one_file("sdxl", pipe) | {mark: torch.empty(0) for mark in marks}
+    save_file(held, tmp_path / "x.safetensors")
+    file, path = str(tmp_path / "x.safetensors"), tmp_path / "f/scheduler/scheduler_config.json"
+    given = {"config": str(tmp_path / "f"), **SIZE}
+    told = '"prediction_type": "v_prediction"'
+    told += ' and "rescale_betas_zero_snr": true' if "ztsnr" in marks else ""
+    wanted = {"prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+    epsilon = json.loads(path.read_text())
+    wrong = [epsilon, epsilon | wanted] if "ztsnr" in marks else [epsilon]
+    for scheduler in wrong:
+        path.write_text(json.dumps(scheduler))
+        for plan in (False, True):
+            with (
+                pytest.raises(
+                    UsageError, match=rf"^pipeline\.init_args\.config: .*asks for {told}, but"
+                ),
+                without_weights() if plan else nullcontext(),
+            ):
+                TextToImagePipeline(file, **given)
+    wanted |= {"rescale_betas_zero_snr": "ztsnr" in marks}
+    path.write_text(json.dumps(epsilon | wanted))
+    pipeline = TextToImagePipeline(file, guidance_scale=3.0, **given)
+    assert pipeline.process.prediction_type == "v"
+    plain = StableDiffusionXLPipeline.from_single_file(file, config=str(tmp_path / "f"))
+    assert plain.scheduler.config.prediction_type == "v_prediction"
+    assert torch.allclose(drawn(pipeline), drawn_by_diffusers(plain), atol=1e-3)
+    index = json.loads((tmp_path / "f/model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "PNDMScheduler"]  # it would overlook zero SNR
+    (tmp_path / "f/model_index.json").write_text(json.dumps(index))
+    if "ztsnr" in marks:
+        with pytest.raises(UsageError, match=r"config: .* the PNDMScheduler of .* such as Euler"):
+            TextToImagePipeline(file, **given)
+
+
+@torch.no_grad()
+def drawn(pipeline: TextToImagePipeline) -> Tensor:
+    condition, noise = pipeline.encode({"prompt": ["a red ring"]}), generators([3])
+    x_1 = pipeline.process.prior(pipeline.blank(condition)).sample(noise)
+    x_0 = Sampler(4, 0.0).sample(pipeline, pipeline.process, x_1, condition, noise)
+    return pipeline.decode(x_0, condition)
+
+
+def drawn_by_diffusers(plain: Any) -> Tensor:
+    (noise,) = generators([3])
+    z = torch.randn(1, 4, 16, 16, generator=noise)
+    plain.set_progress_bar_config(disable=True)
+    settings = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "pt", **SIZE}
+    pictures = plain("a red ring", latents=z, **settings).images
+    assert float(pictures.std()) > 0.02
+    return pictures
 
 
 @pytest.mark.parametrize("model", SD, indirect=True)
