@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from safetensors.torch import load_file
 
 from lit_rlft.core.checks import UsageError, loading
-from lit_rlft.kit.weight_file import check_file, refuse_pickle
+from lit_rlft.kit.weight_file import check_file, refuse_pickle, refuse_quantised
 from lit_rlft.kit.weightless import weightless
 
 __all__ = ["add_textual_inversions", "load_vae"]
@@ -68,6 +68,7 @@ def _vae_of_file(path: Path, model: str, dtype: torch.dtype, kind: type[Any]) ->
     """Return the VAE in a file, alone or in a whole checkpoint, by the config of a model's own."""
     refuse_pickle(path, _VAE)
     check_file(path, _VAE)
+    refuse_quantised(path, _VAE)
     with loading(f"{_VAE}: {path} could not be loaded as the VAE of a model like {model!r}"):
         network = kind.from_single_file(str(path), config=model, subfolder="vae", torch_dtype=dtype)
     empty = [name for name, value in network.named_parameters() if value.is_meta]

@@ -19,7 +19,7 @@ from domains.text_to_image.families import FAMILIES
 from domains.text_to_image.families.checks import left_out
 from domains.text_to_image.networks.weightless import bare_pipeline
 from lit_rlft.core.checks import UsageError, loading
-from lit_rlft.kit.weight_file import refuse_pickle, shapes_in
+from lit_rlft.kit.weight_file import refuse_pickle, refuse_quantised, shapes_in
 from lit_rlft.kit.weightless import weightless
 
 __all__ = ["load_single_file"]
@@ -120,6 +120,7 @@ def load_single_file(
     refuse_pickle(path, _KEY)
     shapes = shapes_in(path, _KEY)
     kind = _kind(path, shapes)
+    refuse_quantised(path, _KEY)
     source, index = _configs(path, shapes, kind, config)
     _check_scheduler(path, shapes, source, index)
     parts: dict[str, Any] = {} if vae is None else {"vae": load_vae(vae, source, dtype)}

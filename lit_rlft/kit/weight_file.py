@@ -7,11 +7,22 @@ from safetensors import SafetensorError, safe_open
 
 from lit_rlft.core.checks import UsageError
 
-__all__ = ["PICKLES", "check_file", "refuse_pickle", "shapes_in", "start_problem"]
+__all__ = [
+    "PICKLES",
+    "check_file",
+    "refuse_pickle",
+    "refuse_quantised",
+    "shapes_in",
+    "start_problem",
+]
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 """Endings of files that torch pickles, which can run code."""
 
+_FEW_BITS = ("F8", "F6", "F4")
+_INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32")
+_COUNTS = "position_ids"
+"""Numbers of tokens in a text encoder, which are no weights."""
 _ZIP = b"PK\x03\x04"
 _STARTS = {
     b"version https://git-lfs": "is a pointer of Git LFS, not the file itself; run `git lfs pull` "
@@ -89,6 +100,25 @@ def shapes_in(path: Path, key: str) -> dict[str, tuple[int, ...]]:
             name: tuple(file.get_slice(name).get_shape())
             for name in file.keys()  # noqa: SIM118
         }
+
+
+def refuse_quantised(path: Path, key: str) -> None:
+    """Raise UsageError for weights of 8 bits and fewer, or matrices of integers.
+
+    Args:
+        path: A whole file of safetensors.
+        key: The setting that names it, for the message.
+    """
+    with safe_open(path, "pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            part = file.get_slice(name)
+            kind, matrix = part.get_dtype(), len(part.get_shape()) > 1
+            integers = kind in _INTEGERS and matrix and not name.endswith(_COUNTS)
+            if kind.startswith(_FEW_BITS) or integers:
+                raise UsageError(
+                    f"{key}: {path} holds quantised weights, such as {name} in {kind}, which "
+                    "cannot be trained on; give the model in bfloat16 or float16"
+                )
 
 
 def refuse_pickle(path: Path, key: str) -> None:

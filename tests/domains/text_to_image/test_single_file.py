@@ -169,6 +169,30 @@ def test_other_files_are_refused_with_their_place(tmp_path: Path, kind: str) -> 
     assert str(caught.value).startswith("pipeline.init_args.pretrained: ")
 
 
+@pytest.mark.parametrize(
+    ("dtype", "said"),
+    [(torch.float8_e4m3fn, "F8_E4M3"), (torch.float8_e5m2, "F8_E5M2"), (torch.int8, "I8")],
+)
+def test_quantised_weights_are_refused_by_their_type(
+    tmp_path: Path, dtype: torch.dtype, said: str
+) -> None:
+    pipe = of_two_widths("sd")
+    pipe.save_pretrained(tmp_path / "f")
+    places = {"cond_stage_model.transformer.text_model.embeddings.position_ids"}
+    held = as_one_file("sd", pipe) | {name: torch.arange(77)[None] for name in places}
+    given = {"config": str(tmp_path / "f"), **SIZE}
+    half = {n: v if n in places else v.half() for n, v in held.items()}
+    save_file(half, tmp_path / "half.safetensors")
+    TextToImagePipeline(str(tmp_path / "half.safetensors"), **given)
+    low = {n: v.to(dtype) if v.ndim > 1 and n not in places else v for n, v in held.items()}
+    save_file(low, tmp_path / "x.safetensors")
+    sentence = rf"pretrained: .* quantised weights, such as \S+ in {said}, .* bfloat16 or float16"
+    with pytest.raises(UsageError, match=sentence):
+        TextToImagePipeline(str(tmp_path / "x.safetensors"), **given)
+    with pytest.raises(UsageError, match=sentence.replace("pretrained", "vae")):
+        TextToImagePipeline(str(tmp_path / "f"), vae=str(tmp_path / "x.safetensors"), **SIZE)
+
+
 DAMAGES = {
     "pointer": (
         b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
