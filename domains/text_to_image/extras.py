@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from lit_rlft.core.checks import UsageError, loading
 from lit_rlft.kit.weight_file import check_file, refuse_pickle, refuse_quantised
 from lit_rlft.kit.weightless import weightless
+from lit_rlft.kit.whole_folder import refuse_pickles
 
 __all__ = ["add_textual_inversions", "load_vae"]
 
@@ -47,7 +48,7 @@ def load_vae(
         return _vae_of_file(Path(given), model, dtype, whole)
     with loading(
         f"{_VAE}: {given!r} could not be loaded; give a folder or hub id with the config.json of "
-        f"an {whole.__name__}, or a safetensors file"
+        f"an {whole.__name__} and its safetensors file, or that file"
     ):
         config, where = _config(given)
         named = {kind.__name__: kind for kind in kinds}
@@ -61,7 +62,8 @@ def load_vae(
         if weightless():
             with torch.device("meta"):
                 return kind.from_config(config)
-        return kind.from_pretrained(given, torch_dtype=dtype, **where)
+        refuse_pickles(Path(given) / where.get("subfolder", ""), kind.__name__, _VAE)
+        return kind.from_pretrained(given, torch_dtype=dtype, use_safetensors=True, **where)
 
 
 def _vae_of_file(path: Path, model: str, dtype: torch.dtype, kind: type[Any]) -> Any:

@@ -38,6 +38,9 @@ _LEFT_OUT: dict[str, dict[str, Any]] = {
 }
 """What diffusers would add to a picture, or refuse one for; rewards are to see the model's own."""
 
+_NO_SAFETENSORS = ("necessary `safetensors`", "no file named")
+"""What diffusers and transformers say where there are pickles alone."""
+
 
 @dataclass(frozen=True)
 class Files:
@@ -158,19 +161,33 @@ def _read(
     new |= _new_networks(source, kind, dtype) if from_scratch else {}
     new |= hollow(source, FAMILIES[kind].encoder_names, dtype) if files.hollow_encoders else {}
     new = left_out(index, getattr(diffusers, kind)) | _LEFT_OUT.get(kind, {}) | new
-    with warnings.catch_warnings():
-        # Older versions know this name of it alone.
-        warnings.filterwarnings("ignore", "`torch_dtype` is deprecated")
-        loaded = getattr(diffusers, kind).from_pretrained(
-            source, torch_dtype=dtype, variant=variant, **new
-        )
-    assert isinstance(loaded, DiffusionPipeline)
+    loaded = _from_diffusers(source, kind, torch_dtype=dtype, variant=variant, **new)
     for part in loaded.components.values():
         if isinstance(part, nn.Module) and next(part.parameters()).dtype not in (
             dtype,
             torch.float32,
         ):
             part.to(dtype)
+    return loaded
+
+
+def _from_diffusers(source: str, kind: str, **given: Any) -> DiffusionPipeline:
+    """Return a pipeline that diffusers loads, without pickles."""
+    with warnings.catch_warnings():
+        # Older versions know this name of `dtype` alone.
+        warnings.filterwarnings("ignore", "`torch_dtype` is deprecated")
+        try:
+            loaded = getattr(diffusers, kind).from_pretrained(source, use_safetensors=True, **given)
+        except OSError as error:
+            if not any(said in str(error) for said in _NO_SAFETENSORS):
+                raise
+            raise UsageError(
+                f"{_KEY}: {source!r} has no safetensors files of a part, and pickles, which can "
+                f'run code, are not loaded; convert it: python -c "from diffusers import {kind} '
+                f"as p;p.from_pretrained('{source}').save_pretrained('safetensors')\", and give "
+                "that folder"
+            ) from error
+    assert isinstance(loaded, DiffusionPipeline)
     return loaded
 
 

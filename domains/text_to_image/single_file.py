@@ -273,7 +273,7 @@ def _from_config(
     kind: Any = getattr(importlib.import_module(made[0]), made[1])
     sentence = (
         f"{_CONFIG}: {path.name} has no {name} in it, and it could not be loaded from {source!r}; "
-        f"give a folder or hub id that has its weights in {name}/"
+        f"give a folder or hub id that has its weights, as safetensors, in {name}/"
     )
     if spare:
         sentence += (
@@ -281,7 +281,9 @@ def _from_config(
             "to do without it"
         )
     with loading(sentence):
-        network = kind.from_pretrained(source, subfolder=name, torch_dtype=dtype)
+        network = kind.from_pretrained(
+            source, subfolder=name, torch_dtype=dtype, use_safetensors=True
+        )
     assert isinstance(network, nn.Module)
     return network
 

@@ -10,7 +10,7 @@ from lit_rlft.core.checks import UsageError
 from lit_rlft.kit.network_folder import WEIGHT_FILE
 from lit_rlft.kit.weight_file import check_file, start_problem
 
-__all__ = ["check_whole"]
+__all__ = ["check_whole", "refuse_pickles"]
 
 _INDEX = re.compile(r".*\.index(?:\.(?P<variant>\w+))?\.json")
 """A list of the files that weights in pieces are in."""
@@ -35,6 +35,27 @@ def check_whole(folder: Path, parts: Sequence[str], variant: str | None, key: st
             _check_part(folder / part, variant, key)
 
 
+def refuse_pickles(folder: Path, kind: str, key: str) -> None:
+    """Raise UsageError, with the line that converts them, where weights are pickles alone.
+
+    Args:
+        folder: A folder with weights as diffusers and transformers name them.
+        kind: Class of diffusers that reads them, such as "AutoencoderKL".
+        key: The setting that names the folder.
+    """
+    names = sorted(path.name for path in folder.glob("*") if WEIGHT_FILE.fullmatch(path.name))
+    if names and not any(name.endswith(".safetensors") for name in names):
+        raise _pickled(folder / names[0], folder, kind, key)
+
+
+def _pickled(path: Path, whole: Path, kind: str, key: str) -> UsageError:
+    return UsageError(
+        f"{key}: {path} is a pickle, which can run code, and there is no safetensors file beside "
+        f'it; convert the folder: python -c "from diffusers import {kind} as p;'
+        f"p.from_pretrained('{whole}').save_pretrained('{whole.name}-safetensors')\""
+    )
+
+
 def _check_part(folder: Path, variant: str | None, key: str) -> None:
     if not (folder / "config.json").is_file():
         raise UsageError(f"{key}: there is no {folder / 'config.json'}; {_REMEDY}")
@@ -50,6 +71,8 @@ def _check_part(folder: Path, variant: str | None, key: str) -> None:
         kind = "weights" if variant is None else f"weights of the variant {variant}"
         raise UsageError(f"{key}: {folder} has no {kind}; {_REMEDY}")
     for path in sorted({*chosen, *listed}):
+        if path.suffix != ".safetensors" and path.is_file() and start_problem(path) is None:
+            raise _pickled(path, folder.parent, "DiffusionPipeline", key)
         _check_weights(path, key)
 
 

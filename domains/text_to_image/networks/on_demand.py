@@ -37,7 +37,9 @@ def read_network(source: str, name: str, dtype: torch.dtype, variant: str | None
         variant: Which files of weights; None takes plain ones.
     """
     kind = _kinds(source, (name,))[name]
-    network: nn.Module = kind.from_pretrained(source, subfolder=name, dtype=dtype, variant=variant)
+    network: nn.Module = kind.from_pretrained(
+        source, subfolder=name, dtype=dtype, variant=variant, use_safetensors=True
+    )
     return network
 
 

@@ -3,12 +3,16 @@
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
+from subprocess import run
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub import constants, errors
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from domains.text_to_image.pipeline import TextToImagePipeline
 from lit_rlft.core.checks import UsageError
@@ -150,6 +154,51 @@ def test_files_of_another_variant_are_not_looked_at(folder: Path) -> None:
     check_whole(folder, ["unet", "text_encoder", "vae"], None, KEY)
     with pytest.raises(UsageError, match=r"fp16\.safetensors is empty"):
         check_whole(folder, ["vae"], "fp16", KEY)
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder", "vae", "all"])
+def test_pickles_in_folders_are_refused_with_their_conversion(tmp_path: Path, part: str) -> None:
+    folder, plain = tmp_path / "f", tiny("sd")
+    plain.save_pretrained(folder)
+    if part == "all":
+        shutil.rmtree(folder)
+        plain.save_pretrained(folder, safe_serialization=False)
+    else:
+        (file,) = (folder / part).glob("*.safetensors")
+        file.unlink()
+        name = "pytorch_model.bin" if part == "text_encoder" else "diffusion_pytorch_model.bin"
+        torch.save(plain.components[part].state_dict(), folder / part / name)
+    own = {"embedding_cache": str(tmp_path / "c"), "text_encoders": "drop"}
+    for settings in ({}, own):
+        with pytest.raises(
+            UsageError, match=r"pretrained: .*\.bin is a pickle, .* convert"
+        ) as said:
+            TextToImagePipeline(str(folder), height=32, width=32, **settings)
+    line = str(said.value).partition('python -c "')[2].removesuffix('"')
+    run([sys.executable, "-c", line], cwd=tmp_path, check=True)  # it is diffusers' own conversion
+    again = TextToImagePipeline(str(tmp_path / "f-safetensors"), height=32, width=32)
+    for name, value in plain.unet.state_dict().items():
+        assert torch.equal(again.denoiser.state_dict()[name], value)
+
+
+def test_pickles_of_other_parts_are_refused(tmp_path: Path) -> None:
+    plain = tiny("sd")
+    plain.save_pretrained(tmp_path / "f")
+    plain.vae.save_pretrained(tmp_path / "vae", safe_serialization=False)
+    plain.vae.save_pretrained(tmp_path / "whole" / "vae", safe_serialization=False)
+    for vae, place in (("vae", "vae"), ("whole", "whole/vae")):
+        sentence = rf"init_args.vae: {tmp_path / place}/\S+\.bin is a pickle, .*AutoencoderKL as p"
+        with pytest.raises(UsageError, match=sentence):
+            TextToImagePipeline(str(tmp_path / "f"), vae=str(tmp_path / vae), height=32, width=32)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    config = CLIPVisionConfig(num_hidden_layers=1, image_size=8, patch_size=4, **sizes)
+    seen = CLIPVisionModelWithProjection(config)
+    plain.register_modules(image_encoder=seen, feature_extractor=CLIPImageProcessor())
+    plain.save_pretrained(tmp_path / "g")
+    (tmp_path / "g/image_encoder/model.safetensors").unlink()
+    torch.save(seen.state_dict(), tmp_path / "g/image_encoder/pytorch_model.bin")
+    with pytest.raises(UsageError, match=r"pretrained: .*g' has no safetensors files of a part"):
+        TextToImagePipeline(str(tmp_path / "g"), height=32, width=32)
 
 
 @pytest.mark.parametrize(
