@@ -101,11 +101,11 @@ def _check_latents(given: str, config: dict[str, Any], own: dict[str, Any], kind
     """Raise UsageError where a VAE's latents are not those that the denoiser draws."""
     names = ["latent_channels"]
     if kind is not AutoencoderTiny:  # it is trained on scaled latents
-        names += ["scaling_factor", "shift_factor"]
+        names += ["scaling_factor", "shift_factor", "latents_mean", "latents_std"]
     config, own = _completed(config), _completed(own)
     for name in names:
-        theirs, ours = config.get(name), own.get(name)
-        if ours is not None and theirs != ours:
+        theirs, ours = (each.get(name) or None for each in (config, own))  # a shift of 0 is none
+        if theirs != ours:
             raise UsageError(
                 f"{_VAE}: {given!r} has {name} {theirs}, and the model's own VAE {ours}; give a "
                 "VAE of the same kind of model, since the denoiser draws latents of that kind"

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -411,6 +412,28 @@ def test_a_vae_of_other_latents_is_refused(tmp_path: Path, model: Model) -> None
         TextToImagePipeline(str(folder), vae=lora, **SIZE)
     with pytest.raises(UsageError, match=r"init_args.vae: .*nowhere' could not be loaded; give"):
         TextToImagePipeline(str(folder), vae=str(tmp_path / "nowhere"), **SIZE)
+
+
+@pytest.mark.parametrize("name", ["shift_factor", "latents_mean", "latents_std"])
+@pytest.mark.parametrize("whose", ["its own", "the model's"])
+def test_a_vae_of_latents_with_other_statistics_is_refused(
+    tmp_path: Path, name: str, whose: str
+) -> None:
+    value = 0.5 if name == "shift_factor" else [0.1, 0.2, 0.3, 0.4]
+    tiny("sdxl").save_pretrained(tmp_path / "f")
+    tiny("sdxl").vae.save_pretrained(tmp_path / "vae")
+    path = {"its own": tmp_path / "vae", "the model's": tmp_path / "f" / "vae"}[whose]
+    config = json.loads((path / "config.json").read_text())
+    assert config[name] is None
+    without = {key: held for key, held in config.items() if key != name}
+    for zero in (without, config | {"shift_factor": 0.0}):  # as none, in diffusers too
+        (path / "config.json").write_text(json.dumps(zero))
+        TextToImagePipeline(str(tmp_path / "f"), vae=str(tmp_path / "vae"), **SIZE)
+    (path / "config.json").write_text(json.dumps(config | {name: value}))
+    theirs, ours = (value, None) if whose == "its own" else (None, value)
+    said = re.escape(f"has {name} {theirs}, and the model's own VAE {ours}; give a VAE")
+    with pytest.raises(UsageError, match=rf"init_args\.vae: .*{said}"):
+        TextToImagePipeline(str(tmp_path / "f"), vae=str(tmp_path / "vae"), **SIZE)
 
 
 @pytest.mark.parametrize("model", SD, indirect=True)
