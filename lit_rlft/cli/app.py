@@ -41,6 +41,7 @@ from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Pipeline
 from lit_rlft.core.reward import Metrics, Reward
 from lit_rlft.kit.data import SplitData
+from lit_rlft.loop.checkpointed import Checkpointed
 from lit_rlft.loop.strategy import check_strategy
 from lit_rlft.runs.checkpoint_file import WholeCheckpoints
 from lit_rlft.runs.events import quiet_event_writer
@@ -167,6 +168,9 @@ class Command(LightningCLI):
         super().instantiate_classes()
 
     def after_instantiate_classes(self) -> None:
+        path = self.config[str(self.subcommand)].get("ckpt_path")
+        if path not in (None, NONE) and isinstance(self.model, Checkpointed):
+            self.model.expect(path)
         if self.subcommand == "fit" and isinstance(self.datamodule, SplitData):
             # Before further processes are started.
             self.datamodule.check_batch_size(self.trainer.num_devices * self.trainer.num_nodes)

@@ -30,7 +30,7 @@ from lit_rlft.loop.checkpoint_file import COUNTERS, check_resumable, load
 from lit_rlft.loop.export import write_tuned
 from lit_rlft.loop.learning_rate import optimizer_of
 from lit_rlft.loop.precision import check_weights
-from lit_rlft.loop.reference import LoRA, Reference
+from lit_rlft.loop.reference import LoRA, Reference, continued
 from lit_rlft.loop.settings import Plain, arguments, changes, settings
 from lit_rlft.loop.sharded import whole_weights
 from lit_rlft.runs.folder import run_folder, writes_nothing
@@ -130,15 +130,36 @@ class Checkpointed(LightningModule):
         checkpoint = load(checkpoint_path)
         recorded: dict[str, Plain] = checkpoint["lit_rlft"].get("settings", {})
         module = _made(cls, _plain_arguments(cls, recorded), init_args)
+        module._continue_lora(recorded)
         module.setup(TrainerFn.PREDICTING.value)
         module.on_load_checkpoint(checkpoint)
         module.load_state_dict(checkpoint["state_dict"], strict=False)
         module._take_average(checkpoint.get("callbacks", {}))
-        given = tuple(f"model.{name}" for name in init_args)
+        given = (*(f"model.{name}" for name in init_args), "model.lora.pretrained")
         module._tell_other_settings(recorded, given)
         if map_location is not None:
             module = module.to(map_location)
         return module.eval()
+
+    def expect(self, checkpoint_path: str | Path) -> None:
+        """Prepare, before `setup`, for a checkpoint that the trainer will load.
+
+        The checkpoint holds all of a LoRA: the file that the run once started from
+        (`lora.pretrained`) is not needed.
+
+        Args:
+            checkpoint_path: The file.
+
+        Raises:
+            UsageError: It is no checkpoint of lit-rlft.
+        """
+        if getattr(getattr(self, "lora", None), "pretrained", None) is not None:
+            self._continue_lora(load(checkpoint_path)["lit_rlft"].get("settings", {}))
+
+    def _continue_lora(self, recorded: Mapping[str, Plain]) -> None:
+        lora = getattr(self, "lora", None)
+        if isinstance(lora, LoRA):
+            vars(self)["lora"] = continued(lora, recorded)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what is trained, counters, statistics, settings, and the pretrained model's name."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -25,7 +25,7 @@ from lit_rlft.core.state import State
 from lit_rlft.loop.adapter import AdapterSwitch, Merge
 from lit_rlft.loop.precision import in_single
 
-__all__ = ["LoRA", "Reference", "adapt", "attach_lora", "completed"]
+__all__ = ["LoRA", "Reference", "adapt", "attach_lora", "completed", "continued"]
 
 _ADAPTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 _PEFT_INNER = re.compile(r"\.(base_layer|lora_\w+)(\..*)?$")
@@ -152,6 +152,29 @@ def completed(lora: LoRA, pipeline: Pipeline) -> LoRA:
         rank=rank if lora.rank is None else lora.rank,
         alpha=_whole_alpha(path, alpha, rank) if lora.alpha is None else lora.alpha,
         targets=_targets_of(pipeline, path, weights) if lora.targets is None else lora.targets,
+    )
+
+
+def continued(lora: LoRA, recorded: Mapping[str, Any]) -> LoRA:
+    """Return a LoRA's settings where a checkpoint with its weights is loaded afterwards.
+
+    The file that the run once started from is then not read; what is not given is recorded.
+
+    Args:
+        lora: The settings.
+        recorded: Those of the checkpoint's run by key, such as "model.lora.rank".
+    """
+    rank, alpha = (recorded.get(f"model.lora.{name}") for name in ("rank", "alpha"))
+    if lora.pretrained is None or rank is None or alpha is None:
+        return lora
+    key = "model.lora.targets"
+    targets = [recorded[f"{key}.{i}"] for i in range(recorded.get(f"{key}.length") or 0)]
+    return replace(
+        lora,
+        rank=rank if lora.rank is None else lora.rank,
+        alpha=alpha if lora.alpha is None else lora.alpha,
+        targets=(targets or None) if lora.targets is None else lora.targets,
+        pretrained=None,
     )
 
 

@@ -151,7 +151,7 @@ def _found(path: Path) -> Path:
         return _within(path)
     if not path.is_file():
         download = ""
-        if _HUB_ID.fullmatch(str(path)):
+        if _HUB_ID.fullmatch(str(path)) and not path.parent.exists():
             download = f"; if it is a hub id, `hf download {path} --local-dir <folder>` comes first"
         raise UsageError(f"{_KEY}: there is no file {path}{download}")
     if path.suffix in PICKLES:

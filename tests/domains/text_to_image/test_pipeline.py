@@ -525,6 +525,7 @@ MISFITS: dict[str, tuple[dict[str, Any], str]] = {
     "targets": ({"targets": ["to_q"]}, r"other layers .*, such as .*; set .*lora\.targets"),
     "nowhere": ({"pretrained": "nowhere"}, "lora.pretrained: there is no file nowhere"),
     "hub id": ({"pretrained": "me/style"}, "no file me/style; if it is a hub id, `hf download me/"),
+    "moved": ({"pretrained": "empty/style"}, "there is no file empty/style$"),
     "empty folder": ({"pretrained": "empty"}, "there is no file empty/pytorch_lora_weights"),
     "no safetensors": ({"pretrained": "broken"}, "broken is no safetensors file"),
     "other tensors": ({"pretrained": "foreign"}, "foreign is no LoRA in diffusers' format"),
