@@ -19,7 +19,7 @@ from domains.text_to_image.embeddings import EmbeddingCache, identity
 from domains.text_to_image.families import family_of
 from domains.text_to_image.loading import Files, load_parts, text_encoder_reader
 from domains.text_to_image.networks.lora import Home, lora_weights, read_lora, save_lora
-from domains.text_to_image.networks.web_lora import WEB_LORA, save_web_lora
+from domains.text_to_image.networks.web_lora import WEB_LORA, save_web_lora, unread_layers
 from domains.text_to_image.overflow import check_latents, check_vae, kept_single
 from lit_rlft.core.batch_size import BatchSize
 from lit_rlft.core.checks import UsageError, at_least, require
@@ -264,7 +264,11 @@ class TextToImagePipeline(Pipeline):
         """Give the frozen weights the precision that suits the run where `frozen_dtype` is auto.
 
         A pipeline that is trained whole is exported whole: nothing of it is rounded.
+
+        Raises:
+            UsageError: `web_lora` is asked for, and diffusers could not read its layers.
         """
+        self._check_web_lora()
         parts = [getattr(self.diffusers, name) for name in self.family.weighed()]
         parts = [part for part in parts if part is not None]
         whole = not self._has_lora and any(p.requires_grad for n in parts for p in n.parameters())
@@ -508,6 +512,19 @@ class TextToImagePipeline(Pipeline):
             return text
         config = self.denoiser.peft_config["default"]
         return text + card.strength(config.r, config.lora_alpha, files)
+
+    def _check_web_lora(self) -> None:
+        """Raise UsageError for layers that `web_lora` cannot name as diffusers reads them."""
+        if not self.web_lora or not self._has_lora:
+            return
+        modules = self.denoiser.named_modules()
+        layers = [name for name, layer in modules if isinstance(layer, BaseTunerLayer)]
+        if unread := unread_layers(layers, self._home):
+            raise UsageError(
+                "pipeline.init_args.web_lora: diffusers could not read the layers "
+                f"{', '.join(unread)} in {WEB_LORA}; leave them out of "
+                "model.init_args.lora.targets, or set pipeline.init_args.web_lora to false"
+            )
 
     def _save_web_lora(self, folder: Path) -> list[Path]:
         if not self.web_lora:

@@ -1,17 +1,17 @@
 """A LoRA as web interfaces read it: AUTOMATIC1111, Forge, ComfyUI."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers.utils import convert_state_dict_to_kohya
+from diffusers.utils import convert_state_dict_to_kohya, convert_unet_state_dict_to_peft
 from safetensors.torch import save_file
 from torch import Tensor
 
 from domains.text_to_image.networks.lora import Home
 
-__all__ = ["WEB_LORA", "save_web_lora"]
+__all__ = ["WEB_LORA", "save_web_lora", "unread_layers"]
 
 WEB_LORA = "web_lora.safetensors"
 
@@ -87,6 +87,27 @@ def save_web_lora(
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(whole, path, _metadata(rank, alpha, home, title, v_prediction))
     return path
+
+
+def unread_layers(layers: Iterable[str], home: Home) -> list[str]:
+    """Return the layers that diffusers would not find again in the file of `save_web_lora`.
+
+    kohya's names have no dots, and of some layers diffusers does not know where they were.
+
+    Args:
+        layers: Names of layers of the denoiser.
+        home: The denoiser.
+    """
+    if home.name != "unet":
+        return []
+    layers = list(layers)
+    weights = {f"{name}.lora_{half}.weight": torch.zeros(1, 1) for name in layers for half in "AB"}
+    named = convert_state_dict_to_kohya({f"unet.{n}": value for n, value in weights.items()})
+    read, _ = home.kind.lora_state_dict(named, unet_config=home.config)
+    plain = convert_unet_state_dict_to_peft({n.removeprefix("unet."): v for n, v in read.items()})
+    return [
+        name for name in layers if not plain.keys() >= {f"{name}.lora_{x}.weight" for x in "AB"}
+    ]
 
 
 def _base(home: Home, v_prediction: bool) -> _Base:

@@ -1,6 +1,7 @@
 """LoRAs for and from other programs: diffusers' own readers find the same layers and pictures."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,32 @@ def test_a_lora_for_web_interfaces(folder: Path, tmp_path: Path) -> None:
     first, second = load_file(tmp_path / WEB_LORA), load_file(tmp_path / "again" / WEB_LORA)
     assert first.keys() == second.keys()
     assert all(torch.equal(second[name], value) for name, value in first.items())
+
+
+@pytest.mark.parametrize("folder", ["sd", "sdxl"], indirect=True)
+def test_layers_that_diffusers_finds_again_in_a_web_lora_and_those_that_it_does_not(
+    folder: Path, tmp_path: Path
+) -> None:
+    plain: Any = tiny(folder.name)
+    kinds = (torch.nn.Linear, torch.nn.Conv2d)
+    layers = {name for name, layer in plain.unet.named_modules() if isinstance(layer, kinds)}
+    lost = {name for name in layers if name.startswith("add_embedding.")}
+    assert len(lost) == (2 if folder.name == "sdxl" else 0)
+    good = perturbed(folder, sorted(layers - lost), web_lora=True)
+    good.settle(torch.device("cpu"), torch.float32)
+    good.save(tmp_path)
+    read_by_both(folder, tmp_path / WEB_LORA, layers - lost, latents(good))
+    for layer in lost:
+        bad = perturbed(folder, ["conv_in", layer], web_lora=True)
+        with pytest.raises(UsageError, match=rf"web_lora: .* the layers {layer} in web_lora\.saf"):
+            bad.settle(torch.device("cpu"), torch.float32)
+        bad.save(tmp_path / layer)
+        plain = tiny(folder.name)
+        with suppress(Exception):  # whichever way it fails
+            plain.load_lora_weights(tmp_path / layer, weight_name=WEB_LORA)
+        assert layer not in adapted(plain.unet)
+        bad.web_lora = False
+        bad.settle(torch.device("cpu"), torch.float32)
 
 
 STABILITY = "https://github.com/Stability-AI/generative-models"
