@@ -23,7 +23,7 @@ from domains.layout.samples import EMPTY, Layouts
 from domains.layout.sources.single import read_layout
 from lit_rlft.core.checks import UsageError, at_least
 from lit_rlft.core.figure import Figure
-from lit_rlft.core.pipeline import Batch, Condition, Pipeline, column
+from lit_rlft.core.pipeline import Batch, Condition, Pipeline, check_columns, column
 from lit_rlft.core.process import (
     GaussianProcess,
     GibbsProcess,
@@ -112,6 +112,8 @@ class LayoutPipeline(Pipeline):
         Raises:
             UsageError: The data have other classes than the model, or another number of slots.
         """
+        columns = ["boxes", "labels", "known_boxes", "known_labels", "task", "classes"]
+        check_columns(batch, columns, "a layout model")
         self._check(batch)
         known_boxes, known_labels = batch["known_boxes"], batch["known_labels"]
         boxes = batch["boxes"].where(known_boxes, 0)

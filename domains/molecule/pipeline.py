@@ -40,7 +40,7 @@ from domains.molecule.samples import EMPTY, Molecules
 from domains.molecule.sources.single import read_molecule
 from lit_rlft.core.checks import UsageError, at_least
 from lit_rlft.core.figure import Figure
-from lit_rlft.core.pipeline import Batch, Condition, Pipeline, column
+from lit_rlft.core.pipeline import Batch, Condition, Pipeline, check_columns, column
 from lit_rlft.core.process import (
     GaussianProcess,
     GibbsProcess,
@@ -394,6 +394,7 @@ def _shuffled(state: State, full: Tensor) -> State:
 def _num_atoms(batch: Batch) -> Tensor:
     if "num_atoms" in batch:
         return batch["num_atoms"]
+    check_columns(batch, ["types"], "a molecule model, unless they have num_atoms,")
     return (batch["types"] != EMPTY).sum(dim=1)
 
 

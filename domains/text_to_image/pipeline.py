@@ -23,7 +23,15 @@ from domains.text_to_image.networks.web_lora import WEB_LORA, save_web_lora, unr
 from domains.text_to_image.overflow import check_latents, check_vae, kept_single
 from lit_rlft.core.batch_size import BatchSize
 from lit_rlft.core.checks import UsageError, at_least, require
-from lit_rlft.core.pipeline import PAIR, Batch, Condition, Pipeline, column, tokens_of
+from lit_rlft.core.pipeline import (
+    PAIR,
+    Batch,
+    Condition,
+    Pipeline,
+    check_columns,
+    column,
+    tokens_of,
+)
 from lit_rlft.core.process import GaussianProcess
 from lit_rlft.core.state import State, tensor_of
 from lit_rlft.kit.compiled import Compiled, compile_network
@@ -335,7 +343,14 @@ class TextToImagePipeline(Pipeline):
         """Encode `batch["prompt"]`, each unique prompt once, and the negative prompt last.
 
         Prompts that are the same with other columns beside them are conditions of their own.
+
+        Raises:
+            UsageError: The rows have no prompt, or one that is no text.
         """
+        check_columns(batch, ["prompt"], "a text-to-image model")
+        if others := [prompt for prompt in batch["prompt"] if not isinstance(prompt, str)]:
+            kind = type(others[0]).__name__
+            raise UsageError(f"a prompt of the data is a {kind}, {others[0]!r}; it must be a text")
         columns = [name for name in batch if name not in ("index", PAIR)]
         records = [{name: batch[name][i] for name in columns} for i in range(len(batch["prompt"]))]
         first: dict[str, int] = {}

@@ -15,7 +15,16 @@ from lit_rlft.core.figure import Figure
 from lit_rlft.core.process import Process
 from lit_rlft.core.state import State
 
-__all__ = ["PAIR", "Batch", "Condition", "Pipeline", "column", "pooled", "tokens_of"]
+__all__ = [
+    "PAIR",
+    "Batch",
+    "Condition",
+    "Pipeline",
+    "check_columns",
+    "column",
+    "pooled",
+    "tokens_of",
+]
 
 PAIR = "pair"
 """Column of samples that are compared, a `kit.preferences.Pair` a row; no part of a condition."""
@@ -37,6 +46,15 @@ def column(batch: Batch, name: str) -> Any:
             "configs/experiments/*_pretrain.yaml has it"
         )
     return batch[name]
+
+
+def check_columns(batch: Batch, names: Sequence[str], pipeline: str) -> None:
+    """Raise UsageError for conditions that lack columns a pipeline encodes."""
+    if absent := [name for name in names if name not in batch]:
+        raise UsageError(
+            f"the rows of the data have no {' and no '.join(map(repr, absent))}, only "
+            f"{sorted(batch)}: {pipeline} draws for conditions that have; see --data"
+        )
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,13 @@ class Rows(Dataset[dict[str, Any]]):
         return self.length
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        return {**self.row(i), "index": i}
+        row: Any = self.row(i)
+        if not isinstance(row, Mapping):
+            raise UsageError(
+                f"row {i} of the data is a {type(row).__name__}; Rows needs a function that "
+                'returns a dict of columns, such as {"prompt": "a red ring"}'
+            )
+        return {**row, "index": i}
 
 
 class _TrainOrder(DistributedSampler[Any]):
@@ -137,7 +143,7 @@ class SplitData(LightningDataModule, ABC):
         """
         ranks, rank = self._place()
         self.check_batch_size(ranks)
-        rows = self.rows("train")
+        rows = self._dataset("train")
         size, num_rows = self.batch_size // ranks, len(rows)  # type: ignore[arg-type]
         if num_rows < self.batch_size and num_rows % ranks:
             even = num_rows // ranks * ranks
@@ -151,7 +157,10 @@ class SplitData(LightningDataModule, ABC):
         return self._loader(rows, size, order, drop_last=True)
 
     def check_batch_size(self, num_processes: int) -> None:
-        """Raise UsageError where `batch_size` cannot be shared out evenly."""
+        """Raise UsageError where `batch_size` is not known or cannot be shared out evenly."""
+        if "batch_size" not in vars(self):
+            name = type(self).__name__
+            raise UsageError(f"{name}.__init__ has to call super().__init__(**loading)")
         if self.batch_size % num_processes:
             raise UsageError(
                 f"data.init_args.batch_size ({self.batch_size}) is not divisible by the "
@@ -171,11 +180,20 @@ class SplitData(LightningDataModule, ABC):
         return self._evaluation("test")
 
     def _evaluation(self, split: Split) -> DataLoader[dict[str, Any]]:
-        rows = self.rows(split)
+        rows = self._dataset(split)
         ranks, rank = self._place()
         self._check_rows(split, rows, ranks)
         order = UnrepeatedDistributedSampler(rows, ranks, rank, shuffle=False)
         return self._loader(rows, self.eval_batch_size, order, drop_last=False)
+
+    def _dataset(self, split: Split) -> Dataset[dict[str, Any]]:
+        rows = self.rows(split)
+        if not hasattr(rows, "__len__"):
+            raise UsageError(
+                f"{type(self).__name__}.rows({split!r}) returned a {type(rows).__name__}; it "
+                "returns a Dataset with a length, such as Rows(length, row)"
+            )
+        return rows
 
     def _check_validation(self, ranks: int) -> None:
         """Raise UsageError where a fit comes to a validation that has too few rows.
@@ -183,7 +201,7 @@ class SplitData(LightningDataModule, ABC):
         Its own loader would tell it after an epoch.
         """
         if self._validates():
-            self._check_rows("val", self.rows("val"), ranks)
+            self._check_rows("val", self._dataset("val"), ranks)
 
     def _validates(self) -> bool:
         """Return whether a fit comes to a validation."""
@@ -194,10 +212,13 @@ class SplitData(LightningDataModule, ABC):
         return every is None or epochs is None or epochs < 0 or every <= epochs
 
     def _check_rows(self, split: Split, rows: Dataset[dict[str, Any]], ranks: int) -> None:
-        if (num_rows := len(rows)) < ranks:  # type: ignore[arg-type]
+        num_rows = len(rows)  # type: ignore[arg-type]
+        if not num_rows:
+            raise UsageError(f"the {split} data have no rows; give them some")
+        if num_rows < ranks:
             raise UsageError(
                 f"the {split} data have {num_rows} rows, too few for {ranks} processes; give them "
-                f"more rows, or set trainer.devices to {max(num_rows, 1)}"
+                f"more rows, or set trainer.devices to {num_rows}"
             )
 
     def _loader(
@@ -249,9 +270,29 @@ def hold_out(total: int, shares: Mapping[str, float], seed: int) -> dict[str, ND
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return columns: tensors stacked, `index` int64 [B], everything else a list."""
+    """Return columns: tensors stacked, `index` int64 [B], everything else a list.
+
+    Raises:
+        UsageError: A row is no dict, has other columns than the first one, or lacks its number.
+    """
+    for place, row in enumerate(rows):
+        _check_row(row, rows[0], place)
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     return {
         name: torch.stack(values) if isinstance(values[0], torch.Tensor) else values
         for name, values in columns.items()
     } | {"index": torch.tensor(columns["index"])}
+
+
+def _check_row(row: Any, first: Any, place: int) -> None:
+    if not isinstance(row, Mapping) or "index" not in row:
+        given = f"has the columns {sorted(row)}" if isinstance(row, Mapping) else "is none"
+        raise UsageError(
+            'a row of the data is a dict of columns with its number under "index", as '
+            f"Rows(length, row) makes them; row {place} of a batch {given}"
+        )
+    if differ := sorted(first.keys() ^ row.keys()):
+        raise UsageError(
+            f"of rows {int(first['index'])} and {int(row['index'])} of the data one alone has "
+            f"{' and '.join(map(repr, differ))}; give every row the same columns"
+        )

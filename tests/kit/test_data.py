@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning import LightningDataModule
 from torch.utils.data import Dataset, DistributedSampler
 
 from domains.gaussian_mixture.data import MixtureData
@@ -144,3 +145,43 @@ def test_fewer_rows_than_processes_are_refused(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_rows_number_is_its_own_whatever_its_columns() -> None:
     assert Rows(3, lambda i: {"index": 7, "n": i})[2] == {"index": 2, "n": 2}
+
+
+class Given(SplitData):
+    """Rows as somebody's DataModule returns them."""
+
+    def __init__(self, found: Any) -> None:
+        super().__init__(batch_size=2)
+        self.found = found
+
+    def rows(self, split: Split) -> Any:
+        return self.found
+
+
+@pytest.mark.parametrize(
+    ("found", "sentence"),
+    [
+        ([{"n": 1}, {"n": 2}], r'number under "index", as Rows.*row 0 .* the columns \[\'n\'\]'),
+        (["a red ring", "a star"], "row 0 of a batch is none"),
+        (Rows(2, lambda i: "a red ring"), "row . of the data is a str; Rows needs a function"),  # type: ignore[arg-type, return-value]
+        (Rows(2, lambda i: {"n": 1} if i else {}), "one alone has 'n'; give every row the same"),
+        (None, r"Given\.rows\('train'\) returned a NoneType; it returns a Dataset with a length"),
+    ],
+)
+def test_rows_that_are_none_are_named_with_the_remedy(found: Any, sentence: str) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        list(Given(found).train_dataloader())
+
+
+def test_no_rows_at_all_have_their_own_sentence() -> None:
+    with pytest.raises(UsageError, match="the test data have no rows; give them some"):
+        Given([]).test_dataloader()
+
+
+def test_a_data_module_that_forgets_its_base_is_told() -> None:
+    class Forgetful(Given):
+        def __init__(self) -> None:
+            LightningDataModule.__init__(self)
+
+    with pytest.raises(UsageError, match=r"Forgetful\.__init__ has to call super\(\)\.__init__"):
+        Forgetful().check_batch_size(1)
