@@ -78,8 +78,8 @@ class TextToImagePipeline(Pipeline):
         original_size: For Stable Diffusion XL: height and width in pixels that the model is told
             the picture had before it was cropped; None is the size of the picture.
         crop: For Stable Diffusion XL: top and left edge in pixels that it is told of.
-        max_sequence_length: For Stable Diffusion 3 and FLUX.1: tokens of the T5 encoder. For
-            Z-Image and Sana: most tokens of a prompt.
+        max_sequence_length: For Stable Diffusion 3 and FLUX.1: tokens of the T5 encoder, at most
+            512. For Z-Image and Sana: most tokens of a prompt.
         true_cfg_scale: For FLUX.1: w of classifier-free guidance beside its own, for which there
             has to be a negative prompt.
         cfg_normalization: For Z-Image: the guided prediction is at most this times as long as the

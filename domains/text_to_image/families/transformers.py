@@ -17,6 +17,8 @@ __all__ = ["Flux", "StableDiffusion3"]
 
 _JOINT = ("to_q", "to_k", "to_v", "to_out.0")
 _ADDED = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+_MOST_TOKENS = 512
+"""Diffusers' pipelines refuse more tokens of T5."""
 _ATTENTION = tuple(f"attn.{name}" for name in (*_JOINT, *_ADDED))
 
 
@@ -24,7 +26,7 @@ class StableDiffusion3(Family):
     """Stable Diffusion 3 and 3.5: two CLIP encoders and, where the folder has it, T5.
 
     Options:
-        max_sequence_length: Tokens of T5; 256 unless given.
+        max_sequence_length: Tokens of T5, at most 512; 256 unless given.
 
     References:
         Scaling Rectified Flow Transformers (Esser et al., 2024), https://arxiv.org/abs/2403.03206
@@ -61,7 +63,7 @@ class StableDiffusion3(Family):
 
     @property
     def _length(self) -> int:
-        return self.options.get("max_sequence_length", 256)
+        return _t5_length(self.options.get("max_sequence_length", 256))
 
     def call_settings(self) -> dict[str, Any]:
         return {"max_sequence_length": self._length}
@@ -126,7 +128,8 @@ class Flux(Family):
     evaluation. FLUX.1-schnell has none. Classifier-free guidance beside it is `true_cfg_scale`.
 
     Options:
-        max_sequence_length: Tokens of T5; 512 unless given, 256 for a model without guidance.
+        max_sequence_length: Tokens of T5, at most 512; 512 unless given, 256 for a model without
+            guidance.
         true_cfg_scale: w of classifier-free guidance, which needs a negative prompt; 1 is none.
     """
 
@@ -155,7 +158,7 @@ class Flux(Family):
     def _length(self) -> int:
         """Tokens of T5: schnell, without guidance, was trained for half of dev's."""
         length = 512 if self.denoiser.config["guidance_embeds"] else 256
-        return self.options.get("max_sequence_length", length)
+        return _t5_length(self.options.get("max_sequence_length", length))
 
     def call_settings(self) -> dict[str, Any]:
         true_cfg = self.options.get("true_cfg_scale")
@@ -224,6 +227,16 @@ class Flux(Family):
         return _unpacked(velocity, height, width)
 
 
+def _t5_length(given: int) -> int:
+    """Return a number of tokens of T5 that diffusers' pipelines take."""
+    if given > _MOST_TOKENS:
+        raise UsageError(
+            f"pipeline.init_args.max_sequence_length is {given}, but diffusers' pipelines of T5 "
+            f"take {_MOST_TOKENS} tokens; give at most that"
+        )
+    return given
+
+
 def _t5_problems(encoder: Any, config: Any) -> Iterator[str]:
     """Iterate over what does not fit in T5 and the transformer's config."""
     if config["joint_attention_dim"] != encoder.config.d_model:
@@ -235,7 +248,7 @@ def _t5_problems(encoder: Any, config: Any) -> Iterator[str]:
 
 def _t5_reader(tokenizer: Any, length: int) -> Reader:
     remedy = "shorten it, or raise pipeline.init_args.max_sequence_length"
-    return Reader(tokenizer, length, "T5", "shorten it" if length >= 512 else remedy)
+    return Reader(tokenizer, length, "T5", "shorten it" if length >= _MOST_TOKENS else remedy)
 
 
 def _packed(x: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Each family beside its own pipeline in diffusers: same scheduler, steps, guidance and latents."""
 
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -284,3 +285,17 @@ def test_stable_diffusion_3_comes_without_t5_too() -> None:
     torch.testing.assert_close(ours(again, 2.0, 3), expected, atol=5e-5, rtol=1e-5)
     (shape,) = {tuple(t.shape[1:]) for t in [again.encode(["a"])["embedding"]]}
     assert shape == again.encoded_shapes()["embedding"]
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux_dev"])
+def test_as_many_tokens_of_t5_as_diffusers_takes(name: str) -> None:
+    call: dict[str, Any] = {"height": 32, "width": 32, "num_inference_steps": 1}
+    for length, expected in ((512, nullcontext()), (513, pytest.raises(ValueError, match="512"))):
+        with expected:
+            tiny(name)("a ring", max_sequence_length=length, output_type="latent", **call)
+    shape = family_of(name, (32, 32), max_sequence_length=512).encoded_shapes()["embedding"]
+    assert shape[0] >= 512
+    with pytest.raises(
+        UsageError, match=r"^pipeline\.init_args\.max_sequence_length is 513, .* 512 tokens; give"
+    ):
+        family_of(name, (32, 32), max_sequence_length=513)
