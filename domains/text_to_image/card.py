@@ -1,17 +1,47 @@
 """What the model card of a tuned text-to-image model says of its use."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError, safe_open
 
 from domains.text_to_image import EMBEDDED
 from domains.text_to_image.networks.web_lora import WEB_LORA
 
-__all__ = ["hub_header", "strength", "usage"]
+__all__ = ["Beside", "hub_header", "strength", "usage", "vae_subfolder"]
 
 _LORA, _NOISE = "pytorch_lora_weights.safetensors", "noise_generator.safetensors"
 _LINE = 90
 _FLUX = "black-forest-labs/FLUX.1-dev"
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What a run loads beside a model's own files, or in their place.
+
+    Attributes:
+        config: What completes a single file: folder or hub id.
+        variant: Which files of weights, such as "fp16"; None for plain ones.
+        vae: Folder, hub id or file of another VAE; None for the model's own.
+        vae_kind: Its class in diffusers.
+        vae_subfolder: Where in `vae` its config.json is; None for `vae` itself.
+        textual_inversions: Files with further tokens.
+        dtype: Precision of the denoiser and the text encoders, such as "float32". Untold, text
+            encoders have that of their files and denoisers float32. None leaves it so.
+        vae_dtype: The same of the VAE.
+    """
+
+    config: str | None = None
+    variant: str | None = None
+    vae: str | None = None
+    vae_kind: str = "AutoencoderKL"
+    vae_subfolder: str | None = None
+    textual_inversions: Sequence[str] = ()
+    dtype: str | None = None
+    vae_dtype: str | None = None
 
 
 def hub_header(base: str, files: Sequence[str]) -> dict[str, Any]:
@@ -34,7 +64,7 @@ def hub_header(base: str, files: Sequence[str]) -> dict[str, Any]:
 def usage(
     kind: str,
     base: str,
-    config: str | None,
+    beside: Beside,
     files: Sequence[str],
     facts: Mapping[str, Any],
     settings: Mapping[str, Any],
@@ -44,23 +74,24 @@ def usage(
     Args:
         kind: The pipeline's class in diffusers.
         base: What was tuned.
-        config: What completes it where it is a single file.
+        beside: What was loaded beside it.
         files: Names of the tuned model's files.
         facts: `num_steps` and `tuned_steps` of the run.
         settings: Further arguments of the pipeline's call.
     """
-    start = f"from diffusers import {kind}\n"
     call = _call({"num_inference_steps": facts["num_steps"], **settings})
     if _LORA not in files and _NOISE not in files:
-        return f'```python\n{start}\npipe = {kind}.from_pretrained("tuned")  # here\n{call}```'
-    load = f"pipe = {_loaded(kind, base, config)}"
+        load = _line(f"pipe = {kind}.from_pretrained", ['"tuned"', *_typed(beside.dtype)])
+        start = _imports({kind}, load)
+        return f'```python\n{start}\n# "tuned" is this folder\n{load}{call}```'
+    imports, load = _loaded(kind, base, beside)
     ours = (
-        f"```python\n{start}from lit_rlft.inference import load_tuned\n\n{load}\n"
+        f"```python\n{imports}from lit_rlft.inference import load_tuned\n\n{load}"
         f'pipe = load_tuned(pipe, "tuned")  # this folder\n{call}```'
     )
     if _LORA not in files:
         return ours
-    plain = f'```python\n{load}\npipe.load_lora_weights("tuned")\n{call}```'
+    plain = f'```python\n{imports}\n{load}pipe.load_lora_weights("tuned")\n{call}```'
     if facts["tuned_steps"] == facts["num_steps"]:
         return f"{ours}\n\nIn plain diffusers:\n\n{plain}"
     skipped, number = facts.get("skipped_steps", 0), facts["tuned_steps"]
@@ -89,27 +120,110 @@ def strength(rank: int, alpha: float, files: Sequence[str]) -> str:
     )
 
 
+def vae_subfolder(given: str) -> str | None:
+    """Return where in a folder or hub id, which was loaded, a VAE is; None for itself."""
+    if Path(given).is_file():
+        return None
+    if Path(given).exists():
+        return None if (Path(given) / "config.json").is_file() else "vae"
+    # The hub's files that were loaded are in the cache.
+    return None if isinstance(try_to_load_from_cache(given, "config.json"), str) else "vae"
+
+
 def _call(settings: Mapping[str, Any]) -> str:
     """Return the line that draws a picture, or several lines where it is long."""
     told = [f"{k}={v:g}" if isinstance(v, float) else f"{k}={v!r}" for k, v in settings.items()]
-    line = f'picture = pipe("a red ring", {", ".join(told)}).images[0]\n'
+    return _line("picture = pipe", ['"a red ring"', *told], ".images[0]")
+
+
+def _line(start: str, arguments: Sequence[str], end: str = "") -> str:
+    """Return a call as one line, or as several where it is long."""
+    line = f"{start}({', '.join(arguments)}){end}\n"
     if len(line) <= _LINE:
         return line
-    return "\n    ".join(["picture = pipe(", *(f"{each}," for each in ['"a red ring"', *told])]) + (
-        "\n).images[0]\n"
-    )
+    return "\n    ".join([f"{start}(", *(f"{each}," for each in arguments)]) + f"\n){end}\n"
 
 
-def _loaded(kind: str, base: str, config: str | None) -> str:
-    """Return the expression that loads what was tuned."""
-    name = Path(base).name if _local(base) else base
-    if not name.endswith(".safetensors"):
-        return f'{kind}.from_pretrained("{name}")'
-    other = "" if config is None else Path(config).name if _local(config) else config
-    if kind == "FluxPipeline":  # its file is of the transformer alone
-        part = f'FluxTransformer2DModel.from_single_file("{name}")'
-        return f'{kind}.from_pretrained("{other or _FLUX}", transformer={part})'
-    return f'{kind}.from_single_file("{name}"' + (f', config="{other}")' if other else ")")
+def _loaded(kind: str, base: str, beside: Beside) -> tuple[str, str]:
+    """Return imports, and the lines that load what was tuned."""
+    classes, name, other = {kind}, _name(base), _name(beside.config)
+    alone, load, given = name.endswith(".safetensors"), "", [f'"{name}"']
+    method, whole = "from_pretrained", other if alone else name
+    if alone and kind == "FluxPipeline":  # its file is of the transformer alone
+        part, whole = "FluxTransformer2DModel", other or _FLUX
+        classes.add(part)
+        configured = [f'config="{other}"', 'subfolder="transformer"'] if other else []
+        given += [*configured, *_typed(beside.dtype)]
+        load += _line(f"transformer = {part}.from_single_file", given)
+        given = [f'"{whole}"', "transformer=transformer"]
+    elif alone:
+        method, given = "from_single_file", given + ([f'config="{other}"'] if other else [])
+    elif beside.variant is not None:
+        given.append(f'variant="{beside.variant}"')
+    if beside.vae is not None:
+        classes.add(beside.vae_kind)
+        load += _vae(beside, whole)
+        given.append("vae=vae")
+    load += _line(f"pipe = {kind}.{method}", [*given, *_typed(beside.dtype)])
+    tokens = "".join(_token(kind, path) for path in beside.textual_inversions)
+    load += tokens
+    return _imports(classes, load), load
+
+
+def _imports(classes: set[str], code: str) -> str:
+    """Return the imports of a card's code: classes of diffusers, and what else it uses."""
+    lines = ["import torch"] if "torch." in code else []
+    lines.append(f"from diffusers import {', '.join(sorted(classes))}")
+    lines += ["from safetensors.torch import load_file"] if "load_file(" in code else []
+    return "\n".join(lines) + "\n"
+
+
+def _typed(dtype: str | None) -> list[str]:
+    return [] if dtype is None else [f"torch_dtype=torch.{dtype}"]
+
+
+def _vae(beside: Beside, whole: str) -> str:
+    """Return the line that loads a VAE; a file needs the config of a model's own."""
+    given = [f'"{_name(beside.vae)}"']
+    if given[0].endswith('.safetensors"'):
+        given += [f'config="{whole}"', 'subfolder="vae"'] if whole else []
+        return _line(f"vae = {beside.vae_kind}.from_single_file", given + _typed(beside.vae_dtype))
+    given += [f'subfolder="{beside.vae_subfolder}"'] if beside.vae_subfolder else []
+    return _line(f"vae = {beside.vae_kind}.from_pretrained", given + _typed(beside.vae_dtype))
+
+
+def _token(kind: str, path: str) -> str:
+    """Return the lines that add the token of a textual inversion."""
+    name, stem, keys = Path(path).name, Path(path).stem, _keys(path)
+    start = "pipe.load_textual_inversion"
+    if kind == "StableDiffusionXLPipeline":
+        lines = f'vectors = load_file("{name}")\n'
+        for key, end in (("clip_l", ""), ("clip_g", "_2")):
+            parts = [f"{part}=pipe.{part}{end}" for part in ("text_encoder", "tokenizer")]
+            lines += _line(start, [f'vectors["{key}"]', f'token="{stem}"', *parts])
+        return lines
+    if keys == ["emb_params"]:
+        return _line(start, [f'"{name}"', f'token="{stem}"'])
+    if len(keys) == 1 and keys != ["clip_l"]:  # the file names the token
+        return _line(start, [f'"{name}"'])
+    key = "emb_params" if "emb_params" in keys else "clip_l"
+    return _line(start, [f'load_file("{name}")["{key}"]', f'token="{stem}"'])
+
+
+def _keys(path: str) -> list[str]:
+    """Return the names in a file of safetensors; of one that has gone, those of most."""
+    try:
+        with safe_open(path, "pt") as file:
+            return sorted(file.keys())
+    except (OSError, SafetensorError):
+        return ["emb_params"]
+
+
+def _name(given: str | None) -> str:
+    """Return how a card names a folder, a file or a hub id: without paths of this machine."""
+    if given is None:
+        return ""
+    return Path(given).name if _local(given) else given
 
 
 def _local(base: str) -> bool:

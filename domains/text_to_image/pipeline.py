@@ -38,6 +38,7 @@ from lit_rlft.kit.compiled import Compiled, compile_network
 from lit_rlft.kit.frozen import cast_frozen, frozen
 from lit_rlft.kit.idle import at_work, put_away
 from lit_rlft.kit.images import save_pictures
+from lit_rlft.kit.network_folder import found_variant, source_of
 from lit_rlft.kit.picture_folder import read_picture
 from lit_rlft.kit.probe_pictures import probe_pictures
 from lit_rlft.kit.weightless import weightless
@@ -311,7 +312,7 @@ class TextToImagePipeline(Pipeline):
         model = {
             "family": self.family.name,
             "sources": [identity(source, [*encoders, *tokenizers]) for source in sources],
-            "loaded": [str(dtype).removeprefix("torch."), self.variant],
+            "loaded": [_name(dtype), self.variant],
             **self.family.encoding_settings(),
         }
         self.family.cache = EmbeddingCache(Path(folder), model, self.family.encoded_shapes())
@@ -522,7 +523,7 @@ class TextToImagePipeline(Pipeline):
     def usage(self, files: Sequence[str], facts: Mapping[str, Any]) -> str:
         kind = type(self.diffusers).__name__
         settings = self.family.call(self.guidance_scale, self.negative_prompt)
-        text = card.usage(kind, self.pretrained, self.config, files, facts, settings)
+        text = card.usage(kind, self.pretrained, self._beside(), files, facts, settings)
         if not self._has_lora:
             return text
         config = self.denoiser.peft_config["default"]
@@ -540,6 +541,30 @@ class TextToImagePipeline(Pipeline):
                 f"{', '.join(unread)} in {WEB_LORA}; leave them out of "
                 "model.init_args.lora.targets, or set pipeline.init_args.web_lora to false"
             )
+
+    def _beside(self) -> card.Beside:
+        """Return what was loaded beside the model's own files."""
+        variant, source = self.variant, source_of(self.pretrained, EMBEDDED)
+        if variant is None and Path(source).is_dir():
+            variant = found_variant(Path(source), self.family.weighed(), quiet=True)
+        vae = self._files.vae
+        return card.Beside(
+            config=self.config,
+            variant=variant,
+            vae=vae,
+            vae_kind=type(self.vae).__name__,
+            vae_subfolder=None if vae is None else card.vae_subfolder(vae),
+            textual_inversions=self._files.textual_inversions,
+            dtype=self._told_dtype,
+            vae_dtype=_name(self.vae.dtype),
+        )
+
+    @property
+    def _told_dtype(self) -> str | None:
+        """Precision that a card's code asks for; None where it is that of the files."""
+        if self._has_lora:
+            return _name(self.denoiser.dtype)
+        return None if self.save_dtype == torch.float32 else "float32"
 
     def _save_web_lora(self, folder: Path) -> list[Path]:
         if not self.web_lora:
@@ -584,6 +609,10 @@ def _new(
 def _type(name: str) -> torch.dtype:
     kind: torch.dtype = getattr(torch, name)
     return kind
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _mode(encoded: Any) -> Tensor:

@@ -148,13 +148,14 @@ def merged(network: N) -> N:
     return plain
 
 
-def found_variant(folder: Path, parts: Sequence[str] = ("",)) -> str | None:
+def found_variant(folder: Path, parts: Sequence[str] = ("",), *, quiet: bool = False) -> str | None:
     """Return which variant of its weights, such as "fp16", to load from a diffusers folder.
 
     Args:
         folder: Holds files such as `unet/diffusion_pytorch_model.fp16.safetensors`.
         parts: Sub-folders with weights, "" for the folder itself; those that are missing count
             for nothing.
+        quiet: Do not say which one is loaded.
 
     Returns:
         None where no part lacks plain weights, or where there are none at all.
@@ -176,5 +177,6 @@ def found_variant(folder: Path, parts: Sequence[str] = ("",)) -> str | None:
             f"{', '.join(sorted(common))}; set pipeline.init_args.variant to one of them"
         )
     (variant,) = common
-    rank_zero_info(f"{folder} holds the variant {variant} of its weights alone: loading it")
+    if not quiet:
+        rank_zero_info(f"{folder} holds the variant {variant} of its weights alone: loading it")
     return variant

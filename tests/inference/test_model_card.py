@@ -9,12 +9,13 @@ import pytest
 import torch
 import yaml
 from diffusers import FluxPipeline
+from safetensors.torch import save_file
 from torch import Tensor
 
 from domains.gaussian_mixture.data import MixtureData
 from domains.gaussian_mixture.pipeline import GaussianMixturePipeline
 from domains.gaussian_mixture.rewards import Coordinate
-from domains.text_to_image.card import hub_header, usage
+from domains.text_to_image.card import Beside, hub_header, usage
 from domains.text_to_image.data import ShapesPrompts
 from domains.text_to_image.pipeline import TextToImagePipeline
 from domains.text_to_image.rewards import Brightness
@@ -27,6 +28,7 @@ from lit_rlft.core.selection import TopK
 from lit_rlft.loop.reference import LoRA, adapt
 from lit_rlft.runs.card import write_card
 from lit_rlft.runs.readme import README, add_results, readme
+from tests.domains.text_to_image.families.original import as_one_file
 from tests.domains.text_to_image.families.tiny import tiny
 from tests.support import trainer_of
 
@@ -79,7 +81,7 @@ def test_a_run_writes_its_card_and_a_test_its_numbers(
     monkeypatch.chdir(path.parent.parent)
     for block in code(tested):
         names: dict[str, Any] = {}
-        exec("from diffusers import StableDiffusionPipeline\n" + block, names)
+        exec(block, names)
         assert names["picture"].size == (16, 16)
 
 
@@ -113,7 +115,12 @@ def test_what_the_hub_reads() -> None:
     ("kind", "base", "config", "expected"),
     [
         ("FluxPipeline", "a/b", None, 'FluxPipeline.from_pretrained("a/b")'),
-        ("FluxPipeline", "/x/f.safetensors", "a/b", 'from_pretrained("a/b", transformer=Flux'),
+        (
+            "FluxPipeline",
+            "/x/f.safetensors",
+            "a/b",
+            'from_pretrained("a/b", transformer=transformer)',
+        ),
         ("FluxPipeline", "/x/f.safetensors", None, 'from_single_file("f.safetensors")'),
         ("StableDiffusionXLPipeline", "/x/f.safetensors", "/y/c", '"f.safetensors", config="c")'),
         ("StableDiffusionXLPipeline", "/x/folder", None, 'Pipeline.from_pretrained("folder")'),
@@ -122,16 +129,17 @@ def test_what_the_hub_reads() -> None:
 def test_a_base_of_this_machine_is_named_without_its_path(
     kind: str, base: str, config: str | None, expected: str
 ) -> None:
-    text = usage(kind, base, config, LORA, FACTS, CALL)
+    text = usage(kind, base, Beside(config), LORA, FACTS, CALL)
     assert expected in text and "/x/" not in text and "/y/" not in text
     for block in code(text):
         compile(block, "card", "exec")
     assert "load_lora_weights" not in usage(
-        kind, base, config, ["noise_generator.safetensors"], FACTS, CALL
+        kind, base, Beside(config), ["noise_generator.safetensors"], FACTS, CALL
     )
-    assert 'from_pretrained("tuned")' in usage(kind, base, config, ["unet"], FACTS, CALL)
+    assert 'from_pretrained("tuned")' in usage(kind, base, Beside(config), ["unet"], FACTS, CALL)
 
 
+PROMPT = "a ring, my-style"
 SIZE: dict[str, Any] = {"height": 32, "width": 64}
 
 
@@ -173,6 +181,117 @@ def test_the_cards_code_draws_what_the_run_draws(
     monkeypatch.chdir(tmp_path)
     exec(re.sub(r"\bpipe\(", "pipe(**given, prompt=", text), names)
     torch.testing.assert_close(names["picture"], expected[0], atol=2e-4, rtol=0)
+
+
+def whole(name: str, path: Path) -> str:
+    tiny(name).save_pretrained(path)
+    return str(path)
+
+
+def half(path: Path) -> str:
+    tiny("sd").to(torch.float16).save_pretrained(path, variant="fp16")
+    return str(path)
+
+
+def vae(path: Path, within: bool = False) -> str:
+    other = tiny("sd", seed=7)
+    (other if within else other.vae).save_pretrained(path)
+    return str(path)
+
+
+def vae_file(path: Path) -> str:
+    save_file(as_one_file("sd", tiny("sd", seed=7)), path)
+    return str(path)
+
+
+def token(path: Path, **vectors: int) -> str:
+    numbers = torch.Generator().manual_seed(5)
+    rows = {name: torch.randn(2, width, generator=numbers) for name, width in vectors.items()}
+    save_file(rows, path)
+    return str(path)
+
+
+BESIDE: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
+    "a variant that is found": (
+        lambda path: {"pretrained": half(path / "model")},
+        'variant="fp16"',
+    ),
+    "a VAE": (
+        lambda path: {"pretrained": whole("sd", path / "model"), "vae": vae(path / "other")},
+        'AutoencoderKL.from_pretrained("other", torch_dtype=torch.float32)',
+    ),
+    "a VAE in a model's folder, beside a variant": (
+        lambda path: {
+            "pretrained": half(path / "model"),
+            "variant": "fp16",
+            "vae": vae(path / "other", within=True),
+        },
+        'AutoencoderKL.from_pretrained("other", subfolder="vae", torch_dtype=torch.float32)',
+    ),
+    "a VAE in a file": (
+        lambda path: {
+            "pretrained": whole("sd", path / "model"),
+            "vae": vae_file(path / "other.safetensors"),
+        },
+        '"other.safetensors",\n    config="model",\n    subfolder="vae",\n',
+    ),
+    "a token": (
+        lambda path: {
+            "pretrained": whole("sd", path / "model"),
+            "textual_inversions": [token(path / "my-style.safetensors", emb_params=32)],
+        },
+        'pipe.load_textual_inversion("my-style.safetensors", token="my-style")',
+    ),
+    "a token that the file names": (
+        lambda path: {
+            "pretrained": whole("sd", path / "model"),
+            "textual_inversions": [token(path / "x.safetensors", **{"my-style": 32})],
+        },
+        'pipe.load_textual_inversion("x.safetensors")',
+    ),
+    "a token of two encoders": (
+        lambda path: {
+            "pretrained": whole("sdxl", path / "model"),
+            "textual_inversions": [token(path / "my-style.safetensors", clip_l=32, clip_g=32)],
+        },
+        'vectors["clip_g"]',
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BESIDE)
+def test_the_cards_code_loads_what_the_run_loads_beside_the_model(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, told = BESIDE[what]
+    pipeline = TextToImagePipeline(**made(tmp_path), **SIZE)
+    adapt(pipeline, LoRA(rank=2, alpha=2), seed=0)
+    files = [path.name for path in pipeline.save(tmp_path / "tuned")]
+    write_card(tmp_path / "tuned", FACTS)
+    condition, noise = pipeline.encode({"prompt": ["a ring, my-style"]}), generators([3])
+    with torch.no_grad():
+        x_1 = pipeline.process.prior(pipeline.blank(condition)).sample(noise)
+        x_0 = Sampler(2).sample(pipeline, pipeline.process, x_1, condition, noise)
+        expected = pipeline.decode(x_0, condition)
+    blocks = code(text := pipeline.usage(files, FACTS))
+    assert told in text and str(tmp_path) not in text and len(blocks) == 2
+    assert max(map(len, "".join(blocks).splitlines())) <= 90
+    monkeypatch.chdir(tmp_path)
+    for block in blocks:
+        names: dict[str, Any] = {"given": {"latents": x_1, "output_type": "pt"}}
+        exec(block.replace("pipe(", "pipe(**given, prompt=").replace("a red ring", PROMPT), names)
+        torch.testing.assert_close(names["picture"], expected[0], atol=2e-4, rtol=0)
+
+
+def test_the_code_of_a_whole_model_in_half_precision_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole("sd", tmp_path / "model")
+    pipeline = TextToImagePipeline(str(tmp_path / "model"), save_dtype="float16", **SIZE)
+    pipeline.save(tmp_path / "tuned")
+    monkeypatch.chdir(tmp_path)
+    exec(code(pipeline.usage(["unet"], FACTS))[0], names := {})
+    assert names["picture"].size == (64, 32)
 
 
 @pytest.mark.parametrize(
