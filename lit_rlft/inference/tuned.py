@@ -7,6 +7,7 @@ picture = pipe("a red ring", num_inference_steps=50).images[0]
 
 import inspect
 from collections.abc import Callable, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,6 +44,10 @@ def load_tuned(pipe: P, folder: str | Path) -> P:
     arguments of the call stay as they are. Unless given, `num_inference_steps` is what the model
     was tuned with, and so is `max_sequence_length` where the folder says it.
 
+    Under a scheduler that calls the denoiser more than once a step (PNDM, Heun, KDPM2) the timestep
+    decides: the LoRA is on above that of the first step that was not tuned. A second call on the
+    same pipeline takes the first one's LoRA out.
+
     Args:
         pipe: A pipeline of diffusers with the weights that were tuned; it is changed.
         folder: The folder `tuned` of a run.
@@ -58,16 +63,33 @@ def load_tuned(pipe: P, folder: str | Path) -> P:
             f"{folder} has neither {_LORA} nor {_NOISE}; a fully trained model is a pipeline of "
             "its own: load it with from_pretrained"
         )
-    if has_lora:
-        pipe.load_lora_weights(folder)  # type: ignore[attr-defined]
-    kind = type(pipe)
-    tuned = type(kind.__name__, (_Tuned, kind), {"__module__": kind.__module__})
-    pipe.__class__ = tuned
+    _take_out(pipe)
+    adapter = _put_in(pipe, folder) if has_lora else None
+    if not isinstance(pipe, _Tuned):
+        kind = type(pipe)
+        pipe.__class__ = type(kind.__name__, (_Tuned, kind), {"__module__": kind.__module__})
+    pipe._tuned_adapter = adapter  # type: ignore[attr-defined]
     pipe._tuned_shares = _shares(card) if has_lora else (0.0, 0.0)  # type: ignore[attr-defined]
     pipe._tuned_num_steps = card["num_steps"]  # type: ignore[attr-defined]
     pipe._tuned_length = card.get("max_sequence_length")  # type: ignore[attr-defined]
     pipe._tuned_noise = NoiseGenerator.load(folder / _NOISE) if has_noise else None  # type: ignore[attr-defined]
     return pipe
+
+
+def _take_out(pipe: Any) -> None:
+    """Take the LoRA of an earlier call out of a pipeline, if there is one."""
+    adapter = getattr(pipe, "_tuned_adapter", None)
+    if adapter is not None:
+        pipe.delete_adapters(adapter)
+        pipe._tuned_adapter = None
+
+
+def _put_in(pipe: Any, folder: Path) -> str:
+    """Load a LoRA beside the ones that are there; return its name."""
+    known = {name for names in pipe.get_list_adapters().values() for name in names}
+    name = next(own for i in count() if (own := f"tuned_{i}") not in known)
+    pipe.load_lora_weights(folder, adapter_name=name)
+    return name
 
 
 def _shares(card: Mapping[str, Any]) -> tuple[float, float]:
@@ -83,21 +105,27 @@ class _Tuned:
     _tuned_num_steps: int
     _tuned_length: int | None
     _tuned_noise: NoiseGenerator | None
+    _tuned_adapter: str | None
 
     def __call__(self, prompt: Any = None, *args: Any, **settings: Any) -> Any:
+        lists = (settings.get(name) for name in ("timesteps", "sigmas"))
+        given = [levels for levels in lists if levels is not None]
         num_steps = settings.setdefault("num_inference_steps", self._tuned_num_steps)
+        num_steps = len(given[0]) if given else num_steps
         if self._tuned_length is not None:
             settings.setdefault("max_sequence_length", self._tuned_length)
         if self._tuned_noise is not None and settings.get("latents") is None:
             settings["latents"] = _latents(self, self._tuned_noise, prompt, settings)
-        first, after = (steps_of_share(share, num_steps) for share in self._tuned_shares)
-        last = num_steps - after
+        first, last = _part(self._tuned_shares, num_steps)
         if (first, last) == (0, num_steps):
             return super().__call__(prompt, *args, **settings)  # type: ignore[misc]
         if first >= last:
-            raise UsageError(f"num_inference_steps {num_steps} leaves no step to the tuned model")
+            named = (
+                "the list of timesteps or sigmas" if given else f"num_inference_steps {num_steps}"
+            )
+            raise UsageError(f"{named} leaves no step to the tuned model")
         further = settings.get("callback_on_step_end")
-        settings["callback_on_step_end"] = _switch(first, last, further)
+        settings["callback_on_step_end"] = _switch(self._tuned_shares, num_steps, further)
         if first:
             self.disable_lora()  # type: ignore[attr-defined]
         try:
@@ -106,19 +134,57 @@ class _Tuned:
             self.enable_lora()  # type: ignore[attr-defined]
 
 
-def _switch(
-    first: int, last: int, further: Callable[..., dict[str, Any]] | None
-) -> Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]:
-    """Return a callback that has the LoRA on from a step to another, and calls a further one."""
+def _part(shares: tuple[float, float], num_steps: int) -> tuple[int, int]:
+    """Return the first step of a LoRA, and the one after its last."""
+    before, after = (steps_of_share(share, num_steps) for share in shares)
+    return before, num_steps - after
 
-    def on_step_end(pipe: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        if step + 1 == first:
+
+def _switch(
+    shares: tuple[float, float],
+    num_steps: int,
+    further: Callable[..., dict[str, Any]] | None,
+) -> Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]:
+    """Return a callback that has the LoRA on for its steps, and calls a further one.
+
+    Args:
+        shares: Of the first and of the last steps, which are not the LoRA's.
+        num_steps: Number of the sampler's steps.
+        further: The further callback.
+    """
+    plan: list[bool] = []
+
+    def on_step_end(pipe: Any, call: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if not call:  # the scheduler has its timesteps only once the pipeline runs
+            plan[:] = _plan(pipe.scheduler, shares, num_steps)
+        now, following = plan[call : call + 2] if call + 1 < len(plan) else (True, True)
+        if following and not now:
             pipe.enable_lora()
-        if step + 1 == last:
+        if now and not following:
             pipe.disable_lora()
-        return tensors if further is None else further(pipe, step, t, tensors)
+        return tensors if further is None else further(pipe, call, t, tensors)
 
     return on_step_end
+
+
+def _plan(scheduler: Any, shares: tuple[float, float], num_steps: int) -> list[bool]:
+    """Return whether the LoRA is on, for each time that a scheduler has the denoiser called.
+
+    Some call it more than once a step, at the timestep of the step, at the next one or in between.
+    The LoRA is on from the timestep of its first step down to that of the first step after it,
+    which was not tuned.
+    """
+    timesteps = [float(t) for t in scheduler.timesteps]
+    if len(timesteps) == num_steps:
+        first, last = _part(shares, num_steps)
+        return [first <= i < last for i in range(num_steps)]
+    starts = timesteps[:: getattr(scheduler, "order", 1)]
+    if len(starts) != num_steps:  # PNDM, whose Runge-Kutta steps are further timesteps
+        own = getattr(scheduler, "_timesteps", starts)
+        starts = sorted({float(t) for t in own}, reverse=True)
+    first, last = _part(shares, len(starts))
+    below = starts[last] if last < len(starts) else float("-inf")
+    return [below < t <= starts[first] for t in timesteps]
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from domains.text_to_image.pipeline import TextToImagePipeline
@@ -45,11 +46,12 @@ def tuned(
     folder: Path,
     out: Path,
     own: dict[str, Any] | None = None,
+    num_steps: int = STEPS,
     **settings: Any,
 ) -> RewardFineTuner:
     """Return a tuner whose trained weights are not zero, exported to a folder."""
     pipeline = TextToImagePipeline(str(folder), guidance_scale=2.0, **SIZE, **(own or {}))
-    tuner = kind(pipeline, Brightness(), sampler=Sampler(STEPS), **settings)
+    tuner = kind(pipeline, Brightness(), sampler=Sampler(num_steps), **settings)
     tuner.setup("fit")
     generator = torch.Generator().manual_seed(1)
     for parameter in tuner.trainable().parameters():
@@ -125,6 +127,97 @@ def test_a_relay_hands_over_at_its_ends(
         given = {"latents": packed(pipe, z), "num_images_per_prompt": copies}
         pictures = pipe(list(PROMPTS), **given, **settings(pipe)).images
         torch.testing.assert_close(pictures, ours(tuner, z, copies), atol=2e-4, rtol=0)
+
+
+TABLE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+OFFSET = {**TABLE, "steps_offset": 1, "timestep_spacing": "leading"}
+SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {"clip_sample": False, **OFFSET}),
+    "sd15": ("PNDMScheduler", {"skip_prk_steps": True, **OFFSET}),
+    "runge_kutta": ("PNDMScheduler", OFFSET),
+    "heun": ("HeunDiscreteScheduler", TABLE),
+    "kdpm2": ("KDPM2DiscreteScheduler", TABLE),
+    "kdpm2_ancestral": ("KDPM2AncestralDiscreteScheduler", {"use_karras_sigmas": True, **TABLE}),
+    # Its timesteps are whole numbers, the last two of them the same.
+    "karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True, **TABLE}),
+}
+
+
+def calls(network: torch.nn.Module) -> list[tuple[float, bool]]:
+    """Return a list that grows by each call's timestep, and whether the LoRA is on."""
+    layer = next(module for module in network.modules() if isinstance(module, BaseTunerLayer))
+    found: list[tuple[float, bool]] = []
+
+    def note(module: Any, args: Any, given: Any) -> None:
+        t = given["timestep"] if "timestep" in given else args[1]
+        found.append((float(t.flatten()[0]), not layer.disable_adapters))
+
+    network.register_forward_pre_hook(note, with_kwargs=True)
+    return found
+
+
+@pytest.mark.parametrize(("start", "cut"), [(0.0, 0.4), (0.3, 0.0), (0.2, 0.3)])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_timestep_decides_where_a_step_has_several_calls(
+    solver: str, start: float, cut: float, tmp_path: Path
+) -> None:
+    kind, config = SOLVERS[solver]
+    model = tiny("sd")
+    model.scheduler = getattr(diffusers, kind)(**config)
+    model.save_pretrained(tmp_path / "model")
+    more = {"start": start, "cut": cut, "lora": LoRA(rank=2, alpha=2)}
+    tuner = tuned(PGRAFT, tmp_path / "model", tmp_path / "out", num_steps=10, **more)
+    trained = calls(tuner.pipeline.denoiser)
+    ours(tuner)
+    pipe = load_tuned(theirs(tmp_path / "model"), tmp_path / "out")
+    drawn = calls(pipe.unet)
+    pipe(PROMPTS[0], **settings(pipe))
+    first, last = round(10 * start), 10 - round(10 * cut)
+    levels = [t for t, _ in trained]
+    assert [on for _, on in trained] == [first <= i < last for i in range(10)]
+    untuned = levels[last] if cut else -1.0
+    for i, (t, on) in enumerate(drawn):
+        if len(drawn) == 10:  # timesteps can be the same, calls in their order are the steps
+            assert on == trained[i][1] and t == pytest.approx(levels[i], abs=0.5)
+        else:
+            assert on == (untuned < t <= levels[first])
+    assert {round(t) for t in levels} <= {round(t) for t, _ in drawn}
+    assert len(drawn) == {"ddim": 10, "karras": 10, "sd15": 11, "runge_kutta": 19}.get(solver, 19)
+
+
+@pytest.mark.parametrize("name", ["sd", "sd3"])
+def test_a_list_of_levels_has_as_many_steps(name: str, tmp_path: Path) -> None:
+    tiny(name).save_pretrained(tmp_path / name)
+    tuned(PGRAFT, tmp_path / name, tmp_path / "out", cut=0.4, lora=LoRA(rank=2, alpha=2))
+    pipe = load_tuned(theirs(tmp_path / name), tmp_path / "out")
+    drawn = calls(pipe.unet if name == "sd" else pipe.transformer)
+    levels = {"timesteps": [900 - 100 * i for i in range(9)]}
+    if name == "sd3":
+        levels = {"sigmas": np.linspace(1, 0.1, 9)}
+    pipe.scheduler = pipe.scheduler if name == "sd3" else euler(pipe)
+    pipe(PROMPTS[0], **levels, **settings(pipe))
+    assert [on for _, on in drawn] == [True] * 5 + [False] * 4
+    levels = {key: values[:1] for key, values in levels.items()}
+    with pytest.raises(UsageError, match=r"^the list of timesteps or sigmas leaves no step"):
+        pipe(PROMPTS[0], **levels, **settings(pipe))
+
+
+def euler(pipe: Any) -> Any:
+    return diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+
+
+def test_a_second_tuned_model_takes_the_place_of_the_first(tmp_path: Path) -> None:
+    tiny("sd").save_pretrained(tmp_path / "sd")
+    tuned(PGRAFT, tmp_path / "sd", tmp_path / "first", cut=0.4, lora=LoRA(rank=2, alpha=2))
+    tuned(PGRAFT, tmp_path / "sd", tmp_path / "second", start=0.4, lora=LoRA(rank=4, alpha=9))
+    twice = load_tuned(load_tuned(theirs(tmp_path / "sd"), tmp_path / "first"), tmp_path / "second")
+    once = load_tuned(theirs(tmp_path / "sd"), tmp_path / "second")
+    assert [*twice.get_list_adapters()["unet"]] == twice.get_active_adapters() == ["tuned_0"]
+    drawn = [
+        pipe(PROMPTS[0], generator=generators()[0], **settings(pipe)).images
+        for pipe in (twice, once)
+    ]
+    assert torch.equal(*drawn)
 
 
 def test_a_callback_of_the_callers_is_called_too(folder: Path, tmp_path: Path) -> None:
@@ -206,11 +299,14 @@ def test_a_prior_draws_for_a_model_in_half_precision(
     assert (pictures.float() - expected).abs().mean() < 0.02
 
 
+@pytest.mark.parametrize("solver", ["ddim", "sd15", "heun"])
 @pytest.mark.parametrize(("kind", "which"), [(PGRAFT, 0), (NoisePPO, 1)])
 def test_the_way_by_hand_in_the_documentation_is_the_same(
-    kind: type[RewardFineTuner], which: int, tmp_path: Path
+    kind: type[RewardFineTuner], which: int, solver: str, tmp_path: Path
 ) -> None:
-    tiny("sd").save_pretrained(tmp_path / "model")
+    model, (scheduler, config) = tiny("sd"), SOLVERS[solver]
+    model.scheduler = getattr(diffusers, scheduler)(**config)
+    model.save_pretrained(tmp_path / "model")
     more = {"cut": 0.4, "lora": LoRA(rank=2, alpha=2)} if kind is PGRAFT else {}
     out = tmp_path / "tuned"
     tuned(kind, tmp_path / "model", out, **more)
