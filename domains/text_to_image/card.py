@@ -1,10 +1,13 @@
 """What the model card of a tuned text-to-image model says of its use."""
 
+import inspect
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 
@@ -76,21 +79,26 @@ def usage(
         base: What was tuned.
         beside: What was loaded beside it.
         files: Names of the tuned model's files.
-        facts: `num_steps` and `tuned_steps` of the run.
+        facts: `num_steps`, `tuned_steps`, `eta` and `scheduler` of the run.
         settings: Further arguments of the pipeline's call.
     """
-    call = _call({"num_inference_steps": facts["num_steps"], **settings})
+    call = _call({"num_inference_steps": facts["num_steps"], **settings, **_eta(kind, facts)})
+    swapped, sentence = _swapped(facts)
     if _LORA not in files and _NOISE not in files:
-        load = _line(f"pipe = {kind}.from_pretrained", ['"tuned"', *_typed(beside.dtype)])
+        load = _line(f"pipe = {kind}.from_pretrained", ['"tuned"', *_typed(beside.dtype)]) + swapped
         start = _imports({kind}, load)
-        return f'```python\n{start}\n# "tuned" is this folder\n{load}{call}```'
+        return f'```python\n{start}\n# "tuned" is this folder\n{load}{call}```{sentence}'
     imports, load = _loaded(kind, base, beside)
     ours = (
         f"```python\n{imports}from lit_rlft.inference import load_tuned\n\n{load}"
         f'pipe = load_tuned(pipe, "tuned")  # this folder\n{call}```'
     )
+    if swapped:
+        sentence += " `load_tuned` sets it by itself."
+    ours += sentence
     if _LORA not in files:
         return ours
+    imports, load = _loaded(kind, base, beside, swapped)
     plain = f'```python\n{imports}\n{load}pipe.load_lora_weights("tuned")\n{call}```'
     if facts["tuned_steps"] == facts["num_steps"]:
         return f"{ours}\n\nIn plain diffusers:\n\n{plain}"
@@ -144,8 +152,40 @@ def _line(start: str, arguments: Sequence[str], end: str = "") -> str:
     return "\n    ".join([f"{start}(", *(f"{each}," for each in arguments)]) + f"\n){end}\n"
 
 
-def _loaded(kind: str, base: str, beside: Beside) -> tuple[str, str]:
-    """Return imports, and the lines that load what was tuned."""
+def _eta(kind: str, facts: Mapping[str, Any]) -> dict[str, float]:
+    """Return eta where a pipeline hands it to the scheduler and it does something there."""
+    eta, told = facts.get("eta", 0.0), facts.get("scheduler") or {}
+    taken = str(told.get("class")).startswith("DDIM")
+    call = inspect.signature(getattr(diffusers, kind).__call__).parameters
+    return {"eta": eta} if eta and taken and "eta" in call else {}
+
+
+def _swapped(facts: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the line that sets the scheduler whose steps the run took, and a sentence on it."""
+    told = facts.get("scheduler")
+    if told is None:
+        return "", ""
+    own, name = told["model"], told["class"]
+    if name is None:
+        return "", (
+            f"\n\nNo scheduler of diffusers takes the run's steps (eta {facts['eta']:g}, "
+            f"transition {facts['transition']}): with {own} the pictures are drawn in another way "
+            "than those that were tuned and measured."
+        )
+    if name == own and not told["options"]:
+        return "", ""
+    given = [f"{key}={value!r}" for key, value in told["options"].items()]
+    line = _line(f"pipe.scheduler = {name}.from_config", ["pipe.scheduler.config", *given])
+    nearly = "" if told["exact"] else "nearly "
+    other = "its own solver" if name == own else own
+    return line, (
+        f"\n\nThe model was tuned and measured with {nearly}the steps of the {name} in this code, "
+        f"not with those of {other}."
+    )
+
+
+def _loaded(kind: str, base: str, beside: Beside, further: str = "") -> tuple[str, str]:
+    """Return imports, and the lines that load what was tuned, with further lines after them."""
     classes, name, other = {kind}, _name(base), _name(beside.config)
     alone, load, given = name.endswith(".safetensors"), "", [f'"{name}"']
     method, whole = "from_pretrained", other if alone else name
@@ -166,12 +206,13 @@ def _loaded(kind: str, base: str, beside: Beside) -> tuple[str, str]:
         given.append("vae=vae")
     load += _line(f"pipe = {kind}.{method}", [*given, *_typed(beside.dtype)])
     tokens = "".join(_token(kind, path) for path in beside.textual_inversions)
-    load += tokens
+    load += tokens + further
     return _imports(classes, load), load
 
 
 def _imports(classes: set[str], code: str) -> str:
     """Return the imports of a card's code: classes of diffusers, and what else it uses."""
+    classes = classes | set(re.findall(r"= (\w+)\.from_config", code))
     lines = ["import torch"] if "torch." in code else []
     lines.append(f"from diffusers import {', '.join(sorted(classes))}")
     lines += ["from safetensors.torch import load_file"] if "load_file(" in code else []

@@ -21,6 +21,7 @@ from domains.text_to_image.loading import Files, load_parts, text_encoder_reader
 from domains.text_to_image.networks.lora import Home, lora_weights, read_lora, save_lora
 from domains.text_to_image.networks.web_lora import WEB_LORA, save_web_lora, unread_layers
 from domains.text_to_image.overflow import check_latents, check_vae, kept_single
+from domains.text_to_image.stand_ins import find_stand_in
 from lit_rlft.core.batch_size import BatchSize
 from lit_rlft.core.checks import UsageError, at_least, require
 from lit_rlft.core.pipeline import (
@@ -515,10 +516,22 @@ class TextToImagePipeline(Pipeline):
     def hub_header(self, files: Sequence[str]) -> Mapping[str, Any]:
         return card.hub_header(self.pretrained, files)
 
-    def tuned_facts(self) -> dict[str, Any]:
-        """Return what a tuned model's lit_rlft.json says of the prompts, for `load_tuned`."""
+    def tuned_facts(self, steps: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what a tuned model's lit_rlft.json says for `load_tuned`.
+
+        `max_sequence_length` is of the prompts. `scheduler` names the `model`'s own class, and the
+        `class` and `options` of the one that takes the sampler's steps, `exact`ly or nearly so;
+        no class takes others than DDIM(eta)'s.
+        """
         length = self.family.call_settings().get("max_sequence_length")
-        return {} if length is None else {"max_sequence_length": length}
+        facts = {} if length is None else {"max_sequence_length": length}
+        own, eta = self.diffusers.scheduler, steps.get("eta", 0.0)
+        known = eta == 0 or (steps.get("transition", "eta") == "eta" and "noisy_steps" not in steps)
+        found = find_stand_in(own, self.process, steps["num_steps"], eta) if known else None
+        told: dict[str, Any] = {"model": type(own).__name__, "class": None}
+        if found is not None:
+            told |= {"class": found.name, "options": found.options, "exact": found.exact}
+        return {**facts, "scheduler": told}
 
     def usage(self, files: Sequence[str], facts: Mapping[str, Any]) -> str:
         kind = type(self.diffusers).__name__

@@ -319,10 +319,13 @@ class Pipeline(nn.Module, ABC):
         """
         return {}
 
-    def tuned_facts(self) -> Mapping[str, Any]:
+    def tuned_facts(self, steps: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return what a tuned model's lit_rlft.json says of it beside the run; nothing by default.
 
         Values are such as JSON can hold.
+
+        Args:
+            steps: `num_steps`, `eta` and `transition` of the sampler, as the model is measured.
         """
         return {}
 
@@ -331,8 +334,8 @@ class Pipeline(nn.Module, ABC):
 
         Args:
             files: Their names.
-            facts: `num_steps` of the sampler; `tuned_steps`, how many of them the tuned model runs,
-                and `skipped_steps`, those before.
+            facts: `num_steps`, `eta` and `transition` of the sampler; `tuned_steps`, how many steps
+                the tuned model runs, and `skipped_steps`, those before; what `tuned_facts` says.
         """
         return ""
 

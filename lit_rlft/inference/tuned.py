@@ -44,6 +44,11 @@ def load_tuned(pipe: P, folder: str | Path) -> P:
     arguments of the call stay as they are. Unless given, `num_inference_steps` is what the model
     was tuned with, and so is `max_sequence_length` where the folder says it.
 
+    The pictures are those that were tuned and measured. Where that took the steps of another
+    scheduler than the model's, it takes that one's place, and `eta` is the sampler's unless given.
+    A scheduler of another class that you set, before this or after it, stays. Where no scheduler of
+    diffusers takes the sampler's steps, the model's own stays, as the model card says.
+
     Under a scheduler that calls the denoiser more than once a step (PNDM, Heun, KDPM2) the timestep
     decides: the LoRA is on above that of the first step that was not tuned. A second call on the
     same pipeline takes the first one's LoRA out.
@@ -69,6 +74,8 @@ def load_tuned(pipe: P, folder: str | Path) -> P:
         kind = type(pipe)
         pipe.__class__ = type(kind.__name__, (_Tuned, kind), {"__module__": kind.__module__})
     pipe._tuned_adapter = adapter  # type: ignore[attr-defined]
+    pipe._tuned_schedulers = _swap(pipe, card.get("scheduler") or {})  # type: ignore[attr-defined]
+    pipe._tuned_eta = card.get("eta", 0.0) if card.get("transition") == "eta" else 0.0  # type: ignore[attr-defined]
     pipe._tuned_shares = _shares(card) if has_lora else (0.0, 0.0)  # type: ignore[attr-defined]
     pipe._tuned_num_steps = card["num_steps"]  # type: ignore[attr-defined]
     pipe._tuned_length = card.get("max_sequence_length")  # type: ignore[attr-defined]
@@ -77,11 +84,32 @@ def load_tuned(pipe: P, folder: str | Path) -> P:
 
 
 def _take_out(pipe: Any) -> None:
-    """Take the LoRA of an earlier call out of a pipeline, if there is one."""
+    """Take the LoRA and the scheduler of an earlier call out of a pipeline, if there are any."""
+    own, given = getattr(pipe, "_tuned_schedulers", None) or (None, None)
+    if given is not None and pipe.scheduler is given:
+        pipe.scheduler = own
     adapter = getattr(pipe, "_tuned_adapter", None)
     if adapter is not None:
         pipe.delete_adapters(adapter)
         pipe._tuned_adapter = None
+
+
+def _swap(pipe: Any, told: Mapping[str, Any]) -> tuple[Any, Any] | None:
+    """Give a pipeline the scheduler that takes the steps of the run; return both.
+
+    One of another class than the model's is the user's choice, and stays.
+    """
+    own, name, options = pipe.scheduler, told.get("class"), told.get("options") or {}
+    if (
+        name is None
+        or type(own).__name__ != told["model"]
+        or (name == told["model"] and not options)
+    ):
+        return None
+    import diffusers  # the caller's, as `pipe` is
+
+    pipe.scheduler = getattr(diffusers, name).from_config(own.config, **options)
+    return own, pipe.scheduler
 
 
 def _put_in(pipe: Any, folder: Path) -> str:
@@ -106,12 +134,16 @@ class _Tuned:
     _tuned_length: int | None
     _tuned_noise: NoiseGenerator | None
     _tuned_adapter: str | None
+    _tuned_schedulers: tuple[Any, Any] | None
+    _tuned_eta: float
 
     def __call__(self, prompt: Any = None, *args: Any, **settings: Any) -> Any:
         lists = (settings.get(name) for name in ("timesteps", "sigmas"))
         given = [levels for levels in lists if levels is not None]
         num_steps = settings.setdefault("num_inference_steps", self._tuned_num_steps)
         num_steps = len(given[0]) if given else num_steps
+        if self._tuned_eta and "eta" in inspect.signature(super().__call__).parameters:  # type: ignore[misc]
+            settings.setdefault("eta", self._tuned_eta)
         if self._tuned_length is not None:
             settings.setdefault("max_sequence_length", self._tuned_length)
         if self._tuned_noise is not None and settings.get("latents") is None:

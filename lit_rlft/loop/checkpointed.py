@@ -260,13 +260,13 @@ class Checkpointed(LightningModule):
             self.pipeline.usage(files, facts),
         )
 
-    def _write_tuned(self, export: Callable[[Path], list[Path]], **steps: int) -> None:
+    def _write_tuned(self, export: Callable[[Path], list[Path]], **steps: Any) -> None:
         """Write the tuned model into the run's folder; it must be finite."""
         check_weights(self._trained(), self.num_updates)
         trainer = self.trainer
         writes = trainer.is_global_zero and self.num_updates and not writes_nothing(trainer)
         folder = run_folder(trainer) / "tuned"
-        facts = {**self._facts(), **self.pipeline.tuned_facts(), **steps}
+        facts = {**self._facts(), **self.pipeline.tuned_facts(steps), **steps}
         own = export if writes else None
         with whole_weights(self.pipeline.denoiser):
             write_tuned(folder, own, trainer.world_size, facts, self._model_card)

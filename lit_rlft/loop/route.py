@@ -4,19 +4,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lit_rlft.core.distribution import Distribution
 from lit_rlft.core.pipeline import Condition
-from lit_rlft.core.process import Noise, Process
+from lit_rlft.core.process import FlowSDE, Noise, Process, Within
 from lit_rlft.core.randomness import Generators, step_noise
 from lit_rlft.core.sampling import Denoiser, walk
 from lit_rlft.core.state import State, leaves
 
-__all__ = ["Leg", "Merged", "Prior", "Route", "tuned_part"]
+__all__ = ["Leg", "Merged", "Prior", "Route", "noise_told", "tuned_part"]
 
 Prior = Callable[[Condition], Distribution]
 """From conditions to the distribution of x_1."""
@@ -137,3 +137,17 @@ def tuned_part(steps: Tensor) -> dict[str, int]:
         "tuned_steps": int(steps.sum()),
         "skipped_steps": skipped,
     }
+
+
+def noise_told(noise: Noise) -> dict[str, Any]:
+    """Return what a model card says of the noise of a route's steps.
+
+    Returns:
+        `eta` and `transition` of the sampler; `noisy_steps`, the first one and the one after the
+        last, where not all steps have noise.
+    """
+    if isinstance(noise, Within):
+        return {**noise_told(noise.noise), "noisy_steps": [noise.first, noise.last]}
+    if isinstance(noise, FlowSDE):
+        return {"eta": noise.scale, "transition": "flow_sde"}
+    return {"eta": float(noise), "transition": "eta"}

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 import yaml
@@ -280,6 +281,51 @@ def test_the_cards_code_loads_what_the_run_loads_beside_the_model(
     for block in blocks:
         names: dict[str, Any] = {"given": {"latents": x_1, "output_type": "pt"}}
         exec(block.replace("pipe(", "pipe(**given, prompt=").replace("a red ring", PROMPT), names)
+        torch.testing.assert_close(names["picture"], expected[0], atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("files", [LORA, ["unet"]])
+@pytest.mark.parametrize(
+    ("kind", "eta", "told"),
+    [
+        ("DDIMScheduler", 1.0, "eta=1"),
+        ("PNDMScheduler", 0.0, "pipe.scheduler = DDIMScheduler.from_config("),
+        ("PNDMScheduler", 1.0, "eta=1"),
+        ("DPMSolverMultistepScheduler", 1.0, "algorithm_type='sde-dpmsolver++'"),
+    ],
+)
+def test_the_cards_code_takes_the_steps_of_the_run(
+    kind: str,
+    eta: float,
+    told: str,
+    files: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny("sd")
+    model.scheduler = getattr(diffusers, kind).from_config(model.scheduler.config)
+    model.save_pretrained(tmp_path / "model")
+    pipeline = TextToImagePipeline(str(tmp_path / "model"), **SIZE)
+    if files is LORA:
+        adapt(pipeline, LoRA(rank=2, alpha=2), seed=0)
+    pipeline.save(tmp_path / "tuned")
+    facts: dict[str, Any] = {"num_steps": 4, "tuned_steps": 4, "eta": eta, "transition": "eta"}
+    facts |= pipeline.tuned_facts(facts)
+    write_card(tmp_path / "tuned", facts)
+    condition, noise = pipeline.encode({"prompt": ["a red ring"]}), generators([3])
+    with torch.no_grad():
+        x_1 = pipeline.process.prior(pipeline.blank(condition)).sample(noise)
+        x_0 = Sampler(4, eta).sample(pipeline, pipeline.process, x_1, condition, noise)
+        expected = pipeline.decode(x_0, condition)
+    blocks = code(text := pipeline.usage(files, facts))
+    assert told in blocks[-1] and len(blocks) == (2 if files is LORA else 1)
+    assert ("not with those of" in text) == (kind != "DDIMScheduler")
+    assert max(map(len, "".join(blocks).splitlines())) <= 90
+    monkeypatch.chdir(tmp_path)
+    for block in blocks:
+        given = {"generator": torch.Generator().manual_seed(3), "output_type": "pt"}
+        names: dict[str, Any] = {"given": given}
+        exec(block.replace("pipe(", "pipe(**given, prompt="), names)
         torch.testing.assert_close(names["picture"], expected[0], atol=2e-4, rtol=0)
 
 

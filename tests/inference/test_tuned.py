@@ -20,7 +20,7 @@ from lit_rlft.core.checks import UsageError
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.inference import load_tuned
 from lit_rlft.loop.reference import LoRA
-from lit_rlft.loop.route import tuned_part
+from lit_rlft.loop.route import noise_told, tuned_part
 from lit_rlft.runs.card import CARD, read_card, write_card
 from tests.domains.text_to_image.families.tiny import tiny
 
@@ -46,19 +46,20 @@ def tuned(
     folder: Path,
     out: Path,
     own: dict[str, Any] | None = None,
-    num_steps: int = STEPS,
+    sampler: Sampler = Sampler(STEPS),
     **settings: Any,
 ) -> RewardFineTuner:
     """Return a tuner whose trained weights are not zero, exported to a folder."""
     pipeline = TextToImagePipeline(str(folder), guidance_scale=2.0, **SIZE, **(own or {}))
-    tuner = kind(pipeline, Brightness(), sampler=Sampler(num_steps), **settings)
+    tuner = kind(pipeline, Brightness(), sampler=sampler, **settings)
     tuner.setup("fit")
     generator = torch.Generator().manual_seed(1)
     for parameter in tuner.trainable().parameters():
         if parameter.requires_grad and not parameter.any():
             parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
     tuner.export(out)
-    write_card(out, {**tuned_part(tuner.route().tuned_steps), **pipeline.tuned_facts()})
+    steps = {**tuned_part(tuner.route().tuned_steps), **noise_told(tuner.route().eta)}
+    write_card(out, {**steps, **pipeline.tuned_facts(steps)})
     return tuner
 
 
@@ -77,10 +78,12 @@ def generators(copies: int = 1) -> list[torch.Generator]:
 
 
 @torch.no_grad()
-def ours(tuner: RewardFineTuner, x_1: Tensor | None = None, copies: int = 1) -> Tensor:
+def ours(
+    tuner: RewardFineTuner, x_1: Tensor | None = None, copies: int = 1, eta: float = 0.0
+) -> Tensor:
     """Draw pictures along the tuned model's route, those of a prompt side by side."""
     condition = tuner.pipeline.encode({"prompt": [p for p in PROMPTS for _ in range(copies)]})
-    route = replace(tuner.route(), eta=0.0)
+    route = replace(tuner.route(), eta=eta)
     *_, (_, x_0) = route.walk(condition, generators(copies), x_1)
     return tuner.pipeline.decode(x_0, condition)
 
@@ -140,7 +143,23 @@ SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
     "kdpm2_ancestral": ("KDPM2AncestralDiscreteScheduler", {"use_karras_sigmas": True, **TABLE}),
     # Its timesteps are whole numbers, the last two of them the same.
     "karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True, **TABLE}),
+    "dpm": ("DPMSolverMultistepScheduler", TABLE),
+    "ancestral": ("EulerAncestralDiscreteScheduler", TABLE),
+    "flow_dpm": (
+        "DPMSolverMultistepScheduler",
+        {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0},
+    ),
 }
+CALLS = {
+    "ddim": 10,
+    "sd15": 11,
+    "runge_kutta": 19,
+    "heun": 19,
+    "kdpm2": 19,
+    "kdpm2_ancestral": 19,
+    "karras": 10,
+}
+"""How often a scheduler has the denoiser called in ten steps."""
 
 
 def calls(network: torch.nn.Module) -> list[tuple[float, bool]]:
@@ -157,7 +176,7 @@ def calls(network: torch.nn.Module) -> list[tuple[float, bool]]:
 
 
 @pytest.mark.parametrize(("start", "cut"), [(0.0, 0.4), (0.3, 0.0), (0.2, 0.3)])
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", CALLS)
 def test_the_timestep_decides_where_a_step_has_several_calls(
     solver: str, start: float, cut: float, tmp_path: Path
 ) -> None:
@@ -166,10 +185,11 @@ def test_the_timestep_decides_where_a_step_has_several_calls(
     model.scheduler = getattr(diffusers, kind)(**config)
     model.save_pretrained(tmp_path / "model")
     more = {"start": start, "cut": cut, "lora": LoRA(rank=2, alpha=2)}
-    tuner = tuned(PGRAFT, tmp_path / "model", tmp_path / "out", num_steps=10, **more)
+    tuner = tuned(PGRAFT, tmp_path / "model", tmp_path / "out", sampler=Sampler(10), **more)
     trained = calls(tuner.pipeline.denoiser)
     ours(tuner)
     pipe = load_tuned(theirs(tmp_path / "model"), tmp_path / "out")
+    pipe.scheduler = theirs(tmp_path / "model").scheduler
     drawn = calls(pipe.unet)
     pipe(PROMPTS[0], **settings(pipe))
     first, last = round(10 * start), 10 - round(10 * cut)
@@ -182,7 +202,93 @@ def test_the_timestep_decides_where_a_step_has_several_calls(
         else:
             assert on == (untuned < t <= levels[first])
     assert {round(t) for t in levels} <= {round(t) for t, _ in drawn}
-    assert len(drawn) == {"ddim": 10, "karras": 10, "sd15": 11, "runge_kutta": 19}.get(solver, 19)
+    assert len(drawn) == CALLS[solver]
+
+
+def solved(name: str, solver: str | None, folder: Path) -> Path:
+    """Write a tiny model with a scheduler of another class."""
+    model = tiny(name)
+    if solver is not None:
+        kind, config = SOLVERS[solver]
+        model.scheduler = getattr(diffusers, kind)(**config)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "solver", "eta", "expected"),
+    [
+        ("sd", "ddim", 1.0, "DDIMScheduler"),
+        ("sd", "ddim", 0.5, "DDIMScheduler"),
+        ("sd", "sd15", 0.0, "DDIMScheduler"),
+        ("sd", "sd15", 1.0, "DDIMScheduler"),
+        ("sd", "heun", 0.0, "EulerDiscreteScheduler"),
+        ("sd", "kdpm2", 1.0, "EulerAncestralDiscreteScheduler"),
+        ("sd", "ancestral", 0.0, "EulerDiscreteScheduler"),
+        ("sd", "dpm", 0.0, "DPMSolverMultistepScheduler"),
+        ("sd", "dpm", 1.0, "DPMSolverMultistepScheduler"),
+        ("sdxl", None, 1.0, "DDIMScheduler"),
+        ("sd3", "flow_dpm", 0.0, "DPMSolverMultistepScheduler"),
+        pytest.param(
+            "sana", "flow_dpm", 1.0, "DPMSolverMultistepScheduler", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_the_pictures_are_those_that_were_tuned_and_measured(
+    name: str, solver: str | None, eta: float, expected: str, tmp_path: Path
+) -> None:
+    folder, out, sampler = (
+        solved(name, solver, tmp_path / "model"),
+        tmp_path / "out",
+        Sampler(6, eta),
+    )
+    tuner = tuned(PGRAFT, folder, out, sampler=sampler, cut=0.5, lora=LoRA(rank=2, alpha=2))
+    assert read_card(out)["scheduler"]["exact"] and read_card(out)["eta"] == eta
+    pipe, plain = load_tuned(theirs(folder), out), theirs(folder)
+    assert type(pipe.scheduler).__name__ == expected
+    prompts, given = (PROMPTS[:1] if name == "sana" else PROMPTS), settings(pipe)
+    picture = ours(tuner, eta=eta)[: len(prompts)]
+    drawn = [
+        own(list(prompts), generator=generators()[: len(prompts)], num_inference_steps=6, **given)
+        for own in (pipe, plain)
+    ]
+    torch.testing.assert_close(drawn[0].images, picture, atol=2e-4, rtol=0)
+    assert (drawn[1].images - picture).abs().max() > 1e-3
+
+
+def test_a_scheduler_that_the_user_set_stays(tmp_path: Path) -> None:
+    folder, out = solved("sd", "sd15", tmp_path / "model"), tmp_path / "out"
+    tuned(PGRAFT, folder, out, sampler=Sampler(6, 1.0), cut=0.0, lora=LoRA(rank=2, alpha=2))
+    before, after = theirs(folder), load_tuned(theirs(folder), out)
+    before.scheduler = euler(before)
+    after.scheduler = own = euler(after)
+    assert load_tuned(before, out).scheduler is before.scheduler and after.scheduler is own
+    assert type(before.scheduler) is diffusers.EulerDiscreteScheduler
+    assert load_tuned(after, out).scheduler is own
+    pipe = load_tuned(load_tuned(theirs(folder), out), out)
+    assert type(pipe.scheduler) is diffusers.DDIMScheduler
+    still = {"eta": 0.0, **settings(pipe)}
+    a, b = (pipe(PROMPTS[0], generator=generators()[0], **still).images for _ in range(2))
+    c = pipe(PROMPTS[0], generator=generators()[0], **settings(pipe)).images
+    assert torch.equal(a, b) and (a - c).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler"),
+    [("sd3", Sampler(6, 0.5)), ("sd", Sampler(6, 0.7, "flow_sde"))],
+)
+def test_steps_of_no_scheduler_leave_the_models_own(
+    name: str, sampler: Sampler, tmp_path: Path
+) -> None:
+    folder, out = solved(name, None, tmp_path / "model"), tmp_path / "out"
+    tuner = tuned(PGRAFT, folder, out, sampler=sampler, cut=0.0, lora=LoRA(rank=2, alpha=2))
+    card, plain = read_card(out), theirs(folder)
+    assert (card["scheduler"]["class"], card["eta"]) == (None, sampler.eta)
+    pipe, own = load_tuned(plain, out), plain.scheduler
+    assert pipe.scheduler is own and pipe(PROMPTS[0], **settings(pipe)).images.isfinite().all()
+    text = tuner.pipeline.usage(["pytorch_lora_weights.safetensors"], card)
+    assert f"No scheduler of diffusers takes the run's steps (eta {sampler.eta:g}" in text
+    assert "eta=" not in text and "pipe.scheduler" not in text
 
 
 @pytest.mark.parametrize("name", ["sd", "sd3"])
@@ -310,8 +416,10 @@ def test_the_way_by_hand_in_the_documentation_is_the_same(
     more = {"cut": 0.4, "lora": LoRA(rank=2, alpha=2)} if kind is PGRAFT else {}
     out = tmp_path / "tuned"
     tuned(kind, tmp_path / "model", out, **more)
-    by_hand = PAGE.read_text().partition("By hand")[2].split("```python")[1 + which]
-    code = by_hand.partition("```")[0].replace("runs/sd15/tuned", str(out))
+    blocks = [
+        b.partition("```")[0] for b in PAGE.read_text().partition("By hand")[2].split("```python")
+    ]
+    code = "\n".join([blocks[1], blocks[2 + which]]).replace("runs/sd15/tuned", str(out))
     code = code.replace("512", "32").replace("768", "48")
     known: dict[str, Any] = {"pipe": theirs(tmp_path / "model"), "torch": torch}
     exec(code, known)

@@ -176,9 +176,10 @@ class Family(ABC):
         return {}
 
     def call(self, guidance: float, negative: str | None) -> dict[str, Any]:
-        """Return arguments of the family's pipeline in diffusers that draw the same pictures.
+        """Return arguments of the family's pipeline in diffusers: guidance, sizes and prompts.
 
-        Its own defaults are left out, but guidance is always told.
+        With them, and a scheduler that takes the sampler's steps, it draws the same pictures. Its
+        own defaults are left out, but guidance is always told.
 
         Args:
             guidance: The pipeline's guidance scale.
