@@ -35,7 +35,7 @@ from lit_rlft.loop.precision import check_weights, loss_scale, settle, stepped
 from lit_rlft.loop.reference import LoRA, adapt, completed
 from lit_rlft.loop.rollouts import Rollouts, track
 from lit_rlft.loop.round_log import log_round, round_means, write_round
-from lit_rlft.loop.route import Leg, Route, noise_told, tuned_part
+from lit_rlft.loop.route import Leg, Route, steps_told
 from lit_rlft.loop.side.rewards import RewardWorkers
 from lit_rlft.loop.side.watch import SideWatch, beside
 from lit_rlft.loop.strategy import check_trainer, no_sync
@@ -297,5 +297,4 @@ class RewardFineTuner(Checkpointed, ABC):
 
     def on_fit_end(self) -> None:
         """Write the tuned model in the format of the domain's own tools; it must be finite."""
-        route = self.route()
-        self._write_tuned(self.export, **tuned_part(route.tuned_steps), **noise_told(route.eta))
+        self._write_tuned(self.export, **steps_told(self.route()))

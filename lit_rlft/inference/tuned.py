@@ -6,6 +6,7 @@ picture = pipe("a red ring", num_inference_steps=50).images[0]
 """
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from itertools import count
 from pathlib import Path
@@ -106,9 +107,8 @@ def _swap(pipe: Any, told: Mapping[str, Any]) -> tuple[Any, Any] | None:
         or (name == told["model"] and not options)
     ):
         return None
-    import diffusers  # the caller's, as `pipe` is
-
-    pipe.scheduler = getattr(diffusers, name).from_config(own.config, **options)
+    kind = getattr(sys.modules["diffusers"], name)  # the caller has imported it
+    pipe.scheduler = kind.from_config(own.config, **options)
     return own, pipe.scheduler
 
 

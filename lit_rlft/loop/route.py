@@ -16,7 +16,7 @@ from lit_rlft.core.randomness import Generators, step_noise
 from lit_rlft.core.sampling import Denoiser, walk
 from lit_rlft.core.state import State, leaves
 
-__all__ = ["Leg", "Merged", "Prior", "Route", "noise_told", "tuned_part"]
+__all__ = ["Leg", "Merged", "Prior", "Route", "noise_told", "steps_told", "tuned_part"]
 
 Prior = Callable[[Condition], Distribution]
 """From conditions to the distribution of x_1."""
@@ -137,6 +137,11 @@ def tuned_part(steps: Tensor) -> dict[str, int]:
         "tuned_steps": int(steps.sum()),
         "skipped_steps": skipped,
     }
+
+
+def steps_told(route: Route) -> dict[str, Any]:
+    """Return what a model card says of a route's steps: `tuned_part` and `noise_told`."""
+    return {**tuned_part(route.tuned_steps), **noise_told(route.eta)}
 
 
 def noise_told(noise: Noise) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from lit_rlft.core.checks import UsageError
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.inference import load_tuned
 from lit_rlft.loop.reference import LoRA
-from lit_rlft.loop.route import noise_told, tuned_part
+from lit_rlft.loop.route import steps_told
 from lit_rlft.runs.card import CARD, read_card, write_card
 from tests.domains.text_to_image.families.tiny import tiny
 
@@ -58,7 +58,7 @@ def tuned(
         if parameter.requires_grad and not parameter.any():
             parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
     tuner.export(out)
-    steps = {**tuned_part(tuner.route().tuned_steps), **noise_told(tuner.route().eta)}
+    steps = steps_told(tuner.route())
     write_card(out, {**steps, **pipeline.tuned_facts(steps)})
     return tuner
 
