@@ -1,5 +1,6 @@
 """Values of all processes of a run in one place."""
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from lit_rlft.core.checks import UsageError
 
 __all__ = [
     "gather",
+    "is_known",
     "leave",
     "mean_of_all",
     "of_all",
@@ -26,7 +28,9 @@ __all__ = [
 
 T = TypeVar("T")
 
-_LEFT = "_left_the_other_processes"
+_KNOWN = "_known_to_the_other_processes"
+_LOST = re.compile(r"gloo.*Connection|ncclRemoteError|remote process exited", re.DOTALL)
+"""What torch says where a process waits for one that has ended."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,12 @@ def gather(value: T, world_size: int) -> list[T]:
     if world_size == 1:
         return [value]
     values: list[Any] = [None] * world_size
-    torch.distributed.all_gather_object(values, value)
+    try:
+        torch.distributed.all_gather_object(values, value)
+    except RuntimeError as error:
+        if not _is_lost(error):
+            raise
+        raise _elsewhere() from error
     for other in values:
         if isinstance(other, _Failure):
             raise _FailedElsewhere(other.sentence)
@@ -71,12 +80,22 @@ def leave(error: Exception) -> None:
     Args:
         error: Why; `telling` does not try to tell the others of it.
     """
-    vars(error)[_LEFT] = True
+    vars(error)[_KNOWN] = True
     torch.distributed.destroy_process_group()
 
 
-def _has_left(error: Exception) -> bool:
-    return _LEFT in vars(error)
+def is_known(error: Exception) -> bool:
+    """Return whether the other processes know of an error, so that they need not be told."""
+    return _KNOWN in vars(error) or isinstance(error, _FailedElsewhere) or _is_lost(error)
+
+
+def _is_lost(error: Exception) -> bool:
+    """Return whether an error says that another process has ended."""
+    return isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
+
+
+def _elsewhere() -> _FailedElsewhere:
+    return _FailedElsewhere("another process failed and has ended; its own message says why")
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -126,15 +145,20 @@ def to_save(tensor: Tensor) -> Tensor:
 def telling(world_size: int) -> Iterator[None]:
     """Tell the other processes of an error of the block, at what they gather next.
 
-    The blocks of processes need not end at the same time, nor be equally many.
+    The blocks of processes need not end at the same time, nor be equally many. Within another block
+    an error is told once.
+
+    Raises:
+        UsageError: Another process has ended, on which this one waited in its block.
     """
     try:
         yield
-    except _FailedElsewhere:
-        raise
     except Exception as error:  # whatever it is, the others must hear of it
-        with suppress(_FailedElsewhere):
-            if not _has_left(error):
+        if world_size > 1 and _is_lost(error):
+            raise _elsewhere() from error
+        if not is_known(error):
+            vars(error)[_KNOWN] = True
+            with suppress(_FailedElsewhere):
                 gather(_Failure(_sentence(error)), world_size)
         raise
 
@@ -143,7 +167,7 @@ def telling(world_size: int) -> Iterator[None]:
 def together(world_size: int) -> Iterator[None]:
     """Leave the block when all processes do, so that none waits for one that has failed.
 
-    Within the block too: what is next gathered there tells the others. Blocks are not nested.
+    Within the block too: what is next gathered there tells the others.
 
     Raises:
         UsageError: Another process's block raised an error; this one's went well.

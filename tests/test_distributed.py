@@ -90,6 +90,45 @@ def test_an_error_is_told_at_what_is_gathered_next(
     assert [str(error) for error in processes(monkeypatch, 2, work)] == ["set x to 1"] * 2
 
 
+def test_an_error_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a block has another around it, the other processes gather no more than one value."""
+
+    def work(rank: int) -> None:
+        with together(2), together(2):
+            if rank:
+                raise UsageError("set x to 1")
+
+    assert [str(error) for error in processes(monkeypatch, 2, work)] == ["set x to 1"] * 2
+
+
+LOST = (
+    "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [::1]:1",
+    "[gloo/transport/tcp/pair.cc:5] Read error [::1]:1: Connection reset by peer",
+    "NCCL error: ncclRemoteError: a remote process exiting prematurely",
+)
+
+
+@pytest.mark.parametrize("words", LOST)
+def test_a_process_that_has_ended_is_told_of_in_a_sentence(
+    words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What torch says of it would bury what the one that has failed says."""
+
+    def gone(*args: Any) -> None:
+        raise RuntimeError(words)
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gone)
+    sentence = "another process failed and has ended; its own message says why"
+    with pytest.raises(UsageError, match=sentence):
+        gather("own", 2)
+    with pytest.raises(UsageError, match=sentence), telling(2):
+        gone()
+    with pytest.raises(KeyError, match="own"), telling(2):  # nobody is left to hear of it
+        raise KeyError("own")
+    with pytest.raises(RuntimeError, match=r"gloo|NCCL"), telling(1):
+        gone()
+
+
 def test_a_sentence_is_told_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     def work(rank: int) -> None:
         with together(2):

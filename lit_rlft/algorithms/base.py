@@ -23,7 +23,7 @@ from lit_rlft.distributed import gather, together
 from lit_rlft.evaluation.dial import Dial, dial_settings
 from lit_rlft.evaluation.evaluator import Evaluator
 from lit_rlft.loop.base_settings import check_settings
-from lit_rlft.loop.batch_sizes import BatchSizes, fitting
+from lit_rlft.loop.batch_sizes import BatchSizes, finishing, fitting
 from lit_rlft.loop.checkpoint import Kept, fingerprint
 from lit_rlft.loop.checkpoint_file import secure
 from lit_rlft.loop.checkpointed import Checkpointed
@@ -38,8 +38,8 @@ from lit_rlft.loop.round_log import log_round, round_means, write_round
 from lit_rlft.loop.route import Leg, Route, steps_told
 from lit_rlft.loop.side.rewards import RewardWorkers
 from lit_rlft.loop.side.watch import SideWatch, beside
-from lit_rlft.loop.strategy import check_trainer, no_sync
-from lit_rlft.loop.updates import Shares, Update, clip, layout, plan, settled
+from lit_rlft.loop.strategy import check_trainer, shares_of
+from lit_rlft.loop.updates import Update, clip, layout, plan, settled
 from lit_rlft.loop.whole_draws import whole_draws
 from lit_rlft.runs.folder import summary_writer
 
@@ -256,16 +256,16 @@ class RewardFineTuner(Checkpointed, ABC):
         optimizer, trainer, trained = self.optimizers(), self.trainer, [*self._trained().values()]
         assert isinstance(optimizer, LightningOptimizer)
         optimizer.zero_grad()
-        shares = Shares(None, trainer.world_size, partial(no_sync, trainer.strategy), idle=idle)
+        how = (self.manual_backward, trained, shares_of(trainer, idle))
         loss = self.audience.watched(self.sizes.filled(self.loss, self.pipeline.denoiser, update))
-        what = (update, loss, self.manual_backward, trained, shares)
-        logged = fitting(*what, self.sizes, self.meter)
-        values, norm = settled(logged, trained, loss_scale(trainer.precision_plugin))
-        self.audience.on_gradients(values.get("grad_norm", float("inf")))
-        clip(trained, norm, self.max_grad_norm)
-        if stepped(optimizer, trainer.precision_plugin):
-            self.num_updates += 1
-            after_update(self.lr_schedulers())
+        logged = fitting(update, loss, *how, self.sizes, self.meter)
+        with finishing(update, *how, self.sizes):
+            values, norm = settled(logged, trained, loss_scale(trainer.precision_plugin))
+            self.audience.on_gradients(values.get("grad_norm", float("inf")))
+            clip(trained, norm, self.max_grad_norm)
+            if stepped(optimizer, trainer.precision_plugin):
+                self.num_updates += 1
+                after_update(self.lr_schedulers())
         return values
 
     def on_validation_epoch_start(self) -> None:

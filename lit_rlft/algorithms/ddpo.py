@@ -32,7 +32,7 @@ References:
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -77,8 +77,7 @@ from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.rollouts import Drawn
 from lit_rlft.loop.route import Route
 from lit_rlft.loop.scoring import Scoring
-from lit_rlft.loop.strategy import no_sync
-from lit_rlft.loop.updates import Shares
+from lit_rlft.loop.strategy import shares_of
 
 __all__ = ["DDPO", "Rollout", "rounds_by_batch"]
 
@@ -480,11 +479,9 @@ class DDPO(RewardFineTuner):
         trainer = self.trainer
         share = -(-self.minibatch_size // trainer.world_size)
         minibatch = rollout.index(torch.arange(min(share, len(rollout))))
-        trained, alone = list(self._trained().values()), partial(no_sync, trainer.strategy)
-        shares = Shares(None, trainer.world_size, alone)
+        how = (self.manual_backward, list(self._trained().values()), shares_of(trainer))
         self.train()
-        args = (minibatch, self.loss, self.manual_backward, trained, shares, self.sizes, self.meter)
-        rehearse(*args)
+        rehearse(minibatch, self.loss, *how, self.sizes, self.meter)
         self.eval()
 
     def _filled(self, pairs: Experience) -> Experience:

@@ -1,7 +1,8 @@
 """The batch sizes of a run: what `auto` has come to, agreed on by all processes and kept."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -19,11 +20,11 @@ from lit_rlft.distributed import gather
 from lit_rlft.kit.compiled import is_compiled
 from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.filled import filled
-from lit_rlft.loop.updates import Loss, Shares, Update, accumulate, meet
+from lit_rlft.loop.updates import Loss, Shares, Update, accumulate, meet, stopping
 from lit_rlft.runs.files import write_whole
 from lit_rlft.runs.folder import run_folder, writes_nothing
 
-__all__ = ["BatchSizes", "fitting", "rehearse"]
+__all__ = ["BatchSizes", "finishing", "fitting", "rehearse"]
 
 _SAMPLES = 64
 """Samples that are drawn at a time unless memory runs out."""
@@ -165,6 +166,33 @@ def fitting(
     if several:
         meet(backward, parameters)
     return logged
+
+
+@contextmanager
+def finishing(
+    update: Update,
+    backward: Callable[[Tensor], object],
+    parameters: Sequence[nn.Parameter],
+    shares: Shares,
+    sizes: BatchSizes,
+) -> Iterator[None]:
+    """In the block an update's gradients are used; an error there stops the other processes, too.
+
+    What they do next is the next update. After the last one of a round they gather, and hear of it
+    there (`lit_rlft.distributed.telling`), unless they have parts of the weights.
+
+    Args:
+        update: As `fitting` takes it, like all others.
+        backward: Called with a loss.
+        parameters: What is trained.
+        shares: How updates are split.
+        sizes: The batch sizes; with automatic ones processes gather in the next update, too.
+    """
+    if update.last and shares.idle is None:
+        yield
+    else:
+        with stopping(backward, parameters, shares._replace(held=sizes.microbatch.automatic)):
+            yield
 
 
 def _attempt(

@@ -9,7 +9,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lit_rlft.core.randomness import Generators
-from lit_rlft.distributed import gather
+from lit_rlft.distributed import together
 from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.updates import Loss
 
@@ -129,7 +129,10 @@ class Audience:
             UsageError: Another process has failed, which leaves all with gradients that are not
                 finite (`accumulate`).
         """
-        for hooks in self:
-            hooks.on_gradients(self.module, norm)
-        if self.trainer is not None and not math.isfinite(norm):
-            gather(None, self.trainer.world_size)  # a process that has failed says so here
+        if self.trainer is None or math.isfinite(norm):
+            for hooks in self:
+                hooks.on_gradients(self.module, norm)
+            return
+        with together(self.trainer.world_size):  # a process that has failed says so here
+            for hooks in self:
+                hooks.on_gradients(self.module, norm)

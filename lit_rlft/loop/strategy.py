@@ -1,8 +1,9 @@
 """How the processes of a run share its weights: DDP, or FSDP2, which is registered here."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, _GeneratorContextManager, nullcontext
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,8 +29,9 @@ from lit_rlft.kit.compiled import is_compiled
 from lit_rlft.loop.checkpointed import Checkpointed
 from lit_rlft.loop.precision import check_precision
 from lit_rlft.loop.sharded import leaves_gradients, shard
+from lit_rlft.loop.updates import Shares
 
-__all__ = ["FSDP2Strategy", "check_strategy", "check_trainer", "no_sync"]
+__all__ = ["FSDP2Strategy", "check_strategy", "check_trainer", "shares_of"]
 
 _NAMES = ("auto", "ddp", "fsdp2", "single_device")
 _CONFIG = "--config fsdp (trainer.strategy fsdp2)"
@@ -232,7 +234,17 @@ StrategyRegistry.register(
 )
 
 
-def no_sync(strategy: object) -> AbstractContextManager[Any]:
+def shares_of(trainer: Trainer, idle: Callable[[], Tensor] | None = None) -> Shares:
+    """Return how a trainer's processes share updates.
+
+    Args:
+        trainer: The run's.
+        idle: As `Shares` has it.
+    """
+    return Shares(None, trainer.world_size, partial(_no_sync, trainer.strategy), idle=idle)
+
+
+def _no_sync(strategy: object) -> AbstractContextManager[Any]:
     """Return a context in which backward passes leave gradients on their process."""
     if isinstance(strategy, DDPStrategy | FSDP2Strategy):
         return strategy.block_backward_sync()

@@ -2,8 +2,8 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.randomness import Generators, Seeded, generators, seed_from
 from lit_rlft.core.streams import Stream
-from lit_rlft.distributed import leave, whole
+from lit_rlft.distributed import is_known, leave, whole
 from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.tally import Tally, is_maximum
 
@@ -29,6 +29,7 @@ __all__ = [
     "meet",
     "plan",
     "settled",
+    "stopping",
 ]
 
 Loss = Callable[[Experience, Generators], tuple[Tensor, dict[str, Tensor]]]
@@ -46,6 +47,7 @@ class Update:
         total_terms: Number of terms of the loss of all processes.
         most_terms: Number of terms of the process that has the most.
         largest: Number of terms that this process has in the largest minibatch of its round.
+        last: Whether no other update follows in its round.
     """
 
     minibatch: Experience
@@ -54,6 +56,7 @@ class Update:
     total_terms: int
     most_terms: int = 0
     largest: int = 0
+    last: bool = True
 
 
 class Layout(NamedTuple):
@@ -132,7 +135,8 @@ def plan(
             total = int(terms[places].sum())
             updates.append(Update(own, epoch, len(places), total, int(shares.max())))
     largest = max((one.minibatch.num_terms for one in updates), default=0)
-    return [replace(one, largest=largest) for one in updates if one.total_terms]
+    kept = [one for one in updates if one.total_terms]
+    return [replace(one, largest=largest, last=one is kept[-1]) for one in kept]
 
 
 def _places(layouts: Sequence[Layout]) -> tuple[list[int], list[int]]:
@@ -183,11 +187,14 @@ def accumulate(
 
     Args:
         update: The minibatch.
-        loss: Returns the losses of some of its terms. Where it raises an error, the gradients of
-            all processes become NaN, and the error is raised here.
+        loss: Returns the losses of some of its terms.
         backward: Called with each microbatch's share of the loss.
         parameters: What is trained; a process without samples takes part with zeros.
         shares: How the update is split.
+
+    Raises:
+        Exception: `loss` or `backward` failed. The gradients of the other processes are then NaN,
+            or the others fail, too.
     """
     minibatch = update.minibatch
     scale = shares.world_size / update.total
@@ -201,21 +208,46 @@ def accumulate(
     tally = Tally()
     for start in starts:
         rows = torch.arange(start, max(start, min(start + size, minibatch.num_terms)))
-        try:
-            total, values = _summed(minibatch.terms(rows), update.epoch, loss, idle)
-        except Exception as error:
-            if shares.idle:  # the others wait in the midst of a network
-                leave(error)
-            elif shares.world_size > 1 and not shares.held:
-                # The others wait in their all-reduce: let them hear of it.
-                backward(_zeros(parameters) * math.nan)
-            raise
         # One all-reduce per update: only the last backward pass synchronises.
         last = start == starts[-1] and not shares.held
-        with nullcontext() if last else shares.no_sync():
-            backward(total * scale)
+        with stopping(backward, parameters, shares):
+            total, values = _summed(minibatch.terms(rows), update.epoch, loss, idle)
+            with nullcontext() if last else shares.no_sync():
+                backward(total * scale)
         tally.add(values)
     return _means(tally.totals(), scale, share)
+
+
+@contextmanager
+def stopping(
+    backward: Callable[[Tensor], object], parameters: Sequence[nn.Parameter], shares: Shares
+) -> Iterator[None]:
+    """Let no other process wait in its next all-reduce for one whose block raises an error.
+
+    Args:
+        backward: As `accumulate` takes it, like the others.
+        parameters: What is trained.
+        shares: How an update is split; nothing is done where no backward pass waits.
+    """
+    try:
+        yield
+    except Exception as error:
+        if shares.world_size > 1 and not is_known(error):
+            if shares.idle:  # the others wait in the midst of a network
+                leave(error)
+            elif not shares.held:
+                _spoil(error, backward, parameters)
+        raise
+
+
+def _spoil(
+    error: Exception, backward: Callable[[Tensor], object], parameters: Sequence[nn.Parameter]
+) -> None:
+    """Make the gradients of all processes NaN, at which they ask what has happened."""
+    try:
+        backward(_zeros(parameters) * math.nan)
+    except Exception:  # some gradients are with the others already
+        leave(error)
 
 
 def _means(totals: Mapping[str, Tensor], scale: float, share: float) -> dict[str, Tensor]:

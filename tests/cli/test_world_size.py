@@ -328,6 +328,28 @@ def test_rewards_that_fail_on_another_process_are_said() -> None:
 FAULTY = """
 import torch
 from lit_rlft.core.reward import Reward
+from lit_rlft.loop.hooks import Hooks
+
+def lost(*args, **kwargs):
+    raise RuntimeError("lost")
+
+class Between(Hooks):
+    \"\"\"Fails on the second process, between two updates.\"\"\"
+
+    def on_gradients(self, module, norm):
+        if torch.distributed.get_rank() == 1:
+            lost()
+
+class Late(Hooks):
+    \"\"\"Fails on the second process when the others have most of its gradients.\"\"\"
+
+    def setup(self, trainer, module, stage):
+        trainer.strategy._ddp_kwargs["bucket_cap_mb"] = 1e-4
+
+    def on_train_start(self, trainer, module):
+        if trainer.global_rank == 1:
+            first, *_ = module._trained().values()
+            first.register_hook(lost)
 
 class Faulty(Reward):
     \"\"\"Fails on the second process, in its second call.\"\"\"
@@ -342,12 +364,21 @@ class Faulty(Reward):
         return samples[:, 0]
 """
 LOST = "raise RuntimeError('lost')"
-FAULTS = {
-    "an error while collecting": ("fit", "P-GRAFT", LOST, "RuntimeError: lost"),
-    "an error while updating": ("fit", "DRTune", LOST, "RuntimeError: lost"),
-    "an error while testing": ("test", "P-GRAFT", LOST, "RuntimeError: lost"),
+SAID = "another process failed (RuntimeError: lost)"
+FAULTS: dict[str, tuple[str, str, dict[str, Any], str, str]] = {
+    "an error while collecting": ("fit", "P-GRAFT", {}, LOST, SAID),
+    "an error while updating": ("fit", "DRTune", {}, LOST, SAID),
+    "an error in a backward pass": ("fit", "DRTune", {}, "samples.register_hook(lost)", SAID),
+    "an error late in a backward pass": (
+        *("fit", "P-GRAFT", {"trainer.callbacks+": "faulty.Late"}, "pass"),
+        "another process failed and has ended; its own message says why",
+    ),
+    "an error between two updates": (
+        *("fit", "P-GRAFT", {"trainer.callbacks+": "faulty.Between"}, "pass", SAID),
+    ),
+    "an error while testing": ("test", "P-GRAFT", {}, LOST, SAID),
     "gradients that are not finite": (
-        *("fit", "DRTune", "return samples[:, 0] + (0 * samples[:, 0]).sqrt()"),
+        *("fit", "DRTune", {}, "return samples[:, 0] + (0 * samples[:, 0]).sqrt()"),
         "gradients of update",
     ),
 }
@@ -356,12 +387,15 @@ FAULTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_process_that_fails_stops_the_others_with_its_sentence(fault: str) -> None:
-    stage, algorithm, code, sentence = FAULTS[fault]
+    stage, algorithm, more, code, sentence = FAULTS[fault]
     Path("faulty.py").write_text(FAULTY.replace("FAULT", code))
     settings = {"reward": "faulty.Faulty", "trainer.strategy": "ddp"}
     own = {"ckpt_path": "none"} if stage == "test" else {}
-    done = run([str(SCRIPT), *words(stage, algorithm, 2, settings, own)])
+    done = run([str(SCRIPT), *words(stage, algorithm, 2, settings, own, more)])
     assert done.returncode != 0
     # On the first process, which has no fault of its own.
-    assert f"lit-rlft: error: {'another process failed' if 'lost' in code else ''}" in done.stderr
-    assert sentence in done.stderr
+    assert "lit-rlft: error: " in done.stderr and sentence in done.stderr
+    if "another process" in sentence:
+        assert f"lit-rlft: error: {sentence}" in done.stderr
+        assert "RuntimeError: lost" in done.stderr.replace(sentence, "")
+        assert "Traceback" not in done.stderr

@@ -12,8 +12,9 @@ from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.randomness import Generators
 from lit_rlft.core.state import tensor_of
+from lit_rlft.loop.batch_sizes import BatchSizes, finishing
 from lit_rlft.loop.experience import Experience
-from lit_rlft.loop.updates import Shares, Update, accumulate, layout, plan
+from lit_rlft.loop.updates import Loss, Shares, Update, accumulate, layout, plan
 
 
 def experience_of(num: int) -> Experience:
@@ -173,6 +174,11 @@ def test_gradients_are_those_of_the_mean_whoever_has_the_samples(
     assert logged == pytest.approx(expected)
 
 
+def linear(weight: Tensor) -> Loss:
+    """Return the loss w x, with nothing to log."""
+    return lambda part, noise: (weight * tensor_of(part.states["x"])[:, 0], {})
+
+
 def test_a_process_that_fails_makes_all_gradients_nan() -> None:
     """The others hear of it in the all-reduce that they wait in."""
     weight, calls = nn.Parameter(torch.tensor(2.0)), []
@@ -187,6 +193,82 @@ def test_a_process_that_fails_makes_all_gradients_nan() -> None:
     with pytest.raises(UsageError, match=r"^no$"):
         accumulate(update, loss, torch.Tensor.backward, [weight], Shares(2, world_size=2))
     assert calls == [2, 2] and weight.grad is not None and weight.grad.isnan()
+
+
+def test_an_error_of_a_backward_pass_makes_all_gradients_nan() -> None:
+    """Memory mostly runs out there."""
+    weight, passes = nn.Parameter(torch.tensor(2.0)), []
+
+    def backward(total: Tensor) -> None:
+        passes.append(float(total))
+        if len(passes) == 2:
+            raise torch.OutOfMemoryError("in the second one")
+        total.backward()
+
+    update = Update(experience_of(5), 0, 9, 9)
+    with pytest.raises(torch.OutOfMemoryError, match="in the second one"):
+        accumulate(update, linear(weight), backward, [weight], Shares(2, world_size=2))
+    assert len(passes) == 3 and weight.grad is not None and weight.grad.isnan()
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["ddp", "fsdp2"])
+def test_a_process_leaves_where_the_others_have_some_of_its_gradients(
+    split: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where its own cannot become NaN any more, or the others wait in the midst of a network."""
+    weight, passes, left = nn.Parameter(torch.tensor(2.0)), [], []
+    monkeypatch.setattr("lit_rlft.loop.updates.leave", left.append)
+
+    def backward(total: Tensor) -> None:
+        passes.append(float(total))
+        raise RuntimeError(f"pass {len(passes)}")
+
+    update = Update(experience_of(5), 0, 9, 9, most_terms=5)
+    idle = (lambda: 0 * weight) if split else None
+    with pytest.raises(RuntimeError, match="pass 1") as raised:
+        accumulate(update, linear(weight), backward, [weight], Shares(5, 2, idle=idle))
+    assert left == [raised.value] and len(passes) == (1 if split else 2)
+
+
+@pytest.mark.parametrize(
+    ("last", "split", "automatic", "spoilt", "leaves"),
+    [
+        (False, False, False, True, False),  # the others wait in the next update's all-reduce
+        (False, False, True, False, False),  # they gather in it
+        (True, False, False, False, False),  # they gather after it
+        (False, True, False, False, True),
+        (True, True, False, False, True),
+    ],
+)
+def test_an_error_between_updates_stops_the_others_where_they_wait(
+    last: bool,
+    split: bool,
+    automatic: bool,
+    spoilt: bool,
+    leaves: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weight, left = nn.Parameter(torch.tensor(2.0)), list[Exception]()
+    monkeypatch.setattr("lit_rlft.loop.updates.leave", left.append)
+    idle = (lambda: 0 * weight) if split else None
+    update = Update(experience_of(2), 0, 2, 2, last=last)
+    sizes = BatchSizes("auto" if automatic else 4, 64, {})
+    how = (torch.Tensor.backward, [weight], Shares(None, 2, idle=idle), sizes)
+    with pytest.raises(KeyError) as raised, finishing(update, *how):
+        raise KeyError("own")
+    assert left == ([raised.value] if leaves else [])
+    assert bool(weight.grad is not None and weight.grad.isnan()) == spoilt
+    weight.grad = None
+    with pytest.raises(KeyError), finishing(update, *how[:2], Shares(), sizes):
+        raise KeyError("of one process")
+    assert weight.grad is None
+
+
+def test_the_last_update_of_a_round_is_known() -> None:
+    """Also where a minibatch without a term would have been the last."""
+    assert [update.last for update in planned(10, 2)] == [False] * 5 + [True]
+    (updates,) = shared([4], 1, 1)
+    assert len(updates) == 9 and [update.last for update in updates] == [False] * 8 + [True]
 
 
 @pytest.mark.parametrize("microbatch_size", [None, 1, 2])
