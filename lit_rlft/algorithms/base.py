@@ -257,8 +257,8 @@ class RewardFineTuner(Checkpointed, ABC):
         assert isinstance(optimizer, LightningOptimizer)
         optimizer.zero_grad()
         how = (self.manual_backward, trained, shares_of(trainer, idle))
-        loss = self.audience.watched(self.sizes.filled(self.loss, self.pipeline.denoiser, update))
-        logged = fitting(update, loss, *how, self.sizes, self.meter)
+        loss = self.sizes.filled(self.loss, self.pipeline.denoiser, update, self.meter)
+        logged = fitting(update, self.audience.watched(loss), *how, self.sizes, self.meter)
         with finishing(update, *how, self.sizes):
             values, norm = settled(logged, trained, loss_scale(trainer.precision_plugin))
             self.audience.on_gradients(values.get("grad_norm", float("inf")))

@@ -402,7 +402,8 @@ class DDPO(RewardFineTuner):
             tensor_of(pairs[name]) for name in ("log_prob", "advantage", "weight")
         )
         filled, size = self._filled(experience), len(experience)
-        policy = self._transition(self.pipeline, filled)
+        with self.meter.billing(size, len(filled)):
+            policy = self._transition(self.pipeline, filled)
         new = policy.log_prob(filled.states["x_s"], self.log_prob_reduction)
         if self.ratio_norm:
             new, old = self._normalized(new, policy, filled.states), torch.zeros_like(old)
@@ -415,7 +416,7 @@ class DDPO(RewardFineTuner):
         if "balance" in pairs:
             losses = losses * tensor_of(pairs["balance"])
         if self.kl_coef:
-            with torch.no_grad():
+            with torch.no_grad(), self.meter.billing(size, len(filled)):
                 reference = self._transition(self.reference, filled)
             kl = policy.kl(reference, self.log_prob_reduction)[:size]
             losses = losses + self.kl_coef * kl
@@ -470,7 +471,8 @@ class DDPO(RewardFineTuner):
         for part in slices(rollout.num_terms, size):
             rows = torch.arange(part.start, part.stop)
             pairs = self._filled(rollout.terms(rows))
-            policy = self._transition(self.pipeline, pairs)
+            with self.meter.billing(len(rows), len(pairs)):
+                policy = self._transition(self.pipeline, pairs)
             old = policy.log_prob(pairs.states["x_s"], self.log_prob_reduction)
             rollout.replace_log_probs(rows, old[: len(rows)], policy)
 
@@ -485,7 +487,10 @@ class DDPO(RewardFineTuner):
         self.eval()
 
     def _filled(self, pairs: Experience) -> Experience:
-        """Repeat the first pair up to a whole microbatch where rounding depends on its size."""
+        """Repeat the first pair up to a whole microbatch where rounding depends on its size.
+
+        Nobody is billed for repeated pairs: their number depends on that of processes.
+        """
         missing = (self.sizes.microbatch.rows or 0) - len(pairs)
         if missing <= 0 or not self._rounds_by_batch:
             return pairs

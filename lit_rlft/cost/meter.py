@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -125,6 +126,20 @@ class Meter:
             yield
         finally:
             self.current = billed
+
+    @contextmanager
+    def billing(self, rows: int, of: int) -> Iterator[None]:
+        """Bill some of the rows that the block computes; the others only fill up a batch.
+
+        Args:
+            rows: Number of rows that are billed.
+            of: Number of all rows.
+        """
+        bill, before = self.current, replace(self.current)
+        yield
+        for name in (*_COUNTS, "backward_flops"):
+            begun = getattr(before, name)
+            setattr(bill, name, begun + (getattr(bill, name) - begun) * rows // of)
 
     def look_at(self, pipeline: Pipeline, condition: Condition) -> None:
         """Measure, once, the operations of a denoiser call."""

@@ -62,9 +62,9 @@ class BatchSizes:
         own = {size.key: size for size in (self.microbatch, self.sampling)}
         return {key: size for key, size in (own | self._pipeline).items() if size.automatic}
 
-    def filled(self, loss: Loss, network: nn.Module, update: Update) -> Loss:
+    def filled(self, loss: Loss, network: nn.Module, update: Update, meter: Meter) -> Loss:
         """Return the loss of an update, in microbatches of one size where a network is compiled."""
-        return filled(loss, self.microbatch, update) if is_compiled(network) else loss
+        return filled(loss, self.microbatch, update, meter) if is_compiled(network) else loss
 
     def taken(self, num_terms: int) -> dict[str, int]:
         """Return the rows that an update took at a time, by key; first what is best lowered."""

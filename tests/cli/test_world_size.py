@@ -243,6 +243,18 @@ def shown_samples(record: dict[str, Any]) -> list[Any]:
     return [[*(one[k] for k in keys), one["tuned"]["values"]] for one in record["entries"]]
 
 
+@pytest.mark.slow
+def test_rows_that_fill_up_a_microbatch_are_on_nobodys_bill() -> None:
+    """In half precision; two processes fill up more of them than one."""
+    half = {"trainer.precision": "bf16-mixed", "model.init_args.microbatch_size": 16}
+    half |= {"model.init_args.kl_coef": 0.1}
+    costs = []
+    for world_size in (1, 2):
+        main(words("fit", "DDPO", world_size, half))
+        costs.append({**checkpoint(str(world_size))["lit_rlft"]["cost"], "seconds": 0})
+    assert costs[1] == costs[0]
+
+
 def kept_samples(folder: str) -> list[Any]:
     """Return what a test writes of each sample, and the samples that it keeps."""
     run = read_run(Path(folder))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lit_rlft.core.randomness import Generators, randn_like
 from lit_rlft.core.state import tensor_of
+from lit_rlft.cost.meter import Meter
 from lit_rlft.kit.compiled import compile_network
 from lit_rlft.loop.batch_sizes import BatchSizes
 from lit_rlft.loop.experience import Experience
@@ -55,15 +56,18 @@ def updated(
 ) -> tuple[list[list[Tensor]], list[dict[str, Tensor]], list[int]]:
     """Return the gradients and logs of some updates, and the rows that the network was called with.
 
-    Rows that fill up a batch are worth 1e6 each, were they to count.
+    Rows that fill up a batch are worth 1e6 each, were they to count; nobody is billed for them.
     """
     sizes, rows = BatchSizes(microbatch_size, 64, {}), list[int]()
+    meter = Meter()
     grads: list[list[Tensor]] = []
     logs: list[dict[str, Tensor]] = []
 
     def loss(part: Experience, noise: Generators) -> tuple[Tensor, dict[str, Tensor]]:
         x = tensor_of(part.states["x"])[:, :1].double()
         rows.append(len(x))
+        meter.current.denoiser_calls += len(x)
+        meter.current.flops += 6 * len(x)
         found = network(x + randn_like(x, noise))[:, 0].square()
         later = torch.tensor([row in part.seeds[:i] for i, row in enumerate(part.seeds)])
         found = found * torch.where(later, 1e6, 1.0)
@@ -72,10 +76,11 @@ def updated(
     for update in updates:
         weights = list(network.parameters())
         network.zero_grad()
-        own = sizes.filled(loss, network, update)
+        own = sizes.filled(loss, network, update, meter)
         shares = Shares(microbatch_size)
         logs.append(accumulate(update, own, torch.Tensor.backward, weights, shares))
         grads.append([p.grad.clone() for p in weights if p.grad is not None])
+    assert (meter.current.denoiser_calls, meter.current.flops) == (13, 6 * 13)
     return grads, logs, rows
 
 
