@@ -164,7 +164,7 @@ def fitting(
         noise.restore()
         vars(meter.current).update(vars(counted))
     if several:
-        meet(backward, parameters)
+        meet(backward, parameters, shares)
     return logged
 
 

@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import (
 )
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torch.distributed import all_reduce
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
@@ -241,7 +242,9 @@ def shares_of(trainer: Trainer, idle: Callable[[], Tensor] | None = None) -> Sha
         trainer: The run's.
         idle: As `Shares` has it.
     """
-    return Shares(None, trainer.world_size, partial(_no_sync, trainer.strategy), idle=idle)
+    several, strategy = trainer.world_size > 1, trainer.strategy
+    add_up = all_reduce if several and isinstance(strategy, DDPStrategy) else None
+    return Shares(None, trainer.world_size, partial(_no_sync, strategy), idle=idle, add_up=add_up)
 
 
 def _no_sync(strategy: object) -> AbstractContextManager[Any]:

@@ -165,6 +165,8 @@ class Shares(NamedTuple):
         held: Whether no backward pass waits; the processes `meet` afterwards.
         idle: Computes a loss without weight. Given, every process makes as many passes as the one
             that has the most terms, for all of them have parts of the weights.
+        add_up: Adds a tensor up over processes, in place. Given, a backward pass that waits has
+            gradients for all weights, and weights that no loss reaches are left without one.
     """
 
     microbatch_size: int | None = None
@@ -172,6 +174,7 @@ class Shares(NamedTuple):
     no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext
     held: bool = False
     idle: Callable[[], Tensor] | None = None
+    add_up: Callable[[Tensor], object] | None = None
 
 
 def accumulate(
@@ -204,7 +207,7 @@ def accumulate(
     size = shares.microbatch_size or num_terms
     starts = range(0, num_terms, size)
     # Other processes have samples: take part in their all-reduce with zeros.
-    idle = shares.idle or partial(_zeros, parameters)
+    idle = shares.idle or partial(_nothing, parameters, shares)
     tally = Tally()
     for start in starts:
         rows = torch.arange(start, max(start, min(start + size, minibatch.num_terms)))
@@ -212,8 +215,11 @@ def accumulate(
         last = start == starts[-1] and not shares.held
         with stopping(backward, parameters, shares):
             total, values = _summed(minibatch.terms(rows), update.epoch, loss, idle)
-            with nullcontext() if last else shares.no_sync():
-                backward(total * scale)
+            if last:
+                _averaged(total * scale, backward, parameters, shares)
+            elif total.requires_grad:
+                with shares.no_sync():
+                    backward(total * scale)
         tally.add(values)
     return _means(tally.totals(), scale, share)
 
@@ -236,16 +242,19 @@ def stopping(
             if shares.idle:  # the others wait in the midst of a network
                 leave(error)
             elif not shares.held:
-                _spoil(error, backward, parameters)
+                _spoil(error, backward, parameters, shares)
         raise
 
 
 def _spoil(
-    error: Exception, backward: Callable[[Tensor], object], parameters: Sequence[nn.Parameter]
+    error: Exception,
+    backward: Callable[[Tensor], object],
+    parameters: Sequence[nn.Parameter],
+    shares: Shares,
 ) -> None:
     """Make the gradients of all processes NaN, at which they ask what has happened."""
     try:
-        backward(_zeros(parameters) * math.nan)
+        _averaged(_zeros(parameters) * math.nan, backward, parameters, shares)
     except Exception:  # some gradients are with the others already
         leave(error)
 
@@ -256,9 +265,60 @@ def _means(totals: Mapping[str, Tensor], scale: float, share: float) -> dict[str
     return {n: own if is_maximum(n) else own * weights[n] for n, own in totals.items()}
 
 
-def meet(backward: Callable[[Tensor], object], parameters: Sequence[nn.Parameter]) -> None:
+def meet(
+    backward: Callable[[Tensor], object], parameters: Sequence[nn.Parameter], shares: Shares
+) -> None:
     """Average the gradients that processes have held back."""
-    backward(_zeros(parameters))
+    _averaged(_nothing(parameters, shares), backward, parameters, shares)
+
+
+def _averaged(
+    total: Tensor,
+    backward: Callable[[Tensor], object],
+    parameters: Sequence[nn.Parameter],
+    shares: Shares,
+) -> None:
+    """Make the backward pass that waits for the other processes.
+
+    They wait for a gradient of each parameter, whether the loss reaches it or not. An optimiser
+    would move one with a gradient of zero (momentum, weight decay), and skips one without.
+    """
+    if shares.add_up is None:
+        backward(total)
+        return
+    reached = [int(p.grad is not None) for p in parameters]
+
+    def note(index: int, parameter: Tensor) -> None:
+        reached[index] = int(parameter.grad is not None)
+
+    hooks = [
+        p.register_post_accumulate_grad_hook(partial(note, i))  # type: ignore[no-untyped-call]
+        for i, p in enumerate(parameters)
+    ]
+    try:
+        backward(_Through.apply(total, *parameters))  # type: ignore[no-untyped-call]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    of_any = torch.tensor(reached, device=parameters[0].device)
+    shares.add_up(of_any)
+    if not all(reached):
+        for parameter, known in zip(parameters, of_any.tolist(), strict=True):
+            if not known:
+                parameter.grad = None
+
+
+class _Through(torch.autograd.Function):
+    """Passes a loss on; its backward pass comes to all parameters, without a gradient for them."""
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.num = len(parameters)
+        return total.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return (*grads, *[None] * ctx.num)
 
 
 def _summed(
@@ -268,6 +328,12 @@ def _summed(
         return idle(), {}
     losses, values = loss(part, Seeded(part.seeds, Stream.UPDATE, epoch))
     return losses.sum(), {"loss": losses.detach(), **values}
+
+
+def _nothing(parameters: Sequence[nn.Parameter], shares: Shares) -> Tensor:
+    """Return the loss of no samples."""
+    zeros = _zeros(parameters)
+    return zeros if shares.add_up is None else zeros.detach()
 
 
 def _zeros(parameters: Sequence[nn.Parameter]) -> Tensor:

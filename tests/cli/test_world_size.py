@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning import LightningModule, Trainer
+from lightning import Callback, LightningModule, Trainer
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -241,6 +241,38 @@ def shown_samples(record: dict[str, Any]) -> list[Any]:
     """Return which samples of a validation a run keeps, and their values."""
     keys = ("row", "sample", "label")
     return [[*(one[k] for k in keys), one["tuned"]["values"]] for one in record["entries"]]
+
+
+class Spare(Callback):
+    """Gives the denoiser a parameter that no loss reaches, as many a network has one."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        assert isinstance(pl_module, RewardFineTuner)
+        spare = nn.Parameter(torch.ones(3))
+        pl_module.pipeline.denoiser.register_parameter("spare", spare)
+
+
+@pytest.mark.parametrize("microbatch_size", [2, pytest.param("auto", marks=pytest.mark.slow)])
+def test_a_parameter_that_no_loss_reaches_stays_as_it_is(
+    microbatch_size: int | str,
+) -> None:
+    """Also in updates of which a process has no sample."""
+    settings = {
+        "model.init_args.lora": None,
+        "model.init_args.microbatch_size": microbatch_size,
+        "model.init_args.minibatch_size": 3,
+        "model.init_args.optimizer.init_args.weight_decay": 0.1,
+        "trainer.callbacks+": "tests.cli.test_world_size.Spare",
+        "trainer.limit_val_batches": 0,
+    }
+    states = []
+    for world_size in (1, 2):
+        main(words("fit", QUICK, world_size, settings))
+        states.append(checkpoint(str(world_size))["state_dict"])
+    one, two = states
+    (name,) = (key for key in one if key.endswith("spare"))
+    assert torch.equal(one[name], torch.ones(3).double()) and torch.equal(one[name], two[name])
+    torch.testing.assert_close(two, one, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.slow
