@@ -192,7 +192,6 @@ class RewardFineTuner(Checkpointed, ABC):
         self.rollouts = Rollouts(*drawing, partial(track, trainer=trainer))
         self.evaluator = Evaluator(self.rollouts, self.metrics, self.num_eval_samples)
         self.evaluator.phase = self.audience.phase
-        self.evaluator.shown = trainer is None or trainer.is_global_zero
 
     def _build(self) -> None:
         check_settings(self)
@@ -248,7 +247,8 @@ class RewardFineTuner(Checkpointed, ABC):
         means = round_means(experience.metrics, outcomes, world_size)
         means["learning_rate"] = self.trainer.optimizers[0].param_groups[0]["lr"]
         log_round(self.log, means, spent := self.meter.spent(self.num_samples))
-        write_round(summary_writer(self), means, spent, experience.histograms, self.num_updates)
+        shown = (experience.histograms, self.num_updates, world_size)
+        write_round(summary_writer(self), means, spent, *shown)
         after_round(self.lr_schedulers(), means)
 
     def _update(self, update: Update, idle: Idle = None) -> dict[str, float]:

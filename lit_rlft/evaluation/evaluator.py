@@ -84,7 +84,6 @@ class Evaluator:
         world_size: Processes that share it; one that fails tells the others.
         num_pictures: First samples to render, over all processes; see `show`.
         keeps_figures: Whether drawings of these samples are kept too.
-        shown: Whether this process renders any.
         seen: Hears of all samples that were measured; callbacks set it.
         phase: Reports what the time is spent on.
     """
@@ -93,7 +92,7 @@ class Evaluator:
         self.rollouts, self.metrics, self.num_samples = rollouts, metrics, num_samples
         self.pipeline, self.reward = rollouts.pipeline, rollouts.reward
         self._measurements, self.num_pictures, self.world_size = Measurements(), 0, 1
-        self.shown, self._said = True, False
+        self._said = False
         self._num_failed = self._num_asked = 0
         self._hopeful = False
         self.keeps_figures = False
@@ -121,7 +120,7 @@ class Evaluator:
 
         `kept.first_of_all` brings them together.
         """
-        self.num_pictures, self.shown = max(self.num_pictures, num_samples), True
+        self.num_pictures = max(self.num_pictures, num_samples)
 
     def start(self, world_size: int = 1, *, keep_reference: bool = False) -> None:
         """Start a fresh evaluation by all processes; the reference's measurements can be kept."""
@@ -308,7 +307,7 @@ class Evaluator:
         self, arm: Arm, samples: Any, condition: Condition
     ) -> tuple[Tensor | None, list[Figure] | None]:
         """Render only what is still to be shown: some domains render more slowly than sample."""
-        if arm not in ("tuned", "reference") or not self.shown:
+        if arm not in ("tuned", "reference"):
             return None, None
         missing = self._share() - self._measurements.arms[arm].num_pictures
         rows = torch.arange(max(0, min(missing, len(condition))))

@@ -8,6 +8,7 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from lit_rlft.core.checks import UsageError
 from lit_rlft.core.randomness import Generators
 from lit_rlft.distributed import together
 from lit_rlft.loop.experience import Experience
@@ -112,10 +113,13 @@ class Audience:
             hooks.on_experience(self.module, experience)
 
     def watched(self, loss: Loss) -> Loss:
-        """Return the loss, made to report its values whenever it is computed."""
+        """Return the loss, made to report its values whenever it is computed.
+
+        It raises UsageError where it returns anything but a loss per sample and a dict.
+        """
 
         def told(part: Experience, noise: Generators) -> tuple[Tensor, dict[str, Tensor]]:
-            losses, values = loss(part, noise)
+            losses, values = _losses(loss(part, noise), len(part), type(self.module).__name__)
             for hooks in self:
                 hooks.on_losses(self.module, part, losses, values)
             return losses, values
@@ -136,3 +140,20 @@ class Audience:
         with together(self.trainer.world_size):  # a process that has failed says so here
             for hooks in self:
                 hooks.on_gradients(self.module, norm)
+
+
+def _losses(found: Any, num: int, name: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return what a loss returned, if it is losses [num] and a dict.
+
+    A mean over samples would be summed again: gradients would depend on the microbatch size.
+    """
+    if isinstance(found, tuple) and len(found) == 2:
+        losses, values = found
+        if isinstance(losses, Tensor) and losses.shape == (num,) and isinstance(values, dict):
+            return losses, values
+        found = losses
+    given = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+    raise UsageError(
+        f"{name}.loss returned {given}; it returns a tensor with one loss per sample, shape "
+        f"({num},), and a dict of values to log"
+    )
