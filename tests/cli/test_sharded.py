@@ -194,13 +194,16 @@ def test_fsdp2_computes_in_half_precision_like_ddp() -> None:
 
 
 @pytest.mark.slow
-def test_a_process_that_fails_in_an_update_ends_the_others() -> None:
-    Path("faulty.py").write_text(FAULTY.replace("FAULT", LOST))
+@pytest.mark.parametrize("code", [LOST, "samples.register_hook(lost)"], ids=["loss", "backward"])
+def test_a_process_that_fails_in_an_update_ends_the_others(code: str) -> None:
+    Path("faulty.py").write_text(FAULTY.replace("FAULT", code))
     configs = ("configs/domains/gaussian_mixture.yaml", "configs/algorithms/drtune.yaml")
     own = {"reward": "faulty.Faulty", "model.init_args.method.init_args.m": 2}
     processes = {"trainer.devices": 2, "trainer.strategy": "fsdp2", "name": "run"}
     done = command([str(SCRIPT), *arguments("fit", configs, TINY, own, processes)])
     assert done.returncode != 0 and "RuntimeError: lost" in done.stderr
+    assert "lit-rlft: error: another process failed and has ended" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
