@@ -252,8 +252,8 @@ class AdjointMatching(RewardFineTuner):
         if not all(bool(part.isfinite().all()) for part in of_all):
             raise UsageError(
                 f"the gradient of {self.reward.name} is not finite for some samples of round "
-                f"{self.num_rounds}, so no update was made of them; bound the reward where it is "
-                "steep, or use configs/algorithms/p_graft.yaml, which needs no gradient"
+                f"{self.num_rounds + 1}, so no update was made of them; bound the reward where it "
+                "is steep, or use configs/algorithms/p_graft.yaml, which needs no gradient"
             )
         parts = iter(of_all)
         return rewards.detach(), tree_map(lambda leaf: -self.reward_scale * next(parts), x_0)

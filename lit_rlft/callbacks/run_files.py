@@ -79,7 +79,7 @@ class SaveConfig(SaveConfigCallback):
         if writer is not None:
             writer.add_text(f"config/{stage}", f"```yaml\n{text}\n```")
 
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the config of a test beside its results: until then it is that of older ones."""
         if self._last is not None:
             path, text = self._last

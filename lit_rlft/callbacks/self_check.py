@@ -98,7 +98,7 @@ class SelfCheck(Hooks):
     def on_experience(self, module: LightningModule, experience: Experience) -> None:
         """Check the rewards of a round."""
         assert isinstance(module, RewardFineTuner)
-        metrics, source, number = experience.metrics, module.reward.name, module.num_rounds
+        metrics, source, number = experience.metrics, module.reward.name, module.num_rounds + 1
         if failed := metrics.get("failed_rewards", 0):
             self._warn(
                 "failed rewards",
@@ -154,7 +154,7 @@ class SelfCheck(Hooks):
         assert isinstance(pl_module, RewardFineTuner)
         if self.enabled and not self._judged:
             rewards, self._rewards = self._rewards, []
-            self._check_constant(rewards, pl_module, pl_module.num_rounds - 1)
+            self._check_constant(rewards, pl_module, pl_module.num_rounds)
 
     def on_gradients(self, module: LightningModule, norm: float) -> None:
         """Check losses and ratios, that gradients are finite and that there are any."""
@@ -207,8 +207,8 @@ class SelfCheck(Hooks):
         precision, denoiser = module.trainer.precision, module.pipeline.denoiser
         weights = str(next(denoiser.parameters()).dtype).removeprefix("torch.")
         raise UsageError(
-            f"before the first update of round {module.num_rounds} a probability ratio{where} is "
-            f"off 1 by {float(deviation[worst]):.2g}, more than {tolerance:.2g}, in {weights} "
+            f"before the first update of round {module.num_rounds + 1} a probability ratio{where} "
+            f"is off 1 by {float(deviation[worst]):.2g}, more than {tolerance:.2g}, in {weights} "
             f"(trainer.precision {precision}): "
             + _cause(denoiser, str(precision), sized=module.sizes.microbatch.rows is not None)
         )
@@ -227,7 +227,7 @@ class SelfCheck(Hooks):
         if total > 1 and len(values) == 1:
             self._warn(
                 "constant rewards",
-                f"all {total} rewards of a batch in round {number} are {values.pop():.4g}: "
+                f"all {total} rewards of round {number} are {values.pop():.4g}: "
                 f"{module.reward.name} does not tell samples apart there, and nothing can be "
                 "learned from them",
             )

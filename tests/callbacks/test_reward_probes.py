@@ -241,6 +241,6 @@ def test_a_reward_in_a_worker_is_probed_too(run: Run) -> None:
         run(Answers(constant), "fit", RewardWorkers(kind="thread"))
 
 
-@pytest.mark.filterwarnings("ignore:all .* rewards of a batch", "ignore:the loss does not reach")
+@pytest.mark.filterwarnings("ignore:all .* rewards of round", "ignore:the loss does not reach")
 def test_probes_can_be_switched_off(run: Run) -> None:
     assert run(Answers(constant), "fit", reward_probes=False).num_rounds == 1

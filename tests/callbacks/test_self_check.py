@@ -143,7 +143,7 @@ def test_dropout_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as raised:
         fit(tuner, tmp_path)
     message = str(raised.value)
-    assert re.search(r"first update of round 0 a probability ratio at step [0-3] \(t = ", message)
+    assert re.search(r"first update of round 1 a probability ratio at step [0-3] \(t = ", message)
     assert "in float32 (trainer.precision 32-true): the denoiser has dropout" in message
     assert tuner.num_updates == 0
 
@@ -316,7 +316,7 @@ def test_constant_rewards_are_said_once(name: str, tmp_path: Path) -> None:
     tuner = FAMILY[name](GaussianMixturePipeline(residual_width=16), Constant())
     texts = said(lambda: fit(tuner, tmp_path))
     assert sum("Constant does not tell samples apart" in text for text in texts) == 1
-    groups = [text for text in texts if "in 100% of the groups of round 0" in text]
+    groups = [text for text in texts if "in 100% of the groups of round 1" in text]
     assert len(groups) == (name in ("DDPO", "NoisePPO"))
 
 
@@ -352,13 +352,13 @@ def test_rewards_are_constant_where_those_of_all_processes_are(
 
     assert processes(monkeypatch, 2, work) == [None, None]
     assert len(said) == 2 * (number > 0)
-    assert all(text.startswith(f"all {number} rewards of a batch") for text in said)
+    assert all(text.startswith(f"all {number} rewards of round ") for text in said)
 
 
 def test_failed_rewards_are_counted(tmp_path: Path) -> None:
     tuner = DDPO(GaussianMixturePipeline(residual_width=16), Sometimes(), sampler=Sampler(4, 1.0))
     (text,) = said(lambda: fit(tuner, tmp_path))
-    share = re.fullmatch(r"Sometimes failed for (\S+)% of the samples of round 0; .*", text)
+    share = re.fullmatch(r"Sometimes failed for (\S+)% of the samples of round 1; .*", text)
     assert share and 20 < float(share[1]) < 80
 
 

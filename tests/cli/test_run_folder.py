@@ -50,6 +50,11 @@ def test_a_test_that_fails_leaves_the_config_of_the_older_one() -> None:
     assert own["model"]["init_args"]["num_eval_samples"] == 3
 
 
+def test_a_name_that_was_never_fitted_gets_its_report() -> None:
+    folder = lit_rlft("test", "untuned")
+    assert (folder / "report.html").is_file() and (folder / "config_test.yaml").is_file()
+
+
 def _fails(*args: object) -> None:
     raise RuntimeError("no picture")
 
