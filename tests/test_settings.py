@@ -40,7 +40,7 @@ INTERNAL = {
     "Rollouts", "Route", "Rows", "SizeBatches", "TimedBlock", "Update", "Preprocessing",
     "CoupledPointClouds", "FlowMLP", "DiscreteVP", "NoisePolicy", "Report", "Stopped",
     "Lane", "SideProcess", "SideTimes", "CLIPT5Config", "StepNoise", "Evaluator",
-    "Matches", "Points", "Refused", "Seeded", "VoteServer",
+    "Extremes", "Matches", "Points", "Refused", "Seeded", "VoteServer",
 }  # fmt: skip
 """Made by other classes, from settings that those have checked, or from files."""
 

@@ -78,13 +78,16 @@ def test_encodings_under_autocast_are_kept_apart(folders: Any, tmp_path: Path) -
         half = tables(loaded(folders("sd"), store))
     whole = loaded(folders("sd"), store)
     calls, expected = runs(whole), tables(loaded(folders("sd"), None))
-    assert equal(tables(whole), expected) and not equal(half, expected)
+    first = tables(whole)
+    for key, table in expected.items():  # of other batches: on some processors rounded otherwise
+        torch.testing.assert_close(first[key], table, atol=1e-5, rtol=1e-5)
+        assert (half[key] - table).abs().max() > 1e-3
     assert len(calls) == 1
     again = loaded(folders("sd"), store)
     calls = runs(again)
     with torch.autocast("cpu", torch.bfloat16):
         assert equal(tables(again), half)
-    assert equal(tables(again), expected) and not calls
+    assert equal(tables(again), first) and not calls
 
 
 def _flip(path: Path) -> None:
