@@ -91,7 +91,8 @@ def test_a_single_file_is_the_folder_in_one(model: Model, tmp_path: Path) -> Non
     expected, found = weights(whole), weights(single)
     assert found.keys() == expected.keys()
     assert not [n for n, value in expected.items() if not torch.equal(found[n], value)]
-    assert torch.equal(picture(single), picture(whole))
+    # Weights that lie elsewhere in memory may be multiplied in another order.
+    torch.testing.assert_close(picture(single), picture(whole), atol=1e-5, rtol=0)
     single.save(tmp_path / "saved")  # as full fine-tuning does
     again = weights(TextToImagePipeline(str(tmp_path / "saved"), **SIZE))
     assert not [n for n, value in expected.items() if not torch.equal(again[n], value)]
