@@ -81,12 +81,18 @@ def attach_lora(pipeline: Pipeline, lora: LoRA) -> None:
     """Freeze the denoiser and add a LoRA whose update starts at zero, or as it was saved.
 
     Raises:
-        UsageError: No layer of the denoiser has one of the target names, one is of a kind without a
-            LoRA, or the saved LoRA does not match the settings.
+        UsageError: There are no target names, no layer of the denoiser has one of them, one is of a
+            kind without a LoRA, or the saved LoRA does not match the settings.
     """
     lora = completed(lora, pipeline)
     assert lora.rank is not None and lora.alpha is not None
     targets = list(lora.targets or pipeline.lora_targets)
+    if not targets:
+        raise UsageError(
+            f"{type(pipeline).__name__} says in lora_targets of no layer that it gets a LoRA; name "
+            "layers there or in model.init_args.lora.targets, or set lora to null for full "
+            "fine-tuning"
+        )
     if lora.targets:
         _check_targets(pipeline, targets)
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets)

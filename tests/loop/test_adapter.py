@@ -289,3 +289,10 @@ def test_an_average_is_merged_where_it_is_evaluated() -> None:
     for averaged in (True, False):
         assert found["auto", averaged] == pytest.approx(found[False, averaged], rel=1e-3)
     assert found["auto", True] != pytest.approx(found["auto", False], rel=0.05)
+
+
+def test_a_pipeline_that_names_no_layers_is_told_where_to() -> None:
+    pipeline = GaussianMixturePipeline(residual_width=8)
+    pipeline.lora_targets = ()
+    with pytest.raises(UsageError, match=r"says in lora_targets of no layer .* lora to null"):
+        adapt(pipeline, LoRA(2, 2), 0)
