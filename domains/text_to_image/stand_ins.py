@@ -84,7 +84,7 @@ def find_stand_in(
             kind = getattr(diffusers, name)
             tried = kind.from_config(scheduler.config, **options)
             off = _difference(expected, _theirs(tried, num_steps, eta), num_steps)
-        except Exception:  # whatever it says: it has no such steps, and the export goes on
+        except Exception:  # of any kind: it has no such steps, and the export goes on
             continue
         if best is None or off < best[0]:
             best = off, StandIn(name, options, off <= _EXACT)

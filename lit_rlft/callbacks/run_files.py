@@ -72,8 +72,7 @@ class SaveConfig(SaveConfigCallback):
         folder.mkdir(parents=True, exist_ok=True)
         self._last = (folder / name, text) if stage == "test" else None
         if self._last is None:
-            with writing(folder / name):
-                write_whole(folder / name, text)
+            _write(folder / name, text)
         log_settings(pl_module, _settings(yaml.safe_load(text)))
         writer = summary_writer(pl_module)
         if writer is not None:
@@ -82,9 +81,7 @@ class SaveConfig(SaveConfigCallback):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the config of a test beside its results: until then it is that of older ones."""
         if self._last is not None:
-            path, text = self._last
-            with writing(path):
-                write_whole(path, text)
+            _write(*self._last)
 
 
 class RunFiles(Callback):
@@ -259,8 +256,7 @@ class RunFiles(Callback):
             lines = [line for part in parts for line in part.read_text().splitlines()]
             if trainer.world_size > 1:
                 lines.sort(key=lambda line: json.loads(line)["file"])
-            with writing(folder / "samples.jsonl"):
-                write_whole(folder / "samples.jsonl", "".join(f"{line}\n" for line in lines))
+            _write(folder / "samples.jsonl", "".join(f"{line}\n" for line in lines))
             _clear(folder / "samples", {Path(json.loads(line)["file"]).stem for line in lines})
             for part in parts:
                 part.unlink()
@@ -277,6 +273,11 @@ def _cost(module: RewardFineTuner, world_size: int) -> dict[str, Any]:
         for hooks in module.audience:
             cost |= hooks.report()
     return cost
+
+
+def _write(path: Path, text: str) -> None:
+    with writing(path):
+        write_whole(path, text)
 
 
 def _clear(folder: Path, named: set[str]) -> None:
