@@ -1,5 +1,6 @@
 """Fixtures of all tests: one thread, no network, one seed, and a tiny Stable Diffusion folder.
 
+Tests run on the processor: GPUs are hidden, before torch looks for them.
 No test may depend on the processor. To try that, set LIT_RLFT_TEST_THREADS to another number of
 threads, or LIT_RLFT_TEST_ROUNDING to 1 for the rounding of another processor (`tests/rounding.py`).
 """
@@ -16,6 +17,7 @@ import torch
 from tests.rounding import OtherRounding
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 torch.set_num_threads(int(os.environ.get("LIT_RLFT_TEST_THREADS", "1")))
 if os.environ.get("LIT_RLFT_TEST_ROUNDING") == "1":
     OtherRounding().__enter__()

@@ -48,7 +48,10 @@ class Table(NamedTuple):
 
 
 def _number(value: float | None, digits: str = ".3g") -> str:
-    return "" if value is None else f"{value:{digits}}"
+    """Return a number with `digits`; of 1,000 and more all digits before the point."""
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:{digits}}"
 
 
 def _get(key: str, digits: str = ".3g") -> Cell:
@@ -62,8 +65,8 @@ def _get(key: str, digits: str = ".3g") -> Cell:
 def _time(row: Row, results: Results) -> str:
     if "seconds" not in row:
         return ""
-    low, middle, high = (1000 * row[name] for name in ("low", "seconds", "high"))
-    return f"{middle:,.3g} ({low:,.3g}-{high:,.3g})"
+    low, middle, high = (_number(1000 * row[name]) for name in ("low", "seconds", "high"))
+    return f"{middle} ({low}-{high})"
 
 
 def _rate(key: str) -> Cell:

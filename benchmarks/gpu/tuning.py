@@ -1,12 +1,13 @@
 """Rounds of the algorithms under Lightning's trainer, without files."""
 
 import logging
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from lightning import Callback, Trainer
+from lightning import Callback
 from torch.utils.data import DataLoader
 
 from benchmarks.gpu.bench import Bench, Row
@@ -23,8 +24,8 @@ Arm = Callable[[Update], object]
 
 def fit(
     bench: Bench, tuner: RewardFineTuner, callbacks: list[Callback], rounds: int, prompts: int
-) -> Trainer:
-    """Run rounds of a tuner in bf16-mixed on one device; return the trainer.
+) -> None:
+    """Run rounds of a tuner in bf16-mixed on one device.
 
     Args:
         bench: The device.
@@ -34,15 +35,18 @@ def fit(
         prompts: Of each round, all different.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    trainer = quiet_trainer(
-        "gpu" if bench.cuda else "cpu", precision="bf16-mixed", max_epochs=1, callbacks=callbacks
-    )
     rows = Rows(rounds * prompts, lambda i: {"prompt": f"a red ring, number {i % prompts}"})
     loader = DataLoader(rows, batch_size=prompts, collate_fn=collate)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         warnings.simplefilter("ignore")
+        trainer = quiet_trainer(
+            "gpu" if bench.cuda else "cpu",
+            precision="bf16-mixed",
+            max_epochs=1,
+            callbacks=callbacks,
+            default_root_dir=folder,
+        )
         trainer.fit(tuner, loader)
-    return trainer
 
 
 def arms_on_an_update(

@@ -122,8 +122,9 @@ class LayoutPipeline(Pipeline):
         numbers = torch.cat([part.double().flatten(1) for part in parts], dim=1)
         _, rows = torch.unique(numbers, dim=0, return_inverse=True)
         # The first layout of each condition, in the batch's order.
-        firsts = torch.full((int(rows.max()) + 1,), len(rows))
-        firsts.scatter_reduce_(0, rows, torch.arange(len(rows)), "amin")
+        order = torch.arange(len(rows), device=rows.device)
+        firsts = order.new_full((int(rows.max()) + 1,), len(rows))
+        firsts.scatter_reduce_(0, rows, order, "amin")
         names = ("boxes", "labels", "known_boxes", "known_labels")
         tables = {
             name: part[firsts].to(self.device) for name, part in zip(names, parts, strict=True)

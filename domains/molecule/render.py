@@ -11,12 +11,19 @@ import torch
 from PIL import Image
 from rdkit import Chem
 from rdkit.Chem import rdDepictor
-from rdkit.Chem.Draw import rdMolDraw2D
 from torch import Tensor
 
 from domains.molecule.chemistry.batch import Chemistry, chemistry_of
 from domains.molecule.samples import Molecules
 from lit_rlft.core.figure import Body, Figure
+
+try:
+    from rdkit.Chem.Draw import rdMolDraw2D
+except ImportError as error:  # RDKit's wheel lacks them, and so do slim containers
+    raise ImportError(
+        f"{error}: RDKit draws with libraries of the system; on Debian and Ubuntu: "
+        "apt-get install libxrender1 libxext6"
+    ) from error
 
 __all__ = ["draw", "figures_of", "save_molecule", "to_image"]
 

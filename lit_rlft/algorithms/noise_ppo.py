@@ -29,7 +29,7 @@ from lit_rlft.core.distribution import Gaussian, Reduction
 from lit_rlft.core.pipeline import Batch, Condition
 from lit_rlft.core.prior import LowResolution, Maps, NoisePolicy
 from lit_rlft.core.process import GaussianProcess
-from lit_rlft.core.randomness import Generators
+from lit_rlft.core.randomness import Generators, own_rng
 from lit_rlft.core.state import tensor_of
 from lit_rlft.core.streams import Stream
 from lit_rlft.core.surrogate import importance_sampling, ratio_values
@@ -130,8 +130,7 @@ class NoisePPO(RewardFineTuner):
         shape = tensor_of(self.pipeline.blank(example)).shape[1:]
         _, length, num_features = self.pipeline.tokens(example).shape
         reads_tokens = length > 1 and not self.condition_free
-        with torch.random.fork_rng():
-            torch.manual_seed(self.seed)
+        with own_rng(self.seed):
             self.noise_policy = NoisePolicy(
                 num_features,
                 shape,

@@ -37,6 +37,7 @@ from lit_rlft.cli.collector import resume
 from lit_rlft.cli.errors import own_frames, sentence
 from lit_rlft.cli.same_domain import check_domains
 from lit_rlft.cli.which import NONE, choose
+from lit_rlft.cli.whole_numbers import try_whole_numbers_first
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Pipeline
 from lit_rlft.core.reward import Metrics, Reward
@@ -212,6 +213,7 @@ def run(words: Sequence[str], kind: type[Command] = Command) -> None:
     """
     Command.parsed, Command.command = None, words[0] if words and words[0] in _ABOUT else ""
     jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    try_whole_numbers_first()
     try:
         with (
             ExitStack() as Command.lock,

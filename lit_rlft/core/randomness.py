@@ -10,6 +10,7 @@ numbers. How many depends on the size of one sample alone.
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import overload
 
@@ -22,6 +23,7 @@ __all__ = [
     "StepNoise",
     "generators",
     "next_step",
+    "own_rng",
     "paired",
     "rand_like",
     "randn_like",
@@ -136,6 +138,23 @@ def seed_from(*key: int) -> int:
     """Hash integers into a seed in [0, 2^63); nearby keys give unrelated seeds."""
     text = ",".join([str(int(part)) for part in key])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+@contextmanager
+def own_rng(seed: int | None = None) -> Iterator[None]:
+    """Give torch's global generators back afterwards as they were.
+
+    A GPU's generator is among them where the process uses a GPU already. `torch.random.fork_rng`
+    alone would begin to use all of them, in runs on the processor and before processes fork too.
+
+    Args:
+        seed: Of what is drawn within; None goes on from where the generators are.
+    """
+    used = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(devices=used):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
 
 
 def generators(seeds: Sequence[int]) -> list[torch.Generator]:

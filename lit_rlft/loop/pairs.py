@@ -3,10 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from lit_rlft.core.pipeline import Pipeline
-from lit_rlft.core.randomness import seed_from
+from lit_rlft.core.randomness import own_rng, seed_from
 from lit_rlft.core.state import State, cat, index, to, tree_map
 from lit_rlft.core.streams import Stream
 from lit_rlft.kit.data import collate
@@ -54,6 +52,5 @@ class PairStates:
             self.pipeline.read_sample(sample, pair.condition, folder)
             for sample in (pair.chosen, pair.rejected)
         ]
-        with torch.random.fork_rng(devices=()):
-            torch.manual_seed(seed_from(self.seed, Stream.DATA, row))
+        with own_rng(seed_from(self.seed, Stream.DATA, row)):
             return self.pipeline.states(collate([{**columns, "index": 0} for columns in read]))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lit_rlft.core.checks import BadArgument, UsageError, at_least, positive, require
 from lit_rlft.core.pipeline import Condition, Pipeline
+from lit_rlft.core.randomness import own_rng
 from lit_rlft.core.state import State
 from lit_rlft.loop.adapter import AdapterSwitch, Merge
 from lit_rlft.loop.precision import in_single
@@ -346,8 +347,7 @@ def adapt(pipeline: Pipeline, lora: LoRA | None, seed: int) -> Reference:
         UsageError: The adapter does not fit (`attach_lora`).
     """
     if lora is not None:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with own_rng(seed):
             attach_lora(pipeline, lora)
     else:
         in_single(pipeline.denoiser)

@@ -1,10 +1,19 @@
 import hashlib
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from lit_rlft.core import randomness
-from lit_rlft.core.randomness import Seeded, generators, rand_like, randn_like, seed_from
+from lit_rlft.core.randomness import (
+    Seeded,
+    generators,
+    own_rng,
+    rand_like,
+    randn_like,
+    seed_from,
+)
 
 
 def test_seeds_are_integers_of_63_bits_without_collisions() -> None:
@@ -74,3 +83,29 @@ def test_generators_are_made_when_they_are_asked_for(monkeypatch: pytest.MonkeyP
 def test_every_row_needs_its_generator() -> None:
     with pytest.raises(ValueError, match="2 generators were given for a batch of 3"):
         randn_like(torch.zeros(3), generators([1, 2]))
+
+
+def test_own_numbers_leave_the_global_generator_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    def looked_at(*_: object) -> None:
+        raise AssertionError("a run on the processor began to use a GPU")
+
+    monkeypatch.setattr(torch.cuda, "current_device", looked_at)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", looked_at)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    with own_rng(7):
+        drawn = torch.rand(5)
+    assert torch.equal(drawn, torch.rand(5, generator=torch.Generator().manual_seed(7)))
+    with own_rng():
+        assert torch.equal(torch.rand(2), expected)
+    assert torch.equal(torch.rand(2), expected)
+
+
+@pytest.mark.parametrize("package", ["lit_rlft", "domains"])
+def test_nothing_forks_the_generators_of_all_gpus(package: str) -> None:
+    sources = sorted((Path(randomness.__file__).parents[2] / package).rglob("*.py"))
+    assert sources
+    assert not [path for path in sources if re.search(r"fork_rng\(\)", path.read_text())]

@@ -14,6 +14,7 @@ from domains.image import EMBEDDED
 from domains.image.networks.inception import InceptionV3
 from domains.image.samples import luminance
 from lit_rlft.core.checks import at_least
+from lit_rlft.core.randomness import own_rng
 from lit_rlft.kit.frozen import frozen
 from lit_rlft.kit.network_folder import (
     WEIGHTS,
@@ -141,7 +142,7 @@ def load_features(pretrained: str) -> "FeatureNetwork | InceptionV3":
         digest = hashlib.sha256((path / WEIGHTS).read_bytes()).hexdigest()
         return FeatureNetwork.load(path, f"{path.resolve().name}-{digest[:6]}")
 
-    with torch.random.fork_rng():
+    with own_rng():
         network = load_pretrained(
             pretrained,
             EMBEDDED,

@@ -25,6 +25,7 @@ from domains.layout import EMBEDDED
 from domains.layout.page.classes import class_list
 from domains.layout.samples import EMPTY, Layouts
 from lit_rlft.core.checks import UsageError, at_least, loading
+from lit_rlft.core.randomness import own_rng
 from lit_rlft.kit.frozen import frozen
 from lit_rlft.kit.network_folder import (
     load_pretrained,
@@ -175,7 +176,7 @@ def load_encoder(pretrained: str, classes: str | Sequence[str] = "publaynet") ->
     """
     if Path(pretrained).is_file():
         return load_published(pretrained, classes)
-    with torch.random.fork_rng():
+    with own_rng():
         network = load_pretrained(
             pretrained,
             EMBEDDED,

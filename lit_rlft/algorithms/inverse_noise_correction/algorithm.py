@@ -34,7 +34,7 @@ from lit_rlft.core.checks import UsageError, at_least, loading, require
 from lit_rlft.core.corrector import Flow, FlowMLP, FlowPrior
 from lit_rlft.core.fixed_point import FixedPoint
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline
-from lit_rlft.core.randomness import Generators, generators, rand_like, seed_from
+from lit_rlft.core.randomness import Generators, generators, own_rng, rand_like, seed_from
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.state import State, leaves, tree_map
 from lit_rlft.core.streams import Stream
@@ -129,8 +129,7 @@ class InverseNoiseCorrection(RewardFineTuner):
         if not hasattr(self, "corrector"):
             process, num_features = self.pipeline.process, self._features(example).shape[1]
             sizes = {"width": self.width, "depth": self.depth}
-            with torch.random.fork_rng():
-                torch.manual_seed(self.seed)
+            with own_rng(self.seed):
                 self.corrector = FlowMLP(process, blank, self._features, num_features, **sizes)
             return
         assert isinstance(self.corrector, Pipeline)
