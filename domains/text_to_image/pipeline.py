@@ -101,8 +101,9 @@ class TextToImagePipeline(Pipeline):
         decode_batch_size: Pictures decoded at a time, which bounds the VAE's memory. "auto" takes
             what half of the GPU's free memory has room for, and fewer where it runs out; on a CPU,
             and at most, 32.
-        checkpoint_decoder: Where gradients flow through the VAE, keep only its input and decode
-            again in the backward pass.
+        checkpoint_decoder: Where gradients flow through the VAE, decode again in the backward pass,
+            block by block where the VAE can, and keep only the blocks' inputs, or the latents
+            where there are more than `decode_batch_size`.
         encode_batch_size: Prompts encoded at a time, which bounds the text encoders' memory.
         embedding_cache: Folder that keeps the encodings of prompts, one file each; a later run of
             the same text encoders reads them there. Several runs may share it. None keeps none.
@@ -250,6 +251,8 @@ class TextToImagePipeline(Pipeline):
         self.process, self.lora_targets = family.process, family.lora_targets
         if checkpoint_denoiser:
             self.denoiser.enable_gradient_checkpointing()
+        if self.checkpoint_decoder and self.vae._supports_gradient_checkpointing:
+            self.vae.enable_gradient_checkpointing()
         if channels_last:
             require(
                 family.denoiser_name == "unet",
@@ -421,16 +424,19 @@ class TextToImagePipeline(Pipeline):
         with at_work(self._idle_vae, latents.device, stays=graph):
             for part in self._at_a_time(graph=graph).parts(len(latents)):
                 with part:
-                    parts.append(self._decode(latents[part.rows]))
+                    own = latents[part.rows]
+                    parts.append(self._decode(own, alone=len(own) == len(latents)))
         pictures = torch.cat(parts)
         return (pictures.to(self.precision) / 2 + 0.5).clamp(0, 1)
 
-    def _decode(self, latents: Tensor) -> Tensor:
+    def _decode(self, latents: Tensor, *, alone: bool) -> Tensor:
         def decode(x: Tensor) -> Tensor:
             return self.vae.decode(x).sample
 
         with kept_single(self.vae, latents.device):
-            if self.checkpoint_decoder and latents.requires_grad and torch.is_grad_enabled():
+            # What blocks that are computed again keep is little, but not that of many pictures.
+            again = self.checkpoint_decoder and latents.requires_grad and torch.is_grad_enabled()
+            if again and not (alone and self.vae.is_gradient_checkpointing):
                 pictures = checkpoint(decode, latents, use_reentrant=False)
             else:
                 pictures = decode(latents)

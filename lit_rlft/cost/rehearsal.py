@@ -297,6 +297,7 @@ def rehearsal(low: torch.dtype | None = None) -> Iterator[Ledger]:
 def _autocast_of_meta(functions: _Functions) -> Iterator[None]:
     """Let torch's own questions about autocast be answered for the meta device too."""
     is_enabled, autocast = torch.is_autocast_enabled, torch.autocast
+    dtype_of = torch.get_autocast_dtype
 
     def enabled(device_type: str | None = None) -> bool:
         if device_type == "meta":
@@ -316,7 +317,15 @@ def _autocast_of_meta(functions: _Functions) -> Iterator[None]:
             return switched(kwargs.get("enabled", True))
         return autocast(device_type, *args, **kwargs)
 
-    with patch("torch.is_autocast_enabled", enabled), patch("torch.autocast", made):
+    def dtype(device_type: str) -> torch.dtype:
+        low = functions.low
+        return dtype_of(device_type) if low is None or device_type != "meta" else low
+
+    with (
+        patch("torch.is_autocast_enabled", enabled),
+        patch("torch.get_autocast_dtype", dtype),
+        patch("torch.autocast", made),
+    ):
         yield
 
 

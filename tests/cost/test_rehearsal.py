@@ -38,6 +38,42 @@ def test_decoding_takes_what_the_allocator_measures() -> None:
     assert ledger.peaks["decode"] - weights == pytest.approx(expected, rel=0.15)
 
 
+def test_a_gradient_through_the_decoder_takes_what_the_allocator_measures() -> None:
+    """Its blocks are computed again in turn: together they would take more."""
+    latents, taken = torch.zeros(1, 4, 16, 16), {}
+    for blocks in (True, False):
+        real = TextToImagePipeline("shapes")
+        with without_weights():
+            bare = TextToImagePipeline("shapes")
+        for pipeline in (real, bare):
+            assert pipeline.vae.decoder.gradient_checkpointing
+            pipeline.vae.decoder.gradient_checkpointing = blocks
+        x_0 = latents.clone().requires_grad_()
+        with profile(
+            activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+        ) as profiler:
+            real.decode(x_0, real.example()).mean().backward()
+        assert x_0.grad is not None and x_0.grad.abs().max() > 0
+        with rehearsal() as ledger:
+            ledger.hold(bare.parameters())
+            weights = ledger.live
+            with ledger.phase("update", whole=True):
+                backward(bare.decode(latents.to("meta").requires_grad_(), real.example()).mean())
+        taken[blocks] = ledger.peaks["update"] - weights
+        assert taken[blocks] == pytest.approx(peak_of(profiler), rel=0.2)
+    assert taken[True] < 0.8 * taken[False], taken
+
+
+@pytest.mark.parametrize("low", [torch.float16, torch.bfloat16])
+def test_half_precision_of_the_trainer_decodes_too(low: torch.dtype) -> None:
+    with without_weights():
+        pipeline = TextToImagePipeline("shapes")
+    with rehearsal(low), torch.no_grad():
+        assert torch.is_autocast_enabled("meta") and torch.get_autocast_dtype("meta") == low
+        pictures = pipeline.decode(torch.zeros(1, 4, 8, 8, device="meta"), pipeline.example())
+    assert pictures.shape == (1, 3, 64, 64)
+
+
 @pytest.mark.parametrize("low", [None, torch.bfloat16])
 def test_a_block_computed_again_keeps_its_inputs_alone(low: torch.dtype | None) -> None:
     with torch.device("meta"):
