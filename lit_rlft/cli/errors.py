@@ -10,8 +10,10 @@ from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
+from lit_rlft.cli.gradients import with_names
 from lit_rlft.cli.parsing import is_users, parser_sentence, short
 from lit_rlft.core.checks import BadArgument, UsageError
+from lit_rlft.loop.differentiable import NoGradient
 
 __all__ = ["own_frames", "sentence"]
 
@@ -40,6 +42,8 @@ def sentence(error: Exception, config: Namespace | None = None) -> str | None:
     for cause in causes:
         if isinstance(cause, BadArgument) and config is not None:
             return _with_key(cause, config)
+        if isinstance(cause, NoGradient):
+            return with_names(cause, config)
         if isinstance(cause, UsageError):
             return str(cause)
         if isinstance(cause, OmegaConfBaseException):

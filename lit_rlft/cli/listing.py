@@ -16,7 +16,7 @@ from lit_rlft.cli.paths import packaged_configs
 from lit_rlft.cli.words import nearest
 from lit_rlft.core.checks import UsageError
 
-__all__ = ["listing", "run"]
+__all__ = ["is_of", "listing", "run"]
 
 Row = tuple[str, ...]
 _CLASS_PATH = re.compile(r"class_path:\s*([\w.]+)")
@@ -149,10 +149,10 @@ def _entries(kind: str, domain: str | None) -> list[Entry]:
 def _users(entry: Entry, folder: str) -> list[str]:
     """Return the configs of a folder that use a class, by name."""
     paths = [path for path in packaged_configs() if path.parent.name == folder]
-    return [path.stem for path in paths if any(_is_of(one, entry) for one in _class_paths(path))]
+    return [path.stem for path in paths if any(is_of(one, entry) for one in _class_paths(path))]
 
 
-def _is_of(path: str, entry: Entry) -> bool:
+def is_of(path: str, entry: Entry) -> bool:
     """Return whether a dotted path is that of a class, where it is defined or re-exported."""
     package, _, name = path.rpartition(".")
     return name == entry.name and f"{entry.module}.".startswith(f"{package}.")

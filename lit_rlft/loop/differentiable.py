@@ -4,7 +4,24 @@ from lit_rlft.core.checks import UsageError, require
 from lit_rlft.core.pipeline import Pipeline
 from lit_rlft.core.reward import Combination, Reward, WeightedSum
 
-__all__ = ["check_differentiable"]
+__all__ = ["NoGradient", "check_differentiable"]
+
+
+class NoGradient(UsageError):
+    """A reward whose gradient an algorithm would follow has none.
+
+    The command line names those of the domain that have one.
+
+    Args:
+        problem: What is wrong, without the remedy.
+    """
+
+    def __init__(self, problem: str) -> None:
+        self.problem = problem
+        super().__init__(
+            f"{problem}; choose a reward with differentiable = True, or an algorithm that needs "
+            "none (configs/algorithms/p_graft.yaml)"
+        )
 
 
 def check_differentiable(
@@ -31,10 +48,8 @@ def check_differentiable(
             "transitions; use configs/algorithms/p_graft.yaml or graft.yaml"
         )
     if not reward.differentiable:
-        raise UsageError(
-            f"{name} needs a differentiable reward, but {_opaque(reward)} has "
-            "no gradient; choose a reward with differentiable = True, or an algorithm that "
-            "needs none (configs/algorithms/p_graft.yaml)"
+        raise NoGradient(
+            f"{name} needs a differentiable reward, but {_opaque(reward)} has no gradient"
         )
     rule = f"null for {name}, which follows gradients through the reward; for a reward"
     require(

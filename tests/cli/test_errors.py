@@ -1,5 +1,8 @@
 """Errors name the argument in Python and its key on the command line."""
 
+import re
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,9 +11,11 @@ from jsonargparse import Namespace
 
 from lit_rlft.cli import main
 from lit_rlft.cli.errors import sentence
+from lit_rlft.cli.index import index
 from lit_rlft.core.checks import BadArgument, UsageError
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.selection import TopK
+from lit_rlft.loop.differentiable import NoGradient
 from lit_rlft.loop.reference import LoRA
 
 CONFIGS = ["--config=gaussian_mixture", "--config=p_graft", "--name=run"]
@@ -84,3 +89,32 @@ def test_a_network_that_cannot_be_compiled_is_told_with_the_remedy() -> None:
     assert told is not None and "\n" not in told
     assert told.startswith("pipeline.init_args.compile: torch could not compile the denoiser")
     assert "set it to null" in told
+
+
+@pytest.mark.parametrize(
+    ("domain", "reward"),
+    [("shapes", None), ("molecule", None), ("layout", "HTTPReward --reward.url=http://a")],
+)
+def test_rewards_with_a_gradient_are_named(
+    domain: str, reward: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["fit", f"--config={domain}", "--config=drtune", "--name=run"]
+    words += f"--reward={reward}".split() if reward else []
+    with pytest.raises(SystemExit, match="has no gradient; give --reward one of .*p_graft$") as no:
+        main(words)
+    (listed,) = re.findall("one of (.*), or take", str(no.value))
+    known = {entry.name: entry for entry in index() if entry.kind == "reward" and entry.domain}
+    package = {"shapes": "text_to_image"}.get(domain, domain)
+    for name in listed.split(", "):
+        module = import_module(f"domains.{package}.rewards")
+        assert getattr(module, name).differentiable is True and name in known
+    without = [e.name for e in known.values() if e.domain == package and e.gradient == "no"]
+    assert without and not set(without) & set(listed.split(", "))
+
+
+def test_a_pipeline_of_ones_own_has_the_general_remedy() -> None:
+    error = NoGradient("DRTune needs a differentiable reward, but Own has no gradient")
+    config = Namespace(pipeline=Namespace(class_path="own.Pipeline"))
+    assert sentence(error, config) == sentence(error) == str(error)
+    assert "differentiable = True" in str(error)
