@@ -101,7 +101,7 @@ def test_rewards_with_a_gradient_are_named(
     monkeypatch.chdir(tmp_path)
     words = ["fit", f"--config={domain}", "--config=drtune", "--name=run"]
     words += f"--reward={reward}".split() if reward else []
-    with pytest.raises(SystemExit, match="has no gradient; give --reward one of .*p_graft$") as no:
+    with pytest.raises(SystemExit, match=r"has no gradient; give --reward one of .*p_graft$") as no:
         main(words)
     (listed,) = re.findall("one of (.*), or take", str(no.value))
     known = {entry.name: entry for entry in index() if entry.kind == "reward" and entry.domain}
