@@ -2,8 +2,10 @@
 
 import re
 import sys
+import sysconfig
 import traceback
 from collections.abc import Sequence
+from importlib.metadata import distributions
 from importlib.util import find_spec
 from inspect import Parameter, signature
 from pathlib import Path
@@ -208,8 +210,11 @@ def _types(text: str) -> str:
 def _own_code(causes: Sequence[BaseException]) -> str:
     """Return what failed where, if an error was raised by a module that was being imported."""
     error = causes[-1]
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if is_users(frame.filename):
+    frames = traceback.extract_tb(error.__traceback__)
+    # An error of the parser's own comes through no module that is being imported.
+    importing = any(frame.name == "<module>" for frame in frames)
+    for frame in reversed(frames):
+        if importing and is_users(frame.filename):
             place = f"{Path(frame.filename).name}, line {frame.lineno}"
             return short(f"{type(error).__name__}: {error} ({place})", 160)
     if isinstance(error, SyntaxError) and error.filename and is_users(error.filename):
@@ -218,9 +223,22 @@ def _own_code(causes: Sequence[BaseException]) -> str:
 
 
 def is_users(filename: str) -> bool:
-    """Return whether code is the user's own: neither an installed package's, Python's, nor ours."""
-    if filename.startswith("<") or "site-packages" in filename or "/lib/python3" in filename:
+    """Return whether code is the user's own: neither an installed package's, Python's, nor ours.
+
+    What the folder of packages is called differs between installations. Therefore, a package is
+    known by its metadata, which is installed beside it. An editable package has it elsewhere: its
+    code is the user's own.
+    """
+    if filename.startswith("<"):
         return False
-    ours = Path(__file__).parents[2]
-    folder = Path(filename).resolve()
-    return not any(folder.is_relative_to(ours / name) for name in ("lit_rlft", "domains"))
+    file, ours = Path(filename).absolute(), Path(__file__).parents[2]
+    others = [ours / "lit_rlft", ours / "domains", Path(sysconfig.get_path("stdlib"))]
+    homes = [Path(entry).absolute() for entry in sys.path]
+    others += [home for home in homes if file.is_relative_to(home) and _has_packages(home)]
+    return not any(file.is_relative_to(other) for other in others)
+
+
+def _has_packages(home: Path) -> bool:
+    """Return whether packages were installed into a folder or zip file."""
+    # A project's own folder may have an egg-info, in which no file is called METADATA.
+    return any(found.read_text("METADATA") for found in distributions(path=[str(home)]))

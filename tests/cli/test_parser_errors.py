@@ -3,11 +3,14 @@
 import re
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
+import jsonargparse
 import pytest
 import torch
 
 from lit_rlft.cli import main
+from lit_rlft.cli.parsing import is_users
 from lit_rlft.cli.words import configs_first
 from tests.support import checkpoint, scalars
 
@@ -219,3 +222,29 @@ def test_arguments_without_default_are_named_by_their_keys(
 ) -> None:
     with pytest.raises(SystemExit, match=re.escape(problem)):
         main(["fit", "--config=layout", "--config=graft", option, value])
+
+
+@pytest.mark.parametrize("mistake", ["reward=own.Failss", "model.cut=[1]", "reward=raises.Any"])
+def test_a_parser_that_is_not_installed_as_a_package_is_quoted_alike(
+    mistake: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_rlft.cli.parsing.is_users", lambda _: True)
+    test_one_sentence_with_the_key(mistake)
+
+
+def test_packages_are_known_wherever_they_are_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, archive, project = (tmp_path / name for name in ("folder", "a.zip", "project"))
+    (folder / "made-1.dist-info").mkdir(parents=True)
+    (folder / "made-1.dist-info" / "METADATA").write_text("Name: made\n")
+    with ZipFile(archive, "w") as file:
+        file.writestr("made-1.dist-info/METADATA", "Name: made\n")
+    (project / "mine.egg-info").mkdir(parents=True)  # as of an editable package
+    (project / "mine.egg-info" / "PKG-INFO").write_text("Name: mine\n")
+    for home in (folder, archive, project):
+        monkeypatch.syspath_prepend(home)
+    for home in (folder, archive):
+        assert not is_users(str(home / "made" / "module.py"))
+    assert not any(map(is_users, (re.__file__, jsonargparse.__file__, "<string>")))
+    assert is_users(str(project / "mine" / "module.py")) and is_users(str(tmp_path / "own.py"))
