@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning
 from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
@@ -162,7 +163,8 @@ def _settings(causes: Sequence[BaseException], config: Namespace | None) -> str 
 
 
 def _lightnings(frames: traceback.StackSummary) -> bool:
-    return bool(frames) and "/lightning/" in frames[-1].filename
+    home = Path(lightning.__file__).parent
+    return bool(frames) and Path(frames[-1].filename).is_relative_to(home)
 
 
 def own_frames(error: BaseException) -> str | None:

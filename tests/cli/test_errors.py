@@ -118,3 +118,10 @@ def test_a_pipeline_of_ones_own_has_the_general_remedy() -> None:
     config = Namespace(pipeline=Namespace(class_path="own.Pipeline"))
     assert sentence(error, config) == sentence(error) == str(error)
     assert "differentiable = True" in str(error)
+
+
+def test_a_folder_of_ones_own_may_be_called_lightning(tmp_path: Path) -> None:
+    file = tmp_path / "lightning" / "own.py"
+    with pytest.raises(ValueError) as raised:
+        exec(compile("raise ValueError('max_epochs')", str(file), "exec"))
+    assert sentence(raised.value, Namespace(trainer=Namespace(max_epochs=1))) is None
