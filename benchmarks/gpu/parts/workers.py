@@ -24,10 +24,15 @@ class Times(Callback):
     def __init__(self) -> None:
         self.rounds: list[dict[str, float]] = []
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Keep the round's."""
+        """Keep the round's before, which all callbacks have logged by now."""
+        if batch_idx > 0:
+            self.on_train_end(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the last round's."""
         logged = trainer.logged_metrics
         self.rounds.append({n: float(v) for n, v in logged.items() if n.startswith("time/")})
 
