@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.gpu.parts.fits import MODELS
 from benchmarks.gpu.runs import finished
 from lit_rlft.runs.lines import read_lines
 
@@ -235,6 +236,17 @@ TABLES: dict[str, Table] = {
             "share of the stated peak": _get("mfu"),
             "ms to collect a sample": _get("collect_ms_per_sample"),
             "ms to train on it": _get("update_ms_per_sample"),
+        },
+    ),
+    "fits": Table(
+        "Two rounds of each kind of algorithm on each embedded model",
+        tuple(MODELS),
+        {
+            "model": _get("model"),
+            "precision": _get("precision"),
+            "ran": _get("ran"),
+            "refused, with a reason": _get("refused"),
+            "failed": _get("failed"),
         },
     ),
     "scaling": Table(

@@ -10,9 +10,10 @@ import torch
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.bench import Bench, NotHere, quartiles
 from benchmarks.gpu.models import DENOISERS
-from benchmarks.gpu.parts import PARTS
+from benchmarks.gpu.parts import PARTS, fits
 from benchmarks.gpu.parts.denoisers import inputs_of
 from benchmarks.gpu.table import NOTHING, PAGE, RESULTS, TABLES, page
+from lit_rlft.cli.paths import packaged_configs
 from lit_rlft.runs.lines import read_lines
 
 CPU = torch.device("cpu")
@@ -30,6 +31,25 @@ def test_the_page_is_what_the_generator_gives() -> None:
 
 def test_every_part_has_a_table() -> None:
     assert set(PARTS) == set(TABLES)
+
+
+def test_fits_are_of_configs_and_say_how_they_ended(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stems = {path.stem for path in packaged_configs()}
+    assert {*fits.MODELS, *fits.ALGORITHMS} <= stems
+
+    def main(words: list[str]) -> None:
+        if "--config=ddpo" in words:
+            raise RuntimeError("two devices")
+        if "--config=nft" in words:
+            raise SystemExit("lit-rlft: error: not here")
+
+    monkeypatch.setattr(fits, "main", main)
+    (row,) = run(tmp_path / "results.jsonl", "fits")[1:-1]
+    assert (row["failed"], row["refused"]) == ("ddpo", "nft")
+    assert row["said"] == {"ddpo": "RuntimeError: two devices", "nft": "lit-rlft: error: not here"}
+    assert set(row["ran"].split(", ")) == {*fits.ALGORITHMS} - {"ddpo", "nft"}
 
 
 def test_parts_that_are_there_are_skipped_and_interrupted_ones_repeated(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from benchmarks.gpu.parts import (
     denoisers,
     drtune,
     embedded_fit,
+    fits,
     limits,
     replay,
     sampling,
@@ -48,5 +49,6 @@ PARTS: Mapping[str, Part] = {
     "workers": Part(workers.measure, 1),
     "synchronisations": Part(synchronisations.measure, 1),
     "embedded_fit": Part(embedded_fit.measure, 1),
+    "fits": Part(fits.measure, 3),
     "scaling": Part(scaling.measure, 1),
 }
