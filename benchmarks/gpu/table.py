@@ -145,7 +145,7 @@ TABLES: dict[str, Table] = {
         "Each switch alone: times the speed without it, and peak memory without / with it",
         (
             *("frozen weights in fp32", "channels last", "block checkpointing"),
-            *("compile: blocks", "compile: whole", "CUDA graphs", "LoRA merged"),
+            *("compile: blocks", "compile: whole", "LoRA merged"),
             "TF32, all in fp32",
         ),
         {
@@ -200,7 +200,7 @@ TABLES: dict[str, Table] = {
     ),
     "small_domains": Table(
         "1,024 samples of the small domains, 50 steps",
-        ("layout", "molecule"),
+        ("layout", "layout, graphs", "molecule", "molecule, graphs"),
         {
             "domain": _get("domain"),
             "ms": _time,

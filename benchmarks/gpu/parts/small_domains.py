@@ -16,17 +16,23 @@ __all__ = ["measure"]
 
 
 def measure(bench: Bench) -> None:
-    """Draw them in single precision, from noise of their own, all in one batch."""
-    made: dict[str, Callable[[], Pipeline]] = {
+    """Draw them in single precision, from noise of their own, all in one batch.
+
+    Plain, and with the network's kernels recorded as CUDA graphs.
+    """
+    made: dict[str, Callable[..., Pipeline]] = {
         "layout": LayoutPipeline,
         "molecule": MoleculePipeline,
     }
     for name, kind in made.items():
         bench.case({"domain": name}, partial(_draw, bench, kind))
+        if bench.cuda:
+            graphs = partial(kind, compile="graphs")
+            bench.case({"domain": f"{name}, graphs"}, partial(_draw, bench, graphs))
 
 
 @torch.no_grad()
-def _draw(bench: Bench, kind: Callable[[], Pipeline]) -> Row:
+def _draw(bench: Bench, kind: Callable[..., Pipeline]) -> Row:
     samples, steps = bench.pick((1024, 50), (4, 2))
     pipeline = kind()
     pipeline.eval().to(bench.device)

@@ -22,7 +22,6 @@ TOGGLES: dict[str, dict[str, Any]] = {
     "block checkpointing": {"checkpoint_denoiser": True},
     "compile: blocks": {"compile": "blocks"},
     "compile: whole": {"compile": "whole"},
-    "CUDA graphs": {"cuda_graphs": True},
 }
 """Settings of the pipeline; those that this version lacks are skipped by name."""
 
