@@ -5,6 +5,8 @@ No test may depend on the processor. To try that, set LIT_RLFT_TEST_THREADS to a
 threads, or LIT_RLFT_TEST_ROUNDING to 1 for the rounding of another processor (`tests/rounding.py`).
 """
 
+import atexit
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -15,12 +17,18 @@ import pytest
 import torch
 
 from tests.rounding import OtherRounding
+from tests.second_device import second_device, trainers_on_it
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 torch.set_num_threads(int(os.environ.get("LIT_RLFT_TEST_THREADS", "1")))
 if os.environ.get("LIT_RLFT_TEST_ROUNDING") == "1":
     OtherRounding().__enter__()
+if os.environ.get("LIT_RLFT_TEST_DEVICE") == "second":
+    everywhere = contextlib.ExitStack()
+    everywhere.enter_context(second_device())
+    everywhere.enter_context(trainers_on_it())
+    atexit.register(everywhere.close)
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = ROOT / "domains/text_to_image/assets/shapes/tokenizer"
