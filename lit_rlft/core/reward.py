@@ -286,13 +286,17 @@ class Combination(Reward):
         return self.combine(self.parts(samples, condition))
 
     def evaluate(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
-        """Return the combination, each part, and the details of parts under "<part>/..."."""
+        """Return the combination, each part, and the details of parts under "<part>/...".
+
+        All are on the samples' device: some parts are computed there, others on the CPU.
+        """
         values: dict[str, Tensor] = {}
         for name, reward in self.rewards.items():
             assert isinstance(reward, Reward)
             for key, value in values_of(reward, samples, condition).items():
                 detail = key.removeprefix(reward.name).removeprefix("/")
-                values[f"{name}/{detail}" if detail else name] = value
+                known = value.to(device_of(samples, value.device))
+                values[f"{name}/{detail}" if detail else name] = known
         return {self.name: self.combined(values), **values}
 
     def combined(self, values: Mapping[str, Tensor]) -> Tensor:
