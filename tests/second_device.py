@@ -19,7 +19,7 @@ and checks neither kernels that exist on one device alone nor streams.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache, partial
 from typing import Any
 from unittest.mock import patch
