@@ -3,6 +3,8 @@
 Tests run on the processor: GPUs are hidden, before torch looks for them.
 No test may depend on the processor. To try that, set LIT_RLFT_TEST_THREADS to another number of
 threads, or LIT_RLFT_TEST_ROUNDING to 1 for the rounding of another processor (`tests/rounding.py`).
+LIT_RLFT_TEST_DEVICE=second has trainers train on another device (`tests/second_device.py`): what
+fails in the package is a fault then, but many tests compare with tensors on the CPU themselves.
 """
 
 import atexit
@@ -17,7 +19,6 @@ import pytest
 import torch
 
 from tests.rounding import OtherRounding
-from tests.second_device import second_device, trainers_on_it
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -25,6 +26,8 @@ torch.set_num_threads(int(os.environ.get("LIT_RLFT_TEST_THREADS", "1")))
 if os.environ.get("LIT_RLFT_TEST_ROUNDING") == "1":
     OtherRounding().__enter__()
 if os.environ.get("LIT_RLFT_TEST_DEVICE") == "second":
+    from tests.second_device import second_device, trainers_on_it
+
     everywhere = contextlib.ExitStack()
     everywhere.enter_context(second_device())
     everywhere.enter_context(trainers_on_it())

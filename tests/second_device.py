@@ -158,27 +158,30 @@ def _writes_into(func: Any, args: Any, kwargs: Any, others: list[Any]) -> bool:
     return any(one is other for one in written for other in others)
 
 
-class _Module(backend_registration._DummyBackendModule):
+class _Module:
     """What torch asks of `torch.second`."""
 
+    is_available = staticmethod(lambda: _available)
+    is_initialized = staticmethod(lambda: True)
+    current_device = staticmethod(lambda: 0)
+    device_count = staticmethod(lambda: 1)
+    device = staticmethod(lambda index: contextlib.nullcontext())
+    manual_seed_all = staticmethod(lambda seed: None)
     get_rng_state = staticmethod(lambda device=None: torch.get_rng_state())
     set_rng_state = staticmethod(lambda state, device=None: torch.set_rng_state(state))
-    device = staticmethod(lambda index: contextlib.nullcontext())
     get_amp_supported_dtype = staticmethod(lambda: [torch.bfloat16, torch.float16])
-
-    def is_available(self) -> bool:
-        return _available
-
-
-class _Hook(backend_registration._DummyPrivateUse1Hook):
-    def is_available(self) -> bool:
-        return _available
+    _is_in_bad_fork = staticmethod(lambda: False)
 
 
 @cache
 def _registered() -> torch.library.Library:
     """Make torch know the device, and make each of its factories fill it."""
-    backend_registration._setup_privateuseone_for_python_backend(NAME, _Module(), _Hook())
+
+    class Hook(backend_registration._DummyPrivateUse1Hook):
+        def is_available(self) -> bool:
+            return _available
+
+    backend_registration._setup_privateuseone_for_python_backend(NAME, _Module(), Hook())
     library = torch.library.Library("aten", "IMPL")
     for schema in torch._C._jit_get_all_schemas():
         arguments = {argument.name: str(argument.type) for argument in schema.arguments}
