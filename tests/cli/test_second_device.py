@@ -1,0 +1,66 @@
+"""Algorithms train and are tested on a device other than the CPU, in every domain with a model."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.cli.test_configs import ALGORITHMS, CONFIGS, DOMAINS, GIBBS, MIXED, SMALL, refusal, run
+from tests.second_device import SUPPORTED, second_device, trainers_on_it
+
+pytestmark = pytest.mark.skipif(not SUPPORTED, reason="torch has no device made in Python")
+# What runs by default: each kind of algorithm, and each kind of state, once.
+DEFAULT = {
+    "digits": {"noise_ppo"},
+    "gaussian_mixture": {
+        *("adjoint_matching", "dpo", "flow_grpo", "graft", "inverse_noise_correction", "nft"),
+        *("grpo", "noise_ppo", "pretrain", "refl"),
+    },
+    "layout": {"p_graft"},
+    "layout_gibbs": {"ddpo"},
+    "layout_mixed": set(),
+    "molecule_mixed": set(),
+    "molecule_soft": {"drtune"},
+}
+
+
+def devices_of_weights(monkeypatch: pytest.MonkeyPatch) -> set[torch.device]:
+    """Return a set that will hold where the weights lie that optimizers are given."""
+    seen: set[torch.device] = set()
+    add = torch.optim.Optimizer.add_param_group
+
+    def add_param_group(optimizer: torch.optim.Optimizer, group: dict) -> None:
+        add(optimizer, group)
+        seen.update(weight.device for weight in group["params"])
+
+    monkeypatch.setattr(torch.optim.Optimizer, "add_param_group", add_param_group)
+    return seen
+
+
+@pytest.fixture
+def second() -> Iterator[torch.device]:
+    with second_device() as device, trainers_on_it():
+        yield device
+
+
+@pytest.mark.parametrize(
+    ("domain", "algorithm"),
+    [
+        pytest.param(
+            domain,
+            algorithm,
+            id=f"{domain.stem}-{algorithm.stem}",
+            marks=[] if algorithm.stem in DEFAULT[domain.stem] else pytest.mark.slow,
+        )
+        for domain in DOMAINS
+        if domain.stem in (SMALL | MIXED | GIBBS) - {"molecule_gibbs"}
+        for algorithm in ALGORITHMS
+        if refusal(domain, algorithm) is None
+    ],
+)
+def test_algorithms_train_there(
+    domain, algorithm, tmp_path, monkeypatch: pytest.MonkeyPatch, second: torch.device
+) -> None:
+    seen = devices_of_weights(monkeypatch)
+    run([domain, algorithm, CONFIGS / "trainer/cpu.yaml"], tmp_path, monkeypatch)
+    assert seen == {second}
