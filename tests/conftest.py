@@ -37,8 +37,22 @@ ROOT = Path(__file__).parents[1]
 TOKENIZER = ROOT / "domains/text_to_image/assets/shapes/tokenizer"
 
 
-HEAVY = ("test_documentation", "test_notebooks", "test_from_python", "test_runs", "test_configs")
+HEAVY = (
+    "test_devices",
+    "test_documentation",
+    "test_notebooks",
+    "test_from_python",
+    "test_runs",
+    "test_configs",
+)
 """Files that take longest; begun last, one worker would end long after the others."""
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave tests on another device to processes of their own (`test_devices.py`)."""
+    if collection_path.name != "test_second_device.py":
+        return None
+    return collection_path not in [Path(arg.split("::")[0]).resolve() for arg in config.args]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -55,17 +55,23 @@ def test_the_vae_is_on_the_device_to_decode_alone(moves: list[str]) -> None:
     assert torch.equal(states, kept.states(batch))
 
 
-def test_it_stays_for_a_backward_pass(moves: list[str]) -> None:
-    idle = TextToImagePipeline("shapes", offload=["vae"])
-    condition = idle.encode({"prompt": ["a red ring"]})
+@pytest.mark.parametrize("size", [1, 2])
+def test_it_stays_for_a_backward_pass(size: int, moves: list[str]) -> None:
+    idle = TextToImagePipeline("shapes", offload=["vae"], decode_batch_size=1)
+    block = idle.diffusers.vae.decoder.up_blocks[-1]
+    block.register_forward_pre_hook(lambda *_: moves.append("block"))
+    condition = idle.encode({"prompt": ["a red ring", "a blue ring"][:size]})
     x = torch.randn(idle.blank(condition).shape).requires_grad_()
     moves.clear()
     idle.decode(x, condition).sum().backward()  # type: ignore[no-untyped-call]
-    assert moves == ["cpu", "decode", "decode"]  # again in the backward pass, still there
+    # Blocks are computed again in the backward pass, still there: of a picture among several as
+    # a part of all of it.
+    again = ["block"] if size == 1 else [*["decode", "block", "block"] * size]
+    assert moves == ["cpu", *["decode", "block"] * size, *again]
     assert x.grad is not None and x.grad.abs().sum() > 0
     moves.clear()
     idle.decode(x.detach(), condition)
-    assert moves == ["cpu", "decode", "cpu"]
+    assert moves == ["cpu", *["decode", "block"] * size, "cpu"]
 
 
 @pytest.mark.slow
