@@ -76,6 +76,17 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def second() -> Iterator[torch.device]:
+    """Give a device that is not the CPU, for this test alone."""
+    from tests.second_device import SUPPORTED, second_device  # imports Lightning
+
+    if not SUPPORTED:
+        pytest.skip("torch has no device made in Python")
+    with second_device() as device:
+        yield device
+
+
 @pytest.fixture(scope="session")
 def tiny_stable_diffusion(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Return a function that writes a StableDiffusionPipeline folder with seeded random weights.

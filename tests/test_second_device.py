@@ -1,7 +1,7 @@
 """The second device refuses what mixes it with the CPU, and computes what the CPU does."""
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -9,17 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tests.second_device import SUPPORTED, SecondTensor, second_device
+from tests.second_device import SecondTensor
 from tests.support import assert_equal
 
-pytestmark = pytest.mark.skipif(not SUPPORTED, reason="torch has no device made in Python")
 Case = Callable[[Tensor, Tensor], object]
-
-
-@pytest.fixture
-def second() -> Iterator[torch.device]:
-    with second_device() as device:
-        yield device
 
 
 MIXED: dict[str, Case] = {

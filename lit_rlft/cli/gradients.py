@@ -17,12 +17,11 @@ def with_names(error: NoGradient, config: Namespace | None) -> str:
         config: Of the command, if it was parsed.
     """
     path = None if config is None else config.get("pipeline.class_path")
-    own = [one for one in index() if path is not None and is_of(path, one)]
+    domains = {one.domain for one in index() if path is not None and is_of(path, one)}
     names = [
-        entry.name
-        for entry in index()
-        for pipeline in own
-        if entry.kind == "reward" and entry.domain == pipeline.domain and entry.gradient == "yes"
+        one.name
+        for one in index()
+        if one.kind == "reward" and one.domain in domains and one.gradient == "yes"
     ]
     if not names:
         return str(error)

@@ -5,10 +5,19 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.cli.test_configs import ALGORITHMS, CONFIGS, DOMAINS, GIBBS, MIXED, SMALL, refusal, run
-from tests.second_device import SUPPORTED, second_device, trainers_on_it
+from tests.cli.test_configs import (
+    ALGORITHMS,
+    CONFIGS,
+    DOMAINS,
+    GIBBS,
+    MIXED,
+    SMALL,
+    refusal,
+    run,
+    slow,
+)
+from tests.second_device import trainers_on_it
 
-pytestmark = pytest.mark.skipif(not SUPPORTED, reason="torch has no device made in Python")
 # What runs by default: each kind of algorithm, and each kind of state, once.
 DEFAULT = {
     "digits": {"noise_ppo"},
@@ -38,9 +47,9 @@ def devices_of_weights(monkeypatch: pytest.MonkeyPatch) -> set[torch.device]:
 
 
 @pytest.fixture
-def second() -> Iterator[torch.device]:
-    with second_device() as device, trainers_on_it():
-        yield device
+def second(second: torch.device) -> Iterator[torch.device]:
+    with trainers_on_it():
+        yield second
 
 
 @pytest.mark.parametrize(
@@ -50,7 +59,7 @@ def second() -> Iterator[torch.device]:
             domain,
             algorithm,
             id=f"{domain.stem}-{algorithm.stem}",
-            marks=[] if algorithm.stem in DEFAULT[domain.stem] else pytest.mark.slow,
+            marks=slow(algorithm.stem in DEFAULT[domain.stem]),
         )
         for domain in DOMAINS
         if domain.stem in (SMALL | MIXED | GIBBS) - {"molecule_gibbs"}

@@ -1,4 +1,4 @@
-"""A whole number of a Trainer's setting stays one, whatever order typing has kept of its union."""
+"""A whole number of a setting of Trainer stays one, in each order that typing may have kept."""
 
 import subprocess
 import sys

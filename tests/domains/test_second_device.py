@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -54,21 +54,13 @@ from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.training_metric import TrainingMetric
 from lit_rlft.kit.data import SplitData, collate
 from lit_rlft.kit.http_reward import HTTPReward
-from tests.second_device import SUPPORTED, second_device
 
-pytestmark = pytest.mark.skipif(not SUPPORTED, reason="torch has no device made in Python")
 NUM = 4
 MIXTURE: dict[str, Any] = {
     "weights": [0.5, 0.5],
     "means": [[0.0, 1.0], [1.0, 0.0]],
     "stds": [0.2] * 2,
 }
-
-
-@pytest.fixture
-def second() -> Iterator[torch.device]:
-    with second_device() as device:
-        yield device
 
 
 def one_each(values: list[Any], *_: Any) -> list[float | None]:
