@@ -33,7 +33,7 @@ BAD = (math.nan, math.inf, -math.inf, -1, 0)
 INTERNAL = {
     "Flux", "Sana", "StableDiffusion", "StableDiffusion3", "StableDiffusionXL", "ZImage",
     "SavedFlow",
-    "Batches", "BadArgument", "Bars", "Chunk", "Categorical", "Command", "Condition",
+    "Batches", "BadArgument", "Bars", "Chunk", "Categorical", "Command",
     "FixedBatches",
     "Gaussian", "GaussianMixtureDenoiser", "Generated", "GradientPlan", "Images",
     "PointCloudGaussian", "PointClouds", "RealFeatures", "Residual", "Rollout",

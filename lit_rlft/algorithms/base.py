@@ -37,10 +37,10 @@ from lit_rlft.loop.rollouts import Rollouts, track
 from lit_rlft.loop.round_log import log_round, round_means, write_round
 from lit_rlft.loop.route import Leg, Route, steps_told
 from lit_rlft.loop.side.rewards import RewardWorkers
-from lit_rlft.loop.side.watch import SideWatch, beside
+from lit_rlft.loop.side.watch import beside
 from lit_rlft.loop.strategy import check_trainer, shares_of
 from lit_rlft.loop.updates import Update, clip, layout, plan, settled
-from lit_rlft.loop.whole_draws import whole_draws
+from lit_rlft.loop.watchers import watchers
 from lit_rlft.runs.folder import summary_writer
 
 __all__ = ["RewardFineTuner"]
@@ -182,8 +182,8 @@ class RewardFineTuner(Checkpointed, ABC):
         self._listen(self._trainer)
 
     def configure_callbacks(self) -> list[Callback]:
-        """Return who watches over the workers of rewards, and over weights that are split."""
-        return [*([SideWatch()] if self.reward_workers else []), *whole_draws(self._trainer)]
+        """Return who watches over batches, the workers of rewards, and weights that are split."""
+        return watchers(self._trainer, self.reward_workers)
 
     def _listen(self, trainer: Trainer | None) -> None:
         """Make what draws, measures and reports, for a trainer or for none."""

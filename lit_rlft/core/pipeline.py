@@ -1,8 +1,7 @@
-"""A domain's interface: conditions, and the pipeline of encoder, denoiser, process, decoder."""
+"""A domain's interface: the pipeline of encoder, denoiser, process and decoder."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,11 @@ from torch import Tensor, nn
 
 from lit_rlft.core.batch_size import BatchSize
 from lit_rlft.core.checks import UsageError
+from lit_rlft.core.condition import Condition
+from lit_rlft.core.contract import check_answers
 from lit_rlft.core.figure import Figure
 from lit_rlft.core.process import Process
-from lit_rlft.core.state import State
+from lit_rlft.core.state import State, described
 
 __all__ = [
     "PAIR",
@@ -57,73 +58,6 @@ def check_columns(batch: Batch, names: Sequence[str], pipeline: str) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Condition:
-    """What generation is conditioned on, each unique condition held once.
-
-    Attributes:
-        entries: U records a person can read, one per unique condition (e.g. `{"prompt": ...}`).
-        tables: Encodings with U rows (or U + 1 where there is a null condition).
-        rows: [B] int64, which unique condition each sample has.
-        null: Row of the null condition in `tables`, or None where the domain has none.
-    """
-
-    entries: Sequence[Mapping[str, Any]]
-    tables: Mapping[str, Tensor]
-    rows: Tensor
-    null: int | None = None
-    _known: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """What samplers ask for in every step."""
-
-    def __len__(self) -> int:
-        """Return B, the number of samples described."""
-        return self.rows.shape[0]
-
-    def index(self, rows: Tensor | slice) -> "Condition":
-        """Select samples; the tables are shared, not copied."""
-        return replace(self, rows=self.rows[rows])
-
-    def repeat(self, times: int) -> "Condition":
-        """Repeat each sample's condition `times` times, copies side by side."""
-        return replace(self, rows=self.rows.repeat_interleave(times))
-
-    def dropped(self, mask: Tensor) -> "Condition":
-        """Replace the condition by the null condition where `mask` [B] is true.
-
-        Raises:
-            UsageError: The domain has no null condition.
-        """
-        if self.null is None:
-            raise UsageError("this condition has no null condition; set condition_dropout to 0")
-        return replace(self, rows=self.rows.where(~mask, self.null))
-
-    def table(self, name: str) -> Tensor:
-        """Return one encoding for every sample, [B, ...]."""
-        table = self.tables[name]
-        return table[self.rows_on(table.device)]
-
-    def rows_on(self, device: torch.device) -> Tensor:
-        """Return `rows` on a device, moved there once."""
-        if device not in self._known:
-            self._known[device] = self.rows.to(device, non_blocking=True)
-        return self._known[device]
-
-    def beside_null(self) -> "Condition":
-        """Return the null condition for every sample, followed by the samples' own: 2 B rows.
-
-        Raises:
-            UsageError: The domain has no null condition.
-        """
-        if "beside null" not in self._known:
-            null = self.dropped(torch.ones_like(self.rows, dtype=torch.bool))
-            self._known["beside null"] = replace(self, rows=torch.cat([null.rows, self.rows]))
-        return self._known["beside null"]
-
-    def each(self) -> list[Mapping[str, Any]]:
-        """Return the readable record of every sample."""
-        return [self.entries[row] for row in self.rows.tolist()]
-
-
 class Pipeline(nn.Module, ABC):
     """A pretrained generative model: prior, transitions and decoder of one domain.
 
@@ -143,6 +77,10 @@ class Pipeline(nn.Module, ABC):
     def __init__(self) -> None:
         super().__init__()
         self.encoder: nn.Module | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        check_answers(cls)
 
     @property
     @abstractmethod
@@ -288,7 +226,17 @@ class Pipeline(nn.Module, ABC):
         return " ".join(map(str, entry.values()))
 
     def index_samples(self, samples: Any, rows: Tensor) -> Any:
-        """Select decoded samples, a tensor or `Samples`."""
+        """Select decoded samples, a tensor or `Samples`.
+
+        Raises:
+            UsageError: They are neither.
+        """
+        if not hasattr(samples, "device"):
+            raise UsageError(
+                f"{type(self).__name__}.decode returned {described(samples)}, among which nothing "
+                "is selected; return a tensor or a lit_rlft.core.samples.Samples, or define "
+                "index_samples(samples, rows)"
+            )
         rows = rows.to(samples.device)
         return samples[rows] if isinstance(samples, Tensor) else samples.index(rows)
 

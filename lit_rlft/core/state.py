@@ -13,6 +13,7 @@ __all__ = [
     "State",
     "batch_size",
     "cat",
+    "described",
     "detach",
     "expand_as",
     "fields_of",
@@ -122,3 +123,13 @@ def fields_of(state: State) -> dict[str, Tensor]:
     if isinstance(state, Tensor):
         raise TypeError("expected a dict of fields, got a tensor state")
     return state
+
+
+def described(value: object) -> str:
+    """Say what a value is: a state by its types and shapes, anything else by its type."""
+    if isinstance(value, Tensor):
+        return f"a tensor of {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    if isinstance(value, dict) and all(isinstance(leaf, Tensor) for leaf in value.values()):
+        fields = ", ".join(f"{name} {list(leaf.shape)}" for name, leaf in sorted(value.items()))
+        return f"fields of {fields}"
+    return "None" if value is None else f"a {type(value).__name__}"

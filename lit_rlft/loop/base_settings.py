@@ -3,6 +3,7 @@
 from typing import Any
 
 from lit_rlft.core.checks import BadArgument, at_least, positive, require
+from lit_rlft.core.contract import check_networks
 from lit_rlft.core.process import Process
 from lit_rlft.core.sampling import Sampler
 
@@ -10,11 +11,12 @@ __all__ = ["check_sampler", "check_settings"]
 
 
 def check_settings(owner: Any) -> None:
-    """Raise BadArgument where a setting of `RewardFineTuner`'s own is impossible.
+    """Raise UsageError where the pipeline or a setting of `RewardFineTuner`'s own is impossible.
 
     Args:
         owner: Has them as attributes.
     """
+    check_networks(owner.pipeline)
     for name in ("num_epochs", "minibatch_size", "num_eval_samples", "best_of", "seed"):
         require(getattr(owner, name) is not None, owner, name, "a whole number, not null")
     at_least(1, owner, "num_epochs", "minibatch_size", "microbatch_size")

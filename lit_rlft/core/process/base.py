@@ -56,6 +56,20 @@ class Process(nn.Module, ABC):
                 "which samplers call"
             )
 
+    def state_problem(self, x: State) -> str | None:
+        """Say what x is, if it is no state of this process: its type, and what states are.
+
+        The default takes any state.
+        """
+        return None
+
+    def prediction_problem(self, prediction: State, x_t: State) -> str | None:
+        """Say what a prediction for x_t is, if it has not its shape: this one, and the right one.
+
+        The default takes any prediction. Otherwise sizes that broadcast would train in silence.
+        """
+        return None
+
     @abstractmethod
     def prior(self, blank: State) -> Distribution:
         """Return the distribution of x_1 for the shape, dtype and device of `blank`."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from lit_rlft.core.checks import at_least, positive
 from lit_rlft.core.distribution import Categorical, Unmasked, certain
 from lit_rlft.core.process.base import Process, Step
+from lit_rlft.core.process.problems import class_problem, shape_problem
 from lit_rlft.core.randomness import Generators, rand_like
 from lit_rlft.core.state import State, expand_as, tensor_of
 
@@ -54,6 +55,12 @@ class MaskedProcess(Process):
     def empty(self) -> int:
         """The integer of a position that holds nothing, where states are padded."""
         return self.num_classes + 1
+
+    def state_problem(self, x: State) -> str | None:
+        return class_problem(x, type(self).__name__)
+
+    def prediction_problem(self, prediction: State, x_t: State) -> str | None:
+        return shape_problem(prediction, (*tensor_of(x_t).shape, self.num_classes))
 
     def prior(self, blank: State) -> Categorical:
         """Return the point mass on the all-masked state; if padded, `blank` has the empty slots."""

@@ -27,9 +27,10 @@ from torch import Tensor
 from lit_rlft.core.checks import UsageError, at_least
 from lit_rlft.core.distribution import Gaussian, density_of
 from lit_rlft.core.process.base import Process, Step
+from lit_rlft.core.process.problems import shape_problem
 from lit_rlft.core.randomness import Generators, randn_like
 from lit_rlft.core.schedule import Schedule
-from lit_rlft.core.state import State, expand_as, tensor_of
+from lit_rlft.core.state import State, described, expand_as, tensor_of
 from lit_rlft.core.subspace import Subspace
 
 __all__ = ["GaussianProcess", "Linear", "PredictionType"]
@@ -103,6 +104,14 @@ class GaussianProcess(Process):
         self.subspace = subspace
         self.bound, self.keeps_noise, self.wide_above = bound, keeps_noise, wide_above
         self.invertible = bound is None
+
+    def state_problem(self, x: State) -> str | None:
+        if isinstance(x, Tensor) and x.is_floating_point():
+            return None
+        return f"{described(x)}; states of a {type(self).__name__} are floating-point tensors"
+
+    def prediction_problem(self, prediction: State, x_t: State) -> str | None:
+        return shape_problem(prediction, tensor_of(x_t).shape)
 
     def prior(self, blank: State) -> Gaussian:
         loc = torch.zeros_like(tensor_of(blank))

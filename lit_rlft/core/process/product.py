@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from lit_rlft.core.checks import UsageError, at_least
 from lit_rlft.core.distribution import Product
 from lit_rlft.core.process.base import Process, Step
+from lit_rlft.core.process.problems import first_problem
 from lit_rlft.core.randomness import Generators
-from lit_rlft.core.state import State, fields_of, tensor_of
+from lit_rlft.core.state import State, described, fields_of, tensor_of
 
 __all__ = ["ProductProcess"]
 
@@ -47,6 +48,24 @@ class ProductProcess(Process):
         process = self.processes[self.names.index(name)]
         assert isinstance(process, Process)
         return process
+
+    def state_problem(self, x: State) -> str | None:
+        if isinstance(x, Tensor) or set(x) != set(self.names):
+            return f"{described(x)}; the fields of a {type(self).__name__} are {self.names}"
+        problems = {name: self.field(name).state_problem(x[name]) for name in self.names}
+        return first_problem(problems)
+
+    def prediction_problem(self, prediction: State, x_t: State) -> str | None:
+        x = fields_of(x_t)
+        if isinstance(prediction, Tensor) or not set(prediction).issuperset(self.names):
+            return (
+                f"{described(prediction)}; the fields of a {type(self).__name__} are {self.names}"
+            )
+        problems = {
+            name: self.field(name).prediction_problem(prediction[name], x[name])
+            for name in self.names
+        }
+        return first_problem(problems)
 
     def prior(self, blank: State) -> Product:
         x = fields_of(blank)

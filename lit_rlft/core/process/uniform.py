@@ -25,6 +25,7 @@ from torch.nn import functional
 from lit_rlft.core.checks import at_least, positive
 from lit_rlft.core.distribution import Categorical
 from lit_rlft.core.process.base import Process
+from lit_rlft.core.process.problems import class_problem, shape_problem
 from lit_rlft.core.randomness import Generators, rand_like
 from lit_rlft.core.state import State, expand_as, tensor_of
 
@@ -50,6 +51,12 @@ class UniformProcess(Process):
         at_least(2, self, num_classes=num_classes)
         positive(self, power=power)
         self.num_classes, self.power = num_classes, power
+
+    def state_problem(self, x: State) -> str | None:
+        return class_problem(x, type(self).__name__)
+
+    def prediction_problem(self, prediction: State, x_t: State) -> str | None:
+        return shape_problem(prediction, (*tensor_of(x_t).shape, self.num_classes))
 
     def prior(self, blank: State) -> Categorical:
         x = tensor_of(blank)
