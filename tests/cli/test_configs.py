@@ -296,9 +296,10 @@ def test_embedded_domains_run(
     ],
 )
 def test_experiments_run(experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The second stage of pretraining starts from what the first one wrote.
-    (tmp_path / "runs/shapes_pretrain").mkdir(parents=True)
-    (tmp_path / "runs/shapes_pretrain/tuned").symlink_to(WEIGHTS[0].parents[1])
+    # Later stages of pretraining start from what the earlier ones wrote.
+    for stage in ("shapes_pretrain", "shapes_pretrain_2"):
+        (tmp_path / "runs" / stage).mkdir(parents=True)
+        (tmp_path / "runs" / stage / "tuned").symlink_to(WEIGHTS[0].parents[1])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name in ("train.json", "val.json"):
         write_publaynet(tmp_path / name)
