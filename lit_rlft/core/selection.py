@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lit_rlft.core.checks import BadArgument, UsageError, at_least, finite, positive
 from lit_rlft.core.randomness import Generators, rand_like
+from lit_rlft.core.state import described
 
 __all__ = [
     "BestOfM",
@@ -60,9 +61,11 @@ class Selection(ABC):
     ) -> Tensor:
         """Return how much each candidate counts, [G, M]: 1 where it is accepted, or else 0."""
         accepted: Any = self(rewards, keys, noise)
-        if not isinstance(accepted, Tensor):
-            name, given = type(self).__name__, type(accepted).__name__
-            raise UsageError(f"{name} returned {given}; a selection returns a bool tensor, [G, M]")
+        if not isinstance(accepted, Tensor) or accepted.dtype != torch.bool:
+            raise UsageError(
+                f"{type(self).__name__} returned {described(accepted)}; a selection returns a bool "
+                "tensor, [G, M], as rewards > 0 is; one with weights overrides `weights`"
+            )
         return accepted.float()
 
 

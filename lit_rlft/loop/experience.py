@@ -2,16 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 from torch import Tensor
 
+from lit_rlft.core.checks import UsageError
+from lit_rlft.core.contract import num_rows
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.samples import Samples
-from lit_rlft.core.state import State, index
+from lit_rlft.core.state import State, described, index
 
-__all__ = ["Draw", "Experience"]
+__all__ = ["Draw", "Experience", "check_experience"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,37 @@ class Experience:
         states = {name: index(state, rows) for name, state in self.states.items()}
         seeds = [self.seeds[row] for row in rows.tolist()]
         return Experience(states, self.condition.index(rows), seeds)
+
+
+def check_experience(found: Any, name: str) -> None:
+    """Raise UsageError unless what a round collected is an experience whose parts fit together.
+
+    Args:
+        found: What `collect` returned.
+        name: Of the algorithm.
+    """
+    if problem := _problem(found):
+        raise UsageError(f"{name}.collect returned {problem}")
+
+
+def _problem(found: Any) -> str | None:
+    if not isinstance(found, Experience):
+        return f"{described(found)}; it returns a lit_rlft.loop.experience.Experience"
+    num = len(found)
+    for name, state in found.states.items():
+        if num_rows(state) != num:
+            return f"an Experience with {num} seeds whose state {name!r} is {described(state)}"
+    if len(found.condition) != num:
+        return f"an Experience with {num} seeds, but a condition of {len(found.condition)} rows"
+    if found.counts is not None and sum(found.counts) != num:
+        return f"an Experience with {num} seeds, but counts for {sum(found.counts)} samples"
+    for name, value in found.metrics.items():
+        if not isinstance(value, SupportsFloat) or num_rows(value) is not None:
+            return f"an Experience whose metric {name!r} is {described(value)}; it is a number"
+    for name, values in found.histograms.items():
+        if not isinstance(values, Tensor):
+            return f"an Experience whose histogram {name!r} is {described(values)}, not a tensor"
+    return None
 
 
 @dataclass(frozen=True)

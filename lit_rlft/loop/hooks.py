@@ -10,8 +10,9 @@ from torch import Tensor
 
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.randomness import Generators
+from lit_rlft.core.state import described
 from lit_rlft.distributed import together
-from lit_rlft.loop.experience import Experience
+from lit_rlft.loop.experience import Experience, check_experience
 from lit_rlft.loop.updates import Loss
 
 __all__ = ["Audience", "Hooks"]
@@ -108,7 +109,12 @@ class Audience:
                 hooks.on_phase_end(self.module, name, num_samples)
 
     def on_experience(self, experience: Experience) -> None:
-        """Report what a round collected."""
+        """Report what a round collected.
+
+        Raises:
+            UsageError: Its parts do not fit together.
+        """
+        check_experience(experience, type(self.module).__name__)
         for hooks in self:
             hooks.on_experience(self.module, experience)
 
@@ -143,17 +149,22 @@ class Audience:
 
 
 def _losses(found: Any, num: int, name: str) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return what a loss returned, if it is losses [num] and a dict.
+    """Return what a loss returned, if it is losses [num] and a dict of values [num].
 
     A mean over samples would be summed again: gradients would depend on the microbatch size.
     """
-    if isinstance(found, tuple) and len(found) == 2:
-        losses, values = found
-        if isinstance(losses, Tensor) and losses.shape == (num,) and isinstance(values, dict):
-            return losses, values
-        found = losses
-    given = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-    raise UsageError(
-        f"{name}.loss returned {given}; it returns a tensor with one loss per sample, shape "
-        f"({num},), and a dict of values to log"
-    )
+    rule = f"it returns a tensor with one loss per sample, shape ({num},), and a dict of values"
+    if not isinstance(found, tuple) or len(found) != 2:
+        raise UsageError(f"{name}.loss returned {described(found)}; {rule}")
+    losses, values = found
+    if not isinstance(losses, Tensor) or losses.shape != (num,):
+        raise UsageError(f"{name}.loss returned {described(losses)} as losses; {rule}")
+    if not isinstance(values, dict):
+        raise UsageError(f"{name}.loss returned {described(values)} as values to log; {rule}")
+    for key, value in values.items():
+        if not isinstance(value, Tensor) or value.shape != (num,):
+            raise UsageError(
+                f"{name}.loss returned {described(value)} as value {key!r} to log; it is a tensor "
+                f"with one number per sample, shape ({num},)"
+            )
+    return losses, values

@@ -27,7 +27,7 @@ class Tally:
         for name, value in values.items():
             alike[is_maximum(name), value.shape, value.device].append(name)
         for names in map(tuple, alike.values()):
-            table = torch.stack([values[name].flatten() for name in names])
+            table = torch.stack([values[name].detach().flatten() for name in names])
             if is_maximum(names[0]):
                 own = table.amax(dim=1).double()
                 self._known[names] = own.maximum(self._known.get(names, own))

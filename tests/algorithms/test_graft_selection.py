@@ -264,7 +264,7 @@ class Odd(Selection):
 
 
 @pytest.mark.parametrize(
-    ("found", "given"), [(None, "NoneType"), (torch.ones(32, dtype=torch.bool), r"\(32,\)")]
+    ("found", "given"), [(None, "None"), (torch.ones(32, dtype=torch.bool), r"\(32,\)")]
 )
 def test_a_selection_that_returns_no_bits_is_named(folder: Path, found: Any, given: str) -> None:
     tuner = tuner_of(GRAFT, reward=Coordinate(), selection=Odd(found))

@@ -7,11 +7,13 @@ reward r(x) = x is N(x; 0, 1) a(x) / E[a]; its moments come from quadrature.
 from collections.abc import Callable
 from itertools import pairwise
 from math import comb
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from scipy import integrate, stats
+from torch import Tensor
 
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.randomness import generators
@@ -318,3 +320,15 @@ def test_settings_that_cannot_work_are_refused() -> None:
             build()
     for rule in (TopK(4), Preference(), Threshold(), Classical(), Unique(TopK(4)), RandomK(4)):
         rule.check(4)
+
+
+@pytest.mark.parametrize("wrong", [torch.ones(2, 3), torch.ones(2, 3, dtype=torch.int64), None])
+def test_accept_bits_are_bools(wrong: Any) -> None:
+    """Rewards in their place would be taken for weights."""
+
+    class Own(Selection):
+        def __call__(self, rewards: Tensor, keys: Any = None, noise: Any = None) -> Tensor:
+            return wrong
+
+    with pytest.raises(UsageError, match=r"Own returned .*; a selection returns a bool tensor"):
+        Own().weights(torch.zeros(2, 3))
