@@ -123,6 +123,6 @@ def test_bfloat16(command: Command, domain: str, algorithm: str) -> None:
 def test_both_ways_to_train_from_accepted_samples(
     command: Command, algorithm: str, train_from: str
 ) -> None:
-    own = {"model.init_args.train_from": train_from, "model.init_args.tau": 0.5}
+    own = {"model.init_args.train_from": train_from, "model.init_args.cut": 0.5}
     command("fit", "layout", algorithm, own, {"trainer.max_epochs": 1})
     assert checkpoint("run")["lit_rlft"]["num_updates"] > 0
