@@ -44,7 +44,11 @@ OWN: dict[str, dict[str, Any]] = {
         "reward": {"class_path": "domains.layout.rewards.Overlap"},
         "metrics.parts": [{"class_path": "domains.layout.metrics.LayoutMeasures"}],
     },
-    "molecule": {"metrics.parts": [{"class_path": "domains.molecule.metrics.MoleculeMeasures"}]},
+    "molecule": {
+        # Molecules of a random model are never stable: nothing would be learned from that.
+        "reward": {"class_path": "domains.molecule.rewards.SoftValence"},
+        "metrics.parts": [{"class_path": "domains.molecule.metrics.MoleculeMeasures"}],
+    },
 }
 ALGORITHMS = ("graft", "p_graft", "ddpo", "grpo", "nft", "dpo")
 Command = Callable[..., None]
