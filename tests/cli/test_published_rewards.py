@@ -74,7 +74,8 @@ def test_a_run_takes_one_word(
     Path("prompts.txt").write_text("".join(f"a red ring, number {i}\n" for i in range(20)))
     given = words(family, reward, algorithm, models)
     if algorithm == "drtune" and reward not in DIFFERENTIABLE:
-        with pytest.raises(SystemExit, match=r"redness has no gradient; choose .*p_graft\.yaml"):
+        refused = r"redness has no gradient; give --reward one of .*, or take --config p_graft$"
+        with pytest.raises(SystemExit, match=refused):
             main(["fit", *given])
         return
     main(["fit", *given])
