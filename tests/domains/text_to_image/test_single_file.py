@@ -365,7 +365,8 @@ def test_a_vae_takes_the_place_of_the_models_own(tmp_path: Path, model: Model) -
         assert not any(p.requires_grad for p in pipeline.vae.parameters())
     assert not torch.equal(picture(pipeline), picture(own))
     single = TextToImagePipeline(str(file), config=str(configs), vae=sources[0], **SIZE)
-    assert torch.equal(picture(single), picture(pipeline))
+    # As above: weights that lie elsewhere in memory.
+    torch.testing.assert_close(picture(single), picture(pipeline), atol=1e-5, rtol=0)
     with without_weights():
         TextToImagePipeline(str(folder), vae=sources[0], **SIZE)
 
