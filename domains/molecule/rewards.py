@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 from rdkit import Chem
 from torch import Tensor
@@ -279,6 +280,10 @@ class Substructures(_Chemical):
         invalid: float = 0.0,
     ) -> None:
         super().__init__(invalid)
+        if isinstance(present, str) or isinstance(absent, str):
+            raise UsageError(
+                "reward.init_args: present and absent are lists of patterns, such as ['C=O']"
+            )
         if not (present or absent):
             raise UsageError("reward.init_args: Substructures needs patterns in present or absent")
         self.wishes = [(_pattern(smarts), True) for smarts in present]
@@ -413,6 +418,7 @@ class FunctionReward(_Chemical):
     ) -> None:
         super().__init__(invalid)
         self.function = function
+        self._said = False
 
     @property
     def name(self) -> str:
@@ -426,7 +432,19 @@ class FunctionReward(_Chemical):
             for mol in mols:
                 Chem.SanitizeMol(mol)
             values[rows] = numbers_of(self.function, "molecules", mols)
+            self._compare_with_invalid(values)
         return values
+
+    def _compare_with_invalid(self, values: NDArray[np.float64]) -> None:
+        """Say once where `invalid` is better than what the function returned."""
+        lowest = np.fmin.reduce(values, initial=np.inf)
+        if lowest < self.invalid and not self._said:
+            self._said = True
+            rank_zero_warn(
+                f"{self.name} returned {lowest:g} for a valid molecule, less than the "
+                f"{self.invalid:g} of those that are not valid: training will seek the latter; "
+                "set reward.init_args.invalid to a number below all that it returns"
+            )
 
 
 class _Soft(Reward):
@@ -524,6 +542,13 @@ _ELECTRONIC = ("dipole", "gap")
 
 def _pattern(smarts: str) -> Chem.Mol:
     pattern = Chem.MolFromSmarts(smarts)
-    if pattern is None:
+    if pattern is None or not pattern.GetNumAtoms():
         raise UsageError(f"reward.init_args: {smarts!r} is no SMARTS pattern")
+    # Molecules have hydrogens as numbers of their heavy atoms.
+    pattern = Chem.MergeQueryHs(pattern)
+    if any(atom.GetAtomicNum() == 1 for atom in pattern.GetAtoms()):
+        raise UsageError(
+            f"reward.init_args: {smarts!r} has a hydrogen that is an atom of its own, which no "
+            "molecule here has; say it of its neighbour, as in [OX2H]"
+        )
     return pattern

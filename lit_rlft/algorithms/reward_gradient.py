@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.core.checks import at_least, finite
-from lit_rlft.core.gradient_plan import DRTune, GradientMethod, GradientPlan
+from lit_rlft.core.gradient_plan import DRTune, GradientMethod, GradientPlan, check_plan
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline
 from lit_rlft.core.randomness import Generators, generators, seed_from
 from lit_rlft.core.sampling import Denoiser, Sampler, walk
@@ -141,7 +141,9 @@ class RewardGradient(RewardFineTuner):
     def draw_plan(self) -> GradientPlan:
         """Draw the plan of the current update, the same on every process and microbatch."""
         (generator,) = generators([seed_from(self.seed, Stream.PLAN, self.num_updates)])
-        return self.method.draw(self._num_moving, generator).before(int(self._ends_still))
+        plan: Any = self.method.draw(self._num_moving, generator)
+        check_plan(plan, self._num_moving, type(self.method).__name__)
+        return plan.before(int(self._ends_still))
 
     def _gradient_walk(self, condition: Condition) -> "GradientWalk":
         return GradientWalk(

@@ -3,14 +3,17 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
-from typing import Any
+from itertools import count
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from lit_rlft.core.checks import UsageError
 
-__all__ = ["device_of", "numbers", "tensors", "unchanged"]
+__all__ = ["apart", "device_of", "numbers", "tensors", "unchanged"]
+
+M = TypeVar("M")
 
 
 def tensors(samples: Any) -> Iterator[Tensor]:
@@ -31,6 +34,21 @@ def tensors(samples: Any) -> Iterator[Tensor]:
 def device_of(samples: Any, default: torch.device) -> torch.device:
     """Return where samples are: the device of their first tensor, or the default without any."""
     return next((one.device for one in tensors(samples)), default)
+
+
+def apart(own: Mapping[str, M], others: Mapping[str, M]) -> dict[str, M]:
+    """Return measurements under names of their own: "qed_2" where "qed" is measured already.
+
+    Args:
+        own: What is measured already, such as the reward and its parts.
+        others: What comes besides.
+    """
+    named: dict[str, M] = {}
+    for name, value in others.items():
+        numbered = (f"{name}_{number}" for number in count(2))
+        free = (one for one in numbered if not (one in own or one in others or one in named))
+        named[next(free) if name in own else name] = value
+    return named
 
 
 @contextmanager

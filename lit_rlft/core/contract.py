@@ -4,21 +4,22 @@ Shapes and types alone are looked at, so that no check waits for a device. A met
 raises an error is left alone: the error says more.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import wraps
-from inspect import signature
+from inspect import getattr_static, isfunction, signature
 from typing import Any
 
 from torch import Tensor, int64, nn
 
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.condition import Condition
+from lit_rlft.core.process import Process
 from lit_rlft.core.state import State, batch_size, described, leaves
 
 __all__ = ["check_answers", "check_networks", "num_rows"]
 
-Check = Callable[..., str | None]
-"""From a pipeline, its method's answer and what the method was given to the problem, if any."""
+Check = Callable[[Any, Any, Any], str | None]
+"""From a pipeline, its method's answer and the method's first argument to the problem, if any."""
 
 
 def check_networks(pipeline: nn.Module) -> None:
@@ -28,31 +29,45 @@ def check_networks(pipeline: nn.Module) -> None:
             raise UsageError(
                 f"{_name(pipeline)} has no {name}; set self.{name}, {what}, in its __init__"
             )
+    for name, kind in (("denoiser", nn.Module), ("process", Process)):
+        if not isinstance(own := getattr(pipeline, name), kind):
+            raise UsageError(
+                f"the {name} of {_name(pipeline)} is {described(own)}; it is a {kind.__name__}"
+            )
 
 
-def check_answers(kind: type) -> None:
-    """Check what the methods answer that a class of pipelines defines.
+def check_answers(kind: type, base: type) -> None:
+    """Check what the methods answer that a class of pipelines defines or has from a mixin.
 
     Args:
-        kind: The class; its methods are replaced.
+        kind: The class; its methods are replaced, but for static ones and others that are no plain
+            functions.
+        base: Its base, whose own methods are right.
     """
-    for name, check in _CHECKS.items():
-        if callable(method := vars(kind).get(name)):
-            setattr(kind, name, _checked(name, method, check))
+    for name, (first, check) in _CHECKS.items():
+        method = getattr_static(kind, name, None)
+        known = method is getattr_static(base, name, None) or hasattr(method, "answers_checked")
+        if isfunction(method) and not known:
+            setattr(kind, name, _checked(name, method, first, check))
 
 
-def _checked(name: str, method: Callable[..., Any], check: Check) -> Callable[..., Any]:
-    """Return a method that raises UsageError where `check` finds a problem with its answer."""
+def _checked(name: str, method: Callable[..., Any], first: str, check: Check) -> Callable[..., Any]:
+    """Return a method that raises UsageError where `check` finds a problem with its answer.
+
+    What a subclass asks of `super()` is its own affair: the answer that comes out is checked.
+    """
+    names = {*list(signature(method).parameters)[1:2], first}
 
     @wraps(method)
     def answer(pipeline: Any, *given: Any, **named: Any) -> Any:
         value = method(pipeline, *given, **named)
-        if named:  # in the order in which checks take them
-            given = signature(method).bind(pipeline, *given, **named).args[1:]
-        if problem := check(pipeline, value, *given):
-            raise UsageError(f"{_name(pipeline)}.{name} returned {problem}")
+        if getattr(type(pipeline), name, None) is answer:
+            known = [*given[:1], *(named[own] for own in names & named.keys())]
+            if known and (problem := check(pipeline, value, known[0])):
+                raise UsageError(f"{_name(pipeline)}.{name} returned {problem}")
         return value
 
+    answer.answers_checked = True  # type: ignore[attr-defined]
     return answer
 
 
@@ -60,23 +75,28 @@ def _condition(pipeline: Any, value: Any, batch: Mapping[str, Any]) -> str | Non
     if not isinstance(value, Condition):
         return f"{described(value)}; it returns a lit_rlft.Condition"
     num, entries, rows = _batch_rows(batch), value.entries, value.rows
-    if not isinstance(entries, Sequence) or not all(isinstance(e, Mapping) for e in entries):
+    held = hasattr(entries, "__len__") and hasattr(entries, "__getitem__")
+    if not held or isinstance(entries, Mapping) or not all(isinstance(e, Mapping) for e in entries):
         return 'a Condition whose entries are no records; they are dicts, as [{"name": "any"}]'
     if not isinstance(rows, Tensor) or rows.dtype != int64 or rows.dim() != 1:
         return f"a Condition whose rows are {described(rows)}; they are an int64 tensor [B]"
     if num is not None and len(rows) != num:
         return f"a Condition with {len(rows)} rows for a batch of {num}; each row of it has one"
-    # Others are not looked into: that would wait for a device.
-    if len(rows) and rows.device.type == "cpu" and not 0 <= rows.min() <= rows.max() < len(entries):
-        return (
-            f"a Condition whose rows run from {rows.min()} to {rows.max()}, but it has "
-            f"{len(entries)} entries; rows number the entries from 0"
-        )
+    # Others are not looked into: that would wait for a device, and rehearsals have no numbers.
+    if len(rows) and type(rows) is Tensor and rows.device.type == "cpu":
+        first, last = int(rows.min()), int(rows.max())
+        if not 0 <= first <= last < len(entries):
+            return (
+                f"a Condition whose rows run from {first} to {last}, but it has {len(entries)} "
+                "entries; rows number the entries from 0"
+            )
     return _tables(value)
 
 
 def _tables(condition: Condition) -> str | None:
     num, null = len(condition.entries), condition.null
+    if not isinstance(condition.tables, Mapping):
+        return f"a Condition whose tables are {described(condition.tables)}; they are a dict"
     for name, table in condition.tables.items():
         size = num_rows(table) if isinstance(table, Tensor) else None
         if size is None or size < max(num, 0 if null is None else null + 1):
@@ -99,7 +119,8 @@ def _states(pipeline: Any, value: Any, batch: Mapping[str, Any]) -> str | None:
 def _state(pipeline: Any, value: Any, num: int | None) -> str | None:
     if not _is_state(value):
         return f"{described(value)}; a state is a tensor or a dict of tensors, the batch first"
-    if problem := pipeline.process.state_problem(value):
+    process = getattr(pipeline, "process", None)  # asked within __init__ there may be none yet
+    if process is not None and (problem := process.state_problem(value)):
         return str(problem)
     sizes = {len(leaf) for leaf in leaves(value)}
     if num is not None and sizes != {num}:
@@ -107,16 +128,14 @@ def _state(pipeline: Any, value: Any, num: int | None) -> str | None:
     return None
 
 
-def _prediction(
-    pipeline: Any, value: Any, x_t: State, t: Tensor, condition: Condition
-) -> str | None:
+def _prediction(pipeline: Any, value: Any, x_t: State) -> str | None:
     if not _is_state(value):
         return f"{described(value)}; a prediction is a tensor or a dict of tensors, as the state is"
     problem: str | None = pipeline.process.prediction_problem(value, x_t)
     return problem
 
 
-def _samples(pipeline: Any, value: Any, x_0: State, condition: Condition) -> str | None:
+def _samples(pipeline: Any, value: Any, x_0: State) -> str | None:
     num = batch_size(x_0)
     if value is None:
         return "None; it returns samples, as a tensor [B, ...] or a lit_rlft.core.samples.Samples"
@@ -125,7 +144,7 @@ def _samples(pipeline: Any, value: Any, x_0: State, condition: Condition) -> str
     return None
 
 
-def _pictures(pipeline: Any, value: Any, samples: Any, condition: Condition) -> str | None:
+def _pictures(pipeline: Any, value: Any, samples: Any) -> str | None:
     fits = isinstance(value, Tensor) and value.dim() == 4 and value.shape[1] == 3
     num = num_rows(samples)
     if fits and value.is_floating_point() and num in (None, len(value)):
@@ -134,35 +153,68 @@ def _pictures(pipeline: Any, value: Any, samples: Any, condition: Condition) -> 
     return f"{described(value)}; pictures are a tensor [{size}, 3, H, W] of floats in [0, 1]"
 
 
-_CHECKS: Mapping[str, Check] = {
-    "encode": _condition,
-    "blank": _blank,
-    "states": _states,
-    "predict": _prediction,
-    "forward": _prediction,
-    "decode": _samples,
-    "render": _pictures,
+def _keys(pipeline: Any, value: Any, samples: Any) -> str | None:
+    if value is None:
+        return None
+    num, own = num_rows(samples), num_rows(value)
+    if isinstance(value, Tensor) or (num is not None and own not in (None, num)):
+        return f"{described(value)}; it returns a list with a key for each sample, or None"
+    return None
+
+
+def _features(pipeline: Any, value: Any, condition: Condition) -> str | None:
+    if isinstance(value, Tensor) and value.dim() == 2 and len(value) == len(condition):
+        return None
+    return f"{described(value)}; features are a tensor [{len(condition)}, F]"
+
+
+def _tokens(pipeline: Any, value: Any, condition: Condition) -> str | None:
+    if isinstance(value, Tensor) and value.dim() == 3 and len(value) == len(condition):
+        return None
+    return f"{described(value)}; tokens are a tensor [{len(condition)}, L, F]"
+
+
+_CHECKS: Mapping[str, tuple[str, Check]] = {
+    "encode": ("batch", _condition),
+    "blank": ("condition", _blank),
+    "states": ("batch", _states),
+    "predict": ("x_t", _prediction),
+    "forward": ("x_t", _prediction),
+    "decode": ("x_0", _samples),
+    "render": ("samples", _pictures),
+    "keys": ("samples", _keys),
+    "features": ("condition", _features),
+    "tokens": ("condition", _tokens),
 }
+"""The check of each method, and the name of the argument that it needs."""
 
 
 def _is_state(value: Any) -> bool:
-    if isinstance(value, dict):
-        return bool(value) and all(isinstance(leaf, Tensor) for leaf in value.values())
-    return isinstance(value, Tensor) and value.dim() > 0
+    parts = value.values() if isinstance(value, dict) else [value]
+    return bool(parts) and all(isinstance(part, Tensor) and part.dim() > 0 for part in parts)
 
 
 def _batch_rows(batch: Mapping[str, Any]) -> int | None:
     """Return how many rows a batch has, or None where no column tells."""
+    if not isinstance(batch, Mapping):
+        return num_rows(batch)
     columns = [batch["index"]] if "index" in batch else batch.values()
-    return next((num for num in map(num_rows, columns) if num is not None), None)
+    sizes = {num for num in map(num_rows, columns) if num is not None}
+    return sizes.pop() if len(sizes) == 1 else None
 
 
 def num_rows(value: Any) -> int | None:
     """Return how many rows a value has: of a state B; None where it does not tell."""
     if _is_state(value):
-        return batch_size(value)
-    tells = hasattr(value, "__len__") and not isinstance(value, Mapping | Tensor | str)
-    return len(value) if tells else None
+        sizes = {leaf.size(0) for leaf in leaves(value)}
+        return sizes.pop() if len(sizes) == 1 else None
+    # Of a tuple the parts may have the rows, as default_collate's and named tuples have.
+    if isinstance(value, Mapping | Tensor | str | bytes | tuple):
+        return None
+    try:
+        return len(value)
+    except TypeError:  # also arrays of numpy without dimensions
+        return None
 
 
 def _name(pipeline: object) -> str:

@@ -6,12 +6,23 @@ for every update and shared by its samples, so that a step runs either with a gr
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from lit_rlft.core.checks import BadArgument, UsageError, at_least
+from lit_rlft.core.state import described
 
-__all__ = ["AlignProp", "DRTune", "DRaFT", "DRaFTLV", "GradientMethod", "GradientPlan", "ReFL"]
+__all__ = [
+    "AlignProp",
+    "DRTune",
+    "DRaFT",
+    "DRaFTLV",
+    "GradientMethod",
+    "GradientPlan",
+    "ReFL",
+    "check_plan",
+]
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,27 @@ class GradientMethod(ABC):
     def _error(self, setting: str, value: int, rule: str) -> UsageError:
         remedy = "change it or sampler.num_steps"
         return BadArgument(self, setting, f"is {value}, but must be {rule}; {remedy}")
+
+
+def check_plan(plan: Any, num_steps: int, name: str) -> None:
+    """Raise UsageError unless a plan trains steps that a walk of so many makes.
+
+    Args:
+        plan: What `draw` returned.
+        num_steps: T.
+        name: Of the method.
+    """
+    if not isinstance(plan, GradientPlan):
+        raise UsageError(f"{name}.draw returned {described(plan)}; it returns a GradientPlan")
+    stop = 1 if plan.stop is None else plan.stop
+    if not 1 <= stop <= num_steps:
+        raise UsageError(f"{name}.draw stops at step {stop}; steps are 1 to {num_steps}")
+    trained = set(plan.trained)  # where there are copies, their last step has the gradient
+    if not (trained or plan.num_copies) or not trained <= {*range(stop, num_steps + 1)}:
+        raise UsageError(
+            f"{name}.draw trains steps {sorted(trained)}; it trains some of those that are "
+            f"made, {stop} to {num_steps}"
+        )
 
 
 class DRTune(GradientMethod):

@@ -80,7 +80,7 @@ class Pipeline(nn.Module, ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        check_answers(cls)
+        check_answers(cls, Pipeline)
 
     @property
     @abstractmethod
@@ -231,7 +231,8 @@ class Pipeline(nn.Module, ABC):
         Raises:
             UsageError: They are neither.
         """
-        if not hasattr(samples, "device"):
+        known = hasattr(samples, "device") and callable(getattr(samples, "index", None))
+        if not known and not isinstance(samples, Tensor):
             raise UsageError(
                 f"{type(self).__name__}.decode returned {described(samples)}, among which nothing "
                 "is selected; return a tensor or a lit_rlft.core.samples.Samples, or define "

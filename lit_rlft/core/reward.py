@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lit_rlft.core.answers import device_of, numbers, unchanged
+from lit_rlft.core.answers import apart, device_of, numbers, unchanged
 from lit_rlft.core.checks import BadArgument, UsageError, finite, require
 from lit_rlft.core.guard import Guard
 from lit_rlft.core.moments import RunningMoments
@@ -140,7 +140,7 @@ class Metrics(Metric):
     """Several measurements taken together.
 
     Args:
-        parts: What to measure; their names must differ.
+        parts: What to measure; of the same name the second has a 2 after it, as "QED_2".
     """
 
     def __init__(self, parts: list[Metric] | None = None) -> None:
@@ -152,7 +152,7 @@ class Metrics(Metric):
         values: dict[str, Tensor] = {}
         for part in self.parts:
             assert isinstance(part, Metric)
-            values |= values_of(part, samples, condition)
+            values |= apart(values, values_of(part, samples, condition))
         return values
 
     def guards(self) -> dict[str, Guard]:

@@ -10,7 +10,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lit_rlft.core.answers import unchanged
+from lit_rlft.core.answers import apart, unchanged
+from lit_rlft.core.checks import UsageError
+from lit_rlft.core.contract import num_rows
 from lit_rlft.core.divergence import path_kl
 from lit_rlft.core.figure import Figure
 from lit_rlft.core.pipeline import Batch, Condition
@@ -23,7 +25,7 @@ from lit_rlft.core.reward import (
     check_rewards,
     values_of,
 )
-from lit_rlft.core.state import State, index
+from lit_rlft.core.state import State, described, index
 from lit_rlft.core.streams import Stream
 from lit_rlft.distributed import gather, telling
 from lit_rlft.evaluation.best_of import best_of
@@ -270,7 +272,7 @@ class Evaluator:
         arm, batch_idx, rows, samples, condition, known = drawn
         values = values_of(self.reward, samples, condition)
         self._check_scored(values.get(self.reward.name), len(condition))
-        values |= values_of(self.metrics, samples, condition) | known
+        values |= apart(values, values_of(self.metrics, samples, condition)) | known
         pictures, figures = self._pictures(arm, samples, condition)
         labels = [self.pipeline.describe(entry) for entry in condition.each()]
         features = [_features(metric, samples, condition) for metric in self.set_metrics]
@@ -348,5 +350,15 @@ class Evaluator:
 
 def _features(metric: SetMetric, samples: Any, condition: Condition) -> dict[str, Tensor]:
     """Return the features that a metric of whole sets needs, which must not change the samples."""
-    with unchanged(samples, type(metric).__name__):
-        return metric.features(samples, condition)
+    name, num = type(metric).__name__, len(condition)
+    with unchanged(samples, name):
+        found: Any = metric.features(samples, condition)
+    if not isinstance(found, dict):
+        raise UsageError(f"{name}.features returned {described(found)}; it is a dict of tensors")
+    for key, value in found.items():
+        if not isinstance(value, Tensor) or num_rows(value) != num:
+            raise UsageError(
+                f"{name}.features returned {described(value)} as {key!r}; each is a tensor with a "
+                f"row per sample, [{num}, ...]"
+            )
+    return found

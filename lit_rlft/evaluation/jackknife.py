@@ -24,12 +24,16 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, SupportsFloat
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from lit_rlft.core.checks import UsageError
+from lit_rlft.core.contract import num_rows
 from lit_rlft.core.reward import SetMetric
+from lit_rlft.core.state import described
 
 __all__ = ["Features", "Moments", "compared"]
 
@@ -103,7 +107,7 @@ def compared(
             independent.
     """
     shared = {arm: _shared(rows[arm]) if rows else None for arm in arms}
-    values = {arm: metric.compare(features) for arm, features in arms.items()}
+    values = {arm: _numbers(metric, features) for arm, features in arms.items()}
     errors: dict[str, dict[str, float]] = {}
     if num_draws >= 2:
         errors = _known_errors(metric, arms, shared) or _jackknife_errors(
@@ -127,6 +131,22 @@ def compared(
             ).items()
         }
     return found
+
+
+def _numbers(metric: SetMetric, features: Features) -> dict[str, float]:
+    """Return `compare`'s numbers.
+
+    Raises:
+        UsageError: They are none.
+    """
+    found: Any = metric.compare(features)
+    name = f"{type(metric).__name__}.compare"
+    if not isinstance(found, dict):
+        raise UsageError(f"{name} returned {described(found)}; it is a dict of numbers")
+    for key, value in found.items():
+        if not isinstance(value, SupportsFloat) or num_rows(value) not in (None, 1):
+            raise UsageError(f"{name} returned {described(value)} as {key!r}; it is a number")
+    return {key: float(value) for key, value in found.items()}
 
 
 def _shared(rows: Tensor) -> Tensor | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lit_rlft.core.answers import apart
 from lit_rlft.core.figure import Figure
 from lit_rlft.core.reward import SetMetric
 from lit_rlft.distributed import gather
@@ -176,7 +177,7 @@ class Measurements:
                 if name in summary["gain"] and len(highest.get(name, ())) == len(reference[name])
             }
         for arm, values in self._compared(world_size, rows, sets, errors):
-            summary[arm] |= values
+            summary[arm] |= apart(summary[arm], values)
         return summary
 
     def _compared(

@@ -46,8 +46,7 @@ def cached_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
     except NothingLeft as error:
         beside = folder.with_name(f"{folder.name}.{_LISTING}")
         beside.write_text(error.listing, encoding="utf-8")
-        told = f"{error}; every one is listed in {beside}" if error.listing else str(error)
-        raise NothingLeft(told) from error
+        raise NothingLeft(f"{error}{_pointer(error.listing, beside)}") from error
     except OSError as error:
         if not folder.is_dir():  # else another process was faster
             raise UsageError(
@@ -85,9 +84,14 @@ def save_report(folder: Path, final: Path, report: Report) -> None:
         report: On the entries of a file.
     """
     listing = report.listing()
-    more = f"; every one is listed in {final / _LISTING}" if listing else ""
     (folder / _LISTING).write_text(listing, encoding="utf-8")
-    (folder / _REPORT).write_text(f"{report}{more}", encoding="utf-8")
+    told = f"{report}{_pointer(listing, final / _LISTING)}"
+    (folder / _REPORT).write_text(told, encoding="utf-8")
+
+
+def _pointer(listing: str, path: Path) -> str:
+    """Return where the entries that were left out are listed; a report has told of a single one."""
+    return f"; every one is listed in {path}" if listing.count("\n") > 1 else ""
 
 
 def listing(folder: Path) -> str:

@@ -1,7 +1,8 @@
 """Numbers that somebody else's function returns for samples."""
 
+import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lit_rlft.core.checks import UsageError
@@ -27,7 +28,19 @@ def numbers_of(function: Callable[..., Any], noun: str, *samples: Sequence[Any])
     """
     name, wanted = name_of(function, "the function"), len(samples[0])
     advice = f"return one number, or None, for each of the {noun}"
+    try:
+        inspect.signature(function).bind(*samples)
+    except TypeError as error:
+        raise UsageError(
+            f"reward.init_args.function: {name}: {error}; it is called with {len(samples)} "
+            f"{'list' if len(samples) == 1 else 'lists'}, of {noun} first"
+        ) from error
+    except ValueError:  # functions of compiled modules may have no signature
+        pass
     returned = function(*(list(part) for part in samples))
+    if isinstance(returned, str | Mapping):
+        kind = type(returned).__name__
+        raise UsageError(f"reward.init_args.function: {name} returned a {kind}; {advice}")
     try:
         values = [math.nan if value is None else float(value) for value in returned]
     except (TypeError, ValueError) as error:

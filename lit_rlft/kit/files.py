@@ -15,6 +15,8 @@ def existing(path: Path) -> Path:
     Raises:
         UsageError: There is no such file.
     """
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; give a file")
     if not path.is_file():
         raise UsageError(f"there is no file {path}")
     return path

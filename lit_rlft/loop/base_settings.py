@@ -2,10 +2,13 @@
 
 from typing import Any
 
-from lit_rlft.core.checks import BadArgument, at_least, positive, require
+from torch import Tensor
+
+from lit_rlft.core.checks import BadArgument, UsageError, at_least, positive, require
 from lit_rlft.core.contract import check_networks
 from lit_rlft.core.process import Process
 from lit_rlft.core.sampling import Sampler
+from lit_rlft.core.state import described
 
 __all__ = ["check_sampler", "check_settings"]
 
@@ -33,7 +36,24 @@ def check_settings(owner: Any) -> None:
 
 
 def check_sampler(sampler: Sampler, process: Process) -> None:
-    """Raise BadArgument where a process does not have the sampler's kind of noise."""
+    """Raise UsageError where a process lacks the sampler's kind of noise, or has no right grid."""
+    num, name = sampler.num_steps, type(process).__name__
+    grids: dict[str, tuple[Any, int]] = {
+        "times": (process.times(num), num + 1),
+        "ends": (process.ends(num), num),
+    }
+    for what, (grid, size) in grids.items():
+        if not isinstance(grid, Tensor) or grid.shape != (size,):
+            raise UsageError(
+                f"{name}.{what}({num}) returned {described(grid)}; it is a tensor [{size}]"
+            )
+        if not 0 <= grid.min() <= grid.max() <= 1:
+            raise UsageError(
+                f"{name}.{what}({num}) runs from {grid[0]:g} to {grid[-1]:g}; levels lie in [0, 1]"
+            )
+    times = grids["times"][0]
+    if (times.diff() > 0).any():
+        raise UsageError(f"{name}.times({num}) increases; a sampler's levels decrease to data")
     holds = sampler.transition == "eta" or process.has_sde
     rule = "whose states follow no differential equation; set it, and sampler.eta to 1"
     require(holds, sampler, "transition", f"eta for a {type(process).__name__}, {rule}")

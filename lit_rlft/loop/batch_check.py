@@ -7,7 +7,6 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lit_rlft.core.checks import UsageError
-from lit_rlft.core.contract import num_rows
 from lit_rlft.core.state import described
 
 __all__ = ["BatchCheck", "check_batch"]
@@ -16,7 +15,9 @@ _REMEDY = "lit_rlft.kit.data.SplitData and its Rows make such batches"
 
 
 def check_batch(batch: Any) -> None:
-    """Raise UsageError unless a batch is a dict of columns of equal length with its `index`.
+    """Raise UsageError unless a batch is a dict with its `index`.
+
+    Other columns are the pipeline's own affair: what it makes of them is checked.
 
     All noise is seeded by `index`: rows of the same number would get the same samples.
     """
@@ -30,13 +31,6 @@ def check_batch(batch: Any) -> None:
     whole = isinstance(index, Tensor) and not index.is_floating_point() and index.dim() == 1
     if not whole:
         raise UsageError(f"the data yield {described(index)} as index; {rule}")
-    sizes = {name: num_rows(column) for name, column in batch.items()}
-    other = [name for name, size in sizes.items() if size not in (None, len(index))]
-    if other:
-        raise UsageError(
-            f"the data yield batches with {len(index)} numbers as index and {sizes[other[0]]} rows "
-            f"of {other[0]}; all columns have the same rows"
-        )
 
 
 class BatchCheck(Callback):

@@ -73,9 +73,17 @@ def check_experience(found: Any, name: str) -> None:
         raise UsageError(f"{name}.collect returned {problem}")
 
 
+_PARTS = {"states": Mapping, "condition": Condition, "metrics": Mapping, "histograms": Mapping}
+
+
 def _problem(found: Any) -> str | None:
     if not isinstance(found, Experience):
         return f"{described(found)}; it returns a lit_rlft.loop.experience.Experience"
+    for name, kind in _PARTS.items():
+        if not isinstance(part := getattr(found, name), kind):
+            return f"an Experience whose {name} is {described(part)}; it is a {kind.__name__}"
+    if not hasattr(found.seeds, "__len__"):
+        return f"an Experience whose seeds are {described(found.seeds)}; they are n integers"
     num = len(found)
     for name, state in found.states.items():
         if num_rows(state) != num:
@@ -85,7 +93,7 @@ def _problem(found: Any) -> str | None:
     if found.counts is not None and sum(found.counts) != num:
         return f"an Experience with {num} seeds, but counts for {sum(found.counts)} samples"
     for name, value in found.metrics.items():
-        if not isinstance(value, SupportsFloat) or num_rows(value) is not None:
+        if not isinstance(value, SupportsFloat) or num_rows(value) not in (None, 1):
             return f"an Experience whose metric {name!r} is {described(value)}; it is a number"
     for name, values in found.histograms.items():
         if not isinstance(values, Tensor):

@@ -231,7 +231,8 @@ def test_pictures_are_decoded_as_many_at_a_time_as_fit(
 
 @pytest.mark.slow
 def test_plain_defaults_on_a_processor_are_said(caplog: pytest.LogCaptureFixture) -> None:
-    run("fit", "graft", "run", AUTO)
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
+        run("fit", "graft", "run", AUTO)
     assert (
         "batch sizes (auto): model.microbatch_size all, model.sampling_batch_size 64; only GPUs "
         "tell what fits, so these are plain defaults"

@@ -11,12 +11,15 @@ from torch import Tensor, nn
 
 from lit_rlft import GRAFT, Condition, Pipeline, Reward, Sampler, SplitData
 from lit_rlft.core.checks import UsageError
+from lit_rlft.core.contract import check_networks
+from lit_rlft.core.gradient_plan import GradientPlan, check_plan
 from lit_rlft.core.process import GaussianProcess, MaskedProcess, Process, ProductProcess
 from lit_rlft.core.process.uniform import UniformProcess
 from lit_rlft.core.samples import Samples
 from lit_rlft.core.schedule import RectifiedFlow
 from lit_rlft.core.state import State
 from lit_rlft.kit.data import Rows
+from lit_rlft.loop.base_settings import check_sampler
 
 QUIET: dict[str, Any] = {"logger": False, "enable_checkpointing": False}
 FIVE = {"index": torch.arange(5)}
@@ -67,6 +70,15 @@ class Points(Pipeline):
     def states(self, batch: Any) -> Any:
         return self.answers.get("states", torch.zeros(5, 2))
 
+    def keys(self, samples: Any, condition: Condition) -> Any:
+        return self.answers.get("keys")
+
+    def features(self, condition: Condition) -> Any:
+        return self.answers.get("features", torch.zeros(len(condition), 1))
+
+    def tokens(self, condition: Condition) -> Any:
+        return self.answers.get("tokens", torch.zeros(len(condition), 1, 1))
+
 
 @dataclass(frozen=True)
 class Stars(Samples):
@@ -93,6 +105,9 @@ def ask(pipeline: Points, method: str) -> Any:
         "forward": (x, t, c),
         "decode": (x, c),
         "render": (x, c),
+        "keys": (x, c),
+        "features": (c,),
+        "tokens": (c,),
     }
     return getattr(pipeline, method)(*given[method])
 
@@ -121,11 +136,17 @@ ANSWERS = [
     ("predict", lambda right: (right,), "returned a tuple; a prediction is"),
     ("predict", lambda right: right[:, :1], r"\[5, 1\]; for these states it is \[5, 2\]"),
     ("predict", lambda right: right.mean(dim=1), r"float32 \[5\]; for these"),
+    ("predict", lambda right: right.to(torch.complex64), "complex64 .*; a prediction is of floats"),
     ("forward", lambda right: right[:1], r"float32 \[1, 2\]; for these"),
     ("decode", None, "returned None; it returns samples"),
     ("decode", [1, 2, 3, 4], "a list for 5 states"),
     ("decode", torch.zeros(1, 2), r"float32 \[1, 2\] for 5 states"),
     ("decode", Stars(torch.zeros(4, 2)), "a Stars for 5 states"),
+    ("keys", [0], "a list; it returns a list with a key for each sample"),
+    ("keys", torch.zeros(5), "it returns a list with a key for each sample"),
+    ("features", torch.zeros(1, 3), r"float32 \[1, 3\]; features are a tensor \[5, F\]"),
+    ("tokens", torch.zeros(5, 3), r"float32 \[5, 3\]; tokens are a tensor \[5, L, F\]"),
+    ("encode", {"tables": None}, "whose tables are None; they are a dict"),
     ("render", None, r"returned None; pictures are a tensor \[5, 3, H, W\]"),
     ("render", torch.zeros(5, 8, 8), r"float32 \[5, 8, 8\]; pictures"),
     ("render", torch.zeros(5, 3, 8, 8, dtype=torch.uint8), "uint8"),
@@ -147,6 +168,82 @@ def test_arguments_may_be_named_in_any_order() -> None:
     pipeline, x, t = Points(predict=lambda right: right[:, :1]), torch.zeros(5, 2), torch.ones(5)
     with pytest.raises(UsageError, match=r"for these states it is \[5, 2\]"):
         pipeline.predict(condition=condition(), t=t, x_t=x)
+
+
+class Wide(Points):
+    """Predicts more than a state; a subclass takes its part."""
+
+    def predict(self, x_t: State, t: Tensor, condition: Condition) -> Any:
+        return super().predict(x_t, t, condition).repeat(1, 2)
+
+
+class Narrow(Wide):
+    """Takes the part, at a scale."""
+
+    def predict(self, x_t: State, t: Tensor, condition: Condition, scale: float = 1.0) -> Any:
+        return scale * super().predict(x_t=x_t, t=t, condition=condition)[:, :2]
+
+
+class Forwarding(Points):
+    """Passes all arguments on."""
+
+    def predict(self, *args: Any, **named: Any) -> Any:
+        return super().predict(*args, **named)
+
+
+class Plain(Points):
+    """Has a static method, and one that needs less."""
+
+    @staticmethod
+    def describe_all(samples: Any) -> int:
+        return len(samples)
+
+    @staticmethod
+    def decode(x_0: State, condition: Condition) -> Any:  # type: ignore[override]
+        return x_0
+
+    def render(self, samples: Any, condition: Condition | None = None) -> Any:
+        return torch.zeros(len(samples), 3, 8, 8)
+
+
+def test_methods_may_be_written_in_any_way() -> None:
+    x, t, c = torch.zeros(5, 2), torch.ones(5), condition()
+    assert Narrow().predict(x, t, c, 2.0).shape == (5, 2)
+    assert Narrow().predict(x, t, c, scale=2.0).shape == (5, 2)
+    assert Forwarding().predict(x_t=x, t=t, condition=c).shape == (5, 2)
+    assert Plain().decode(x, c).shape == (5, 2)
+    assert Plain().render(x).shape == (5, 3, 8, 8)
+    with pytest.raises(UsageError, match=r"Wide\.predict returned .* \[5, 4\]; for these"):
+        Wide().predict(x, t, c)
+
+
+class Mixed:
+    """A method for pipelines, in a class that is none."""
+
+    def predict(self, x_t: State, t: Tensor, condition: Condition) -> Any:
+        return None
+
+
+class Mixture(Mixed, Points):
+    """Has it."""
+
+
+def test_a_mixin_is_no_way_around() -> None:
+    with pytest.raises(UsageError, match=r"Mixture\.predict returned None"):
+        ask(Mixture(), "predict")
+
+
+def test_states_are_asked_for_before_there_is_a_process() -> None:
+    assert len(Points(process=None).blank(condition())) == 5
+
+
+@pytest.mark.parametrize("part", ["denoiser", "process"])
+def test_parts_of_another_kind_are_told(part: str) -> None:
+    pipeline: Any = Points()
+    del pipeline._modules[part]
+    object.__setattr__(pipeline, part, "a name")
+    with pytest.raises(UsageError, match=f"the {part} of Points is a str; it is a"):
+        check_networks(pipeline)
 
 
 def test_samples_of_any_type_pass_and_are_selected_by_who_knows_them() -> None:
@@ -193,6 +290,56 @@ def test_fields_are_checked_one_by_one() -> None:
     assert process.prediction_problem(wrong, x) == (
         "a tensor of float32 [5, 1]; for these states it is [5, 2] (field 'place')"
     )
+
+
+@pytest.mark.parametrize("wrong", [torch.ones(()), torch.ones(5, 2), None])
+def test_a_process_of_ones_own_has_a_loss_per_sample(wrong: Any) -> None:
+    """A mean would be broadcast against the weights of samples."""
+
+    class Own(GaussianProcess):
+        def loss(self, prediction: State, x_s: State, x_t: State, s: Tensor, t: Tensor) -> Tensor:
+            return wrong
+
+    x, t = torch.zeros(5, 2), torch.ones(5)
+    with pytest.raises(UsageError, match=r"Own\.loss returned .*; .* one loss per sample, \[5\]"):
+        Own(RectifiedFlow(), "velocity").loss(x, x, x, 0 * t, t)
+
+
+@pytest.mark.parametrize(
+    ("times", "sentence"),
+    [
+        (torch.linspace(1, 0, 3), r"returned a tensor of float32 \[3\]; it is a tensor \[5\]"),
+        ([1.0, 0.75, 0.5, 0.25, 0.0], "returned a list; it is a tensor"),
+        (torch.linspace(1000, 0, 5), r"runs from 1000 to 0; levels lie in \[0, 1\]"),
+        (torch.linspace(0, 1, 5), "increases; a sampler's levels decrease to data"),
+    ],
+)
+def test_a_grid_of_ones_own_decreases_within_the_levels(times: Any, sentence: str) -> None:
+    class Own(GaussianProcess):
+        def times(self, num_steps: int) -> Tensor:
+            return times
+
+        def ends(self, num_steps: int) -> Tensor:
+            return torch.linspace(1, 0, 5)[1:]
+
+    check_sampler(Sampler(num_steps=4), a_flow())
+    with pytest.raises(UsageError, match=rf"Own\.times\(4\) {sentence}"):
+        check_sampler(Sampler(num_steps=4), Own(RectifiedFlow(), "velocity"))
+
+
+@pytest.mark.parametrize(
+    ("plan", "sentence"),
+    [
+        (None, "returned None; it returns a GradientPlan"),
+        (GradientPlan(trained=frozenset({9})), r"trains steps \[9\]; .* 1 to 4"),
+        (GradientPlan(trained=frozenset({2}), stop=5), "stops at step 5; steps are 1 to 4"),
+        (GradientPlan(trained=frozenset({2}), stop=3), r"trains steps \[2\]; .* 3 to 4"),
+    ],
+)
+def test_a_plan_trains_steps_that_are_made(plan: Any, sentence: str) -> None:
+    check_plan(GradientPlan(trained=frozenset({2, 4})), 4, "Own")
+    with pytest.raises(UsageError, match=rf"Own\.draw {sentence}"):
+        check_plan(plan, 4, "Own")
 
 
 class Data(SplitData):

@@ -11,7 +11,7 @@ from domains.gaussian_mixture.rewards import Coordinate
 from lit_rlft.algorithms.graft import GRAFT
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
-from lit_rlft.core.reward import Reward, WeightedSum
+from lit_rlft.core.reward import Metrics, Reward, WeightedSum
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.evaluation.evaluator import Evaluator
 from lit_rlft.evaluation.kept import first_entries, first_of_all
@@ -137,3 +137,26 @@ def test_processes_render_their_shares_of_the_first_samples(
         assert places[0] == places[1] and len(places[0]) == number
         values = [[one["tuned"]["values"]["Coordinate"] for one in p] for p in (entries, expected)]
         assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+
+class Other(Reward):
+    """Measures something else under the name of a reward."""
+
+    name = "Coordinate"
+
+    def forward(self, samples: Tensor, condition: Condition) -> Tensor:
+        return 100 + samples[:, 0]
+
+
+def test_a_metric_of_a_rewards_name_has_another() -> None:
+    """It took the reward's place, and under `normalize` the combination's."""
+    alone, beside = started(Coordinate()), started(Coordinate())
+    beside.evaluator.metrics = Metrics([Other(), Other()])
+    for tuner in (alone, beside):
+        measure(tuner, 2, 8)
+    expected, found = (tuner.evaluator.summary() for tuner in (alone, beside))
+    for arm in ("tuned", "reference"):
+        assert found[arm]["Coordinate"] == expected[arm]["Coordinate"]
+        for name in ("Coordinate_2", "Coordinate_3"):
+            first = expected[arm]["Coordinate"]["mean"]
+            assert found[arm][name]["mean"] == pytest.approx(100 + first, abs=1e-4)

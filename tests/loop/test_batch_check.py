@@ -50,7 +50,6 @@ COLUMNS = [
     ({"index": ["0"]}, "the data yield a list as index"),
     ({"index": torch.zeros(4)}, r"float32 \[4\] as index"),
     ({"index": torch.zeros(4, 1, dtype=torch.int64)}, r"int64 \[4, 1\] as index"),
-    ({"index": torch.arange(4), "prompt": ["a"]}, "4 numbers as index and 1 rows of prompt"),
 ]
 
 
@@ -64,6 +63,8 @@ def test_columns_of_any_kind_pass() -> None:
     state = {"box": torch.zeros(2, 3)}
     check_batch({"index": torch.arange(2), "prompt": ["a", "b"], "state": state, "seed": 3})
     check_batch({"index": torch.arange(2, dtype=torch.int32)})
+    # As torch's collate makes of a tuple in each row.
+    check_batch({"index": torch.arange(4), "size": [torch.ones(4), torch.ones(4)]})
 
 
 @pytest.mark.parametrize("loop", ["fit", "validate", "test", "predict"])

@@ -141,6 +141,8 @@ def read_smiles(path: Path, column: str = "smiles") -> Iterator[tuple[str, int, 
     Raises:
         UsageError: The file is missing or has no such column.
     """
+    if path.suffix.lower() in (".gz", ".bz2", ".xz", ".zip"):
+        raise UsageError(f"{path} is compressed; unpack it first")
     with existing(path).open(encoding=encoding(path), errors="replace", newline="") as file:
         if path.suffix.lower() != ".csv":
             for number, line in enumerate(file, 1):

@@ -10,13 +10,15 @@ from numpy.typing import NDArray
 
 from domains.molecule.chemistry import bonds
 from domains.molecule.chemistry.batch import Chemistry
-from domains.molecule.chemistry.elements import ATOMIC_NUMBERS
+from domains.molecule.chemistry.elements import ATOMIC_NUMBERS, VALENCES
 from domains.molecule.samples import EMPTY, Molecules
 from lit_rlft.kit.bad_entries import BadEntry, Report, usable
 
 __all__ = ["Packed", "Structure", "known_smiles", "molecules_of", "pack"]
 
 _CHUNK = 4096  # molecules
+_ENOUGH = 10  # molecules that tell of a file's units
+_FEW = 0.5  # share of stable molecules of a file whose units are doubtful
 _MISREAD = "bonds that are read as another molecule's"
 
 
@@ -96,12 +98,11 @@ def pack(
     Raises:
         UsageError: An entry is bad and `strict`, or no entry is good.
     """
-    report = Report(source, "molecules", strict)
+    report = Report(source, "molecules", strict, remedies=_remedies(elements, max_atoms))
     types_of = {symbol: i for i, symbol in enumerate(elements)}
     # Flat arrays: Python objects per molecule would take several times their memory.
     positions, types, numbers = array("f"), array("b"), array("i")
-    names: list[str] = []
-    meant: list[str] = []
+    names, meant = list[str](), list[str]()
     for entry in usable(entries, lambda entry: _fault(entry, types_of, max_atoms), report):
         _append(entry, types_of, max_atoms, positions, types)
         numbers.append(entry.number)
@@ -118,16 +119,31 @@ def pack(
             if fault:
                 report.leave_out(BadEntry(name, *fault))
         packed = packed.index(np.array([not fault for fault in faults]))
+    else:
+        report.notes += _doubts(packed, elements)
     report.num_kept = len(packed)
-    report.remedies = _remedies(elements, max_atoms)
     report.check()
     return packed, report
+
+
+def _doubts(packed: Packed, elements: Sequence[str]) -> list[str]:
+    """Return what suggests other units, or missing hydrogens; of the first molecules."""
+    few = packed.index(np.arange(min(len(packed), _CHUNK)))
+    if "H" not in elements or len(few) < _ENOUGH:
+        return []
+    share = float(_stability(few, tuple(elements))[0].mean())
+    if share >= _FEW:
+        return []
+    return [
+        f"of these {1 - share:.0%} have bonds that are not their valences: are positions in "
+        "Angstrom, and all hydrogens there?"
+    ]
 
 
 def _remedies(elements: Sequence[str], max_atoms: int) -> dict[str, str]:
     """Return what to do about kinds of faults."""
     return {
-        f"elements other than {', '.join(elements)}": "name them in elements",
+        f"elements other than {', '.join(elements)}": _of_elements(elements),
         f"more atoms than {max_atoms}": "raise max_atoms",
         "missing hydrogens": "add hydrogens, or set elements to heavy atoms alone",
         "more than one part": "write each part on a line of its own",
@@ -136,6 +152,13 @@ def _remedies(elements: Sequence[str], max_atoms: int) -> dict[str, str]:
         "bonds beyond a valence": "set only_stable to false",
         _MISREAD: "set only_stable to false",
     }
+
+
+def _of_elements(elements: Sequence[str]) -> str:
+    """Return what to do about other elements: the bond tables know no more than theirs."""
+    if set(VALENCES) <= set(elements):
+        return f"no others than {', '.join(VALENCES)} are known here"
+    return f"name them in elements, which may be {', '.join(VALENCES)}"
 
 
 def molecules_of(

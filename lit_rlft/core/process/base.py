@@ -2,6 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import wraps
+from inspect import isfunction
 from typing import Any
 
 import torch
@@ -12,12 +14,28 @@ from lit_rlft.core.distribution import Distribution
 from lit_rlft.core.process.noise import FlowSDE, Noise, Within, within
 from lit_rlft.core.process.steps import Steps, StepTables
 from lit_rlft.core.randomness import Generators
-from lit_rlft.core.state import State, leaves
+from lit_rlft.core.state import State, batch_size, described, leaves
 
 __all__ = ["Process", "Step"]
 
 Step = Callable[[State, State, State], Distribution]
 """`Process.step`."""
+
+
+def _one_each(loss: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a loss that raises UsageError unless it is [B]: others would broadcast in silence."""
+
+    @wraps(loss)
+    def answer(process: Any, prediction: State, *given: Any, **named: Any) -> Any:
+        value, num = loss(process, prediction, *given, **named), batch_size(prediction)
+        if not isinstance(value, Tensor) or value.shape != (num,):
+            raise UsageError(
+                f"{type(process).__name__}.loss returned {described(value)}; it is a tensor with "
+                f"one loss per sample, [{num}]"
+            )
+        return value
+
+    return answer
 
 
 class Process(nn.Module, ABC):
@@ -55,6 +73,8 @@ class Process(nn.Module, ABC):
                 f"{cls.__name__} overrides transition; override its halves, coefficients and step, "
                 "which samplers call"
             )
+        if isfunction(loss := vars(cls).get("loss")):
+            cls.loss = _one_each(loss)  # type: ignore[method-assign]
 
     def state_problem(self, x: State) -> str | None:
         """Say what x is, if it is no state of this process: its type, and what states are.

@@ -24,9 +24,11 @@ def class_problem(x: State, process: str) -> str | None:
 
 def shape_problem(prediction: State, shape: Sequence[int]) -> str | None:
     """Say what a prediction is unless it is a tensor of this shape."""
-    if isinstance(prediction, Tensor) and prediction.shape == tuple(shape):
-        return None
-    return f"{described(prediction)}; for these states it is {list(shape)}"
+    if not isinstance(prediction, Tensor) or prediction.shape != tuple(shape):
+        return f"{described(prediction)}; for these states it is {list(shape)}"
+    if not prediction.is_floating_point():
+        return f"{described(prediction)}; a prediction is of floats"
+    return None
 
 
 def first_problem(problems: Mapping[str, str | None]) -> str | None:

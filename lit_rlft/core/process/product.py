@@ -50,7 +50,7 @@ class ProductProcess(Process):
         return process
 
     def state_problem(self, x: State) -> str | None:
-        if isinstance(x, Tensor) or set(x) != set(self.names):
+        if isinstance(x, Tensor) or not set(x).issuperset(self.names):
             return f"{described(x)}; the fields of a {type(self).__name__} are {self.names}"
         problems = {name: self.field(name).state_problem(x[name]) for name in self.names}
         return first_problem(problems)

@@ -212,6 +212,13 @@ def test_xtb_of_known_molecules() -> None:
         rewards.XTB("energy")  # type: ignore[arg-type]
 
 
+def test_hydrogens_of_patterns_are_those_of_their_neighbours() -> None:
+    """Molecules have none as atoms: "[O][H]" matched nothing, and stood in `absent` for all."""
+    molecules = from_smiles("CCO", "COC")
+    for smarts in ("[OX2H]", "[O][H]", "[H]O"):
+        assert reward_of(rewards.Substructures([smarts]), molecules) == [1, 0]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -220,6 +227,10 @@ def test_xtb_of_known_molecules() -> None:
         (lambda: rewards.AtomCount("S", 1), "symbol must be one of"),
         (lambda: rewards.Substructures(), "needs patterns"),
         (lambda: rewards.Substructures(["[C"]), "is no SMARTS pattern"),
+        (lambda: rewards.Substructures([""]), "is no SMARTS pattern"),
+        (lambda: rewards.Substructures("CO"), "are lists of patterns"),
+        (lambda: rewards.Substructures(["[H]"]), "a hydrogen that is an atom of its own"),
+        (lambda: rewards.Substructures(["C"], ["[#1]"]), "a hydrogen that is an atom of its own"),
         (lambda: rewards.SoftValence(temperature=0), "temperature must be positive"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from domains.molecule.rewards import AtomCount, FunctionReward
 from domains.molecule.samples import Molecules
 from domains.molecule.top_molecules import TopMolecules
 from lit_rlft.cli import main
-from lit_rlft.core.checks import BadArgument
+from lit_rlft.core.checks import BadArgument, UsageError
 from tests.domains.molecule.known import conditions, from_atoms, geometry
 
 SMILES = ["CCO", "CCC", "CCO", "CCCN", "CCCCO"]
@@ -64,6 +65,29 @@ def test_a_function_gets_molecules_with_positions() -> None:
     values = FunctionReward(extent, invalid=-1.0)(batch, conditions(3))
     assert [Chem.MolToSmiles(Chem.RemoveHs(mol)) for mol in seen] == ["CCO", "C"]
     assert values[0] == -1 and values[2] == -1 and 0 < values[1] < 2
+
+
+def test_a_number_for_invalid_molecules_that_is_no_worst_is_warned_of() -> None:
+    reward, batch = FunctionReward(lambda mols: [-5.0] * len(mols)), from_atoms([geometry("C")])
+    with pytest.warns(UserWarning, match="returned -5 for a valid molecule, less than the 0 of"):
+        reward(batch, conditions(1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reward(batch, conditions(1))  # said once
+        FunctionReward(lambda mols: [-5.0] * len(mols), invalid=-9.0)(batch, conditions(1))
+
+
+@pytest.mark.parametrize(
+    ("function", "sentence"),
+    [
+        (lambda mols, prompts: [0.0], "it is called with 1 list, of molecules first"),
+        (lambda mols: "1", "returned a str; return one number, or None, for each"),
+        (lambda mols: {1.0: "a"}, "returned a dict; return one number"),
+    ],
+)
+def test_a_function_that_fits_nothing_is_told(function: Any, sentence: str) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        FunctionReward(function)(from_atoms([geometry("C")]), conditions(1))
 
 
 def test_another_program_scores_as_the_page_says(

@@ -85,6 +85,7 @@ def test_plan_weighs_it_while_it_decodes(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(command, "report", kept_plan)
     steps = ["--model.sampler.num_steps=2", "--data.batch_size=4", "--model.minibatch_size=4"]
+    steps.append("--pipeline.decode_batch_size=4")  # not "auto", which a plan weighs at its least
     for more in ([], ["--pipeline.offload=[vae]"]):
         main(["plan", "--config=shapes", "--config=graft", *steps, *more])
     kept, idle = plans

@@ -5,6 +5,7 @@ import io
 import re
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -630,3 +631,32 @@ def test_nothing_left_names_the_key_and_keeps_the_list(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"entry 1 at line 1: 9 atoms.*raise max_atoms; every"):
         source.load()
     assert len(source.left_out().splitlines()) == 7
+
+
+def test_positions_in_other_units_are_doubted() -> None:
+    right = [Structure(str(i), i, *geometry("CCO")) for i in range(12)]
+    bohr = [replace(one, positions=one.positions * 1.8897) for one in right]
+    packed, report = pack(bohr, EXPLICIT, 9, source="a file")
+    assert len(packed) == 12
+    assert "of these 100% have bonds that are not their valences: are positions in Ang" in str(
+        report
+    )
+    _, report = pack(right, EXPLICIT, 9, source="a file")
+    assert "Angstrom" not in str(report)
+
+
+def test_elements_that_are_not_known_have_a_remedy_that_works() -> None:
+    sulphur = Structure("1", 1, ("S", "H", "H"), geometry("O")[1])
+    with pytest.raises(UsageError, match="no others than H, C, N, O, F are known here"):
+        pack([sulphur], EXPLICIT, 9, source="a file")
+    with pytest.raises(UsageError, match="name them in elements, which may be H, C, N, O, F"):
+        pack([sulphur], ("H", "C"), 9, source="a file")
+
+
+@pytest.mark.parametrize("name", ["a.smi.gz", "a.csv.bz2"])
+def test_compressed_files_and_folders_are_refused_as_such(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"\x1f\x8b")
+    with pytest.raises(UsageError, match=r"is compressed; unpack it first"):
+        list(read_smiles(tmp_path / name))
+    with pytest.raises(UsageError, match="is a folder; give a file"):
+        list(read_smiles(tmp_path))
