@@ -177,6 +177,9 @@ def _without_key(text: str) -> str:
         return f"{short(keys, 120)} must be given, by an option or in a config"
     if found := re.search("[Uu]nrecognized arguments: (.*)", text):
         return f"there is no option {short(found.group(1), 120)}; lit-rlft COMMAND --help shows all"
+    if found := re.search('Spaces not allowed in keys: "(.*)"', text):
+        key = short(found.group(1), 120)
+        return f"there is no key {key!r}: keys have no spaces; look into the files of --config"
     return short(text, 250)
 
 

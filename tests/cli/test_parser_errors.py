@@ -59,6 +59,7 @@ FILES = {
         ".*ecursive interpolation",
     ),
     "nowhere.yaml": (b"model: {init_args: {cut: '${no.where}'}}", r"model.init_args.cut: .*no\.w"),
+    "space.yaml": (b"data:\n$  cut: 0.5\n", r"there is no key '\$ +cut': keys have no spaces"),
     "typo.yaml": (b"modle: {init_args: {cut: 1}}", "there is no key modle.init_args.cut"),
 }  # fmt: skip
 FUNCTION = "reward=domains.layout.rewards.FunctionReward"

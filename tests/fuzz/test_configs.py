@@ -27,6 +27,7 @@ DOMAINS = (*QUICK_DOMAINS, "layout_mixed", "molecule_mixed", "digits", "shapes")
 ALGORITHMS = sorted(path.stem for path in (ROOT / "configs/algorithms").glob("*.yaml"))
 GRADIENTS = ("adjoint_matching", "align_prop", "draft", "draft_lv", "drtune", "refl")
 FROM_NOISE = ("inverse_noise_correction", "noise_ppo")
+STEPS = ("flow_grpo", "grpo_guard", "mix_grpo")
 FROM_DATA = ("inverse_noise_correction", "pretrain")
 KINDS = ("typo", "drop", "type", "number", "number", "class", "text", "add")
 NUMBERS = (math.nan, math.inf, -math.inf, -1, -0.5, 0, 10**15, 1e300)
@@ -74,10 +75,12 @@ def refusals(domain: str, algorithm: str) -> list[str]:
     words = []
     if algorithm in GRADIENTS and domain == "shapes":
         words.append("differentiable reward")
-    if algorithm in (*GRADIENTS, *FROM_NOISE) and domain.endswith("_mixed"):
+    if algorithm in (*GRADIENTS, *FROM_NOISE, *STEPS) and domain.endswith("_mixed"):
         words.append("ProductProcess")
     if algorithm in FROM_DATA and domain == "shapes":
         words.append("the data have no")
+    if algorithm == "dpo_offline":
+        words.append("the data have no pairs")
     return words
 
 
