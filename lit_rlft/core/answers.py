@@ -4,14 +4,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from itertools import count
-from typing import Any, TypeVar
+from typing import Any, SupportsFloat, TypeVar
 
 import torch
 from torch import Tensor
 
 from lit_rlft.core.checks import UsageError
+from lit_rlft.core.state import num_rows
 
-__all__ = ["apart", "device_of", "numbers", "tensors", "unchanged"]
+__all__ = ["apart", "device_of", "is_number", "numbers", "tensors", "unchanged"]
 
 M = TypeVar("M")
 
@@ -34,6 +35,11 @@ def tensors(samples: Any) -> Iterator[Tensor]:
 def device_of(samples: Any, default: torch.device) -> torch.device:
     """Return where samples are: the device of their first tensor, or the default without any."""
     return next((one.device for one in tensors(samples)), default)
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value is one number, of Python, torch or numpy."""
+    return isinstance(value, SupportsFloat) and num_rows(value) in (None, 1)
 
 
 def apart(own: Mapping[str, M], others: Mapping[str, M]) -> dict[str, M]:

@@ -14,9 +14,9 @@ from torch import Tensor, int64, nn
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.condition import Condition
 from lit_rlft.core.process import Process
-from lit_rlft.core.state import State, batch_size, described, leaves
+from lit_rlft.core.state import State, batch_size, described, is_state, leaves, num_rows
 
-__all__ = ["check_answers", "check_networks", "num_rows"]
+__all__ = ["check_answers", "check_networks"]
 
 Check = Callable[[Any, Any, Any], str | None]
 """From a pipeline, its method's answer and the method's first argument to the problem, if any."""
@@ -24,12 +24,15 @@ Check = Callable[[Any, Any, Any], str | None]
 
 def check_networks(pipeline: nn.Module) -> None:
     """Raise UsageError unless a pipeline has a denoiser and a process."""
-    for name, what in (("denoiser", "the network to train"), ("process", "its noising process")):
+    parts: dict[str, tuple[str, type]] = {
+        "denoiser": ("the network to train", nn.Module),
+        "process": ("its noising process", Process),
+    }
+    for name, (what, kind) in parts.items():
         if not hasattr(pipeline, name):
             raise UsageError(
                 f"{_name(pipeline)} has no {name}; set self.{name}, {what}, in its __init__"
             )
-    for name, kind in (("denoiser", nn.Module), ("process", Process)):
         if not isinstance(own := getattr(pipeline, name), kind):
             raise UsageError(
                 f"the {name} of {_name(pipeline)} is {described(own)}; it is a {kind.__name__}"
@@ -117,7 +120,7 @@ def _states(pipeline: Any, value: Any, batch: Mapping[str, Any]) -> str | None:
 
 
 def _state(pipeline: Any, value: Any, num: int | None) -> str | None:
-    if not _is_state(value):
+    if not is_state(value):
         return f"{described(value)}; a state is a tensor or a dict of tensors, the batch first"
     process = getattr(pipeline, "process", None)  # asked within __init__ there may be none yet
     if process is not None and (problem := process.state_problem(value)):
@@ -129,7 +132,7 @@ def _state(pipeline: Any, value: Any, num: int | None) -> str | None:
 
 
 def _prediction(pipeline: Any, value: Any, x_t: State) -> str | None:
-    if not _is_state(value):
+    if not is_state(value):
         return f"{described(value)}; a prediction is a tensor or a dict of tensors, as the state is"
     problem: str | None = pipeline.process.prediction_problem(value, x_t)
     return problem
@@ -189,11 +192,6 @@ _CHECKS: Mapping[str, tuple[str, Check]] = {
 """The check of each method, and the name of the argument that it needs."""
 
 
-def _is_state(value: Any) -> bool:
-    parts = value.values() if isinstance(value, dict) else [value]
-    return bool(parts) and all(isinstance(part, Tensor) and part.dim() > 0 for part in parts)
-
-
 def _batch_rows(batch: Mapping[str, Any]) -> int | None:
     """Return how many rows a batch has, or None where no column tells."""
     if not isinstance(batch, Mapping):
@@ -201,20 +199,6 @@ def _batch_rows(batch: Mapping[str, Any]) -> int | None:
     columns = [batch["index"]] if "index" in batch else batch.values()
     sizes = {num for num in map(num_rows, columns) if num is not None}
     return sizes.pop() if len(sizes) == 1 else None
-
-
-def num_rows(value: Any) -> int | None:
-    """Return how many rows a value has: of a state B; None where it does not tell."""
-    if _is_state(value):
-        sizes = {leaf.size(0) for leaf in leaves(value)}
-        return sizes.pop() if len(sizes) == 1 else None
-    # Of a tuple the parts may have the rows, as default_collate's and named tuples have.
-    if isinstance(value, Mapping | Tensor | str | bytes | tuple):
-        return None
-    try:
-        return len(value)
-    except TypeError:  # also arrays of numpy without dimensions
-        return None
 
 
 def _name(pipeline: object) -> str:

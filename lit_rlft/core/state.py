@@ -4,7 +4,8 @@ Algorithms treat a state as opaque and only use the functions of this module; a 
 arithmetic on states.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -19,7 +20,9 @@ __all__ = [
     "fields_of",
     "flatten",
     "index",
+    "is_state",
     "leaves",
+    "num_rows",
     "repeat",
     "slices",
     "split",
@@ -123,6 +126,26 @@ def fields_of(state: State) -> dict[str, Tensor]:
     if isinstance(state, Tensor):
         raise TypeError("expected a dict of fields, got a tensor state")
     return state
+
+
+def is_state(value: object) -> TypeGuard[State]:
+    """Return whether a value is a tensor or a dict of tensors, each with a batch."""
+    parts = value.values() if isinstance(value, dict) else [value]
+    return bool(parts) and all(isinstance(part, Tensor) and part.dim() > 0 for part in parts)
+
+
+def num_rows(value: Any) -> int | None:
+    """Return how many rows a value has: of a state B; None where it does not tell."""
+    if is_state(value):
+        sizes = {leaf.size(0) for leaf in leaves(value)}
+        return sizes.pop() if len(sizes) == 1 else None
+    # Of a tuple the parts may have the rows, as default_collate's and named tuples have.
+    if isinstance(value, Mapping | Tensor | str | bytes | tuple):
+        return None
+    try:
+        return len(value)
+    except TypeError:  # also arrays of numpy without dimensions
+        return None
 
 
 def described(value: object) -> str:

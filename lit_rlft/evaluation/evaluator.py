@@ -12,7 +12,6 @@ from torch import Tensor
 
 from lit_rlft.core.answers import apart, unchanged
 from lit_rlft.core.checks import UsageError
-from lit_rlft.core.contract import num_rows
 from lit_rlft.core.divergence import path_kl
 from lit_rlft.core.figure import Figure
 from lit_rlft.core.pipeline import Batch, Condition
@@ -25,7 +24,7 @@ from lit_rlft.core.reward import (
     check_rewards,
     values_of,
 )
-from lit_rlft.core.state import State, described, index
+from lit_rlft.core.state import State, described, index, num_rows
 from lit_rlft.core.streams import Stream
 from lit_rlft.distributed import gather, telling
 from lit_rlft.evaluation.best_of import best_of

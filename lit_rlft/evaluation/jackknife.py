@@ -24,14 +24,14 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, SupportsFloat
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from lit_rlft.core.answers import is_number
 from lit_rlft.core.checks import UsageError
-from lit_rlft.core.contract import num_rows
 from lit_rlft.core.reward import SetMetric
 from lit_rlft.core.state import described
 
@@ -144,7 +144,7 @@ def _numbers(metric: SetMetric, features: Features) -> dict[str, float]:
     if not isinstance(found, dict):
         raise UsageError(f"{name} returned {described(found)}; it is a dict of numbers")
     for key, value in found.items():
-        if not isinstance(value, SupportsFloat) or num_rows(value) not in (None, 1):
+        if not is_number(value):
             raise UsageError(f"{name} returned {described(value)} as {key!r}; it is a number")
     return {key: float(value) for key, value in found.items()}
 

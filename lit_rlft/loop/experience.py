@@ -2,16 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, SupportsFloat
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lit_rlft.core.answers import is_number
 from lit_rlft.core.checks import UsageError
-from lit_rlft.core.contract import num_rows
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.samples import Samples
-from lit_rlft.core.state import State, described, index
+from lit_rlft.core.state import State, described, index, num_rows
 
 __all__ = ["Draw", "Experience", "check_experience"]
 
@@ -93,7 +93,7 @@ def _problem(found: Any) -> str | None:
     if found.counts is not None and sum(found.counts) != num:
         return f"an Experience with {num} seeds, but counts for {sum(found.counts)} samples"
     for name, value in found.metrics.items():
-        if not isinstance(value, SupportsFloat) or num_rows(value) not in (None, 1):
+        if not is_number(value):
             return f"an Experience whose metric {name!r} is {described(value)}; it is a number"
     for name, values in found.histograms.items():
         if not isinstance(values, Tensor):

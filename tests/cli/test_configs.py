@@ -212,16 +212,17 @@ def slow(needed: bool) -> list[pytest.MarkDecorator]:
     return [] if needed else [pytest.mark.slow]
 
 
+def pair(domain: Path, algorithm: Path, *, needed: bool) -> Any:
+    """Return a parameter of a test; one that is not needed does not run by default."""
+    name = f"{domain.stem}-{algorithm.stem}"
+    return pytest.param(domain, algorithm, id=name, marks=slow(needed))
+
+
 @pytest.mark.parametrize(
     ("domain", "algorithm"),
     [
         # By default each algorithm once, and each domain at least once.
-        pytest.param(
-            domain,
-            algorithm,
-            id=f"{domain.stem}-{algorithm.stem}",
-            marks=slow(j % len(DOMAINS) == i),
-        )
+        pair(domain, algorithm, needed=j % len(DOMAINS) == i)
         for i, domain in enumerate(DOMAINS)
         for j, algorithm in enumerate(ALGORITHMS)
     ],
@@ -249,12 +250,7 @@ def test_experiments_run_on_any_machine(experiment: Path) -> None:
 @pytest.mark.parametrize(
     ("domain", "algorithm"),
     [
-        pytest.param(
-            domain,
-            algorithm,
-            id=f"{domain.stem}-{algorithm.stem}",
-            marks=slow(runs_by_default(domain, algorithm)),
-        )
+        pair(domain, algorithm, needed=runs_by_default(domain, algorithm))
         for domain in DOMAINS
         if domain.stem in SMALL | MIXED | GIBBS
         for algorithm in ALGORITHMS

@@ -12,9 +12,9 @@ from tests.cli.test_configs import (
     GIBBS,
     MIXED,
     SMALL,
+    pair,
     refusal,
     run,
-    slow,
 )
 from tests.second_device import trainers_on_it
 
@@ -55,12 +55,7 @@ def second(second: torch.device) -> Iterator[torch.device]:
 @pytest.mark.parametrize(
     ("domain", "algorithm"),
     [
-        pytest.param(
-            domain,
-            algorithm,
-            id=f"{domain.stem}-{algorithm.stem}",
-            marks=slow(algorithm.stem in DEFAULT[domain.stem]),
-        )
+        pair(domain, algorithm, needed=algorithm.stem in DEFAULT[domain.stem])
         for domain in DOMAINS
         if domain.stem in (SMALL | MIXED | GIBBS) - {"molecule_gibbs"}
         for algorithm in ALGORITHMS

@@ -1,12 +1,10 @@
 """A pipeline of one's own whose methods answer wrongly is told so, in one sentence."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
-from lightning import Trainer
 from torch import Tensor, nn
 
 from lit_rlft import GRAFT, Condition, Pipeline, Reward, Sampler, SplitData
@@ -20,8 +18,8 @@ from lit_rlft.core.schedule import RectifiedFlow
 from lit_rlft.core.state import State
 from lit_rlft.kit.data import Rows
 from lit_rlft.loop.base_settings import check_sampler
+from tests.support import trainer_of
 
-QUIET: dict[str, Any] = {"logger": False, "enable_checkpointing": False}
 FIVE = {"index": torch.arange(5)}
 
 
@@ -358,18 +356,14 @@ class First(Reward):
 
 
 @pytest.mark.parametrize("missing", ["denoiser", "process"])
-def test_a_pipeline_without_a_part_is_told_before_anything_is_drawn(
-    missing: str, tmp_path: Path
-) -> None:
+def test_a_pipeline_without_a_part_is_told_before_anything_is_drawn(missing: str) -> None:
     tuner = GRAFT(Points(**{missing: None}), First(), sampler=Sampler(num_steps=2))
-    trainer = Trainer(max_epochs=1, accelerator="cpu", **QUIET, default_root_dir=tmp_path)
     with pytest.raises(UsageError, match=rf"Points has no {missing}; set self\.{missing}"):
-        trainer.fit(tuner, Data(batch_size=4))
+        trainer_of().fit(tuner, Data(batch_size=4))
 
 
-def test_a_prediction_that_would_broadcast_ends_a_fit(tmp_path: Path) -> None:
+def test_a_prediction_that_would_broadcast_ends_a_fit() -> None:
     wrong = Points(predict=lambda right: right[:, :1])
     tuner = GRAFT(wrong, First(), sampler=Sampler(num_steps=2))
-    trainer = Trainer(max_epochs=1, accelerator="cpu", **QUIET, default_root_dir=tmp_path)
     with pytest.raises(UsageError, match=r"Points\.predict returned a tensor of float32"):
-        trainer.fit(tuner, Data(batch_size=4))
+        trainer_of().fit(tuner, Data(batch_size=4))

@@ -1,11 +1,10 @@
 """Batches of a DataModule of one's own are looked at before anything is drawn for them."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning import LightningDataModule, Trainer
+from lightning import LightningDataModule
 from torch.utils.data import DataLoader, TensorDataset
 
 from domains.gaussian_mixture.pipeline import GaussianMixturePipeline
@@ -13,6 +12,7 @@ from domains.gaussian_mixture.rewards import Coordinate
 from lit_rlft import GRAFT, Sampler
 from lit_rlft.core.checks import UsageError
 from lit_rlft.loop.batch_check import check_batch
+from tests.support import trainer_of
 
 
 class Own(LightningDataModule):
@@ -26,17 +26,6 @@ class Own(LightningDataModule):
         return DataLoader(self.rows, batch_size=4)
 
     test_dataloader = predict_dataloader = val_dataloader = train_dataloader
-
-
-@pytest.fixture
-def trainer(tmp_path: Path) -> Trainer:
-    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False}
-    quiet |= {
-        "default_root_dir": tmp_path,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    return Trainer(max_epochs=1, accelerator="cpu", limit_val_batches=0, **quiet)
 
 
 def a_tuner() -> GRAFT:
@@ -68,14 +57,14 @@ def test_columns_of_any_kind_pass() -> None:
 
 
 @pytest.mark.parametrize("loop", ["fit", "validate", "test", "predict"])
-def test_every_loop_refuses_tuples(loop: str, trainer: Trainer) -> None:
+def test_every_loop_refuses_tuples(loop: str) -> None:
     data = Own(TensorDataset(torch.zeros(8, 2)))
-    trainer.limit_val_batches = 1.0 if loop == "validate" else 0
+    trainer = trainer_of(limit_val_batches=1.0 if loop == "validate" else 0)
     with pytest.raises(UsageError, match="the data yield a list"):
         getattr(trainer, loop)(a_tuner(), data)
 
 
-def test_rows_that_are_dicts_with_an_index_train(trainer: Trainer) -> None:
+def test_rows_that_are_dicts_with_an_index_train() -> None:
     tuner = a_tuner()
-    trainer.fit(tuner, Own([{"index": i} for i in range(8)]))
+    trainer_of().fit(tuner, Own([{"index": i} for i in range(8)]))
     assert tuner.num_rounds == 2
