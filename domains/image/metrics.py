@@ -56,7 +56,7 @@ class SetDistances(SourceDistances["_Real"]):
         at_least(2, self, max_images=max_images)
         at_least(1, self, num_neighbours=num_neighbours)
         self.source = source or Digits()
-        self.network = load_features(features)
+        self.network = load_features(features, f"{type(self).__name__}: features")
         self.max_images, self.num_neighbours = max_images, num_neighbours
 
     def check(self, pipeline: Pipeline) -> None:

@@ -67,7 +67,7 @@ class ClassProbability(Frozen, Reward):
             raise UsageError(
                 f"reward.init_args.output is {output!r}; use 'log_probability' or 'probability'"
             )
-        network = load_features(pretrained)
+        network = load_features(pretrained, f"{type(self).__name__}: pretrained")
         if not isinstance(network, FeatureNetwork):
             raise UsageError(
                 f"reward.init_args.pretrained: {pretrained!r} is no classifier; give "

@@ -100,7 +100,9 @@ class SetDistances(SourceDistances["_Real"]):
         super().__init__(num_draws)
         at_least(2, self, max_layouts=max_layouts)
         self.source = source or Grammar(num_pages=max_layouts, seed=1)
-        self.encoder = load_encoder(pretrained, self.source.classes)
+        self.encoder = load_encoder(
+            pretrained, self.source.classes, f"{type(self).__name__}: pretrained"
+        )
         self.max_layouts = max_layouts
 
     def check(self, pipeline: Pipeline) -> None:

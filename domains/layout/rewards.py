@@ -355,7 +355,7 @@ class Critic(Judge):
     def __init__(self, pretrained: str = "critic", output: Output = "log_probability") -> None:
         super().__init__(output)
         self.distinguishes = output != "probability"  # one can be 1, or 0, for all of them
-        self.encoder = load_encoder(pretrained)
+        self.encoder = load_encoder(pretrained, key=f"{type(self).__name__}: pretrained")
 
     def forward(self, samples: Any, condition: Condition) -> Tensor:
         """Return the critic's judgement of each layout, [B]."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from domains.molecule import EMBEDDED
-from domains.molecule.chemistry.batch import keys
+from domains.molecule.chemistry.batch import keys, sample_facts
 from domains.molecule.chemistry.elements import ATOMIC_NUMBERS
 from domains.molecule.networks import (
     EGNN,
@@ -255,6 +255,10 @@ class MoleculePipeline(Pipeline):
     def keys(self, samples: Any, condition: Condition) -> list[Hashable]:
         """Return canonical SMILES; molecules that are not valid are one class."""
         return keys(samples)
+
+    def sample_facts(self, samples: Any) -> list[dict[str, Any]]:
+        """Return each molecule's SMILES, its number of parts and whether it is stable."""
+        return sample_facts(samples)
 
     def save(self, folder: Path) -> list[Path]:
         """Write architecture and weights, a LoRA merged, as `pretrained` reads them."""

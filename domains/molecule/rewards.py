@@ -264,6 +264,10 @@ class AtomCount(_Target):
 class Substructures(_Chemical):
     """Share of SMARTS patterns that are present or absent as wanted, in [0, 1].
 
+    Raises:
+        UsageError: A text is no pattern; in `check`: a wanted one needs an element that the model
+            does not generate.
+
     Args:
         present: Patterns that a molecule shall have. On the command line with quotes within the
             list, '["[F,Cl,Br]"]': without them SMARTS' own brackets are a list's.
@@ -290,6 +294,17 @@ class Substructures(_Chemical):
         self.wishes += [(_pattern(smarts), False) for smarts in absent]
         self.all_or_nothing = all_or_nothing
         self._key = f"substructures {[*present]} {[*absent]}"
+
+    def check(self, pipeline: Pipeline) -> None:
+        elements = getattr(pipeline, "elements", None)
+        for pattern, wanted in self.wishes:
+            foreign = [] if elements is None else _foreign(pattern, elements)
+            if wanted and foreign:
+                raise UsageError(
+                    f"reward.init_args.present: {Chem.MolToSmarts(pattern)!r} needs "
+                    f"{', '.join(foreign)}, which no molecule here has; the model's elements are "
+                    f"{list(elements or ())}"
+                )
 
     def values(self, chemistry: Chemistry) -> NDArray[np.float64]:
         shares = chemistry.computed(self._key, self._share)
@@ -538,6 +553,19 @@ class SoftConnected(_Soft):
 
 
 _ELECTRONIC = ("dipole", "gap")
+
+
+def _foreign(pattern: Chem.Mol, elements: Sequence[str]) -> list[str]:
+    """Return elements that `elements` lack and an atom of a pattern has to be.
+
+    An atom of several ("[F,Cl]") or with a condition ("[CH3]") is taken to be met.
+    """
+    named = set()
+    for atom in pattern.GetAtoms():
+        number, symbol = atom.GetAtomicNum(), atom.GetSymbol()
+        if number and atom.GetSmarts().strip("[]").lower() in (symbol.lower(), f"#{number}"):
+            named.add(symbol)
+    return sorted(named - {*elements})
 
 
 def _pattern(smarts: str) -> Chem.Mol:

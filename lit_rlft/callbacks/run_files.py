@@ -230,13 +230,15 @@ class RunFiles(Callback):
         # NaN, where nobody gave a reward, is no JSON.
         rewards = [r if math.isfinite(r) else None for r in outputs.rewards.tolist()]
         name, checkpoint = pl_module.reward.name, _measured(trainer, pl_module)
+        facts = pl_module.pipeline.sample_facts(outputs.samples)
+        said = [{}] * len(paths) if facts is None else [{"facts": dict(fact)} for fact in facts]
         lines = [
             json.dumps(
-                {**entry, "seed": seed, "rewards": {name: r}, "file": p.name}
+                {**entry, "seed": seed, "rewards": {name: r}, **fact, "file": p.name}
                 | {"checkpoint": checkpoint}
             )
-            for entry, seed, r, p in zip(
-                outputs.condition.each(), outputs.seeds, rewards, paths, strict=True
+            for entry, seed, r, fact, p in zip(
+                outputs.condition.each(), outputs.seeds, rewards, said, paths, strict=True
             )
         ]
         path = folder.parent / f"samples_{trainer.global_rank}.jsonl"

@@ -253,6 +253,13 @@ class Pipeline(nn.Module, ABC):
         """Return each sample's equivalence class for de-duplication, or None where none exists."""
         return None
 
+    def sample_facts(self, samples: Any) -> Sequence[Mapping[str, Any]] | None:
+        """Return what samples.jsonl says of each decoded sample, or None for nothing.
+
+        Values are such as JSON can hold: a molecule's SMILES, whether it is stable.
+        """
+        return None
+
     def save(self, folder: Path) -> list[Path]:
         """Write the tuned model in the format of the domain's own tools; return what was written.
 

@@ -82,7 +82,7 @@ def vote(folder: Path) -> int:
 
 def _condition(sample: dict[str, Any]) -> str:
     """Return the condition's record as text."""
-    others = ("seed", "rewards", "file", "checkpoint")
+    others = ("seed", "rewards", "facts", "file", "checkpoint")
     return json.dumps({key: value for key, value in sample.items() if key not in others})
 
 

@@ -118,7 +118,7 @@ class FeatureNetwork(nn.Module):
         return load_weights(cls(FeatureArchitecture(**read_settings(folder)), name), folder)
 
 
-def load_features(pretrained: str) -> "FeatureNetwork | InceptionV3":
+def load_features(pretrained: str, key: str = "features") -> "FeatureNetwork | InceptionV3":
     """Return a frozen feature network.
 
     Its `name` is part of every metric's name: "digits_features" and the like for the embedded ones.
@@ -128,6 +128,7 @@ def load_features(pretrained: str) -> "FeatureNetwork | InceptionV3":
         pretrained: "digits_features", "shapes_features" (or the rewards' own, "digits_classifier",
             "shapes_classifier"), which are embedded, a folder that `FeatureNetwork.save` wrote, or
             the file of InceptionV3's weights in torch-fidelity's format.
+        key: The setting that gave it, for the message.
 
     Raises:
         UsageError: `pretrained` is none of these.
@@ -148,9 +149,9 @@ def load_features(pretrained: str) -> "FeatureNetwork | InceptionV3":
             EMBEDDED,
             read,
             kind="a feature network",
-            give="'digits_features', 'shapes_features', a folder that train.features wrote or the "
-            "file of InceptionV3's weights in torch-fidelity's format",
-            key="features",
+            give="'digits_features', 'shapes_features', a folder that train.features wrote or "
+            "InceptionV3's weights as torch-fidelity has them",
+            key=key,
         )
     return frozen(network)
 

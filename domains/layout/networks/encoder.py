@@ -163,13 +163,16 @@ class LayoutEncoder(nn.Module):
         return load_weights(cls(EncoderArchitecture(**read_settings(folder))), folder)
 
 
-def load_encoder(pretrained: str, classes: str | Sequence[str] = "publaynet") -> LayoutEncoder:
+def load_encoder(
+    pretrained: str, classes: str | Sequence[str] = "publaynet", key: str = "pretrained"
+) -> LayoutEncoder:
     """Return a frozen encoder.
 
     Args:
         pretrained: A folder that `save` wrote, "encoder" or "critic", which are embedded, or the
             file of a published network (`load_published`).
         classes: Classes of a published network, whose file does not name them.
+        key: The setting that gave it, for the message.
 
     Raises:
         UsageError: `pretrained` is none of these.
@@ -184,7 +187,7 @@ def load_encoder(pretrained: str, classes: str | Sequence[str] = "publaynet") ->
             kind="a layout encoder",
             give="'encoder', 'critic', a folder that LayoutEncoder.save wrote or a published "
             "network's file",
-            key="pretrained",
+            key=key,
         )
     return frozen(network)
 

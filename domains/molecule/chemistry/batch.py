@@ -5,6 +5,7 @@ from collections.abc import Callable, Hashable
 from functools import cached_property
 from hashlib import blake2b
 from threading import Lock
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from domains.molecule.chemistry.smiles import to_smiles
 from domains.molecule.chemistry.workers import in_workers
 from domains.molecule.samples import Molecules
 
-__all__ = ["INVALID", "Chemistry", "chemistry_of", "keys"]
+__all__ = ["INVALID", "Chemistry", "chemistry_of", "keys", "sample_facts"]
 
 INVALID = ""
 """Key of a molecule that RDKit refuses: all of these are one class."""
@@ -182,6 +183,22 @@ def chemistry_of(molecules: Molecules) -> Chemistry:
 def keys(molecules: Molecules) -> list[Hashable]:
     """Return each molecule's class for de-duplication: its canonical SMILES, or `INVALID`."""
     return [smiles or INVALID for smiles in chemistry_of(molecules).smiles]
+
+
+def sample_facts(molecules: Molecules) -> list[dict[str, Any]]:
+    """Return of each molecule `smiles`, canonical, of its largest part; None of an invalid one.
+
+    Besides `num_fragments`, and `stable` where hydrogens are atoms.
+    """
+    chemistry = chemistry_of(molecules)
+    facts = [
+        {"smiles": smiles, "num_fragments": parts}
+        for smiles, parts in zip(chemistry.smiles, chemistry.num_fragments.tolist(), strict=True)
+    ]
+    if molecules.implicit_hydrogens:
+        return facts
+    stable = chemistry.molecule_stability.tolist()
+    return [fact | {"stable": each} for fact, each in zip(facts, stable, strict=True)]
 
 
 _VIEWS: OrderedDict[bytes, Chemistry] = OrderedDict()

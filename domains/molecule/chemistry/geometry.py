@@ -65,7 +65,8 @@ def embed(job: tuple[str, frozenset[str], int, bool]) -> Embedded:
     smiles, elements, max_atoms, charged = job
     mol = Chem.MolFromSmiles(smiles)
     if mol is None or not mol.GetNumAtoms():
-        return Embedded(fault="an unparsable SMILES", detail=smiles)
+        comma = "a comma, which no SMILES has; values apart by commas are read from a .csv file"
+        return Embedded(fault=comma if "," in smiles else "an unparsable SMILES", detail=smiles)
     whole = Chem.AddHs(mol)
     fault, detail = _fault(whole, elements, max_atoms, charged)
     if fault:

@@ -68,7 +68,7 @@ class LAIONAesthetic(Reward):
     ) -> None:
         super().__init__()
         at_least(1, self, batch_size=batch_size)
-        parts = load_clip(clip, key="clip")
+        parts = load_clip(clip, key="LAIONAesthetic: clip")
         self.encoder = CLIPEncoder(parts, batch_size=batch_size, dtype=dtype)
         self.encoder.clip.text_model = None  # no text is ever embedded
         width = self.encoder.clip.visual_projection.out_features

@@ -170,7 +170,7 @@ def _load(pretrained: str) -> Classifier:
         lambda source: Classifier.load(Path(source)),
         kind="a classifier of the shapes world",
         give="'shapes_classifier' or a folder that Classifier.save wrote",
-        key="pretrained",
+        key="ShapesClassifier: pretrained",
     )
 
 

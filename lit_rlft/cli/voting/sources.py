@@ -16,7 +16,7 @@ from lit_rlft.voting.win_rate import WinRate
 
 __all__ = ["blind_ballot", "fit_ballot", "samples_ballot", "win_rate"]
 
-_NOT_CONDITION = ("seed", "rewards", "file", "checkpoint")
+_NOT_CONDITION = ("seed", "rewards", "facts", "file", "checkpoint")
 """Keys of a line of samples.jsonl that are no part of the condition's record."""
 
 

@@ -220,6 +220,20 @@ def test_hydrogens_of_patterns_are_those_of_their_neighbours() -> None:
 
 
 @pytest.mark.parametrize(
+    ("present", "foreign"),
+    [("CS", "S"), ("[Br]C", "Br"), ("[#17]", "Cl"), ("sP", "P, S"), ("[S,O]", ""), ("*[SX2]", "")],
+)
+def test_patterns_of_elements_that_the_model_lacks(present: str, foreign: str) -> None:
+    pipeline = MoleculePipeline(None, architecture=Architecture(width=8, depth=1, max_atoms=3))
+    reward = rewards.Substructures([present], ["S"])  # that it lacks it is no obstacle
+    if foreign:
+        with pytest.raises(UsageError, match=f"present: .* needs {foreign}, which no molecule"):
+            reward.check(pipeline)
+    else:
+        reward.check(pipeline)
+
+
+@pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: rewards.QED(scale=0), "scale must be positive"),

@@ -195,6 +195,10 @@ def test_processes_give_what_one_does() -> None:
         ("C1CC", "an unparsable SMILES"),
         ("C(C)(C)(C)(C)C", "an unparsable SMILES"),
         ("", "an unparsable SMILES"),
+        (
+            "CCO,46.1",
+            "a comma, which no SMILES has; values apart by commas are read from a .csv file",
+        ),
         ("CCl", "elements other than C, F, H, N, O"),
         ("C[CH2]", "a radical"),
         ("C[N+](=O)[O-]", "a formal charge"),
