@@ -7,6 +7,7 @@ ways to game a reward: measure what the molecules are made of, and whether they 
 """
 
 import importlib.util
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -28,7 +29,7 @@ from domains.molecule.samples import Molecules, check_molecules
 from domains.molecule.sources import Source
 from domains.molecule.sources.formats import read_smiles
 from domains.molecule.sources.packed import known_smiles
-from lit_rlft.core.checks import UsageError, at_least, finite, positive
+from lit_rlft.core.checks import UsageError, at_least, finite, positive, require
 from lit_rlft.core.pipeline import Condition, Pipeline
 from lit_rlft.core.reward import Reward
 from lit_rlft.kit.called import name_of, numbers_of
@@ -57,12 +58,18 @@ class _Chemical(Reward):
     """A function of RDKit's view of a batch, in [0, 1] for valid and connected molecules.
 
     Args:
-        invalid: Reward of all others, and of those whose quantity cannot be computed.
+        invalid: Reward of all others, and of those whose quantity cannot be computed; below 1.
     """
+
+    most = 1.0
+    """What a valid molecule gets at most."""
 
     def __init__(self, invalid: float = 0.0) -> None:
         super().__init__()
         finite(self, invalid=invalid)
+        require(
+            invalid < self.most, self, "invalid", "below 1, the most that a valid molecule gets"
+        )
         self.invalid = invalid
 
     def forward(self, samples: Any, condition: Condition) -> Tensor:
@@ -426,6 +433,8 @@ class FunctionReward(_Chemical):
     Raises:
         UsageError: The function returns something else.
     """
+
+    most = math.inf
 
     # Not list[Chem.Mol]: the command line's parser cannot read RDKit's types.
     def __init__(

@@ -239,6 +239,8 @@ def test_patterns_of_elements_that_the_model_lacks(present: str, foreign: str) -
         (lambda: rewards.QED(scale=0), "scale must be positive"),
         (lambda: rewards.LogP(1, width=-1), "width must be positive"),
         (lambda: rewards.AtomCount("S", 1), "symbol must be one of"),
+        (lambda: rewards.QED(invalid=1.0), "QED: invalid must be below 1, the most that"),
+        (lambda: rewards.AtomCount("C", 3, invalid=2.0), "AtomCount: invalid must be below 1"),
         (lambda: rewards.Substructures(), "needs patterns"),
         (lambda: rewards.Substructures(["[C"]), "is no SMARTS pattern"),
         (lambda: rewards.Substructures([""]), "is no SMARTS pattern"),
