@@ -21,7 +21,7 @@ from torch import Tensor
 from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.core.checks import UsageError, at_least
 from lit_rlft.core.implicit import implicit
-from lit_rlft.core.pipeline import Batch, Condition
+from lit_rlft.core.pipeline import Batch, Condition, Pipeline
 from lit_rlft.core.randomness import Generators, Seeded
 from lit_rlft.core.selection import BestOfM, RewardWeighted, Selection, TopK
 from lit_rlft.core.state import State, index, leaves, tensor_of
@@ -96,6 +96,12 @@ class PGRAFT(RewardFineTuner):
         at_least(0, self, "contrast")
         self.relay.check(self, self.sampler.num_steps)
         self.selection.check(self.num_candidates)
+        if self.selection.needs_keys and type(self.pipeline).keys is Pipeline.keys:
+            raise UsageError(
+                f"model.init_args.selection: {type(self.selection).__name__} needs equivalence "
+                f"classes of samples, and {type(self.pipeline).__name__} names none; take the rule "
+                "within it alone"
+            )
 
     @property
     def cut_step(self) -> int:

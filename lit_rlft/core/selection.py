@@ -39,7 +39,13 @@ Keys = Sequence[Sequence[Hashable]]
 
 
 class Selection(ABC):
-    """A rule that accepts some of the candidates of each condition."""
+    """A rule that accepts some of the candidates of each condition.
+
+    Attributes:
+        needs_keys: Whether the rule asks for equivalence classes.
+    """
+
+    needs_keys = False
 
     def check(self, num_candidates: int) -> None:
         """Raise ValueError where the rule cannot work with this many candidates."""
@@ -226,6 +232,8 @@ class Unique(Selection):
     Args:
         inner: The rule whose accepted candidates are de-duplicated.
     """
+
+    needs_keys = True
 
     def __init__(self, inner: Selection) -> None:
         self.inner = inner

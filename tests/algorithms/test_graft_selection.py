@@ -14,9 +14,10 @@ from domains.gaussian_mixture.pipeline import GaussianMixturePipeline
 from domains.gaussian_mixture.rewards import Coordinate
 from lit_rlft.algorithms.graft import GRAFT, PGRAFT
 from lit_rlft.core.checks import UsageError
-from lit_rlft.core.pipeline import Condition
+from lit_rlft.core.pipeline import Condition, Pipeline
 from lit_rlft.core.process import GaussianProcess
 from lit_rlft.core.randomness import generators
+from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.selection import (
     Classical,
     Preference,
@@ -278,3 +279,13 @@ def test_a_round_that_accepts_nothing_is_warned_of_once(folder: Path) -> None:
         fit(tuner, num_rounds=2, default_root_dir=folder)
     assert sum("Threshold accepted none" in str(one.message) for one in w) == 1
     assert tuner.num_updates == 0
+
+
+def test_rules_that_need_classes_are_refused_where_samples_have_none() -> None:
+    class Nameless(GaussianMixturePipeline):
+        keys = Pipeline.keys  # type: ignore[assignment]
+
+    settings = {"num_candidates": 4, "sampler": Sampler(4)}
+    GRAFT(Nameless(), Coordinate(), selection=Threshold(0.0), **settings).setup("fit")
+    with pytest.raises(UsageError, match="selection: Unique needs equivalence classes of samples"):
+        GRAFT(Nameless(), Coordinate(), selection=Unique(Threshold(0.0)), **settings).setup("fit")
