@@ -118,6 +118,8 @@ class ShapesPictures(SplitData):
         num_pictures: Pictures in the training split; each is a function of its number.
         num_val_prompts: Prompts in validation.
         num_test_prompts: Prompts in the test.
+        train_tasks: Tasks of the training pictures; one that is named twice is drawn twice as
+            often. None draws all six alike; validation and test have all six.
         **loading: Arguments of the loaders: batch_size, eval_batch_size, seed, num_workers.
     """
 
@@ -126,12 +128,16 @@ class ShapesPictures(SplitData):
         num_pictures: int = 32768,
         num_val_prompts: int = 48,
         num_test_prompts: int = 192,
+        train_tasks: Sequence[world.Task] | None = None,
         **loading: Any,
     ) -> None:
         super().__init__(**loading)
         at_least(1, self, num_pictures=num_pictures)
         at_least(1, self, num_val_prompts=num_val_prompts, num_test_prompts=num_test_prompts)
+        if train_tasks is not None:
+            require(len(train_tasks) > 0, self, "train_tasks", f"some of {', '.join(world.TASKS)}")
         self.sizes = {"train": num_pictures, "val": num_val_prompts, "test": num_test_prompts}
+        self.train_tasks = train_tasks
 
     def rows(self, split: Split) -> Dataset[dict[str, Any]]:
         prompts = world.split_prompts(split)
@@ -139,12 +145,22 @@ class ShapesPictures(SplitData):
             texts = _balanced(split, self.sizes[split], self.seed)
             return Rows(len(texts), lambda i: {"prompt": texts[i]})
 
+        pools = [prompts] if self.train_tasks is None else _by_task(prompts, self.train_tasks)
+
         def row(i: int) -> Record:
-            prompt, picture = world.sample(np.random.default_rng([self.seed, i]), prompts)
+            rng = np.random.default_rng([self.seed, i])
+            pool = pools[rng.integers(len(pools))] if len(pools) > 1 else pools[0]
+            prompt, picture = world.sample(rng, pool)
             image = torch.from_numpy(picture).permute(2, 0, 1)
             return {"prompt": prompt.text, "image": image}
 
         return Rows(self.sizes[split], row)
+
+
+def _by_task(
+    prompts: Sequence[world.Prompt], tasks: Sequence[world.Task]
+) -> list[list[world.Prompt]]:
+    return [[prompt for prompt in prompts if prompt.task == task] for task in tasks]
 
 
 def _balanced(
@@ -154,8 +170,8 @@ def _balanced(
     rng = np.random.default_rng([seed, {"train": 0, "val": 1, "test": 2}[split]])
     prompts = world.split_prompts(split)
     queues: list[list[str]] = []
-    for task in tasks:
-        texts = [prompt.text for prompt in prompts if prompt.task == task]
+    for pool in _by_task(prompts, tasks):
+        texts = [prompt.text for prompt in pool]
         repeats = -(-num // (len(tasks) * len(texts))) + 1
         queues.append([texts[i] for _ in range(repeats) for i in rng.permutation(len(texts))])
     return [queues[i % len(queues)][i // len(queues)] for i in range(num)]

@@ -34,6 +34,8 @@ LONG = {
     *(
         "shapes_pretrain_2",
         "shapes_pretrain_3",
+        "shapes_pretrain_4",
+        "shapes_pretrain_5",
         "shapes_unconditional_pretrain",
         "publaynet_pretrain",
         "qm9_pretrain",
@@ -293,7 +295,7 @@ def test_embedded_domains_run(
 )
 def test_experiments_run(experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Later stages of pretraining start from what the earlier ones wrote.
-    for stage in ("shapes_pretrain", "shapes_pretrain_2"):
+    for stage in ("shapes_pretrain", "shapes_pretrain_2", "shapes_pretrain_4"):
         (tmp_path / "runs" / stage).mkdir(parents=True)
         (tmp_path / "runs" / stage / "tuned").symlink_to(WEIGHTS[0].parents[1])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

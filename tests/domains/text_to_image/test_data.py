@@ -335,6 +335,16 @@ def test_shapes_pictures_show_their_prompts() -> None:
         assert judge(array, world.parse(row["prompt"])).correct, row["prompt"]
 
 
+def test_shapes_pictures_show_the_tasks_that_are_named() -> None:
+    named: list[world.Task] = ["position", "position", "colors"]
+    data = ShapesPictures(num_pictures=300, num_val_prompts=12, train_tasks=named)
+    tasks = Counter(world.parse(text).task for text in texts(rows(data, "train")))
+    assert set(tasks) == {"position", "colors"} and 170 < tasks["position"] < 230
+    assert {world.parse(text).task for text in texts(rows(data, "val"))} == set(world.TASKS)
+    with pytest.raises(UsageError, match="ShapesPictures: train_tasks must be some of single"):
+        ShapesPictures(train_tasks=[])
+
+
 def test_shapes_pictures_come_in_batches_and_are_evaluated_by_prompt() -> None:
     data = ShapesPictures(num_pictures=20, num_val_prompts=12, batch_size=8)
     batch = next(iter(data.train_dataloader()))
