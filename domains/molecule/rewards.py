@@ -271,16 +271,16 @@ class AtomCount(_Target):
 class Substructures(_Chemical):
     """Share of SMARTS patterns that are present or absent as wanted, in [0, 1].
 
-    Raises:
-        UsageError: A text is no pattern; in `check`: a wanted one needs an element that the model
-            does not generate.
-
     Args:
         present: Patterns that a molecule shall have. On the command line with quotes within the
             list, '["[F,Cl,Br]"]': without them SMARTS' own brackets are a list's.
         absent: Patterns that it shall not have.
         all_or_nothing: Give 1 only where every wish is met, 0 otherwise.
         invalid: Reward of molecules that are not valid and connected.
+
+    Raises:
+        UsageError: A text is no pattern; in `check`: a wanted one needs an element that the model
+            does not generate.
     """
 
     def __init__(

@@ -149,6 +149,7 @@ class ShapesPictures(SplitData):
 
         def row(i: int) -> Record:
             rng = np.random.default_rng([self.seed, i])
+            # One pool asks for no number: the pictures of all tasks stay those of earlier versions.
             pool = pools[rng.integers(len(pools))] if len(pools) > 1 else pools[0]
             prompt, picture = world.sample(rng, pool)
             image = torch.from_numpy(picture).permute(2, 0, 1)

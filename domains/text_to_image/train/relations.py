@@ -21,13 +21,13 @@ from torch.nn import functional
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from domains.text_to_image import EMBEDDED
-from domains.text_to_image.shapes.world import SHAPES, Prompt, split_prompts
+from domains.text_to_image.shapes.world import RELATIONS, SHAPES, Prompt, split_prompts
 from domains.text_to_image.train.clip import optimise
 from domains.text_to_image.train.common import arguments, save_half
 
-SIDES = ("left of", "right of", "above", "below")
+SIDES = tuple(RELATIONS)  # opposite ones are neighbours
 NO_SHAPE = len(SHAPES)
-# No caption of the grammar reaches the last half of the encoder's 16 positions.
+# The last half of the encoder's 16 positions holds end-of-text tokens alone.
 NUM_PADDING = 8
 KEEP_WEIGHT = 1.0
 
