@@ -12,6 +12,7 @@ __all__ = [
     "below_one",
     "finite",
     "loading",
+    "naming",
     "positive",
     "reading",
     "require",
@@ -131,6 +132,18 @@ def reading(owner: object, argument: str) -> Iterator[None]:
         raise
     except UsageError as error:
         raise BadArgument(owner, argument, f"cannot be used: {error}") from error
+
+
+@contextmanager
+def naming(owner: object, argument: str) -> Iterator[None]:
+    """Turn UsageError on what an argument names, "<argument>: ...", into BadArgument."""
+    try:
+        yield
+    except BadArgument:
+        raise
+    except UsageError as error:
+        problem = str(error).removeprefix(f"{argument}: ")
+        raise BadArgument(owner, argument, problem) from error
 
 
 def _reason(error: Exception) -> str:

@@ -60,6 +60,31 @@ def test_the_command_line_reads_the_key(
         main(["fit", *CONFIGS, f"--{setting}"])
 
 
+@pytest.mark.parametrize(
+    ("domain", "settings", "message"),
+    [
+        ("digits", ["--reward=ClassProbability", "--reward.pretrained=no"], "reward.*.pretrained"),
+        (
+            "digits",
+            ["--metrics.parts+=SetDistances", "--metrics.parts.features=no"],
+            "metrics.*.features",
+        ),
+        ("layout", ["--reward=Critic", "--reward.pretrained=no"], "reward.*.pretrained"),
+        ("shapes", ["--reward=ShapesClassifier", "--reward.pretrained=no"], "reward.*.pretrained"),
+    ],
+)
+def test_networks_that_cannot_be_loaded_are_named_by_their_key(
+    domain: str,
+    settings: list[str],
+    message: str,
+    tmp_path: object,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(str(tmp_path))
+    with pytest.raises(SystemExit, match=f"^lit-rlft: error: {message} 'no' could not be loaded"):
+        main(["fit", f"--config={domain}", "--config=p_graft", *settings])
+
+
 def test_keys_are_found_in_lists_and_below_other_classes() -> None:
     part = {"class_path": "a.TopK", "init_args": {"k": 0}}
     config = Namespace(metrics={"parts": [{"class_path": "b.C"}, part]})

@@ -149,8 +149,8 @@ def load_features(pretrained: str, key: str = "features") -> "FeatureNetwork | I
             EMBEDDED,
             read,
             kind="a feature network",
-            give="'digits_features', 'shapes_features', a folder that train.features wrote or "
-            "InceptionV3's weights as torch-fidelity has them",
+            give="'digits_features', 'shapes_features', a folder of train.features or the weights "
+            "of torch-fidelity's InceptionV3",
             key=key,
         )
     return frozen(network)

@@ -163,16 +163,13 @@ class LayoutEncoder(nn.Module):
         return load_weights(cls(EncoderArchitecture(**read_settings(folder))), folder)
 
 
-def load_encoder(
-    pretrained: str, classes: str | Sequence[str] = "publaynet", key: str = "pretrained"
-) -> LayoutEncoder:
+def load_encoder(pretrained: str, classes: str | Sequence[str] = "publaynet") -> LayoutEncoder:
     """Return a frozen encoder.
 
     Args:
         pretrained: A folder that `save` wrote, "encoder" or "critic", which are embedded, or the
             file of a published network (`load_published`).
         classes: Classes of a published network, whose file does not name them.
-        key: The setting that gave it, for the message.
 
     Raises:
         UsageError: `pretrained` is none of these.
@@ -187,7 +184,7 @@ def load_encoder(
             kind="a layout encoder",
             give="'encoder', 'critic', a folder that LayoutEncoder.save wrote or a published "
             "network's file",
-            key=key,
+            key="pretrained",
         )
     return frozen(network)
 

@@ -13,7 +13,7 @@ from domains.text_to_image.samples import check_pictures, prompts_of, square
 from domains.text_to_image.shapes.classifier import Classifier, encode
 from domains.text_to_image.shapes.detector import Judgement, judge
 from domains.text_to_image.shapes.world import SIZE, TASKS, Prompt, parse
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, naming
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Reward
 from lit_rlft.kit.frozen import frozen
@@ -110,7 +110,8 @@ class ShapesClassifier(Judge):
         self, pretrained: str = "shapes_classifier", output: Output = "log_probability"
     ) -> None:
         super().__init__(output)
-        self.classifier = frozen(_load(pretrained))
+        with naming(self, "pretrained"):
+            self.classifier = frozen(_load(pretrained))
 
     def forward(self, samples: Any, condition: Condition) -> Tensor:
         """Return the log-probability (or what `output` says) of "yes" of each picture, [B].
@@ -170,7 +171,7 @@ def _load(pretrained: str) -> Classifier:
         lambda source: Classifier.load(Path(source)),
         kind="a classifier of the shapes world",
         give="'shapes_classifier' or a folder that Classifier.save wrote",
-        key="ShapesClassifier: pretrained",
+        key="pretrained",
     )
 
 

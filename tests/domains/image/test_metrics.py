@@ -126,7 +126,7 @@ def test_errors_fall_with_the_number_of_images() -> None:
 
 
 def test_bad_features_are_refused() -> None:
-    with pytest.raises(UsageError, match="features: 'none' could not be loaded"):
+    with pytest.raises(UsageError, match="SetDistances: features 'none' could not be loaded"):
         SetDistances(features="none")
 
 

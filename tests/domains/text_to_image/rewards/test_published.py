@@ -575,7 +575,7 @@ def test_missing_and_foreign_files_are_refused(files: Path, tmp_path: Path) -> N
         ImageReward(str(files / "head.pth"), tokenizer=words)
     with pytest.raises(UsageError, match=r"pretrained: .*as a CLIP"):
         PickScore(str(files / "llava"), None)
-    with pytest.raises(UsageError, match=r"clip: .*as a CLIP"):
+    with pytest.raises(UsageError, match=r"LAIONAesthetic: clip .*as a CLIP"):
         LAIONAesthetic(str(files / "head.pth"), str(files / "llava"))
     with pytest.raises(UsageError, match=r"head: .*no weight of a linear layer"):
         LAIONAesthetic(str(files / "HPS_v2.1_compressed.pt"), clip)
