@@ -11,7 +11,7 @@ from torch import Tensor
 from domains.image.networks.features import features_of, load_features
 from domains.image.samples import check_pictures
 from domains.image.sources import Digits, Source
-from lit_rlft.core.checks import at_least, naming
+from lit_rlft.core.checks import at_least, reading
 from lit_rlft.core.guard import LARGE_FALL, LARGE_RISE, Guard
 from lit_rlft.core.pipeline import Condition, Pipeline
 from lit_rlft.core.reward import LeftOut, Metric
@@ -56,7 +56,7 @@ class SetDistances(SourceDistances["_Real"]):
         at_least(2, self, max_images=max_images)
         at_least(1, self, num_neighbours=num_neighbours)
         self.source = source or Digits()
-        with naming(self, "features"):
+        with reading(self, "features"):
             self.network = load_features(features)
         self.max_images, self.num_neighbours = max_images, num_neighbours
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from domains.image.networks.features import FeatureNetwork, load_features
 from domains.image.samples import check_pictures, luminance
-from lit_rlft.core.checks import UsageError, naming, within
+from lit_rlft.core.checks import UsageError, reading, within
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Reward
 from lit_rlft.kit.frozen import Frozen
@@ -67,7 +67,7 @@ class ClassProbability(Frozen, Reward):
             raise UsageError(
                 f"reward.init_args.output is {output!r}; use 'log_probability' or 'probability'"
             )
-        with naming(self, "pretrained"):
+        with reading(self, "pretrained"):
             network = load_features(pretrained, "pretrained")
         if not isinstance(network, FeatureNetwork):
             raise UsageError(

@@ -22,7 +22,7 @@ from domains.layout.page.comparisons import (
 )
 from domains.layout.samples import Layouts, check_layouts
 from domains.layout.sources import Grammar, Source
-from lit_rlft.core.checks import at_least, naming
+from lit_rlft.core.checks import at_least, reading
 from lit_rlft.core.guard import LARGE_FALL, LARGE_RISE, Guard
 from lit_rlft.core.pipeline import Condition, Pipeline
 from lit_rlft.core.reward import LeftOut, Metric
@@ -100,7 +100,7 @@ class SetDistances(SourceDistances["_Real"]):
         super().__init__(num_draws)
         at_least(2, self, max_layouts=max_layouts)
         self.source = source or Grammar(num_pages=max_layouts, seed=1)
-        with naming(self, "pretrained"):
+        with reading(self, "pretrained"):
             self.encoder = load_encoder(pretrained, self.source.classes)
         self.max_layouts = max_layouts
 

@@ -20,7 +20,7 @@ from domains.layout.page import measures
 from domains.layout.page.classes import number_of
 from domains.layout.render import each
 from domains.layout.samples import Layouts, check_layouts
-from lit_rlft.core.checks import BadArgument, UsageError, at_least, naming, positive, within
+from lit_rlft.core.checks import BadArgument, UsageError, at_least, positive, reading, within
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Reward
 from lit_rlft.kit.called import name_of, numbers_of
@@ -355,7 +355,7 @@ class Critic(Judge):
     def __init__(self, pretrained: str = "critic", output: Output = "log_probability") -> None:
         super().__init__(output)
         self.distinguishes = output != "probability"  # one can be 1, or 0, for all of them
-        with naming(self, "pretrained"):
+        with reading(self, "pretrained"):
             self.encoder = load_encoder(pretrained)
 
     def forward(self, samples: Any, condition: Condition) -> Tensor:

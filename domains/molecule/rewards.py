@@ -304,13 +304,14 @@ class Substructures(_Chemical):
 
     def check(self, pipeline: Pipeline) -> None:
         elements = getattr(pipeline, "elements", None)
+        if elements is None:
+            return
         for pattern, wanted in self.wishes:
-            foreign = [] if elements is None else _foreign(pattern, elements)
-            if wanted and foreign:
+            if wanted and (foreign := _foreign(pattern, elements)):
                 raise UsageError(
                     f"reward.init_args.present: {Chem.MolToSmarts(pattern)!r} needs "
                     f"{', '.join(foreign)}, which no molecule here has; the model's elements are "
-                    f"{list(elements or ())}"
+                    f"{list(elements)}"
                 )
 
     def values(self, chemistry: Chemistry) -> NDArray[np.float64]:

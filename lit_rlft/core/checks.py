@@ -12,7 +12,6 @@ __all__ = [
     "below_one",
     "finite",
     "loading",
-    "naming",
     "positive",
     "reading",
     "require",
@@ -125,24 +124,18 @@ def loading(sentence: str) -> Iterator[None]:
 
 @contextmanager
 def reading(owner: object, argument: str) -> Iterator[None]:
-    """Turn UsageError on data into BadArgument, which names the setting that gave the data."""
+    """Turn UsageError on data or a network into BadArgument, which names the setting that gave it.
+
+    A message that names the argument first, "<argument>: ...", is not told to be of no use.
+    """
     try:
         yield
     except BadArgument:
         raise
     except UsageError as error:
-        raise BadArgument(owner, argument, f"cannot be used: {error}") from error
-
-
-@contextmanager
-def naming(owner: object, argument: str) -> Iterator[None]:
-    """Turn UsageError on what an argument names, "<argument>: ...", into BadArgument."""
-    try:
-        yield
-    except BadArgument:
-        raise
-    except UsageError as error:
-        problem = str(error).removeprefix(f"{argument}: ")
+        said = str(error)
+        named = said.removeprefix(f"{argument}: ")
+        problem = named if named != said else f"cannot be used: {said}"
         raise BadArgument(owner, argument, problem) from error
 
 

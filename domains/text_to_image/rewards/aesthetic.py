@@ -16,7 +16,8 @@ from domains.text_to_image.networks.state_dicts import (
 )
 from domains.text_to_image.rewards.published import reading
 from domains.text_to_image.samples import check_pictures
-from lit_rlft.core.checks import UsageError, at_least, naming
+from lit_rlft.core.checks import UsageError, at_least
+from lit_rlft.core.checks import reading as reading_argument
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Reward
 from lit_rlft.kit.frozen import frozen
@@ -68,7 +69,7 @@ class LAIONAesthetic(Reward):
     ) -> None:
         super().__init__()
         at_least(1, self, batch_size=batch_size)
-        with naming(self, "clip"):
+        with reading_argument(self, "clip"):
             parts = load_clip(clip, key="clip")
         self.encoder = CLIPEncoder(parts, batch_size=batch_size, dtype=dtype)
         self.encoder.clip.text_model = None  # no text is ever embedded

@@ -13,7 +13,7 @@ from domains.text_to_image.samples import check_pictures, prompts_of, square
 from domains.text_to_image.shapes.classifier import Classifier, encode
 from domains.text_to_image.shapes.detector import Judgement, judge
 from domains.text_to_image.shapes.world import SIZE, TASKS, Prompt, parse
-from lit_rlft.core.checks import UsageError, naming
+from lit_rlft.core.checks import UsageError, reading
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Reward
 from lit_rlft.kit.frozen import frozen
@@ -110,7 +110,7 @@ class ShapesClassifier(Judge):
         self, pretrained: str = "shapes_classifier", output: Output = "log_probability"
     ) -> None:
         super().__init__(output)
-        with naming(self, "pretrained"):
+        with reading(self, "pretrained"):
             self.classifier = frozen(_load(pretrained))
 
     def forward(self, samples: Any, condition: Condition) -> Tensor:

@@ -44,10 +44,9 @@ def sides(prompt: Prompt) -> list[int]:
     return found
 
 
-def read_out_loss(logits: Tensor, prompts: list[Prompt]) -> Tensor:
-    """Cross-entropy of logits `[B, 4 * 7]` for the shapes on the four sides."""
-    wanted = torch.tensor([sides(prompt) for prompt in prompts], device=logits.device)
-    return functional.cross_entropy(logits.view(-1, NO_SHAPE + 1), wanted.view(-1))
+def sides_of(prompts: list[Prompt]) -> Tensor:
+    """The `sides` of prompts, int64 `[B, 4]`."""
+    return torch.tensor([sides(prompt) for prompt in prompts])
 
 
 def tokens(tokenizer: CLIPTokenizer, prompts: list[Prompt]) -> Tensor:
@@ -55,6 +54,14 @@ def tokens(tokenizer: CLIPTokenizer, prompts: list[Prompt]) -> Tensor:
     texts = [prompt.text for prompt in prompts]
     encoded = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
     return encoded.input_ids
+
+
+def padding_states(
+    encoder: CLIPTextModel, tokenizer: CLIPTokenizer, prompts: list[Prompt]
+) -> Tensor:
+    """What the encoder says at its padding positions, on average, `[B, F]`."""
+    hidden = encoder(tokens(tokenizer, prompts)).last_hidden_state
+    return hidden[:, -NUM_PADDING:].mean(1)
 
 
 def train(out: Path, num_steps: int, batch_size: int, seed: int) -> None:
@@ -71,27 +78,26 @@ def train(out: Path, num_steps: int, batch_size: int, seed: int) -> None:
     related = [prompt for prompt in prompts if prompt.task == "position"]
     others = [prompt for prompt in prompts if prompt.task != "position"]
 
-    def read(texts: list[Prompt]) -> Tensor:
-        hidden = encoder(tokens(tokenizer, texts)).last_hidden_state
-        return head(hidden[:, -NUM_PADDING:].mean(1))
+    def read(asked: list[Prompt]) -> Tensor:
+        return head(padding_states(encoder, tokenizer, asked)).view(-1, NO_SHAPE + 1)
 
     def loss() -> Tensor:
         asked = rng.choices(related, k=batch_size // 2)
         kept = tokens(tokenizer, rng.choices(others, k=batch_size // 2))
         change = encoder(kept).last_hidden_state - before(kept).last_hidden_state
-        return read_out_loss(read(asked), asked) + KEEP_WEIGHT * change.square().mean()
+        named = functional.cross_entropy(read(asked), sides_of(asked).flatten())
+        return named + KEEP_WEIGHT * change.square().mean()
 
     optimise(nn.ModuleList([encoder, head]), loss, num_steps)
     held_out = [prompt for prompt in split_prompts("test") if prompt.task == "position"]
     with torch.no_grad():
-        named = read(held_out).view(-1, len(SIDES), NO_SHAPE + 1).argmax(-1)
-    right = (named == torch.tensor([sides(prompt) for prompt in held_out])).float().mean()
+        named = read(held_out).argmax(-1)
+    right = (named == sides_of(held_out).flatten()).float().mean()
     print(f"held-out captions: {right:.1%} of the sides named right")
     save_half(encoder, out)
 
 
-def main() -> None:
-    """Run from the command line."""
+if __name__ == "__main__":
     options = arguments(
         "Teach the shapes model's text encoder the sides that captions name.",
         out=EMBEDDED / "shapes" / "text_encoder",
@@ -99,7 +105,3 @@ def main() -> None:
         batch_size=128,
     )
     train(options.out, options.steps, options.batch_size, options.seed)
-
-
-if __name__ == "__main__":
-    main()

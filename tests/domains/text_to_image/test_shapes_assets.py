@@ -152,10 +152,9 @@ def test_the_encoder_says_what_is_on_which_side(
     states, wanted = {}, {}
     for split in ("train", "test"):
         prompts = [prompt for prompt in split_prompts(split) if prompt.task == "position"]
-        hidden = encoder(train_relations.tokens(tokenizer, prompts)).last_hidden_state
-        pooled = hidden[:, -train_relations.NUM_PADDING :].mean(1)
+        pooled = train_relations.padding_states(encoder, tokenizer, prompts)
         states[split] = torch.cat([pooled, torch.ones(len(prompts), 1)], 1).double()
-        sides = torch.tensor([train_relations.sides(prompt) for prompt in prompts])
+        sides = train_relations.sides_of(prompts)
         wanted[split] = torch.nn.functional.one_hot(sides, train_relations.NO_SHAPE + 1).double()
     read = torch.linalg.lstsq(states["train"], wanted["train"].flatten(1)).solution
     named = (states["test"] @ read).view_as(wanted["test"]).argmax(-1)
