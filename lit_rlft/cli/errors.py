@@ -46,7 +46,7 @@ def sentence(error: Exception, config: Namespace | None = None) -> str | None:
         if isinstance(cause, NoGradient):
             return with_names(cause, config)
         if isinstance(cause, UsageError):
-            return str(cause)
+            return _in_constructor(cause, config)
         if isinstance(cause, OmegaConfBaseException):
             return _interpolation(cause)
     if isinstance(error, ArgumentError) and config is None:
@@ -187,6 +187,24 @@ def _with_key(error: BadArgument, config: Namespace) -> str:
     found = [key for key, name in _classes(config.as_dict()) if name == error.owner]
     prefix = found[0] if found else _PLAIN.get(error.owner)
     return str(error) if prefix is None else f"{prefix}.{error.argument} {error.problem}"
+
+
+def _in_constructor(error: UsageError, config: Namespace | None) -> str:
+    """Return an error's sentence, "<argument>: ...", with the key of a constructor's argument.
+
+    Constructors call functions that know no more than the argument's name, such as readers of
+    files; the innermost constructor with such an argument whose class the config names is meant.
+    """
+    said, found = str(error), None
+    argument = said.partition(":")[0]
+    places = [] if config is None else list(_classes(config.as_dict()))
+    keys = {name: key for key, name in reversed(places)}  # the first of a class, as above
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        code, owner = frame.f_code, type(frame.f_locals.get("self")).__name__
+        known = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        if code.co_name == "__init__" and argument in known and owner in keys:
+            found = keys[owner]
+    return said if found is None else f"{found}.{said}"
 
 
 def _classes(value: Any, key: str = "") -> Iterator[tuple[str, str]]:

@@ -71,6 +71,17 @@ def test_the_command_line_reads_the_key(
         ),
         ("layout", ["--reward=Critic", "--reward.pretrained=no"], "reward.*.pretrained"),
         ("shapes", ["--reward=ShapesClassifier", "--reward.pretrained=no"], "reward.*.pretrained"),
+        (
+            "shapes",
+            ["--reward=LAIONAesthetic", "--reward.clip=shapes_clip", "--reward.head=no"],
+            r"reward\.init_args\.head:",
+        ),
+        ("shapes", ["--reward=HPSv2", "--reward.tokenizer=no"], r"reward\.init_args\.tokenizer:"),
+        (
+            "shapes",
+            ["--metrics.parts+=VLMJudge", "--metrics.parts.pretrained=no"],
+            r"metrics\.parts\.2\.init_args\.pretrained:",
+        ),
     ],
 )
 def test_networks_that_cannot_be_loaded_are_named_by_their_key(
