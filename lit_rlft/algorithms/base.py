@@ -34,7 +34,7 @@ from lit_rlft.loop.lockstep import Idle, idle_of
 from lit_rlft.loop.precision import check_weights, loss_scale, settle, stepped
 from lit_rlft.loop.reference import LoRA, adapt, completed
 from lit_rlft.loop.rollouts import Rollouts, track
-from lit_rlft.loop.round_log import log_round, round_means, write_round
+from lit_rlft.loop.round_log import RoundLog, round_means
 from lit_rlft.loop.route import Leg, Route, steps_told
 from lit_rlft.loop.side.rewards import RewardWorkers
 from lit_rlft.loop.side.watch import beside
@@ -187,7 +187,7 @@ class RewardFineTuner(Checkpointed, ABC):
 
     def _listen(self, trainer: Trainer | None) -> None:
         """Make what draws, measures and reports, for a trainer or for none."""
-        self.audience = Audience(self, trainer)
+        self.audience, self.round_log = Audience(self, trainer), RoundLog(self.log, trainer)
         drawing = (self.pipeline, self.reward, self.sizes.sampling, self.seed, self.meter)
         self.rollouts = Rollouts(*drawing, partial(track, trainer=trainer))
         self.evaluator = Evaluator(self.rollouts, self.metrics, self.num_eval_samples)
@@ -246,9 +246,8 @@ class RewardFineTuner(Checkpointed, ABC):
         self.meter.end_round(gather(self.meter.counts(), world_size))
         means = round_means(experience.metrics, outcomes, world_size)
         means["learning_rate"] = self.trainer.optimizers[0].param_groups[0]["lr"]
-        log_round(self.log, means, spent := self.meter.spent(self.num_samples))
-        shown = (experience.histograms, self.num_updates, world_size)
-        write_round(summary_writer(self), means, spent, *shown)
+        spent, writer = self.meter.spent(self.num_samples), summary_writer(self)
+        self.round_log.write(writer, means, spent, experience.histograms, self.num_updates)
         after_round(self.lr_schedulers(), means)
 
     def _update(self, update: Update, idle: Idle = None) -> dict[str, float]:

@@ -204,8 +204,8 @@ def _halves(module: RewardFineTuner) -> list[str]:
 
 
 def _named(found: Mapping[str, torch.Tensor], prefix: str, names: tuple[str, ...]) -> str:
-    known = [(name, found[prefix + name]) for name in names if prefix + name in found]
-    return ", ".join(f"{name} {float(value):.4g}" for name, value in known)
+    known = {name: float(found[prefix + name]) for name in names if prefix + name in found}
+    return ", ".join(f"{name} {value:.4g}" for name, value in known.items() if value == value)
 
 
 def _short(count: int) -> str:

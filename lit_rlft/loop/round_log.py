@@ -5,13 +5,14 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from lightning import Trainer
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from lit_rlft.distributed import gather
 from lit_rlft.loop.tally import is_maximum
 
-__all__ = ["Outcomes", "log_round", "round_means", "write_round"]
+__all__ = ["Outcomes", "RoundLog", "round_means"]
 
 _LARGEST_BIN = 1e19
 
@@ -19,46 +20,64 @@ Outcomes = Sequence[Mapping[str, float]]
 """Values of each update of a round, by name."""
 
 
-def log_round(
-    log: Callable[..., None], means: Mapping[str, float], spent: Mapping[str, int]
-) -> None:
-    """Log a round's means under `train/` and what was spent so far under `cost/`.
+class RoundLog:
+    """Logs rounds, to all loggers of a trainer.
+
+    A number that a round lacks is logged as NaN, which is no point of a curve: Lightning would log
+    that of the round before once more. What early stopping monitors stays, since NaN would stop.
 
     Args:
         log: Takes a name and a value, as `LightningModule.log`.
-        means: Of the round, by name.
-        spent: "samples", "reward_calls" and "denoiser_calls".
+        trainer: That runs the rounds; with none, there are none.
     """
-    for name, value in means.items():
-        log(f"train/{name}", value, prog_bar=name in ("reward", "loss"))
-    for name, number in spent.items():
-        log(f"cost/{name}", float(number))
+
+    def __init__(self, log: Callable[..., None], trainer: Trainer | None) -> None:
+        self._log, self._trainer, self._known = log, trainer, set[str]()
+
+    def write(
+        self,
+        writer: SummaryWriter | None,
+        means: Mapping[str, float],
+        spent: Mapping[str, int],
+        histograms: Mapping[str, Tensor],
+        num_updates: int,
+    ) -> None:
+        """Log a round's means under `train/`, what was spent so far under `cost/`, and histograms.
+
+        Args:
+            writer: TensorBoard's; None writes no histograms.
+            means: Of the round, by name.
+            spent: "samples", "reward_calls" and "denoiser_calls" so far.
+            histograms: Values to show, by name; those of all processes are shown together.
+            num_updates: Optimiser steps so far.
+        """
+        assert self._trainer is not None
+        stopping = {callback.monitor for callback in self._trainer.early_stopping_callbacks}
+        missing = {name for name in self._known - means.keys() if f"train/{name}" not in stopping}
+        self._known |= means.keys()
+        for name, value in {**means, **dict.fromkeys(sorted(missing), math.nan)}.items():
+            self._log(f"train/{name}", value, prog_bar=name in ("reward", "loss"))
+        for name, number in spent.items():
+            self._log(f"cost/{name}", float(number))
+        _write(writer, means, spent, histograms, num_updates, self._trainer.world_size)
 
 
-def write_round(
+def _write(
     writer: SummaryWriter | None,
     means: Mapping[str, float],
     spent: Mapping[str, int],
     histograms: Mapping[str, Tensor],
     num_updates: int,
-    world_size: int = 1,
+    world_size: int,
 ) -> None:
-    """Write a round's histograms, and its reward over samples and over reward calls.
-
-    Args:
-        writer: TensorBoard's; None writes nothing.
-        means: Of the round, by name.
-        spent: "samples" and "reward_calls" so far.
-        histograms: Values to show, by name; those of all processes are shown together.
-        num_updates: Optimiser steps so far.
-        world_size: Number of processes, all of which must call this.
-    """
+    """Write a round's histograms, and its reward over samples and over reward calls."""
     parts = gather({name: _shown(values) for name, values in histograms.items()}, world_size)
     if writer is None:
         return
     for name in histograms:
         if (shown := torch.cat([part[name] for part in parts])).numel():
-            writer.add_histogram(f"train/{name}", shown, num_updates)
+            # Of a tag that has both, TensorBoard shows histograms alone.
+            writer.add_histogram(f"histograms/{name}", shown, num_updates)
     if "reward" in means:
         for axis in ("samples", "reward_calls"):
             writer.add_scalar(f"train/reward_by_{axis}", means["reward"], spent[axis])

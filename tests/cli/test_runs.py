@@ -13,7 +13,10 @@ import torch
 import yaml
 from lightning import LightningModule
 from PIL import Image
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
 
 from domains.gaussian_mixture.pipeline import GaussianMixturePipeline
 from lit_rlft.callbacks.run_files import RunFiles
@@ -247,13 +250,18 @@ def test_tensorboard_shows_the_promised_tags(gaussian_run: Path) -> None:
         "test/Coordinate",
     }
     assert scalars <= set(found["scalars"])
-    assert {"train/reward", "train/accepted_reward"} <= set(found["histograms"])
+    assert {"histograms/reward", "histograms/accepted_reward"} <= set(found["histograms"])
     assert "val/before_after" in found["images"]
     assert "config/fit/text_summary" in found["tensors"]
     assert len(events.Scalars("train/reward")) == 2
     assert [event.step for event in events.Scalars("train/reward_by_samples")] == [32, 64]
     rewards = [event.value for event in events.Scalars("train/reward")]
     assert rewards == [event.value for event in events.Scalars("train/reward_by_reward_calls")]
+    # What its page shows: of a tag with values of two kinds, those of the first kind alone.
+    multiplexer = EventMultiplexer().AddRun(str(gaussian_run), "run").Reload()
+    provider = MultiplexerDataProvider(multiplexer, str(gaussian_run))
+    shown = provider.list_scalars(RequestContext(), experiment_id="", plugin_name="scalars")
+    assert scalars <= set(shown["run"])
 
 
 def test_a_diffusion_model_goes_through_all_commands(pictures: Callable[..., Path]) -> None:
