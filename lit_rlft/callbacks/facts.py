@@ -1,7 +1,7 @@
 """Lines that a run prints: the facts at its start, and one a round where no bar is shown."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from typing import Any
 
 import torch
@@ -43,7 +43,11 @@ class Facts(Callback):
         self._begun = True
         assert isinstance(pl_module, RewardFineTuner)
         data = getattr(trainer, "datamodule", None)
-        say(facts(trainer, pl_module, getattr(data, "batch_size", None)))
+        conditions = getattr(data, "batch_size", None)
+        rows = getattr(trainer.train_dataloader, "dataset", None)
+        if conditions is not None and isinstance(rows, Sized):
+            conditions = min(conditions, len(rows))  # fewer rows are one batch
+        say(facts(trainer, pl_module, conditions))
 
 
 class RoundLines(Callback):
@@ -145,8 +149,13 @@ def _way(trainer: Trainer, module: RewardFineTuner) -> int:
 
 def num_rounds(trainer: Trainer) -> int | None:
     """Return how many rounds a fit has from its start to its end, where that is fixed."""
+    return None if trainer.max_steps >= 0 else _rounds_of_epochs(trainer)
+
+
+def _rounds_of_epochs(trainer: Trainer) -> int | None:
+    """Return how many rounds a fit has until its last epoch ends, where one is the last."""
     epochs, batches = trainer.max_epochs, trainer.num_training_batches
-    if epochs is None or epochs < 0 or trainer.max_steps >= 0 or batches == float("inf"):
+    if epochs is None or epochs < 0 or batches == float("inf"):
         return None
     # Of a resumed run, epochs so far may have had another number of rounds.
     progress: Any = trainer.fit_loop.epoch_progress.current
@@ -169,10 +178,16 @@ def _lengths(trainer: Trainer, module: RewardFineTuner, conditions: int | None) 
     budgets = [f"{most:,} {name.replace('_', ' ')}" for name, most in budget.limits(trainer)]
     until = [f"until {' or '.join(budgets)}"] if budgets else []
     rounds = num_rounds(trainer)
+    if trainer.max_steps >= 0:
+        # A round is never left in the middle.
+        most = _rounds_of_epochs(trainer)
+        ends = f"the round of update {trainer.max_steps:,}"
+        also = "" if most is None else f" or for {most:,} {_rounds(most)}"
+        return [f"until {ends}{also}", *until]
     if rounds is None:
-        return [f"up to {trainer.max_steps:,} updates"] * (trainer.max_steps >= 0) + until
+        return until
     left = max(rounds - batches_seen(trainer), 0)
-    noun = "round" if rounds == 1 else "rounds"
+    noun = _rounds(rounds)
     if until:
         return [f"up to {left:,} {noun}", *until]
     parts = [f"{left:,} {noun}" if left == rounds else f"{left:,} of {rounds:,} {noun} to come"]
@@ -181,6 +196,10 @@ def _lengths(trainer: Trainer, module: RewardFineTuner, conditions: int | None) 
     if candidates is not None and conditions is not None and draws:
         parts.append(f"{left * conditions * candidates:,} reward calls to come")
     return parts
+
+
+def _rounds(count: int) -> str:
+    return "round" if count == 1 else "rounds"
 
 
 def _device(trainer: Trainer) -> str:

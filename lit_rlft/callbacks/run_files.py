@@ -34,6 +34,7 @@ from lit_rlft.loop.experience import Draw
 from lit_rlft.runs.before_after import comparison, png
 from lit_rlft.runs.files import write_whole, writing
 from lit_rlft.runs.folder import run_folder, summary_writer, writes_nothing
+from lit_rlft.runs.lines import without_nan
 from lit_rlft.runs.plain import flat
 from lit_rlft.runs.readme import add_results
 from lit_rlft.runs.results import Measured, keep_others, measured
@@ -137,7 +138,7 @@ class RunFiles(Callback):
             "reward": reward.name,
             "seed": pl_module.seed,
             "checkpoint": newer,
-            **{arm: _without_nan(own) for arm, own in summary.items() if "=" not in arm},
+            **{arm: without_nan(own) for arm, own in summary.items() if "=" not in arm},
             "exploitation": _signs(found),
             "cost": cost,
         } | ({"training": training} if training else {})
@@ -149,7 +150,8 @@ class RunFiles(Callback):
             kept = keep_others(path, others, newer)
             write_whole(path, json.dumps(report, indent=2) + "\n")
             write_dial(folder, summary, rows, summary_writer(pl_module))
-            add_results(folder / "tuned", report, pl_module.num_updates)
+            if pl_module.as_trained:  # the card has the settings of the fit
+                add_results(folder / "tuned", report, pl_module.num_updates)
         with writing(shown):
             write_whole(shown, png(picture))
         title = f"{pl_module.algorithm} on {pl_module.pipeline.name}, {num_samples} samples each"
@@ -299,7 +301,7 @@ def _settings(config: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
 
 def _dialled(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return what a report has of a dial, nothing where there was none."""
-    own = [{**row, "metrics": _without_nan(row["metrics"])} for row in rows]
+    own = [{**row, "metrics": without_nan(row["metrics"])} for row in rows]
     return {"dial": own} if own else {}
 
 
@@ -330,11 +332,3 @@ def _validation_summary(logged: Mapping[str, Tensor]) -> Summary:
             if key.startswith(prefix)
         }
     return summary
-
-
-def _without_nan(metrics: dict[str, dict[str, float]]) -> dict[str, dict[str, float | None]]:
-    # NaN is no JSON.
-    return {
-        name: {key: None if math.isnan(value) else value for key, value in values.items()}
-        for name, values in metrics.items()
-    }

@@ -13,6 +13,7 @@ from lightning import Callback, LightningDataModule, Trainer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.callbacks.blind_pairs import BlindPairs
@@ -147,6 +148,10 @@ class Command(LightningCLI):
         given = own.trainer.strategy
         check_strategy(given if isinstance(given, str) else given.class_path)
         check_loggers(own.trainer.logger)
+        _check_seeds(own)
+        if own.trainer.max_epochs is None:
+            other = own.trainer.max_steps >= 0 or own.trainer.max_time is not None
+            own.trainer.max_epochs = -1 if other else 1  # Lightning's own is 1,000
         own.root = spelled_out(own.root)
         own.ckpt_path = choose(own, self.config.subcommand)
 
@@ -201,6 +206,18 @@ class Command(LightningCLI):
         return settings | {"ckpt_path": None if path == NONE else path}
 
 
+def _check_seeds(config: Namespace) -> None:
+    """Warn of a seed for everything that reaches neither the noise nor the data."""
+    settings = config.as_dict()
+    given = settings.get("seed_everything")
+    seeds = [(settings[part].get("init_args") or {}).get("seed", 0) for part in ("model", "data")]
+    if type(given) is int and given and not any(seeds):
+        rank_zero_warn(
+            f"seed_everything {given} seeds new networks alone; for other noise and data set "
+            f"--model.seed {given} --data.seed {given}"
+        )
+
+
 def run(words: Sequence[str], kind: type[Command] = Command) -> None:
     """Run a command whose configs are files and whose classes have their full paths.
 
@@ -248,7 +265,6 @@ def _run(words: list[str], kind: type[Command]) -> None:
         RewardFineTuner,
         LightningDataModule,
         trainer_defaults={
-            "max_epochs": 1,
             "log_every_n_steps": 1,
             "num_sanity_val_steps": 0,
             "enable_model_summary": False,

@@ -18,6 +18,7 @@ from lit_rlft.core.selection import Selection, TopK
 from lit_rlft.core.streams import Stream
 from lit_rlft.evaluation.reward_profile import Level, Profiled, levels_of, profile, suggested
 from lit_rlft.loop.route import Route
+from lit_rlft.runs.lines import without_nan
 
 __all__ = ["profile_words"]
 
@@ -61,6 +62,8 @@ def profile_words(words: Sequence[str]) -> None:
             self.trainer.validate(profiler.watched(), self.datamodule, verbose=False)
             profiler.report(self.folder, most_open)
 
+    if any(word.partition("=")[0] == "--ckpt_path" for word in rest):
+        raise UsageError("profile looks at the pretrained model; leave out --ckpt_path")
     run(["validate", *rest, "--ckpt_path", "none"], ProfileCommand)
 
 
@@ -145,9 +148,9 @@ class _Profiler:
         firsts = range(0, len(seeds), m)
         keys = None if scores.keys is None else [scores.keys[i : i + m] for i in firsts]
         noise = generators([seed_from(seeds[i], Stream.SELECT) for i in firsts])
-        accepted = self.selection(rewards, keys, noise)
+        weights = self.selection.weights(rewards, keys, noise)
         completions = {k: own.view(-1, m, self.completions) for k, own in again.items()}
-        self.parts.append(Profiled(rewards, accepted, completions))
+        self.parts.append(Profiled(rewards, weights, completions))
 
     def _route(self) -> Route:
         route = self.tuner.reference_route()
@@ -162,7 +165,7 @@ class _Profiler:
         """Print the profile with the suggested cut, and write both to `profile.json`."""
         whole = Profiled(
             torch.cat([part.rewards for part in self.parts]),
-            torch.cat([part.accepted for part in self.parts]),
+            torch.cat([part.weights for part in self.parts]),
             {k: torch.cat([part.completions[k] for part in self.parts]) for k in self.steps},
         )
         times = self.tuner.pipeline.process.times(self.tuner.sampler.num_steps)
@@ -179,7 +182,7 @@ class _Profiler:
             "levels": [level._asdict() for level in levels],
         }
         path = folder / "profile.json"
-        path.write_text(json.dumps(written, indent=2) + "\n")
+        path.write_text(json.dumps(without_nan(written), indent=2) + "\n")
         print(_table(levels, cut, most_open))
         print(f"profile: {path}")
 

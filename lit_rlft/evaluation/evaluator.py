@@ -271,6 +271,8 @@ class Evaluator:
         arm, batch_idx, rows, samples, condition, known = drawn
         values = values_of(self.reward, samples, condition)
         self._check_scored(values.get(self.reward.name), len(condition))
+        # A reward without bounds leaves a sample out as a failed one does, in training too.
+        values = {name: v.where(v.isfinite(), torch.nan) for name, v in values.items()}
         values |= apart(values, values_of(self.metrics, samples, condition)) | known
         pictures, figures = self._pictures(arm, samples, condition)
         labels = [self.pipeline.describe(entry) for entry in condition.each()]

@@ -39,13 +39,13 @@ class Profiled(NamedTuple):
 
     Attributes:
         rewards: [n, M], of M candidates of each condition.
-        accepted: [n, M] bool.
+        weights: [n, M], how much each counts in a fit: 1 where it is accepted, or else 0, or any.
         completions: By index k of the sampler's grid, [n, M, R]: of R completions of the
             candidates' states at times[k].
     """
 
     rewards: Tensor
-    accepted: Tensor
+    weights: Tensor
     completions: Mapping[int, Tensor]
 
 
@@ -121,12 +121,12 @@ def levels_of(profiled: Profiled, times: Tensor) -> list[Level]:
         times: The sampler's grid, [num_steps + 1].
     """
     total = _total_variance(profiled)
-    without_cut = _gain(profiled.accepted, profiled.rewards)
+    without_cut = _gain(profiled.weights, profiled.rewards)
     levels = []
     for k, rewards in sorted(profiled.completions.items()):
         rewards = rewards.double()
         within = rewards.var(dim=2).mean(dim=1)
-        gain = _gain(profiled.accepted, rewards.mean(dim=2))
+        gain = _gain(profiled.weights, rewards.mean(dim=2))
         share = (ratio(within, total), error_of_mean(ratio_parts(within, total)))
         kept = (ratio(gain, without_cut), error_of_mean(ratio_parts(gain, without_cut)))
         num_steps = len(times) - 1
@@ -157,7 +157,7 @@ def _total_variance(profiled: Profiled) -> Tensor:
     return torch.stack(estimates).mean(dim=0)
 
 
-def _gain(accepted: Tensor, rewards: Tensor) -> Tensor:
-    """Return the sum over the accepted of what they have above their condition's mean, [n]."""
+def _gain(weights: Tensor, rewards: Tensor) -> Tensor:
+    """Return the weighted sum of what rewards have above their condition's mean, [n]."""
     above = rewards.double() - rewards.double().mean(dim=1, keepdim=True)
-    return (above * accepted).sum(dim=1)
+    return (above * weights).sum(dim=1)

@@ -117,7 +117,8 @@ class SplitData(LightningDataModule, ABC):
     Args:
         batch_size: Conditions per training batch, over all ranks: those of one round.
         eval_batch_size: Conditions per evaluation batch on each rank.
-        seed: Seed of the order in which training data are seen.
+        seed: Seed of the order in which training data are seen, of rows that are drawn, and of the
+            choice of rows to hold out: a test with another seed than the fit's tests on others.
         num_workers: Worker processes of each loader.
     """
 

@@ -56,9 +56,11 @@ class Checkpointed(LightningModule):
     Attributes:
         counted: What a round counts and learns before its first update, for the checkpoints that
             are written from now on; empty for that of the present.
+        as_trained: Whether samples are drawn and judged with the settings of the fit.
     """
 
     counted: Mapping[str, Any] = MappingProxyType({})
+    as_trained = True
     pipeline: Pipeline
     reward: Reward
     meter: Meter
@@ -88,7 +90,7 @@ class Checkpointed(LightningModule):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies do not take the trainer along."""
-        held = {"audience", "rollouts", "evaluator"}
+        held = {"audience", "round_log", "rollouts", "evaluator"}
         return {name: value for name, value in super().__getstate__().items() if name not in held}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -173,6 +175,11 @@ class Checkpointed(LightningModule):
             **(self.counted or self._counts()),
         }
         contents.reduce(checkpoint, contents.trained_shapes(self, trained.values()), ours)
+        if "callbacks" not in checkpoint:  # weights alone, without the average beside them
+            callbacks = getattr(self._trainer, "callbacks", ())
+            known = [c for c in callbacks if c.state_key.startswith(_AVERAGE)]
+            states = {callback.state_key: callback.state_dict() for callback in known}
+            checkpoint["state_dict"] |= self._average_by_name(states)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore all but the weights; raise UsageError for a checkpoint of another model."""
@@ -185,6 +192,8 @@ class Checkpointed(LightningModule):
         resume.check_adapter(ours.get("settings", {}), self._settings())
         if trainer is not None and not fitting:
             self._load_average(checkpoint, getattr(trainer, "callbacks", ()))
+            recorded = ours.get("settings", {})
+            self.as_trained = not resume.list_of_samples(recorded, self._settings())
         if fitting:
             self._check_resume(checkpoint, ours.get("settings"))
         vars(self).update({name: ours[name] for name in COUNTERS})
@@ -289,14 +298,18 @@ class Checkpointed(LightningModule):
         """
         if any(callback.state_key.startswith(_AVERAGE) for callback in callbacks):
             return
+        if average := self._average_by_name(checkpoint.get("callbacks", {})):
+            checkpoint["state_dict"] |= average
+            rank_zero_info(_TOLD)
+
+    def _average_by_name(self, callbacks: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return the average in callbacks' states by the weights' names; without one, nothing."""
         trained = list(self._trained().values())
-        average = _average_in(checkpoint.get("callbacks", {}), trained)
-        if average is None:
-            return
         names = {id(parameter): name for name, parameter in self.named_parameters()}
-        for parameter, value in zip(trained, average, strict=True):
-            checkpoint["state_dict"][names[id(parameter)]] = value
-        rank_zero_info(_TOLD)
+        average = _average_in(callbacks, trained)
+        if average is None:
+            return {}
+        return {names[id(p)]: value for p, value in zip(trained, average, strict=True)}
 
     def _tell_other_settings(self, recorded: Mapping[str, Plain], given: tuple[str, ...]) -> None:
         """Say which settings could not be taken from the checkpoint and differ from it."""

@@ -19,6 +19,7 @@ __all__ = [
     "check_same_batches",
     "check_same_run",
     "list_changes",
+    "list_of_samples",
     "optimizer_settings",
 ]
 
@@ -40,6 +41,11 @@ _WITHOUT_EFFECT = (
     "data.num_workers",
 )
 """Settings that change no update: of evaluation, of memory, and where weights once came from."""
+_OF_SAMPLES = (
+    *("model.sampler", "model.cut", "model.start", "model.seed"),
+    *("pipeline", "reward", "data.source", "data.test_source", "data.seed"),
+)
+"""Settings of what a test draws and how it is judged."""
 
 
 def optimizer_settings(optimizer: Optimizer, scheduler: Any) -> dict[str, Any]:
@@ -151,7 +157,7 @@ def list_changes(
             "they are not compared"
         )
         return
-    found = [one for one in changes(old, new) if not _without_effect(one[0])]
+    found = [one for one in changes(old, new) if not _below(one[0], _WITHOUT_EFFECT)]
     if found:
         listed = ", ".join(f"{key} {_short(a)} -> {_short(b)}" for key, a, b in found)
         rank_zero_info(f"resuming with other settings: {listed}")
@@ -163,8 +169,26 @@ def list_changes(
             checkpoint["lr_schedulers"][0][name] = scheduler.state_dict()[name]
 
 
-def _without_effect(key: str) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in _WITHOUT_EFFECT)
+def list_of_samples(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Say in one line with what other settings samples are drawn and judged than in the fit.
+
+    Args:
+        old: Settings of the fit, from its checkpoint.
+        new: The settings now.
+
+    Returns:
+        The settings; nothing where they are the same.
+    """
+    found = [one for one in changes(old, new) if _below(one[0], _OF_SAMPLES)]
+    found = [one for one in found if not _below(one[0], _WITHOUT_EFFECT)]
+    listed = ", ".join(f"{key} {_short(a)} -> {_short(b)}" for key, a, b in found)
+    if listed:
+        rank_zero_info(f"drawing with other settings than the fit had: {listed}")
+    return listed
+
+
+def _below(key: str, names: Sequence[str]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def _set_in_optimizer(checkpoint: Mapping[str, Any], name: str, before: Any, now: Any) -> None:

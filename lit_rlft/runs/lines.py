@@ -2,15 +2,16 @@
 
 import fcntl
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lit_rlft.runs.files import writing
 
-__all__ = ["append_lines", "locked", "read_lines", "signature"]
+__all__ = ["append_lines", "locked", "read_lines", "signature", "without_nan"]
 
 
 def append_lines(path: Path, lines: str) -> None:
@@ -95,3 +96,12 @@ def _remove_torn_line(handle: int) -> None:
 def _write_all(handle: int, content: bytes) -> None:
     while content:
         content = content[os.write(handle, content) :]
+
+
+def without_nan(value: Any) -> Any:
+    """Return what JSON can hold: numbers that are NaN or infinite become null."""
+    if isinstance(value, Mapping):
+        return {key: without_nan(own) for key, own in value.items()}
+    if isinstance(value, list):
+        return [without_nan(own) for own in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

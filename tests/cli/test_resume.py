@@ -1,7 +1,9 @@
 """What a resumed fit must share with the run before it, and what it says of the rest."""
 
+import json
 import re
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -351,6 +353,75 @@ def test_weights_alone_are_tested_but_not_resumed(tmp_path: Path) -> None:
         main(arguments("test", (DOMAIN, "p_graft"), TINY_MIXTURE))
         with pytest.raises(SystemExit, match=r"holds weights alone .*save_weights_only false"):
             fit(GOING_ON)
+
+
+def test_weights_alone_are_the_average_of_a_run_that_has_one(tmp_path: Path) -> None:
+    average = {"trainer.callbacks+": "EMA", "trainer.callbacks.decay": 0.5}
+    average |= {"model.optimizer.lr": 0.01}
+    with working_directory(tmp_path):
+        fit(average | {"name": "whole"})
+        fit(average | {"checkpoint.save_weights_only": True})
+        whole, alone = checkpoint("whole"), checkpoint("run")
+        (kept,) = [own for name, own in whole["callbacks"].items() if name.startswith("EMA")]
+        assert_equal([*alone["state_dict"].values()], kept["average"])
+        pairs = zip(whole["state_dict"].values(), kept["average"], strict=True)
+        assert any((raw != average).any() for raw, average in pairs)
+        metrics = []
+        for name in ("whole", "run"):
+            main(arguments("test", (DOMAIN, "p_graft"), TINY_MIXTURE, {"name": name}))
+            metrics.append(json.loads(Path(f"runs/{name}/metrics.json").read_text())["tuned"])
+        assert_equal(*metrics)
+
+
+def test_a_test_with_other_settings_says_so_and_leaves_the_card(run: Path, said: list[str]) -> None:
+    """The card holds the settings of the fit."""
+    card = run / "tuned/README.md"
+    before = card.read_text()
+    other = {"model.cut": 0.75, "data.seed": 1, "data.eval_batch_size": 3, "model.num_epochs": 7}
+    main(arguments("test", (DOMAIN, "p_graft"), TINY_MIXTURE, other))
+    assert said == [
+        "drawing with other settings than the fit had: data.seed 0 -> 1, model.cut 0.25 -> 0.75"
+    ]
+    assert card.read_text() == before
+    main(arguments("test", (DOMAIN, "p_graft"), TINY_MIXTURE))
+    assert len(said) == 1 and card.read_text() != before
+
+
+def test_updates_alone_end_a_fit_that_they_are_given_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in Lightning they lift the limit of epochs, which is one by default."""
+    updates = {key: TINY_MIXTURE[key] for key in TINY_MIXTURE if key != "trainer.max_epochs"}
+    words = arguments("fit", (DOMAIN, "p_graft"), updates, {"trainer.limit_train_batches": 1})
+    with working_directory(tmp_path):
+        main([*words, "--trainer.max_steps=9"])
+        whole = checkpoint("run")["lit_rlft"]
+        assert "until the round of update 9" in capsys.readouterr().out
+        each = whole["num_updates"] // whole["num_rounds"]
+        assert whole["num_updates"] - each < 9 <= whole["num_updates"]
+        main([*words, "--trainer.max_steps=9", "--trainer.max_epochs=1", "--name=both"])
+        assert "until the round of update 9 or for 1 round" in capsys.readouterr().out
+        assert checkpoint("both")["lit_rlft"]["num_rounds"] == 1
+        main([*words, "--name=none"])
+        assert checkpoint("none")["lit_rlft"]["num_rounds"] == 1
+
+
+def test_fewer_rows_than_a_batch_are_one_batch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with working_directory(tmp_path):
+        fit({"data.num_train": 4, "data.batch_size": 32})
+        assert "1 round; 16 reward calls to come" in capsys.readouterr().out
+        assert checkpoint("run")["lit_rlft"]["cost"]["reward_calls"] == 16
+
+
+def test_a_seed_that_moves_nothing_is_told(tmp_path: Path) -> None:
+    with working_directory(tmp_path):
+        with pytest.warns(UserWarning, match=r"seed_everything 7 .*--model\.seed 7 --data\.seed 7"):
+            fit({"seed_everything": 7})
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "seed_everything")
+            fit({"seed_everything": 7, "model.seed": 1, "name": "other"})
 
 
 def test_a_run_that_ends_with_weights_alone_does_not_say_go_on(

@@ -1,6 +1,7 @@
 """Evaluations where rewards fail: what is known counts; where nothing is, they end."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -58,6 +59,20 @@ def test_a_first_batch_that_fails_is_left_out() -> None:
     summary = evaluated(num_failed=20).summary()
     assert set(summary["tuned"]) >= {"Late", "kl"}
     assert summary["tuned"]["Late"]["sem"] > 0 and summary["reference"]["Late"]["sem"] > 0
+
+
+def test_infinite_rewards_are_left_out_of_the_means_too() -> None:
+    class Unbounded(Coordinate):
+        def forward(self, samples: Tensor, condition: Condition) -> Tensor:
+            return super().forward(samples, condition).where(samples[:, 0] > 0, -torch.inf)
+
+    tuner = started(WeightedSum({"a": Unbounded()}))
+    with pytest.warns(UserWarning, match="left out of its means"):
+        measure(tuner, num_batches=4, batch_size=16)
+    summary = tuner.evaluator.summary()
+    for arm, name in product(("tuned", "reference"), ("WeightedSum", "a")):
+        assert math.isfinite(summary[arm][name]["mean"]) and summary[arm][name]["mean"] > 0
+        assert summary[arm][name]["sem"] > 0
 
 
 def test_an_evaluation_of_a_normalised_reward_may_measure_nothing() -> None:

@@ -1,6 +1,7 @@
 """The profile of a reward: exact for normal rewards, and through the command line."""
 
 import json
+import math
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +18,7 @@ from lit_rlft.cli import main
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.evaluation.reward_profile import Level, Profiled, levels_of, profile, suggested
 from lit_rlft.loop.relay import Relay
+from lit_rlft.runs.lines import without_nan
 from tests.cli.test_runs import GAUSSIAN, TINY
 from tests.support import arguments, trainer_of, working_directory
 
@@ -142,6 +144,23 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.usefixtures("elsewhere")
+def test_rules_that_weigh_candidates_gain_by_their_weights() -> None:
+    """All candidates are accepted, so that nothing is gained but by the weights."""
+    rule = {"class_path": "lit_rlft.core.selection.RewardWeighted", "init_args": {"beta": 0.1}}
+    eta = {"model.init_args.sampler.eta": 1.0, "model.init_args.selection": rule}
+    command("--conditions=24", "--completions=2", "--levels=8", **eta)
+    text = Path("runs/run/profile.json").read_text()
+    levels = json.loads(text, parse_constant=pytest.fail)["levels"]
+    assert all(level["kept_sem"] < 0.5 for level in levels)
+    assert levels[0]["kept"] < 0.9 and levels[-1]["kept"] == pytest.approx(1, abs=0.1)
+
+
+def test_what_is_no_number_is_null_in_json() -> None:
+    found = without_nan({"a": [math.nan, {"b": -math.inf, "c": 1.5}], "d": "nan", "e": 2})
+    assert found == {"a": [None, {"b": None, "c": 1.5}], "d": "nan", "e": 2}
+
+
+@pytest.mark.usefixtures("elsewhere")
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -150,6 +169,7 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
         (["--most_open=1.5"], "--most_open must be a number between 0 and 1, got '1.5'"),
         (["--model.init_args.sampler.eta=0"], "add --model.sampler.eta 1"),
         (["--candidates=2", "--model.init_args.selection.init_args.k=3"], "k"),
+        (["--ckpt_path=last.ckpt"], "leave out --ckpt_path"),
     ],
 )
 def test_bad_input(words: list[str], says: str) -> None:
