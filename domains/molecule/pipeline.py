@@ -6,7 +6,8 @@ types: K + 1) and the process leaves them alone.
 
 A "gibbs" state is like a mixed one, but positions, as a block, and single types are noised in turn.
 The network is told the level of the positions as the time; types show theirs by their masks. Its
-process visits slots in their order, of which the network knows nothing: data are shuffled.
+process visits slots in their order, of which the network knows nothing: it learns from shuffled
+data.
 
 References:
     Equivariant Diffusion for Molecule Generation in 3D (Hoogeboom et al., 2022; EDM),
@@ -48,8 +49,9 @@ from lit_rlft.core.process import (
     Process,
     ProductProcess,
 )
+from lit_rlft.core.randomness import Generators, rand_like, randn_like
 from lit_rlft.core.schedule import PolynomialVP, RectifiedFlow
-from lit_rlft.core.state import State, cat, index, tree_map
+from lit_rlft.core.state import State, cat, index
 from lit_rlft.core.subspace import PointClouds
 from lit_rlft.kit.compiled import SmallCompiled, compile_small
 from lit_rlft.kit.network_folder import check_one_given, load_pretrained, save_network
@@ -190,22 +192,35 @@ class MoleculePipeline(Pipeline):
         types = x_0["type"].clamp(max=len(self.elements) - 1).where(full, EMPTY)
         return Molecules.of(positions, types, self.elements, self.architecture.implicit_hydrogens)
 
-    def states(self, batch: Batch) -> State:
-        """Return x_0 of `batch["positions"]` [B, n, 3] in Angstrom and `batch["types"]` [B, n].
+    @property
+    def augments(self) -> bool:
+        return self.architecture.network == "transformer" or self.architecture.state == "gibbs"
 
-        Data of the transformer are rotated at random, atoms of a "gibbs" state are shuffled, by
-        torch's global generator.
-        """
+    def augmented(self, batch: Batch, noise: Generators) -> Batch:
+        """Return molecules for the transformer rotated, and those of a "gibbs" state shuffled."""
+        if not self.augments:
+            return batch
+        self._check(batch)
+        positions, types = column(batch, "positions"), column(batch, "types")
+        if self.architecture.network == "transformer":
+            quaternions = randn_like(positions.new_empty(len(positions), 4), noise)
+            positions = positions @ _rotations(quaternions).to(positions)
+        if self.architecture.state == "gibbs":
+            keys = rand_like(positions.new_empty(types.shape), noise)
+            order = keys.masked_fill(types == EMPTY, 2).argsort(dim=1)
+            types = types.gather(1, order)
+            positions = positions.gather(1, order.unsqueeze(-1).expand_as(positions))
+        return {**batch, "positions": positions, "types": types}
+
+    def states(self, batch: Batch) -> State:
+        """Return x_0 of `batch["positions"]` [B, n, 3] in Angstrom and `batch["types"]` [B, n]."""
         self._check(batch)
         types = self._padded(column(batch, "types"), EMPTY).to(self.device)
         full = types != EMPTY
         positions = self._padded(batch["positions"], 0.0).to(self.denoiser.like)
         positions = _around_centre(positions / self.architecture.position_scale, full)
-        if self.architecture.network == "transformer":
-            positions = positions @ _rotations(len(positions)).to(positions)
         if self.architecture.split:
-            state: State = {"position": positions, "type": types.where(full, self._empty)}
-            return _shuffled(state, full) if self.architecture.state == "gibbs" else state
+            return {"position": positions, "type": types.where(full, self._empty)}
         scores = self.architecture.type_scale * functional.one_hot(
             types.clamp(min=0), len(self.elements)
         ).to(positions)
@@ -384,17 +399,6 @@ def _joint(a: Architecture, positions: GaussianProcess, type_weight: float) -> P
     )
 
 
-def _shuffled(state: State, full: Tensor) -> State:
-    """Return states whose atoms have changed places at random."""
-    keys = torch.rand(full.shape, device=full.device)
-    order = keys.masked_fill(~full, 2).argsort(dim=1)
-
-    def taken(leaf: Tensor) -> Tensor:
-        return leaf.gather(1, order if leaf.dim() == 2 else order.unsqueeze(-1).expand_as(leaf))
-
-    return tree_map(taken, state)
-
-
 def _num_atoms(batch: Batch) -> Tensor:
     if "num_atoms" in batch:
         return batch["num_atoms"]
@@ -416,16 +420,16 @@ def _around_centre(positions: Tensor, full: Tensor) -> Tensor:
     return (centred + moves - moves.sum(dim=1, keepdim=True) / num) * weights
 
 
-def _rotations(num: int) -> Tensor:
-    """Draw rotations, uniform, [num, 3, 3]."""
-    q = functional.normalize(torch.randn(num, 4, dtype=torch.float64), dim=1)
+def _rotations(quaternions: Tensor) -> Tensor:
+    """Return rotations [B, 3, 3], uniform where the quaternions [B, 4] are normal."""
+    q = functional.normalize(quaternions.double(), dim=1)
     w, x, y, z = q.unbind(dim=1)
     rows = [
         *(1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)),
         *(2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)),
         *(2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)),
     ]
-    return torch.stack(rows, dim=1).view(num, 3, 3)
+    return torch.stack(rows, dim=1).view(-1, 3, 3)
 
 
 def _load(pretrained: str) -> MoleculeNetwork:

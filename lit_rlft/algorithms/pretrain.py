@@ -9,7 +9,7 @@ from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.core.checks import UsageError, positive, within
 from lit_rlft.core.pipeline import Batch, Condition
 from lit_rlft.core.process.gaussian import GaussianProcess
-from lit_rlft.core.randomness import Generators, rand_like
+from lit_rlft.core.randomness import Generators, Seeded, rand_like
 from lit_rlft.core.state import State, cat, index, leaves, to
 from lit_rlft.core.streams import Stream
 from lit_rlft.loop.experience import Experience
@@ -58,6 +58,11 @@ class Pretrain(RewardFineTuner):
                     f"{type(self.pipeline.process).__name__} has no signal-to-noise ratio; set "
                     "model.init_args.snr_gamma to null"
                 )
+        if self.cache_states and self.pipeline.augments:
+            raise UsageError(
+                f"{self.pipeline.name} learns from data that are moved at random, anew each time "
+                "they are seen; set model.init_args.cache_states to false"
+            )
         self.pipeline.check_states()
         encoder = self.pipeline.encoder
         if self.train_encoder and encoder is None:
@@ -77,6 +82,7 @@ class Pretrain(RewardFineTuner):
         """Return the data of the batch as experience."""
         seeds = self.rollouts.seeds(batch, 1, Stream.DATA, self.num_rounds)
         self.num_samples += len(seeds) * self.trainer.world_size
+        batch = self.pipeline.augmented(batch, Seeded(seeds, Stream.AUGMENT))
         return Experience({"x_0": self._states(batch)}, condition, seeds)
 
     def loss(self, experience: Experience, noise: Generators) -> tuple[Tensor, dict[str, Tensor]]:

@@ -14,6 +14,7 @@ from lit_rlft.core.condition import Condition
 from lit_rlft.core.contract import check_answers
 from lit_rlft.core.figure import Figure
 from lit_rlft.core.process import Process
+from lit_rlft.core.randomness import Generators
 from lit_rlft.core.state import State, described
 
 __all__ = [
@@ -186,6 +187,23 @@ class Pipeline(nn.Module, ABC):
             raise UsageError(
                 f"{type(self).__name__} does not encode data samples; Pretrain cannot train it"
             )
+
+    @property
+    def augments(self) -> bool:
+        """Whether `augmented` changes anything."""
+        return False
+
+    def augmented(self, batch: Batch, noise: Generators) -> Batch:
+        """Return a batch whose data samples were moved at random, as rotations move molecules.
+
+        Training on data calls it before `states`, which draws nothing. The default returns the
+        batch.
+
+        Args:
+            batch: Data samples with their conditions.
+            noise: One generator per row.
+        """
+        return batch
 
     def states(self, batch: Batch) -> State:
         """Return x_0 for the data in a batch.

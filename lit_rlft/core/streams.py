@@ -35,6 +35,8 @@ class Stream(IntEnum):
     """Which steps of an update carry reward gradients."""
     STEPS = 13
     """Which steps of a round a policy gradient trains."""
+    AUGMENT = 14
+    """Random moves of data samples."""
     DATA_NOISE = 20
     """Noise added to data before they are inverted."""
     BASE_PROBE = 21

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lit_rlft.core.pipeline import Pipeline
-from lit_rlft.core.randomness import own_rng, seed_from
+from lit_rlft.core.randomness import Seeded
 from lit_rlft.core.state import State, cat, index, to, tree_map
 from lit_rlft.core.streams import Stream
 from lit_rlft.kit.data import collate
@@ -52,5 +52,6 @@ class PairStates:
             self.pipeline.read_sample(sample, pair.condition, folder)
             for sample in (pair.chosen, pair.rejected)
         ]
-        with own_rng(seed_from(self.seed, Stream.DATA, row)):
-            return self.pipeline.states(collate([{**columns, "index": 0} for columns in read]))
+        both = collate([{**columns, "index": 0} for columns in read])
+        moves = Seeded([0, 1], self.seed, Stream.AUGMENT, row)
+        return self.pipeline.states(self.pipeline.augmented(both, moves))

@@ -16,7 +16,7 @@ from lit_rlft.core.checks import UsageError
 from lit_rlft.core.fixed_point import FixedPoint
 from lit_rlft.core.pipeline import Condition, Pipeline
 from lit_rlft.core.process import GaussianProcess, Process, ProductProcess
-from lit_rlft.core.randomness import generators, seed_from
+from lit_rlft.core.randomness import Seeded, generators, seed_from
 from lit_rlft.core.sampling import Denoiser, Sampler
 from lit_rlft.core.state import State, cat, fields_of, flatten, tensor_of, tree_map
 from lit_rlft.core.streams import Stream
@@ -81,7 +81,8 @@ class NoisyData:
                 "InverseNoiseCorrection needs data whose column 'index' is the row's number, which "
                 "lit_rlft.kit.data.Rows adds"
             )
-        condition, x_0 = pipeline.encode(batch), pipeline.states(batch)
+        moves = Seeded(rows, self.seed, Stream.AUGMENT)
+        condition, x_0 = pipeline.encode(batch), pipeline.states(pipeline.augmented(batch, moves))
         if not self.std:
             return x_0, condition
         keys = generators([seed_from(self.seed, Stream.DATA_NOISE, row) for row in rows])

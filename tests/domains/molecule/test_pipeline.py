@@ -133,7 +133,7 @@ def test_atoms_of_gibbs_states_are_shuffled() -> None:
     pipeline, num = tiny("gibbs"), 600
     positions = torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 2.0, 0.0]])
     batch = {"positions": positions.expand(num, 3, 3), "types": torch.tensor([[0, 1, 2]] * num)}
-    x_0 = fields_of(pipeline.states(batch))
+    x_0 = fields_of(pipeline.states(pipeline.augmented(batch, generators(range(num)))))
     types = x_0["type"][:, :3]
     assert (x_0["type"][:, 3:] == len(pipeline.elements) + 1).all()
     assert not x_0["position"][:, 3:].any()
@@ -418,11 +418,16 @@ def test_the_noise_policys_prior_is_a_law_in_the_subspace() -> None:
 def test_rotation_augmentation_is_the_transformers_alone() -> None:
     batch = batch_of()
     plain = tiny()
-    assert torch.equal(plain.states(batch), plain.states(batch))
+    assert not plain.augments and plain.augmented(batch, generators(range(5))) is batch
     turned = tiny(network="transformer")
-    torch.manual_seed(0)
-    first, second = turned.states(batch), turned.states(batch)
+    moved = [turned.augmented(batch, generators(seeds)) for seeds in (range(5), range(5, 10))]
+    first, second = (turned.states(own) for own in moved)
     assert isinstance(first, Tensor) and isinstance(second, Tensor)
+    third = {name: column[2:3] for name, column in batch.items()}
+    alone = turned.augmented(third, generators([2]))
+    assert torch.equal(alone["positions"][0], moved[0]["positions"][2])  # in any batch the same
+    assert_close = torch.testing.assert_close
+    assert_close(turned.states(moved[0]), first, rtol=0, atol=0)  # encoding draws nothing
     assert not torch.allclose(first[..., :3], second[..., :3])
     assert torch.equal(first[..., 3:], second[..., 3:])
     for row, size in enumerate(SIZES.tolist()):
@@ -431,6 +436,28 @@ def test_rotation_augmentation_is_the_transformers_alone() -> None:
         if size > 3:
             # Rotations, not reflections: the triple product keeps its sign.
             torch.testing.assert_close(torch.linalg.det(one[:3]), torch.linalg.det(other[:3]))
+
+
+def test_pretraining_draws_nothing_from_torchs_own_generator(tmp_path: Path) -> None:
+    """Else a resumed run would see other rotations; the seed of the model decides."""
+
+    def pretrained(seed: int, elsewhere: int) -> list[Tensor]:
+        torch.manual_seed(elsewhere)
+        pipeline = tiny("gibbs", network="transformer")
+        how = {"condition_dropout": 0.0, "sampler": Sampler(2), "seed": seed}
+        model = Pretrain(pipeline, Spread(), **how)
+        trainer_of(default_root_dir=tmp_path).fit(model, Boxes())
+        return [*pipeline.denoiser.parameters()]
+
+    first = pretrained(0, elsewhere=0)
+    torch.testing.assert_close(pretrained(0, elsewhere=1), first, rtol=0, atol=0)
+    assert not all(map(torch.equal, pretrained(1, elsewhere=0), first))
+
+
+def test_moved_data_are_not_kept() -> None:
+    model = Pretrain(tiny(network="transformer"), Spread(), cache_states=True)
+    with pytest.raises(UsageError, match=r"set model\.init_args\.cache_states to false"):
+        model.check()
 
 
 def test_conditions_are_numbers_of_atoms_each_once() -> None:
