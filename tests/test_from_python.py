@@ -31,7 +31,8 @@ trainer = Trainer(
     max_epochs=1,
 )
 trainer.fit(model, data)
-trainer.test(model, data)
+(tested,) = trainer.test(model, data)
+assert {"test/Coordinate", "test_reference/Coordinate", "test_gain/Coordinate"} <= tested.keys()
 """
 SHAPES = """
 from lightning import Trainer

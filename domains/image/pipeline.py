@@ -15,7 +15,7 @@ from diffusers import (
 from torch import Tensor, nn
 
 from domains.image import EMBEDDED
-from lit_rlft.core.checks import UsageError, positive
+from lit_rlft.core.checks import UsageError, positive, require
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline, column
 from lit_rlft.core.process import GaussianProcess
 from lit_rlft.core.state import State, tensor_of
@@ -92,19 +92,31 @@ class ImagePipeline(Pipeline):
             )
         positive(self, shift=shift)
         self.pretrained = pretrained
-        if architecture is not None:
-            self.denoiser = _new(architecture)
-            self.scheduler = _scheduler(
-                "rectified_flow" if schedule == "saved" else schedule, shift
-            )
+        if pretrained is None:
+            assert architecture is not None
+            self.denoiser, saved = _new(architecture), None
         else:
-            assert pretrained is not None
-            self.denoiser, self.scheduler = _load(pretrained, variant, schedule)
+            self.denoiser, saved = _load(pretrained, variant)
+        self.scheduler = self._scheduler_of(saved, schedule, shift)
         _check(self.denoiser)
         self.process = saved_process(self.scheduler, flows=True)
         self.save_dtype = getattr(torch, save_dtype)
         self.compile_how = compile
         self.compile_denoiser(self.denoiser)
+
+    def _scheduler_of(self, saved: Any, schedule: Schedule, shift: float) -> Any:
+        """Return the scheduler that was saved with the network, else a new one."""
+        named = repr(self.pretrained)
+        if saved is not None:
+            rule = f"'saved': {named} has the scheduler that it was trained with"
+            require(schedule == "saved", self, "schedule", rule)
+        elif self.pretrained is not None:
+            which = f"{named}, a network without a scheduler, was trained as"
+            rule = f"'rectified_flow' or 'ddpm', whichever {which}"
+            require(schedule != "saved", self, "schedule", rule)
+        flow = saved is None and schedule != "ddpm"
+        require(shift == 1 or flow, self, "shift", f"1 but for a new rectified flow, got {shift}")
+        return _scheduler(schedule, shift) if saved is None else saved
 
     def compile_denoiser(self, denoiser: nn.Module) -> None:
         compile_small(denoiser, self.compile_how)
@@ -240,7 +252,8 @@ def _is_part(entry: Any) -> bool:
     return isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
 
 
-def _load(pretrained: str, variant: str | None, schedule: Schedule) -> tuple[UNet2DModel, Any]:
+def _load(pretrained: str, variant: str | None) -> tuple[UNet2DModel, Any]:
+    """Return the network and the scheduler it was saved with, None without one."""
     denoiser, scheduler = load_pretrained(
         pretrained,
         EMBEDDED,
@@ -252,13 +265,6 @@ def _load(pretrained: str, variant: str | None, schedule: Schedule) -> tuple[UNe
         raise UsageError(
             f"{_KEY}: {pretrained!r} has a {type(denoiser).__name__}, not a UNet2DModel; "
             f"{_ELSEWHERE}"
-        )
-    if schedule != "saved":
-        scheduler = _scheduler(schedule)
-    elif scheduler is None:
-        raise UsageError(
-            f"{_KEY}: {pretrained!r} is a network without a scheduler; set "
-            "pipeline.init_args.schedule to 'rectified_flow' or 'ddpm', whichever it was trained as"
         )
     return denoiser.float(), scheduler
 

@@ -43,8 +43,6 @@ Summary = dict[str, dict[str, dict[str, float]]]
 
 _GROUPS = ("model", "reward", "pipeline", "data")
 _OF_TRAINER = ("max_epochs", "max_steps", "limit_train_batches", "precision")
-_TESTED = {"tuned": "test", "reference": "test_reference", "gain": "test_gain"}
-"""Names of the log by arm."""
 _SAMPLE = re.compile(r"\d{5,}_\d{19,}")
 """The name of a sample's file: its row and its seed."""
 
@@ -118,9 +116,6 @@ class RunFiles(Callback):
         summary = pl_module.evaluator.summary(errors=True)
         labels = pl_module.evaluator.measurements.tuned.labels.values()
         num_samples = sum(gather(sum(map(len, labels)), trainer.world_size))
-        for arm, prefix in _TESTED.items():
-            for name, values in summary[arm].items():
-                pl_module.log(f"{prefix}/{name}", values["mean"], sync_dist=True)
         cost = _cost(pl_module, trainer.world_size)
         first = self._first(pl_module, trainer.world_size)
         if not trainer.is_global_zero:

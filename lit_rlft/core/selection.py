@@ -50,6 +50,10 @@ class Selection(ABC):
     def check(self, num_candidates: int) -> None:
         """Raise ValueError where the rule cannot work with this many candidates."""
 
+    def selects(self, num_candidates: int) -> bool:
+        """Return whether rewards decide anything among this many candidates."""
+        return True
+
     @abstractmethod
     def __call__(
         self, rewards: Tensor, keys: Keys | None = None, noise: Generators = None
@@ -94,6 +98,9 @@ class TopK(Selection):
             problem = f"is {self.k}, more than the {num_candidates} candidates of a condition"
             raise BadArgument(self, "k", f"{problem}; lower it or raise num_candidates")
 
+    def selects(self, num_candidates: int) -> bool:
+        return num_candidates > self.k
+
     def __call__(
         self, rewards: Tensor, keys: Keys | None = None, noise: Generators = None
     ) -> Tensor:
@@ -117,6 +124,9 @@ class BestOfM(TopK):
 
 class RandomK(TopK):
     """Accept K candidates at random for any reward: the control that must gain nothing."""
+
+    def selects(self, num_candidates: int) -> bool:
+        return True  # it is to select nothing
 
     def __call__(
         self, rewards: Tensor, keys: Keys | None = None, noise: Generators = None

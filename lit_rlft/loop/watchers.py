@@ -3,6 +3,7 @@
 from lightning import Callback, Trainer
 
 from lit_rlft.loop.batch_check import BatchCheck
+from lit_rlft.loop.logged_test import LoggedTest
 from lit_rlft.loop.side.rewards import RewardWorkers
 from lit_rlft.loop.side.watch import SideWatch
 from lit_rlft.loop.whole_draws import whole_draws
@@ -11,10 +12,11 @@ __all__ = ["watchers"]
 
 
 def watchers(trainer: Trainer | None, workers: RewardWorkers | None) -> list[Callback]:
-    """Return who watches over batches, the workers of rewards, and weights that are split.
+    """Return who watches over batches, tests, the workers of rewards, and weights that are split.
 
     Args:
         trainer: Of the run, if there is one.
         workers: The setting; None for no workers.
     """
-    return [BatchCheck(), *([SideWatch()] if workers else []), *whole_draws(trainer)]
+    beside = [SideWatch()] if workers else []
+    return [BatchCheck(), LoggedTest(), *beside, *whole_draws(trainer)]

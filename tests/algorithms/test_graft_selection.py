@@ -1,5 +1,6 @@
 """What is accepted and kept, and how contrast weighs it against the rejected."""
 
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -289,3 +290,17 @@ def test_rules_that_need_classes_are_refused_where_samples_have_none() -> None:
     GRAFT(Nameless(), Coordinate(), selection=Threshold(0.0), **settings).setup("fit")
     with pytest.raises(UsageError, match="selection: Unique needs equivalence classes of samples"):
         GRAFT(Nameless(), Coordinate(), selection=Unique(Threshold(0.0)), **settings).setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("rule", "candidates", "warns"),
+    [(TopK(1), 1, True), (TopK(4), 4, True), (TopK(3), 4, False), (RandomK(4), 4, False)],
+)
+def test_a_rule_that_accepts_everything_is_told(rule: TopK, candidates: int, warns: bool) -> None:
+    tuner = GRAFT(GaussianMixturePipeline(), Coordinate(), selection=rule)
+    tuner.num_candidates = candidates
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        tuner.check()
+    told = ["nothing is selected; raise num_candidates" in str(one.message) for one in caught]
+    assert any(told) == warns

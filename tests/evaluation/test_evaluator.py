@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from domains.gaussian_mixture.data import MixtureData
 from domains.gaussian_mixture.pipeline import GaussianMixturePipeline
 from domains.gaussian_mixture.rewards import Coordinate
 from lit_rlft.algorithms.graft import GRAFT
@@ -175,3 +176,13 @@ def test_a_metric_of_a_rewards_name_has_another() -> None:
         for name in ("Coordinate_2", "Coordinate_3"):
             first = expected[arm]["Coordinate"]["mean"]
             assert found[arm][name]["mean"] == pytest.approx(100 + first, abs=1e-4)
+
+
+def test_a_test_returns_its_numbers() -> None:
+    """Also where nothing writes files."""
+    tuner = GRAFT(GaussianMixturePipeline(), Coordinate(), sampler=Sampler(2, 1.0))
+    (found,) = trainer_of().test(tuner, MixtureData(num_test=4), verbose=False)
+    summary = tuner.evaluator.summary()
+    for prefix, arm in (("test", "tuned"), ("test_reference", "reference"), ("test_gain", "gain")):
+        for name, values in summary[arm].items():
+            assert found[f"{prefix}/{name}"] == pytest.approx(values["mean"], abs=1e-6)

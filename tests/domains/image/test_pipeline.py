@@ -148,8 +148,15 @@ def test_an_exported_flow_is_sampled_alike_by_diffusers(shift: float, tmp_path: 
 def test_networks_alone_need_a_schedule(tiny_unet: UNet, tmp_path: Path) -> None:
     tiny_unet().save_pretrained(tmp_path / "unet")
     path = str(tmp_path / "unet")
-    with pytest.raises(UsageError, match="is a network without a scheduler; set"):
+    with pytest.raises(UsageError, match=r"schedule must be .* a network without a scheduler"):
         ImagePipeline(path)
+    shifted = ImagePipeline(path, schedule="rectified_flow", shift=3.0)
+    # u of the even grid goes to 3 u / (1 + 2 u).
+    torch.testing.assert_close(
+        shifted.process.times(2).float(), torch.tensor([1, 0.75, 0.0]), atol=2e-3, rtol=0
+    )
+    with pytest.raises(UsageError, match="shift must be 1 but for a new rectified flow, got 3"):
+        ImagePipeline(path, schedule="ddpm", shift=3.0)
     flow, ddpm = (ImagePipeline(path, schedule=s) for s in ("rectified_flow", "ddpm"))  # type: ignore[arg-type]
     assert flow.process.prediction_type == "velocity"
     assert ddpm.process.prediction_type == "epsilon"
@@ -158,6 +165,13 @@ def test_networks_alone_need_a_schedule(tiny_unet: UNet, tmp_path: Path) -> None
     alpha = ddpm.process.schedule.alpha(t)[0].item()
     expected = DDPMScheduler().alphas_cumprod[-1].sqrt().item()
     assert alpha == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_saved_scheduler_is_not_replaced() -> None:
+    with pytest.raises(UsageError, match="schedule must be 'saved': 'digits' has the scheduler"):
+        ImagePipeline("digits", schedule="ddpm")
+    with pytest.raises(UsageError, match="shift must be 1 "):
+        ImagePipeline("digits", shift=3.0)
 
 
 def test_the_network_sees_the_time_that_diffusers_tells_it(tiny_pipeline: Make) -> None:
