@@ -109,7 +109,6 @@ ALLOWED: Mapping[str, tuple[Sequence[float], set[str]]] = {
             "InverseNoiseCorrection.data_noise", "Pretrain.condition_dropout",
             "GaussianMixturePipeline.residual_width", "EncoderArchitecture.num_octaves",
             "MuonAdamW.momentum", "MuonAdamW.weight_decay", "MuonAdamW.lr", "MuonAdamW.betas",
-            "LayoutPipeline.category_weight", "MoleculePipeline.type_weight",
             "ProductProcess.weights", "GibbsProcess.weights",
             "Grammar.jitter", "TextToImagePipeline.guidance_scale",
             "TextToImagePipeline.max_table_gb",

@@ -21,7 +21,7 @@ from domains.layout.probes import probe_pages
 from domains.layout.render import draw, each, save_layout, to_svg
 from domains.layout.samples import EMPTY, Layouts
 from domains.layout.sources.single import read_layout
-from lit_rlft.core.checks import UsageError, at_least
+from lit_rlft.core.checks import UsageError, at_least, require
 from lit_rlft.core.figure import Figure
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline, check_columns, column
 from lit_rlft.core.process import (
@@ -83,12 +83,14 @@ class LayoutPipeline(Pipeline):
             self.denoiser = LayoutTransformer(architecture or Architecture())
         else:
             self.denoiser = _load(pretrained)
-        self.architecture = self.denoiser.architecture
-        self.classes = self.architecture.class_names
+        self.architecture = a = self.denoiser.architecture
+        self.classes = a.class_names
         self.save_dtype = getattr(torch, save_dtype)
         self.compile_how = compile
         self.compile_denoiser(self.denoiser)
-        self.process: Process = _process(self.architecture, category_weight)
+        rule = f"1 where classes are no integers, got {category_weight}"
+        require(a.split or category_weight == 1, self, "category_weight", rule)
+        self.process: Process = _process(a, category_weight)
 
     def compile_denoiser(self, denoiser: nn.Module) -> None:
         compile_small(denoiser, self.compile_how)

@@ -39,7 +39,7 @@ from domains.molecule.probes import probe_molecules
 from domains.molecule.render import draw, figures_of, save_molecule
 from domains.molecule.samples import EMPTY, Molecules
 from domains.molecule.sources.single import read_molecule
-from lit_rlft.core.checks import UsageError, at_least
+from lit_rlft.core.checks import UsageError, at_least, require
 from lit_rlft.core.figure import Figure
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline, check_columns, column
 from lit_rlft.core.process import (
@@ -116,6 +116,8 @@ class MoleculePipeline(Pipeline):
         self.compile_how = compile
         self.compile_denoiser(self.denoiser)
         self._field = _process(a)
+        rule = f"1 where types are no integers, got {type_weight}"
+        require(a.split or type_weight == 1, self, "type_weight", rule)
         self.process: Process = _joint(a, self._field, type_weight) if a.split else self._field
 
     def compile_denoiser(self, denoiser: nn.Module) -> None:

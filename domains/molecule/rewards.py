@@ -104,7 +104,7 @@ class Stability(_Chemical):
 
     Args:
         graded: Return (share of stable atoms) ** power instead.
-        power: The larger, the more the last unstable atoms count.
+        power: The larger, the more the last unstable atoms count; with `graded` alone.
         connected: Count a molecule in several parts as not stable.
 
     Raises:
@@ -114,6 +114,7 @@ class Stability(_Chemical):
     def __init__(self, graded: bool = False, power: float = 1.0, connected: bool = False) -> None:
         super().__init__()
         positive(self, power=power)
+        require(graded or power == 1, self, "power", f"1 unless graded is true, got {power}")
         self.graded, self.power, self.connected = graded, power, connected
 
     def check(self, pipeline: Pipeline) -> None:

@@ -9,6 +9,9 @@ import pytest
 import torch
 from jsonargparse import Namespace
 
+from domains.layout.pipeline import LayoutPipeline
+from domains.molecule.pipeline import MoleculePipeline
+from domains.molecule.rewards import Stability
 from lit_rlft.cli import main
 from lit_rlft.cli.errors import sentence
 from lit_rlft.cli.index import index
@@ -17,6 +20,7 @@ from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.selection import TopK
 from lit_rlft.loop.differentiable import NoGradient
 from lit_rlft.loop.reference import LoRA
+from lit_rlft.loop.side.rewards import RewardWorkers
 
 CONFIGS = ["--config=gaussian_mixture", "--config=p_graft", "--name=run"]
 
@@ -27,6 +31,21 @@ CONFIGS = ["--config=gaussian_mixture", "--config=p_graft", "--name=run"]
         (lambda: TopK(0), "TopK: k must be at least 1, got 0"),
         (lambda: Sampler(0), "Sampler: num_steps must be at least 1, got 0"),
         (lambda: LoRA(rank=0), "LoRA: rank must be at least 1, got 0"),
+        # What would have no effect.
+        (lambda: Stability(power=2.0), "Stability: power must be 1 unless graded is true, got 2.0"),
+        (
+            lambda: RewardWorkers(parts=[]),
+            "RewardWorkers: parts must be names of parts, or null for all of them; set "
+            "model.reward_workers to null for none",
+        ),
+        (
+            lambda: LayoutPipeline("grammar", category_weight=2.0),
+            "LayoutPipeline: category_weight must be 1 where classes are no integers, got 2.0",
+        ),
+        (
+            lambda: MoleculePipeline("small", type_weight=2.0),
+            "MoleculePipeline: type_weight must be 1 where types are no integers, got 2.0",
+        ),
     ],
 )
 def test_python_reads_the_class_and_its_argument(make: object, message: str) -> None:

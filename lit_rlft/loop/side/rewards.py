@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_rlft.core.answers import device_of
-from lit_rlft.core.checks import BadArgument, UsageError, at_least, positive
+from lit_rlft.core.checks import BadArgument, UsageError, at_least, positive, require
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Combination, Reward
 from lit_rlft.loop.side.call import Answer, Call
@@ -51,6 +51,8 @@ class RewardWorkers:
         at_least(1, self, "ahead")
         at_least(0, self, "restarts")
         positive(self, "timeout")
+        rule = "names of parts, or null for all of them; set model.reward_workers to null for none"
+        require(self.parts != [], self, "parts", rule)
         for device in self.devices or ():
             try:
                 torch.device(device)
