@@ -4,18 +4,19 @@ Method: every arm has six trials: learning rates, or three of them with two valu
 decides how far an algorithm goes (clip range, beta, reward scale). Rates are a factor of three
 apart; they are lower by two places for three arms whose best was the lowest in a first search.
 `--trials 3` tries every second of them, where a run is dear: rates a factor of ten apart, or with
-the first of the two values. A trial is one run with a seed of its own, 100, whose held-out
-conditions and noise are none of the reported ones. Taken is the trial with the largest gain in the
-trained reward of those that keep what nothing trains within the domain's bounds, as FID at most 5
-higher; of the reward alone, exploited settings are the best (`--reward-alone` takes those). Then
-the arm is trained with each of the reported seeds. All train a LoRA of rank 16 (Noise PPO its
-policy) of the embedded model without guidance, in rounds of 512 candidates, until the fit has spent
-its budget of reward calls (`--reward-calls`), or, apart from trials, of rows of the denoiser
-(`--denoiser-calls`; runs that spent just as many under the other budget are taken over). The seed
-sets the initialisation, the conditions and every sample. Tuned and reference samples share held-out
-conditions and noise. The table gives the interquartile mean of the seeds' paired gains with its 95
-% bootstrap interval; what metrics were and became, since samplers differ in noise and so start from
-other references; and the probability that a run ends with more reward than one of the first arm's.
+the first of the two values; on shapes a factor of three around what `make demo` has. A trial is one
+run with a seed of its own, 100, whose held-out conditions and noise are none of the reported ones.
+Taken is the trial with the largest gain in the trained reward of those that keep what nothing
+trains within the domain's bounds, as FID at most 5 higher; of the reward alone, exploited settings
+are the best (`--reward-alone` takes those). Then the arm is trained with each of the reported
+seeds. All train a LoRA of rank 16 (Noise PPO its policy) of the embedded model without guidance, in
+rounds of 512 candidates, until the fit has spent its budget of reward calls (`--reward-calls`), or,
+apart from trials, of rows of the denoiser (`--denoiser-calls`; runs that spent just as many under
+the other budget are taken over). The seed sets the initialisation, the conditions and every sample.
+Tuned and reference samples share held-out conditions and noise. The table gives the interquartile
+mean of the seeds' paired gains with its 95 % bootstrap interval; what metrics were and became,
+since samplers differ in noise and so start from other references; and the probability that a run
+ends with more reward than one of the first arm's.
 A second table has what every trial changed.
 
     python benchmarks/fair_comparison.py layout --root runs/fair --seeds 0 1 2 3 4 --workers 2
@@ -29,7 +30,7 @@ that was interrupted goes on where it stopped.
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ TRIALS = 6
 ROUND = 512  # candidates, which are reward calls
 RATES = ("1e-4", "3e-4", "1e-3", "3e-3", "1e-2", "3e-2")
 LOWER = ("1e-5", "3e-5", *RATES[:4])
+NARROW = {RATES: RATES[1:4], LOWER: RATES[:3]}
 LORA = ["--model.lora.rank", "16", "--model.lora.alpha", "16"]
 
 
@@ -63,6 +65,7 @@ class Domain:
         differentiable: Options that train for a reward with a gradient and judge by the domain's,
             or none where that has one.
         settings: What an algorithm needs there, by its config's name.
+        dear: Whether a run is so dear that arms without a second setting have `NARROW` rates.
     """
 
     options: Sequence[str]
@@ -72,6 +75,7 @@ class Domain:
     reward_scales: Sequence[str]
     differentiable: Sequence[str] = ()
     settings: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    dear: bool = False
 
 
 DOMAINS = {
@@ -105,6 +109,7 @@ DOMAINS = {
         [
             *("--config", "configs/domains/shapes.yaml", "--pipeline.guidance_scale", "1.0"),
             *("--data.num_train_prompts", "65536", "--data.num_test_prompts", "192"),
+            *("--pipeline.channels_last", "true"),
         ],
         10,
         ("ShapesEval", "CLIPScore", "diversity", "kl"),
@@ -115,6 +120,7 @@ DOMAINS = {
             *("--metrics.parts+", "domains.text_to_image.rewards.ShapesEval"),
         ],
         {"drtune": ["--model.method.init_args.m", "5"]},  # half of the steps, as elsewhere
+        dear=True,
     ),
 }
 
@@ -135,13 +141,14 @@ class Arm:
     config: str
     candidates: int
     settings: Sequence[str] = ()
-    rates: Sequence[str] = RATES
+    rates: tuple[str, ...] = RATES
     second: tuple[str, Sequence[str]] | None = None
     gradient: bool = False
 
     def trials(self, domain: Domain) -> dict[str, list[str]]:
         """Return the settings to choose from, by name; all arms have as many."""
-        rates = {lr: ["--model.optimizer.init_args.lr", lr] for lr in self.rates}
+        own = NARROW[self.rates] if domain.dear and self.second is None else self.rates
+        rates = {lr: ["--model.optimizer.init_args.lr", lr] for lr in own}
         if self.second is None:
             return rates
         key, values = self.second
@@ -191,14 +198,14 @@ class Comparison:
         root: Folder of the runs.
         results: JSON lines, one a finished run.
         options: Of every run besides: what ends the fit, and further ones.
-        trials: How many of an arm's six are tried.
+        trials: How many of an arm's are tried, evenly spaced.
     """
 
     def __init__(
         self, domain: str, root: Path, results: Path, options: Sequence[str], trials: int = TRIALS
     ) -> None:
         self.domain, self.root, self.results, self.options = DOMAINS[domain], root, results, options
-        self.name, self.every = domain, TRIALS // trials
+        self.name, self.num_trials = domain, trials
         self.finished = {tuple(line["options"]): line for line in read_lines(results)}
 
     def run(self, arm: str, trial: str, seed: int) -> Report:
@@ -243,7 +250,7 @@ class Comparison:
 
     def search(self, arms: Sequence[str], workers: int) -> dict[str, dict[str, Report]]:
         """Return what each trial of each arm gave."""
-        trials = {arm: list(ARMS[arm].trials(self.domain))[:: self.every] for arm in arms}
+        trials = {arm: spaced(ARMS[arm].trials(self.domain), self.num_trials) for arm in arms}
         jobs = [(arm, trial, SEARCH_SEED) for arm in arms for trial in trials[arm]]
         found = run_all(jobs, lambda job: self.run(*job), workers)
         return {
@@ -293,6 +300,12 @@ class Comparison:
             + ", ".join(f"{self.moved(report, metric):+.3g}" for metric in shown)
             for trial, report in trials.items()
         ]
+
+
+def spaced(trials: Iterable[str], num: int) -> list[str]:
+    """Return so many of the trials, evenly spaced from the first on."""
+    every = list(trials)
+    return every[:: max(1, len(every) // num)]
 
 
 def _budget(kind: str, calls: int, extra: Sequence[str]) -> list[str]:
