@@ -11,7 +11,7 @@ from lit_rlft.core.checks import UsageError, loading
 from lit_rlft.report.run import Run, check_domain, settings_that_differ
 from lit_rlft.runs.plain import Plain
 
-__all__ = ["Tested", "check_comparable", "same_noise"]
+__all__ = ["Tested", "check_comparable", "same_noise", "same_reward"]
 
 _REASONS = {
     "model.seed": "their samples come from other noise",
@@ -72,6 +72,11 @@ def check_comparable(runs: Sequence[Run]) -> list[Tested]:
 def same_noise(runs: Sequence[Run]) -> bool:
     """Return whether by their settings the runs' samples of a row share condition and noise."""
     return not any(_differing(runs, owner) for owner in _REASONS if owner != "reward")
+
+
+def same_reward(runs: Sequence[Run]) -> bool:
+    """Return whether by their settings the runs were trained on one reward."""
+    return not _differing(runs, "reward") and len({run.reward for run in runs}) == 1
 
 
 def _differing(runs: Sequence[Run], owner: str) -> dict[str, list[Plain]]:

@@ -56,7 +56,8 @@ def page(runs: Sequence[Run]) -> str:
     algorithms = dict.fromkeys(str(run.settings.get("model", "")) for run in runs)
     model = told(str(first.metrics.get("domain") or first.settings.get("pipeline")))
     title = f"{', '.join(algorithms)} on {model}"
-    title += f" for {first.reward}" if first.reward else ""
+    rewards = dict.fromkeys(run.reward for run in runs if run.reward)
+    title += f" for {', '.join(rewards)}" if rewards else ""
     several = f": {len(runs)} runs" if len(runs) > 1 else ""
     return Template(_asset("page.html")).substitute(
         title=escape(title + several),

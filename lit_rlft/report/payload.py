@@ -1,7 +1,7 @@
 """What the page draws by itself: curves, checkpoints with their samples, extremes, fronts."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lit_rlft.report.comparable import same_noise
@@ -32,9 +32,9 @@ def payload(runs: Sequence[Run]) -> Payload:
     """Return all that the page draws, small enough for a file that people send to each other."""
     found: Payload = {
         "runs": [
-            {"name": run.name, "color": COLORS[i % len(COLORS)]} for i, run in enumerate(runs)
+            {"name": run.name, "color": COLORS[i % len(COLORS)], "reward": run.reward}
+            for i, run in enumerate(runs)
         ],
-        "reward": runs[0].reward,
         "charts": _charts(runs),
         "checkpoints": _checkpoints(runs),
         "hacking": _hacking(runs),
@@ -48,25 +48,36 @@ def payload(runs: Sequence[Run]) -> Payload:
 def _charts(runs: Sequence[Run]) -> list[Payload]:
     """Return a chart of each number that was logged, the reward's and the held-out ones first."""
     charts: dict[str, Payload] = {}
+    titles = _reward_titles(runs)
     for i, run in enumerate(runs):
         for tag, points in run.curves.points.items():
             group, _, name = tag.partition("/")
             if group not in _ARMS or _OTHER_AXIS in name:
                 continue
-            title = "reward" if tag == "train/reward" else name
-            title = "reward" if name == run.reward and group != "train" else title
+            is_reward = tag == "train/reward" or (name == run.reward and group != "train")
+            title = titles[i] if is_reward else name
             chart = charts.setdefault(title, {"title": title, "series": []})
             chart["series"].append(_series(run.curves, points, i, _ARMS[group]))
     for title, chart in charts.items():
         validated = any(one["arm"] == "tuned" for one in chart["series"])
-        chart["main"] = validated or title == "reward" or any(word in title for word in _WATCHED)
-    return sorted(charts.values(), key=lambda chart: (not chart["main"], _place(chart["title"])))
+        chart["main"] = validated or title in titles or any(word in title for word in _WATCHED)
+    return sorted(
+        charts.values(), key=lambda chart: (not chart["main"], _place(chart["title"], titles))
+    )
 
 
-def _place(title: str) -> tuple[int, bool, str]:
-    """Sort charts by the first word that their name has; the word alone comes first."""
-    place = next((i for i, word in enumerate(_MAIN) if word in title), len(_MAIN))
-    return place, title not in _MAIN, title
+def _reward_titles(runs: Sequence[Run]) -> list[str]:
+    """Return the title of each run's chart of its reward: rewards of other names are kept apart."""
+    if len({run.reward for run in runs}) == 1:
+        return ["reward"] * len(runs)
+    return [run.reward or "reward" for run in runs]
+
+
+def _place(title: str, rewards: Sequence[str]) -> tuple[int, bool, str]:
+    """Sort charts by the first word that their name has, rewards first; the word alone is first."""
+    found = (i for i, word in enumerate(_MAIN) if word in title)
+    place = 0 if title in rewards else next(found, len(_MAIN))
+    return place, title not in (*_MAIN, *rewards), title
 
 
 def _series(curves: Curves, points: Sequence[tuple[int, float]], run: int, arm: str) -> Payload:
@@ -119,19 +130,32 @@ def _key(entry: Payload) -> tuple[Any, ...]:
 
 
 def _hacking(runs: Sequence[Run]) -> Payload:
-    """Return by held-out measurement its gain beside the trained reward's at each checkpoint."""
+    """Return by title the gain of a held-out measurement beside the trained reward's.
+
+    Runs of other rewards have charts of their own: the gains of two rewards share no axis.
+    """
     found: Payload = {}
-    signs = [name for run in runs for name in run.metrics.get("exploitation") or []]
-    records = [record for run in runs for record in run.checkpoints]
+    rewards = dict.fromkeys(run.reward for run in runs)
+    for reward in rewards:
+        own = [(i, run) for i, run in enumerate(runs) if run.reward == reward]
+        for chart in _hacking_of(own, reward):
+            told = f" (trained on {reward})" if len(rewards) > 1 else ""
+            found[f"{chart['name']}{told}"] = chart
+    return found
+
+
+def _hacking_of(runs: Sequence[tuple[int, Run]], reward: str) -> Iterator[Payload]:
+    """Iterate over the charts of runs that were trained on one reward, signs first."""
+    signs = [name for _, run in runs for name in run.metrics.get("exploitation") or []]
+    records = [record for _, run in runs for record in run.checkpoints]
     guards = {name: worse for one in records for name, worse in one["guards"].items()}
     order = sorted(guards, key=lambda name: (name not in signs, list(guards).index(name)))
     for name in [*order, *(["kl"] if guards else [])]:
         worse = guards.get(name, "higher")
-        series = [_gains(i, run, name, worse) for i, run in enumerate(runs)]
+        series = [_gains(i, run, name, worse) for i, run in runs]
         known = [one for one in series if one["x"]]
         if known:
-            found[name] = {"worse": worse, "series": known}
-    return found
+            yield {"name": name, "reward": reward, "worse": worse, "series": known}
 
 
 def _gains(number: int, run: Run, name: str, worse: str) -> Payload:

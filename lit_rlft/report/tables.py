@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from lit_rlft.report.comparable import same_reward
 from lit_rlft.report.numbers import DASH, duration, short, value, with_error
 from lit_rlft.report.payload import COLORS
 from lit_rlft.report.run import Run, settings_that_differ
@@ -77,18 +78,24 @@ def gains(runs: Sequence[Run]) -> str:
         own = f" {escape(run.name)}" if len(tested) > 1 else ""
         header += [f"tuned{own}", f"gain{own}", *([f"share kept{own}"] if kept else [])]
     rows = []
-    for name in sorted(names, key=lambda name: name != tested[0].reward):
+    rewards = {run.reward for run in tested}
+    for name in sorted(names, key=lambda name: name not in rewards):
         cells = [_moments(tested[0], "reference", name)]
         for run in tested:
             cells += [_moments(run, "tuned", name), _gain(run, name)]
             cells += [_moments(run, "kept", name)] if kept else []
-        main = ' class="main"' if name == tested[0].reward else ""
+        main = ' class="main"' if name in rewards else ""
         rows.append(f"<tr{main}><td>{escape(name)}</td>{''.join(cells)}</tr>")
     signs = [sentence for run in tested if (sentence := _signs(run, len(tested) > 1))]
     told_errors = (
         "<p>Means over the test's samples ± standard errors. The gain is tuned minus reference "
         "from the same conditions and noise; bold where it is beyond two standard errors.</p>"
     )
+    if not same_reward(tested):
+        told_errors += (
+            "<p>The runs were trained on different rewards (see the settings that differ): the "
+            "gain of one is no measure of another.</p>"
+        )
     return table(header, rows) + told_errors + "".join(signs)
 
 
@@ -148,8 +155,9 @@ def _signs(run: Run, several: bool) -> str:
         return ""
     own = f"{escape(run.name)}: " if several else ""
     listed = escape(", ".join(map(str, names)))
+    reward = escape(run.reward) or "the reward"
     return (
-        f'<p class="sign">{own}the reward rose while these became worse, beyond three standard '
+        f'<p class="sign">{own}{reward} rose while these became worse, beyond three standard '
         f"errors: {listed}. It may be exploited: look at the samples.</p>"
     )
 

@@ -40,11 +40,13 @@ def config(**changes: Any) -> dict[str, Any]:
     }
 
 
-def sample(value: float, kind: str = "image", side: int = 16) -> dict[str, Any]:
+def sample(
+    value: float, kind: str = "image", side: int = 16, reward: str = "Reward"
+) -> dict[str, Any]:
     """Return one sample as a run keeps it: a picture, or a drawing with a body."""
     picture = torch.full((3, side, side), min(255, max(0, int(40 * value) + 90)), dtype=torch.uint8)
     figure = Figure(SVG, BODY) if kind == "figure" else None
-    return shown(picture, figure, {"Reward": value, "other": 1.0 - value})
+    return shown(picture, figure, {reward: value, "other": 1.0 - value})
 
 
 def moments(values: Any) -> dict[str, float]:
@@ -62,10 +64,11 @@ def write_run(
     checkpoints: Sequence[int] = (2, 4),
     settings: dict[str, Any] | None = None,
     side: int = 16,
+    reward: str = "Reward",
 ) -> Path:
     """Write the folder of a run whose tuned model gains about `gain`, with noise per sample.
 
-    The reference's samples are the same for all runs.
+    The reference's samples are the same for all runs. `reward` is the trained reward's name.
     """
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(settings or config()))
@@ -74,10 +77,10 @@ def write_run(
     noise = np.random.default_rng(int(1000 * abs(gain))).normal(size=count)
     tuned = reference + gain + 0.1 * noise
     name = [labels[(i // EACH) % len(labels)] for i in range(count)]
-    _write_metrics(folder, reference, tuned)
+    _write_metrics(folder, reference, tuned, reward)
     with (folder / "test_samples.csv").open("w", newline="") as file:
         out = csv.writer(file)
-        out.writerow(["row", "sample", "label", "tuned/Reward", "reference/Reward"])
+        out.writerow(["row", "sample", "label", f"tuned/{reward}", f"reference/{reward}"])
         for i in range(count):
             out.writerow([i // EACH, i % EACH, name[i], f"{tuned[i]:.9g}", f"{reference[i]:.9g}"])
     for number, updates in enumerate(checkpoints, start=1):
@@ -87,21 +90,22 @@ def write_run(
                 "row": i // EACH,
                 "sample": i % EACH,
                 "label": name[i],
-                "reference": sample(reference[i], kind, side),
-                "tuned": sample(reference[i] + share * gain, kind, side),
+                "reference": sample(reference[i], kind, side, reward),
+                "tuned": sample(reference[i] + share * gain, kind, side, reward),
             }
             for i in range(4)
         ]
-        write_shown(
-            folder / SHOWN / f"{updates:06d}.json.gz", _record(updates, share * gain, entries)
-        )
+        record = _record(updates, share * gain, entries, reward)
+        write_shown(folder / SHOWN / f"{updates:06d}.json.gz", record)
     ranked = [{**entries[0], "kind": kind} for kind in ("best", "worst", "changed")]
-    write_shown(folder / SHOWN / TEST, {"reward": "Reward", "seed": 0, "entries": ranked})
-    write_events(folder, range(4))
+    write_shown(folder / SHOWN / TEST, {"reward": reward, "seed": 0, "entries": ranked})
+    write_events(folder, range(4), reward=reward)
     return folder
 
 
-def write_events(folder: Path, steps: Sequence[int], offset: float = 0.0) -> None:
+def write_events(
+    folder: Path, steps: Sequence[int], offset: float = 0.0, reward: str = "Reward"
+) -> None:
     """Write an event file of a fit."""
     writer = SummaryWriter(folder)
     for step in steps:
@@ -109,36 +113,36 @@ def write_events(folder: Path, steps: Sequence[int], offset: float = 0.0) -> Non
         writer.add_scalar("cost/reward_calls", 100.0 * (step + 1), step)
         writer.add_scalar("time/elapsed", 9.0 * (step + 1), step)
         if step % 2:
-            writer.add_scalar("val/Reward", 2 * step + offset, step)
-            writer.add_scalar("val_reference/Reward", 0.5, step)
+            writer.add_scalar(f"val/{reward}", 2 * step + offset, step)
+            writer.add_scalar(f"val_reference/{reward}", 0.5, step)
             writer.add_scalar("val/other", -step, step)
     writer.close()
 
 
-def _write_metrics(folder: Path, reference: Any, tuned: Any) -> None:
+def _write_metrics(folder: Path, reference: Any, tuned: Any, reward: str) -> None:
     phases = {
         "train": {"collect": {"seconds": 30.0, "denoiser_calls": 9}, "update": {"seconds": 6.0}}
     }
     metrics = {
         "algorithm": "GRAFT",
         "domain": "grammar",
-        "reward": "Reward",
+        "reward": reward,
         "num_samples": len(tuned),
         "seed": 0,
         "checkpoint": {"path": "checkpoints/last.ckpt", "num_rounds": 4, "num_updates": 4},
-        "tuned": {"Reward": moments(tuned), "other": moments(1 - tuned)},
-        "reference": {"Reward": moments(reference), "other": moments(1 - reference)},
-        "gain": {"Reward": moments(tuned - reference), "other": moments(reference - tuned)},
+        "tuned": {reward: moments(tuned), "other": moments(1 - tuned)},
+        "reference": {reward: moments(reference), "other": moments(1 - reference)},
+        "gain": {reward: moments(tuned - reference), "other": moments(reference - tuned)},
         "exploitation": ["other"],
         "cost": {"reward_calls": 400, "denoiser_calls": 9, "seconds": 36.0, "phases": phases},
     }
     (folder / "metrics.json").write_text(json.dumps(metrics))
 
 
-def _record(updates: int, gain: float, entries: list[Any]) -> dict[str, Any]:
-    own = {"Reward": {"mean": gain, "sem": 0.1}, "other": {"mean": -gain, "sem": 0.1}}
+def _record(updates: int, gain: float, entries: list[Any], reward: str) -> dict[str, Any]:
+    own = {reward: {"mean": gain, "sem": 0.1}, "other": {"mean": -gain, "sem": 0.1}}
     return {
-        "reward": "Reward",
+        "reward": reward,
         "updates": updates,
         "rounds": updates,
         "samples": 100 * updates,

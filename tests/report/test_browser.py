@@ -27,6 +27,17 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
         yield browser
 
 
+@pytest.fixture(scope="module")
+def two_rewards(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """Open a report of two runs that were trained on different rewards."""
+    folder = tmp_path_factory.mktemp("rewards")
+    runs = [write_run(folder / "a", 1.0), write_run(folder / "b", 22.0, reward="Pick")]
+    with headless() as browser:
+        browser.open(write_report(runs, folder / "r.html"))
+        browser.wait("return document.body.dataset.ready === 'yes'")
+        yield browser
+
+
 def captions(page: Browser) -> list[str]:
     return page.run(
         "return [...document.querySelector('#samples .tile').querySelectorAll('figcaption')]"
@@ -67,6 +78,22 @@ def test_the_slider_shows_other_checkpoints(page: Browser) -> None:
     assert values[1] - values[0] == pytest.approx(1, abs=2e-3)
     assert values[2] - values[0] == pytest.approx(2, abs=2e-3)
     assert page.run("return document.querySelectorAll('#samples .tile').length") == 4
+
+
+def test_each_run_is_told_by_its_own_reward(two_rewards: Browser) -> None:
+    told = slide(two_rewards, 2)
+    assert ", Reward 1 · b: " in told and told.endswith(", Pick 22")
+    before, a, b = (caption.partition(": ")[2].split() for caption in captions(two_rewards))
+    assert [*before[::2], a[0], b[0]] == ["Reward", "Pick", "Reward", "Pick"]
+    assert float(b[1]) - float(a[1]) == pytest.approx(21, abs=2e-2)
+    titles = two_rewards.run(
+        "return [...document.getElementById('guard').options].map((one) => {"
+        "const s = document.getElementById('guard'); s.value = one.value;"
+        "s.dispatchEvent(new Event('change'));"
+        "return document.getElementById('pareto').layout.xaxis.title.text})"
+    )
+    assert titles == ["gain of Reward (trained)", "gain of Pick (trained)"]
+    assert two_rewards.errors() == []
 
 
 def test_curves_over_another_axis(page: Browser) -> None:

@@ -47,6 +47,34 @@ def test_a_report_of_two_runs(tmp_path: Path) -> None:
     assert data["hacking"]["other"]["series"][0]["front"] == [True, True, True]  # it pays for it
 
 
+def test_each_run_is_told_by_its_own_reward(tmp_path: Path) -> None:
+    settings = config()
+    settings["reward"]["init_args"]["url"] = "http://localhost/pick"
+    a = write_run(tmp_path / "a", 1.0)
+    b = write_run(tmp_path / "b", 22.0, settings=settings, reward="Pick")
+    text, data = parts(write_report([a, b], tmp_path / "r.html"))
+    assert [run["reward"] for run in data["runs"]] == ["Reward", "Pick"] and "reward" not in data
+    assert "GRAFT on grammar for Reward, Pick: 2 runs" in text
+    assert "Reward rose while" in text and "Pick rose while" in text
+    assert "trained on different rewards" in text and text.count('<tr class="main">') == 2
+    # Neither curves nor gains of two rewards share a chart.
+    charts = {chart["title"]: chart for chart in data["charts"]}
+    assert {"Reward", "Pick", "other"} == {*charts} and charts["Pick"]["main"]
+    assert {one["run"] for one in charts["Reward"]["series"]} == {0}
+    assert {one["run"] for one in charts["Pick"]["series"]} == {1}
+    found = data["hacking"]
+    assert [*found] == ["other (trained on Reward)", "other (trained on Pick)"]
+    told = [(one["name"], one["reward"], one["series"]) for one in found.values()]
+    assert [one[:2] for one in told] == [("other", "Reward"), ("other", "Pick")]
+    assert [[own["x"] for own in one[2]] for one in told] == [[[0, 0.5, 1]], [[0, 11, 22]]]
+    # Of the slider, the means and the values of the tiles are by these names.
+    for run, name in zip(data["checkpoints"]["runs"], ("Reward", "Pick"), strict=True):
+        assert (
+            name in run["reference"][0]["values"]
+            and name in run["records"][0]["tuned"][0]["values"]
+        )
+
+
 def test_no_path_no_secret_and_no_script_of_a_prompt(tmp_path: Path) -> None:
     a = write_run(tmp_path / "a", labels=(EVIL,))
     (a / "report" / "warnings.jsonl").write_text(

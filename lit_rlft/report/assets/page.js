@@ -89,15 +89,19 @@ function picture(sample, caption, open) {
   return make("figure", {}, [image, make("figcaption", {textContent: caption})]);
 }
 
-function tile(entry, arms, reward, extra) {
-  // arms: [{name, sample}], the reference first.
-  const open = () => enlarge(entry, arms, reward);
-  const before = arms[0].sample.values[reward];
-  const figures = arms.map(({name, sample}, i) => {
-    const value = sample.values[reward];
-    const figure = picture(sample, `${name}: ${number(value)}`, open);
-    if (i && value !== null && before !== null && value !== before)
-      figure.lastChild.className = value > before ? "up" : "down";
+function tile(entry, arms, extra) {
+  // arms: [{name, sample, rewards, before}]; `rewards` are those whose values are told, `before` is
+  // the reference's sample from the same noise, and the reference itself has none.
+  const open = () => enlarge(entry, arms);
+  const named = new Set(arms.flatMap(({rewards}) => rewards)).size > 1;
+  const figures = arms.map(({name, sample, rewards, before}) => {
+    const told = rewards.map((key) => `${named ? `${key} ` : ""}${number(sample.values[key])}`);
+    const figure = picture(sample, `${name}: ${told.join(", ")}`, open);
+    if (before) {
+      const [old, value] = [before, sample].map(({values}) => values[rewards[0]] ?? null);
+      if (value !== null && old !== null && value !== old)
+        figure.lastChild.className = value > old ? "up" : "down";
+    }
     return figure;
   });
   const label = make("div", {className: "label", textContent: entry.label || `row ${entry.row}`, title: entry.label});
@@ -105,7 +109,7 @@ function tile(entry, arms, reward, extra) {
     [label, make("div", {className: "arms"}, figures)]);
 }
 
-function enlarge(entry, arms, reward) {
+function enlarge(entry, arms) {
   const dialog = document.getElementById("large");
   const columns = arms.map(({name, sample}) => make("div", {}, [
     make("h3", {textContent: name}), make("img", {src: source(sample), alt: name}),
@@ -162,16 +166,22 @@ function slider(data) {
       const at = current[i];
       const name = data.runs.length > 1 ? `${data.runs[run.run].name}: ` : "";
       return at ? `${name}after ${at.updates} updates, ${at.at.toLocaleString("en")} reward calls, ` +
-        `${data.reward} ${number(at.mean)}` : `${name}before training`;
+        `${data.runs[run.run].reward} ${number(at.mean)}` : `${name}before training`;
     }).join(" · ");
     tiles.replaceChildren(...keys.map((key, i) => {
-      const first = runs[0].reference[i];
-      const arms = [{name: "reference", sample: first}];
+      // The reference's sample is the same for all runs, but each measured its own reward of it.
+      const values = Object.assign({}, ...runs.map((run) => run.reference[i].values).reverse());
+      const rewards = [...new Set(runs.map((run) => data.runs[run.run].reward))];
+      const arms = [{name: "reference", sample: {...runs[0].reference[i], values}, rewards}];
       runs.forEach((run, r) => {
+        const {name, reward} = data.runs[run.run];
         const own = current[r] ? current[r].tuned[i] : run.reference[i];
-        arms.push({name: runs.length > 1 ? data.runs[run.run].name : "tuned", sample: own});
+        arms.push({
+          name: runs.length > 1 ? name : "tuned", sample: own, rewards: [reward],
+          before: run.reference[i],
+        });
       });
-      return tile(key, arms, data.reward);
+      return tile(key, arms);
     }));
   };
   input.addEventListener("input", show);
@@ -188,10 +198,13 @@ function extremes(data) {
   const show = () => {
     place.replaceChildren(...data.extremes.flatMap((run) => {
       const own = run.entries.filter((entry) => entry.kind === select.value);
-      const head = data.runs.length > 1 ? [make("h3", {textContent: data.runs[run.run].name})] : [];
+      const text = `${data.runs[run.run].name}, by ${data.runs[run.run].reward}`;
+      const head = data.runs.length > 1 ? [make("h3", {textContent: text})] : [];
+      const rewards = [data.runs[run.run].reward];
       const tiles = own.map((entry) => tile(entry, [
-        {name: "reference", sample: entry.reference}, {name: "tuned", sample: entry.tuned},
-      ], data.reward));
+        {name: "reference", sample: entry.reference, rewards},
+        {name: "tuned", sample: entry.tuned, rewards, before: entry.reference},
+      ]));
       return [...head, make("div", {className: "tiles", style: {"--tile": "16rem"}}, tiles)];
     }));
   };
@@ -208,7 +221,7 @@ function hacking(data) {
   const node = document.getElementById("pareto");
   const errors = (sems) => ({type: "data", array: sems.map((s) => 2 * (s || 0)), thickness: 1, width: 2});
   const show = () => {
-    const {worse, series} = data.hacking[select.value];
+    const {name, reward, worse, series} = data.hacking[select.value];
     const traces = series.flatMap((one) => {
       const color = data.runs[one.run].color;
       const front = one.x.map((_, i) => i).filter((i) => one.front[i]).sort((a, b) => one.x[a] - one.x[b]);
@@ -227,8 +240,8 @@ function hacking(data) {
     });
     const better = {lower: "higher is better", higher: "lower is better", either: "near 0 is better"}[worse];
     Plotly.react(node, traces, layout({
-      xaxis: {title: {text: `gain of ${data.reward} (trained)`}, zeroline: true},
-      yaxis: {title: {text: `gain of ${select.value} (${better})`}, zeroline: true},
+      xaxis: {title: {text: `gain of ${reward} (trained)`}, zeroline: true},
+      yaxis: {title: {text: `gain of ${name} (${better})`}, zeroline: true},
       margin: {l: 72, r: 12, t: 12, b: 46}, showlegend: data.runs.length > 1,
       legend: {x: 0.01, y: 0.99, bgcolor: "rgba(255,255,255,0.7)"},
     }), CONFIG);
