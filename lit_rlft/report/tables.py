@@ -73,30 +73,24 @@ def gains(runs: Sequence[Run]) -> str:
         return "<p>The runs have not been tested.</p>"
     names = dict.fromkeys(name for run in tested for name in run.metrics["tuned"])
     kept = any("kept" in run.metrics for run in tested)
-    header = ["measurement", "reference"]
+    shared = _shared_reference(tested, names)
+    header = ["measurement", *([] if shared is None else ["reference"])]
     for run in tested:
         own = f" {escape(run.name)}" if len(tested) > 1 else ""
+        header += [f"reference{own}"] if shared is None else []
         header += [f"tuned{own}", f"gain{own}", *([f"share kept{own}"] if kept else [])]
     rows = []
     rewards = {run.reward for run in tested}
     for name in sorted(names, key=lambda name: name not in rewards):
-        cells = [_moments(tested[0], "reference", name)]
+        cells = [] if shared is None else [_cell(shared[name])]
         for run in tested:
+            cells += [_moments(run, "reference", name)] if shared is None else []
             cells += [_moments(run, "tuned", name), _gain(run, name)]
             cells += [_moments(run, "kept", name)] if kept else []
         main = ' class="main"' if name in rewards else ""
         rows.append(f"<tr{main}><td>{escape(name)}</td>{''.join(cells)}</tr>")
     signs = [sentence for run in tested if (sentence := _signs(run, len(tested) > 1))]
-    told_errors = (
-        "<p>Means over the test's samples ± standard errors. The gain is tuned minus reference "
-        "from the same conditions and noise; bold where it is beyond two standard errors.</p>"
-    )
-    if not same_reward(tested):
-        told_errors += (
-            "<p>The runs were trained on different rewards (see the settings that differ): the "
-            "gain of one is no measure of another.</p>"
-        )
-    return table(header, rows) + told_errors + "".join(signs)
+    return table(header, rows) + _told_errors(tested) + "".join(signs)
 
 
 def costs(runs: Sequence[Run]) -> str:
@@ -160,6 +154,31 @@ def _signs(run: Run, several: bool) -> str:
         f'<p class="sign">{own}{reward} rose while these became worse, beyond three standard '
         f"errors: {listed}. It may be exploited: look at the samples.</p>"
     )
+
+
+def _shared_reference(runs: Sequence[Run], names: Iterable[str]) -> dict[str, str] | None:
+    """Return the reference's numbers by name as they are shown; None where those of runs differ."""
+    found = {}
+    for name in names:
+        measured = [run.metrics["reference"].get(name) for run in runs]
+        texts = {with_error(one) for one in measured if one}
+        if len(texts) > 1:
+            return None
+        found[name] = next(iter(texts), DASH)
+    return found
+
+
+def _told_errors(runs: Sequence[Run]) -> str:
+    text = (
+        "<p>Means over the test's samples ± standard errors. The gain is tuned minus reference "
+        "from the same conditions and noise; bold where it is beyond two standard errors.</p>"
+    )
+    if not same_reward(runs):
+        text += (
+            "<p>The runs were trained on different rewards (see the settings that differ): the "
+            "gain of one is no measure of another.</p>"
+        )
+    return text
 
 
 def _moments(run: Run, arm: str, name: str) -> str:

@@ -75,6 +75,33 @@ def test_each_run_is_told_by_its_own_reward(tmp_path: Path) -> None:
         )
 
 
+def gains_table(text: str) -> list[list[str]]:
+    """Return the cells of a report's gains, its header first, without marks."""
+    part = text.partition("<h2>Gains</h2>")[2].partition("</table>")[0]
+    rows = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row) for row in part.split("<tr")[1:]]
+    return [row for row in rows if row]
+
+
+def test_one_reference_for_all_runs_or_one_for_each(tmp_path: Path) -> None:
+    a, b = write_run(tmp_path / "a", 1.0), write_run(tmp_path / "b", 2.0)
+    file = b / "metrics.json"
+    metrics = json.loads(file.read_text())
+    for arm, mean in (("tuned", 3.0), ("reference", 5.0), ("gain", -2.0)):
+        metrics[arm]["fid"] = {"mean": mean, "sem": 0.5}
+    file.write_text(json.dumps(metrics))
+    header, *rows = gains_table(write_report([a, b], tmp_path / "r.html").read_text())
+    assert header == ["measurement", "reference", "tuned a", "gain a", "tuned b", "gain b"]
+    assert rows[-1][:2] == ["fid", "5.00 ± 0.50"]  # though the first run has none
+    for one in metrics["reference"].values():
+        one["mean"] += 7.0
+    file.write_text(json.dumps(metrics))
+    header, *rows = gains_table(write_report([a, b], tmp_path / "r.html").read_text())
+    assert header[1:4] == ["reference a", "tuned a", "gain a"] and header[4] == "reference b"
+    means = [float(cell.split()[0]) for cell in rows[0][1:]]
+    assert means[3] == pytest.approx(means[0] + 7, abs=2e-3)
+    assert rows[-1][1:5] == ["-", "-", "-", "12.00 ± 0.50"]
+
+
 def test_no_path_no_secret_and_no_script_of_a_prompt(tmp_path: Path) -> None:
     a = write_run(tmp_path / "a", labels=(EVIL,))
     (a / "report" / "warnings.jsonl").write_text(
