@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from lit_rlft.report.comparable import same_noise
@@ -36,6 +37,7 @@ def payload(runs: Sequence[Run]) -> Payload:
             for i, run in enumerate(runs)
         ],
         "charts": _charts(runs),
+        "axes": _axes(runs),
         "checkpoints": _checkpoints(runs),
         "hacking": _hacking(runs),
         "extremes": [
@@ -88,6 +90,22 @@ def _series(curves: Curves, points: Sequence[tuple[int, float]], run: int, arm: 
     return {"run": run, "arm": arm, "y": [value for _, value in kept], **axes}
 
 
+def _axes(runs: Sequence[Run]) -> list[str]:
+    """Return what curves can be shown over, first what grew in every run that logged it.
+
+    Some runs call no reward in training: over its calls all their points would be one.
+    """
+    logged = {
+        axis: [run.curves.points[tag] for run in runs if tag in run.curves.points]
+        for axis, tag in AXES.items()
+    }
+    still = {
+        axis: any(p[-1][1] <= (p[0][1] if len(p) > 1 else 0) for p in found)
+        for axis, found in logged.items()
+    }
+    return sorted((axis for axis in AXES if logged[axis]), key=lambda axis: still[axis])
+
+
 def _checkpoints(runs: Sequence[Run]) -> Payload | None:
     """Return the samples of validations that all runs have, by run and checkpoint."""
     with_samples = [(i, run) for i, run in enumerate(runs) if _with_entries(run)]
@@ -103,6 +121,7 @@ def _checkpoints(runs: Sequence[Run]) -> Payload | None:
     if not keys:
         return None
     found = [{"run": i, **_records(run, keys)} for i, run in with_samples]
+    _place_records([run["records"] for run in found])
     places = sorted({0, *(record["at"] for run in found for record in run["records"])})
     head = [{name: common[0][key][name] for name in ("row", "sample", "label")} for key in keys]
     return {"places": places, "keys": head, "runs": found}
@@ -115,10 +134,20 @@ def _records(run: Run, keys: Sequence[tuple[Any, ...]]) -> Payload:
         if all(key in own for key in keys):
             mean = record["summary"]["tuned"].get(record["reward"], {}).get("mean")
             tuned = [own[key]["tuned"] for key in keys]
-            numbers = {"at": record["reward_calls"], "updates": record["updates"], "mean": mean}
-            records.append({**numbers, "tuned": tuned})
+            counts = {name: record[name] for name in ("updates", "reward_calls")}
+            records.append({**counts, "mean": mean, "tuned": tuned})
             reference = [own[key]["reference"] for key in keys]
     return {"reference": reference, "records": records}
+
+
+def _place_records(runs: Sequence[Sequence[Payload]]) -> None:
+    """Say where each record stands: by reward calls, or by updates where a run's do not grow."""
+    by_calls = True
+    for records in runs:
+        calls = [0, *(one["reward_calls"] for one in records if one["updates"])]
+        by_calls &= all(a < b for a, b in pairwise(calls))
+    for record in (record for records in runs for record in records):
+        record["at"] = record["reward_calls" if by_calls else "updates"]
 
 
 def _with_entries(run: Run) -> list[Payload]:

@@ -65,10 +65,12 @@ def write_run(
     settings: dict[str, Any] | None = None,
     side: int = 16,
     reward: str = "Reward",
+    calls: int = 100,
 ) -> Path:
     """Write the folder of a run whose tuned model gains about `gain`, with noise per sample.
 
-    The reference's samples are the same for all runs. `reward` is the trained reward's name.
+    The reference's samples are the same for all runs. `reward` is the trained reward's name,
+    `calls` how often an update calls it.
     """
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(settings or config()))
@@ -95,22 +97,26 @@ def write_run(
             }
             for i in range(4)
         ]
-        record = _record(updates, share * gain, entries, reward)
+        record = _record(updates, share * gain, entries, reward, calls)
         write_shown(folder / SHOWN / f"{updates:06d}.json.gz", record)
     ranked = [{**entries[0], "kind": kind} for kind in ("best", "worst", "changed")]
     write_shown(folder / SHOWN / TEST, {"reward": reward, "seed": 0, "entries": ranked})
-    write_events(folder, range(4), reward=reward)
+    write_events(folder, range(4), reward=reward, calls=calls)
     return folder
 
 
 def write_events(
-    folder: Path, steps: Sequence[int], offset: float = 0.0, reward: str = "Reward"
+    folder: Path,
+    steps: Sequence[int],
+    offset: float = 0.0,
+    reward: str = "Reward",
+    calls: int = 100,
 ) -> None:
     """Write an event file of a fit."""
     writer = SummaryWriter(folder)
     for step in steps:
         writer.add_scalar("train/reward", step + offset, step)
-        writer.add_scalar("cost/reward_calls", 100.0 * (step + 1), step)
+        writer.add_scalar("cost/reward_calls", float(calls * (step + 1)), step)
         writer.add_scalar("time/elapsed", 9.0 * (step + 1), step)
         if step % 2:
             writer.add_scalar(f"val/{reward}", 2 * step + offset, step)
@@ -139,14 +145,16 @@ def _write_metrics(folder: Path, reference: Any, tuned: Any, reward: str) -> Non
     (folder / "metrics.json").write_text(json.dumps(metrics))
 
 
-def _record(updates: int, gain: float, entries: list[Any], reward: str) -> dict[str, Any]:
+def _record(
+    updates: int, gain: float, entries: list[Any], reward: str, calls: int
+) -> dict[str, Any]:
     own = {reward: {"mean": gain, "sem": 0.1}, "other": {"mean": -gain, "sem": 0.1}}
     return {
         "reward": reward,
         "updates": updates,
         "rounds": updates,
         "samples": 100 * updates,
-        "reward_calls": 100 * updates,
+        "reward_calls": calls * updates,
         "seconds": 9.0 * updates,
         "guards": {"other": "lower"},
         "summary": {"tuned": own, "reference": own, "gain": own},

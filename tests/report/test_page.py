@@ -102,6 +102,22 @@ def test_one_reference_for_all_runs_or_one_for_each(tmp_path: Path) -> None:
     assert rows[-1][1:5] == ["-", "-", "-", "12.00 ± 0.50"]
 
 
+def test_runs_without_reward_calls_are_placed_by_updates(tmp_path: Path) -> None:
+    a, b = write_run(tmp_path / "a", calls=0), write_run(tmp_path / "b", checkpoints=(3, 4))
+    data = parts(write_report([a], tmp_path / "r.html"))[1]
+    assert data["checkpoints"]["places"] == [0, 2, 4]
+    assert data["axes"] == ["seconds", "reward_calls"]
+    # Beside a run that calls its reward both stand by updates.
+    data = parts(write_report([a, b], tmp_path / "r.html"))[1]
+    assert data["checkpoints"]["places"] == [0, 2, 3, 4]
+    records = [run["records"][-1] for run in data["checkpoints"]["runs"]]
+    assert [(one["at"], one["reward_calls"]) for one in records] == [(4, 0), (4, 400)]
+    assert data["axes"] == ["seconds", "reward_calls"]
+    data = parts(write_report([b], tmp_path / "r.html"))[1]
+    assert data["checkpoints"]["places"] == [0, 300, 400]
+    assert data["axes"] == ["reward_calls", "seconds"]
+
+
 def test_no_path_no_secret_and_no_script_of_a_prompt(tmp_path: Path) -> None:
     a = write_run(tmp_path / "a", labels=(EVIL,))
     (a / "report" / "warnings.jsonl").write_text(

@@ -56,9 +56,7 @@ function curves(data) {
   const select = document.getElementById("axis");
   if (!select) return;
   const drawn = new Set();
-  const axes = Object.keys(AXES).filter((axis) =>
-    data.charts.some((chart) => chart.series.some((one) => one[axis].some((x) => x !== null))));
-  select.replaceChildren(...axes.map((axis) => make("option", {value: axis, textContent: AXES[axis]})));
+  select.replaceChildren(...data.axes.map((axis) => make("option", {value: axis, textContent: AXES[axis]})));
   const draw = (node) => {
     drawn.add(node);
     drawChart(node, data.charts[Number(node.dataset.chart)], select.value, data.runs);
@@ -165,7 +163,8 @@ function slider(data) {
     document.getElementById("place").textContent = runs.map((run, i) => {
       const at = current[i];
       const name = data.runs.length > 1 ? `${data.runs[run.run].name}: ` : "";
-      return at ? `${name}after ${at.updates} updates, ${at.at.toLocaleString("en")} reward calls, ` +
+      const calls = at && at.reward_calls ? `${at.reward_calls.toLocaleString("en")} reward calls, ` : "";
+      return at ? `${name}after ${at.updates} updates, ${calls}` +
         `${data.runs[run.run].reward} ${number(at.mean)}` : `${name}before training`;
     }).join(" · ");
     tiles.replaceChildren(...keys.map((key, i) => {
