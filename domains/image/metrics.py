@@ -16,7 +16,7 @@ from lit_rlft.core.guard import LARGE_FALL, LARGE_RISE, Guard
 from lit_rlft.core.pipeline import Condition, Pipeline
 from lit_rlft.core.reward import LeftOut, Metric
 from lit_rlft.kit.leave_out import precision_recall_left_out
-from lit_rlft.kit.set_metrics import RealFeatures, SourceDistances, sums_over_others
+from lit_rlft.kit.set_metrics import RealFeatures, SourceDistances, pseudo_values, sums_over_others
 from lit_rlft.kit.sources import prepare
 from lit_rlft.kit.statistics import neighbour_distances, precision_recall
 
@@ -121,19 +121,22 @@ class _Real:
 
 
 class Diversity(Metric):
-    """Mean distance of an image to the others of its batch, root mean square over pixels.
+    """Mean distance of two images of a batch and condition, root mean square over pixels.
 
     0 when all look the same. A fall below the reference's diversity is the first sign that a reward
-    is being exploited.
+    is being exploited. An image's own value says how much it moves the mean, so that the mean has
+    the right error: it is not the image's distance, and may be negative or above 1.
     """
 
     def evaluate(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
-        """Return {"diversity": [B]}, in [0, 1], NaN for a batch of one."""
+        """Return {"diversity": [B]}, `pseudo_values` with a mean in [0, 1]; NaN for one image."""
         flat = check_pictures(samples, condition).detach().float().flatten(1)
         # The faster way by a matrix product makes equal images differ.
         distances = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist")
-        totals, counts = sums_over_others(distances, condition.rows.to(distances.device))
-        return {"diversity": totals / (counts.double() * flat.shape[1] ** 0.5).float()}
+        rows = condition.rows.to(distances.device)
+        totals, counts = sums_over_others(distances, rows)
+        means = totals / (counts.double() * flat.shape[1] ** 0.5).float()
+        return {"diversity": pseudo_values(means, rows)}
 
     def guards(self) -> dict[str, Guard]:
         """Return {"diversity"}, of which a fall by a fifth is a sign."""

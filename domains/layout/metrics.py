@@ -26,7 +26,7 @@ from lit_rlft.core.checks import at_least, reading
 from lit_rlft.core.guard import LARGE_FALL, LARGE_RISE, Guard
 from lit_rlft.core.pipeline import Condition, Pipeline
 from lit_rlft.core.reward import LeftOut, Metric
-from lit_rlft.kit.set_metrics import RealFeatures, SourceDistances
+from lit_rlft.kit.set_metrics import RealFeatures, SourceDistances, pseudo_values
 from lit_rlft.kit.sources import prepare
 from lit_rlft.kit.statistics import frechet_distance
 
@@ -159,13 +159,14 @@ class _Real:
 
 
 class Diversity(Metric):
-    """How much a layout differs from the others of the same condition, in [0, 1].
+    """How much layouts of the same condition differ from each other; the mean is in [0, 1].
 
-    1 minus the mean of DocSim(a, b) / sqrt(DocSim(a, a) DocSim(b, b)) over the next few samples of
-    the condition; 0 when all are the same. DocSim is a mean over the larger layout's
+    1 minus the mean of DocSim(a, b) / sqrt(DocSim(a, a) DocSim(b, b)) over each layout and the next
+    few of the condition; 0 when all are the same. DocSim is a mean over the larger layout's
     elements here. Layouts without elements or area are the same. One with a box that is not
     finite has NaN, and is none of the others. A fall below the reference's is the first sign that a
-    reward is being exploited.
+    reward is being exploited. A layout's own value says how much it moves the mean, so that the
+    mean has the right error: it is not its difference from others, and may be negative or above 1.
 
     Args:
         num_others: Samples that each is compared with, at most.
@@ -177,22 +178,30 @@ class Diversity(Metric):
         self.num_others = num_others
 
     def evaluate(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
-        """Return {"diversity": [B]}, NaN for a sample that is the only one of its condition."""
+        """Return {"diversity": [B]}, `pseudo_values`; NaN for a sample alone in its condition."""
         layouts = check_layouts(samples, condition).detach().to("cpu")
         values = torch.full((len(layouts),), torch.nan, dtype=torch.float64)
         rows = condition.rows.cpu()
         for row in rows.unique().tolist():  # type: ignore[no-untyped-call]
             members = (rows == row).nonzero().flatten()
-            num_others = min(self.num_others, len(members) - 1)
-            if num_others < 1:
-                continue
-            a = members.repeat_interleave(num_others)
-            steps = torch.arange(1, num_others + 1).repeat(len(members))
-            places = torch.arange(len(members)).repeat_interleave(num_others)
-            b = members[(places + steps) % len(members)]
-            alike = docsim(layouts.index(a), layouts.index(b), normalised=True)
-            values[members] = 1 - torch.from_numpy(alike).view(-1, num_others).nanmean(dim=1)
-        return {"diversity": values}
+            values[members] = self._means(layouts.index(members))
+        return {"diversity": pseudo_values(values, rows)}
+
+    def _means(self, layouts: Layouts) -> Tensor:
+        """Return each layout's mean difference over the pairs that it is in, [n]."""
+        num_others = min(self.num_others, len(layouts) - 1)
+        if num_others < 1:
+            return torch.full((len(layouts),), torch.nan, dtype=torch.float64)
+        a = torch.arange(len(layouts)).repeat_interleave(num_others)
+        b = (a + torch.arange(1, num_others + 1).repeat(len(layouts))) % len(layouts)
+        alike = docsim(layouts.index(a), layouts.index(b), normalised=True)
+        apart = 1 - torch.from_numpy(alike)
+        known = ~apart.isnan()
+        sums, counts = torch.zeros(2, len(layouts), dtype=torch.float64)
+        for places in (a, b):
+            sums.index_add_(0, places, apart.where(known, 0))
+            counts.index_add_(0, places, known.double())
+        return sums / counts
 
     def guards(self) -> dict[str, Guard]:
         """Return {"diversity"}, of which a fall by a fifth is a sign."""

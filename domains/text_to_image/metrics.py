@@ -15,7 +15,7 @@ from lit_rlft.core.guard import LARGE_FALL, Guard
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Metric
 from lit_rlft.kit.images import check_pictures
-from lit_rlft.kit.set_metrics import sums_over_others
+from lit_rlft.kit.set_metrics import pseudo_values, sums_over_others
 
 __all__ = ["Diversity", "LPIPSDiversity"]
 
@@ -23,9 +23,11 @@ _POOLED = 16  # pixels a side that pictures are pooled to, so that fine noise is
 
 
 class Diversity(Metric):
-    """Mean distance of a sample to the others of the same condition; 0 when all look the same.
+    """Mean distance of two samples of the same condition; 0 when all look the same.
 
-    A fall below the reference's diversity is the first sign that a reward is being exploited.
+    A fall below the reference's diversity is the first sign that a reward is being exploited. A
+    sample's own value says how much it moves the mean, so that the mean has the right error: it is
+    not the sample's distance, and may be negative.
 
     Args:
         features: "clip" takes 1 - cosine of CLIP's picture embeddings, in [0, 2]; "pixels" takes
@@ -46,11 +48,10 @@ class Diversity(Metric):
 
     @torch.no_grad()
     def evaluate(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
-        """Return {"diversity": [B]}, NaN for a sample that is the only one of its condition."""
+        """Return {"diversity": [B]}, `pseudo_values`; NaN for a sample alone in its condition."""
         pictures = check_pictures(samples, condition)
         distances = self._distances(pictures).to(pictures.device)
-        totals, counts = sums_over_others(distances, condition.rows.to(pictures.device))
-        return {"diversity": totals / counts}
+        return {"diversity": _moves_of_mean(distances, condition)}
 
     def guards(self) -> dict[str, Guard]:
         """Return {"diversity"}, of which a fall by a fifth is a sign."""
@@ -69,7 +70,9 @@ class Diversity(Metric):
 
 
 class LPIPSDiversity(Metric):
-    """Mean LPIPS distance of a sample to the others of the same condition; 0 when all are equal.
+    """Mean LPIPS distance of two samples of the same condition; 0 when all are equal.
+
+    A sample's own value says how much it moves the mean, as that of `Diversity`.
 
     LPIPS 0.1 with AlexNet, on pictures as they are, without resizing. Licences: BSD-3-Clause
     (torchvision's weights), BSD-2-Clause (LPIPS's).
@@ -101,7 +104,7 @@ class LPIPSDiversity(Metric):
 
     @torch.no_grad()
     def evaluate(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
-        """Return {"lpips_diversity": [B]}, NaN for a sample that is alone in its condition.
+        """Return {"lpips_diversity": [B]}, NaN for a sample alone in its condition.
 
         Raises:
             UsageError: Pictures are too small for AlexNet.
@@ -115,9 +118,15 @@ class LPIPSDiversity(Metric):
                 "Diversity"
             )
         distances = self.network.distances(pictures, self.batch_size).to(pictures.device)
-        totals, counts = sums_over_others(distances, condition.rows.to(pictures.device))
-        return {"lpips_diversity": totals / counts}
+        return {"lpips_diversity": _moves_of_mean(distances, condition)}
 
     def guards(self) -> dict[str, Guard]:
         """Return {"lpips_diversity"}, of which a fall by a fifth is a sign."""
         return {"lpips_diversity": LARGE_FALL}
+
+
+def _moves_of_mean(distances: Tensor, condition: Condition) -> Tensor:
+    """Return how much each sample moves the mean of distances [B, B] within conditions, [B]."""
+    rows = condition.rows.to(distances.device)
+    totals, counts = sums_over_others(distances, rows)
+    return pseudo_values(totals / counts, rows)

@@ -13,7 +13,7 @@ from lit_rlft.core.reward import LeftOut, SetMetric
 from lit_rlft.kit.leave_out import frechet_left_out, mmd_left_out
 from lit_rlft.kit.statistics import FittedGaussian, mmd, polynomial, similarity
 
-__all__ = ["RealFeatures", "SourceDistances", "sums_over_others"]
+__all__ = ["RealFeatures", "SourceDistances", "pseudo_values", "sums_over_others"]
 
 R = TypeVar("R")
 
@@ -98,3 +98,38 @@ def sums_over_others(distances: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     others = rows[:, None] == rows[None, :]
     others.fill_diagonal_(False)
     return distances.where(others, 0).sum(dim=1), others.sum(dim=1)
+
+
+def pseudo_values(means: Tensor, rows: Tensor) -> Tensor:
+    r"""Return the jackknife's pseudo-values of a mean distance of pairs, [B].
+
+    A distance counts in both of its samples. Their mean distances :math:`d_i` to the others move
+    together, and the error of a mean over them would be half of the true one. With n samples of a
+    condition and the mean :math:`\bar d` of theirs, the value without sample i is
+    :math:`(n \bar d - 2 d_i) / (n - 2)`, and the pseudo-value is
+
+    .. math:: \bar d + \frac{2 (n - 1)}{n - 2} (d_i - \bar d).
+
+    The mean of a condition stays what it is; the error of a mean over pseudo-values is right to
+    first order. Two samples of a condition keep their one distance.
+
+    Where the few samples of a condition are all of different rows of the data, the error is rough:
+    up to 1.6 times the true one with four, 0.7 times with two.
+
+    Args:
+        means: Each sample's mean distance to the others of its condition, [B]; NaN stays and does
+            not count.
+        rows: int64 [B], which condition each sample has.
+
+    References:
+        The Jackknife Estimate of Variance (Efron & Stein, 1981)
+    """
+    known = ~means.isnan()
+    _, places = torch.unique(rows, return_inverse=True)
+    sums, counts = means.new_zeros(2, int(places.max()) + 1 if len(places) else 0)
+    sums.index_add_(0, places, means.where(known, 0))
+    counts.index_add_(0, places, known.to(means.dtype))
+    centre, num = (sums / counts.clamp(min=1))[places], counts[places]
+    # Two samples have one distance, from which nothing tells them apart.
+    factor = torch.where(num > 2, 2 * (num - 1) / (num - 2).clamp(min=1), 1)
+    return centre + factor * (means - centre)

@@ -11,7 +11,7 @@ from torch import nn
 from lit_rlft.core.checks import UsageError
 from lit_rlft.kit.frozen import Frozen, frozen
 from lit_rlft.kit.network_folder import check_one_given, load_pretrained
-from lit_rlft.kit.set_metrics import sums_over_others
+from lit_rlft.kit.set_metrics import pseudo_values, sums_over_others
 
 
 @pytest.fixture
@@ -86,6 +86,29 @@ def test_sums_over_others_leave_out_the_sample_itself_and_other_conditions() -> 
     distances = torch.tensor([[9.0, 1, 2, 4], [1, 9, 3, 5], [2, 3, 9, 6], [4, 5, 6, 9]])
     totals, counts = sums_over_others(distances, torch.tensor([0, 0, 0, 1]))
     assert totals.tolist() == [3, 4, 5, 0] and counts.tolist() == [2, 2, 2, 0]
+
+
+def test_pseudo_values_are_by_leaving_out() -> None:
+    draws = torch.Generator().manual_seed(0)
+    points = torch.randn(9, 3, dtype=torch.float64, generator=draws)
+    distances = torch.cdist(points, points)
+    rows = torch.tensor([0, 1, 0, 0, 2, 0, 1, 0, 3])
+    totals, counts = sums_over_others(distances, rows)
+    found = pseudo_values(totals / counts, rows)
+    assert found[[4, 8]].isnan().all()  # alone
+    assert found[1] == found[6] == distances[1, 6]  # two have one distance
+    members = [0, 2, 3, 5, 7]
+    whole = torch.pdist(points[members]).mean()
+    for place in members:
+        others = [one for one in members if one != place]
+        expected = 5 * whole - 4 * torch.pdist(points[others]).mean()
+        torch.testing.assert_close(found[place], expected)
+    torch.testing.assert_close(found[members].mean(), whole)
+    # What is not known takes no part.
+    known = torch.tensor([1.0, 2.0, torch.nan, 6.0])
+    values = pseudo_values(known, torch.zeros(4).long())
+    assert values.isnan().tolist() == [False, False, True, False]
+    torch.testing.assert_close(values[[0, 1, 3]], torch.tensor([-5.0, -1.0, 15.0]))
 
 
 def test_settings_of_a_damaged_folder_name_the_folder(tmp_path: Path) -> None:

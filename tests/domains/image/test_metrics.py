@@ -15,6 +15,7 @@ from domains.image.sources import Digits, Generated
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.evaluation.jackknife import compared
+from lit_rlft.evaluation.measurements import moments
 from lit_rlft.kit.statistics import kernel_distance, precision_recall
 from tests.domains.image.sources.test_sources import paint
 from tests.support import ROOT
@@ -104,7 +105,27 @@ def test_diversity_by_hand() -> None:
     pictures = torch.zeros(3, 3, 2, 2)
     pictures[1] = 1
     values = Diversity().evaluate(pictures, condition_of(3))["diversity"]
-    torch.testing.assert_close(values, torch.tensor([0.5, 1.0, 0.5]))
+    # Mean 2/3; without the second picture 0, without another one 1: 3 * 2/3 - 2 * (0 or 1).
+    torch.testing.assert_close(values, torch.tensor([0.0, 2.0, 0.0]))
+
+
+@pytest.mark.parametrize(("num_conditions", "num_each"), [(1, 64), (32, 4)])
+def test_the_error_of_diversity_is_the_true_deviation(num_conditions: int, num_each: int) -> None:
+    # Grey x of [0, 1] at random: the distance |x - y| has mean 1/3 and variance 1/18, its mean over
+    # y has variance 1/180, and the variance of a U-statistic of n is known (Hoeffding, 1948).
+    pairs = num_each * (num_each - 1) / 2
+    true = (2 * (num_each - 2) / 180 + 1 / 18) / pairs / num_conditions
+    rows = torch.arange(num_conditions).repeat_interleave(num_each)
+    condition = Condition([{"name": "image"}] * num_conditions, {}, rows)
+    draws, found = torch.Generator().manual_seed(0), []
+    for _ in range(200):
+        pictures = torch.rand(len(rows), 1, 1, 1, generator=draws).expand(-1, 3, 2, 2)
+        values = Diversity().evaluate(pictures, condition)["diversity"]
+        # Without conditions each image is a row of the data.
+        found.append(moments(values, rows if num_conditions > 1 else torch.arange(num_each)))
+    reported = sum(one["sem"] ** 2 for one in found) / len(found)
+    assert reported**0.5 == pytest.approx(true**0.5, rel=0.1)
+    assert sum(one["mean"] for one in found) / len(found) == pytest.approx(1 / 3, abs=5e-3)
 
 
 def test_errors_fall_with_the_number_of_images() -> None:

@@ -22,6 +22,7 @@ from domains.layout.samples import EMPTY, Layouts
 from domains.layout.sources import Grammar, RicoArrays
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
+from lit_rlft.evaluation.measurements import moments
 from tests.domains.layout import slow
 from tests.domains.layout.page.test_measures import NAMES, layout, noisy_pages
 from tests.domains.layout.sources.test_formats import real
@@ -112,17 +113,35 @@ def test_diversity_is_0_for_copies_and_rises_with_difference() -> None:
     assert 0.01 < values[0] < values[1] < 1
     # All pairs, by the definition.
     elements = slow.lists(pages)
-    wanted = []
+    apart = {}
     for i, x in enumerate(elements):
-        alike = []
-        for j, y in enumerate(elements):
-            if j != i:
-                larger, smaller = max(len(x), len(y)), min(len(x), len(y))
-                own = self_similarity(x) * self_similarity(y)
-                alike.append(float(pair(pages, i, j)) * smaller / larger / own**0.5)
-        wanted.append(1 - sum(alike) / len(alike))
+        for j, y in enumerate(elements[:i]):
+            larger, smaller = max(len(x), len(y)), min(len(x), len(y))
+            own = self_similarity(x) * self_similarity(y)
+            apart[i, j] = 1 - float(pair(pages, i, j)) * smaller / larger / own**0.5
+    without = [np.mean([x for key, x in apart.items() if i not in key]) for i in range(12)]
+    wanted = 12 * np.mean([*apart.values()]) - 11 * np.array(without)
     found = Diversity(11).evaluate(pages, rows)["diversity"]
     np.testing.assert_allclose(found, wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("num", [12, 64])
+def test_the_error_of_diversity_is_the_true_deviation(num: int) -> None:
+    # One box, of the second class with probability 0.2: two pages are the same or have nothing in
+    # common, with variance 0.2176; the mean over the other page has variance 0.0576. Of 64 pages
+    # each is compared with 8, of 12 with all; pairs that share a page depend on each other.
+    draws, found = torch.Generator().manual_seed(0), []
+    shared, pairs = (2 * 15, 64 * 8) if num == 64 else (2 * (num - 2), num * (num - 1) / 2)
+    true = (0.2176 + shared * 0.0576) / pairs
+    box = torch.tensor([0.2, 0.2, 0.7, 0.7]).expand(num, 1, 4)
+    for _ in range(150):
+        labels = (torch.rand(num, 1, generator=draws) < 0.2).long()
+        pages = Layouts.of(box, labels, NAMES)
+        values = Diversity().evaluate(pages, conditions([0] * num))["diversity"]
+        found.append(moments(values, torch.arange(num)))
+    reported = sum(one["sem"] ** 2 for one in found) / len(found)
+    assert reported**0.5 == pytest.approx(true**0.5, rel=0.1)
+    assert sum(one["mean"] for one in found) / len(found) == pytest.approx(0.32, abs=0.02)
 
 
 def self_similarity(elements: list[slow.SlowElement]) -> float:

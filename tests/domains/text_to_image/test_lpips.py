@@ -63,18 +63,16 @@ def lpips(x: Tensor, y: Tensor, network: State, heads: State) -> Tensor:
     return total
 
 
-def test_diversity_is_the_mean_distance_to_the_others(
+def test_diversity_is_the_mean_distance_of_pairs(
     states: tuple[State, State], tmp_path: Path
 ) -> None:
     metric = LPIPSDiversity(**saved(tmp_path, *states), batch_size=2).double()
     shown = pictures(5)
     found = metric.evaluate(shown, condition([0, 0, 1, 0, 2]))["lpips_diversity"]
     near = {(i, j): lpips(shown[i], shown[j], *states) for i, j in ((0, 1), (0, 3), (1, 3))}
-    expected = [
-        (near[0, 1] + near[0, 3]) / 2,
-        (near[0, 1] + near[1, 3]) / 2,
-        (near[0, 3] + near[1, 3]) / 2,
-    ]
+    # Three times the mean, minus twice the mean without one of them.
+    whole = near[0, 1] + near[0, 3] + near[1, 3]
+    expected = [whole - 2 * near[1, 3], whole - 2 * near[0, 3], whole - 2 * near[0, 1]]
     assert found[[0, 1, 3]].allclose(torch.stack(expected), rtol=1e-10, atol=0)
     assert found[[2, 4]].isnan().all() and float(near[0, 1]) > 1e-3
     alike = metric.evaluate(shown[:1].expand(3, -1, -1, -1), condition([0, 0, 0]))
