@@ -5,6 +5,7 @@ References:
     top 1, 10 and 100, diversity of the top 100), https://arxiv.org/abs/2206.12411
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ from lit_rlft.core.guard import LARGE_FALL, Guard
 from lit_rlft.core.pipeline import Condition, Pipeline
 from lit_rlft.core.reward import Reward, SetMetric, rewards_of
 from lit_rlft.kit.distinct import text_number
+from lit_rlft.kit.ratios import error_of_mean
+from lit_rlft.kit.set_metrics import pseudo_values
 
 __all__ = ["TopMolecules", "internal_diversity"]
 
@@ -35,8 +38,11 @@ class TopMolecules(SetMetric):
     "top_<k>" for every k, and "top_diversity": the mean Tanimoto distance of Morgan fingerprints
     (radius 2, 2,048 bits) of every two of the largest k, in [0, 1]. Molecules count that are valid
     and in one part, each graph once, with its best score; NaN where there are fewer than k. The
-    numbers grow with the number of molecules: compare equally many. They have no standard errors:
-    leaving samples out does not tell how much a maximum varies.
+    numbers grow with the number of molecules: compare equally many.
+
+    "top_<k>" have no standard errors: leaving samples out does not tell how much a maximum varies.
+    That of "top_diversity" is the jackknife's over the best k. It takes them as drawn and leaves
+    out that other samples have another best k, so that it is right to about a fifth.
 
     The benchmark's area under the curve of top 10 over oracle calls is another number: it is of a
     whole run, this one of the model at its end.
@@ -48,8 +54,6 @@ class TopMolecules(SetMetric):
     Raises:
         BadArgument: `k` is empty or has a number below 1.
     """
-
-    num_draws = 0
 
     def __init__(self, reward: Reward, k: Sequence[int] = (1, 10, 100)) -> None:
         super().__init__()
@@ -81,7 +85,7 @@ class TopMolecules(SetMetric):
 
     def compare(self, features: Mapping[str, Tensor]) -> dict[str, float]:
         """Return "top_<k>" for every k, and "top_diversity"."""
-        rows = _best_of_each(features)[: max(self.k)]
+        rows = self._best(features)
         scores = features["score"][rows]
         values = {
             f"top_{k}": float(scores[:k].mean()) if len(scores) >= k else float("nan")
@@ -90,6 +94,32 @@ class TopMolecules(SetMetric):
         whole = len(rows) == max(self.k)
         prints = features["fingerprint"][rows].numpy()
         return values | {"top_diversity": internal_diversity(prints) if whole else float("nan")}
+
+    def errors(
+        self,
+        features: Mapping[str, Tensor],
+        other: Mapping[str, Tensor] | None = None,
+        *,
+        rows: Tensor | None = None,
+    ) -> dict[str, float]:
+        """Return that of "top_diversity", NaN where it is unknown.
+
+        Of two models it is that of independent ones: their best molecules are no pairs.
+        """
+        arms = [features] if other is None else [features, other]
+        return {"top_diversity": math.hypot(*(self._error(arm, rows) for arm in arms))}
+
+    def _error(self, features: Mapping[str, Tensor], rows: Tensor | None) -> float:
+        best = self._best(features)
+        if len(best) < max(self.k):
+            return float("nan")
+        means = _mean_distances(features["fingerprint"][best].numpy())
+        values = pseudo_values(means, torch.zeros(len(best), dtype=torch.int64))
+        return error_of_mean(values, groups=None if rows is None else rows[best])
+
+    def _best(self, features: Mapping[str, Tensor]) -> Tensor:
+        """Return the rows of the best molecules, as many as the largest k at most."""
+        return _best_of_each(features)[: max(self.k)]
 
     def guards(self) -> dict[str, Guard]:
         """Return {"top_diversity"}, of which a fall by a fifth is a sign."""
@@ -101,19 +131,22 @@ def internal_diversity(prints: NDArray[np.uint8]) -> float:
 
     In [0, 1]; NaN for fewer than two.
     """
+    return float(_mean_distances(prints).mean())
+
+
+def _mean_distances(prints: NDArray[np.uint8]) -> Tensor:
+    """Return each fingerprint's mean Tanimoto distance to the others, float64 [n]; NaN for one."""
     num = len(prints)
-    if num < 2:
-        return float("nan")
     bits = torch.from_numpy(np.unpackbits(prints, axis=1)).float()
-    sizes, total = bits.sum(dim=1), 0.0
+    sizes, totals = bits.sum(dim=1), torch.zeros(num, dtype=torch.float64)
     for start in range(0, num, _ROWS):
         part = slice(start, start + _ROWS)
         common = bits[part] @ bits.T
         union = sizes[part].unsqueeze(1) + sizes - common
         distances = 1 - common / union.clamp(min=1)
         distances[:, start:].fill_diagonal_(0)
-        total += float(distances.double().sum())
-    return total / (num * (num - 1))
+        totals[part] = distances.double().sum(dim=1)
+    return totals / (num - 1)
 
 
 def _best_of_each(features: Mapping[str, Tensor]) -> Tensor:

@@ -7,6 +7,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rdkit import Chem, DataStructs
@@ -17,6 +18,8 @@ from domains.molecule.samples import Molecules
 from domains.molecule.top_molecules import TopMolecules
 from lit_rlft.cli import main
 from lit_rlft.core.checks import BadArgument, UsageError
+from lit_rlft.evaluation.exploitation import exploitation
+from lit_rlft.evaluation.jackknife import compared
 from tests.domains.molecule.known import conditions, from_atoms, geometry
 
 SMILES = ["CCO", "CCC", "CCO", "CCCN", "CCCCO"]
@@ -45,6 +48,44 @@ def test_diversity_is_rdkits() -> None:
     prints = [generator.GetFingerprint(Chem.MolFromSmiles(s)) for s in sorted(set(SMILES))]
     alike = [DataStructs.TanimotoSimilarity(a, b) for a, b in combinations(prints, 2)]
     assert found == pytest.approx(1 - sum(alike) / len(alike), abs=1e-6)
+
+
+def families(num: int, seed: int, num_families: int = 6) -> dict[str, torch.Tensor]:
+    """Return features of molecules whose fingerprints are of some families, later ones better."""
+    bits = torch.rand(6, 256, generator=torch.Generator().manual_seed(9)) < 0.3
+    draws = torch.Generator().manual_seed(seed)
+    family = torch.randint(0, num_families, (num,), generator=draws)
+    own = bits[family] ^ (torch.rand(num, 256, generator=draws) < 0.1)
+    return {
+        "score": (0.3 * family + torch.randn(num, generator=draws)).double(),
+        "identity": torch.arange(num),
+        "fingerprint": torch.from_numpy(np.packbits(own.numpy(), axis=1)),
+        "counted": torch.ones(num, dtype=torch.bool),
+    }
+
+
+def test_the_error_of_diversity_is_about_the_true_deviation() -> None:
+    metric = TopMolecules(AtomCount("O", 1), k=[1, 60])
+    drawn = [families(240, seed) for seed in range(150)]
+    found = [compared(metric, {"tuned": own}, metric.num_draws)["tuned"] for own in drawn]
+    true = np.std([one["top_diversity"]["mean"] for one in found], ddof=1)
+    reported = np.mean([one["top_diversity"]["sem"] ** 2 for one in found]) ** 0.5
+    assert reported == pytest.approx(true, rel=0.2)  # 150 runs know it to 6 %
+    assert all(np.isnan(one["top_60"]["sem"]) for one in found)  # a maximum has none
+    few = compared(metric, {"tuned": families(50, 0)}, metric.num_draws)["tuned"]
+    assert np.isnan(few["top_diversity"]["sem"])
+
+
+def test_a_fall_of_diversity_is_a_sign() -> None:
+    metric = TopMolecules(AtomCount("O", 1), k=[60])
+    arms = {"reference": families(240, 0), "tuned": families(240, 1, num_families=1)}
+    arms["tuned"]["score"] += 1
+    summary = compared(metric, arms, metric.num_draws)
+    error = np.hypot(*(summary[arm]["top_diversity"]["sem"] for arm in arms))
+    assert summary["gain"]["top_diversity"]["sem"] == pytest.approx(error)
+    summary["gain"]["reward"] = {"mean": 1.0, "sem": 0.1}
+    found = exploitation(summary, "reward", metric.guards())
+    assert found is not None and set(found.signs) == {"top_diversity"}
 
 
 def test_what_failed_or_is_not_valid_does_not_count() -> None:
