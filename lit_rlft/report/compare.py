@@ -1,12 +1,13 @@
 r"""Runs compared on the same conditions and noise: gains, costs, and paired tests.
 
-Samples of one row of the data share their condition, so they are averaged first: the differences of
-two runs are one number per row, and their test is the paired t-test over rows,
+Samples of one row of the data are averaged first: the differences of two runs are one number per
+row, and their test is the paired t-test over rows,
 
 .. math:: t = \bar d / (s_d / \sqrt n), \quad n - 1 \text{ degrees of freedom}.
 
-With one row alone they are one number per sample. Several pairs of runs are tests of one question,
-so that their p values are adjusted by Holm's method.
+Rows count as independent, also where they repeat a prompt: the test is then for other rows of these
+prompts. With one row alone the differences are one number per sample. Several pairs of runs are
+tests of one question, so that their p values are adjusted by Holm's method.
 
 References:
     A Simple Sequentially Rejective Multiple Test Procedure (Holm, 1979),

@@ -33,6 +33,8 @@ def wilson(wins: int, total: int, quantile: float = _QUANTILE) -> tuple[float, f
 class WinRate(NamedTuple):
     """Comparisons of two models' samples.
 
+    Its interval takes them as independent, which those of one prompt are only for that prompt.
+
     Attributes:
         wins: The first one's sample was better.
         losses: The second one's was.
@@ -52,5 +54,6 @@ class WinRate(NamedTuple):
         low, high = wilson(self.wins, decided)
         return (
             f"the tuned model's sample won {self.wins} of {decided} comparisons{ties}: "
-            f"{self.wins / decided:.1%}, 95% interval {low:.1%} to {high:.1%}"
+            f"{self.wins / decided:.1%}, 95% interval {low:.1%} to {high:.1%} if all comparisons "
+            "are independent"
         )

@@ -99,4 +99,6 @@ def test_the_sentence_of_a_win_rate() -> None:
     assert (
         "won 30 of 40 comparisons, 8 without a difference: 75.0%" in WinRate(30, 10, 8).sentence()
     )
+    # Pairs of one prompt are not: the words say what the interval takes for granted.
+    assert WinRate(30, 10, 8).sentence().endswith("% if all comparisons are independent")
     assert wilson(0, 0) == (0, 1)
