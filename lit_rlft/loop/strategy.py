@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import (
     Strategy,
     StrategyRegistry,
 )
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed import all_reduce
@@ -31,6 +32,7 @@ from lit_rlft.loop.checkpointed import Checkpointed
 from lit_rlft.loop.precision import check_precision
 from lit_rlft.loop.sharded import leaves_gradients, shard
 from lit_rlft.loop.updates import Shares
+from lit_rlft.runs.folder import has_given_folder
 
 __all__ = ["FSDP2Strategy", "check_strategy", "check_trainer", "shares_of"]
 
@@ -71,11 +73,27 @@ def check_trainer(trainer: Trainer) -> None:
         UsageError: They cannot, or nobody has tried.
     """
     check_strategy(trainer.strategy)
+    _check_comes_back(trainer)
     check_precision(trainer.precision)
     if isinstance(trainer.strategy, FSDP2Strategy) and trainer.precision == "16-mixed":
         raise UsageError(
             "trainer.precision 16-mixed scales gradients on each process for itself, which weights "
             "that trainer.strategy fsdp2 splits cannot have; set it to bf16-mixed"
+        )
+
+
+def _check_comes_back(trainer: Trainer) -> None:
+    """Raise UsageError where whoever called `fit` would have an untuned model after it.
+
+    Lightning takes home weights alone, by their names before the adapter and the reference were
+    made. A command needs none of it: it ends with its fit, and the next one reads the checkpoint.
+    """
+    launcher = trainer.strategy.launcher
+    if isinstance(launcher, _MultiProcessingLauncher) and not has_given_folder(trainer):
+        raise UsageError(
+            f"trainer.strategy would train in processes made by {launcher._start_method}, as "
+            "several devices in a notebook do, and the tuned model would not come back from them; "
+            "set it to auto and trainer.devices to 1, or run a script with trainer.strategy ddp"
         )
 
 

@@ -41,6 +41,7 @@ __all__ = [
     "check_name",
     "checkpoints_of",
     "give_folder",
+    "has_given_folder",
     "make_folder",
     "run_folder",
     "spelled_out",
@@ -87,6 +88,11 @@ def checkpoints_of(config: Namespace, folder: Path) -> Path:
 def give_folder(trainer: Trainer, folder: Path) -> None:
     """Make a folder that of the trainer's run, whatever loggers it has."""
     vars(trainer)[_FOLDER] = folder
+
+
+def has_given_folder(trainer: Trainer) -> bool:
+    """Return whether the trainer was given its folder, as that of a command is."""
+    return _FOLDER in vars(trainer)
 
 
 def trainer_settings(given: Mapping[str, Any], folder: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Which strategies a run takes, and what it says of others."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,9 +10,17 @@ from lightning.pytorch.strategies import (
     ModelParallelStrategy,
     SingleDeviceStrategy,
 )
+from torch.multiprocessing.spawn import ProcessRaisedException
 
+from domains.gaussian_mixture.data import MixtureData
+from domains.gaussian_mixture.pipeline import GaussianMixturePipeline
+from domains.gaussian_mixture.rewards import Coordinate
+from lit_rlft.algorithms.graft import GRAFT
 from lit_rlft.core.checks import UsageError
+from lit_rlft.core.sampling import Sampler
 from lit_rlft.loop.strategy import FSDP2Strategy, check_strategy, check_trainer
+from lit_rlft.runs.folder import give_folder
+from tests.support import trainer_of
 
 PATH = "lightning.pytorch.strategies"
 FSDP, REST = "--config fsdp", "has not been tested; use ddp, or --config fsdp"
@@ -70,3 +79,21 @@ def test_a_trainer_is_checked_before_it_trains(
     trainer: Any = SimpleNamespace(strategy=strategy, precision=precision)
     with pytest.raises(UsageError, match=sentence):
         check_trainer(trainer)
+
+
+@pytest.mark.parametrize("strategy", ["ddp_notebook", "ddp_fork", "ddp_spawn"])
+def test_a_fit_whose_model_would_not_come_back_is_refused(strategy: str, tmp_path: Path) -> None:
+    """A command may: the next one reads its checkpoint."""
+    trainer = trainer_of(devices=2, strategy=strategy)
+    with pytest.raises(UsageError, match=r"made by (fork|spawn).* would not come back .* to 1, or"):
+        check_trainer(trainer)
+    give_folder(trainer, tmp_path)
+    check_trainer(trainer)
+    check_trainer(trainer_of(devices=2, strategy="ddp"))
+
+
+def test_a_notebook_is_told_so_by_its_fit() -> None:
+    tuner = GRAFT(GaussianMixturePipeline(), Coordinate(), sampler=Sampler(2, 1.0))
+    data = MixtureData(num_train=8, num_val=2, num_test=2, batch_size=4)
+    with pytest.raises(ProcessRaisedException, match="the tuned model would not come back"):
+        trainer_of(devices=2, strategy="ddp_notebook").fit(tuner, data)
