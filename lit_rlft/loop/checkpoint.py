@@ -69,9 +69,11 @@ def read(
     if ours is None:
         raise UsageError("the checkpoint is none of lit-rlft: it names no pipeline")
     if ours["pretrained"] != pretrained:
+        # Of one name: the same model with other settings, or a pipeline that was tuned before.
+        anew = ", or make a new pipeline if this one was tuned" * (ours["pipeline"] == pipeline)
         raise UsageError(
             f"the checkpoint was tuned from other weights ({ours['pipeline']!r}) than this "
-            f"pipeline has ({pipeline!r}); set pipeline.init_args to what it was tuned from"
+            f"pipeline has ({pipeline!r}); set pipeline.init_args to what it was tuned from{anew}"
         )
     if {name: value.shape for name, value in checkpoint["state_dict"].items()} != shapes:
         raise UsageError(

@@ -100,17 +100,34 @@ def attach_lora(pipeline: Pipeline, lora: LoRA) -> None:
     trained = [p for p in pipeline.denoiser.parameters() if p.requires_grad]
     pipeline.denoiser.requires_grad_(False)
     try:
+        _inject(pipeline, config, lora)
+    except UsageError:  # as it was, for another try
+        _detach(pipeline.denoiser)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        raise
+
+
+def _inject(pipeline: Pipeline, config: LoraConfig, lora: LoRA) -> None:
+    try:
         inject_adapter_in_model(config, pipeline.denoiser)
     except ValueError as error:
-        for parameter in trained:  # as it was, for another try
-            parameter.requires_grad_(True)
-        raise _no_layer(pipeline, str(targets)) from error
+        raise _no_layer(pipeline, str(config.target_modules)) from error
     for parameter in pipeline.denoiser.parameters():
         if parameter.requires_grad:  # a frozen network in half precision learns in single
             own = torch.promote_types(parameter.dtype, torch.float32)
             parameter.data = parameter.data.to(torch.bfloat16 if lora.dtype == "bfloat16" else own)
     if lora.pretrained is not None:
         _load(pipeline, lora, lora.pretrained)
+
+
+def _detach(network: nn.Module) -> None:
+    """Put the layers back that a LoRA was laid around."""
+    for name, layer in list(network.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            parent, _, own = name.rpartition(".")
+            setattr(network.get_submodule(parent), own, layer.get_base_layer())
+    vars(network).pop("peft_config", None)
 
 
 def _check_targets(pipeline: Pipeline, targets: list[str]) -> None:
@@ -335,17 +352,34 @@ class Reference(nn.Module):
             yield
 
 
-def adapt(pipeline: Pipeline, lora: LoRA | None, seed: int) -> Reference:
+def _check_unadapted(pipeline: Pipeline, lora: LoRA | None) -> None:
+    """Raise UsageError where training would overwrite the LoRA of another tuner.
+
+    What is trained beside a frozen denoiser, such as a prior, may find one there.
+    """
+    denoiser = pipeline.denoiser
+    trained = lora is not None or any(p.requires_grad for p in denoiser.parameters())
+    if trained and any(isinstance(layer, BaseTunerLayer) for layer in denoiser.modules()):
+        raise UsageError(
+            "this pipeline has the LoRA of another tuner, which a second one would overwrite; make "
+            "a new pipeline, or fit that tuner again (lora.pretrained goes on from its saved LoRA)"
+        )
+
+
+def adapt(pipeline: Pipeline, lora: LoRA | None, seed: int, *, again: bool = False) -> Reference:
     """Attach an adapter to a pipeline, or leave all of its denoiser to tune; return its reference.
 
     Args:
         pipeline: The pipeline.
         lora: The adapter; None for none.
         seed: Seed of the adapter's initial weights.
+        again: Whether the same tuner did so before and was then refused.
 
     Raises:
-        UsageError: The adapter does not fit (`attach_lora`).
+        UsageError: The adapter does not fit (`attach_lora`), or another tuner's is there.
     """
+    if not again:
+        _check_unadapted(pipeline, lora)
     if lora is not None:
         with own_rng(seed):
             attach_lora(pipeline, lora)

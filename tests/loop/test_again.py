@@ -1,5 +1,6 @@
 """One module in several fits, tests and predictions, as a notebook does it."""
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from domains.gaussian_mixture.data import MixtureData
 from domains.gaussian_mixture.pipeline import GaussianMixturePipeline
 from domains.gaussian_mixture.rewards import Coordinate
 from lit_rlft.algorithms.graft import GRAFT
+from lit_rlft.algorithms.noise_ppo import NoisePPO
 from lit_rlft.callbacks.ema import EMA
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.sampling import Sampler
@@ -108,3 +110,70 @@ def test_an_average_of_half_precision_moves(tmp_path: Path) -> None:
     old = average.state_dict()
     again.load_state_dict({**old, "average": [own.bfloat16() for own in old["average"]]})
     assert again.average is not None and again.average[0].dtype == torch.float32
+
+
+def measured(module: GRAFT, folder: Path) -> float:
+    trainer_of(default_root_dir=folder).test(module, MixtureData(**DATA), verbose=False)
+    return module.evaluator.summary()["tuned"][module.reward.name]["mean"]
+
+
+def fitted(folder: Path, **settings: Any) -> GRAFT:
+    module = module_of(optimizer=lambda weights: torch.optim.Adam(weights, lr=0.1), **settings)
+    trainer_of(default_root_dir=folder).fit(module, MixtureData(**DATA))
+    return module
+
+
+@pytest.mark.parametrize("lora", [LoRA(rank=2), LoRA(rank=3), None], ids=str)
+def test_a_second_tuner_does_not_take_a_pipeline_with_the_first_ones_lora(
+    lora: LoRA | None, tmp_path: Path
+) -> None:
+    first = fitted(tmp_path, lora=LoRA(rank=2))
+    before, gain = weights(first), measured(first, tmp_path)
+    second = GRAFT(first.pipeline, Coordinate(), sampler=Sampler(3, 1.0), lora=lora)
+    for _ in range(2):
+        with pytest.raises(UsageError, match=r"has the LoRA of another tuner.*a new pipeline, or"):
+            trainer_of(default_root_dir=tmp_path).fit(second, MixtureData(**DATA))
+    assert all(torch.equal(a, b) for a, b in zip(weights(first), before, strict=True))
+    assert measured(first, tmp_path) == gain
+
+
+def test_a_tuner_itself_a_copy_and_what_leaves_the_denoiser_alone_find_its_lora(
+    tmp_path: Path,
+) -> None:
+    first = fitted(tmp_path, lora=LoRA(rank=2))
+    for tuner in (copy.deepcopy(first), first):
+        trainer_of(default_root_dir=tmp_path).fit(tuner, MixtureData(**DATA))
+        assert tuner.num_rounds == 4
+    gain = measured(first, tmp_path)
+    beside = NoisePPO(first.pipeline, Coordinate(), sampler=Sampler(3, 0.0))
+    trainer_of(default_root_dir=tmp_path).fit(beside, MixtureData(**DATA))
+    assert beside.num_rounds == 2 and measured(first, tmp_path) == gain
+
+
+def test_a_tuner_that_is_refused_after_its_lora_was_made_can_be_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any) -> None:
+        raise UsageError("no such switch")
+
+    module = module_of(lora=LoRA(rank=2))
+    with monkeypatch.context() as patch, pytest.raises(UsageError, match="no such switch"):
+        patch.setattr("lit_rlft.algorithms.base.checkpoint_blocks", refuse)
+        trainer_of(default_root_dir=tmp_path).fit(module, MixtureData(**DATA))
+    trainer_of(default_root_dir=tmp_path).fit(module, MixtureData(**DATA))
+    assert module.num_rounds == 2
+
+
+def test_checkpoints_are_loaded_into_a_new_pipeline(tmp_path: Path) -> None:
+    data, remedy = MixtureData(**DATA), r"ake a new pipeline"
+    for lora in (LoRA(rank=2), None):
+        module = module_of(lora=lora)
+        trainer = trainer_of(default_root_dir=tmp_path)
+        trainer.fit(module, data)
+        trainer.save_checkpoint(path := tmp_path / "own.ckpt")
+        parts: dict[str, Any] = {"pipeline": module.pipeline, "reward": Coordinate()}
+        with pytest.raises(UsageError, match=remedy):
+            GRAFT.load_from_checkpoint(path, **parts)
+        second = GRAFT(**parts, sampler=Sampler(3, 1.0), num_eval_samples=2, lora=lora)
+        with pytest.raises(UsageError, match=remedy):
+            trainer_of(default_root_dir=tmp_path).fit(second, data, ckpt_path=path)

@@ -247,5 +247,9 @@ def loras(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_lora_of_another_family_is_named(given: str, model: str, said: str, loras: Path) -> None:
     pipeline = TextToImagePipeline(str(loras / model), height=32, width=32)
     lora = LoRA(rank=2, alpha=2, pretrained=str(loras / f"{given}_lora"))
+    layers = [(name, type(layer)) for name, layer in pipeline.denoiser.named_modules()]
     with pytest.raises(UsageError, match=rf"^model\.init_args\.lora\.pretrained: .*{said}"):
         adapt(pipeline, lora, seed=0)
+    # As it was, for another try.
+    assert [(name, type(layer)) for name, layer in pipeline.denoiser.named_modules()] == layers
+    assert all(weight.requires_grad for weight in pipeline.denoiser.parameters())
