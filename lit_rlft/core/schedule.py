@@ -17,16 +17,17 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_rlft.core.checks import UsageError, below_one, finite, positive, require
+from lit_rlft.core.watched import Watched
 
 __all__ = ["CosineVP", "DiscreteVP", "PolynomialVP", "RectifiedFlow", "Schedule", "vp_betas"]
 
 Spacing = Literal["leading", "trailing", "linspace"]
 
 
-class Schedule(nn.Module, ABC):
+class Schedule(Watched, ABC):
     """The signal scale alpha_t and the noise scale sigma_t, and the sampler's grid of times.
 
     Attributes:

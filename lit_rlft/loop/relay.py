@@ -20,6 +20,7 @@ from lit_rlft.core.process import Process
 from lit_rlft.core.randomness import Generators, rand_like
 from lit_rlft.core.sampling import Denoiser, steps_of_share
 from lit_rlft.core.state import State, leaves
+from lit_rlft.core.watched import Watched
 from lit_rlft.loop.route import Leg, Route
 
 __all__ = ["Relay"]
@@ -100,15 +101,16 @@ class Relay:
         low, high = self.levels(process, num_steps)
         if high >= 1:
             return process.draw_times(uniform, low=low)
-        first, last = _preimage(process, low, high)
+        first, last = _preimage(process, low, high, Watched.num_changes)
         return process.draw_times(first + (last - first) * uniform.double(), low=low)
 
 
 @lru_cache(maxsize=32)
-def _preimage(process: Process, low: float, high: float) -> tuple[float, float]:
+def _preimage(process: Process, low: float, high: float, num_changes: int) -> tuple[float, float]:
     """Return the interval of uniform numbers whose level is at most `high`.
 
-    Processes map uniform numbers to levels monotonically, some of them downwards.
+    Processes map uniform numbers to levels monotonically, some of them downwards. The number of
+    changes (`Watched`) has it found again for a process that was changed.
     """
 
     def below(uniform: float) -> bool:

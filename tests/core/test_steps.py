@@ -1,5 +1,6 @@
 """The steps of a grid: what they take from their levels is computed once, and little is left."""
 
+import copy
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -22,8 +23,8 @@ from lit_rlft.core.process import (
 )
 from lit_rlft.core.randomness import generators
 from lit_rlft.core.sampling import walk
-from lit_rlft.core.schedule import CosineVP, DiscreteVP, RectifiedFlow, vp_betas
-from lit_rlft.core.state import State, index, leaves, tensor_of, tree_map
+from lit_rlft.core.schedule import CosineVP, DiscreteVP, RectifiedFlow, Schedule, vp_betas
+from lit_rlft.core.state import State, fields_of, index, leaves, tensor_of, tree_map
 from lit_rlft.core.subspace import PointClouds
 from lit_rlft.core.trajectory import walk_with_log_probs
 from lit_rlft.kit.saved_grids import Clip
@@ -280,6 +281,57 @@ def test_a_grid_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     process.steps(process.times(T + 1), None, 1.0, x)
     process.steps(process.times(T), process.times(T)[1:] / 2, 1.0, x)
     assert len(calls) == 5
+
+
+class Bent(Schedule):
+    """A flow whose signal goes faster at first."""
+
+    def __init__(self, power: float = 1.0) -> None:
+        super().__init__()
+        self.power = power
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return (1 - t.double()) ** self.power
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t.double()
+
+
+def bend(process: GaussianProcess) -> None:
+    process.schedule.power = 2.0
+
+
+def swap(process: GaussianProcess) -> None:
+    process.schedule = Bent(2.0)
+
+
+def predict_sample(process: GaussianProcess) -> None:
+    process.prediction_type = "sample"
+
+
+@pytest.mark.parametrize("change", [bend, swap, predict_sample])
+@pytest.mark.parametrize("within", [False, True])
+def test_a_changed_process_takes_new_steps(
+    change: Callable[[GaussianProcess], None], within: bool
+) -> None:
+    def made() -> tuple[GaussianProcess, Process]:
+        own = GaussianProcess(Bent(), "velocity")
+        return own, ProductProcess({"x": own}) if within else own
+
+    def steps(process: Process) -> Tensor:
+        like = {"x": torch.zeros(B, 3)} if within else torch.zeros(B, 3)
+        found = process.steps(process.times(T), None, 1.0, like).coefficients
+        return fields_of(found)["x"] if within else tensor_of(found)
+
+    part, used = made()
+    before = steps(used)
+    assert steps(used) is before
+    used.train().eval()
+    assert steps(used) is before and steps(copy.deepcopy(used)) is not before
+    change(part)
+    fresh, unused = made()
+    change(fresh)
+    assert torch.equal(steps(used), steps(unused)) and not torch.equal(steps(used), before)
 
 
 def test_a_grid_of_an_evaluation_serves_training() -> None:

@@ -77,6 +77,18 @@ def test_training_levels_are_the_native_ones_between_the_ends(name: str) -> None
     assert torch.equal(none.draw_times(process, 10, uniform), native)
 
 
+def test_training_levels_follow_a_schedule_that_is_changed() -> None:
+    relay, uniform = Relay(start=0.25), torch.linspace(0, 0.99, 9)
+    process, fresh = (GaussianProcess(RectifiedFlow(), "velocity") for _ in range(2))
+    before = relay.draw_times(process, 8, uniform)
+    for own in (process, fresh):
+        assert isinstance(own.schedule, RectifiedFlow)
+        own.schedule.logit_normal = (0.0, 0.5)
+    after = relay.draw_times(process, 8, uniform)
+    assert torch.equal(after, relay.draw_times(fresh, 8, uniform))
+    assert not torch.equal(after, before) and after.max() <= 0.75
+
+
 def tuner_of(kind: type[RewardFineTuner], num_steps: int = 5, **settings: Any) -> RewardFineTuner:
     """Return a tuner whose LoRA is far from zero."""
     pipeline = GaussianMixturePipeline(schedule="rectified_flow", prediction_type="velocity")

@@ -7,7 +7,7 @@ from inspect import isfunction
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.distribution import Distribution
@@ -15,6 +15,7 @@ from lit_rlft.core.process.noise import FlowSDE, Noise, Within, within
 from lit_rlft.core.process.steps import Steps, StepTables
 from lit_rlft.core.randomness import Generators
 from lit_rlft.core.state import State, batch_size, described, leaves
+from lit_rlft.core.watched import Watched
 
 __all__ = ["Process", "Step"]
 
@@ -38,7 +39,7 @@ def _one_each(loss: Callable[..., Any]) -> Callable[..., Any]:
     return answer
 
 
-class Process(nn.Module, ABC):
+class Process(Watched, ABC):
     """The mathematics of x_t: prior, forward and reverse transitions, denoising loss.
 
     Times `t` and `s` are [B] in [0, 1] with `s < t`; a *prediction* is what the denoiser returned

@@ -1,7 +1,8 @@
 """The steps of a sampler: levels, and what the process's arithmetic takes from them, in one table.
 
-They depend on the grid alone. They are computed once for each grid, in double precision, cast once
-to the type of the states, and kept on their device.
+They depend on the process and the grid alone. They are computed once for each grid, in double
+precision, cast once to the type of the states, and kept on their device, until a process or a
+schedule is changed.
 """
 
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from lit_rlft.core.process.noise import Noise
 from lit_rlft.core.state import State, index, leaves, tree_map
+from lit_rlft.core.watched import Watched
 
 __all__ = ["StepTables", "Steps"]
 
@@ -59,11 +61,15 @@ class StepTables:
     def __init__(self) -> None:
         self._known: dict[tuple[object, ...], Steps] = {}
 
+    def __reduce__(self) -> tuple[type["StepTables"], tuple[()]]:
+        """Copies begin anew: another program counts other changes."""
+        return StepTables, ()
+
     def of(self, rule: Rule, t: Tensor, s: Tensor, eta: Noise, like: State) -> Steps:
         """Return the steps from levels t [T] to levels s [T], computed unless they are known.
 
         Args:
-            rule: The process's own, which must not change.
+            rule: The process's own.
             t: Levels that steps start from.
             s: Levels that they lead to.
             eta: Noise of the transitions.
@@ -71,7 +77,7 @@ class StepTables:
         """
         kinds = tuple((leaf.device, leaf.dtype) for leaf in leaves(like))
         levels = (t.tolist(), s.tolist())
-        key = (*map(tuple, levels), eta, kinds)
+        key = (*map(tuple, levels), eta, kinds, Watched.num_changes)
         if key not in self._known:
             if len(self._known) >= _MOST_TABLES:
                 self._known.pop(next(iter(self._known)))
