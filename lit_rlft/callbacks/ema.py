@@ -1,6 +1,7 @@
 """An exponential moving average of what an algorithm trains."""
 
 from typing import Any
+from weakref import ref
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -18,7 +19,7 @@ class EMA(Callback):
 
     After n updates the decay is min(decay, (1 + n) / (10 + n)), so that the start is forgotten
     quickly. The average has single precision at least. It lives in the callback's state and is
-    restored on resuming.
+    restored on resuming. For another model it starts anew.
 
     Args:
         decay: Weight of the old average per training batch, in [0, 1).
@@ -29,6 +30,17 @@ class EMA(Callback):
         self.decay, self.num_updates = decay, 0
         self.average: list[Tensor] | None = None
         self._raw: list[Tensor] | None = None
+        self._model: ref[LightningModule] | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget the average of another model."""
+        if self._model is not None and self._model() is not pl_module:
+            self.average, self.num_updates = None, 0
+        self._model = ref(pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take an average that a checkpoint gave as that of this model."""
+        self._model = ref(pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -81,8 +93,10 @@ class EMA(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         average, self.num_updates = state_dict["average"], state_dict["num_updates"]
         self.average = average and [_precise(own) for own in average]
+        self._model = None  # the next one that runs
 
     def _swap_in(self, pl_module: LightningModule) -> None:
+        self._model = ref(pl_module)
         if self.average is None:
             return
         weights = _weights(pl_module)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,45 @@ def test_an_average_of_half_precision_moves(tmp_path: Path) -> None:
     old = average.state_dict()
     again.load_state_dict({**old, "average": [own.bfloat16() for own in old["average"]]})
     assert again.average is not None and again.average[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("settings", [{}, {"lora": LoRA(rank=2)}], ids=["same", "other weights"])
+def test_an_average_of_another_model_is_forgotten(settings: dict[str, Any], tmp_path: Path) -> None:
+    shared, own = EMA(0.9), EMA(0.9)
+
+    def tuned(average: EMA, seed: int, **given: Any) -> GRAFT:
+        torch.manual_seed(seed)
+        optimizer = partial(torch.optim.Adam, lr=0.1)
+        module = module_of(optimizer=optimizer, **given)
+        trainer = trainer_of(default_root_dir=tmp_path, callbacks=[average])
+        trainer.fit(module, MixtureData(**DATA))
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        return module
+
+    first = tuned(shared, 0)
+    averaged = weights(first)
+    second, alone = tuned(shared, 1, **settings), tuned(own, 1, **settings)
+    assert shared.num_updates == own.num_updates == 2
+    assert all(torch.equal(a, b) for a, b in zip(weights(second), weights(alone), strict=True))
+    trainer = trainer_of(default_root_dir=tmp_path, callbacks=[shared], max_epochs=2)
+    again = module_of(optimizer=partial(torch.optim.Adam, lr=0.1), **settings)
+    trainer.fit(again, MixtureData(**DATA), ckpt_path=tmp_path / "last.ckpt")
+    assert shared.num_updates == 4 and again.num_rounds == 4
+    trainer_of(default_root_dir=tmp_path, callbacks=[shared]).test(first, MixtureData(**DATA))
+    assert shared.average is None
+    assert all(torch.equal(a, b) for a, b in zip(weights(first), averaged, strict=True))
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_an_average_that_was_loaded_is_the_next_models(used: bool, tmp_path: Path) -> None:
+    average = EMA(0.9)
+    trainer = trainer_of(default_root_dir=tmp_path, callbacks=[average])
+    if used:
+        trainer.fit(module_of(), MixtureData(**DATA))
+    module = module_of()
+    average.load_state_dict({"average": weights(module), "num_updates": 7})
+    trainer_of(default_root_dir=tmp_path, callbacks=[average]).fit(module, MixtureData(**DATA))
+    assert average.num_updates == 9
 
 
 def measured(module: GRAFT, folder: Path) -> float:
