@@ -167,7 +167,8 @@ class Evaluator:
             rows = batch["index"].repeat_interleave(self.num_samples)
             common = batch_idx, rows, condition, seeds
             self._measure_route("tuned", *common, tuned, kl_from=reference)
-            if not self._measurements.reference.has(batch_idx):
+            if not self._measurements.reference.has(batch_idx, rows):
+                self._measurements.reference.forget(batch_idx)  # a loader may shuffle
                 self._measure_route("reference", *common, reference)
             for setting in settings:
                 with setting.active():

@@ -47,9 +47,20 @@ class Measured:
     labels: dict[int, list[str]] = field(default_factory=dict)
     rows: _Batches = field(default_factory=dict)
 
-    def has(self, batch: int) -> bool:
-        """Return whether a batch was measured already."""
-        return batch in self.labels
+    def has(self, batch: int, rows: Tensor | None = None) -> bool:
+        """Return whether a batch was measured already, and of these rows of the data if given."""
+        known = self.rows.get(batch)
+        return known is not None and (rows is None or torch.equal(known, rows.cpu()))
+
+    def forget(self, batch: int) -> None:
+        """Forget what was measured of a batch."""
+        for named in (self.values, *self.features.values()):
+            for name, values in list(named.items()):
+                values.pop(batch, None)
+                if not values:
+                    del named[name]
+        for of_batches in (self.pictures, self.figures, self.labels, self.rows):
+            of_batches.pop(batch, None)
 
     @property
     def num_samples(self) -> int:

@@ -1,6 +1,7 @@
 """Evaluations where rewards fail: what is known counts; where nothing is, they end."""
 
 import math
+from contextlib import nullcontext
 from itertools import product
 
 import pytest
@@ -153,6 +154,29 @@ def test_processes_render_their_shares_of_the_first_samples(
         assert places[0] == places[1] and len(places[0]) == number
         values = [[one["tuned"]["values"]["Coordinate"] for one in p] for p in (entries, expected)]
         assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+
+def test_the_reference_is_measured_again_for_other_rows() -> None:
+    """As a loader that shuffles brings them; a batch that is the same is measured once."""
+    tuner, drawn = started(Coordinate()), []
+    tuner.evaluator.phase = lambda name, num: (drawn.append(name), nullcontext())[1]
+    orders = [[[0, 1], [2, 3]], [[0, 1], [2, 3]], [[3, 1], [2, 0]], [[3, 1], [2]]]
+    for order in orders:
+        tuner.evaluator.start(keep_reference=True)
+        tuner.evaluator.show(3)
+        for number, rows in enumerate(order):
+            routes = tuner.route(), tuner.reference_route()
+            tuner.evaluator.run({"index": torch.tensor(rows)}, number, *routes)
+        found = tuner.evaluator.measurements
+        assert found.reference.all_rows().tolist() == [row for rows in order for row in rows]
+        assert found.reference.num_pictures == found.tuned.num_pictures == 3
+        # Neither was trained: under the same conditions and noise they are the same.
+        gain = tuner.evaluator.summary()["gain"]["Coordinate"]
+        assert gain["mean"] == pytest.approx(0, abs=1e-6) and gain["sem"] < 1e-6
+        for batch, pictures in found.tuned.pictures.items():
+            assert torch.equal(found.reference.pictures[batch], pictures)
+    assert drawn.count("sample_reference") == 2 + 0 + 2 + 1
+    assert drawn.count("sample_tuned") == 8
 
 
 class Other(Reward):
