@@ -3,7 +3,7 @@
 import json
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from domains.gaussian_mixture.closed_form.denoiser import GaussianMixtureDenoise
 from domains.gaussian_mixture.closed_form.mixture import MEANS, STDS, WEIGHTS, Mixture
 from domains.gaussian_mixture.render import Plane
 from domains.gaussian_mixture.samples import read_point, save_points
-from lit_rlft.core.checks import UsageError, at_least
+from lit_rlft.core.checks import UsageError, at_least, one_of
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline, column
 from lit_rlft.core.process import GaussianProcess, PredictionType
 from lit_rlft.core.schedule import CosineVP, DiscreteVP, RectifiedFlow, Schedule, vp_betas
@@ -22,6 +22,7 @@ from lit_rlft.kit.compiled import compile_small
 __all__ = ["GaussianMixtureDenoiser", "GaussianMixturePipeline", "ScheduleName"]
 
 ScheduleName = Literal["discrete_vp", "cosine_vp", "rectified_flow"]
+Compiled = Literal["whole", "graphs"]
 
 
 class GaussianMixturePipeline(Pipeline):
@@ -57,9 +58,11 @@ class GaussianMixturePipeline(Pipeline):
         schedule: ScheduleName = "discrete_vp",
         prediction_type: PredictionType = "epsilon",
         residual_width: int = 64,
-        compile: Literal["whole", "graphs"] | None = None,
+        compile: Compiled | None = None,
     ) -> None:
         super().__init__()
+        one_of(self, "schedule", get_args(ScheduleName), schedule)
+        one_of(self, "compile", (*get_args(Compiled), None), compile)
         self.mixture = Mixture.of(weights, means, stds, self)
         at_least(0, self, residual_width=residual_width)
         self.process = GaussianProcess(_schedule(schedule), prediction_type)

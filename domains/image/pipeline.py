@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from diffusers import (
@@ -15,7 +15,7 @@ from diffusers import (
 from torch import Tensor, nn
 
 from domains.image import EMBEDDED
-from lit_rlft.core.checks import UsageError, positive, require
+from lit_rlft.core.checks import UsageError, one_of, positive, require
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline, column
 from lit_rlft.core.process import GaussianProcess
 from lit_rlft.core.state import State, tensor_of
@@ -37,6 +37,7 @@ _KEY = "pipeline.init_args.pretrained"
 _PARTS = ("unet", "scheduler")
 _ELSEWHERE = "models with conditions or latents belong to other domains"
 Schedule = Literal["saved", "rectified_flow", "ddpm"]
+SaveDtype = Literal["float32", "float16", "bfloat16"]
 
 
 class ImagePipeline(Pipeline):
@@ -81,10 +82,13 @@ class ImagePipeline(Pipeline):
         architecture: dict[str, Any] | None = None,
         schedule: Schedule = "saved",
         shift: float = 1.0,
-        save_dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+        save_dtype: SaveDtype = "float32",
         compile: SmallCompiled | None = None,
     ) -> None:
         super().__init__()
+        one_of(self, "schedule", get_args(Schedule), schedule)
+        one_of(self, "save_dtype", get_args(SaveDtype), save_dtype)
+        one_of(self, "compile", (*get_args(SmallCompiled), None), compile)
         if (pretrained is None) == (architecture is None):
             raise UsageError(
                 "pipeline.init_args: give either pretrained or architecture; set pretrained to "

@@ -1,13 +1,13 @@
 """Rewards of images, [B, 3, H, W] in [0, 1], higher is better."""
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from domains.image.networks.features import FeatureNetwork, load_features
 from domains.image.samples import check_pictures, luminance
-from lit_rlft.core.checks import UsageError, reading, within
+from lit_rlft.core.checks import UsageError, one_of, reading, within
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Reward
 from lit_rlft.kit.frozen import Frozen
@@ -63,10 +63,7 @@ class ClassProbability(Frozen, Reward):
         output: Output = "log_probability",
     ) -> None:
         super().__init__()
-        if output not in ("log_probability", "probability"):
-            raise UsageError(
-                f"reward.init_args.output is {output!r}; use 'log_probability' or 'probability'"
-            )
+        one_of(self, "output", get_args(Output), output)
         with reading(self, "pretrained"):
             network = load_features(pretrained, "pretrained")
         if not isinstance(network, FeatureNetwork):

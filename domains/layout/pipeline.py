@@ -8,7 +8,7 @@ Such entries have no loss (at s = 0), no gradient and no divergence from the ref
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from domains.layout.probes import probe_pages
 from domains.layout.render import draw, each, save_layout, to_svg
 from domains.layout.samples import EMPTY, Layouts
 from domains.layout.sources.single import read_layout
-from lit_rlft.core.checks import UsageError, at_least, require
+from lit_rlft.core.checks import UsageError, at_least, one_of, require
 from lit_rlft.core.figure import Figure
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline, check_columns, column
 from lit_rlft.core.process import (
@@ -38,6 +38,8 @@ from lit_rlft.kit.compiled import SmallCompiled, compile_small
 from lit_rlft.kit.network_folder import check_one_given, load_pretrained, save_network
 
 __all__ = ["EMBEDDED", "LayoutPipeline"]
+
+SaveDtype = Literal["float32", "float16", "bfloat16"]
 
 _SHARPNESS = 8.0  # of presence: 1 - 1e-7 at the scores of a full slot
 _SMALLEST_T = 1e-6
@@ -72,10 +74,12 @@ class LayoutPipeline(Pipeline):
         *,
         architecture: Architecture | None = None,
         category_weight: float = 1.0,
-        save_dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+        save_dtype: SaveDtype = "float32",
         compile: SmallCompiled | None = None,
     ) -> None:
         super().__init__()
+        one_of(self, "save_dtype", get_args(SaveDtype), save_dtype)
+        one_of(self, "compile", (*get_args(SmallCompiled), None), compile)
         check_one_given(pretrained, architecture)
         at_least(0, self, category_weight=category_weight)
         self.pretrained = pretrained

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from domains.molecule.sources import Enumerated, Source
 from domains.molecule.sources.packed import Packed
-from lit_rlft.core.checks import UsageError, at_least, reading
+from lit_rlft.core.checks import UsageError, at_least, one_of, reading
 from lit_rlft.kit.data import Record, Rows, Split, SplitData, collate
 from lit_rlft.kit.size_batches import Batches, FixedBatches, SizeBatches
 from lit_rlft.kit.sources import SourceData
@@ -156,11 +156,8 @@ class AtomCounts(SplitData):
             raise UsageError(
                 "data.init_args: counts and source exclude each other; leave one of them out"
             )
-        if isinstance(counts, str) and counts not in _PUBLISHED:
-            raise UsageError(
-                f"data.init_args.counts: {counts!r} is unknown; use one of {sorted(_PUBLISHED)} or "
-                "numbers of molecules by numbers of atoms"
-            )
+        words = "numbers of molecules by numbers of atoms"
+        one_of(self, "counts", sorted(_PUBLISHED), counts, others=words)
         at_least(1, self, num_train=num_train, num_val=num_val, num_test=num_test)
         at_least(1, self, max_atoms=max_atoms)
         at_least(0, self, counts=counts)

@@ -16,7 +16,7 @@ References:
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ from domains.molecule.probes import probe_molecules
 from domains.molecule.render import draw, figures_of, save_molecule
 from domains.molecule.samples import EMPTY, Molecules
 from domains.molecule.sources.single import read_molecule
-from lit_rlft.core.checks import UsageError, at_least, require
+from lit_rlft.core.checks import UsageError, at_least, one_of, require
 from lit_rlft.core.figure import Figure
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline, check_columns, column
 from lit_rlft.core.process import (
@@ -57,6 +57,8 @@ from lit_rlft.kit.compiled import SmallCompiled, compile_small
 from lit_rlft.kit.network_folder import check_one_given, load_pretrained, save_network
 
 __all__ = ["EMBEDDED", "MoleculePipeline"]
+
+SaveDtype = Literal["float32", "float16", "bfloat16"]
 
 _NETWORKS: dict[str, type[MoleculeNetwork]] = {"egnn": EGNN, "transformer": Transformer, "edm": EDM}
 _SHARPNESS = 12.0  # of types: 1 - 3e-5 for exactly one-hot scores
@@ -98,10 +100,12 @@ class MoleculePipeline(Pipeline):
         *,
         architecture: Architecture | None = None,
         type_weight: float = 1.0,
-        save_dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+        save_dtype: SaveDtype = "float32",
         compile: SmallCompiled | None = None,
     ) -> None:
         super().__init__()
+        one_of(self, "save_dtype", get_args(SaveDtype), save_dtype)
+        one_of(self, "compile", (*get_args(SmallCompiled), None), compile)
         check_one_given(pretrained, architecture)
         at_least(0, self, type_weight=type_weight)
         self.pretrained = pretrained

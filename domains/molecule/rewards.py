@@ -12,7 +12,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from domains.molecule.samples import Molecules, check_molecules
 from domains.molecule.sources import Source
 from domains.molecule.sources.formats import read_smiles
 from domains.molecule.sources.packed import known_smiles
-from lit_rlft.core.checks import UsageError, at_least, finite, positive, require
+from lit_rlft.core.checks import UsageError, at_least, finite, one_of, positive, require
 from lit_rlft.core.pipeline import Condition, Pipeline
 from lit_rlft.core.reward import Reward
 from lit_rlft.kit.called import name_of, numbers_of
@@ -52,6 +52,8 @@ __all__ = [
     "SyntheticAccessibility",
     "ValidConnected",
 ]
+
+Electronic = Literal["dipole", "gap"]
 
 
 class _Chemical(Reward):
@@ -402,7 +404,7 @@ class XTB(_Target):
 
     def __init__(
         self,
-        quantity: Literal["dipole", "gap"] = "dipole",
+        quantity: Electronic = "dipole",
         target: float = 3.0,
         width: float | None = None,
         num_workers: int = 0,
@@ -412,10 +414,7 @@ class XTB(_Target):
         at_least(0, self, num_workers=num_workers)
         if importlib.util.find_spec("tblite") is None:
             raise UsageError("reward: XTB needs tblite; install it with pip install lit-rlft[xtb]")
-        if quantity not in _ELECTRONIC:
-            raise UsageError(
-                f"reward.init_args.quantity must be one of {list(_ELECTRONIC)}, got {quantity!r}"
-            )
+        one_of(self, "quantity", _ELECTRONIC, quantity)
         self.column, self.num_workers = _ELECTRONIC.index(quantity), num_workers
 
     def quantity(self, chemistry: Chemistry) -> NDArray[np.float64]:
@@ -563,7 +562,7 @@ class SoftConnected(_Soft):
         return links.sum(dim=(1, 2)) / pairs.sum(dim=(1, 2)).clamp(min=1)
 
 
-_ELECTRONIC = ("dipole", "gap")
+_ELECTRONIC = get_args(Electronic)
 
 
 def _foreign(pattern: Chem.Mol, elements: Sequence[str]) -> list[str]:

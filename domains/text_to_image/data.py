@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 from domains.text_to_image.shapes import world
 from domains.text_to_image.sources.prompts import PromptFile, Records, read_prompts
-from lit_rlft.core.checks import at_least, require
+from lit_rlft.core.checks import at_least, one_of, require
 from lit_rlft.kit.data import Record, Rows, Split, SplitData
 from lit_rlft.kit.sources import SourceData
 
@@ -102,6 +102,8 @@ class ShapesPrompts(SplitData):
         at_least(1, self, num_train_prompts=num_train_prompts)
         at_least(1, self, num_val_prompts=num_val_prompts, num_test_prompts=num_test_prompts)
         require(len(train_tasks) > 0, self, "train_tasks", f"some of {', '.join(world.TASKS)}")
+        for task in train_tasks:
+            one_of(self, "train_tasks", world.TASKS, task)
         self.sizes = {"train": num_train_prompts, "val": num_val_prompts, "test": num_test_prompts}
         self.train_tasks = train_tasks
 
@@ -136,6 +138,8 @@ class ShapesPictures(SplitData):
         at_least(1, self, num_val_prompts=num_val_prompts, num_test_prompts=num_test_prompts)
         if train_tasks is not None:
             require(len(train_tasks) > 0, self, "train_tasks", f"some of {', '.join(world.TASKS)}")
+            for task in train_tasks:
+                one_of(self, "train_tasks", world.TASKS, task)
         self.sizes = {"train": num_pictures, "val": num_val_prompts, "test": num_test_prompts}
         self.train_tasks = train_tasks
 

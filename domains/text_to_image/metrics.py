@@ -1,7 +1,7 @@
 """Measurements of pictures that no reward sees."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from torch import Tensor
 from domains.text_to_image.networks.clip import CLIPEncoder
 from domains.text_to_image.networks.lpips import LPIPS, alexnet_of, heads_of
 from domains.text_to_image.networks.state_dicts import read_state_dict
-from lit_rlft.core.checks import UsageError, at_least, loading
+from lit_rlft.core.checks import UsageError, at_least, loading, one_of
 from lit_rlft.core.guard import LARGE_FALL, Guard
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Metric
@@ -18,6 +18,8 @@ from lit_rlft.kit.images import check_pictures
 from lit_rlft.kit.set_metrics import pseudo_values, sums_over_others
 
 __all__ = ["Diversity", "LPIPSDiversity"]
+
+Features = Literal["clip", "pixels"]
 
 _POOLED = 16  # pixels a side that pictures are pooled to, so that fine noise is no diversity
 
@@ -38,12 +40,9 @@ class Diversity(Metric):
         UsageError: `features` is unknown or `pretrained` is no CLIP.
     """
 
-    def __init__(
-        self, features: Literal["clip", "pixels"] = "clip", pretrained: str = "shapes_clip"
-    ) -> None:
+    def __init__(self, features: Features = "clip", pretrained: str = "shapes_clip") -> None:
         super().__init__()
-        if features not in ("clip", "pixels"):
-            raise UsageError(f"Diversity: features is {features!r}; use 'clip' or 'pixels'")
+        one_of(self, "features", get_args(Features), features)
         self.encoder = CLIPEncoder(pretrained) if features == "clip" else None
 
     @torch.no_grad()

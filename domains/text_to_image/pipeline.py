@@ -4,7 +4,7 @@ import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from diffusers import AutoencoderTiny
@@ -22,8 +22,8 @@ from domains.text_to_image.networks.lora import Home, lora_weights, read_lora, s
 from domains.text_to_image.networks.web_lora import WEB_LORA, save_web_lora, unread_layers
 from domains.text_to_image.overflow import check_latents, check_vae, kept_single
 from domains.text_to_image.stand_ins import find_stand_in
-from lit_rlft.core.batch_size import BatchSize
-from lit_rlft.core.checks import UsageError, at_least, require
+from lit_rlft.core.batch_size import AUTO, BatchSize
+from lit_rlft.core.checks import UsageError, at_least, one_of, require
 from lit_rlft.core.pipeline import (
     PAIR,
     Batch,
@@ -46,6 +46,7 @@ from lit_rlft.kit.weightless import weightless
 
 __all__ = ["EMBEDDED", "TextToImagePipeline"]
 
+GuidanceGradient = Literal["both", "conditional"]
 Precision = Literal["float32", "float16", "bfloat16"]
 FrozenDtype = Literal["auto", "float32", "float16", "bfloat16"]
 TextEncoders = Literal["keep", "cpu", "drop"]
@@ -140,7 +141,7 @@ class TextToImagePipeline(Pipeline):
         textual_inversions: list[str] | None = None,
         variant: str | None = None,
         guidance_scale: float | None = None,
-        guidance_gradient: Literal["both", "conditional"] = "both",
+        guidance_gradient: GuidanceGradient = "both",
         negative_prompt: str | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -171,13 +172,13 @@ class TextToImagePipeline(Pipeline):
         self.pretrained, self.config, self.variant = pretrained, config, variant
         self.guidance_gradient, self.negative_prompt = guidance_gradient, negative_prompt
         self.decode_batch_size, self.checkpoint_decoder = decode_batch_size, checkpoint_decoder
-        self.frozen_dtype, self.save_dtype = _new(self, frozen_dtype, dtype), _type(save_dtype)
-        self.encode_batch_size, self.max_table_gb = encode_batch_size, max_table_gb
+        self.frozen_dtype, self.max_table_gb = _new(self, frozen_dtype, dtype), max_table_gb
+        self.encode_batch_size, self.save_dtype = encode_batch_size, _type(self, save_dtype)
         self.from_scratch, self.web_lora, self._cached_in = from_scratch, web_lora, embedding_cache
         options: dict[str, Any] = {"true_cfg_scale": true_cfg_scale, "crop": crop}
         options |= {"cfg_normalization": cfg_normalization, "cfg_truncation": cfg_truncation}
         sizes = {"original_size": original_size, "max_sequence_length": max_sequence_length}
-        files = Files(config, vae, textual_inversions or (), text_encoders == "drop")
+        files = Files(config, vae, textual_inversions or (), _dropped(self, text_encoders))
         self._load(files, (height, width), options, sizes, guidance_scale)
         self._adopt(checkpoint_denoiser, tile_decoder, channels_last, text_encoders != "keep")
         self._spare(offload or [], compile)
@@ -191,6 +192,8 @@ class TextToImagePipeline(Pipeline):
         guidance_scale: float | None,
     ) -> None:
         """Load the model and find its family; settings from 0 up, and sizes from 1 up."""
+        one_of(self, "guidance_gradient", get_args(GuidanceGradient))
+        one_of(self, "decode_batch_size", (AUTO,), others="a whole number")
         at_least(0, self, "max_table_gb", guidance_scale=guidance_scale, **options)
         at_least(1, self, "decode_batch_size", "encode_batch_size", **sizes)
         self._check_memory(files)
@@ -224,6 +227,9 @@ class TextToImagePipeline(Pipeline):
 
     def _spare(self, offload: Sequence[str], compile: Compiled | None) -> None:
         """Save memory and time as the settings have it."""
+        one_of(self, "compile", (*get_args(Compiled), None), compile)
+        for part in offload:
+            one_of(self, "offload", ("vae",), part)
         if offload:
             put_away(self, "vae")
         self.family.max_table_bytes = self.max_table_gb * 2**30
@@ -268,7 +274,7 @@ class TextToImagePipeline(Pipeline):
     @property
     def _loaded(self) -> torch.dtype:
         """Precision in which weights are read."""
-        return _type("float32" if self.frozen_dtype == "auto" else self.frozen_dtype)
+        return _type(self, "float32" if self.frozen_dtype == "auto" else self.frozen_dtype)
 
     def _reader(self, dtype: torch.dtype) -> Callable[[str], nn.Module]:
         return text_encoder_reader(self.pretrained, dtype, self.variant)
@@ -612,6 +618,8 @@ def _new(
     owner: TextToImagePipeline, frozen_dtype: FrozenDtype, dtype: Precision | None
 ) -> FrozenDtype:
     """Return `frozen_dtype`, or what is given under its old name, and say that it is old."""
+    one_of(owner, "frozen_dtype", get_args(FrozenDtype), frozen_dtype)
+    one_of(owner, "dtype", (*get_args(Precision), None), dtype)
     if dtype is None:
         return frozen_dtype
     rule = f"null beside frozen_dtype {frozen_dtype}, which is its new name"
@@ -625,7 +633,13 @@ def _new(
     return dtype
 
 
-def _type(name: str) -> torch.dtype:
+def _dropped(owner: TextToImagePipeline, text_encoders: TextEncoders) -> bool:
+    one_of(owner, "text_encoders", get_args(TextEncoders), text_encoders)
+    return text_encoders == "drop"
+
+
+def _type(owner: TextToImagePipeline, name: Precision) -> torch.dtype:
+    one_of(owner, "save_dtype", get_args(Precision), name)
     kind: torch.dtype = getattr(torch, name)
     return kind
 

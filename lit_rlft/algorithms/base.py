@@ -78,6 +78,8 @@ class RewardFineTuner(Checkpointed, ABC):
         seed: Seed of all noise.
     """
 
+    checkpointing: tuple[str | None, ...] = ("blocks", None)  # what gradient_checkpointing may be
+
     def __init__(
         self,
         pipeline: Pipeline,
@@ -105,13 +107,12 @@ class RewardFineTuner(Checkpointed, ABC):
         self.pipeline, self.reward, self.metrics = pipeline, reward, metrics or Metrics()
         self.sampler, self.lora, self.reward_workers = sampler, lora, reward_workers
         self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
-        self.num_epochs, self.minibatch_size = num_epochs, minibatch_size
-        self.microbatch_size, self.max_grad_norm = microbatch_size, max_grad_norm
+        self.num_epochs, self.max_grad_norm, self.seed = num_epochs, max_grad_norm, seed
+        self.minibatch_size, self.microbatch_size = minibatch_size, microbatch_size
         self.gradient_checkpointing: str | None = gradient_checkpointing
-        self.sampling_batch_size = sampling_batch_size
+        self.sampling_batch_size, self.num_eval_samples = sampling_batch_size, num_eval_samples
         self.sizes = BatchSizes(microbatch_size, sampling_batch_size, pipeline.batch_sizes())
-        self.num_eval_samples, self.best_of, self.seed = num_eval_samples, best_of, seed
-        self.dial, self.meter, self.pretrained = dial, Meter(), ""
+        self.best_of, self.dial, self.meter, self.pretrained = best_of, dial, Meter(), ""
         self.num_rounds = self.num_samples = self.num_updates = self._collected_at = 0
 
     @property

@@ -33,7 +33,7 @@ References:
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -46,7 +46,7 @@ from lit_rlft.core.advantage import (
     LeaveOneOutAdvantage,
     RunningAdvantage,
 )
-from lit_rlft.core.checks import UsageError, at_least, positive, require
+from lit_rlft.core.checks import UsageError, at_least, one_of, positive, require
 from lit_rlft.core.distribution import Distribution, Gaussian, Reduction
 from lit_rlft.core.pipeline import Batch, Condition
 from lit_rlft.core.process import GaussianProcess, Noise, Within
@@ -163,6 +163,10 @@ def rounds_by_batch(dtype: torch.dtype, device: str) -> bool:
     return half or (device == "cuda" and (matmul != "highest" or convolutions))
 
 
+Estimator = Literal["importance_sampling", "score_function"]
+StateDtype = Literal["float32", "float16", "bfloat16"]
+
+
 class DDPO(RewardFineTuner):
     """DDPO, DPOK, GRPO and its kin: policy gradients on random steps, for any reward.
 
@@ -209,7 +213,7 @@ class DDPO(RewardFineTuner):
         self,
         *args: Any,
         num_candidates: int = 4,
-        estimator: Literal["importance_sampling", "score_function"] = "importance_sampling",
+        estimator: Estimator = "importance_sampling",
         advantage: Advantage | None = None,
         advantage_clip: float | None = 5.0,
         decoupled_rewards: bool = False,
@@ -220,18 +224,19 @@ class DDPO(RewardFineTuner):
         window: tuple[int, int] | None = None,
         sliding: SlidingWindow | None = None,
         num_train_steps: int | None = None,
-        state_dtype: Literal["float32", "float16", "bfloat16"] | None = None,
+        state_dtype: StateDtype | None = None,
         **base: Any,
     ) -> None:
         super().__init__(*args, **base)
         self.num_candidates = num_candidates
-        self.estimator = estimator
+        self.estimator: Estimator = estimator
         self.advantage = advantage or RunningAdvantage()
         self.advantage_clip, self.clip_range = advantage_clip, clip_range
         self.decoupled_rewards, self.ratio_norm = decoupled_rewards, ratio_norm
         self.log_prob_reduction: Reduction = log_prob_reduction
         self.kl_coef = kl_coef
         self.window, self.sliding, self.num_train_steps = window, sliding, num_train_steps
+        one_of(self, "state_dtype", (*get_args(StateDtype), None), state_dtype)
         self.state_dtype = None if state_dtype is None else getattr(torch, state_dtype)
 
     @property
@@ -251,6 +256,8 @@ class DDPO(RewardFineTuner):
         return "DPOK" if self.kl_coef else "DDPO"
 
     def check(self) -> None:
+        one_of(self, "estimator", get_args(Estimator))
+        one_of(self, "log_prob_reduction", get_args(Reduction))
         num_steps = self.sampler.num_steps
         self._check_sliding()
         first, last = self._trained_window

@@ -12,14 +12,14 @@ References:
 
 import math
 from collections.abc import Hashable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_rlft.algorithms.base import RewardFineTuner
-from lit_rlft.core.checks import UsageError, at_least
+from lit_rlft.core.checks import UsageError, at_least, one_of
 from lit_rlft.core.implicit import implicit
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline
 from lit_rlft.core.randomness import Generators, Seeded
@@ -33,6 +33,8 @@ from lit_rlft.loop.relay import Relay
 from lit_rlft.loop.route import Route
 
 __all__ = ["GRAFT", "PGRAFT"]
+
+TrainFrom = Literal["intermediate", "clean"]
 
 
 class PGRAFT(RewardFineTuner):
@@ -74,7 +76,7 @@ class PGRAFT(RewardFineTuner):
         start: float = 0.0,
         selection: Selection | None = None,
         num_candidates: int = 4,
-        train_from: Literal["intermediate", "clean"] = "intermediate",
+        train_from: TrainFrom = "intermediate",
         iterative: bool = False,
         guided_loss: bool = True,
         contrast: float = 0.0,
@@ -85,13 +87,14 @@ class PGRAFT(RewardFineTuner):
         self.relay = Relay(start, cut)
         self.selection = selection or TopK(1)
         self.num_candidates = num_candidates
-        self.train_from = train_from
+        self.train_from: TrainFrom = train_from
         self.iterative = iterative
         self.guided_loss = guided_loss
         self.contrast = contrast
         self._warned = False
 
     def check(self) -> None:
+        one_of(self, "train_from", get_args(TrainFrom))
         at_least(1, self, "num_candidates")
         at_least(0, self, "contrast")
         self.relay.check(self, self.sampler.num_steps)

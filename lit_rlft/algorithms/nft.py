@@ -22,13 +22,13 @@ References:
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from lit_rlft.algorithms.base import RewardFineTuner
-from lit_rlft.core.checks import BadArgument, at_least, below_one, positive, require
+from lit_rlft.core.checks import at_least, below_one, one_of, positive, require
 from lit_rlft.core.implicit import centred, group_probabilities, implicit
 from lit_rlft.core.pipeline import Batch, Condition
 from lit_rlft.core.process import GaussianProcess, Process
@@ -102,11 +102,9 @@ class DiffusionNFT(RewardFineTuner):
         positive(self, "beta", "reward_clip")
         at_least(0, self, "max_decay", "decay_rate")
         below_one(self, "max_decay")
+        one_of(self, "weighting", get_args(Weighting))
         if self.weighting == "native":
             return
-        if self.weighting != "self_normalized":
-            problem = f"must be 'native' or 'self_normalized', got {self.weighting!r}"
-            raise BadArgument(self, "weighting", problem)
         name = type(self.pipeline.process).__name__
         gaussian = isinstance(self.pipeline.process, GaussianProcess)
         rule = f"'native' for a {name}: parts of its states have no squared error of x_0"

@@ -17,14 +17,14 @@ References:
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.core.advantage import Advantage, GroupAdvantage
-from lit_rlft.core.checks import UsageError, at_least, positive, require
+from lit_rlft.core.checks import UsageError, at_least, one_of, positive, require
 from lit_rlft.core.distribution import Gaussian, Reduction
 from lit_rlft.core.pipeline import Batch, Condition
 from lit_rlft.core.prior import LowResolution, Maps, NoisePolicy
@@ -116,6 +116,7 @@ class NoisePPO(RewardFineTuner):
         require(
             self.lora is None, self, "lora", f"null: {self.algorithm} leaves the denoiser as it is"
         )
+        one_of(self, "log_prob_reduction", get_args(Reduction))
         at_least(1, self, "num_candidates", "width")
         positive(self, "clip_range", "advantage_clip")
         at_least(0, self, "beta", "attention_heads")

@@ -63,6 +63,8 @@ class RewardGradient(RewardFineTuner):
         **base: Arguments of `RewardFineTuner`.
     """
 
+    checkpointing = ("steps", "blocks", None)
+
     def __init__(
         self,
         *args: Any,

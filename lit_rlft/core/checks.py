@@ -1,8 +1,9 @@
 """Errors that the user can fix, and the checks of settings that all classes share."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "below_one",
     "finite",
     "loading",
+    "one_of",
     "positive",
     "reading",
     "require",
@@ -20,6 +22,8 @@ __all__ = [
 
 _LONGEST = 200
 """Characters of a reason that a reader of files gives."""
+_OWN = object()
+"""Stands for the owner's attribute."""
 
 
 class UsageError(ValueError):
@@ -35,13 +39,13 @@ class BadArgument(UsageError):
     The command line writes the argument's key in the config in place of class and argument.
 
     Args:
-        owner: Whose argument it is: an instance or a class.
+        owner: Whose argument it is: an instance, a class or a function.
         argument: Its name.
         problem: What is wrong with it, and what to do.
     """
 
     def __init__(self, owner: object, argument: str, problem: str) -> None:
-        kind = owner if isinstance(owner, type) else type(owner)
+        kind = owner if isinstance(owner, type | FunctionType) else type(owner)
         self.owner, self.argument, self.problem = kind.__name__, argument, problem
         super().__init__(f"{self.owner}: {argument} {problem}")
 
@@ -79,6 +83,27 @@ def within(low: float, high: float, owner: object, *names: str, **values: Any) -
 def below_one(owner: object, *names: str, **values: Any) -> None:
     """Raise BadArgument unless settings are shares that leave something: in [0, 1)."""
     _each(owner, names, values, lambda value: 0 <= value < 1, "in [0, 1)")
+
+
+def one_of(
+    owner: object, name: str, kinds: Iterable[Any], given: Any = _OWN, others: str | None = None
+) -> None:
+    """Raise BadArgument unless a setting is one of a few values: "A: x is 'd'; use 'b' or 'c'".
+
+    Args:
+        owner: Whose setting it is.
+        name: Its name.
+        kinds: What it may be.
+        given: Its value; the owner's attribute of that name unless given.
+        others: What else it may be, such as "a whole number"; only words are then checked.
+    """
+    kinds = list(kinds)
+    known = [*map(repr, kinds), *([] if others is None else [others])]
+    use = f"{', '.join(known[:-1])} or {known[-1]}" if known[:-1] else known[-1]
+    value = getattr(owner, name) if given is _OWN else given
+    right = any(isinstance(value, type(kind)) and value == kind for kind in kinds)
+    if not right and (others is None or isinstance(value, str)):
+        raise BadArgument(owner, name, f"is {value!r}; use {use}")
 
 
 def _each(

@@ -1,9 +1,13 @@
 """Measurements that tell when a reward is exploited."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
+
+from lit_rlft.core.checks import one_of
 
 __all__ = ["LARGE_FALL", "LARGE_RISE", "Guard"]
+
+Worse = Literal["lower", "higher", "either"]
 
 
 @dataclass(frozen=True)
@@ -16,8 +20,11 @@ class Guard:
             that is beyond chance.
     """
 
-    worse: Literal["lower", "higher", "either"] = "lower"
+    worse: Worse = "lower"
     least: float = 0.0
+
+    def __post_init__(self) -> None:
+        one_of(self, "worse", get_args(Worse))
 
     def broken(self, reference: float, gain: float) -> bool:
         """Return whether a change of the reference's value is one for the worse."""

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lit_rlft.core.checks import UsageError, at_least, require, within
+from lit_rlft.core.checks import UsageError, at_least, one_of, require, within
 from lit_rlft.core.fixed_point import FixedPoint
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.process import FlowSDE, Noise, Process, of_step
@@ -64,9 +64,7 @@ class Sampler:
     def __post_init__(self) -> None:
         at_least(1, self, "num_steps")
         within(1, _MOST_STEPS, self, "num_steps")
-        kinds = get_args(Transition)
-        rule = f"one of {', '.join(kinds)}, got {self.transition!r}"
-        require(self.transition in kinds, self, "transition", rule)
+        one_of(self, "transition", get_args(Transition))
         within(0, 1 if self.transition == "eta" else 2, self, "eta")
 
     @property

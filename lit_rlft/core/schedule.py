@@ -14,17 +14,18 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from lit_rlft.core.checks import UsageError, below_one, finite, positive, require
+from lit_rlft.core.checks import UsageError, below_one, finite, one_of, positive, require
 from lit_rlft.core.watched import Watched
 
 __all__ = ["CosineVP", "DiscreteVP", "PolynomialVP", "RectifiedFlow", "Schedule", "vp_betas"]
 
 Spacing = Literal["leading", "trailing", "linspace"]
+Betas = Literal["linear", "scaled_linear"]
 
 
 class Schedule(Watched, ABC):
@@ -95,6 +96,7 @@ class DiscreteVP(Schedule):
         strides: bool = False,
     ) -> None:
         super().__init__()
+        one_of(self, "spacing", get_args(Spacing), spacing)
         # cumprod in the dtype of the betas: diffusers' tables are float32 and must be met exactly.
         alphas_bar = torch.cumprod(1 - betas, dim=0).double()
         table = torch.cat([torch.ones(1, dtype=torch.float64), alphas_bar.cpu()])
@@ -354,9 +356,10 @@ def vp_betas(
     num_levels: int = 1000,
     beta_start: float = 0.00085,
     beta_end: float = 0.012,
-    kind: Literal["linear", "scaled_linear"] = "scaled_linear",
+    kind: Betas = "scaled_linear",
 ) -> Tensor:
     """Return betas [num_levels] of a discrete VP schedule, float32; defaults are SD 1.x's."""
+    one_of(vp_betas, "kind", get_args(Betas), kind)
     if kind == "linear":
         return torch.linspace(beta_start, beta_end, num_levels)
     return torch.linspace(beta_start**0.5, beta_end**0.5, num_levels) ** 2

@@ -5,7 +5,7 @@ from typing import Literal, get_args
 from torch import Tensor
 from torch.nn import functional
 
-from lit_rlft.core.checks import BadArgument
+from lit_rlft.core.checks import one_of
 from lit_rlft.core.reward import Reward
 from lit_rlft.kit.frozen import Frozen
 
@@ -29,9 +29,7 @@ class Judge(Frozen, Reward):
 
     def __init__(self, output: Output = "log_probability") -> None:
         super().__init__()
-        if output not in get_args(Output):
-            known = "'log_probability', 'probability' or 'logit'"
-            raise BadArgument(self, "output", f"is {output!r}; use {known}")
+        one_of(self, "output", get_args(Output), output)
         self.output = output
 
     def verdict(self, logits: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lit_rlft.core.checks import UsageError, at_least
+from lit_rlft.core.checks import UsageError, at_least, one_of
 from lit_rlft.kit.bad_entries import BadEntry, Report, usable
 from lit_rlft.kit.cache import cached_folder, listing, save_report, user_cache
 
@@ -73,13 +73,9 @@ class Reading:
 
     def __post_init__(self) -> None:
         at_least(1, self, size=(self.height, self.width))
-        for key, value, known in (
-            ("fit", self.fit, get_args(Fit)),
-            ("resample", self.resample, get_args(Resample)),
-            ("channels", self.channels, (1, 3)),
-        ):
-            if value not in known:
-                raise UsageError(f"{key} is {value!r}; use one of {list(known)}")
+        one_of(self, "fit", get_args(Fit))
+        one_of(self, "resample", get_args(Resample))
+        one_of(self, "channels", (1, 3))
 
     def read(self, path: Path) -> tuple[NDArray[np.uint8], bool] | BadEntry:
         """Return the pixels [C, H, W] of a file and whether it had to be enlarged.

@@ -4,7 +4,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_rlft.core.checks import BadArgument, UsageError, at_least, positive, require
+from lit_rlft.core.batch_size import AUTO
+from lit_rlft.core.checks import BadArgument, UsageError, at_least, one_of, positive, require
 from lit_rlft.core.contract import check_networks
 from lit_rlft.core.process import Process
 from lit_rlft.core.sampling import Sampler
@@ -22,6 +23,9 @@ def check_settings(owner: Any) -> None:
     check_networks(owner.pipeline)
     for name in ("num_epochs", "minibatch_size", "num_eval_samples", "best_of", "seed"):
         require(getattr(owner, name) is not None, owner, name, "a whole number, not null")
+    for name in ("microbatch_size", "sampling_batch_size"):
+        one_of(owner, name, (AUTO,), others="a whole number")
+    one_of(owner, "gradient_checkpointing", owner.checkpointing)
     at_least(1, owner, "num_epochs", "minibatch_size", "microbatch_size")
     at_least(1, owner, "sampling_batch_size", "num_eval_samples")
     positive(owner, "max_grad_norm")

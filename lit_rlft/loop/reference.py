@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -19,7 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from lit_rlft.core.checks import BadArgument, UsageError, at_least, positive, require
+from lit_rlft.core.checks import BadArgument, UsageError, at_least, one_of, positive
 from lit_rlft.core.pipeline import Condition, Pipeline
 from lit_rlft.core.randomness import own_rng
 from lit_rlft.core.state import State
@@ -34,6 +34,9 @@ _PEFT_INNER = re.compile(r"\.(base_layer|lora_\w+)(\..*)?$")
 
 _DEFAULT = 8
 """Rank and alpha of a new LoRA."""
+
+
+LoRADtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class LoRA:
     alpha: int | None = None
     targets: list[str] | None = None
     pretrained: str | None = None
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: LoRADtype = "float32"
     merge_for_sampling: Merge = "auto"
 
     def __post_init__(self) -> None:
@@ -75,7 +78,8 @@ class LoRA:
                 object.__setattr__(self, name, _DEFAULT)
         at_least(1, self, "rank")
         positive(self, "alpha")
-        require(self.dtype in ("float32", "bfloat16"), self, "dtype", "float32 or bfloat16")
+        one_of(self, "dtype", get_args(LoRADtype))
+        one_of(self, "merge_for_sampling", (True, False, "auto"))
 
 
 def attach_lora(pipeline: Pipeline, lora: LoRA) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from lit_rlft.core.checks import BadArgument, UsageError, at_least, positive
+from lit_rlft.core.checks import BadArgument, UsageError, at_least, one_of, positive
 from lit_rlft.core.pipeline import Condition, Pipeline
 from lit_rlft.core.reward import Reward
 from lit_rlft.kit.records import plain
@@ -91,10 +91,8 @@ class HumanPreference(Reward):
         undo_seconds: float = 2.0,
     ) -> None:
         super().__init__()
-        for name, value, kind in (("show", show, Show), ("values", values, Values)):
-            if value not in get_args(kind):
-                known = " or ".join(map(repr, get_args(kind)))
-                raise BadArgument(self, name, f"is {value!r}; use {known}")
+        one_of(self, "show", get_args(Show), show)
+        one_of(self, "values", get_args(Values), values)
         at_least(1, self, pairs=pairs)
         at_least(0, self, undo_seconds=undo_seconds)
         positive(self, prior=prior, timeout=timeout)

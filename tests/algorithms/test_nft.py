@@ -248,7 +248,7 @@ def test_it_gains_and_an_unrelated_reward_does_not(tmp_path: Path, weighting: st
         ({"num_candidates": 1}, "num_candidates must be at least 2"),
         ({"beta": 0.0}, "beta"),
         ({"max_decay": 1.0}, "max_decay"),
-        ({"weighting": "published"}, "weighting must be 'native' or 'self_normalized'"),
+        ({"weighting": "published"}, "weighting is 'published'; use 'native' or 'self_normalized'"),
     ],
 )
 def test_what_cannot_work_is_refused(settings: dict[str, Any], message: str) -> None:

@@ -233,7 +233,7 @@ def test_samplers_say_what_is_possible() -> None:
     for settings, sentence in (
         ((4, 1.5), r"eta must be in \[0, 1\]"),
         ((4, 2.5, "flow_sde"), r"eta must be in \[0, 2\]"),
-        ((4, 1.0, unknown), "transition must be one of eta, flow_sde"),
+        ((4, 1.0, unknown), "transition is .*; use 'eta' or 'flow_sde'"),
     ):
         with pytest.raises(UsageError, match=sentence):
             Sampler(*settings)

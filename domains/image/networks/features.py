@@ -13,7 +13,7 @@ from torch.nn import functional
 from domains.image import EMBEDDED
 from domains.image.networks.inception import InceptionV3
 from domains.image.samples import luminance
-from lit_rlft.core.checks import at_least
+from lit_rlft.core.checks import at_least, one_of
 from lit_rlft.core.randomness import own_rng
 from lit_rlft.kit.frozen import frozen
 from lit_rlft.kit.network_folder import (
@@ -48,6 +48,7 @@ class FeatureArchitecture:
     num_features: int = 64
 
     def __post_init__(self) -> None:
+        one_of(self, "channels", (1, 3))
         at_least(1, self, "size", "widths", "num_features")
 
 

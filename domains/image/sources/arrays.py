@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from domains.image.sources.base import CHANNELS, Images, Source
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, one_of
 from lit_rlft.kit.files import reason
 
 __all__ = ["Arrays", "Layout"]
@@ -31,10 +31,7 @@ class Arrays(Source):
     """
 
     def __init__(self, path: str, key: str | None = None, layout: Layout = "auto") -> None:
-        if layout not in ("auto", "channels_last", "channels_first"):
-            raise UsageError(
-                f"layout is {layout!r}; use 'auto', 'channels_last' or 'channels_first'"
-            )
+        one_of(self, "layout", get_args(Layout), layout)
         self.path, self.key, self.layout = Path(path), key, layout
 
     def prepare(self) -> None:

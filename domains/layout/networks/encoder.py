@@ -16,7 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from domains.layout import EMBEDDED
 from domains.layout.page.classes import class_list
 from domains.layout.samples import EMPTY, Layouts
-from lit_rlft.core.checks import UsageError, at_least, loading
+from lit_rlft.core.checks import UsageError, at_least, loading, one_of
 from lit_rlft.core.randomness import own_rng
 from lit_rlft.kit.frozen import frozen
 from lit_rlft.kit.network_folder import (
@@ -52,6 +52,9 @@ _PUBLISHED = {
 """Our names of the parts of a published network."""
 
 
+Boxes = Literal["ltrb", "xywh"]
+
+
 @dataclass(frozen=True)
 class EncoderArchitecture:
     """Sizes of the network, as config.json holds them.
@@ -73,10 +76,11 @@ class EncoderArchitecture:
     width: int = 64
     depth: int = 2
     num_heads: int = 4
-    boxes: Literal["ltrb", "xywh"] = "ltrb"
+    boxes: Boxes = "ltrb"
     num_octaves: int = 7
 
     def __post_init__(self) -> None:
+        one_of(self, "boxes", get_args(Boxes))
         at_least(1, self, "max_elements", "width", "depth", "num_heads")
         at_least(0, self, "num_octaves")
 

@@ -12,7 +12,7 @@ References:
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from domains.layout.page.classes import class_list
 from lit_rlft.core.block_checkpointing import BlockCheckpointing
-from lit_rlft.core.checks import UsageError, at_least, positive, require
+from lit_rlft.core.checks import UsageError, at_least, one_of, positive, require
 from lit_rlft.core.state import State
 from lit_rlft.kit.network_folder import load_weights, read_settings
 from lit_rlft.kit.time_layers import NUM_FREQUENCIES, TimedBlock, frequencies, normed, zero
@@ -28,6 +28,10 @@ from lit_rlft.kit.time_layers import NUM_FREQUENCIES, TimedBlock, frequencies, n
 __all__ = ["Architecture", "LayoutTransformer", "load_network"]
 
 NUM_FLAGS = 3  # place given, size given, class given
+
+
+StateKind = Literal["continuous", "mixed", "gibbs"]
+ClassNoise = Literal["mask", "uniform"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class Architecture:
             them by "uniform" ones.
     """
 
-    state: Literal["continuous", "mixed", "gibbs"] = "continuous"
+    state: StateKind = "continuous"
     classes: str | Sequence[str] = "publaynet"
     num_slots: int = 12
     width: int = 64
@@ -63,9 +67,11 @@ class Architecture:
     rounds: int = 4
     box_share: float = 0.5
     shift: float = 1.0
-    class_noise: Literal["mask", "uniform"] = "mask"
+    class_noise: ClassNoise = "mask"
 
     def __post_init__(self) -> None:
+        one_of(self, "state", get_args(StateKind))
+        one_of(self, "class_noise", get_args(ClassNoise))
         at_least(1, self, "num_slots", "width", "depth", "num_heads", "rounds")
         positive(self, "mlp_ratio", "canvas", "box_share", "shift")
         require(self.box_share < 1, self, "box_share", f"below 1, got {self.box_share}")
@@ -74,17 +80,6 @@ class Architecture:
                 f"architecture.width ({self.width}) must be even and a multiple of num_heads "
                 f"({self.num_heads})"
             )
-        choices = {
-            "state": ("continuous", "mixed", "gibbs"),
-            "class_noise": ("mask", "uniform"),
-        }
-        for name, known in choices.items():
-            given = getattr(self, name)
-            if given not in known:
-                raise UsageError(
-                    f"architecture.{name} must be {', '.join(known[:-1])} or {known[-1]}, "
-                    f"got {given!r}"
-                )
 
     @property
     def split(self) -> bool:

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from domains.layout.page.classes import class_list
 from domains.layout.sources.packed import LeaveOut, Packed, Page, pack
-from lit_rlft.core.checks import UsageError, at_least
+from lit_rlft.core.checks import UsageError, at_least, one_of
 from lit_rlft.kit import sources
 from lit_rlft.kit.bad_entries import BadEntry, Report
 from lit_rlft.kit.files import stamps
@@ -64,8 +64,7 @@ class LayoutFile(Source, sources.CachedSource[Packed]):
         leave_out: LeaveOut = "elements",
         cache_dir: str | None = None,
     ) -> None:
-        if leave_out not in get_args(LeaveOut):
-            raise UsageError(f"leave_out is {leave_out!r}; use one of {list(get_args(LeaveOut))}")
+        one_of(self, "leave_out", get_args(LeaveOut), leave_out)
         Source.__init__(self, classes or self.usual_classes, max_elements)
         sources.CachedSource.__init__(self, "layout", cache_dir)
         self.path, self.strict, self.leave_out = Path(path), strict, leave_out

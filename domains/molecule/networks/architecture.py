@@ -2,12 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from domains.molecule.chemistry.elements import EXPLICIT, HEAVY, check_elements
-from lit_rlft.core.checks import UsageError, at_least, finite, positive, require
+from lit_rlft.core.checks import UsageError, at_least, finite, one_of, positive, require
 
 __all__ = ["Architecture"]
+
+
+StateKind = Literal["continuous", "mixed", "gibbs"]
+Network = Literal["egnn", "transformer", "edm"]
+Noise = Literal["flow", "polynomial"]
 
 
 @dataclass(frozen=True)
@@ -55,9 +60,9 @@ class Architecture:
         sin_embedding: EDM's sines of distances instead of squares.
     """
 
-    state: Literal["continuous", "mixed", "gibbs"] = "continuous"
-    network: Literal["egnn", "transformer", "edm"] = "egnn"
-    noise: Literal["flow", "polynomial"] = "flow"
+    state: StateKind = "continuous"
+    network: Network = "egnn"
+    noise: Noise = "flow"
     implicit_hydrogens: bool = False
     elements: Sequence[str] | None = None
     max_atoms: int = 20
@@ -91,17 +96,9 @@ class Architecture:
         )
         at_least(0, self, "charge_scale", "norm_constant")
         finite(self, "logit_normal")
-        choices: dict[str, tuple[str, ...]] = {
-            "state": ("continuous", "mixed", "gibbs"),
-            "network": ("egnn", "transformer", "edm"),
-            "noise": ("flow", "polynomial"),
-        }
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise UsageError(
-                    f"architecture.{name} must be {', '.join(known[:-1])} or {known[-1]}, got "
-                    f"{getattr(self, name)!r}"
-                )
+        one_of(self, "state", get_args(StateKind))
+        one_of(self, "network", get_args(Network))
+        one_of(self, "noise", get_args(Noise))
         if self.network == "transformer" and self.width % (2 * self.num_heads):
             raise UsageError(
                 f"architecture.width ({self.width}) must be even and a multiple of num_heads "

@@ -90,13 +90,13 @@ class T2ICompBench(GroupMeans):
         super().__init__()
         at_least(1, self, batch_size=batch_size)
         within(0, 1, self, detector_threshold=detector_threshold)
+        kind = precision(self, dtype)
         own = set(categories)
         if not own or own - set(CATEGORIES):
             problem = f"must be some of {list(CATEGORIES)}, got {list(categories)}"
             raise BadArgument(self, "categories", problem)
         self.categories, self.batch_size = own, batch_size
         self.detector_threshold = detector_threshold
-        kind = precision(self, dtype)
         if own & _ATTRIBUTES:
             give = "the folder or hub id of one, such as Salesforce/blip-vqa-capfilt-large"
             with reading("blip", blip, "a BLIP that answers questions", give):

@@ -84,9 +84,10 @@ class GenEvalHF(GroupMeans):
         self.threshold, self.counting_threshold = threshold, counting_threshold
         self.max_objects, self.max_overlap = max_objects, max_overlap
         self.position_threshold = position_threshold
+        kind = precision(self, dtype)
         give = "the folder or hub id of one, such as facebook/mask2former-swin-small-coco-instance"
         with reading("detector", detector, "a Mask2Former", give):
-            self.detector = Mask2Former(detector, precision(self, dtype))
+            self.detector = Mask2Former(detector, kind)
         if not {"person", "dining table", "tv"} <= {*self.detector.classes}:
             some = ", ".join(self.detector.classes[:3])
             problem = f"must know COCO's classes, but {detector} knows {some}, ...; give {give}"

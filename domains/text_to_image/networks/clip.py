@@ -12,7 +12,7 @@ from transformers import AutoConfig, CLIPModel, CLIPTokenizer, ImageProcessingMi
 from domains.text_to_image import EMBEDDED
 from domains.text_to_image.networks.texts import TextReader
 from domains.text_to_image.networks.weightless import NoTokenizer, bare_clip
-from lit_rlft.core.checks import UsageError, at_least, require
+from lit_rlft.core.checks import UsageError, at_least, one_of
 from lit_rlft.kit.frozen import Frozen, frozen
 from lit_rlft.kit.network_folder import load_pretrained
 from lit_rlft.kit.weightless import weightless
@@ -147,9 +147,10 @@ class CLIPEncoder(Frozen):
     ) -> None:
         super().__init__()
         at_least(1, self, batch_size=batch_size)
+        kind = precision(self, dtype)
         parts = pretrained if isinstance(pretrained, CLIPParts) else load_clip(pretrained)
         scale = parts.model.logit_scale.detach().clone()
-        self.clip = frozen(parts.model).to(precision(self, dtype))
+        self.clip = frozen(parts.model).to(kind)
         self.clip.logit_scale.data = scale  # in bfloat16 its exponential would be 1 % off
         self.tokenizer, self.preprocess = parts.tokenizer, parts.preprocess
         self.batch_size = batch_size
@@ -209,7 +210,7 @@ def precision(owner: object, dtype: str) -> torch.dtype:
     Raises:
         UsageError: There is no such precision.
     """
-    require(dtype in get_args(Precision), owner, "dtype", f"float32, float16 or bfloat16: {dtype}")
+    one_of(owner, "dtype", get_args(Precision), dtype)
     return getattr(torch, dtype)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from domains.text_to_image.networks.clip import CLIPEncoder, Precision, load_clip
+from domains.text_to_image.networks.clip import CLIPEncoder, Precision, load_clip, precision
 from domains.text_to_image.networks.state_dicts import (
     check_has,
     collapsed,
@@ -69,6 +69,7 @@ class LAIONAesthetic(Reward):
     ) -> None:
         super().__init__()
         at_least(1, self, batch_size=batch_size)
+        precision(self, dtype)  # before anything is loaded
         with reading_argument(self, "clip"):
             parts = load_clip(clip, key="clip")
         self.encoder = CLIPEncoder(parts, batch_size=batch_size, dtype=dtype)

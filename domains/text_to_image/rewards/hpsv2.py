@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from domains.text_to_image.networks.clip import CLIPEncoder, CLIPParts, Precision
+from domains.text_to_image.networks.clip import CLIPEncoder, CLIPParts, Precision, precision
 from domains.text_to_image.networks.open_clip import VIT_H_14, BlackBars, clip_of_open_clip
 from domains.text_to_image.networks.state_dicts import read_state_dict, weight_file
 from domains.text_to_image.networks.weightless import NoTokenizer
 from domains.text_to_image.rewards.published import check_vocabulary, read_tokenizer, reading
 from domains.text_to_image.samples import check_pictures, prompts_of
-from lit_rlft.core.checks import at_least, require
+from lit_rlft.core.checks import at_least, one_of
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Reward
 from lit_rlft.kit.weightless import weightless
@@ -65,7 +65,8 @@ class HPSv2(Reward):
     ) -> None:
         super().__init__()
         at_least(1, self, batch_size=batch_size)
-        require(version in get_args(Version), self, "version", f"'2.0' or '2.1', got {version!r}")
+        one_of(self, "version", get_args(Version), version)
+        precision(self, dtype)  # before anything is loaded
         model, words = _load(pretrained, _FILES[version], tokenizer)
         preprocess = BlackBars(model.config.vision_config.image_size, antialias)
         parts = CLIPParts(model, words, preprocess)

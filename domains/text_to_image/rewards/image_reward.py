@@ -78,8 +78,8 @@ class ImageReward(Frozen, Reward):
     ) -> None:
         super().__init__()
         at_least(1, self, batch_size=batch_size)
-        network, words = _load(pretrained, tokenizer)
         kind = precision(self, dtype)
+        network, words = _load(pretrained, tokenizer)
         self.network = frozen(network)
         for part in (network.vision, network.text):
             part.to(kind)

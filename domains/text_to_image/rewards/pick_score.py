@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from domains.text_to_image.networks.clip import CLIPEncoder, Precision, load_clip
+from domains.text_to_image.networks.clip import CLIPEncoder, Precision, load_clip, precision
 from domains.text_to_image.samples import check_pictures, prompts_of
 from lit_rlft.core.checks import at_least
 from lit_rlft.core.pipeline import Condition
@@ -51,6 +51,7 @@ class PickScore(Reward):
     ) -> None:
         super().__init__()
         at_least(1, self, batch_size=batch_size)
+        precision(self, dtype)  # before anything is loaded
         parts = load_clip(pretrained, processor=processor)
         self.encoder = CLIPEncoder(parts, batch_size=batch_size, dtype=dtype)
 

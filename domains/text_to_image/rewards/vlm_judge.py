@@ -78,9 +78,10 @@ class VLMJudge(Frozen, Reward):
         self.pattern = _compiled(self, pattern)
         self.rubric, self.num_scores, self.scale = rubric, num_scores, tuple(scale)
         self.max_tokens, self.batch_size, self.num_failed = max_tokens, batch_size, 0
+        kind = precision(self, dtype)
         give = "the folder or hub id of an image-text-to-text model"
         with reading("pretrained", pretrained, "a vision-language model", give):
-            self.network = VisionLanguage(pretrained, precision(self, dtype))
+            self.network = VisionLanguage(pretrained, kind)
 
     def forward(self, samples: Any, condition: Condition) -> Tensor:
         """Return the score of each picture, [B]; NaN where the answer has none."""

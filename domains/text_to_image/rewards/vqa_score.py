@@ -10,7 +10,7 @@ from domains.text_to_image.networks.clip_flan_t5 import CLIPFlanT5, is_clip_flan
 from domains.text_to_image.networks.vision_language import VisionLanguage
 from domains.text_to_image.rewards.published import reading
 from domains.text_to_image.samples import check_pictures, prompts_of
-from lit_rlft.core.checks import at_least, require
+from lit_rlft.core.checks import at_least, one_of, require
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Reward
 from lit_rlft.kit.frozen import Frozen
@@ -72,8 +72,7 @@ class VQAScore(Frozen, Reward):
     ) -> None:
         super().__init__()
         at_least(1, self, batch_size=batch_size)
-        known = "'probability', 'log_probability' or 'yes_or_no'"
-        require(output in get_args(VQAOutput), self, "output", f"{known}, got {output!r}")
+        one_of(self, "output", get_args(VQAOutput), output)
         rule = f"a question with {{}} for the prompt, got {template!r}"
         require(template is None or template.count(_HOLE) == 1, self, "template", rule)
         self.output, self.batch_size = output, batch_size

@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from lit_rlft.core.checks import UsageError, at_least
+from lit_rlft.core.checks import UsageError, at_least, one_of
 from lit_rlft.core.distribution import Gaussian, density_of
 from lit_rlft.core.process.base import Process, Step
 from lit_rlft.core.process.problems import shape_problem
@@ -88,11 +88,7 @@ class GaussianProcess(Process):
         wide_above: float | None = None,
     ) -> None:
         super().__init__()
-        if prediction_type not in get_args(PredictionType):
-            raise UsageError(
-                f"prediction_type must be one of {get_args(PredictionType)}, "
-                f"got {prediction_type!r}"
-            )
+        one_of(self, "prediction_type", get_args(PredictionType), prediction_type)
         if prediction_type == "epsilon" and schedule.alpha(torch.ones(1)).item() < _MIN_SIGNAL:
             raise UsageError(
                 f"{type(schedule).__name__} starts at pure noise, where prediction_type 'epsilon' "

@@ -3,13 +3,13 @@
 import time
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from lit_rlft.core.answers import device_of
-from lit_rlft.core.checks import BadArgument, UsageError, at_least, positive, require
+from lit_rlft.core.checks import BadArgument, UsageError, at_least, one_of, positive, require
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Combination, Reward
 from lit_rlft.loop.side.call import Answer, Call
@@ -19,6 +19,7 @@ from lit_rlft.loop.side.worker import SideProcess, SideThread, Worker, packed
 __all__ = ["RewardWorkers", "SideReward", "SideTimes", "begin", "side_rewards"]
 
 Kind = Literal["forward", "evaluate"]
+Workers = Literal["process", "thread"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class RewardWorkers:
         restarts: How often a worker that died or was given up is started again.
     """
 
-    kind: Literal["process", "thread"] = "process"
+    kind: Workers = "process"
     parts: list[str] | None = None
     devices: list[str] | None = None
     ahead: int = 4
@@ -48,6 +49,7 @@ class RewardWorkers:
     restarts: int = 3
 
     def __post_init__(self) -> None:
+        one_of(self, "kind", get_args(Workers))
         at_least(1, self, "ahead")
         at_least(0, self, "restarts")
         positive(self, "timeout")

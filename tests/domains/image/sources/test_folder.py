@@ -172,9 +172,9 @@ def test_transparency_greys_palettes_and_rotations(tmp_path: Path, load: Any) ->
     ("settings", "message"),
     [
         ({"size": 0}, "size must be at least 1, got 0"),
-        ({"fit": "zoom"}, "fit is 'zoom'; use one of"),
-        ({"resample": "sinc"}, "resample is 'sinc'; use one of"),
-        ({"channels": 4}, r"channels is 4; use one of \[1, 3\]"),
+        ({"fit": "zoom"}, "fit is 'zoom'; use 'crop', 'pad' or 'stretch'"),
+        ({"resample": "sinc"}, "resample is 'sinc'; use 'nearest', 'box'"),
+        ({"channels": 4}, r"channels is 4; use 1 or 3"),
         ({"num_threads": 0}, "num_threads must be at least 1"),
     ],
 )

@@ -550,11 +550,11 @@ def test_code_in_a_file_is_never_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("HPSv2", {"version": "3"}, "version must be '2.0' or '2.1', got '3'"),
+        ("HPSv2", {"version": "3"}, "version is '3'; use '2.0' or '2.1'"),
         ("HPSv2", {"batch_size": 0}, "batch_size must be at least 1"),
-        ("HPSv2", {"dtype": "int8"}, "dtype must be float32, float16 or bfloat16"),
+        ("HPSv2", {"dtype": "int8"}, "dtype is 'int8'; use 'float32', 'float16' or 'bfloat16'"),
         ("VQAScore", {"template": "Is it so?"}, r"template must be a question with \{\}"),
-        ("VQAScore", {"output": "logit"}, "output must be 'probability'"),
+        ("VQAScore", {"output": "logit"}, "output is 'logit'; use 'probability'"),
         ("VQAScore", {"yes": "Certainly"}, "no single token for 'Certainly', but 9"),
     ],
 )
