@@ -1,10 +1,13 @@
 """Errors that the user can fix, and the checks of settings that all classes share."""
 
+import inspect
 import math
+import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from types import FunctionType
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 __all__ = [
     "BadArgument",
@@ -12,7 +15,9 @@ __all__ = [
     "at_least",
     "below_one",
     "finite",
+    "hints",
     "loading",
+    "of_kind",
     "one_of",
     "positive",
     "reading",
@@ -60,7 +65,8 @@ def finite(owner: object, *names: str, **values: Any) -> None:
     """Raise BadArgument unless settings of a class are finite numbers.
 
     Here and in the checks below settings are given by the names of the owner's attributes, or with
-    their values. None passes, and of a list or a mapping each number is checked.
+    their values. None passes, and of a list or a mapping each number is checked. One that the
+    owner's constructor annotates as a whole number has to be one.
     """
     _each(owner, names, values, lambda value: True, "a finite number")
 
@@ -106,6 +112,56 @@ def one_of(
         raise BadArgument(owner, name, f"is {value!r}; use {use}")
 
 
+def of_kind(
+    owner: object, name: str, kind: type | tuple[type, ...], remedy: str, given: Any = _OWN
+) -> None:
+    """Raise BadArgument unless a part is of a kind: "GRAFT: sampler is 20; <remedy>".
+
+    Args:
+        owner: What it is a part of.
+        name: The argument's name.
+        kind: A class, or several.
+        remedy: What to give; of a class of that kind it is what to write.
+        given: The part; the owner's attribute of that name unless given.
+    """
+    value = getattr(owner, name) if given is _OWN else given
+    if isinstance(value, kind):
+        return
+    if isinstance(value, type):
+        known = issubclass(value, kind)
+        said, remedy = f"the class {value.__name__}", f"write {value.__name__}()" * known or remedy
+    elif inspect.isroutine(value):
+        said = "a function"
+    elif value is None or isinstance(value, int | float | str):
+        said = repr(value)
+    else:
+        said = f"{'an' if type(value).__name__[0] in 'AEIOU' else 'a'} {type(value).__name__}"
+    raise BadArgument(owner, name, f"is {said}; {remedy}")
+
+
+@cache
+def hints(kind: type) -> Mapping[str, Any]:
+    """Return the annotations of a class's constructor by argument, its bases' included."""
+    found: dict[str, Any] = {}
+    for base in kind.__mro__:
+        with suppress(Exception):  # some name what only type checkers import
+            found = get_type_hints(vars(base).get("__init__")) | found
+    return found
+
+
+def _is_whole(owner: object, name: str) -> bool:
+    """Return whether a constructor annotates the numbers of an argument as whole ones."""
+    kinds = set(_leaves(hints(owner if isinstance(owner, type) else type(owner)).get(name)))
+    return int in kinds and float not in kinds
+
+
+def _leaves(hint: Any) -> Iterator[Any]:
+    """Iterate over the types that an annotation is made of."""
+    yield hint
+    for part in get_args(hint):
+        yield from _leaves(part)
+
+
 def _each(
     owner: object,
     names: tuple[str, ...],
@@ -114,7 +170,10 @@ def _each(
     rule: str,
 ) -> None:
     for name, given in {**{name: getattr(owner, name) for name in names}, **values}.items():
+        whole = _is_whole(owner, name)
         for value in _numbers(given):
+            right = not whole or isinstance(value, numbers.Integral)
+            require(right, owner, name, f"a whole number, got {value}")
             # An integer may be larger than any float.
             known = isinstance(value, int) or math.isfinite(value)
             require(known and holds(value), owner, name, f"{rule}, got {value}")

@@ -2,13 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lit_rlft.core.answers import apart, device_of, numbers, unchanged
-from lit_rlft.core.checks import BadArgument, UsageError, finite, require
+from lit_rlft.core.checks import BadArgument, UsageError, finite, of_kind, require
 from lit_rlft.core.guard import Guard
 from lit_rlft.core.moments import RunningMoments
 from lit_rlft.core.pipeline import Condition, Pipeline
@@ -29,6 +30,8 @@ __all__ = [
     "rewards_of",
     "values_of",
 ]
+
+_REMEDY = "give a lit_rlft.Reward: a subclass, or the domain's FunctionReward around a function"
 
 
 class Metric(nn.Module, ABC):
@@ -145,6 +148,9 @@ class Metrics(Metric):
 
     def __init__(self, parts: list[Metric] | None = None) -> None:
         super().__init__()
+        of_kind(self, "parts", (list, tuple, NoneType), "give a list: Metrics([...])", parts)
+        for i, part in enumerate(parts or ()):
+            of_kind(self, f"parts[{i}]", Metric, "give a lit_rlft.Metric", part)
         self.parts = nn.ModuleList(parts or [])
 
     def evaluate(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
@@ -229,8 +235,7 @@ class Combination(Reward):
         held_out: list[str] | None = None,
     ) -> None:
         super().__init__()
-        if not rewards:
-            raise BadArgument(self, "rewards", "must name at least one reward")
+        self._check_rewards(rewards)
         self.rewards = nn.ModuleDict(rewards)
         self.ranges, self.limits = dict(ranges or {}), dict(limits or {})
         self.held_out = tuple(held_out or ())
@@ -306,6 +311,14 @@ class Combination(Reward):
     @abstractmethod
     def combine(self, parts: Mapping[str, Tensor]) -> Tensor:
         """Return the combination [B] of what `parts` returns."""
+
+    def _check_rewards(self, rewards: Any) -> None:
+        remedy = "give a dict of rewards by name"
+        of_kind(self, "rewards", (Mapping, nn.ModuleDict), remedy, rewards)
+        if not rewards:
+            raise BadArgument(self, "rewards", "must name at least one reward")
+        for name, reward in rewards.items():
+            of_kind(self, f"rewards[{name!r}]", Reward, _REMEDY, reward)
 
     def _check_names(self, argument: str) -> None:
         if unknown := sorted(set(getattr(self, argument)) - set(self.rewards)):

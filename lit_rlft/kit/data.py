@@ -159,14 +159,18 @@ class SplitData(LightningDataModule, ABC):
 
     def check_batch_size(self, num_processes: int) -> None:
         """Raise UsageError where `batch_size` is not known or cannot be shared out evenly."""
-        if "batch_size" not in vars(self):
-            name = type(self).__name__
-            raise UsageError(f"{name}.__init__ has to call super().__init__(**loading)")
+        self._check_loading()
         if self.batch_size % num_processes:
             raise UsageError(
                 f"data.init_args.batch_size ({self.batch_size}) is not divisible by the "
                 f"{num_processes} processes; make it a multiple"
             )
+
+    def _check_loading(self) -> None:
+        """Raise UsageError where a constructor of its own leaves out the loaders' settings."""
+        if "batch_size" not in vars(self):
+            name = type(self).__name__
+            raise UsageError(f"{name}.__init__ has to call super().__init__(**loading)")
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Return the validation data in order, each row once over all ranks."""
@@ -181,6 +185,7 @@ class SplitData(LightningDataModule, ABC):
         return self._evaluation("test")
 
     def _evaluation(self, split: Split) -> DataLoader[dict[str, Any]]:
+        self._check_loading()
         rows = self._dataset(split)
         ranks, rank = self._place()
         self._check_rows(split, rows, ranks)

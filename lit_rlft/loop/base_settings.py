@@ -1,17 +1,44 @@
 """The checks of the settings that all algorithms share."""
 
-from typing import Any
+from numbers import Integral, Real
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 from torch import Tensor
 
 from lit_rlft.core.batch_size import AUTO
-from lit_rlft.core.checks import BadArgument, UsageError, at_least, one_of, positive, require
+from lit_rlft.core.checks import (
+    BadArgument,
+    UsageError,
+    at_least,
+    hints,
+    of_kind,
+    one_of,
+    positive,
+    require,
+)
 from lit_rlft.core.contract import check_networks
 from lit_rlft.core.process import Process
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.state import described
 
-__all__ = ["check_sampler", "check_settings"]
+__all__ = ["check_kinds", "check_sampler", "check_settings"]
+
+_NUMBERS: dict[Any, tuple[type, str]] = {
+    bool: (bool, "true or false"),
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
+}
+"""What counts as an annotated kind of number, and what it is called."""
+_REMEDIES = {
+    "pipeline": "a lit_rlft.Pipeline",
+    "reward": "a lit_rlft.Reward: a subclass, or the domain's FunctionReward around a function",
+    "metrics": "Metrics([...])",
+    "sampler": "Sampler(num_steps=...)",
+    "lora": "LoRA(rank=...)",
+    "optimizer": "a class or a function of parameters, such as torch.optim.AdamW",
+    "lr_scheduler": "a class or a function of the optimizer",
+}
 
 
 def check_settings(owner: Any) -> None:
@@ -20,9 +47,8 @@ def check_settings(owner: Any) -> None:
     Args:
         owner: Has them as attributes.
     """
+    check_kinds(owner)
     check_networks(owner.pipeline)
-    for name in ("num_epochs", "minibatch_size", "num_eval_samples", "best_of", "seed"):
-        require(getattr(owner, name) is not None, owner, name, "a whole number, not null")
     for name in ("microbatch_size", "sampling_batch_size"):
         one_of(owner, name, (AUTO,), others="a whole number")
     one_of(owner, "gradient_checkpointing", owner.checkpointing)
@@ -37,6 +63,39 @@ def check_settings(owner: Any) -> None:
         name = owner.reward.name
         raise BadArgument(owner, "best_of", f"must be 0 with {name}: nobody is asked in a test")
     require(owner.best_of != 1, owner, "best_of", "0 for none, or above 1")
+
+
+def check_kinds(owner: Any) -> None:
+    """Raise UsageError where an attribute is of another kind than its constructor's argument.
+
+    Arguments that are annotated as anything but classes and numbers are not looked at.
+    """
+    for name in ("optimizer", "lr_scheduler"):
+        maker = getattr(owner, f"make_{name}")
+        if maker is not None and not callable(maker):
+            of_kind(owner, name, type, f"give {_REMEDIES[name]}", maker)
+    for name, hint in hints(type(owner)).items():
+        kinds = get_args(hint) if isinstance(hint, UnionType) or get_origin(hint) is Union else hint
+        kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+        if name not in _parts_of(owner) or not all(map(_is_plain, kinds)):
+            continue
+        value = getattr(owner, name)
+        if word := next((_NUMBERS[kind][1] for kind in kinds if kind in _NUMBERS), None):
+            numbers = tuple(_NUMBERS.get(kind, (kind, ""))[0] for kind in kinds)
+            given = "not null" if value is None else f"got {value!r}"
+            require(isinstance(value, numbers), owner, name, f"{word}, {given}")
+        else:
+            of_kind(owner, name, kinds, f"give {_REMEDIES.get(name, f'a {kinds[0].__name__}')}")
+
+
+def _parts_of(owner: Any) -> set[str]:
+    """Return the names of an object's attributes, networks included."""
+    return {*vars(owner), *getattr(owner, "_modules", {})}
+
+
+def _is_plain(kind: Any) -> bool:
+    """Return whether `isinstance` knows a kind."""
+    return isinstance(kind, type) and kind is not Any and not getattr(kind, "_is_protocol", False)
 
 
 def check_sampler(sampler: Sampler, process: Process) -> None:

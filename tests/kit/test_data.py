@@ -185,3 +185,16 @@ def test_a_data_module_that_forgets_its_base_is_told() -> None:
 
     with pytest.raises(UsageError, match=r"Forgetful\.__init__ has to call super\(\)\.__init__"):
         Forgetful().check_batch_size(1)
+
+
+def test_so_are_its_evaluations_which_come_first_in_a_fit() -> None:
+    class Forgetful(Given):
+        def __init__(self) -> None:
+            LightningDataModule.__init__(self)
+
+        def rows(self, split: str) -> Any:
+            raise AssertionError("asked before its settings are known")
+
+    for loader in ("val_dataloader", "test_dataloader", "predict_dataloader"):
+        with pytest.raises(UsageError, match=r"Forgetful\.__init__ has to call super"):
+            getattr(Forgetful(), loader)()
