@@ -23,7 +23,8 @@ from lit_rlft.callbacks.logged import log_settings
 from lit_rlft.callbacks.report_files import OF_A_TEST
 from lit_rlft.callbacks.result_table import result_table
 from lit_rlft.callbacks.training_metrics import training_values
-from lit_rlft.core.checks import at_least
+from lit_rlft.core.checks import UsageError, at_least
+from lit_rlft.core.pipeline import Pipeline
 from lit_rlft.distributed import gather, together
 from lit_rlft.evaluation.dial import dial_rows
 from lit_rlft.evaluation.exploitation import Exploitation, exploitation, guards_of
@@ -32,7 +33,7 @@ from lit_rlft.evaluation.measurements import Measurements
 from lit_rlft.loop.checkpoint_file import COUNTERS
 from lit_rlft.loop.experience import Draw
 from lit_rlft.runs.before_after import comparison, png
-from lit_rlft.runs.files import write_whole, writing
+from lit_rlft.runs.files import no_paths, write_whole, writing
 from lit_rlft.runs.folder import run_folder, summary_writer, writes_nothing
 from lit_rlft.runs.lines import without_nan
 from lit_rlft.runs.plain import flat
@@ -195,8 +196,18 @@ class RunFiles(Callback):
         return comparison(arms[0], arms[1], labels, [*starts, min(size, 4)], title)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the samples of another checkpoint before the first new one is written."""
+        """Keep the samples of another checkpoint before the first new one is written.
+
+        Raises:
+            UsageError: The pipeline cannot write samples.
+        """
         assert isinstance(pl_module, RewardFineTuner)
+        if type(pl_module.pipeline).save_samples is Pipeline.save_samples:
+            raise UsageError(
+                f"{type(pl_module.pipeline).__name__} has no file format for samples; define "
+                "save_samples(samples, condition, folder, names), which writes a file of each and "
+                "returns their paths, or predict without RunFiles"
+            )
         folder = run_folder(trainer)
         if trainer.is_global_zero:
             newer = _measured(trainer, pl_module)
@@ -221,9 +232,7 @@ class RunFiles(Callback):
         indices = batch["index"].repeat_interleave(pl_module.num_eval_samples).tolist()
         names = [f"{i:05d}_{seed:019d}" for i, seed in zip(indices, outputs.seeds, strict=True)]
         with writing(folder):
-            paths = pl_module.pipeline.save_samples(
-                outputs.samples, outputs.condition, folder, names
-            )
+            paths = _saved(pl_module.pipeline, outputs, folder, names)
         # NaN, where nobody gave a reward, is no JSON.
         rewards = [r if math.isfinite(r) else None for r in outputs.rewards.tolist()]
         name, checkpoint = pl_module.reward.name, _measured(trainer, pl_module)
@@ -263,6 +272,19 @@ class RunFiles(Callback):
             say("fast_dev_run: nothing was written")
             return
         say(f"samples: {folder / 'samples'}\nsamples.jsonl: {folder / 'samples.jsonl'}")
+
+
+def _saved(pipeline: Pipeline, drawn: Draw, folder: Path, names: Sequence[str]) -> list[Path]:
+    """Write samples; return a path of each."""
+    found: Any = pipeline.save_samples(drawn.samples, drawn.condition, folder, names)
+    method = f"{type(pipeline).__name__}.save_samples"
+    if problem := no_paths(found, method):
+        raise UsageError(problem)
+    if len(found) != len(names):
+        raise UsageError(
+            f"{method} returned {len(found)} paths for {len(names)} samples; it returns one of each"
+        )
+    return list(found)
 
 
 def _cost(module: RewardFineTuner, world_size: int) -> dict[str, Any]:

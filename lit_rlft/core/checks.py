@@ -22,6 +22,7 @@ __all__ = [
     "positive",
     "reading",
     "require",
+    "told",
     "within",
 ]
 
@@ -127,16 +128,21 @@ def of_kind(
     value = getattr(owner, name) if given is _OWN else given
     if isinstance(value, kind):
         return
+    if isinstance(value, type) and issubclass(value, kind):
+        remedy = f"write {value.__name__}()"
+    raise BadArgument(owner, name, f"is {told(value)}; {remedy}")
+
+
+def told(value: object) -> str:
+    """Say what a value is where another kind was expected: itself if it is short, or its kind."""
     if isinstance(value, type):
-        known = issubclass(value, kind)
-        said, remedy = f"the class {value.__name__}", f"write {value.__name__}()" * known or remedy
-    elif inspect.isroutine(value):
-        said = "a function"
-    elif value is None or isinstance(value, int | float | str):
-        said = repr(value)
-    else:
-        said = f"{'an' if type(value).__name__[0] in 'AEIOU' else 'a'} {type(value).__name__}"
-    raise BadArgument(owner, name, f"is {said}; {remedy}")
+        return f"the class {value.__name__}"
+    if inspect.isroutine(value):
+        return "a function"
+    if value is None or isinstance(value, int | float | str):
+        return repr(value)
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
 
 
 @cache

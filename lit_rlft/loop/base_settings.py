@@ -74,7 +74,8 @@ def check_kinds(owner: Any) -> None:
         maker = getattr(owner, f"make_{name}")
         if maker is not None and not callable(maker):
             of_kind(owner, name, type, f"give {_REMEDIES[name]}", maker)
-    for name, hint in hints(type(owner)).items():
+    kind: type = type(owner)
+    for name, hint in hints(kind).items():
         kinds = get_args(hint) if isinstance(hint, UnionType) or get_origin(hint) is Union else hint
         kinds = kinds if isinstance(kinds, tuple) else (kinds,)
         if name not in _parts_of(owner) or not all(map(_is_plain, kinds)):

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from lit_rlft.core import gradient_plan
 from lit_rlft.core.batch_size import AUTO
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, told
 from lit_rlft.core.moments import RunningMoments
 from lit_rlft.core.pipeline import Pipeline
 from lit_rlft.core.reward import Reward, WeightedSum
@@ -198,19 +198,38 @@ class Checkpointed(LightningModule):
             self._check_resume(checkpoint, ours.get("settings"))
         vars(self).update({name: ours[name] for name in COUNTERS})
         self.sizes.load(ours.get("batch_sizes", {}))
-        for name, part in self.statistics().items():
+        for name, part in self._kept().items():
             part.load_state_dict(ours.get(name, {}))
         for name, moments in self._moments().items():
             if name in (known := ours.get(_MOMENTS, {})):
                 moments.load_state_dict(known[name])
         self.meter.restore(ours["cost"], first=trainer is None or self.global_rank == 0)
 
+    def on_fit_start(self) -> None:
+        """Check what checkpoints will hold, before anything is drawn."""
+        self._kept()
+
+    def _kept(self) -> Mapping[str, contents.Kept]:
+        """Return what `statistics` does; raise UsageError where it has no state."""
+        found: Any = self.statistics()
+        method = f"{type(self).__name__}.statistics()"
+        if not isinstance(found, Mapping):
+            what = "a dict of what has a state, by name"
+            raise UsageError(f"{method} returned {told(found)}; it returns {what}")
+        for name, part in found.items():
+            if not (hasattr(part, "state_dict") and hasattr(part, "load_state_dict")):
+                raise UsageError(
+                    f"{method}[{name!r}] is {told(part)}; give what has state_dict and "
+                    "load_state_dict"
+                )
+        return found
+
     def _counts(self) -> dict[str, Any]:
         """Return counters, costs, statistics and moments, for a checkpoint."""
         return {
             "cost": self.meter.as_dict(),
             **{name: getattr(self, name) for name in COUNTERS},
-            **{name: part.state_dict() for name, part in self.statistics().items()},
+            **{name: part.state_dict() for name, part in self._kept().items()},
             _MOMENTS: {name: part.state_dict() for name, part in self._moments().items()},
         }
 
@@ -278,7 +297,14 @@ class Checkpointed(LightningModule):
         facts = {**self._facts(), **self.pipeline.tuned_facts(steps), **steps}
         own = export if writes else None
         with whole_weights(self.pipeline.denoiser):
-            write_tuned(folder, own, trainer.world_size, facts, self._model_card)
+            write_tuned(folder, own, trainer.world_size, facts, self._model_card, self._exporter())
+
+    def _exporter(self) -> str:
+        """Return the name of the method that exports: the pipeline's, or the algorithm's own."""
+        own = next(kind for kind in type(self).__mro__ if "export" in vars(kind))
+        if own.__name__ == "RewardFineTuner":
+            return f"{type(self.pipeline).__name__}.save"
+        return f"{own.__name__}.export"
 
     def _take_average(self, callbacks: Mapping[str, Any]) -> None:
         """Take the average of the weights, where the run kept one."""

@@ -10,13 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, told
 
 __all__ = [
     "PARTIAL",
     "DiskError",
     "clean",
     "disk_trouble",
+    "no_paths",
     "whole",
     "write_folder",
     "write_whole",
@@ -122,6 +123,22 @@ def write_folder(folder: Path, write: Callable[[Path], list[Path]]) -> list[Path
         partial.rmdir()
     shutil.rmtree(old, ignore_errors=True)
     return [folder / path.relative_to(partial) for path in written]
+
+
+def no_paths(answer: Any, method: str) -> str | None:
+    """Return what is wrong with the answer of a method that returns the paths that it wrote.
+
+    Args:
+        answer: What it returned.
+        method: Its name, such as "Mine.export".
+    """
+    given = told(answer)
+    if isinstance(answer, list | tuple):
+        others = [told(path) for path in answer if not isinstance(path, Path)]
+        if not others:
+            return None
+        given += f" with {others[0]}"
+    return f"{method} returned {given}; it returns the paths that it wrote"
 
 
 def clean(folder: Path) -> None:
