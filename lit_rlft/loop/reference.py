@@ -370,19 +370,19 @@ def _check_unadapted(pipeline: Pipeline, lora: LoRA | None) -> None:
         )
 
 
-def adapt(pipeline: Pipeline, lora: LoRA | None, seed: int, *, again: bool = False) -> Reference:
+def adapt(pipeline: Pipeline, lora: LoRA | None, seed: int, *, anew: bool = False) -> Reference:
     """Attach an adapter to a pipeline, or leave all of its denoiser to tune; return its reference.
 
     Args:
         pipeline: The pipeline.
         lora: The adapter; None for none.
         seed: Seed of the adapter's initial weights.
-        again: Whether the same tuner did so before and was then refused.
+        anew: Whether the same tuner did so before and was then refused.
 
     Raises:
         UsageError: The adapter does not fit (`attach_lora`), or another tuner's is there.
     """
-    if not again:
+    if not anew:
         _check_unadapted(pipeline, lora)
     if lora is not None:
         with own_rng(seed):
