@@ -12,7 +12,16 @@ from torch import Tensor
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.state import num_rows
 
-__all__ = ["apart", "device_of", "is_number", "numbers", "tensors", "unchanged"]
+__all__ = [
+    "any_finite",
+    "apart",
+    "device_of",
+    "is_number",
+    "leads_to",
+    "numbers",
+    "tensors",
+    "unchanged",
+]
 
 M = TypeVar("M")
 
@@ -32,9 +41,27 @@ def tensors(samples: Any) -> Iterator[Tensor]:
             yield from tensors(part)
 
 
+def any_finite(samples: Any) -> bool:
+    """Return whether a sample has finite numbers alone; True where samples hold no tensors."""
+    rows = [
+        one.isfinite().reshape(len(one), -1).all(dim=1).cpu()
+        for one in tensors(samples)
+        if one.dim() and one.is_floating_point()
+    ]
+    sizes = {len(row) for row in rows}
+    return len(sizes) != 1 or bool(torch.stack(rows).all(dim=0).any())
+
+
 def device_of(samples: Any, default: torch.device) -> torch.device:
     """Return where samples are: the device of their first tensor, or the default without any."""
     return next((one.device for one in tensors(samples)), default)
+
+
+def leads_to(answer: Any, samples: Any) -> bool:
+    """Return whether a tensor was computed with gradients, or is one of the samples' own."""
+    # Of a view that was taken without gradients torch says that it requires one.
+    own = isinstance(answer, Tensor) and answer.grad_fn is not None
+    return own or any(answer is one for one in tensors(samples))
 
 
 def is_number(value: Any) -> bool:

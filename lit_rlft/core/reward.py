@@ -4,11 +4,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from types import NoneType
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from lit_rlft.core.answers import apart, device_of, numbers, unchanged
+from lit_rlft.core.answers import (
+    any_finite,
+    apart,
+    device_of,
+    leads_to,
+    numbers,
+    tensors,
+    unchanged,
+)
 from lit_rlft.core.checks import BadArgument, UsageError, finite, of_kind, require
 from lit_rlft.core.guard import Guard
 from lit_rlft.core.moments import RunningMoments
@@ -32,6 +41,10 @@ __all__ = [
 ]
 
 _REMEDY = "give a lit_rlft.Reward: a subclass, or the domain's FunctionReward around a function"
+
+
+_without_gradient: WeakKeyDictionary[nn.Module, float | None] = WeakKeyDictionary()
+"""The first value without a gradient of each differentiable reward; None once there was one."""
 
 
 class Metric(nn.Module, ABC):
@@ -405,12 +418,37 @@ def rewards_of(
     """Return a reward's values of samples, [B], as `check_rewards` does, on the samples' device.
 
     Raises:
-        UsageError: They are not as a reward returns them, or the samples were changed in place.
+        UsageError: They are not as a reward returns them, the samples were changed in place, or a
+            differentiable reward has no gradient.
     """
     with unchanged(samples, reward.name):
-        values = reward(samples, condition)
-    values = check_rewards(reward, values, len(condition), may_fail=may_fail)
+        answer = reward(samples, condition)
+    values = check_rewards(reward, answer, len(condition), may_fail=may_fail, samples=samples)
+    asked = torch.is_grad_enabled() and reward.differentiable
+    if asked and any(one.requires_grad for one in tensors(samples)):
+        _check_gradient(reward, values, leads_to(answer, samples))
     return values.to(device_of(samples, values.device))
+
+
+def _check_gradient(reward: Reward, values: Tensor, has_gradient: bool) -> None:
+    """Raise UsageError where values differ between samples and have no gradient to them.
+
+    Values that are all the same may be right: a reward can be constant where nothing applies. In a
+    sum a part without a gradient would be left out in silence.
+    """
+    if has_gradient:
+        _without_gradient[reward] = None
+        return
+    known = values[values.isfinite()]
+    if not len(known):
+        return
+    first = _without_gradient.setdefault(reward, float(known[0]))
+    if first is not None and (known != first).any():
+        raise UsageError(
+            f"{reward.name} has differentiable = True, but its values have no gradient; look for "
+            "torch.no_grad, detach, .item(), numpy or a comparison in its forward, or set "
+            "differentiable to False and use configs/algorithms/p_graft.yaml, which needs none"
+        )
 
 
 def values_of(metric: Metric, samples: Any, condition: Condition) -> dict[str, Tensor]:
@@ -434,13 +472,25 @@ def values_of(metric: Metric, samples: Any, condition: Condition) -> dict[str, T
 
 
 def check_rewards(
-    reward: Reward, values: Any, num_samples: int, *, may_fail: bool = False
+    reward: Reward,
+    values: Any,
+    num_samples: int,
+    *,
+    may_fail: bool = False,
+    samples: Any = None,
 ) -> Tensor:
     """Return rewards as float32 [B]; float64 rewards stay float64.
 
     Bool, integers and half precision are converted. Where no gradients are computed, the rewards
     carry none. Where they are computed, on an accelerator, values are not looked at: that would
     wait for it in the middle of an update. `SelfCheck` looks at them once the gradients are there.
+
+    Args:
+        reward: Its name is told.
+        values: What it returned.
+        num_samples: Of how many samples.
+        may_fail: Whether they may be missing.
+        samples: What it scored, where known: it is not to blame where they are not finite.
 
     Returns:
         Finite numbers, and NaN where one is not, if rewards `may_fail`.
@@ -459,6 +509,8 @@ def check_rewards(
         return values
     if may_fail:
         return values.where(finite, torch.nan)
+    if not finite.any() and not any_finite(samples):
+        raise all_failed(reward.name, num_samples, finite=False)
     known = "NaN" if values.isnan().any() else f"{float(values[~finite][0]):g}"
     raise UsageError(
         f"{reward.name} returned {known} for {int((~finite).sum())} of {num_samples} samples; "
@@ -486,8 +538,20 @@ def offer(reward: Reward, samples: Any, condition: Condition) -> None:
         reward.offer(samples, condition)
 
 
-def all_failed(source: str, num_samples: int) -> UsageError:
-    """Return the error of a reward that scored none of some samples."""
+def all_failed(source: str, num_samples: int, *, finite: bool = True) -> UsageError:
+    """Return the error of a reward that scored none of some samples.
+
+    Args:
+        source: Name of the reward.
+        num_samples: Number of the samples.
+        finite: Whether any of them has finite numbers alone, so that the reward is to blame.
+    """
+    if not finite:
+        return UsageError(
+            f"all {num_samples} samples hold numbers that are not finite, so {source} has nothing "
+            "to score; look at the pipeline that drew them: its denoiser's weights, its process "
+            "and schedule, and the precision (trainer.precision)"
+        )
     return UsageError(
         f"{source} failed for all {num_samples} samples: it returned no finite number; fix the "
         "reward first"

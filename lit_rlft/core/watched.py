@@ -6,6 +6,9 @@ from torch import nn
 
 __all__ = ["Watched"]
 
+_PLAIN = (bool, int, float, str)
+"""Types whose equal values are no change: a schedule may note its last number of steps."""
+
 
 class Watched(nn.Module):
     """A base of processes and schedules, whose numbers others keep.
@@ -18,6 +21,8 @@ class Watched(nn.Module):
     num_changes: ClassVar[int] = 0
 
     def __setattr__(self, name: str, value: Any) -> None:
+        before = vars(self).get(name)
         super().__setattr__(name, value)
-        if name != "training":  # the mode, which is set in each round, means nothing to them
+        same = isinstance(value, _PLAIN) and type(before) is type(value) and before == value
+        if not same and name != "training":  # the mode, which each round sets, means nothing here
             Watched.num_changes += 1

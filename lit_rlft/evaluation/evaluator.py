@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lit_rlft.core.answers import apart, unchanged
+from lit_rlft.core.answers import any_finite, apart, unchanged
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.divergence import path_kl
 from lit_rlft.core.figure import Figure
@@ -95,7 +95,7 @@ class Evaluator:
         self._measurements, self.num_pictures, self.world_size = Measurements(), 0, 1
         self._said = False
         self._num_failed = self._num_asked = 0
-        self._hopeful = False
+        self._hopeful = self._finite = False
         self.keeps_figures = False
         self.seen: Seen = unseen
         self._best: Arm | None = None
@@ -198,11 +198,11 @@ class Evaluator:
         """
         sets, best, measurements = self.set_metrics, self._best, self.measurements
         found = measurements.summary(self.world_size, sets, errors=errors, best=best)
-        own = (self._num_failed, self._num_asked, measurements.tuned.num_samples)
-        failed, asked, tuned = map(sum, zip(*gather(own, self.world_size), strict=True))
+        own = (self._num_failed, self._num_asked, measurements.tuned.num_samples, self._finite)
+        failed, asked, tuned, finite = map(sum, zip(*gather(own, self.world_size), strict=True))
         scores = found["tuned"].get(self.reward.name)
         if scores is not None and math.isnan(scores["mean"]) and not self.reward.asks:
-            raise all_failed(self.reward.name, tuned)
+            raise all_failed(self.reward.name, tuned, finite=finite > 0)
         self._say_failed(failed, asked)
         return found
 
@@ -271,7 +271,7 @@ class Evaluator:
     def _take(self, drawn: "_Drawn") -> None:
         arm, batch_idx, rows, samples, condition, known = drawn
         values = values_of(self.reward, samples, condition)
-        self._check_scored(values.get(self.reward.name), len(condition))
+        self._check_scored(values.get(self.reward.name), len(condition), samples)
         # A reward without bounds leaves a sample out as a failed one does, in training too.
         values = {name: v.where(v.isfinite(), torch.nan) for name, v in values.items()}
         values |= apart(values, values_of(self.metrics, samples, condition)) | known
@@ -282,7 +282,7 @@ class Evaluator:
         self._measurements.add(arm, batch_idx, *measured)
         self.seen(arm, batch_idx, rows, samples, condition, values)
 
-    def _check_scored(self, rewards: Any, num_samples: int) -> None:
+    def _check_scored(self, rewards: Any, num_samples: int, samples: Any) -> None:
         """Check rewards; say once that some are missing, and stop where there never were any.
 
         A person is asked in training alone. One of several processes does not stop: `summary`
@@ -294,8 +294,9 @@ class Evaluator:
         failed = int((~found).sum())
         self._num_failed, self._num_asked = self._num_failed + failed, self._num_asked + num_samples
         self._hopeful |= failed < num_samples
+        self._finite = self._finite or failed < num_samples or any_finite(samples)
         if not self._hopeful and self.world_size == 1 and self._num_failed >= _HOPELESS:
-            raise all_failed(self.reward.name, self._num_failed)
+            raise all_failed(self.reward.name, self._num_failed, finite=self._finite)
         self._say_failed(failed, num_samples)
 
     def _say_failed(self, failed: int, num_samples: int) -> None:

@@ -84,6 +84,7 @@ def judge(
         source=None if reward.asks else reward.name,
         world_size=world_size,
         weights=weights,
+        finite=scoring.finite,
     )
     sums = _summed(rewards.view(len(seeds), -1), weights)
     shown = {"reward": sums[sums.isfinite()], "advantage": advantages}
@@ -100,6 +101,7 @@ def compare(
     source: str | None,
     world_size: int,
     weights: Sequence[float] = (1.0,),
+    finite: bool = True,
 ) -> tuple[Tensor, dict[str, float]]:
     """Compare rewards with those of all processes; all of them must call this.
 
@@ -107,8 +109,7 @@ def compare(
     compared over the round (GDPO), so that its size does not depend on their number.
 
     Args:
-        rewards: [G * M], the candidates of one condition side by side, or [G * M, P] of several
-            rewards; not finite where the reward failed.
+        rewards: [G * M] or [G * M, P], candidates side by side; not finite where one failed.
         condition: G rows.
         seeds: G integers, one per group, which order the groups of all processes.
         advantage: The rule that picks each sample's peers.
@@ -116,6 +117,7 @@ def compare(
         source: Name of the reward; None where there may be none at all, as from a person.
         world_size: Number of processes.
         weights: P weights of the rewards, whose weighted sum is logged.
+        finite: Whether any sample is; otherwise the reward is not to blame.
 
     Returns:
         Advantages, float64 [G * M], and what to log, of all processes together.
@@ -130,9 +132,8 @@ def compare(
     groups = sorted(chain(*gather(own, world_size)), key=lambda group: group[0])
     parts = torch.tensor([values for *_, values in groups], dtype=torch.float64)
     everyone = _summed(parts, weights)
-    known = _known(everyone, source)
-    names = [name for _, name, _ in groups]
-    advantages = _advantages(parts, weights, names, advantage, clip)
+    known = _known(everyone, source, finite, world_size)
+    advantages = _advantages(parts, weights, [name for _, name, _ in groups], advantage, clip)
     by_seed = {seed: row for (seed, *_), row in zip(groups, advantages, strict=True)}
     return torch.cat([by_seed[seed] for seed in seeds]), {
         "reward": float(known.mean()),
@@ -152,11 +153,12 @@ def _summed(rewards: Tensor, weights: Sequence[float]) -> Tensor:
     return (rewards.double() * rewards.new_tensor(weights, dtype=torch.float64)).sum(dim=-1)
 
 
-def _known(rewards: Tensor, source: str | None) -> Tensor:
+def _known(rewards: Tensor, source: str | None, finite: bool, world_size: int) -> Tensor:
     """Return the rewards of samples that did not fail; raise UsageError where all did."""
     known = rewards[rewards.isfinite()]
     if not len(known) and source is not None:
-        raise all_failed(source, rewards.numel())
+        finite = any(gather(finite, world_size))
+        raise all_failed(source, rewards.numel(), finite=finite)
     return known
 
 

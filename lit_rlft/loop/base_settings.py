@@ -4,6 +4,7 @@ from numbers import Integral, Real
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
+import torch
 from torch import Tensor
 
 from lit_rlft.core.batch_size import AUTO
@@ -20,6 +21,7 @@ from lit_rlft.core.checks import (
 from lit_rlft.core.contract import check_networks
 from lit_rlft.core.process import Process
 from lit_rlft.core.sampling import Sampler
+from lit_rlft.core.schedule import Schedule
 from lit_rlft.core.state import described
 
 __all__ = ["check_kinds", "check_sampler", "check_settings"]
@@ -39,6 +41,9 @@ _REMEDIES = {
     "optimizer": "a class or a function of parameters, such as torch.optim.AdamW",
     "lr_scheduler": "a class or a function of the optimizer",
 }
+
+_ROUNDING = 1e-6
+"""How much levels may go the wrong way: tables are in single precision."""
 
 
 def check_settings(owner: Any) -> None:
@@ -100,7 +105,11 @@ def _is_plain(kind: Any) -> bool:
 
 
 def check_sampler(sampler: Sampler, process: Process) -> None:
-    """Raise UsageError where a process lacks the sampler's kind of noise, or has no right grid."""
+    """Check that a process has the sampler's kind of noise, a grid, levels and training times.
+
+    Raises:
+        UsageError: It has not, or not as tensors of the right shape and range.
+    """
     num, name = sampler.num_steps, type(process).__name__
     grids: dict[str, tuple[Any, int]] = {
         "times": (process.times(num), num + 1),
@@ -121,3 +130,47 @@ def check_sampler(sampler: Sampler, process: Process) -> None:
     holds = sampler.transition == "eta" or process.has_sde
     rule = "whose states follow no differential equation; set it, and sampler.eta to 1"
     require(holds, sampler, "transition", f"eta for a {type(process).__name__}, {rule}")
+    for part in process.modules():
+        if isinstance(part, Schedule):
+            _check_levels(part, times)
+    _check_training_times(process)
+
+
+def _check_levels(schedule: Schedule, times: Tensor) -> None:
+    """Raise UsageError unless the signal falls and the noise rises along a decreasing grid."""
+    place = next(schedule.buffers(), times).device
+    t = times.flip(0).to(place).expand(2, -1)  # as a process asks for both ends of its steps
+    levels: Any = schedule.levels(t)
+    for name, level, sign in zip(("alpha", "sigma"), levels, (-1, 1), strict=True):
+        own = f"{type(schedule).__name__}.{name}"
+        fits = isinstance(level, Tensor) and level.is_floating_point() and level.shape == t.shape
+        if not fits:
+            raise UsageError(
+                f"{own} returned {described(level)} for times {list(t.shape)}; it is a "
+                "floating-point tensor of their shape"
+            )
+        if not level.isfinite().all():
+            bad = float(t[~level.isfinite()][0])
+            raise UsageError(f"{own} is not a finite number at t = {bad:g}")
+        if (sign * level[0].diff() < -_ROUNDING).any():
+            way = "falls" if sign > 0 else "rises"
+            raise UsageError(
+                f"{own} {way} with t, from {level[0, 0]:g} at t = {t[0, 0]:g} to {level[0, -1]:g} "
+                f"at t = {t[0, -1]:g}; t = 0 is data and t = 1 noise"
+            )
+
+
+def _check_training_times(process: Process) -> None:
+    """Raise UsageError unless uniform numbers are mapped to times in [0, 1], where any are."""
+    uniform = torch.tensor([0.0, 0.5, 0.99])
+    try:
+        drawn: Any = process.draw_times(uniform, low=0.0)
+    except NotImplementedError:  # a process that is only sampled from
+        return
+    own = f"{type(process).__name__}.draw_times"
+    if not isinstance(drawn, Tensor) or drawn.shape != uniform.shape:
+        raise UsageError(
+            f"{own} returned {described(drawn)} for 3 uniform numbers; it is a tensor [3]"
+        )
+    if not ((drawn >= 0) & (drawn <= 1)).all():
+        raise UsageError(f"{own} returned {drawn.tolist()}; training times lie in [0, 1]")

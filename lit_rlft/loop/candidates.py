@@ -10,7 +10,7 @@ from lit_rlft.core.pipeline import Batch, Condition
 from lit_rlft.core.reward import all_failed
 from lit_rlft.core.state import State
 from lit_rlft.core.streams import Stream
-from lit_rlft.distributed import mean_of_all
+from lit_rlft.distributed import gather, mean_of_all
 from lit_rlft.loop.rollouts import Rollouts
 from lit_rlft.loop.route import Route
 from lit_rlft.loop.scoring import Scoring
@@ -78,6 +78,7 @@ def draw_candidates(
     rewards, keys = scoring.finish(states[-1], candidates, seeds, world_size)
     reward = mean_of_all(rewards[rewards.isfinite()], world_size)
     if math.isnan(reward) and not rollouts.reward.asks:
-        raise all_failed(rollouts.reward.name, len(candidates) * world_size)
+        finite = any(gather(scoring.finite, world_size))
+        raise all_failed(rollouts.reward.name, len(candidates) * world_size, finite=finite)
     failed = mean_of_all(1 - rewards.isfinite().float(), world_size)
     return Candidates(candidates, seeds, states, rewards, keys, reward, failed)

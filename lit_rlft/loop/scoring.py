@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_rlft.core.answers import any_finite
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Combination, WeightedSum, offer
 from lit_rlft.core.state import State, index
@@ -28,6 +29,9 @@ class Scoring:
         training: False scores the samples of an evaluation: a combined reward learns no scales from
             them.
         may_fail: False asks for all rewards.
+
+    Attributes:
+        finite: Whether any sample so far was scored, or could have been as it is finite.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class Scoring:
         self._asks = training and reward.asks
         if self._asks:  # who decides sees all samples first
             self._ahead = math.inf
+        self.finite = False
         self._num_begun = 0
         self._waiting: deque[tuple[Any, Condition]] = deque()
         self._rewards: list[Tensor] = []
@@ -121,14 +126,20 @@ class Scoring:
         reward = self.rollouts.reward
         if not self._raw:
             own = self.rollouts.reward_of(samples, condition, may_fail=self.may_fail)
-            self._rewards.append(own)
+            self._append(own, samples)
             return
         assert isinstance(reward, Combination)
         self.rollouts.meter.current.reward_calls += len(condition)
         parts = reward.raw_parts(samples, condition)
         if not self._normalises:  # those wait for the moments of all samples
             self.rollouts.scored(samples, condition, reward.combine(reward.scaled(parts)))
-        self._rewards.append(torch.stack([*parts.values()], dim=1))
+        self._append(torch.stack([*parts.values()], dim=1), samples)
+
+    def _append(self, rewards: Tensor, samples: Any) -> None:
+        self._rewards.append(rewards)
+        if not self.finite:
+            known = rewards.isfinite().reshape(len(rewards), -1).all(dim=1)
+            self.finite = bool(known.any()) or any_finite(samples)
 
     def _scaled(self, raw: Tensor, seeds: Sequence[int], world_size: int) -> Tensor:
         """Return parts [N, P] as they are combined, or their combination [N]."""

@@ -304,9 +304,29 @@ def test_weights_of_16_bits_are_refused_before_anything_is_sampled(
     assert tuner.num_samples == 0
 
 
-def test_a_loss_without_gradient_is_named(tmp_path: Path) -> None:
-    tuner = FAMILY["RewardGradient"](GaussianMixturePipeline(residual_width=16), Detached())
-    with pytest.raises(UsageError, match="has no gradient: nothing"):
+class Cut(GaussianMixturePipeline):
+    """Its samples do not lead back to the denoiser."""
+
+    def decode(self, x_0: Any, condition: Any) -> Any:
+        return super().decode(x_0, condition).detach()
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "reward", "sentence"),
+    [
+        (Cut, Coordinate, "^the loss of DRaFT has no gradient: nothing"),
+        (
+            GaussianMixturePipeline,
+            Detached,
+            "^Detached has .* but its values have no gradient; look",
+        ),
+    ],
+)
+def test_a_loss_without_gradient_is_named(
+    pipeline: Any, reward: Any, sentence: str, tmp_path: Path
+) -> None:
+    tuner = FAMILY["RewardGradient"](pipeline(residual_width=16), reward())
+    with pytest.raises(UsageError, match=sentence):
         fit(tuner, tmp_path)
     assert tuner.num_updates == 0
 

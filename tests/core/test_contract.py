@@ -11,10 +11,24 @@ from lit_rlft import GRAFT, Condition, Pipeline, Reward, Sampler, SplitData
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.contract import check_networks
 from lit_rlft.core.gradient_plan import GradientPlan, check_plan
-from lit_rlft.core.process import GaussianProcess, MaskedProcess, Process, ProductProcess
+from lit_rlft.core.process import (
+    AngularFlow,
+    GaussianProcess,
+    GibbsProcess,
+    MaskedProcess,
+    Process,
+    ProductProcess,
+)
 from lit_rlft.core.process.uniform import UniformProcess
 from lit_rlft.core.samples import Samples
-from lit_rlft.core.schedule import RectifiedFlow
+from lit_rlft.core.schedule import (
+    CosineVP,
+    DiscreteVP,
+    PolynomialVP,
+    RectifiedFlow,
+    Schedule,
+    vp_betas,
+)
 from lit_rlft.core.state import State
 from lit_rlft.kit.data import Rows
 from lit_rlft.loop.base_settings import check_sampler
@@ -323,6 +337,90 @@ def test_a_grid_of_ones_own_decreases_within_the_levels(times: Any, sentence: st
     check_sampler(Sampler(num_steps=4), a_flow())
     with pytest.raises(UsageError, match=rf"Own\.times\(4\) {sentence}"):
         check_sampler(Sampler(num_steps=4), Own(RectifiedFlow(), "velocity"))
+
+
+class OwnSchedule(Schedule):
+    """A flow, but for the answers that it is given."""
+
+    def __init__(self, **answers: Any) -> None:
+        super().__init__()
+        self.answers = answers
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return self.answers.get("alpha", lambda t: 1 - t.double())(t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self.answers.get("sigma", lambda t: t.double())(t)
+
+    def draw_times(self, uniform: Tensor, low: float = 0.0) -> Tensor:
+        own = super().draw_times(uniform, low)
+        return self.answers["draw_times"](uniform) if "draw_times" in self.answers else own
+
+
+@pytest.mark.parametrize(
+    ("answers", "sentence"),
+    [
+        ({"alpha": lambda t: 1.0}, r"\.alpha returned a float for times \[2, 5\]; it is a"),
+        ({"sigma": lambda t: t.mean()}, r"\.sigma returned a tensor of float64 \[\] for"),
+        ({"sigma": lambda t: t[:, None]}, r"\.sigma returned a tensor of float64 \[2, 1, 5\] for"),
+        ({"alpha": lambda t: (t < 0.5).long()}, r"\.alpha returned a tensor of int64"),
+        ({"alpha": lambda t: (1 - t) / t}, r"\.alpha is not a finite number at t = 0$"),
+        ({"alpha": lambda t: t}, r"\.alpha rises with t, from 0 at t = 0 to 1 at t = 1; t = 0 is"),
+        ({"sigma": lambda t: 1 - t}, r"\.sigma falls with t, from 1 at t = 0 to 0 at t = 1; t"),
+    ],
+)
+def test_a_schedule_of_ones_own_falls_from_data_to_noise(
+    answers: dict[str, Any], sentence: str
+) -> None:
+    for process in (
+        GaussianProcess(OwnSchedule(**answers), "velocity"),
+        ProductProcess({"a": a_flow(), "b": GaussianProcess(OwnSchedule(**answers), "velocity")}),
+    ):
+        with pytest.raises(UsageError, match=f"^OwnSchedule{sentence}"):
+            check_sampler(Sampler(num_steps=4), process)
+
+
+@pytest.mark.parametrize(
+    ("draw", "sentence"),
+    [
+        (lambda u: u.mean(), r"returned a tensor of float32 \[\] for 3 uniform .* a tensor \[3\]"),
+        (lambda u: u.tolist(), "returned a list for 3 uniform numbers"),
+        (lambda u: 1000 * u, r"returned \[0.0, 500.0, 990.0\]; training times lie in \[0, 1\]"),
+        (lambda u: u / 0, r"returned \[nan, inf, inf\]; training times lie in"),
+    ],
+)
+def test_training_times_of_ones_own_lie_between_data_and_noise(draw: Any, sentence: str) -> None:
+    process = GaussianProcess(OwnSchedule(draw_times=draw), "velocity")
+    with pytest.raises(UsageError, match=rf"GaussianProcess\.draw_times {sentence}"):
+        check_sampler(Sampler(num_steps=4), process)
+
+    def refuse(uniform: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    check_sampler(Sampler(num_steps=4), GaussianProcess(OwnSchedule(draw_times=refuse), "velocity"))
+
+
+SHIPPED: dict[str, Process] = {
+    "discrete": GaussianProcess(DiscreteVP(vp_betas())),
+    "discrete, linear": GaussianProcess(DiscreteVP(vp_betas(kind="linear"), ends_at_zero=False)),
+    "cosine": GaussianProcess(CosineVP(), "v"),
+    "cosine, some signal": GaussianProcess(CosineVP(1e-3)),
+    "polynomial": GaussianProcess(PolynomialVP()),
+    "shifted flow": GaussianProcess(RectifiedFlow(3.0, (0.0, 1.0)), "velocity"),
+    "flow, last": GaussianProcess(RectifiedFlow(last=0.01), "velocity"),
+    "flow, knots": GaussianProcess(RectifiedFlow(knots=[(0.2, 0.4), (0.9, 0.05)]), "velocity"),
+    "arcs": AngularFlow(),
+    "masked": MaskedProcess(3, padded=True, power=2.0),
+    "uniform": UniformProcess(3),
+    "product": ProductProcess({"a": MaskedProcess(3), "b": a_flow()}),
+    "gibbs": GibbsProcess({"a": MaskedProcess(3), "b": a_flow()}, {"a": 4, "b": 4}, 2),
+}
+
+
+@pytest.mark.parametrize("num_steps", [1, 4, 25])
+@pytest.mark.parametrize("process", SHIPPED.values(), ids=SHIPPED)
+def test_shipped_processes_have_levels_and_training_times(process: Process, num_steps: int) -> None:
+    check_sampler(Sampler(num_steps=num_steps), process)
 
 
 @pytest.mark.parametrize(

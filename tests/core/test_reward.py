@@ -1,4 +1,6 @@
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import pytest
@@ -217,6 +219,67 @@ def test_a_metric_that_answers_something_else_is_named(answer: Any, sentence: st
 def test_values_of_metrics_become_real_numbers() -> None:
     values = values_of(Metrics([Answer({"a": POINTS[:, 0] > 0})]), POINTS, CONDITION)
     assert values["a"].dtype == torch.float32 and values["a"].tolist() == [1, 1, 0]
+
+
+class Cut(Reward):
+    """Claims a gradient, and returns whatever it is told to make of the samples."""
+
+    differentiable = True
+
+    def __init__(self, values: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def forward(self, samples: Any, condition: Condition) -> Tensor:
+        return self.values(samples)
+
+
+CUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "detach": lambda x: x[:, 0].detach(),
+    "no_grad": torch.no_grad()(lambda x: x[:, 0]),
+    "numpy": lambda x: torch.from_numpy(x.detach().numpy()[:, 0]),
+    "comparison": lambda x: x[:, 0] > 1,
+    "some fail": lambda x: x[:, 0].detach().where(x[:, 0] > 1, torch.nan),
+}
+
+
+@pytest.mark.parametrize("values", CUTS.values(), ids=CUTS)
+def test_a_reward_that_only_claims_to_have_a_gradient_is_named(
+    values: Callable[[Tensor], Tensor],
+) -> None:
+    sentence = r"^Cut has differentiable = True, but its values have no gradient; look for .* use"
+    leaf = torch.arange(6.0).view(3, 2).requires_grad_()
+    for alone, samples in product((True, False), (leaf, 1 * leaf)):
+        cut = Cut(values)
+        reward = cut if alone else WeightedSum({"a": cut, "b": First()})
+        with pytest.raises(UsageError, match=sentence):
+            rewards_of(reward, samples, CONDITION, may_fail=True)
+        with torch.no_grad():  # nobody asks for one
+            rewards_of(reward, samples, CONDITION, may_fail=True)
+        rewards_of(reward, samples.detach(), CONDITION, may_fail=True)
+        cut.differentiable = False
+        rewards_of(cut, samples, CONDITION, may_fail=True)
+
+
+def test_one_sample_at_a_time_tells_too() -> None:
+    cut, samples = Cut(CUTS["detach"]), torch.arange(6.0).view(3, 2).requires_grad_()
+    assert rewards_of(cut, samples[:1], CONDITION.index(slice(0, 1))).tolist() == [0.0]
+    with pytest.raises(UsageError, match="Cut has differentiable = True, but"):
+        rewards_of(cut, samples[1:2], CONDITION.index(slice(1, 2)))
+
+
+def test_a_reward_may_be_constant_where_nothing_applies() -> None:
+    samples = torch.arange(6.0).view(3, 2).requires_grad_()
+    same = Cut(lambda x: torch.ones(len(x)))
+    for _ in range(2):
+        rewards_of(same, samples, CONDITION)
+    own = samples.detach()[:, 0].requires_grad_()
+    assert rewards_of(Cut(lambda x: x), own, CONDITION) is own
+    # One that has a gradient elsewhere may return what a condition says.
+    now: list[Tensor] = [samples[:, 0], torch.tensor([1.0, 1.0, 2.0])]
+    known = Cut(lambda x: now.pop(0))
+    assert rewards_of(known, samples, CONDITION).requires_grad
+    assert not rewards_of(known, samples, CONDITION).requires_grad
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")

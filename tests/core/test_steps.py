@@ -327,6 +327,8 @@ def test_a_changed_process_takes_new_steps(
     before = steps(used)
     assert steps(used) is before
     used.train().eval()
+    assert isinstance(part.schedule, Bent)
+    part.schedule.power = 1.0  # as it was
     assert steps(used) is before and steps(copy.deepcopy(used)) is not before
     change(part)
     fresh, unused = made()

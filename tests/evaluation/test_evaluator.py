@@ -11,11 +11,16 @@ from torch import Tensor
 from domains.gaussian_mixture.data import MixtureData
 from domains.gaussian_mixture.pipeline import GaussianMixturePipeline
 from domains.gaussian_mixture.rewards import Coordinate
+from lit_rlft.algorithms.ddpo import DDPO
 from lit_rlft.algorithms.graft import GRAFT
+from lit_rlft.algorithms.reward_gradient import RewardGradient
+from lit_rlft.core.answers import any_finite
 from lit_rlft.core.checks import UsageError
-from lit_rlft.core.pipeline import Condition
+from lit_rlft.core.gradient_plan import DRaFT
+from lit_rlft.core.pipeline import Condition, Pipeline
 from lit_rlft.core.reward import Metrics, Reward, WeightedSum
 from lit_rlft.core.sampling import Sampler
+from lit_rlft.core.state import State
 from lit_rlft.evaluation.evaluator import Evaluator
 from lit_rlft.evaluation.kept import first_entries, first_of_all
 from lit_rlft.evaluation.measurements import Measurements
@@ -36,9 +41,9 @@ class Late(Coordinate):
         return super().forward(samples, condition).masked_fill(failed, torch.nan)
 
 
-def started(reward: Reward, world_size: int = 1) -> GRAFT:
-    sampler = Sampler(2, 1.0)
-    tuner = GRAFT(GaussianMixturePipeline(), reward, sampler=sampler, num_eval_samples=1)
+def started(reward: Reward, world_size: int = 1, pipeline: Pipeline | None = None) -> GRAFT:
+    sampler, pipeline = Sampler(2, 1.0), pipeline or GaussianMixturePipeline()
+    tuner = GRAFT(pipeline, reward, sampler=sampler, num_eval_samples=1)
     tuner.trainer = trainer_of()
     tuner.setup("test")
     tuner.evaluator.start(world_size)
@@ -118,6 +123,40 @@ def test_a_reward_that_knows_nothing_on_any_process_ends_an_evaluation(
     for error in processes(monkeypatch, 2, work):
         assert isinstance(error, UsageError)
         assert str(error).startswith("Late failed for all 20 samples")
+
+
+class Broken(GaussianMixturePipeline):
+    """Draws what is no number."""
+
+    def decode(self, x_0: State, condition: Condition) -> Tensor:
+        return super().decode(x_0, condition) / 0 * 0
+
+
+@pytest.mark.parametrize("named", ["DDPO", "GRAFT", "evaluation", "short evaluation", "gradient"])
+def test_a_reward_is_not_blamed_for_samples_that_are_not_finite(named: str) -> None:
+    data = MixtureData(num_train=8, num_val=2, num_test=2, batch_size=8)
+    sampler = Sampler(3, 1.0)
+    sentence = r"all \d+ samples hold numbers that are not finite, so Coordinate has nothing to"
+    with pytest.raises(UsageError, match=sentence):
+        if named in ("DDPO", "GRAFT"):
+            kind = DDPO if named == "DDPO" else GRAFT
+            trainer_of().fit(kind(Broken(), Coordinate(), sampler=sampler), data)
+        elif named == "gradient":
+            pipeline = Broken(residual_width=8)
+            tuner = RewardGradient(pipeline, Coordinate(), sampler=sampler, method=DRaFT(k=1))
+            trainer_of().fit(tuner, data)
+        else:
+            tuner = started(Coordinate(), pipeline=Broken())
+            measure(tuner, 2 if named.startswith("short") else 20, 8)
+            tuner.evaluator.summary()
+
+
+@pytest.mark.parametrize("finite", [0, 1])
+def test_one_finite_sample_tells_of_a_reward_that_fails(finite: int) -> None:
+    samples = torch.full((4, 2), torch.nan)
+    samples[:finite] = 1.0
+    assert any_finite(samples) == any_finite({"a": samples, "b": torch.zeros(4)}) == bool(finite)
+    assert any_finite(["some", "text"]) and any_finite(torch.zeros(4).long())
 
 
 @pytest.mark.parametrize("number", [1, 5, 6])

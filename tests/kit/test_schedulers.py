@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
+from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.trajectory import Trajectories, transition_of, walk_with_log_probs
 from lit_rlft.kit.saved_grids import SavedFlow, plain_flow
 from lit_rlft.kit.schedulers import (
@@ -22,6 +23,7 @@ from lit_rlft.kit.schedulers import (
     UNUSED,
     saved_process,
 )
+from lit_rlft.loop.base_settings import check_sampler
 from lit_rlft.loop.route import Leg, Route
 from tests.kit.scheduler_loops import make, network, noise, ours, theirs, timesteps
 from tests.kit.scheduler_table import PAGE, decided, written
@@ -63,6 +65,7 @@ def visited(scheduler: Any, num_steps: int) -> Tensor:
 
 def assert_sampled_alike(scheduler: Any, num_steps: int) -> None:
     name = type(scheduler).__name__
+    check_sampler(Sampler(num_steps), saved_process(scheduler))
     scheduler.set_timesteps(num_steps)
     for eta in ETAS[FAMILIES[name].exact]:
         step = {"eta": eta} if FAMILIES[name].grid == "strides" else {}
@@ -248,6 +251,7 @@ def test_other_solvers_give_the_grid(name: str, options: dict[str, Any]) -> None
     scheduler = make(name, **options)
     process = saved_process(scheduler)
     for num_steps in (2, 6):
+        check_sampler(Sampler(num_steps), process)
         times = process.times(num_steps)
         expected = visited(scheduler, num_steps)
         told = timesteps(process, times[:-1])
@@ -412,6 +416,7 @@ FLOW_OPTIONS = [*SIGMAS, {"shift_terminal": 0.1}, {"shift_terminal": 0.02, "shif
 def test_options_of_flows_are_honoured(options: dict[str, Any]) -> None:
     scheduler = make(FLOW, **options)
     for num_steps in (2, 7):
+        check_sampler(Sampler(num_steps), saved_process(scheduler, flows=True))
         assert (ours(scheduler, num_steps) - theirs(scheduler, num_steps)).abs().max() < 1e-5
 
 
