@@ -23,7 +23,7 @@ from lit_rlft.distributed import gather, together
 from lit_rlft.evaluation.dial import Dial, dial_settings
 from lit_rlft.evaluation.evaluator import Evaluator
 from lit_rlft.loop.base_settings import check_settings
-from lit_rlft.loop.batch_sizes import BatchSizes, finishing, fitting
+from lit_rlft.loop.batch_sizes import BatchSizes, Sized, finishing, fitting
 from lit_rlft.loop.checkpoint import Kept, fingerprint
 from lit_rlft.loop.checkpoint_file import secure
 from lit_rlft.loop.checkpointed import Checkpointed
@@ -46,7 +46,7 @@ from lit_rlft.runs.folder import summary_writer
 __all__ = ["RewardFineTuner"]
 
 
-class RewardFineTuner(Checkpointed, ABC):
+class RewardFineTuner(Sized, Checkpointed, ABC):
     """Improves a pipeline under a reward; subclasses define what to collect and what to minimise.
 
     One training batch holds the conditions of one round: `collect` draws samples for them, then

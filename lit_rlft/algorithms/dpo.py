@@ -80,9 +80,14 @@ class DiffusionDPO(RewardFineTuner):
         **base: Any,
     ) -> None:
         super().__init__(*args, **base)
-        self.start, self.cut, self.relay = start, cut, Relay(start, cut)
+        self.start, self.cut = start, cut
         self.num_candidates, self.beta = num_candidates, beta
         self.iterative, self.offline, self.guided_loss = iterative, offline, guided_loss
+
+    @property
+    def relay(self) -> Relay:
+        """Who runs which of the sampler's steps, as `start` and `cut` have it."""
+        return Relay(self.start, self.cut)
 
     def check(self) -> None:
         at_least(2, self, "num_candidates")

@@ -84,7 +84,6 @@ class PGRAFT(RewardFineTuner):
     ) -> None:
         super().__init__(*args, **base)
         self.cut, self.start = cut, start
-        self.relay = Relay(start, cut)
         self.selection = selection or TopK(1)
         self.num_candidates = num_candidates
         self.train_from: TrainFrom = train_from
@@ -92,6 +91,11 @@ class PGRAFT(RewardFineTuner):
         self.guided_loss = guided_loss
         self.contrast = contrast
         self._warned = False
+
+    @property
+    def relay(self) -> Relay:
+        """Who runs which of the sampler's steps, as `start` and `cut` have it."""
+        return Relay(self.start, self.cut)
 
     def check(self) -> None:
         one_of(self, "train_from", get_args(TrainFrom))

@@ -89,12 +89,17 @@ class DiffusionNFT(RewardFineTuner):
         **base: Any,
     ) -> None:
         super().__init__(*args, **base)
-        self.start, self.cut, self.relay = start, cut, Relay(start, cut)
+        self.start, self.cut = start, cut
         self.num_candidates = num_candidates
         self.beta, self.reward_clip = beta, reward_clip
         self.max_decay, self.decay_rate = max_decay, decay_rate
         self.weighting: Weighting = weighting
         self.old_policy = OldPolicy()
+
+    @property
+    def relay(self) -> Relay:
+        """Who runs which of the sampler's steps, as `start` and `cut` have it."""
+        return Relay(self.start, self.cut)
 
     def check(self) -> None:
         at_least(2, self, "num_candidates")

@@ -81,12 +81,16 @@ class RewardGradient(RewardFineTuner):
         self.kl_coef = kl_coef
         self.reward_ceiling = reward_ceiling
         self.gradient_checkpointing = gradient_checkpointing
-        self.start, self.relay = start, Relay(start)
-        self.log_depth = log_depth
+        self.start, self.log_depth = start, log_depth
 
     @property
     def algorithm(self) -> str:
         return type(self.method).__name__
+
+    @property
+    def relay(self) -> Relay:
+        """Who runs which of the sampler's steps, as `start` has it."""
+        return Relay(self.start)
 
     def check(self) -> None:
         followed = (self.pipeline, self.reward, self.reward_workers)

@@ -39,10 +39,14 @@ class BatchSize:
         start: int | None = None,
         say: Callable[[str], object] | None = None,
     ) -> None:
-        self.key, self.given, self.say = key, given, say
-        self.automatic = given == AUTO
-        self.rows = start if given == "auto" else given
+        self.key, self.say, self._start = key, say, start
         self.most = 0
+        self.give(given)
+
+    def give(self, given: int | Literal["auto"] | None) -> None:
+        """Take another setting in place of what was given, and of what "auto" has come to."""
+        self.given, self.automatic = given, given == AUTO
+        self.rows = self._start if given == "auto" else given
         self.begun = False
 
     def begin(self, rows: int) -> None:

@@ -24,6 +24,7 @@ from lit_rlft.core.moments import RunningMoments
 from lit_rlft.core.pipeline import Condition, Pipeline
 
 __all__ = [
+    "DIVERGENCE",
     "Combination",
     "LeftOut",
     "Metric",
@@ -40,6 +41,8 @@ __all__ = [
     "values_of",
 ]
 
+DIVERGENCE = "kl"
+"""What reports call the divergence from the reference, beside the values of rewards and metrics."""
 _REMEDY = "give a lit_rlft.Reward: a subclass, or the domain's FunctionReward around a function"
 
 
@@ -249,7 +252,11 @@ class Combination(Reward):
     ) -> None:
         super().__init__()
         self._check_rewards(rewards)
-        self.rewards = nn.ModuleDict(rewards)
+        try:
+            self.rewards = nn.ModuleDict(rewards)
+        except (KeyError, TypeError) as error:
+            problem = f"has a name that torch cannot take ({error.args[0]}); give another one"
+            raise BadArgument(self, "rewards", problem) from error
         self.ranges, self.limits = dict(ranges or {}), dict(limits or {})
         self.held_out = tuple(held_out or ())
         for argument in ("ranges", "limits", "held_out"):
@@ -312,9 +319,11 @@ class Combination(Reward):
         for name, reward in self.rewards.items():
             assert isinstance(reward, Reward)
             for key, value in values_of(reward, samples, condition).items():
-                detail = key.removeprefix(reward.name).removeprefix("/")
+                detail = key.removeprefix(f"{reward.name}/")
                 known = value.to(device_of(samples, value.device))
-                values[f"{name}/{detail}" if detail else name] = known
+                values[name if key == reward.name else f"{name}/{detail}"] = known
+        if self.name in values:  # one that was not known yet when the parts were given
+            self._check_part(self.name)
         return {self.name: self.combined(values), **values}
 
     def combined(self, values: Mapping[str, Tensor]) -> Tensor:
@@ -332,6 +341,20 @@ class Combination(Reward):
             raise BadArgument(self, "rewards", "must name at least one reward")
         for name, reward in rewards.items():
             of_kind(self, f"rewards[{name!r}]", Reward, _REMEDY, reward)
+            self._check_part(name)
+            if within := [other for other in rewards if str(name).startswith(f"{other}/")]:
+                problem = f"has {name!r}, which reads as a detail of its part {within[0]!r}"
+                raise BadArgument(self, "rewards", f"{problem}; give it another name")
+
+    def _check_part(self, name: str) -> None:
+        """Raise BadArgument for a part that reports would mistake for something else."""
+        others = {
+            getattr(self, "name", None): f"the {type(self).__name__} itself",
+            DIVERGENCE: "the divergence from the reference",
+        }
+        if name in others:
+            problem = f"has a part called {name!r}, as reports call {others[name]}"
+            raise BadArgument(self, "rewards", f"{problem}; give it another name")
 
     def _check_names(self, argument: str) -> None:
         if unknown := sorted(set(getattr(self, argument)) - set(self.rewards)):
@@ -464,6 +487,10 @@ def values_of(metric: Metric, samples: Any, condition: Condition) -> dict[str, T
         raise UsageError(
             f"{name}.evaluate returned a {type(values).__name__}; return a dict of named tensors "
             f"with one number per sample, shape ({len(condition)},)"
+        )
+    if isinstance(metric, Reward) and name not in values:
+        raise UsageError(
+            f"{name}.evaluate() lacks {name!r}; return the reward under its name, beside details"
         )
     return {
         str(key): numbers(f"{name}.evaluate()[{key!r}]", value, len(condition), "metric")

@@ -17,6 +17,7 @@ from lit_rlft.core.figure import Figure
 from lit_rlft.core.pipeline import Batch, Condition
 from lit_rlft.core.randomness import seed_from
 from lit_rlft.core.reward import (
+    DIVERGENCE,
     Metric,
     SetMetric,
     WeightedSum,
@@ -271,10 +272,13 @@ class Evaluator:
     def _take(self, drawn: "_Drawn") -> None:
         arm, batch_idx, rows, samples, condition, known = drawn
         values = values_of(self.reward, samples, condition)
-        self._check_scored(values.get(self.reward.name), len(condition), samples)
+        self._check_scored(values[self.reward.name], len(condition), samples)
         # A reward without bounds leaves a sample out as a failed one does, in training too.
         values = {name: v.where(v.isfinite(), torch.nan) for name, v in values.items()}
-        values |= apart(values, values_of(self.metrics, samples, condition)) | known
+        taken: dict[str, Any] = {DIVERGENCE: None, **known}  # in every arm, so that names agree
+        values = apart(taken, values)
+        others = apart(taken | values, values_of(self.metrics, samples, condition))
+        values |= others | known
         pictures, figures = self._pictures(arm, samples, condition)
         labels = [self.pipeline.describe(entry) for entry in condition.each()]
         features = [_features(metric, samples, condition) for metric in self.set_metrics]

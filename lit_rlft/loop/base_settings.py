@@ -20,6 +20,7 @@ from lit_rlft.core.checks import (
 )
 from lit_rlft.core.contract import check_networks
 from lit_rlft.core.process import Process
+from lit_rlft.core.reward import DIVERGENCE
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.schedule import Schedule
 from lit_rlft.core.state import described
@@ -54,6 +55,9 @@ def check_settings(owner: Any) -> None:
     """
     check_kinds(owner)
     check_networks(owner.pipeline)
+    if owner.reward.name == DIVERGENCE:
+        problem = f"is called {DIVERGENCE!r}, as reports call the divergence from the reference"
+        raise BadArgument(owner, "reward", f"{problem}; give it another name")
     for name in ("microbatch_size", "sampling_batch_size"):
         one_of(owner, name, (AUTO,), others="a whole number")
     one_of(owner, "gradient_checkpointing", owner.checkpointing)

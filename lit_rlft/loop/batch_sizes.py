@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, overload
 
 import torch
 from lightning import Trainer
@@ -13,8 +13,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lit_rlft.core.batch_size import BatchSize, GlobalNoise, free_memory
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.batch_size import AUTO, BatchSize, GlobalNoise, free_memory
+from lit_rlft.core.checks import UsageError, at_least, one_of
 from lit_rlft.cost.meter import Meter
 from lit_rlft.distributed import gather
 from lit_rlft.kit.compiled import is_compiled
@@ -24,7 +24,7 @@ from lit_rlft.loop.updates import Loss, Shares, Update, accumulate, meet, stoppi
 from lit_rlft.runs.files import write_whole
 from lit_rlft.runs.folder import run_folder, writes_nothing
 
-__all__ = ["BatchSizes", "finishing", "fitting", "rehearse"]
+__all__ = ["BatchSizes", "Followed", "Sized", "finishing", "fitting", "rehearse"]
 
 _SAMPLES = 64
 """Samples that are drawn at a time unless memory runs out."""
@@ -117,6 +117,52 @@ class BatchSizes:
         if trainer.is_global_zero and not writes_nothing(trainer):
             path = Path(run_folder(trainer)) / _FILE
             write_whole(path, json.dumps(state, indent=2) + "\n")
+
+
+class Followed:
+    """A setting that its batch size follows: one that is set later counts from then on.
+
+    Args:
+        size: Name of the batch size in `sizes`.
+    """
+
+    def __init__(self, size: str) -> None:
+        self.size = size
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    @overload
+    def __get__(self, holder: None, owner: type) -> "Followed": ...
+
+    @overload
+    def __get__(self, holder: object, owner: type) -> Any: ...
+
+    def __get__(self, holder: object, owner: type) -> Any:
+        if holder is None:
+            return self
+        if self.name not in vars(holder):
+            raise AttributeError(f"{owner.__name__} has no {self.name} yet")
+        return vars(holder)[self.name]
+
+    def __set__(self, holder: Any, given: int | Literal["auto"] | None) -> None:
+        if "sizes" in vars(holder):
+            one_of(holder, self.name, (AUTO,), given, others="a whole number")
+            at_least(1, holder, **{self.name: given})
+            getattr(holder.sizes, self.size).give(given)
+        vars(holder)[self.name] = given
+
+
+class Sized:
+    """The settings of a tuner that are batch sizes.
+
+    Attributes:
+        sizes: The batch sizes themselves.
+    """
+
+    sizes: BatchSizes
+    microbatch_size = Followed("microbatch")
+    sampling_batch_size = Followed("sampling")
 
 
 def fitting(

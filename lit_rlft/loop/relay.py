@@ -61,7 +61,11 @@ class Relay:
         Args:
             route: One that the tuned model runs all of.
             reference: The reference's denoiser.
+
+        Raises:
+            BadArgument: The shares leave the tuned model no step.
         """
+        self.check(self, route.num_steps)
         first, last = self.steps(route.num_steps)
         tuned = next(leg.denoiser for leg in route.legs if leg.tuned)
         legs = [

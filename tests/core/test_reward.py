@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import BadArgument, UsageError
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import (
     Metric,
@@ -289,3 +289,69 @@ def test_rewards_come_to_the_samples_device() -> None:
             return samples[:, 0].cpu()
 
     assert rewards_of(Elsewhere(), POINTS.cuda(), CONDITION).is_cuda
+
+
+class Detailed(Reward):
+    """Its detail begins with the letters of its name."""
+
+    name = "D"
+
+    def forward(self, samples: Any, condition: Condition) -> Tensor:
+        return samples[:, 0]
+
+    def evaluate(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
+        own = self(samples, condition)
+        return {"D": own, "D/share": own, "Distance": own, "share/D": own}
+
+
+def test_details_of_parts_keep_their_names() -> None:
+    values = WeightedSum({"a": Detailed()}).evaluate(POINTS, CONDITION)
+    assert list(values) == ["WeightedSum", "a", "a/share", "a/Distance", "a/share/D"]
+
+
+@pytest.mark.parametrize("kind", [WeightedSum, Product])
+def test_parts_that_reports_would_mistake_are_refused(kind: Any) -> None:
+    name = kind.__name__
+    for part, what in ((name, f"the {name} itself"), ("kl", "the divergence from the reference")):
+        with pytest.raises(BadArgument) as caught:
+            kind({"a": First(), part: Second()})
+        problem = f"rewards has a part called {part!r}, as reports call {what}"
+        assert str(caught.value) == f"{name}: {problem}; give it another name"
+    with pytest.raises(BadArgument, match="'a/x', which reads as a detail of its part 'a'"):
+        kind({"a/x": First(), "a": Second()})
+    for part in ("a.b", "keys", "", 1):
+        with pytest.raises(BadArgument, match=f"{name}: rewards has a name that torch cannot take"):
+            kind({part: First()})
+
+
+def test_so_is_one_that_is_called_like_the_name_of_an_instance() -> None:
+    class Mine(WeightedSum):
+        name = "total"
+
+    with pytest.raises(BadArgument, match="Mine: rewards has a part called 'total'"):
+        Mine({"total": First()})
+
+    class Late(WeightedSum):
+        title = "b"
+
+        @property
+        def name(self) -> str:
+            return self.title
+
+    late = Late({"a": First()})
+    late.title = "a"
+    with pytest.raises(BadArgument, match="Late: rewards has a part called 'a'"):
+        late.evaluate(POINTS, CONDITION)
+
+
+def test_an_evaluation_without_the_reward_itself_is_named() -> None:
+    class D(Reward):
+        def forward(self, samples: Any, condition: Condition) -> Tensor:
+            return samples[:, 0]
+
+        def evaluate(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
+            return {"detail": samples[:, 1]}
+
+    for reward in (D(), WeightedSum({"a": D()})):
+        with pytest.raises(UsageError, match=r"^D\.evaluate\(\) lacks 'D'; return the reward"):
+            values_of(reward, POINTS, CONDITION)

@@ -17,11 +17,13 @@ from lit_rlft.algorithms.reward_gradient import RewardGradient
 from lit_rlft.core.answers import any_finite
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.gradient_plan import DRaFT
+from lit_rlft.core.guard import Guard
 from lit_rlft.core.pipeline import Condition, Pipeline
-from lit_rlft.core.reward import Metrics, Reward, WeightedSum
+from lit_rlft.core.reward import Metric, Metrics, Reward, WeightedSum
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.state import State
 from lit_rlft.evaluation.evaluator import Evaluator
+from lit_rlft.evaluation.exploitation import guards_of
 from lit_rlft.evaluation.kept import first_entries, first_of_all
 from lit_rlft.evaluation.measurements import Measurements
 from tests.support import trainer_of
@@ -249,3 +251,48 @@ def test_a_test_returns_its_numbers() -> None:
     for prefix, arm in (("test", "tuned"), ("test_reference", "reference"), ("test_gain", "gain")):
         for name, values in summary[arm].items():
             assert found[f"{prefix}/{name}"] == pytest.approx(values["mean"], abs=1e-6)
+
+
+class Named(Metric):
+    """Measures the second coordinate under names that others have."""
+
+    def evaluate(self, samples: Tensor, condition: Condition) -> dict[str, Tensor]:
+        return {"kl": samples[:, 1], "second": samples[:, 1]}
+
+    def guards(self) -> dict[str, Guard]:
+        return {"kl": Guard()}
+
+
+class Detailed(Coordinate):
+    """Has a detail that is called as the divergence is."""
+
+    def evaluate(self, samples: Tensor, condition: Condition) -> dict[str, Tensor]:
+        return super().evaluate(samples, condition) | {"kl": samples[:, 1]}
+
+
+def test_values_that_are_called_like_the_divergence_have_names_of_their_own() -> None:
+    for reward, metrics, renamed in (
+        (Coordinate(), Named(), {"kl_2": "second"}),
+        (Detailed(), Named(), {"kl_2": "second", "kl_3": "second"}),
+    ):
+        sampler = Sampler(2, 1.0)
+        pipeline = GaussianMixturePipeline()
+        tuner = GRAFT(pipeline, reward, metrics=metrics, sampler=sampler, num_eval_samples=1)
+        tuner.trainer = trainer_of()
+        tuner.setup("test")
+        tuner.evaluator.start()
+        measure(tuner, 1, 8)
+        summary = tuner.evaluator.summary()
+        for arm in ("tuned", "reference"):
+            assert summary[arm]["kl"]["mean"] == 0  # nothing was trained
+            for name, like in renamed.items():
+                assert summary[arm][name] == summary[arm][like] != summary[arm]["kl"]
+        assert "kl" not in guards_of(reward, metrics)
+
+
+def test_a_reward_cannot_be_called_like_the_divergence() -> None:
+    class Mine(Coordinate):
+        name = "kl"
+
+    with pytest.raises(UsageError, match="GRAFT: reward is called 'kl', as reports call the div"):
+        started(Mine())
