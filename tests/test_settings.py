@@ -24,9 +24,12 @@ from lit_rlft.core.checks import BadArgument, UsageError
 from lit_rlft.core.gradient_plan import DRaFT
 from lit_rlft.core.prior import LowRank
 from lit_rlft.core.process import MaskedProcess
+from lit_rlft.core.reward import Metric
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.schedule import CosineVP
 from lit_rlft.core.selection import TopK
+from lit_rlft.core.settings import Recorded, settings
+from lit_rlft.core.settings import arguments as recorded
 
 BAD = (math.nan, math.inf, -math.inf, -1, 0)
 
@@ -218,6 +221,12 @@ def make(cls: type, path: str, settings: Mapping[str, Any]) -> None:
 CASES = list(cases())
 
 
+def shown(cls: type) -> bool:
+    """Return whether a class is a setting of a run, and needs no weights of the hub."""
+    of_the_hub = issubclass(cls, Metric) and cls.__module__.startswith("domains.text_to_image")
+    return issubclass(cls, Recorded) and not of_the_hub and cls.__name__ != "XTB"
+
+
 def allowed(name: str, argument: str) -> list[float]:
     keys = {f"{name}.{argument}", f"*.{argument}"}
     return [value for values, known in ALLOWED.values() if keys & known for value in values]
@@ -240,6 +249,17 @@ def test_numbers_that_mean_nothing_are_refused(path: str) -> None:
             else:
                 taken.append(value)
         assert taken == allowed(entry.name, name), name
+
+
+@pytest.mark.parametrize("path", sorted({entry.path for entry, cls, *_ in CASES if shown(cls)}))
+def test_every_argument_is_a_setting_of_the_run(path: str) -> None:
+    """A resumed run lists what differs: nothing may be kept under another name alone."""
+    module, _, name = path.rpartition(".")
+    cls = getattr(importlib.import_module(module), name)
+    named = settings(cls(**NEEDED.get(path, {})), "x")
+    for argument in recorded(cls).keys() - {"cache"}:  # which classes give their base themselves
+        key = f"x.{argument}"
+        assert any(one == key or one.startswith(f"{key}.") for one in named), argument
 
 
 def test_no_class_is_left_out() -> None:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from lit_rlft.core.checks import BadArgument, UsageError, at_least
+from lit_rlft.core.settings import Recorded
 
 __all__ = [
     "Advantage",
@@ -38,7 +39,7 @@ __all__ = [
 _EPSILON = 1e-6
 
 
-class Advantage(ABC):
+class Advantage(Recorded, ABC):
     """A rule that picks each sample's peers: the rewards that its own is compared with."""
 
     def check(self, num_candidates: int) -> None:

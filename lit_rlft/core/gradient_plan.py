@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from lit_rlft.core.checks import BadArgument, UsageError, at_least
+from lit_rlft.core.settings import Recorded
 from lit_rlft.core.state import described
 
 __all__ = [
@@ -46,7 +47,7 @@ class GradientPlan:
         return replace(self, trained=trained, stop=stop)
 
 
-class GradientMethod(ABC):
+class GradientMethod(Recorded, ABC):
     """A rule for the steps that carry gradient.
 
     Attributes:

@@ -15,6 +15,7 @@ from lit_rlft.core.contract import check_answers
 from lit_rlft.core.figure import Figure
 from lit_rlft.core.process import Process
 from lit_rlft.core.randomness import Generators
+from lit_rlft.core.settings import Recorded
 from lit_rlft.core.state import State, described
 
 __all__ = [
@@ -59,7 +60,7 @@ def check_columns(batch: Batch, names: Sequence[str], pipeline: str) -> None:
         )
 
 
-class Pipeline(nn.Module, ABC):
+class Pipeline(Recorded, nn.Module, ABC):
     """A pretrained generative model: prior, transitions and decoder of one domain.
 
     Attributes:

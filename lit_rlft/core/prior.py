@@ -24,6 +24,7 @@ from lit_rlft.core.block_checkpointing import BlockCheckpointing
 from lit_rlft.core.checks import at_least
 from lit_rlft.core.distribution import Gaussian
 from lit_rlft.core.pipeline import pooled
+from lit_rlft.core.settings import Recorded
 
 __all__ = ["FullResolution", "LowRank", "LowResolution", "Maps", "NoisePolicy", "bounded"]
 
@@ -31,7 +32,7 @@ _SHARPNESS = 16.0
 """Of the first scores: the heaviest of 16 tokens has a weight of 0.4 on the embedded model."""
 
 
-class Maps(ABC):
+class Maps(Recorded, ABC):
     """How mu and log sigma of a state are made from hidden units."""
 
     @abstractmethod

@@ -22,6 +22,7 @@ from lit_rlft.core.checks import BadArgument, UsageError, finite, of_kind, requi
 from lit_rlft.core.guard import Guard
 from lit_rlft.core.moments import RunningMoments
 from lit_rlft.core.pipeline import Condition, Pipeline
+from lit_rlft.core.settings import Recorded
 
 __all__ = [
     "DIVERGENCE",
@@ -50,7 +51,7 @@ _without_gradient: WeakKeyDictionary[nn.Module, float | None] = WeakKeyDictionar
 """The first value without a gradient of each differentiable reward; None once there was one."""
 
 
-class Metric(nn.Module, ABC):
+class Metric(Recorded, nn.Module, ABC):
     """A measurement of samples when a model is evaluated."""
 
     def check(self, pipeline: Pipeline) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lit_rlft.core.checks import UsageError, below_one, finite, one_of, positive, require
+from lit_rlft.core.settings import Recorded
 from lit_rlft.core.watched import Watched
 
 __all__ = ["CosineVP", "DiscreteVP", "PolynomialVP", "RectifiedFlow", "Schedule", "vp_betas"]
@@ -28,7 +29,7 @@ Spacing = Literal["leading", "trailing", "linspace"]
 Betas = Literal["linear", "scaled_linear"]
 
 
-class Schedule(Watched, ABC):
+class Schedule(Recorded, Watched, ABC):
     """The signal scale alpha_t and the noise scale sigma_t, and the sampler's grid of times.
 
     Attributes:

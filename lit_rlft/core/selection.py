@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lit_rlft.core.checks import BadArgument, UsageError, at_least, finite, positive
 from lit_rlft.core.randomness import Generators, rand_like
+from lit_rlft.core.settings import Recorded
 from lit_rlft.core.state import described
 
 __all__ = [
@@ -38,7 +39,7 @@ Keys = Sequence[Sequence[Hashable]]
 """Equivalence classes of the M candidates of each of G conditions, e.g. canonical SMILES."""
 
 
-class Selection(ABC):
+class Selection(Recorded, ABC):
     """A rule that accepts some of the candidates of each condition.
 
     Attributes:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lit_rlft.core.checks import UsageError, at_least
+from lit_rlft.core.settings import Recorded
 
 __all__ = ["Record", "Rows", "Split", "SplitData", "batches_seen", "collate", "hold_out"]
 
@@ -111,7 +112,7 @@ class _TrainOrder(DistributedSampler[Any]):
         return padded[self.rank :: self.num_replicas]
 
 
-class SplitData(LightningDataModule, ABC):
+class SplitData(Recorded, LightningDataModule, ABC):
     """Loaders over three splits; every rank sees its share, in an order fixed by the seed.
 
     Args:

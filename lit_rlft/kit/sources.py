@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lit_rlft.core.checks import UsageError, at_least, below_one, reading
+from lit_rlft.core.settings import Recorded
 from lit_rlft.kit.bad_entries import Report
 from lit_rlft.kit.cache import cached_folder, listing, open_arrays, save_arrays, user_cache
 from lit_rlft.kit.data import Split, SplitData, hold_out
@@ -24,7 +25,7 @@ Splits = dict[str, NDArray[np.int64]]
 """Rows of "train", "val" and "test"."""
 
 
-class Source(ABC, Generic[P]):
+class Source(Recorded, ABC, Generic[P]):
     """A collection of data, packed into arrays of type P.
 
     Attributes:

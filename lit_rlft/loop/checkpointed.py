@@ -21,6 +21,7 @@ from lit_rlft.core.moments import RunningMoments
 from lit_rlft.core.pipeline import Pipeline
 from lit_rlft.core.reward import Reward, WeightedSum
 from lit_rlft.core.sampling import Sampler
+from lit_rlft.core.settings import Plain, arguments, settings
 from lit_rlft.core.window import SlidingWindow
 from lit_rlft.cost.meter import Meter
 from lit_rlft.loop import checkpoint as contents
@@ -31,7 +32,7 @@ from lit_rlft.loop.export import write_tuned
 from lit_rlft.loop.learning_rate import optimizer_of
 from lit_rlft.loop.precision import check_weights
 from lit_rlft.loop.reference import LoRA, Reference, continued
-from lit_rlft.loop.settings import Plain, arguments, changes, settings
+from lit_rlft.loop.settings import changes
 from lit_rlft.loop.sharded import whole_weights
 from lit_rlft.runs.folder import run_folder, writes_nothing
 from lit_rlft.runs.readme import readme
@@ -172,6 +173,7 @@ class Checkpointed(LightningModule):
             "algorithm": self.algorithm,
             "settings": self._settings() | self._optimizer_settings(),
             "batch_sizes": self.sizes.state(),
+            "num_train_rows": resume.num_train_rows(self._trainer),
             **(self.counted or self._counts()),
         }
         contents.reduce(checkpoint, contents.trained_shapes(self, trained.values()), ours)
@@ -252,8 +254,10 @@ class Checkpointed(LightningModule):
         optimizer = optimizer_of(trained, self.make_optimizer, None, self.trainer)
         scheduler = self.make_lr_scheduler and self.make_lr_scheduler(optimizer)
         resume.check_optimizer(checkpoint, old or {}, optimizer, scheduler)
-        new = self._settings() | resume.optimizer_settings(optimizer, scheduler)
-        resume.check_same_batches(checkpoint, old or {}, new)
+        makers = (optimizer, scheduler, self.make_lr_scheduler)
+        new = self._settings() | resume.optimizer_settings(*makers)
+        data = getattr(self.trainer, "datamodule", None)
+        resume.check_same_batches(checkpoint, old or {}, new, data)
         resume.list_changes(checkpoint, old, new, optimizer, scheduler)
 
     def _settings(self) -> dict[str, Plain]:
@@ -270,7 +274,8 @@ class Checkpointed(LightningModule):
             return {}
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         scheduler = schedulers[0] if schedulers else None
-        return resume.optimizer_settings(trainer.optimizers[0], scheduler)
+        optimizer, made = trainer.optimizers[0], self.make_lr_scheduler
+        return resume.optimizer_settings(optimizer, scheduler, made)
 
     def _facts(self) -> dict[str, Any]:
         """Return what the folder of the tuned model says of it."""

@@ -1,100 +1,67 @@
-"""The settings of a run as plain values: kept in its checkpoints, compared when it resumes."""
+"""The settings of two runs, compared."""
 
-import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
-
-from lit_rlft.loop.side.rewards import SideReward
-
-__all__ = ["Plain", "arguments", "changes", "settings"]
-
-Plain = bool | int | float | str | None
-_MAX_DEPTH = 4
-_FOREIGN = ("torch", "lightning", "builtins", "abc")
-"""Packages whose own arguments are not settings of a run, but for schedules of a learning rate."""
+__all__ = ["ABSENT", "changes"]
 
 
-def settings(value: Any, key: str, leave_out: Sequence[str] = ()) -> dict[str, Plain]:
-    """Return what a value is made of by key: plain values, class paths, constructor arguments.
+class _Absent:
+    def __str__(self) -> str:
+        return "not set"
 
-    Of an object: its class under `key` and, under `key.<name>`, the attributes that are called like
-    its constructor's arguments, so far as they are plain or made of plain ones.
+    __repr__ = __str__
 
-    Args:
-        value: Any object.
-        key: Its own key.
-        leave_out: Arguments to leave out.
-    """
-    return dict(_walk(value, key, frozenset(leave_out), _MAX_DEPTH))
+
+ABSENT: Any = _Absent()
+"""Stands for the value of a setting that one side does not have."""
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Return (key, old value, new value) of the settings that differ, of both where both have them.
+    """Return (key, old value, new value) of the settings that differ; ABSENT where one has none.
 
-    Where a class differs, its arguments are not compared.
+    Where a class differs, its arguments are not compared. What one side alone has below an argument
+    counts where the other side knows that argument: other versions have other arguments.
     """
+    known = set(_prefixes(old)), set(_prefixes(new))
+    by_name = {_length_of_named(key) for key in known[0] | known[1]}
     found: list[tuple[str, Any, Any]] = []
-    for key in sorted(old.keys() & new.keys()):
+    for key in sorted(old.keys() | new.keys()):
+        before, now = old.get(key, ABSENT), new.get(key, ABSENT)
         within = any(key.startswith(f"{other}.") for other, *_ in found)
-        if old[key] != new[key] and not within:
-            found.append((key, old[key], new[key]))
+        if before == now or within or key in by_name:
+            continue
+        if ABSENT not in (before, now) or _is_news(key, old, new, known):
+            found.append((key, before, now))
     return found
 
 
-def arguments(cls: type) -> dict[str, inspect.Parameter]:
-    """Return the named arguments of a class's constructor, its bases' included."""
-    names: dict[str, inspect.Parameter] = {}
-    for base in cls.__mro__:
-        foreign = base.__module__.partition(".")[0] in _FOREIGN
-        if (foreign and not issubclass(base, LRScheduler)) or "__init__" not in vars(base):
-            continue
-        own = inspect.signature(vars(base)["__init__"]).parameters.values()
-        named = {p.name: p for p in own if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-        names = {**{n: p for n, p in named.items() if n != "self"}, **names}
-    return names
+def _is_news(
+    key: str, old: Mapping[str, Any], new: Mapping[str, Any], known: tuple[set[str], set[str]]
+) -> bool:
+    """Return whether a key of one side alone lies below an argument that both sides know."""
+    parts = key.split(".")
+    if parts[-1] == "length":
+        return False  # said by what it is the length of
+    ancestors = [".".join(parts[:n]) for n in range(len(parts) - 1, 0, -1)]
+    owner = next((one for one in ancestors if one in old or one in new), None)
+    if owner is None or old.get(owner, ABSENT) != new.get(owner, ABSENT):
+        return False
+    argument = ".".join(parts[: owner.count(".") + 2])
+    return argument in known[0] and argument in known[1]
 
 
-def _walk(value: Any, key: str, without: frozenset[str], depth: int) -> Iterator[tuple[str, Plain]]:
-    if value is None or isinstance(value, bool | int | float | str):
-        yield key, value
-    elif isinstance(value, Path):
-        yield key, str(value)
-    elif depth == 0:
-        return
-    elif isinstance(value, Mapping | nn.ModuleDict):
-        for name, part in value.items():
-            if str(name) not in without:
-                yield from _walk(part, f"{key}.{name}", frozenset(), depth - 1)
-    elif isinstance(value, list | tuple | nn.ModuleList):
-        yield f"{key}.length", len(value)
-        for i, part in enumerate(value):
-            yield from _walk(part, f"{key}.{i}", frozenset(), depth - 1)
-    elif isinstance(value, partial):
-        yield from _walk(value.func, key, frozenset(), depth)
-        yield from _walk(value.keywords, key, without, depth)
-    elif isinstance(value, type) or inspect.isroutine(value):
-        yield key, _path(value)
-    elif isinstance(value, SideReward):
-        yield from _walk(value.inner, key, without, depth)
-    else:
-        yield key, _path(type(value))
-        for name, part in _attributes(value).items():
-            if name not in without:
-                yield from _walk(part, f"{key}.{name}", frozenset(), depth - 1)
+def _length_of_named(key: str) -> str:
+    """Return the key of the length of what has a part by name, "" for what is in a list.
+
+    Such a length says nothing that its parts do not say.
+    """
+    parent, _, last = key.rpartition(".")
+    return "" if last.isdigit() or last == "length" else f"{parent}.length"
 
 
-def _attributes(value: Any) -> dict[str, Any]:
-    """Return an object's attributes that are called like its constructor's arguments."""
-    own = dict(getattr(value, "__dict__", {}))
-    if isinstance(value, nn.Module):
-        own |= dict(value.named_children())
-    return {name: own[name] for name in arguments(type(value)) if name in own}
-
-
-def _path(named: Any) -> str:
-    return f"{named.__module__}.{named.__qualname__}"
+def _prefixes(keys: Mapping[str, Any]) -> Iterator[str]:
+    """Iterate over all keys, and over what lies above them."""
+    for key in keys:
+        parts = key.split(".")
+        yield from (".".join(parts[: n + 1]) for n in range(len(parts)))

@@ -1,6 +1,7 @@
 """What a resumed fit must share with the run before it, and what it says of the rest."""
 
 import json
+import math
 import re
 import shutil
 import warnings
@@ -127,6 +128,81 @@ def test_settings_of_several_numbers_and_of_torchs_schedules_apply(
         (group,) = ended["optimizer_states"][0]["param_groups"]
         assert tuple(group["betas"]) == (0.5, 0.99)
         assert ended["lr_schedulers"][0]["T_max"] == 1000
+
+
+@pytest.mark.parametrize(
+    ("kind", "first", "then", "line", "rate"),
+    [
+        (
+            "OneCycleLR",
+            {"max_lr": 1.0, "total_steps": 8},
+            {"total_steps": 16, "pct_start": 0.5},
+            "pct_start 0.3 -> 0.5, model.lr_scheduler.total_steps 8 -> 16",
+            (1 + math.cos(math.pi / 8)) / 2,
+        ),
+        ("MultiStepLR", {"milestones": [99]}, {"milestones": [8]}, "milestones.0 99 -> 8", 1e-3),
+    ],
+)
+def test_the_rates_are_those_of_the_new_schedule(
+    tmp_path: Path,
+    said: list[str],
+    kind: str,
+    first: dict[str, Any],
+    then: dict[str, Any],
+    line: str,
+    rate: float,
+) -> None:
+    """The first schedule would end with the eighth update, or wait for the ninety-ninth."""
+    key = "model.lr_scheduler"
+    start = {key: f"torch.optim.lr_scheduler.{kind}", "model.optimizer.lr": 0.01}
+    start |= {f"{key}.{name}": value for name, value in first.items()}
+    with working_directory(tmp_path):
+        fit(start)
+        fit(start | {f"{key}.{name}": value for name, value in then.items()} | GOING_ON)
+        (told,) = [one for one in said if "other settings" in one]
+        assert line in told
+        (group,) = checkpoint("run")["optimizer_states"][0]["param_groups"]
+        assert checkpoint("run")["lr_schedulers"][0]["last_epoch"] == 8
+        assert group["lr"] == pytest.approx(rate, rel=1e-6)
+
+
+def test_other_data_and_parts_of_rewards_are_listed(tmp_path: Path, said: list[str]) -> None:
+    start = {
+        "reward": "lit_rlft.core.reward.WeightedSum",
+        "reward.rewards": {"a": {"class_path": "Coordinate"}, "b": {"class_path": "Quadratic"}},
+    }
+    center = {"class_path": "Quadratic", "init_args": {"center": [0.0, 2.0]}}
+    other = {
+        "data.num_train": 24,
+        "data.stds": [0.2, 0.25, 0.2, 0.25, 0.5],
+        "reward.limits": {"a": [None, 5.0]},
+        "reward.rewards": start["reward.rewards"] | {"b": center},
+    }
+    with working_directory(tmp_path):
+        fit(start)
+        fit(start | GOING_ON | other)
+    (line,) = [one for one in said if "other settings" in one]
+    assert line.partition("settings: ")[2] == (
+        "data.num_train 16 -> 24, data.stds.4 0.2 -> 0.5, reward.limits.a.0 not set -> None, "
+        "reward.limits.a.1 not set -> 5.0, reward.rewards.b.center.1 0.0 -> 2.0"
+    )
+
+
+def test_a_checkpoint_that_names_attributes_alone_brings_no_news(
+    tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Earlier versions named no argument of which no attribute has the name."""
+    with working_directory(tmp_path):
+        with monkeypatch.context() as patch:
+            patch.setattr("lit_rlft.core.settings._record", lambda *_: {})
+            fit({})
+        content = checkpoint("run")
+        assert "data.num_train" not in content["lit_rlft"]["settings"]
+        del content["lit_rlft"]["num_train_rows"]
+        torch.save(content, LAST)
+        fit(GOING_ON)
+        assert said == []
+        assert checkpoint("run")["lit_rlft"]["settings"]["data.num_train"] == 16
 
 
 def test_the_same_settings_are_no_news(
@@ -259,6 +335,22 @@ def test_in_the_middle_of_an_epoch_batches_keep_their_size(tmp_path: Path) -> No
         fit(LONG | {"ckpt_path": LAST, "trainer.max_epochs": 1})
         fit(smaller)
         assert checkpoint("run")["lit_rlft"]["num_rounds"] == 4 + 8
+
+
+def test_in_the_middle_of_an_epoch_data_keep_their_number_of_rows(tmp_path: Path) -> None:
+    """The order of more rows is another one, and so are the batches that are still to come."""
+    more = LONG | {"ckpt_path": LAST, "data.num_train": 48}
+    middle = (
+        r"middle of an epoch, after 3 batches of data of 32 rows, and the training data have 48 "
+        r"now; give them 32 rows until"
+    )
+    with working_directory(tmp_path):
+        fit(LONG | BUDGET | {"trainer.callbacks.reward_calls": 80})
+        with pytest.raises(SystemExit, match=middle):
+            fit(more)
+        fit(LONG | {"ckpt_path": LAST, "trainer.max_epochs": 1})
+        fit(more)
+        assert checkpoint("run")["lit_rlft"]["num_rounds"] == 4 + 6
 
 
 class FailsInRound(Hooks):

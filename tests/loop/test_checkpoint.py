@@ -28,10 +28,11 @@ from lit_rlft.core.checks import UsageError
 from lit_rlft.core.gradient_plan import DRaFT, DRTune
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.selection import BestOfM
+from lit_rlft.core.settings import settings
 from lit_rlft.core.window import SlidingWindow
 from lit_rlft.loop.checkpoint import check_file, fingerprint
 from lit_rlft.loop.reference import LoRA
-from lit_rlft.loop.settings import changes, settings
+from lit_rlft.loop.settings import changes
 from tests.support import assert_equal, trainer_of
 
 SHAPES = Path(domains.text_to_image.__file__).parent / "assets/shapes"

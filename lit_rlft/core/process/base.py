@@ -14,6 +14,7 @@ from lit_rlft.core.distribution import Distribution
 from lit_rlft.core.process.noise import FlowSDE, Noise, Within, within
 from lit_rlft.core.process.steps import Steps, StepTables
 from lit_rlft.core.randomness import Generators
+from lit_rlft.core.settings import Recorded
 from lit_rlft.core.state import State, batch_size, described, leaves
 from lit_rlft.core.watched import Watched
 
@@ -39,7 +40,7 @@ def _one_each(loss: Callable[..., Any]) -> Callable[..., Any]:
     return answer
 
 
-class Process(Watched, ABC):
+class Process(Recorded, Watched, ABC):
     """The mathematics of x_t: prior, forward and reverse transitions, denoising loss.
 
     Times `t` and `s` are [B] in [0, 1] with `s < t`; a *prediction* is what the denoiser returned

@@ -159,6 +159,10 @@ class SideReward(Reward):
         return self._held[0]
 
     @property
+    def stands_for(self) -> Reward:
+        return self.inner
+
+    @property
     def name(self) -> str:
         return self.inner.name
 
