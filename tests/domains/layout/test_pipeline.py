@@ -367,8 +367,8 @@ def test_models_that_cannot_be_loaded(tmp_path: Path) -> None:
     for settings, message in [
         ({"width": 30, "num_heads": 4}, "multiple of num_heads"),
         ({"depth": 0}, "depth must be at least 1"),
-        ({"state": "discrete"}, "continuous, mixed or gibbs"),
-        ({"class_noise": "noise"}, "class_noise must be mask or uniform"),
+        ({"state": "discrete"}, "use 'continuous', 'mixed' or 'gibbs'"),
+        ({"class_noise": "noise"}, "class_noise is 'noise'; use 'mask' or 'uniform'"),
         ({"box_share": 1.0}, "box_share must be below 1"),
     ]:
         with pytest.raises(UsageError, match=message):
