@@ -1,6 +1,6 @@
 """A part or a number of the wrong kind is refused before anything is drawn, in one sentence."""
 
-from typing import Any
+from typing import Any, TypedDict
 
 import pytest
 import torch
@@ -72,16 +72,20 @@ def test_of_its_subclasses() -> None:
     with pytest.raises(BadArgument, match="DDPO: advantage is a list; give a"):
         setup(DDPO, advantage=[1])
 
-    class Own(GRAFT):
-        def __init__(self, *args: Any, rounds: int = 1, partner: TopK | None = None, **base: Any):
-            super().__init__(*args, **base)
-            self.rounds, self.partner = rounds, partner
+    class Settings(TypedDict):
+        depth: int
 
-    with pytest.raises(BadArgument, match="Own: rounds must be a whole number, got 1"):
-        setup(Own, rounds=1.5)
-    with pytest.raises(BadArgument, match="Own: partner is 1; give a TopK"):
-        setup(Own, partner=1)
-    setup(Own, rounds=2, partner=TopK())
+    class Own(GRAFT):
+        """Keeps something else under the names of its arguments."""
+
+        def __init__(self, *args: Any, teacher: str, gamma: int, more: Settings, **base: Any):
+            super().__init__(*args, **base)
+            self.teacher, self.gamma, self.more = nn.Linear(2, len(teacher)), gamma / 2, more
+
+    own: Any = {"teacher": "file", "gamma": 3, "more": {"depth": 1}}
+    setup(Own, **own)
+    with pytest.raises(BadArgument, match=r"Own: num_epochs must be a whole number, got 1\.5"):
+        setup(Own, **own, num_epochs=1.5)
 
 
 @pytest.mark.parametrize("kind", [WeightedSum, Product])

@@ -21,7 +21,7 @@ from lit_rlft.core.process import GaussianProcess
 from lit_rlft.core.state import State, tensor_of
 from lit_rlft.kit.compiled import SmallCompiled, compile_small
 from lit_rlft.kit.images import save_pictures
-from lit_rlft.kit.network_folder import found_variant, load_pretrained, merged
+from lit_rlft.kit.network_folder import SaveDtype, found_variant, load_pretrained, merged
 from lit_rlft.kit.picture_folder import read_picture
 from lit_rlft.kit.probe_pictures import probe_pictures
 from lit_rlft.kit.saved_grids import SavedFlow, SavedVP, plain_flow
@@ -37,7 +37,6 @@ _KEY = "pipeline.init_args.pretrained"
 _PARTS = ("unet", "scheduler")
 _ELSEWHERE = "models with conditions or latents belong to other domains"
 Schedule = Literal["saved", "rectified_flow", "ddpm"]
-SaveDtype = Literal["float32", "float16", "bfloat16"]
 
 
 class ImagePipeline(Pipeline):

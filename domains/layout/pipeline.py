@@ -8,7 +8,7 @@ Such entries have no loss (at s = 0), no gradient and no divergence from the ref
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -35,11 +35,10 @@ from lit_rlft.core.process import (
 from lit_rlft.core.schedule import RectifiedFlow
 from lit_rlft.core.state import State, expand_as, fields_of, tensor_of
 from lit_rlft.kit.compiled import SmallCompiled, compile_small
-from lit_rlft.kit.network_folder import check_one_given, load_pretrained, save_network
+from lit_rlft.kit.network_folder import SaveDtype, check_one_given, load_pretrained, save_network
 
 __all__ = ["EMBEDDED", "LayoutPipeline"]
 
-SaveDtype = Literal["float32", "float16", "bfloat16"]
 
 _SHARPNESS = 8.0  # of presence: 1 - 1e-7 at the scores of a full slot
 _SMALLEST_T = 1e-6

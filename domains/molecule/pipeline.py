@@ -16,7 +16,7 @@ References:
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -54,11 +54,10 @@ from lit_rlft.core.schedule import PolynomialVP, RectifiedFlow
 from lit_rlft.core.state import State, cat, index
 from lit_rlft.core.subspace import PointClouds
 from lit_rlft.kit.compiled import SmallCompiled, compile_small
-from lit_rlft.kit.network_folder import check_one_given, load_pretrained, save_network
+from lit_rlft.kit.network_folder import SaveDtype, check_one_given, load_pretrained, save_network
 
 __all__ = ["EMBEDDED", "MoleculePipeline"]
 
-SaveDtype = Literal["float32", "float16", "bfloat16"]
 
 _NETWORKS: dict[str, type[MoleculeNetwork]] = {"egnn": EGNN, "transformer": Transformer, "edm": EDM}
 _SHARPNESS = 12.0  # of types: 1 - 3e-5 for exactly one-hot scores

@@ -18,6 +18,7 @@ from domains.text_to_image.decode_size import DecodeSize
 from domains.text_to_image.embeddings import EmbeddingCache, identity
 from domains.text_to_image.families import family_of
 from domains.text_to_image.loading import Files, load_parts, text_encoder_reader
+from domains.text_to_image.networks.clip import Precision, precision
 from domains.text_to_image.networks.lora import Home, lora_weights, read_lora, save_lora
 from domains.text_to_image.networks.web_lora import WEB_LORA, save_web_lora, unread_layers
 from domains.text_to_image.overflow import check_latents, check_vae, kept_single
@@ -47,7 +48,6 @@ from lit_rlft.kit.weightless import weightless
 __all__ = ["EMBEDDED", "TextToImagePipeline"]
 
 GuidanceGradient = Literal["both", "conditional"]
-Precision = Literal["float32", "float16", "bfloat16"]
 FrozenDtype = Literal["auto", "float32", "float16", "bfloat16"]
 TextEncoders = Literal["keep", "cpu", "drop"]
 
@@ -172,8 +172,8 @@ class TextToImagePipeline(Pipeline):
         self.pretrained, self.config, self.variant = pretrained, config, variant
         self.guidance_gradient, self.negative_prompt = guidance_gradient, negative_prompt
         self.decode_batch_size, self.checkpoint_decoder = decode_batch_size, checkpoint_decoder
-        self.frozen_dtype, self.max_table_gb = _new(self, frozen_dtype, dtype), max_table_gb
-        self.encode_batch_size, self.save_dtype = encode_batch_size, _type(self, save_dtype)
+        self.encode_batch_size, self.max_table_gb = encode_batch_size, max_table_gb
+        self.frozen_dtype, self.save_dtype = _precisions(self, frozen_dtype, dtype, save_dtype)
         self.from_scratch, self.web_lora, self._cached_in = from_scratch, web_lora, embedding_cache
         options: dict[str, Any] = {"true_cfg_scale": true_cfg_scale, "crop": crop}
         options |= {"cfg_normalization": cfg_normalization, "cfg_truncation": cfg_truncation}
@@ -274,7 +274,8 @@ class TextToImagePipeline(Pipeline):
     @property
     def _loaded(self) -> torch.dtype:
         """Precision in which weights are read."""
-        return _type(self, "float32" if self.frozen_dtype == "auto" else self.frozen_dtype)
+        given = self.frozen_dtype
+        return precision(self, "float32" if given == "auto" else given, "frozen_dtype")
 
     def _reader(self, dtype: torch.dtype) -> Callable[[str], nn.Module]:
         return text_encoder_reader(self.pretrained, dtype, self.variant)
@@ -614,6 +615,13 @@ class TextToImagePipeline(Pipeline):
         return Home(type(self.diffusers), self.family.denoiser_name, self.denoiser.config)
 
 
+def _precisions(
+    owner: TextToImagePipeline, frozen: FrozenDtype, dtype: Precision | None, saved: Precision
+) -> tuple[FrozenDtype, torch.dtype]:
+    """Return the precision of frozen weights, and the type of files."""
+    return _new(owner, frozen, dtype), precision(owner, saved, "save_dtype")
+
+
 def _new(
     owner: TextToImagePipeline, frozen_dtype: FrozenDtype, dtype: Precision | None
 ) -> FrozenDtype:
@@ -636,12 +644,6 @@ def _new(
 def _dropped(owner: TextToImagePipeline, text_encoders: TextEncoders) -> bool:
     one_of(owner, "text_encoders", get_args(TextEncoders), text_encoders)
     return text_encoders == "drop"
-
-
-def _type(owner: TextToImagePipeline, name: Precision) -> torch.dtype:
-    one_of(owner, "save_dtype", get_args(Precision), name)
-    kind: torch.dtype = getattr(torch, name)
-    return kind
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -32,6 +32,10 @@ class EMA(Callback):
         self._raw: list[Tensor] | None = None
         self._model: ref[LightningModule] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to a model of this process."""
+        return {**vars(self), "_model": None, "_raw": None}
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget the average of another model."""
         if self._model is not None and self._model() is not pl_module:

@@ -44,7 +44,7 @@ def tensors(samples: Any) -> Iterator[Tensor]:
 def any_finite(samples: Any) -> bool:
     """Return whether a sample has finite numbers alone; True where samples hold no tensors."""
     rows = [
-        one.isfinite().reshape(len(one), -1).all(dim=1).cpu()
+        one.isfinite().unsqueeze(1).flatten(1).all(dim=1).cpu()
         for one in tensors(samples)
         if one.dim() and one.is_floating_point()
     ]

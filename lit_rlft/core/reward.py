@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from types import NoneType
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -44,11 +44,12 @@ __all__ = [
 
 DIVERGENCE = "kl"
 """What reports call the divergence from the reference, beside the values of rewards and metrics."""
-_REMEDY = "give a lit_rlft.Reward: a subclass, or the domain's FunctionReward around a function"
+A_REWARD = "a lit_rlft.Reward: a subclass, or the domain's FunctionReward around a function"
+"""What to give where something else is no reward."""
 
 
-_without_gradient: WeakKeyDictionary[nn.Module, float | None] = WeakKeyDictionary()
-"""The first value without a gradient of each differentiable reward; None once there was one."""
+_with_gradient: WeakSet[nn.Module] = WeakSet()
+"""Rewards that had a gradient once: where they have none, none may be right."""
 
 
 class Metric(Recorded, nn.Module, ABC):
@@ -165,7 +166,13 @@ class Metrics(Metric):
 
     def __init__(self, parts: list[Metric] | None = None) -> None:
         super().__init__()
-        of_kind(self, "parts", (list, tuple, NoneType), "give a list: Metrics([...])", parts)
+        of_kind(
+            self,
+            "parts",
+            (list, tuple, nn.ModuleList, NoneType),
+            "give a list: Metrics([...])",
+            parts,
+        )
         for i, part in enumerate(parts or ()):
             of_kind(self, f"parts[{i}]", Metric, "give a lit_rlft.Metric", part)
         self.parts = nn.ModuleList(parts or [])
@@ -341,7 +348,7 @@ class Combination(Reward):
         if not rewards:
             raise BadArgument(self, "rewards", "must name at least one reward")
         for name, reward in rewards.items():
-            of_kind(self, f"rewards[{name!r}]", Reward, _REMEDY, reward)
+            of_kind(self, f"rewards[{name!r}]", Reward, f"give {A_REWARD}", reward)
             self._check_part(name)
             if within := [other for other in rewards if str(name).startswith(f"{other}/")]:
                 problem = f"has {name!r}, which reads as a detail of its part {within[0]!r}"
@@ -461,13 +468,9 @@ def _check_gradient(reward: Reward, values: Tensor, has_gradient: bool) -> None:
     sum a part without a gradient would be left out in silence.
     """
     if has_gradient:
-        _without_gradient[reward] = None
-        return
+        _with_gradient.add(reward)
     known = values[values.isfinite()]
-    if not len(known):
-        return
-    first = _without_gradient.setdefault(reward, float(known[0]))
-    if first is not None and (known != first).any():
+    if reward not in _with_gradient and (known != known[:1]).any():
         raise UsageError(
             f"{reward.name} has differentiable = True, but its values have no gradient; look for "
             "torch.no_grad, detach, .item(), numpy or a comparison in its forward, or set "

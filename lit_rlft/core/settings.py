@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, Self
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-__all__ = ["Plain", "Recorded", "arguments", "settings"]
+__all__ = ["HIDDEN", "SECRET", "Plain", "Recorded", "arguments", "settings"]
 
 Plain = bool | int | float | str | None
 _MAX_DEPTH = 4
@@ -20,15 +21,22 @@ _FOREIGN = ("torch", "lightning", "builtins", "abc")
 """Packages whose own arguments are not settings of a run, but for schedules of a learning rate."""
 _RECORD = "_constructed_from"
 
+HIDDEN = "(hidden)"
+SECRET = re.compile(
+    r"(^|[._-])(token|secret|passw(or)?d|api_?key|access_?key|authori[sz]ation|credentials?)$",
+    re.IGNORECASE,
+)
+"""Names of settings whose values are nobody's business; `num_tokens` is none of them."""
+
 
 class Recorded:
     """An object that remembers what its constructor was given, as plain values.
 
     Attributes alone do not tell: many objects keep what they make of an argument, under another
-    name. Every subclass has it, whoever makes its objects and however its constructor is written.
+    name. What Python cannot tell of a constructor's arguments is left out.
     """
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+    def __new__(cls, /, *args: Any, **kwargs: Any) -> Self:
         if (args or kwargs) and cls.__init__ is object.__init__:
             raise TypeError(f"{cls.__name__}() takes no arguments")
         made = super().__new__(cls)
@@ -46,14 +54,15 @@ def settings(value: Any, key: str, leave_out: Sequence[str] = ()) -> dict[str, P
 
     Of an object: its class under `key` and, under `key.<name>`, its constructor's arguments, so far
     as they are plain or made of plain ones: attributes that are called like them, and where there
-    are none what the constructor was given (`Recorded`).
+    are none what the constructor was given (`Recorded`). Secrets are hidden.
 
     Args:
         value: Any object.
         key: Its own key.
         leave_out: Arguments to leave out.
     """
-    return dict(_walk(value, key, frozenset(leave_out), _MAX_DEPTH))
+    found = _walk(value, key, frozenset(leave_out), _MAX_DEPTH)
+    return {name: HIDDEN if plain and SECRET.search(name) else plain for name, plain in found}
 
 
 def arguments(cls: type) -> dict[str, inspect.Parameter]:
@@ -63,22 +72,32 @@ def arguments(cls: type) -> dict[str, inspect.Parameter]:
         foreign = base.__module__.partition(".")[0] in _FOREIGN
         if (foreign and not issubclass(base, LRScheduler)) or "__init__" not in vars(base):
             continue
-        own = inspect.signature(vars(base)["__init__"]).parameters.values()
+        own = _parameters(vars(base)["__init__"]).values()
         named = {p.name: p for p in own if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
         names = {**{n: p for n, p in named.items() if n != "self"}, **names}
     return names
 
 
+def _parameters(constructor: Any) -> Mapping[str, inspect.Parameter]:
+    """Return a constructor's parameters; none of one that is not written in Python."""
+    try:
+        return inspect.signature(constructor).parameters
+    except (TypeError, ValueError):
+        return {}
+
+
 def _record(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Plain]:
     """Return a constructor's arguments, given or by default, as plain values by key."""
-    signature = inspect.signature(cls.__init__)  # type: ignore[misc]
+    parameters = _parameters(cls.__init__)  # type: ignore[misc]
     known = {n: p.default for n, p in arguments(cls).items() if p.default is not p.empty}
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters.values()) and args:
+        known = {n: value for n, value in known.items() if n in parameters}  # some is given in them
     try:
-        bound = signature.bind_partial(None, *args, **kwargs)
+        bound = inspect.Signature([*parameters.values()]).bind_partial(None, *args, **kwargs)
     except TypeError:  # which the constructor says itself
         return {}
     for name, value in list(bound.arguments.items())[1:]:
-        kind = signature.parameters[name].kind
+        kind = parameters[name].kind
         if kind is inspect.Parameter.VAR_KEYWORD:
             known |= value
         elif kind is not inspect.Parameter.VAR_POSITIONAL:
@@ -150,6 +169,8 @@ def _walk_arguments(
 def _attributes(value: Any) -> dict[str, Any]:
     """Return an object's attributes that are called like its constructor's arguments."""
     own = dict(getattr(value, "__dict__", {}))
+    slots = {name for base in type(value).__mro__ for name in getattr(base, "__slots__", ())}
+    own |= {name: getattr(value, name) for name in slots if hasattr(value, name)}
     if isinstance(value, nn.Module):
         own |= dict(value.named_children())
     return {name: own[name] for name in arguments(type(value)) if name in own}

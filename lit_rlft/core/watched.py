@@ -14,8 +14,9 @@ class Watched(nn.Module):
     """A base of processes and schedules, whose numbers others keep.
 
     Attributes:
-        num_changes: How often an attribute of any of them was set. One count serves all: a process
-            has others as its parts, and what is kept is quick to compute again.
+        num_changes: How often an attribute of any of them became another, or its state was loaded.
+            One count serves all: a process has others as its parts, and what is kept is quick to
+            compute again.
     """
 
     num_changes: ClassVar[int] = 0
@@ -26,3 +27,7 @@ class Watched(nn.Module):
         same = isinstance(value, _PLAIN) and type(before) is type(value) and before == value
         if not same and name != "training":  # the mode, which each round sets, means nothing here
             Watched.num_changes += 1
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        Watched.num_changes += 1

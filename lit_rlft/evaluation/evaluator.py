@@ -83,6 +83,7 @@ class Evaluator:
 
     Attributes:
         latest: The `summary` that `means` was last made of.
+        known: The last `summary` of this evaluation, for others that need no more than its means.
         world_size: Processes that share it; one that fails tells the others.
         num_pictures: First samples to render, over all processes; see `show`.
         keeps_figures: Whether drawings of these samples are kept too.
@@ -102,6 +103,7 @@ class Evaluator:
         self._best: Arm | None = None
         self._waiting: deque[_Drawn] = deque()
         self.latest: dict[Arm, dict[str, Moments]] = {}
+        self.known: dict[Arm, dict[str, Moments]] = {}
         self.phase: Phase = lambda name, num_samples: nullcontext()
 
     @property
@@ -129,6 +131,7 @@ class Evaluator:
         self.world_size = world_size
         self._num_failed = self._num_asked = 0
         self._waiting.clear()
+        self.known = {}
         kept = self._measurements.reference if keep_reference else None
         self._measurements, self._best = Measurements(kept), None
         if isinstance(self.reward, WeightedSum) and self.reward.moments:
@@ -205,6 +208,7 @@ class Evaluator:
         if scores is not None and math.isnan(scores["mean"]) and not self.reward.asks:
             raise all_failed(self.reward.name, tuned, finite=finite > 0)
         self._say_failed(failed, asked)
+        self.known = found
         return found
 
     def means(self) -> dict[str, float]:

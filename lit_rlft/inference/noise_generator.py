@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import pooled
 from lit_rlft.core.prior import FullResolution, LowRank, LowResolution, NoisePolicy
+from lit_rlft.core.settings import arguments
 
 __all__ = ["NoiseGenerator"]
 
@@ -76,14 +77,15 @@ class NoiseGenerator(nn.Module):
 
     def save(self, path: Path) -> Path:
         """Write weights, architecture and notes as one safetensors file."""
-        policy = self.policy
+        policy, maps = self.policy, self.policy.maps
+        own = {name: getattr(maps, name) for name in arguments(type(maps))}
         architecture = {
             "num_features": policy.num_features,
             "shape": policy.shape,
             "width": policy.width,
             "conditional": policy.conditional,
             "heads": policy.heads,
-            "maps": {"name": type(policy.maps).__name__, **vars(policy.maps)},
+            "maps": {"name": type(maps).__name__, **own},
         }
         weights = {name: value.detach().cpu() for name, value in policy.state_dict().items()}
         path.parent.mkdir(parents=True, exist_ok=True)

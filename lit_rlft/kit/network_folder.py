@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -20,6 +20,7 @@ __all__ = [
     "CONFIG",
     "WEIGHTS",
     "WEIGHT_FILE",
+    "SaveDtype",
     "check_one_given",
     "found_variant",
     "load_pretrained",
@@ -99,6 +100,10 @@ def check_one_given(pretrained: str | None, architecture: object | None) -> None
             "pipeline.init_args: pretrained and architecture exclude each other; set pretrained "
             "to null to train a network of your own"
         )
+
+
+SaveDtype = Literal["float32", "float16", "bfloat16"]
+"""Precisions in which weights are written."""
 
 
 def save_network(network: nn.Module, folder: Path, dtype: torch.dtype) -> list[Path]:

@@ -1,8 +1,9 @@
 """The checks of the settings that all algorithms share."""
 
+from inspect import signature
 from numbers import Integral, Real
 from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, Union, get_args, get_origin, is_typeddict
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from lit_rlft.core.checks import (
 )
 from lit_rlft.core.contract import check_networks
 from lit_rlft.core.process import Process
-from lit_rlft.core.reward import DIVERGENCE
+from lit_rlft.core.reward import A_REWARD, DIVERGENCE
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.schedule import Schedule
 from lit_rlft.core.state import described
@@ -35,7 +36,7 @@ _NUMBERS: dict[Any, tuple[type, str]] = {
 """What counts as an annotated kind of number, and what it is called."""
 _REMEDIES = {
     "pipeline": "a lit_rlft.Pipeline",
-    "reward": "a lit_rlft.Reward: a subclass, or the domain's FunctionReward around a function",
+    "reward": A_REWARD,
     "metrics": "Metrics([...])",
     "sampler": "Sampler(num_steps=...)",
     "lora": "LoRA(rank=...)",
@@ -77,7 +78,8 @@ def check_settings(owner: Any) -> None:
 def check_kinds(owner: Any) -> None:
     """Raise UsageError where an attribute is of another kind than its constructor's argument.
 
-    Arguments that are annotated as anything but classes and numbers are not looked at.
+    Arguments that are annotated as anything but classes and numbers are not looked at, nor those of
+    classes of one's own, which may keep something else under an argument's name.
     """
     for name in ("optimizer", "lr_scheduler"):
         maker = getattr(owner, f"make_{name}")
@@ -87,7 +89,8 @@ def check_kinds(owner: Any) -> None:
     for name, hint in hints(kind).items():
         kinds = get_args(hint) if isinstance(hint, UnionType) or get_origin(hint) is Union else hint
         kinds = kinds if isinstance(kinds, tuple) else (kinds,)
-        if name not in _parts_of(owner) or not all(map(_is_plain, kinds)):
+        own = name in _parts_of(owner) and _taker(kind, name).__module__.startswith("lit_rlft.")
+        if not own or not all(map(_is_plain, kinds)):
             continue
         value = getattr(owner, name)
         if word := next((_NUMBERS[kind][1] for kind in kinds if kind in _NUMBERS), None):
@@ -103,9 +106,16 @@ def _parts_of(owner: Any) -> set[str]:
     return {*vars(owner), *getattr(owner, "_modules", {})}
 
 
+def _taker(kind: type, name: str) -> type:
+    """Return the class whose constructor names an argument, the nearest of a class's bases."""
+    makers = (base for base in kind.__mro__ if "__init__" in vars(base))
+    return next(base for base in makers if name in signature(vars(base)["__init__"]).parameters)
+
+
 def _is_plain(kind: Any) -> bool:
     """Return whether `isinstance` knows a kind."""
-    return isinstance(kind, type) and kind is not Any and not getattr(kind, "_is_protocol", False)
+    known = isinstance(kind, type) and kind is not Any and not is_typeddict(kind)
+    return known and not getattr(kind, "_is_protocol", False)
 
 
 def check_sampler(sampler: Sampler, process: Process) -> None:
@@ -166,7 +176,8 @@ def _check_levels(schedule: Schedule, times: Tensor) -> None:
 
 def _check_training_times(process: Process) -> None:
     """Raise UsageError unless uniform numbers are mapped to times in [0, 1], where any are."""
-    uniform = torch.tensor([0.0, 0.5, 0.99])
+    like = next(process.buffers(), torch.empty(0))
+    uniform = torch.tensor([0.0, 0.5, 0.99], device=like.device)
     try:
         drawn: Any = process.draw_times(uniform, low=0.0)
     except NotImplementedError:  # a process that is only sampled from

@@ -188,6 +188,7 @@ class Checkpointed(LightningModule):
         trainer = self._trainer
         fitting = trainer is not None and trainer.state.fn == TrainerFn.FITTING
         shapes = contents.trained_shapes(self, self._trained().values())
+        self.as_trained = True
         if fitting:
             resume.check_same_run(checkpoint["lit_rlft"], self.algorithm)
         ours = contents.read(checkpoint, self.pretrained, self.pipeline.name, shapes)

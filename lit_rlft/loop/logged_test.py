@@ -16,7 +16,7 @@ class LoggedTest(Callback):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the means, for which all processes are needed."""
         tuner: Any = pl_module
-        summary = tuner.evaluator.summary()
+        summary = tuner.evaluator.known or tuner.evaluator.summary()
         for arm, prefix in _TESTED.items():
             for name, values in summary[arm].items():
                 tuner.log(f"{prefix}/{name}", values["mean"], sync_dist=True)

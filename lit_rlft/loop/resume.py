@@ -55,6 +55,11 @@ _OF_SAMPLES = (
     *("pipeline", "reward", "data.source", "data.test_source", "data.seed"),
 )
 """Settings of what a test draws and how it is judged."""
+_OF_MEANS = {
+    *("batch_size", "num_workers", "encode_batch_size", "max_table_gb", "compile", "channels_last"),
+    *("offload", "text_encoders", "tile_decoder", "embedding_cache", "cache_dir", "ahead"),
+}
+"""Last names of settings among these that change time and memory alone."""
 
 
 def optimizer_settings(optimizer: Optimizer, scheduler: Any, made: Any = None) -> dict[str, Any]:
@@ -260,7 +265,11 @@ def list_of_samples(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
         The settings; nothing where they are the same.
     """
     found = [one for one in changes(old, new) if _under(one[0], _OF_SAMPLES)]
-    found = [one for one in found if not _under(one[0], _WITHOUT_EFFECT)]
+    found = [
+        one
+        for one in found
+        if not _under(one[0], _WITHOUT_EFFECT) and _OF_MEANS.isdisjoint(one[0].split("."))
+    ]
     listed = ", ".join(f"{key} {_short(a)} -> {_short(b)}" for key, a, b in found)
     if listed:
         rank_zero_info(f"drawing with other settings than the fit had: {listed}")

@@ -5,16 +5,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lit_rlft.core.settings import HIDDEN, SECRET
+
 __all__ = ["HIDDEN", "Plain", "flat", "told"]
 
 Plain = bool | int | float | str | None
-HIDDEN = "(hidden)"
-
-_SECRET = re.compile(
-    r"(^|[._-])(token|secret|passw(or)?d|api_?key|access_?key|authori[sz]ation|credentials?)$",
-    re.IGNORECASE,
-)
-"""Names of settings whose values are nobody's business; `num_tokens` is none of them."""
 _SECRETS = (
     (re.compile(r"\b(hf|ghp|gho|github_pat|glpat|xox[bp])[_-]\w{10,}"), HIDDEN),
     (re.compile(r"\bsk-[\w-]{16,}"), HIDDEN),
@@ -69,7 +64,7 @@ def _walk(value: Any, key: str) -> Iterator[tuple[str, Plain]]:
 
 
 def _value(key: str, value: Plain) -> Plain:
-    if value not in (None, "") and _SECRET.search(key):
+    if value not in (None, "") and SECRET.search(key):
         return HIDDEN
     if not isinstance(value, str):
         return value

@@ -16,6 +16,7 @@ from lightning import LightningModule
 from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.cli import main
 from lit_rlft.loop.hooks import Hooks
+from lit_rlft.loop.resume import list_of_samples
 from tests.support import (
     TINY_MIXTURE,
     arguments,
@@ -477,6 +478,13 @@ def test_a_test_with_other_settings_says_so_and_leaves_the_card(run: Path, said:
     assert card.read_text() == before
     main(arguments("test", (DOMAIN, "p_graft"), TINY_MIXTURE))
     assert len(said) == 1 and card.read_text() != before
+
+
+def test_what_changes_time_and_memory_alone_is_no_other_sample(said: list[str]) -> None:
+    before = {"pipeline.compile": "whole", "reward.batch_size": 32, "reward.a.num_workers": 1}
+    now = {"pipeline.compile": None, "reward.batch_size": 8, "reward.a.num_workers": 0}
+    assert list_of_samples(before, now) == "" and not said
+    assert list_of_samples({"reward.k": 1}, {"reward.k": 2}) == "reward.k 1 -> 2"
 
 
 def test_updates_alone_end_a_fit_that_they_are_given_for(

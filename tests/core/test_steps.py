@@ -360,3 +360,22 @@ def test_a_process_of_ones_own_has_two_halves() -> None:
         class Mine(GaussianProcess):
             def transition(self, *args: Any) -> Gaussian:
                 raise AssertionError
+
+
+class Kept(Bent):
+    """Has its power in the state that is saved."""
+
+    def __init__(self, power: float) -> None:
+        super().__init__(power)
+        del self.power
+        self.register_buffer("power", torch.tensor(power, dtype=torch.float64))
+
+
+def test_a_state_that_is_loaded_gives_new_steps() -> None:
+    one, other = (GaussianProcess(Kept(power), "velocity") for power in (1.0, 2.0))
+    grid = (one.times(T), None, 1.0, torch.zeros(B, 3))
+    before = tensor_of(one.steps(*grid).coefficients)
+    one.load_state_dict(other.state_dict())
+    after = tensor_of(one.steps(*grid).coefficients)
+    assert torch.equal(after, tensor_of(other.steps(*grid).coefficients))
+    assert not torch.equal(after, before)

@@ -19,6 +19,7 @@ VALUES = {
     "SELECT": 11,
     "PLAN": 12,
     "STEPS": 13,
+    "AUGMENT": 14,
     "DATA_NOISE": 20,
     "BASE_PROBE": 21,
 }

@@ -296,3 +296,8 @@ def test_a_reward_cannot_be_called_like_the_divergence() -> None:
 
     with pytest.raises(UsageError, match="GRAFT: reward is called 'kl', as reports call the div"):
         started(Mine())
+
+
+def test_no_samples_are_none_that_are_finite() -> None:
+    assert not any_finite(torch.zeros(0, 2)) and any_finite(torch.zeros(2))
+    assert any_finite(torch.zeros(2, 0)) and not any_finite(torch.full((2, 1), torch.nan))

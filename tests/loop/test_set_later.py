@@ -10,7 +10,7 @@ from lit_rlft import PGRAFT, DiffusionDPO, DiffusionNFT, RewardGradient, Sampler
 from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.core.checks import BadArgument
 from lit_rlft.core.gradient_plan import DRaFT
-from lit_rlft.loop.settings import settings
+from lit_rlft.core.settings import settings
 
 
 def tuner(kind: type[RewardFineTuner] = PGRAFT, **own: Any) -> Any:

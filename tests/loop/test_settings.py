@@ -3,12 +3,15 @@
 import copy
 import pickle
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rdkit import Chem
+from torch import Tensor
 
 from domains.gaussian_mixture.data import MixtureData
 from domains.gaussian_mixture.rewards import Coordinate, Quadratic
@@ -20,6 +23,7 @@ from domains.molecule.rewards import Substructures
 from domains.text_to_image.data import PromptData, ShapesPrompts
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Reward, WeightedSum
+from lit_rlft.core.selection import Selection
 from lit_rlft.core.settings import Recorded, settings
 from lit_rlft.loop.settings import ABSENT, changes
 from lit_rlft.loop.side.rewards import RewardWorkers, SideReward
@@ -157,3 +161,59 @@ def test_below_another_class_nothing_is_compared() -> None:
         ("x.both", 1, 2),
     ]
     assert str(ABSENT) == "not set"
+
+
+class Named(Reward):
+    """Keeps its arguments under other names."""
+
+    def __init__(self, reference: Any = None, api_key: str = "", cls: int = 0) -> None:
+        super().__init__()
+        self._reference, self._key, self._cls = reference, api_key, cls
+
+    def forward(self, samples: Any, condition: Condition) -> Tensor:
+        return torch.zeros(len(condition))
+
+
+def test_what_python_knows_nothing_of_is_no_obstacle() -> None:
+    """As classes that are written in C++ and say nothing of their arguments."""
+    molecule = Chem.MolFromSmiles("CO")  # type: ignore[attr-defined,no-untyped-call]
+    found = settings(Named(molecule, cls=3), "x")
+    assert found["x.cls"] == 3 and found["x.reference"] == "rdkit.Chem.rdchem.Mol"
+
+
+def test_secrets_are_hidden() -> None:
+    assert settings(Named(api_key="hunter2"), "x")["x.api_key"] == "(hidden)"
+    assert settings(Named(), "x")["x.api_key"] == ""
+
+
+class Base(Reward):
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self._scale = scale
+
+    def forward(self, samples: Any, condition: Condition) -> Tensor:
+        return torch.zeros(len(condition))
+
+
+class Passing(Base):
+    def __init__(self, *args: Any, extra: int = 1, **base: Any) -> None:
+        super().__init__(*args, **base)
+
+
+def test_a_default_is_not_recorded_where_something_may_have_been_given() -> None:
+    assert settings(Passing(scale=5.0), "x")["x.scale"] == 5.0
+    assert "x.scale" not in settings(Passing(5.0), "x")
+    assert settings(Passing(), "x")["x.scale"] == 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Slotted(Selection):
+    k: int = 2
+
+    def __call__(self, rewards: Tensor, keys: Any = None, noise: Any = None) -> Tensor:
+        return rewards > self.k
+
+
+def test_copies_have_the_settings_of_the_original() -> None:
+    for made in (Slotted(3), Named(cls=3)):
+        assert settings(copy.deepcopy(made), "x") == settings(made, "x")

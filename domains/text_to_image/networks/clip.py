@@ -204,14 +204,15 @@ class CLIPEncoder(Frozen):
             return _unit(self.clip.text_projection(self.clip.text_model(**tokens).pooler_output))
 
 
-def precision(owner: object, dtype: str) -> torch.dtype:
+def precision(owner: object, dtype: str, argument: str = "dtype") -> torch.dtype:
     """Return the type of a precision's name.
 
     Raises:
-        UsageError: There is no such precision.
+        BadArgument: There is no such precision.
     """
-    one_of(owner, "dtype", get_args(Precision), dtype)
-    return getattr(torch, dtype)
+    one_of(owner, argument, get_args(Precision), dtype)
+    kind: torch.dtype = getattr(torch, dtype)
+    return kind
 
 
 def load_clip(

@@ -62,7 +62,7 @@ class StepTables:
         self._known: dict[tuple[object, ...], Steps] = {}
 
     def __reduce__(self) -> tuple[type["StepTables"], tuple[()]]:
-        """Copies begin anew: another program counts other changes."""
+        """Copies begin anew: in another program changes are counted anew."""
         return StepTables, ()
 
     def of(self, rule: Rule, t: Tensor, s: Tensor, eta: Noise, like: State) -> Steps:
