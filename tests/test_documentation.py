@@ -8,7 +8,6 @@ reason.
 import json
 import re
 import shlex
-import sys
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -16,12 +15,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from PIL import Image
 
 from lit_rlft.cli import main
-from tests.second_device import trainers_on_it
 from tests.support import TINY_RUN, TINY_SPLITS
 
 ROOT = Path(__file__).parents[1]
@@ -217,23 +214,6 @@ def test_code_and_commands_run(
                 call([*args, *(tiny(args) if runs and "--print_config" not in args else ())])
             else:
                 raise AssertionError(f"neither run nor listed in NOT_RUN: {command}")
-
-
-def test_the_smallest_domain_trains_on_another_device(
-    folder: Path, second: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delitem(sys.modules, "my_domain", raising=False)
-    trained = []
-    with trainers_on_it():
-        for block in blocks(ROOT / "docs/how_to/own_domain.md"):
-            if block.file:
-                (folder / block.file).write_text(block.text)
-            elif block.language == "python":
-                trained.append(run_python(block.text)["tuner"])
-    (tuner,) = trained
-    assert tuner.num_rounds == 4
-    pipeline = tuner.pipeline.to(second)
-    assert pipeline.device == pipeline.blank(pipeline.example()).device == second
 
 
 def run_python(text: str) -> dict[str, Any]:

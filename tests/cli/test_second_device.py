@@ -1,6 +1,7 @@
 """Algorithms train and are tested on a device other than the CPU, in every domain with a model."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from tests.cli.test_configs import (
     run,
 )
 from tests.second_device import trainers_on_it
+from tests.support import ROOT
+from tests.test_documentation import blocks, run_python
 
 # What runs by default: each kind of algorithm, and each kind of state, once.
 DEFAULT = {
@@ -68,3 +71,20 @@ def test_algorithms_train_there(
     seen = devices_of_weights(monkeypatch)
     run([domain, algorithm, CONFIGS / "trainer/cpu.yaml"], tmp_path, monkeypatch)
     assert seen == {second}
+
+
+def test_the_smallest_domain_of_the_how_to_trains_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, second: torch.device
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    trained = []
+    for block in blocks(ROOT / "docs/how_to/own_domain.md"):
+        if block.file:
+            Path(block.file).write_text(block.text)
+        elif block.language == "python":
+            trained.append(run_python(block.text)["tuner"])
+    (tuner,) = trained
+    assert tuner.num_rounds == 4
+    pipeline = tuner.pipeline.to(second)
+    assert pipeline.device == pipeline.blank(pipeline.example()).device == second
