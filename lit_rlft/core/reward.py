@@ -469,8 +469,10 @@ def _check_gradient(reward: Reward, values: Tensor, has_gradient: bool) -> None:
     """
     if has_gradient:
         _with_gradient.add(reward)
+    if reward in _with_gradient:
+        return  # before values are looked at, for which an accelerator would be waited for
     known = values[values.isfinite()]
-    if reward not in _with_gradient and (known != known[:1]).any():
+    if (known != known[:1]).any():
         raise UsageError(
             f"{reward.name} has differentiable = True, but its values have no gradient; look for "
             "torch.no_grad, detach, .item(), numpy or a comparison in its forward, or set "
