@@ -211,6 +211,7 @@ class Checkpointed(LightningModule):
     def on_fit_start(self) -> None:
         """Check what checkpoints will hold, before anything is drawn."""
         self._kept()
+        self.as_trained = True
 
     def _kept(self) -> Mapping[str, contents.Kept]:
         """Return what `statistics` does; raise UsageError where it has no state."""

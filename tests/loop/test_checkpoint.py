@@ -312,3 +312,10 @@ def test_arguments_that_a_class_gives_to_its_base_are_not_given_twice(
     assert_equal(*found)
     if isinstance(original, RewardGradient):
         assert vars(loaded.method) == vars(original.method)
+
+
+def test_what_is_fitted_again_is_tested_as_trained() -> None:
+    tuner = tiny()
+    tuner.as_trained = False  # as after a test with other settings
+    trainer_of().fit(tuner, MixtureData(num_train=2, batch_size=2))
+    assert tuner.as_trained
