@@ -101,9 +101,7 @@ class ShapesPrompts(SplitData):
         super().__init__(**loading)
         at_least(1, self, num_train_prompts=num_train_prompts)
         at_least(1, self, num_val_prompts=num_val_prompts, num_test_prompts=num_test_prompts)
-        require(len(train_tasks) > 0, self, "train_tasks", f"some of {', '.join(world.TASKS)}")
-        for task in train_tasks:
-            one_of(self, "train_tasks", world.TASKS, task)
+        _check_tasks(self, train_tasks)
         self.sizes = {"train": num_train_prompts, "val": num_val_prompts, "test": num_test_prompts}
         self.train_tasks = train_tasks
 
@@ -137,9 +135,7 @@ class ShapesPictures(SplitData):
         at_least(1, self, num_pictures=num_pictures)
         at_least(1, self, num_val_prompts=num_val_prompts, num_test_prompts=num_test_prompts)
         if train_tasks is not None:
-            require(len(train_tasks) > 0, self, "train_tasks", f"some of {', '.join(world.TASKS)}")
-            for task in train_tasks:
-                one_of(self, "train_tasks", world.TASKS, task)
+            _check_tasks(self, train_tasks)
         self.sizes = {"train": num_pictures, "val": num_val_prompts, "test": num_test_prompts}
         self.train_tasks = train_tasks
 
@@ -166,6 +162,13 @@ def _by_task(
     prompts: Sequence[world.Prompt], tasks: Sequence[world.Task]
 ) -> list[list[world.Prompt]]:
     return [[prompt for prompt in prompts if prompt.task == task] for task in tasks]
+
+
+def _check_tasks(owner: SplitData, tasks: Sequence[world.Task]) -> None:
+    """Raise BadArgument unless there are tasks to train on, and each is known."""
+    require(len(tasks) > 0, owner, "train_tasks", f"some of {', '.join(world.TASKS)}")
+    for task in tasks:
+        one_of(owner, "train_tasks", world.TASKS, task)
 
 
 def _balanced(

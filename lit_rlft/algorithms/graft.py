@@ -105,9 +105,9 @@ class PGRAFT(RewardFineTuner):
         self.selection.check(self.num_candidates)
         if not self.selection.selects(self.num_candidates):
             rank_zero_warn(
-                f"model.init_args.selection, {type(self.selection).__name__}, accepts each of the "
-                f"{self.num_candidates} candidates of a condition, whatever their rewards: nothing "
-                "is selected; raise num_candidates"
+                f"model.init_args.selection, {type(self.selection).__name__}, accepts all "
+                f"{self.num_candidates} candidates of a condition for any rewards: nothing is "
+                "selected; raise num_candidates"
             )
         if self.selection.needs_keys and type(self.pipeline).keys is Pipeline.keys:
             raise UsageError(

@@ -245,8 +245,7 @@ def list_changes(
         made = (optimizer, scheduler)
         found += schedule_state.schedule_changes(checkpoint, given, *made, other_rate=other_rate)
     if found:
-        listed = ", ".join(f"{key} {_short(a)} -> {_short(b)}" for key, a, b in sorted(found))
-        rank_zero_info(f"resuming with other settings: {listed}")
+        rank_zero_info(f"resuming with other settings: {_listed(sorted(found))}")
     _take_new(checkpoint, {key: value for key, value, _ in found}, optimizer, scheduler)
 
 
@@ -270,10 +269,13 @@ def list_of_samples(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
         for one in found
         if not _under(one[0], _WITHOUT_EFFECT) and _OF_MEANS.isdisjoint(one[0].split("."))
     ]
-    listed = ", ".join(f"{key} {_short(a)} -> {_short(b)}" for key, a, b in found)
-    if listed:
+    if listed := _listed(found):
         rank_zero_info(f"drawing with other settings than the fit had: {listed}")
     return listed
+
+
+def _listed(found: Sequence[tuple[str, Any, Any]]) -> str:
+    return ", ".join(f"{key} {_short(before)} -> {_short(now)}" for key, before, now in found)
 
 
 def _under(key: str, names: Sequence[str]) -> bool:

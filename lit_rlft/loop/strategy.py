@@ -83,7 +83,7 @@ def check_trainer(trainer: Trainer) -> None:
 
 
 def _check_comes_back(trainer: Trainer) -> None:
-    """Raise UsageError where whoever called `fit` would have an untuned model after it.
+    """Raise UsageError where the caller of `fit` would have an untuned model after it.
 
     Lightning takes home weights alone, by their names before the adapter and the reference were
     made. A command needs none of it: it ends with its fit, and the next one reads the checkpoint.

@@ -222,7 +222,7 @@ def test_values_of_metrics_become_real_numbers() -> None:
 
 
 class Cut(Reward):
-    """Claims a gradient, and returns whatever it is told to make of the samples."""
+    """Claims a gradient, and returns what it is told to make of the samples."""
 
     differentiable = True
 

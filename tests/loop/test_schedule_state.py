@@ -331,7 +331,7 @@ def test_momenta_that_a_schedule_moves_are_those_of_the_new_one(
 
 
 def test_another_rate_scales_no_other_constant(said: list[str]) -> None:
-    """The rate of a cosine ends at its least one, whatever the first one was."""
+    """The rate of a cosine ends at its least one, from any first one."""
     make = partial(CosineAnnealingLR, T_max=100, eta_min=0.02)
     own, schedule = resumed(trained(make, adamw(0.05)), adamw(), make)
     found = [group["lr"] for group in steps(own, schedule, AFTER)]
