@@ -23,6 +23,7 @@ __all__ = [
 Compiled = Literal["blocks", "whole"]
 SmallCompiled = Literal["blocks", "whole", "graphs"]
 
+_KEY = "pipeline.init_args.compile"
 _VARIANTS = 256
 """Graphs of one block's code: its widths, with and without adapter and gradients, batch sizes."""
 
@@ -31,7 +32,6 @@ def compile_network(
     network: nn.Module,
     how: Compiled,
     *,
-    key: str = "pipeline.init_args.compile",
     backend: str | Callable[..., Any] = "inductor",
     mode: str | None = None,
     dynamic: bool | None = None,
@@ -45,7 +45,6 @@ def compile_network(
         network: The denoiser.
         how: "blocks" compiles each block for itself, and blocks of the same kind and sizes once;
             "whole" compiles the network as one, which takes longer.
-        key: The setting, for messages.
         backend: One of torch.compile's.
         mode: Another one of its own.
         dynamic: False compiles each batch size by itself. None compiles the first one so, and all
@@ -55,11 +54,11 @@ def compile_network(
         UsageError: There is no compiler, or the network has no blocks.
     """
     if backend == "inductor":
-        _check_compiler(key)
+        _check_compiler()
     parts = [network] if how == "whole" else blocks_of(network)
     if not parts:
         raise UsageError(
-            f"{key}: a {type(network).__name__} has no list of blocks; set it to 'whole' or null"
+            f"{_KEY}: a {type(network).__name__} has no list of blocks; set it to 'whole' or null"
         )
     import torch._dynamo  # not above: it takes a second
 
@@ -88,13 +87,12 @@ def compile_small(network: nn.Module, how: SmallCompiled | None) -> None:
     if how != "graphs":
         compile_network(network, how)
         return
-    key = "pipeline.init_args.compile"
     if not torch.cuda.is_available():
         raise UsageError(
-            f"{key} is 'graphs', which records CUDA graphs, but torch finds no GPU of NVIDIA here; "
-            "set it to 'whole' or null"
+            f"{_KEY} is 'graphs', which records CUDA graphs, but torch finds no GPU of NVIDIA "
+            "here; set it to 'whole' or null"
         )
-    compile_network(network, "whole", key=key, mode="reduce-overhead", dynamic=False)
+    compile_network(network, "whole", mode="reduce-overhead", dynamic=False)
     network.register_forward_pre_hook(_untraced(_on_gpu))
     network.register_forward_hook(_untraced(_copied))
 
@@ -109,7 +107,7 @@ def _on_gpu(network: nn.Module, inputs: tuple[Any, ...]) -> None:
     device = next(network.parameters()).device
     if device.type != "cuda":
         raise UsageError(
-            "pipeline.init_args.compile is 'graphs', which records CUDA graphs, but this run is on "
+            f"{_KEY} is 'graphs', which records CUDA graphs, but this run is on "
             f"{device.type}; set it to 'whole' or null, or trainer.accelerator to gpu"
         )
 
@@ -135,14 +133,14 @@ def blocks_of(network: nn.Module) -> list[nn.Module]:
     return [block for part in lists for block in part]
 
 
-def _check_compiler(key: str) -> None:
+def _check_compiler() -> None:
     """Raise UsageError where torch has nothing to compile with."""
     if torch.cuda.is_available():
         from torch.utils._triton import has_triton
 
         if not has_triton():
             raise UsageError(
-                f"{key} needs Triton, which is not there or does not know this GPU; "
+                f"{_KEY} needs Triton, which is not there or does not know this GPU; "
                 "run `pip install triton`, or set it to null"
             )
         found = shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
@@ -157,6 +155,6 @@ def _check_compiler(key: str) -> None:
             found = None
     if not found:
         raise UsageError(
-            f"{key} needs a C++ compiler and finds none; install g++ (`apt-get install g++`) or "
+            f"{_KEY} needs a C++ compiler and finds none; install g++ (`apt-get install g++`) or "
             "name one in the environment variable CXX, or set it to null"
         )

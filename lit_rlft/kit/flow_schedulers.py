@@ -9,12 +9,11 @@ from torch import Tensor
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.process import GaussianProcess
 from lit_rlft.kit.saved_grids import SavedFlow, SolvedFlow
-from lit_rlft.kit.schedulers import FLOW_SOLVERS, SOLVED_FLOWS, check_options
+from lit_rlft.kit.schedulers import FLOW_SOLVERS, KEY, SOLVED_FLOWS, check_options
 
 __all__ = ["flow_process", "flow_timestep"]
 
 _CLASS = "FlowMatchEulerDiscreteScheduler"
-_KEY = "pipeline.init_args.pretrained"
 
 
 def flow_process(
@@ -38,7 +37,7 @@ def flow_process(
     """
     config, kind = scheduler.config, type(scheduler).__name__
     if own_grid and kind in FLOW_SOLVERS and config.get("use_flow_sigmas"):
-        check_options(kind, config, _KEY, SOLVED_FLOWS)
+        check_options(kind, config, SOLVED_FLOWS)
         rank_zero_info(
             f"the model's {kind} is a solver of its own: Euler steps on its timesteps and noise "
             "levels stand in for it"
@@ -46,11 +45,11 @@ def flow_process(
         return GaussianProcess(SolvedFlow(scheduler), "velocity")
     if kind != _CLASS:
         raise UsageError(
-            f"{_KEY}: the scheduler is {kind}, but {family} is sampled as a rectified flow here; "
+            f"{KEY}: the scheduler is {kind}, but {family} is sampled as a rectified flow here; "
             f"put a {_CLASS} into the folder's scheduler"
         )
     shifted = num_tokens is not None
-    check_options(kind, config, _KEY, supplied=("use_dynamic_shifting",) if shifted else ())
+    check_options(kind, config, supplied=("use_dynamic_shifting",) if shifted else ())
     dynamic = config.get("use_dynamic_shifting", False)
     mu = _mu(config, num_tokens) if dynamic and num_tokens is not None else None
     return GaussianProcess(SavedFlow(scheduler, mu=mu, own_grid=own_grid), "velocity")

@@ -20,13 +20,11 @@ from lit_rlft.kit.saved_grids import CONVERSIONS, Clip, SavedFlow, SavedVP, Thre
 __all__ = [
     "FAMILIES",
     "FLOW_SOLVERS",
-    "HONOURED",
+    "KEY",
     "PREDICTION_TYPES",
     "REFUSED",
     "RULES",
     "SOLVED_FLOWS",
-    "SOLVER",
-    "UNUSED",
     "Family",
     "check_options",
     "saved_process",
@@ -40,6 +38,9 @@ PREDICTION_TYPES: dict[str, PredictionType] = {
 """Prediction types by diffusers' names."""
 
 Config = Mapping[str, Any]
+
+KEY = "pipeline.init_args.pretrained"
+"""The setting that names a scheduler's folder, for messages."""
 
 
 @dataclass(frozen=True)
@@ -140,61 +141,6 @@ REFUSED: dict[str, str] = {
     "VQDiffusionScheduler": _TOKENS,
 }
 """Why other classes cannot be sampled; a class in neither table is refused as unknown."""
-
-SOLVER = (
-    "algorithm_type",
-    "corrector_order",
-    "disable_corrector",
-    "euler_at_final",
-    "lower_order_final",
-    "predict_x0",
-    "predictor_order",
-    "skip_prk_steps",
-    "solver_order",
-    "solver_p",
-    "solver_type",
-    "tau_func",
-)
-"""Options of a class's own solver, which our steps take the place of."""
-
-HONOURED = (
-    "beta_end",
-    "beta_schedule",
-    "beta_start",
-    "clip_sample",
-    "clip_sample_range",
-    "dynamic_thresholding_ratio",
-    "final_sigmas_type",
-    "lambda_min_clipped",
-    "num_train_timesteps",
-    "prediction_type",
-    "rescale_betas_zero_snr",
-    "sample_max_value",
-    "set_alpha_to_one",
-    "shift",
-    "shift_terminal",
-    "sigma_max",
-    "sigma_min",
-    "steps_offset",
-    "thresholding",
-    "timestep_spacing",
-    "trained_betas",
-    "use_beta_sigmas",
-    "use_exponential_sigmas",
-    "use_karras_sigmas",
-    "use_lu_lambdas",
-)
-"""Options whose values are followed, in the classes that use them."""
-
-UNUSED = (
-    "base_image_seq_len",
-    "base_shift",
-    "flow_shift",
-    "max_image_seq_len",
-    "max_shift",
-    "time_shift_type",
-)
-"""Options that matter only beside one that is refused."""
 
 
 @dataclass(frozen=True)
@@ -344,9 +290,7 @@ SOLVED_FLOWS: dict[str, tuple[Rule, ...]] = {
 """The same for solvers of flows, which have options of their own."""
 
 
-def saved_process(
-    scheduler: Any, *, flows: bool = False, key: str = "pipeline.init_args.pretrained"
-) -> GaussianProcess:
+def saved_process(scheduler: Any, *, flows: bool = False) -> GaussianProcess:
     """Return the process of a scheduler, sampled as diffusers samples it.
 
     Where its own steps are others than ours, one line says which stand in for them.
@@ -354,14 +298,13 @@ def saved_process(
     Args:
         scheduler: One of diffusers' schedulers, as a pipeline of diffusers holds it.
         flows: Whether the network may be a rectified flow.
-        key: The setting that named the scheduler's folder, for messages.
 
     Raises:
         UsageError: The class, or a value of one of its options, is not supported.
     """
     name, config = type(scheduler).__name__, scheduler.config
-    family = _family(name, flows, key)
-    check_options(name, config, key)
+    family = _family(name, flows)
+    check_options(name, config)
     if said := _stands_in(name, family):
         rank_zero_info(said)
     if family.grid == "flow":
@@ -369,7 +312,7 @@ def saved_process(
     prediction_type = config.get("prediction_type", "epsilon")
     if prediction_type not in family.predictions:
         raise UsageError(
-            f"{key}: a {name} with prediction_type {prediction_type!r} is not supported; set it to "
+            f"{KEY}: a {name} with prediction_type {prediction_type!r} is not supported; set it to "
             f"one of {sorted(family.predictions)} in scheduler_config.json, whichever the network "
             "was trained for"
         )
@@ -381,12 +324,12 @@ def saved_process(
         strides=family.grid == "strides",
         ends_at_zero=family.grid != "strides" or config["set_alpha_to_one"],
     )
-    _check_ends(name, config, schedule, key)
+    _check_ends(name, config, schedule)
     wide = name in _DDPMS and config["variance_type"] == "fixed_large"
     return GaussianProcess(
         schedule,
         PREDICTION_TYPES[prediction_type],
-        bound=_bound(name, config, key),
+        bound=_bound(name, config),
         keeps_noise=family.keeps_noise,
         wide_above=1.5 / schedule.num_levels if wide else None,  # none at table index 0
     )
@@ -407,15 +350,15 @@ def _stands_in(name: str, family: Family) -> str | None:
     return None
 
 
-def _family(name: str, flows: bool, key: str) -> Family:
-    known = [n for n, f in FAMILIES.items() if f.exact and (flows or f.grid != "flow")]
+def _family(name: str, flows: bool) -> Family:
     family = FAMILIES.get(name)
     if family is not None and (flows or family.grid != "flow"):
         return family
     reason = REFUSED.get(name, "is not known here" if family is None else "is for flows")
+    known = [n for n, f in FAMILIES.items() if f.exact and (flows or f.grid != "flow")]
     ours = [n for n in known if "Parallel" not in n]
     raise UsageError(
-        f"{key}: the model's {name} {reason}; save the folder with a scheduler that fits the "
+        f"{KEY}: the model's {name} {reason}; save the folder with a scheduler that fits the "
         f"network, one of {', '.join(ours)}"
     )
 
@@ -423,7 +366,6 @@ def _family(name: str, flows: bool, key: str) -> Family:
 def check_options(
     name: str,
     config: Config,
-    key: str,
     table: Mapping[str, tuple[Rule, ...]] = RULES,
     supplied: tuple[str, ...] = (),
 ) -> None:
@@ -432,7 +374,6 @@ def check_options(
     Args:
         name: Its class.
         config: Its config.
-        key: The setting that named its folder, for messages.
         table: Refused values by option.
         supplied: Options that the caller sees to.
 
@@ -444,7 +385,7 @@ def check_options(
             used = name in rule.only and option in config and option not in supplied
             if used and rule.bad(config):
                 raise UsageError(
-                    f"{key}: a {name} with {option} is not supported ({config[option]!r}: "
+                    f"{KEY}: a {name} with {option} is not supported ({config[option]!r}: "
                     f"{rule.why}); set it to {rule.remedy} in scheduler_config.json"
                 )
 
@@ -454,7 +395,7 @@ def _converted(name: str, config: Config) -> bool:
     return uses and any(config.get(option) for option in CONVERSIONS)
 
 
-def _check_ends(name: str, config: Config, schedule: SavedVP, key: str) -> None:
+def _check_ends(name: str, config: Config, schedule: SavedVP) -> None:
     """Refuse levels that the table does not have, and noise predicted from noise alone."""
     sigmas = (1 / schedule.alpha_bar[1:] - 1).sqrt()
     lowest, largest = float(sigmas[0]), float(sigmas[-1])
@@ -466,12 +407,12 @@ def _check_ends(name: str, config: Config, schedule: SavedVP, key: str) -> None:
         ):
             if bad:
                 raise UsageError(
-                    f"{key}: a {name} with {option} is not supported ({value!r}: its table has "
+                    f"{KEY}: a {name} with {option} is not supported ({value!r}: its table has "
                     f"{lowest:.4g} to {largest:.4g}); set it to null in scheduler_config.json"
                 )
     if config.get("prediction_type") == "epsilon" and schedule.alpha_bar[-1] == 0:
         raise UsageError(
-            f"{key}: a {name} with rescale_betas_zero_snr starts at pure noise, where prediction "
+            f"{KEY}: a {name} with rescale_betas_zero_snr starts at pure noise, where prediction "
             "type 'epsilon' says nothing about x_0; set rescale_betas_zero_snr to false in "
             "scheduler_config.json"
         )
@@ -489,7 +430,7 @@ _BOUNDS = {
 """Which options our own arguments are."""
 
 
-def _bound(name: str, config: Config, key: str) -> Clip | Threshold | None:
+def _bound(name: str, config: Config) -> Clip | Threshold | None:
     """Return what the scheduler does to its estimates of x_0."""
     kind: type[Clip | Threshold]
     if name in _WITH_THRESHOLD and config.get("thresholding"):
@@ -503,6 +444,6 @@ def _bound(name: str, config: Config, key: str) -> Clip | Threshold | None:
         return kind(**{argument: config[option] for argument, option in options.items()})
     except BadArgument as error:
         raise UsageError(
-            f"{key}: {options[error.argument]} of the model's {name} {error.problem}; fix it in "
+            f"{KEY}: {options[error.argument]} of the model's {name} {error.problem}; fix it in "
             "scheduler_config.json"
         ) from error

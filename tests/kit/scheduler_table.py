@@ -8,11 +8,66 @@ from pathlib import Path
 
 import diffusers
 
-from lit_rlft.kit.schedulers import FAMILIES, HONOURED, REFUSED, RULES, SOLVER, UNUSED
+from lit_rlft.kit.schedulers import FAMILIES, REFUSED, RULES
 
 PAGE = Path(__file__).parents[2] / "docs/domains/schedulers.md"
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 TABLE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+
+SOLVER = (
+    "algorithm_type",
+    "corrector_order",
+    "disable_corrector",
+    "euler_at_final",
+    "lower_order_final",
+    "predict_x0",
+    "predictor_order",
+    "skip_prk_steps",
+    "solver_order",
+    "solver_p",
+    "solver_type",
+    "tau_func",
+)
+"""Options of a class's own solver, which our steps take the place of."""
+
+HONOURED = (
+    "beta_end",
+    "beta_schedule",
+    "beta_start",
+    "clip_sample",
+    "clip_sample_range",
+    "dynamic_thresholding_ratio",
+    "final_sigmas_type",
+    "lambda_min_clipped",
+    "num_train_timesteps",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+    "sample_max_value",
+    "set_alpha_to_one",
+    "shift",
+    "shift_terminal",
+    "sigma_max",
+    "sigma_min",
+    "steps_offset",
+    "thresholding",
+    "timestep_spacing",
+    "trained_betas",
+    "use_beta_sigmas",
+    "use_exponential_sigmas",
+    "use_karras_sigmas",
+    "use_lu_lambdas",
+)
+"""Options whose values are followed, in the classes that use them."""
+
+UNUSED = (
+    "base_image_seq_len",
+    "base_shift",
+    "flow_shift",
+    "max_image_seq_len",
+    "max_shift",
+    "time_shift_type",
+)
+"""Options that matter only beside one that is refused."""
 
 
 def options(name: str) -> list[str]:

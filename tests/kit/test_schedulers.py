@@ -14,19 +14,11 @@ from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.trajectory import Trajectories, transition_of, walk_with_log_probs
 from lit_rlft.kit.saved_grids import SavedFlow, plain_flow
-from lit_rlft.kit.schedulers import (
-    FAMILIES,
-    HONOURED,
-    REFUSED,
-    RULES,
-    SOLVER,
-    UNUSED,
-    saved_process,
-)
+from lit_rlft.kit.schedulers import FAMILIES, REFUSED, RULES, saved_process
 from lit_rlft.loop.base_settings import check_sampler
 from lit_rlft.loop.route import Leg, Route
 from tests.kit.scheduler_loops import make, network, noise, ours, theirs, timesteps
-from tests.kit.scheduler_table import PAGE, decided, written
+from tests.kit.scheduler_table import HONOURED, PAGE, SOLVER, UNUSED, decided, written
 
 EVERY = (*range(1, 8), 20, 50, 999, 1000)
 SPACINGS = ("leading", "trailing", "linspace")
