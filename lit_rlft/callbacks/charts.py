@@ -62,9 +62,7 @@ class Charts(Callback):
         """Tell what was warned of last."""
         self._tell(pl_module)
 
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tell what the test warned of."""
-        self._tell(pl_module)
+    on_test_end = on_fit_end
 
     def _tell(self, module: LightningModule) -> None:
         heard = Heard.latest

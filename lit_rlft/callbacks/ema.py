@@ -61,29 +61,21 @@ class EMA(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate the average."""
-        self._swap_in(pl_module)
+        self._model = ref(pl_module)
+        if self.average is None:
+            return
+        weights = _weights(pl_module)
+        self._raw = [w.clone() for w in weights]
+        _copy(self.average, weights)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on training the raw weights."""
+        """Go on with the raw weights."""
         if self._raw is not None:
             _copy(self._raw, _weights(pl_module))
             self._raw = None
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Test the average."""
-        self._swap_in(pl_module)
-
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the weights as they were."""
-        self.on_validation_end(trainer, pl_module)
-
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the weights as they were."""
-        self.on_validation_end(trainer, pl_module)
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Predict with the average."""
-        self._swap_in(pl_module)
+    on_test_start = on_predict_start = on_validation_start
+    on_test_end = on_predict_end = on_validation_end
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the average in the model, which is what gets exported after the last checkpoint."""
@@ -98,14 +90,6 @@ class EMA(Callback):
         average, self.num_updates = state_dict["average"], state_dict["num_updates"]
         self.average = average and [_precise(own) for own in average]
         self._model = None  # the next one that runs
-
-    def _swap_in(self, pl_module: LightningModule) -> None:
-        self._model = ref(pl_module)
-        if self.average is None:
-            return
-        weights = _weights(pl_module)
-        self._raw = [w.clone() for w in weights]
-        _copy(self.average, weights)
 
 
 def _precise(weight: Tensor) -> Tensor:

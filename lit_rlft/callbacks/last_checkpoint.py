@@ -166,9 +166,7 @@ class LastCheckpoint(Hooks, ModelCheckpoint):
         """Listen to signals."""
         self.signals.end_at_once(trainer)
 
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen to signals."""
-        self.signals.end_at_once(trainer)
+    on_predict_start = on_test_start
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what Lightning's options ask for; last.ckpt follows when all is logged."""

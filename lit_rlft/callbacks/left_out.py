@@ -19,9 +19,7 @@ class LeftOut(Callback):
         """Write the list."""
         _write(trainer)
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the list."""
-        _write(trainer)
+    on_test_start = on_train_start
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException

@@ -84,16 +84,11 @@ class SelfCheck(Hooks):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the reward."""
-        self._probe(trainer, pl_module)
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check the reward."""
-        self._probe(trainer, pl_module)
-
-    def _probe(self, trainer: Trainer, module: LightningModule) -> None:
-        if self.enabled and self.reward_probes and isinstance(module, RewardFineTuner):
+        if self.enabled and self.reward_probes and isinstance(pl_module, RewardFineTuner):
             precision = trainer.precision_plugin.forward_context()
-            check_on_probes(module.reward, module.pipeline, precision)
+            check_on_probes(pl_module.reward, pl_module.pipeline, precision)
+
+    on_test_start = on_fit_start
 
     def on_experience(self, module: LightningModule, experience: Experience) -> None:
         """Check the rewards of a round."""

@@ -32,21 +32,8 @@ class WholeDraws(Hooks):
         """Split them, before callbacks change them."""
         self._split(trainer)
 
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gather them, after callbacks have changed them."""
-        self._gather(trainer)
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Split them, before callbacks change them."""
-        self._split(trainer)
-
-    def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gather them, after callbacks have changed them."""
-        self._gather(trainer)
-
-    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Split them, before callbacks change them."""
-        self._split(trainer)
+    on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
+    on_test_epoch_end = on_predict_epoch_end = on_validation_epoch_end
 
     def _gather(self, trainer: Trainer) -> None:
         for network in _networks(trainer):
