@@ -17,7 +17,7 @@ References:
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -41,7 +41,7 @@ from lit_rlft.core.process.base import Process
 from lit_rlft.core.process.product import ProductProcess
 from lit_rlft.core.process.steps import Steps
 from lit_rlft.core.randomness import Generators, generators, seed_from
-from lit_rlft.core.state import State, cat, flatten, index, leaves, tensor_of, tree_map
+from lit_rlft.core.state import State, cat, flatten, leaves, tensor_of, tree_map
 from lit_rlft.core.streams import Stream
 from lit_rlft.distributed import gather, mean_of_all
 from lit_rlft.loop.differentiable import check_differentiable
@@ -76,12 +76,8 @@ class Matches(Experience):
         return torch.full((len(self),), self.num_matched, dtype=torch.int64)
 
     def index(self, rows: Tensor) -> "Matches":
-        return replace(
-            self,
-            states={name: index(state, rows) for name, state in self.states.items()},
-            condition=self.condition.index(rows),
-            seeds=[self.seeds[row] for row in rows.tolist()],
-        )
+        chosen = super().index(rows)
+        return Matches(chosen.states, chosen.condition, chosen.seeds)
 
     def terms(self, rows: Tensor) -> Experience:
         """Gather pairs, counted sample by sample."""

@@ -33,6 +33,7 @@ from lit_rlft.core.window import SlidingWindow
 from lit_rlft.loop.checkpoint import check_file, fingerprint
 from lit_rlft.loop.reference import LoRA
 from lit_rlft.loop.settings import changes
+from tests.algorithms.inverse_noise_correction_support import Biased, points, tuner_of
 from tests.support import assert_equal, trainer_of
 
 SHAPES = Path(domains.text_to_image.__file__).parent / "assets/shapes"
@@ -314,8 +315,11 @@ def test_arguments_that_a_class_gives_to_its_base_are_not_given_twice(
         assert vars(loaded.method) == vars(original.method)
 
 
-def test_what_is_fitted_again_is_tested_as_trained() -> None:
-    tuner = tiny()
+@pytest.mark.parametrize("make", [tiny, lambda: tuner_of(Biased())])
+def test_what_is_fitted_again_is_tested_as_trained(
+    make: Callable[[], RewardFineTuner], tmp_path: Path
+) -> None:
+    tuner = make()
     tuner.as_trained = False  # as after a test with other settings
-    trainer_of().fit(tuner, MixtureData(num_train=2, batch_size=2))
+    trainer_of(default_root_dir=tmp_path).fit(tuner, points(num=4))
     assert tuner.as_trained

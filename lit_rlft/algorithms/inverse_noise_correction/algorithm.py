@@ -168,6 +168,7 @@ class InverseNoiseCorrection(RewardFineTuner):
 
     def on_fit_start(self) -> None:
         """Check that the corrector belongs to this base; the model is on its device by now."""
+        super().on_fit_start()
         self._check_base()
 
     def on_train_start(self) -> None:
@@ -198,13 +199,7 @@ class InverseNoiseCorrection(RewardFineTuner):
         """Check that the corrector belongs to this base."""
         self._check_base()
 
-    def on_test_start(self) -> None:
-        """Check that the corrector belongs to this base."""
-        self._check_base()
-
-    def on_predict_start(self) -> None:
-        """Check that the corrector belongs to this base."""
-        self._check_base()
+    on_test_start = on_predict_start = on_validation_start
 
     def collect(self, batch: Batch, condition: Condition) -> Experience:
         """Return the inverted noise of the batch's data as experience."""
