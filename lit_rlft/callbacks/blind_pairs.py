@@ -1,13 +1,9 @@
 """Keeps a test's pictures for a judge who does not know which model drew which."""
 
-from collections.abc import Iterator
-
 from lightning import Callback, LightningModule, Trainer
-from torch import Tensor
 
 from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.evaluation.kept import first_of_all
-from lit_rlft.evaluation.measurements import Measured
 from lit_rlft.runs.folder import run_folder
 from lit_rlft.voting.blind_pairs import write_pairs
 
@@ -29,15 +25,5 @@ class BlindPairs(Callback):
         if not trainer.is_global_zero or not measurements.tuned.pictures:
             return
         tuned, reference = measurements.tuned, measurements.reference
-        labels = _labels(tuned)
-        write_pairs(run_folder(trainer), _pictures(tuned), _pictures(reference), labels)
-
-
-def _pictures(measured: Measured) -> Iterator[Tensor]:
-    for batch in sorted(measured.pictures):
-        yield from measured.pictures[batch]
-
-
-def _labels(measured: Measured) -> Iterator[str]:
-    for batch in sorted(measured.pictures):
-        yield from measured.labels[batch][: len(measured.pictures[batch])]
+        pictures = tuned.all_pictures(), reference.all_pictures()
+        write_pairs(run_folder(trainer), *pictures, tuned.all_labels())

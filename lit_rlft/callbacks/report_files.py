@@ -97,8 +97,7 @@ def _table(measurements: Measurements, world_size: int) -> str:
     """Return the values of every sample of every process as CSV, in the order of the data."""
     own = {arm: _columns(measured) for arm, measured in measurements.arms.items()}
     tuned = measurements.tuned
-    labels = [label for i in sorted(tuned.labels) for label in tuned.labels[i]]
-    parts = gather((tuned.all_rows(), labels, own), world_size)
+    parts = gather((tuned.all_rows(), tuned.all_labels(), own), world_size)
     rows = torch.cat([part[0] for part in parts])
     order = rows.argsort(stable=True).tolist()
     texts = [label for part in parts for label in part[1]]

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
@@ -182,9 +181,7 @@ class RunFiles(Callback):
         self, module: RewardFineTuner, first: Measurements, summary: Summary, num_samples: int
     ) -> Image.Image:
         reference, tuned = first.reference, first.tuned
-        batches = sorted(tuned.pictures)
-        labels = [label for batch in batches for label in tuned.labels[batch]]
-        size = module.num_eval_samples
+        labels, size = tuned.all_labels(), module.num_eval_samples
         starts = list(range(0, len(labels), size))[: self.num_conditions]
         name = module.reward.name
         before, after = (summary[arm][name] for arm in ("reference", "tuned"))
@@ -192,8 +189,8 @@ class RunFiles(Callback):
             f"{module.algorithm} on {module.pipeline.name}: {name} "
             f"{before['mean']:.3f} -> {after['mean']:.3f} (n = {num_samples}, same noise)"
         )
-        arms = [torch.cat([arm.pictures[i] for i in batches]) for arm in (reference, tuned)]
-        return comparison(arms[0], arms[1], labels, [*starts, min(size, 4)], title)
+        arms = reference.all_pictures(), tuned.all_pictures()
+        return comparison(*arms, labels, [*starts, min(size, 4)], title)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the samples of another checkpoint before the first new one is written.

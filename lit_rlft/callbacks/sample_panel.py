@@ -1,9 +1,7 @@
 """Same-seed before/after panels at every validation."""
 
-import math
 from typing import Any
 
-import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
@@ -15,6 +13,7 @@ from lit_rlft.evaluation.kept import first_entries, first_of_all
 from lit_rlft.runs.before_after import before_after, comparison, write_png
 from lit_rlft.runs.files import writing
 from lit_rlft.runs.folder import run_folder
+from lit_rlft.runs.lines import without_nan
 from lit_rlft.runs.shown import SHOWN, write_shown
 
 __all__ = ["SamplePanel"]
@@ -52,15 +51,12 @@ class SamplePanel(Callback):
         measurements = first_of_all(own, self.num_samples, size)
         if not trainer.is_global_zero:
             return
-        arms = [
-            torch.cat([arm.pictures[i] for i in sorted(arm.pictures)])[: self.num_samples]
-            for arm in (measurements.reference, measurements.tuned)
-        ]
+        both = (measurements.reference, measurements.tuned)
+        arms = [arm.all_pictures()[: self.num_samples] for arm in both]
         folder, updates = run_folder(trainer), pl_module.num_updates
         panel = before_after(arms[0], arms[1], self.num_columns)
         write_png(panel, folder / "panels" / f"{updates:06d}.png")
-        each = measurements.tuned.labels
-        labels = [label for i in sorted(each) for label in each[i]][: self.num_samples]
+        labels = measurements.tuned.all_labels()[: self.num_samples]
         size, title = min(pl_module.num_eval_samples, len(labels)), _title(pl_module)
         starts = range(0, len(labels) - size + 1, size)[: self.num_columns]
         shown = arms[0], arms[1], labels, [*starts, min(size, 4)], title
@@ -84,13 +80,6 @@ def _record(module: RewardFineTuner, entries: list[dict[str, Any]]) -> dict[str,
     """Return what a report shows of a checkpoint: its numbers and some samples."""
     evaluator = module.evaluator
     guards = guards_of(module.reward, module.metrics)
-    summary = {
-        arm: {
-            name: {key: x if math.isfinite(x) else None for key, x in moments.items()}
-            for name, moments in metrics.items()
-        }
-        for arm, metrics in evaluator.latest.items()
-    }
     return {
         "reward": module.reward.name,
         "updates": module.num_updates,
@@ -99,6 +88,6 @@ def _record(module: RewardFineTuner, entries: list[dict[str, Any]]) -> dict[str,
         "reward_calls": module.meter.total("reward_calls"),
         "seconds": module.meter.training.seconds,
         "guards": {name: guard.worse for name, guard in guards.items()},
-        "summary": summary,
+        "summary": without_nan(evaluator.latest),
         "entries": entries,
     }

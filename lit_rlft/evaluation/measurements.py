@@ -80,6 +80,14 @@ class Measured:
         """Return the row of the data of each sample, [n], in the order of the batches."""
         return torch.cat([self.rows[i] for i in sorted(self.rows)] or [torch.zeros(0).long()])
 
+    def all_pictures(self) -> Tensor:
+        """Return the rendered samples, [n, 3, H, W], in the order of the batches."""
+        return torch.cat([self.pictures[i] for i in sorted(self.pictures)])
+
+    def all_labels(self) -> list[str]:
+        """Return what each sample was conditioned on, in the order of the batches."""
+        return [label for i in sorted(self.labels) for label in self.labels[i]]
+
     def sets(self) -> dict[int, Features]:
         """Return all features of each metric of whole sets, in the order of the batches."""
         return {i: _joined(features) for i, features in self.features.items()}
