@@ -51,15 +51,8 @@ def sentence(error: Exception, config: Namespace | None = None) -> str | None:
             return _interpolation(cause)
     if isinstance(error, ArgumentError) and config is None:
         return parser_sentence(causes)
-    if unborn := _unborn(causes):
-        return unborn
-    if memory := _memory(causes):
-        return memory
-    if uncompiled := _uncompiled(causes):
-        return uncompiled
-    if unmade := _unmade(causes, config):
-        return unmade
-    return _settings(causes, config)
+    found = _unborn(causes) or _memory(causes) or _uncompiled(causes)
+    return found or _unmade(causes, config) or _settings(causes, config)
 
 
 def _interpolation(error: OmegaConfBaseException) -> str:

@@ -63,9 +63,8 @@ def listing(what: str | None = None, domain: str | None = None) -> str:
     sections = [what] if what else list(_SECTIONS)
     tables = []
     for section in sections:
-        header, rows = _SECTIONS[section](domain)
-        if what in ("algorithms", "selections"):  # which go with any domain
-            header, rows = _SECTIONS[section](None)
+        with_any = what in ("algorithms", "selections")  # which go with any domain
+        header, rows = _SECTIONS[section](None if with_any else domain)
         if rows or what:
             title = "" if what else f"{section.upper()}\n"
             tables.append(title + _table(header, rows))
@@ -121,11 +120,10 @@ def _selections(domain: str | None) -> tuple[Row, Sequence[Row]]:
 
 
 def _configs(domain: str | None) -> tuple[Row, Sequence[Row]]:
-    rows = []
+    rows, package = [], domain_packages()[domain] if domain else ""
     for path in packaged_configs():
-        packages = (domain_packages()[domain],) if domain else ("",)
         named = _class_paths(path)
-        if any(name.startswith(package) for name in named or [""] for package in packages):
+        if any(name.startswith(package) for name in named or [""]):
             rows.append((path.stem, path.parent.name, _comment(path) or _classes(named)))
     return ("name", "folder", ""), rows
 
