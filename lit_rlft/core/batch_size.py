@@ -149,9 +149,9 @@ class GlobalNoise:
             torch.cuda.set_rng_state_all(self._gpus)
 
 
-def sized(given: int | BatchSize, key: str = "batch size") -> BatchSize:
+def sized(given: int | BatchSize) -> BatchSize:
     """Return a batch size for a plain number."""
-    return given if isinstance(given, BatchSize) else BatchSize(key, given)
+    return given if isinstance(given, BatchSize) else BatchSize("batch size", given)
 
 
 def free_memory() -> None:

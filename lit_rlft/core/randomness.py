@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,11 +59,7 @@ class Seeded(Sequence[torch.Generator]):
     def _made(self) -> list[torch.Generator]:
         return generators([seed_from(seed, *self._key) for seed in self._seeds])
 
-    @overload
-    def __getitem__(self, row: int) -> torch.Generator: ...
-    @overload
-    def __getitem__(self, row: slice) -> Sequence[torch.Generator]: ...
-    def __getitem__(self, row: int | slice) -> torch.Generator | Sequence[torch.Generator]:
+    def __getitem__(self, row: Any) -> Any:  # a generator, or several for a slice
         return self._made[row]
 
     def __iter__(self) -> Iterator[torch.Generator]:
@@ -91,11 +87,7 @@ class StepNoise(Sequence[torch.Generator]):
         self._ahead: list[list[Tensor]] = []
         """By draw of a step, its noise for the next steps, the last of them first."""
 
-    @overload
-    def __getitem__(self, row: int) -> torch.Generator: ...
-    @overload
-    def __getitem__(self, row: slice) -> Sequence[torch.Generator]: ...
-    def __getitem__(self, row: int | slice) -> torch.Generator | Sequence[torch.Generator]:
+    def __getitem__(self, row: Any) -> Any:  # a generator, or several for a slice
         return self.own[row]
 
     def __len__(self) -> int:

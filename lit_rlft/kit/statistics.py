@@ -120,9 +120,9 @@ def polynomial(x: Tensor, y: Tensor) -> Tensor:
     return (x @ y.T / x.shape[1] + 1) ** 3
 
 
-def median_distance(points: Tensor, max_points: int = 2000) -> float:
-    """Return the median distance of every two of the first points [n, d]."""
-    return float(torch.pdist(points[:max_points].double()).median())
+def median_distance(points: Tensor) -> float:
+    """Return the median distance of every two of the first 2,000 points [n, d]."""
+    return float(torch.pdist(points[:2000].double()).median())
 
 
 def frechet_distance(generated: Tensor, real: Tensor) -> float:

@@ -101,8 +101,8 @@ def test_a_row_of_the_table_is_the_transition(
     x = tree_map(lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf, start(process))
     prediction, steps = predicted(x), process.steps(process.times(T), None, eta, x)
     numbers = torch.tensor([0, 3, T - 1, 3, 1, T - 2])
-    mixed = process.step(prediction, x, steps.pick(numbers).coefficients)
-    assert_equal(steps.pick(numbers).t, process.times(T)[numbers])
+    mixed = process.step(prediction, x, index(steps.coefficients, numbers))
+    assert_equal(steps.t, process.times(T)[:-1])
     for row, i in enumerate(numbers.tolist()):
         t, s = (process.times(T)[i + end].expand(B) for end in (0, 1))
         assert_equal(steps.levels(i, B), t)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lit_rlft.core.process.noise import Noise
-from lit_rlft.core.state import State, index, leaves, tree_map
+from lit_rlft.core.state import State, leaves, tree_map
 from lit_rlft.core.watched import Watched
 
 __all__ = ["StepTables", "Steps"]
@@ -49,10 +49,6 @@ class Steps:
     def row(self, i: int) -> State:
         """Return the coefficients of step i, [C] of each field."""
         return tree_map(lambda table: table[i], self.coefficients)
-
-    def pick(self, numbers: Tensor) -> "Steps":
-        """Return steps by their numbers, [P] int64 on the device."""
-        return Steps(self.t[numbers], self.s[numbers], index(self.coefficients, numbers))
 
 
 class StepTables:
