@@ -553,7 +553,7 @@ class DDPO(RewardFineTuner):
             return None
         process = self.pipeline.process
         assert isinstance(process, GaussianProcess)
-        # Of all steps, whichever are trained this round: a step's weight is the same in each.
+        # Over all steps of the sampler: a step's weight is then the same in every round.
         whole = self._steps(condition.index(slice(0, 1)), self.sampler.noise)
         return process.balance(tensor_of(whole.coefficients))[list(steps)].cpu()
 

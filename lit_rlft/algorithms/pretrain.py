@@ -21,6 +21,7 @@ class Pretrain(RewardFineTuner):
     """Trains all of the denoiser on data with the model's native loss; the reward only evaluates.
 
     Args:
+        *args: Pipeline and reward.
         condition_dropout: Probability of training a sample on the null condition, which
             classifier-free guidance needs.
         snr_gamma: Bound of min-SNR weighting, 5 in its paper; None leaves the native loss. Fewer

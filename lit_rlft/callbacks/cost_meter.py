@@ -65,7 +65,7 @@ class CostMeter(Hooks):
             return
         page = self.books.setdefault(stage.value, {})
         spent = page.setdefault(name, defaultdict(float))
-        # Counted calls happen in whichever arm is sampled first.
+        # Operations are counted in the first calls, of the arm that is sampled first.
         counting = spending.counting_seconds - before.counting_seconds
         spent["seconds"] += now() - start - counting
         spent["samples"] += num_samples

@@ -37,7 +37,7 @@ def check_on_probes(
         for part in sharp:
             try:
                 values = part(samples, condition)
-            except Exception:  # whatever it is, samples of the run decide
+            except Exception:  # of any kind: samples of the run decide
                 continue
             if isinstance(values, Tensor) and values.shape == (len(condition),):
                 _judge(part, values.double().cpu())

@@ -94,7 +94,7 @@ class _Sources:
         return next((_KINDS[one] for one in self.ancestors(path) if one in _KINDS), "")
 
     def members(self, path: str) -> dict[str, str]:
-        """Return of each member "abstract", "concrete", or a value: of `differentiable` alone."""
+        """Return each member as "abstract" or "concrete", and `differentiable` as its value."""
         members: dict[str, str] = {}
         for base in reversed(self.bases(path)):
             members |= self.members(base)

@@ -59,7 +59,7 @@ def device_of(samples: Any, default: torch.device) -> torch.device:
 
 def leads_to(answer: Any, samples: Any) -> bool:
     """Return whether a tensor was computed with gradients, or is one of the samples' own."""
-    # Of a view that was taken without gradients torch says that it requires one.
+    # Torch says of a view taken without gradients that it requires one.
     own = isinstance(answer, Tensor) and answer.grad_fn is not None
     return own or any(answer is one for one in tensors(samples))
 

@@ -122,7 +122,7 @@ def of_kind(
         owner: What it is a part of.
         name: The argument's name.
         kind: A class, or several.
-        remedy: What to give; of a class of that kind it is what to write.
+        remedy: What to give. Of a class where an instance is wanted, the remedy is to call it.
         given: The part; the owner's attribute of that name unless given.
     """
     value = getattr(owner, name) if given is _OWN else given

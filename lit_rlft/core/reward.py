@@ -387,7 +387,7 @@ class WeightedSum(Combination):
         held_out: As in `Combination`.
         normalize: Bring parts without a range to mean 0 and deviation 1 over all samples that the
             run has trained on, this round's included. Weights then say how much each part counts
-            whatever its units. The unit changes during a run, most in its first rounds.
+            in any unit. The unit changes during a run, most in its first rounds.
 
     Attributes:
         moments: Mean and deviation of each part that is normalised, within its limits.

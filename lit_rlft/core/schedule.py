@@ -7,7 +7,7 @@ r"""Noise schedules: :math:`x_t = \alpha_t x_0 + \sigma_t \epsilon` for :math:`t
 | polynomial VP (EDM for molecules) | sqrt((1 - 2p) (1 - t^2)^2 + p) | sqrt(1 - alpha_t^2) |
 | rectified flow (SD3, FLUX) | 1 - t | t |
 
-Coefficients are computed in float64 and cast by whoever uses them.
+Coefficients are computed in float64 and cast where they are used.
 """
 
 import math

@@ -18,7 +18,7 @@ _MAX_DEPTH = 4
 _MOST = 256
 """Values of one argument that are kept one by one; of more, as of a list of prompts, a digest."""
 _FOREIGN = ("torch", "lightning", "builtins", "abc")
-"""Packages whose own arguments are not settings of a run, but for schedules of a learning rate."""
+"""Packages whose arguments are no settings of a run, except learning-rate schedules'."""
 _RECORD = "_constructed_from"
 
 HIDDEN = "(hidden)"

@@ -137,7 +137,7 @@ def _numbers(metric: SetMetric, features: Features) -> dict[str, float]:
     """Return `compare`'s numbers.
 
     Raises:
-        UsageError: They are none.
+        UsageError: It returns something else.
     """
     found: Any = metric.compare(features)
     name = f"{type(metric).__name__}.compare"

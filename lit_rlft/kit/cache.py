@@ -90,7 +90,7 @@ def save_report(folder: Path, final: Path, report: Report) -> None:
 
 
 def _pointer(listing: str, path: Path) -> str:
-    """Return where the entries that were left out are listed; a report has told of a single one."""
+    """Return where several entries are listed; nothing for one, which the report has told of."""
     return f"; every one is listed in {path}" if listing.count("\n") > 1 else ""
 
 

@@ -116,7 +116,7 @@ class HTTPReward(Reward):
         except _NoRewards as error:
             if not self._said:
                 self._said = True
-                # From whichever process: what the server said to one is known to that one alone.
+                # On every process: each knows its own answers alone.
                 warnings.warn(
                     f"HTTPReward: {self.url} gave no rewards for {len(packed)} samples ({error}); "
                     "they are left out, and further failures are not said",

@@ -18,10 +18,10 @@ __all__ = ["Offloaded"]
 class Offloaded(Reward):
     """A reward whose networks wait in the processor's memory until they score.
 
-    They come to the samples' device for each call and leave it after: memory for sampling and
-    training, at the price of their way. Where gradients flow they stay until a call without
-    gradients, since the backward pass goes through them. Of a `WeightedSum` wrap the parts. Numbers
-    are those of the reward alone, in every precision and in workers too.
+    They come to the samples' device for each call and leave it after, which frees memory for
+    sampling and training and costs the transfers. Where gradients flow they stay until a call
+    without gradients, since the backward pass goes through them. Of a `WeightedSum` wrap the parts.
+    Numbers are those of the reward alone, in every precision and in workers too.
 
     Args:
         reward: The reward; it keeps its name.

@@ -127,7 +127,7 @@ def training_batches(
     members = [np.flatnonzero(sizes == size) for size in np.unique(sizes)]
     num_batches = max(1, len(sizes) // batch_size)
     shares = np.cumsum([len(rows) for rows in members]) * (num_batches / len(sizes))
-    shares[-1] = num_batches  # exactly, whatever rounding made of it
+    shares[-1] = num_batches  # exactly, without rounding
     ends = np.floor(shares + rng.random()).astype(int)
     batches: list[NDArray[np.int64]] = []
     for rows, count in zip(members, np.diff(ends, prepend=0), strict=True):

@@ -31,7 +31,7 @@ class AdapterSwitch:
     """Switches the layers of a LoRA.
 
     Args:
-        layers: They; none where there is no adapter.
+        layers: The layers, none where there is no adapter.
         merge: Whether `merged` merges. "auto" does where layers compute in single precision or
             better: a weight of 8 bits loses a small update that an adapter of its own adds exactly.
     """

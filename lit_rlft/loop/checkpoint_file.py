@@ -1,7 +1,7 @@
 """Checkpoint files: read without running anything that they hold, or refused in one sentence.
 
 A pickle can run code when it is loaded. Only what torch's safe loader takes (numbers, strings,
-tensors and containers of them) is ever loaded, whatever `weights_only` says.
+tensors and containers of them) is ever loaded, under any `weights_only`.
 """
 
 import pickle
@@ -94,7 +94,7 @@ def check_resumable(checkpoint: Mapping[str, Any]) -> None:
 
 
 def secure(trainer: Trainer) -> None:
-    """Make a trainer load checkpoints safely, by whichever name or plugin it finds them."""
+    """Make a trainer load checkpoints safely, under every name and by every plugin."""
     strategy = trainer.strategy
     if not isinstance(getattr(strategy, "load_checkpoint", None), partial):
         vars(strategy)["load_checkpoint"] = partial(_safely, strategy.load_checkpoint)
@@ -103,7 +103,7 @@ def secure(trainer: Trainer) -> None:
 def _safely(
     inner: Callable[..., Any], checkpoint_path: Source, weights_only: bool | None = None
 ) -> dict[str, Any]:
-    # Whatever the caller asks for; Lightning 2.5 cannot be asked.
+    # Always safely; Lightning 2.5 has no argument for it.
     if "weights_only" not in signature(inner).parameters:
         return load(checkpoint_path)
     with _reading(checkpoint_path):

@@ -1,4 +1,4 @@
-"""What algorithms need that follow a reward's gradient."""
+"""What a reward and a process need for an algorithm that follows the reward's gradient."""
 
 from lit_rlft.core.checks import UsageError, require
 from lit_rlft.core.pipeline import Pipeline

@@ -67,6 +67,6 @@ def _packed(experience: Experience) -> bytes:
 
 def _unpacked(everyone: Sequence[bytes | None], device: torch.device) -> Experience:
     found = next(own for own in everyone if own is not None)
-    # Of another process of this run, which has just made it.
+    # Safe to unpickle: another process of this run has just made it.
     experience: Experience = torch.load(io.BytesIO(found), device, weights_only=False)
     return experience

@@ -61,7 +61,7 @@ def check_strategy(given: object) -> None:
     if isinstance(given, known) and "xla" not in own:
         return
     if isinstance(given, str) and ("." in name or own.startswith(_NAMES)) and not _why(own):
-        return  # what a class of somebody else's is shows when there is one
+        return  # a class of somebody else's is checked once there is an instance
     reason = _why(own) or f"has not been tested; use ddp, or {_CONFIG} to split the weights"
     raise UsageError(f"trainer.strategy {name} {reason}")
 

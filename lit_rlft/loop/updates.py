@@ -201,7 +201,7 @@ def accumulate(
     """
     minibatch = update.minibatch
     scale = shares.world_size / update.total
-    # Values are means over terms: of samples with several each counts so much.
+    # Values are means over terms, of which a sample may have several.
     share = update.total / max(update.total_terms, 1)
     num_terms = max(update.most_terms if shares.idle else minibatch.num_terms, 1)
     size = shares.microbatch_size or num_terms

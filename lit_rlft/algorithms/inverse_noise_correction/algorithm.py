@@ -1,8 +1,7 @@
 r"""Inverse noise correction: a small flow learns the noise that a frozen flow turns into data.
 
 The deterministic sampler of a flow is an invertible map T from noise to data. T takes the
-distribution of :math:`T^{-1}(x_0)` over the data to the data's own, whatever is wrong with the
-model, and
+distribution of :math:`T^{-1}(x_0)` over the data to the data's own, for a wrong model too, and
 
 .. math::
     KL(p_{data} \,\|\, T(q)) = KL(T^{-1}(p_{data}) \,\|\, q),

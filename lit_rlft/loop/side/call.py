@@ -84,7 +84,7 @@ class Answer(NamedTuple):
     """What a reward returned, on the CPU, and how long it took.
 
     Attributes:
-        value: A tensor, a dict of tensors, or whatever else it returned.
+        value: What it returned, usually a tensor or a dict of tensors.
         seconds: Spent on it.
     """
 

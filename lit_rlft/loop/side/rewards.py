@@ -78,7 +78,7 @@ class RewardWorkers:
             names = sorted(found) if isinstance(reward, Combination) else f"{reward.name} alone"
             problem = f"names {unknown}, but the reward has {names}"
             raise BadArgument(self, "parts", problem)
-        chosen = [name for name in chosen if not found[name].asks]  # nobody to be waited for there
+        chosen = [name for name in chosen if not found[name].asks]  # a person has no worker
         for place, (name, part) in enumerate((n, found[n]) for n in chosen):
             assert isinstance(part, Reward)
             if not isinstance(part, SideReward):

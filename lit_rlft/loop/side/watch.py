@@ -70,7 +70,7 @@ class SideWatch(Hooks):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """End the workers, whatever they do."""
+        """End the workers."""
         self._stop()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -63,7 +63,7 @@ class Worker(ABC):
 
     @abstractmethod
     def stop(self) -> None:
-        """End it at once, whatever it does; a call that waits is `Lost`."""
+        """End it at once, also in the middle of a call, which is then `Lost`."""
 
 
 @dataclass(frozen=True)
@@ -254,7 +254,7 @@ def serve(calls: int, watched: int) -> None:
                 connection.send_bytes(pickle.dumps(said))
             except (EOFError, OSError):
                 raise
-            except Exception as error:  # whatever the reward raises belongs to its asker
+            except Exception as error:  # all errors of the reward are its asker's
                 connection.send_bytes(pickle.dumps(_Failure.of(error)))
             warned.clear()
 
@@ -307,5 +307,5 @@ class SideThread(Worker):
         while (call := self._asked.get()) is not None:
             try:
                 self._said.put(_placed_answer(self._reward, call))
-            except Exception as error:  # whatever the reward raises belongs to its asker
+            except Exception as error:  # all errors of the reward are its asker's
                 self._said.put(error)
