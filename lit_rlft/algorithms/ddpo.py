@@ -65,7 +65,6 @@ from lit_rlft.core.trajectory import (
     Trajectories,
     law_of,
     single,
-    transition_of,
     walk_with_log_probs,
 )
 from lit_rlft.core.window import SlidingWindow
@@ -441,7 +440,7 @@ class DDPO(RewardFineTuner):
         times, ends = process.times(num_steps), process.ends(num_steps)
         table = self._steps(condition.index(slice(0, 1)), self._noise).coefficients
         trained = self._draw_steps(process.noisy(table))
-        grid = (times, trained, self.state_dtype, ends, table)
+        grid = (times, trained, table, self.state_dtype, ends)
         kept = Trajectories(len(condition), *grid, keeps_means=self.ratio_norm)
         x_0 = []
         for chunk in self.rollouts.chunks(condition, seeds, "Sampling"):
@@ -530,11 +529,8 @@ class DDPO(RewardFineTuner):
 
     def _transition(self, denoiser: Denoiser, pairs: Experience) -> Distribution:
         states, process = pairs.states, self.pipeline.process
-        t, x_t = tensor_of(states["t"]), states["x_t"]
-        if "coefficients" not in states:
-            args = (x_t, t, tensor_of(states["s"]), pairs.condition, self.sampler.noise)
-            return transition_of(denoiser, process, *args)
-        return law_of(denoiser, process, x_t, t, states["coefficients"], pairs.condition)
+        given = (states["x_t"], tensor_of(states["t"]), states["coefficients"])
+        return law_of(denoiser, process, *given, pairs.condition)
 
     def _steps(self, condition: Condition, noise: Noise) -> Steps:
         """Return the steps of the sampler's grid, for states of some conditions."""

@@ -19,20 +19,7 @@ from lit_rlft.core.randomness import Generators, next_step, step_noise
 from lit_rlft.core.sampling import Denoiser
 from lit_rlft.core.state import State, batch_size, index, leaves, tensor_of, tree_map
 
-__all__ = ["Trajectories", "law_of", "rounded", "single", "transition_of", "walk_with_log_probs"]
-
-
-def transition_of(
-    denoiser: Denoiser,
-    process: Process,
-    x_t: State,
-    t: Tensor,
-    s: Tensor,
-    condition: Condition,
-    eta: Noise,
-) -> Distribution:
-    """Return p(x_s | x_t), computed in single precision at least; sampler and replay share it."""
-    return law_of(denoiser, process, x_t, t, process.noisy_coefficients(t, s, eta), condition)
+__all__ = ["Trajectories", "law_of", "rounded", "single", "walk_with_log_probs"]
 
 
 def law_of(
@@ -44,9 +31,16 @@ def law_of(
     condition: Condition,
     step: Step | None = None,
 ) -> Distribution:
-    """Return p(x_s | x_t) of steps whose coefficients are known, as `transition_of` does.
+    """Return p(x_s | x_t), computed in single precision at least; sampler and replay share it.
 
-    A walk gives the `step` that it has of `process.stepper`.
+    Args:
+        denoiser: Called once.
+        process: Gives the transition.
+        x_t: [B, ...].
+        t: Levels of x_t, [B].
+        coefficients: Those of the steps, [B, C] of each field, or [C] of one step for all.
+        condition: One row per sample.
+        step: `process.step`, or what a walk has of `process.stepper`.
     """
     prediction = denoiser(x_t, t, condition)
     return (step or process.step)(single(prediction), single(x_t), coefficients)
@@ -103,10 +97,9 @@ class Trajectories:
         num: N.
         times: [T + 1], the sampler's grid.
         steps: The S trained steps, numbers in [0, T).
+        coefficients: [T, C] of each field, of all steps (`Process.steps`).
         dtype: Floating type of the kept states; None takes that of the states given.
         ends: [T], where each step leads (`Process.ends`); None is the grid's next.
-        coefficients: [T, C] of each field, of all steps (`Process.steps`); None leaves them out of
-            `pairs`.
         keeps_means: Whether the means of the trained steps' Gaussians are kept too, in the
             precision they are computed in.
 
@@ -119,9 +112,9 @@ class Trajectories:
         num: int,
         times: Tensor,
         steps: Iterable[int],
+        coefficients: State,
         dtype: torch.dtype | None = None,
         ends: Tensor | None = None,
-        coefficients: State | None = None,
         *,
         keeps_means: bool = False,
     ) -> None:
@@ -180,8 +173,8 @@ class Trajectories:
 
         Returns:
             `x_t` and `x_s` [P, ...] in the types of the states once given, `t` and `s` [P],
-            `log_prob` [P], `coefficients` [P, C] of each field where they are known, and `mean`
-            [P, ...] where means are kept.
+            `log_prob` [P], `coefficients` [P, C] of each field, and `mean` [P, ...] where means are
+            kept.
         """
         known = self._by_place
         places, samples = (rows.to(self._device, non_blocking=True) for rows in (places, samples))
@@ -192,9 +185,8 @@ class Trajectories:
             "t": known["t"].index_select(0, places),
             "s": known["s"].index_select(0, places),
             "log_prob": self.log_probs[places, samples],
+            "coefficients": index(self._trained_coefficients, places),
         }
-        if self._trained_coefficients is not None:
-            pairs["coefficients"] = index(self._trained_coefficients, places)
         if self._means is not None:
             pairs["mean"] = self._means[places, samples]
         return pairs
@@ -212,10 +204,10 @@ class Trajectories:
         return {name: one.to(self._device, non_blocking=True) for name, one in own.items()}
 
     @cached_property
-    def _trained_coefficients(self) -> State | None:
+    def _trained_coefficients(self) -> State:
         """The coefficients of the trained steps, [S, C] of each field."""
         steps = torch.tensor(self.steps).to(self._device, non_blocking=True)
-        return None if self._coefficients is None else index(self._coefficients, steps)
+        return index(self._coefficients, steps)
 
     def replace_log_probs(
         self, places: Tensor, samples: Tensor, values: Tensor, law: Distribution

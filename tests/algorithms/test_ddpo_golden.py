@@ -134,7 +134,7 @@ def guided(folder: Path, sign: int) -> tuple[DDPO, Experience]:
         "x_t": X_T,
         "x_s": X_T + 0.05 * wave(4, 4, 3, 3, rate=1.7, shift=0.9),
         "t": t,
-        "s": s,
+        "coefficients": pipeline.process.coefficients(t, s, 1.0),
         "log_prob": torch.tensor(OLD),
         "advantage": sign * torch.tensor(ADVANTAGES),
         "weight": torch.ones(4),

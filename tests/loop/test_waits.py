@@ -102,8 +102,9 @@ def test_a_walk_never_waits() -> None:
             process, waits, times = pipeline.process, Waits(), pipeline.process.times(T)
             with torch.no_grad(), waits:
                 list(tuner.route().walk(condition, generators(range(NUM))))
-                kept = Trajectories(NUM, times, range(T))
                 x_1 = process.prior(pipeline.blank(condition)).sample(generators(range(NUM)))
+                table = process.steps(times, None, 1.0, x_1).coefficients
+                kept = Trajectories(NUM, times, range(T), table)
                 args = (condition, times, 1.0, generators(range(NUM)))
                 kept.record(0, walk_with_log_probs(pipeline, process, x_1, *args))
                 kept.pairs(torch.tensor([0, 1, 3]), torch.tensor([2, 2, 0]))

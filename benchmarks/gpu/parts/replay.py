@@ -11,7 +11,7 @@ from benchmarks.gpu.tuning import Arm, arms_on_an_update, checkpointing, fit
 from domains.text_to_image.rewards import Brightness
 from lit_rlft.algorithms.ddpo import DDPO, Rollout
 from lit_rlft.core.sampling import Sampler
-from lit_rlft.core.trajectory import transition_of
+from lit_rlft.core.trajectory import law_of
 from lit_rlft.loop.reference import LoRA
 from lit_rlft.loop.updates import Update
 
@@ -82,8 +82,8 @@ def _plain_loop(tuner: DDPO, update: Update, batch: int) -> None:
         rows = torch.arange(start, min(start + batch, rollout.num_terms))
         pairs = rollout.terms(rows)
         own: dict[str, Any] = dict(pairs.states)
-        places = (own["t"], own["s"], pairs.condition, tuner.sampler.eta)
-        policy = transition_of(tuner.pipeline, process, own["x_t"], *places)
+        steps = process.coefficients(own["t"], own["s"], tuner.sampler.eta)
+        policy = law_of(tuner.pipeline, process, own["x_t"], own["t"], steps, pairs.condition)
         ratio = torch.exp(policy.log_prob(own["x_s"], "mean") - own["log_prob"])
         clipped = ratio.clamp(1 - tuner.clip_range, 1 + tuner.clip_range)
         advantage = own["advantage"]
