@@ -1,5 +1,7 @@
 """The dial of a tuned model: how strongly it is tuned, and which steps it runs, at test time."""
 
+import csv
+import io
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -129,9 +131,9 @@ def dial_csv(rows: Sequence[Mapping[str, Any]], ends: Mapping[Arm, Mapping[str, 
         found = [row["metrics"].get(name, {"mean": math.nan, "sem": math.nan}) for name in names]
         cells = [_cell(moments[key]) for moments in found for key in ("mean", "sem")]
         lines.append([row["setting"], str(row["value"]), *cells])
-    return "".join(
-        ",".join(f'"{cell}"' if "," in cell else cell for cell in line) + "\n" for line in lines
-    )
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows(lines)
+    return file.getvalue()
 
 
 def _cell(value: float) -> str:

@@ -1,7 +1,6 @@
 """The dial of a tuned model: its ends are the reference and the tuned model, bit by bit."""
 
 import csv
-from pathlib import Path
 
 import pytest
 import torch
@@ -73,11 +72,11 @@ def test_impossible_values_are_refused(dial: dict[str, list[float]], message: st
         tuner_of(GRAFT, dial=Dial(**dial))
 
 
-def test_the_table_has_a_line_for_each_setting(tmp_path: Path) -> None:
-    nan = float("nan")
+def test_the_table_has_a_line_for_each_setting() -> None:
+    nan, fid = float("nan"), 'fid, "new"'
     summary = {
-        "tuned": {"r": {"mean": 1.0, "sem": 0.1}, "fid": {"mean": 2.0, "sem": nan}},
-        "reference": {"r": {"mean": 0.0, "sem": 0.1}, "fid": {"mean": 1.0, "sem": nan}},
+        "tuned": {"r": {"mean": 1.0, "sem": 0.1}, fid: {"mean": 2.0, "sem": nan}},
+        "reference": {"r": {"mean": 0.0, "sem": 0.1}, fid: {"mean": 1.0, "sem": nan}},
         "cut=0.5": {"r": {"mean": 0.5, "sem": 0.1}},
     }
     rows = dial_rows(summary)
@@ -86,5 +85,5 @@ def test_the_table_has_a_line_for_each_setting(tmp_path: Path) -> None:
     lines = list(csv.DictReader(text.splitlines()))
     assert [line["setting"] for line in lines] == ["reference", "tuned", "cut"]
     assert lines[2] == {
-        "setting": "cut", "value": "0.5", "r": "0.5", "r sem": "0.1", "fid": "", "fid sem": ""
+        "setting": "cut", "value": "0.5", "r": "0.5", "r sem": "0.1", fid: "", f"{fid} sem": ""
     }  # fmt: skip

@@ -30,6 +30,10 @@ class Lane:
         make: Makes a worker.
         timeout: Seconds that a call may take.
         restarts: How often a worker may be made again.
+
+    Attributes:
+        worker: The worker of this moment; None before there is one.
+        num_restarts: How often a worker was made again.
     """
 
     def __init__(
@@ -37,17 +41,11 @@ class Lane:
     ) -> None:
         self.name, self.timeout, self.restarts = name, timeout, restarts
         self.num_restarts = 0
-        self._make, self._worker = make, None
+        self.worker: Worker | None = None
+        self._make = make
         self._stopped, self._lock = False, threading.Lock()
         self._queue: queue.SimpleQueue[_Asked | None] = queue.SimpleQueue()
         threading.Thread(target=self._run, daemon=True, name=f"lane {name}").start()
-
-    _worker: Worker | None
-
-    @property
-    def worker(self) -> Worker | None:
-        """The worker of this moment; None before there is one."""
-        return self._worker
 
     def submit(self, call: Call) -> "Future[Answer | None]":
         """Return the answer to come: None where there will be none."""
@@ -59,7 +57,7 @@ class Lane:
         """End the worker at once, and everything that waits for it."""
         with self._lock:
             self._stopped = True
-            worker = self._worker
+            worker = self.worker
         self._queue.put(None)
         if worker is not None:
             worker.stop()
@@ -68,7 +66,7 @@ class Lane:
         try:
             self._ready()
         except Exception:  # the first call meets it again and says it
-            self._worker = None
+            self.worker = None
         while (asked := self._queue.get()) is not None:
             if self._stopped:
                 asked.answer.cancel()
@@ -90,21 +88,21 @@ class Lane:
         raise AssertionError
 
     def _ready(self) -> Worker:
-        if self._worker is None:
+        if self.worker is None:
             worker = self._make()
             with self._lock:
-                self._worker = worker
+                self.worker = worker
                 stopped = self._stopped
             if stopped:
                 worker.stop()
                 raise Lost("was stopped")
-        return self._worker
+        return self.worker
 
     def _lose(self, loss: Lost, num_samples: int, *, again: bool) -> None:
         """Give a worker up, and say so; raise UsageError where that was one too many."""
-        if self._worker is not None:
-            self._worker.stop()
-            self._worker = None
+        if self.worker is not None:
+            self.worker.stop()
+            self.worker = None
         if self._stopped:
             return
         self.num_restarts += 1
