@@ -14,7 +14,6 @@ from lit_rlft.callbacks.dial_file import DIAL
 from lit_rlft.callbacks.facts import say
 from lit_rlft.core.checks import at_least
 from lit_rlft.distributed import gather
-from lit_rlft.evaluation.evaluator import unseen
 from lit_rlft.evaluation.kept import KINDS, Extremes, merged
 from lit_rlft.evaluation.measurements import Measured, Measurements
 from lit_rlft.report import REPORT, write_report
@@ -58,7 +57,7 @@ class ReportFiles(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the files; nothing measured is lost where a report cannot be made."""
         assert isinstance(pl_module, RewardFineTuner) and self._extremes is not None
-        pl_module.evaluator.seen = unseen
+        pl_module.evaluator.seen = None
         size, measurements = trainer.world_size, pl_module.evaluator.measurements
         found = gather(self._extremes.found, size)
         table = _table(measurements, size)

@@ -13,7 +13,6 @@ from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Metric, WeightedSum
 from lit_rlft.core.training_metric import TrainingMetric
 from lit_rlft.distributed import gather
-from lit_rlft.loop.rollouts import unheard
 
 __all__ = ["TrainingMetrics", "training_metrics", "training_values"]
 
@@ -67,7 +66,7 @@ class TrainingMetrics(Callback):
     ) -> None:
         """Tell the metrics what all processes have scored, and log their numbers."""
         assert isinstance(pl_module, RewardFineTuner)
-        pl_module.rollouts.scored = unheard
+        pl_module.rollouts.scored = None
         for name, metric in training_metrics(pl_module.metrics).items():
             parts = [one for own in gather(self._heard[name], trainer.world_size) for one in own]
             if parts:

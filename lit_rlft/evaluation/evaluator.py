@@ -37,26 +37,13 @@ from lit_rlft.loop.rollouts import Rollouts
 from lit_rlft.loop.route import Route
 from lit_rlft.loop.side.rewards import begin, side_rewards
 
-__all__ = ["Evaluator", "unseen"]
+__all__ = ["Evaluator"]
 
 Phase = Callable[[str, int], AbstractContextManager[Any]]
 """Makes a context that tells what the time within it is spent on, and for how many samples."""
 
-
 Seen = Callable[[Arm, int, Tensor, Any, Condition, Mapping[str, Tensor]], None]
 """Takes a model's samples of a batch: their number, rows of the data, conditions and values."""
-
-
-def unseen(
-    arm: Arm,
-    batch: int,
-    rows: Tensor,
-    samples: Any,
-    condition: Condition,
-    values: Mapping[str, Tensor],
-) -> None:
-    """Take measured samples and do nothing."""
-
 
 _HOPELESS = 64
 """So many first samples that all failed end an evaluation before the rest is drawn."""
@@ -87,7 +74,7 @@ class Evaluator:
         world_size: Processes that share it; one that fails tells the others.
         num_pictures: First samples to render, over all processes; see `show`.
         keeps_figures: Whether drawings of these samples are kept too.
-        seen: Hears of all samples that were measured; callbacks set it.
+        seen: Hears of all samples that were measured, if a callback has set it.
         phase: Reports what the time is spent on.
     """
 
@@ -99,7 +86,7 @@ class Evaluator:
         self._num_failed = self._num_asked = 0
         self._hopeful = self._finite = False
         self.keeps_figures = False
-        self.seen: Seen = unseen
+        self.seen: Seen | None = None
         self._best: Arm | None = None
         self._waiting: deque[_Drawn] = deque()
         self.latest: dict[Arm, dict[str, Moments]] = {}
@@ -288,7 +275,8 @@ class Evaluator:
         features = [_features(metric, samples, condition) for metric in self.set_metrics]
         measured = (values, pictures, labels, features, rows, figures)
         self._measurements.add(arm, batch_idx, *measured)
-        self.seen(arm, batch_idx, rows, samples, condition, values)
+        if self.seen is not None:
+            self.seen(arm, batch_idx, rows, samples, condition, values)
 
     def _check_scored(self, rewards: Any, num_samples: int, samples: Any) -> None:
         """Check rewards; say once that some are missing, and stop where there never were any.

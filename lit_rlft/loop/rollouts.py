@@ -20,7 +20,7 @@ from lit_rlft.cost.meter import Meter
 from lit_rlft.loop.route import Route
 from lit_rlft.loop.side.rewards import begin
 
-__all__ = ["Chunk", "Drawn", "Rollouts", "Scored", "Scores", "Track", "track", "unheard"]
+__all__ = ["Chunk", "Drawn", "Rollouts", "Scored", "Scores", "Track", "track"]
 
 T = TypeVar("T")
 Track = Callable[[Iterable[Any], str], Iterable[Any]]
@@ -65,10 +65,6 @@ class Scores(NamedTuple):
     keys: list[Hashable] | None
 
 
-def unheard(samples: Any, condition: Condition, rewards: Tensor) -> None:
-    """Take scored samples and do nothing."""
-
-
 class Rollouts:
     """Draws and scores samples of a pipeline.
 
@@ -81,7 +77,7 @@ class Rollouts:
         track: Shows the progress; shows nothing unless it is given.
 
     Attributes:
-        scored: Hears of samples that were scored; callbacks set it.
+        scored: Hears of samples that were scored, if a callback has set it.
     """
 
     def __init__(
@@ -96,7 +92,7 @@ class Rollouts:
         self.pipeline, self.reward = pipeline, reward
         self.chunk_size, self.seed, self.meter = sized(chunk_size), seed, meter
         self.track: Track = track
-        self.scored: Scored = unheard
+        self.scored: Scored | None = None
 
     def seeds(self, batch: Batch, num: int, *stream: int) -> list[int]:
         """Return `num` seeds for each row of the batch, by the row's place in its data set."""
@@ -244,7 +240,8 @@ class Rollouts:
         """Return the rewards of decoded samples, [B], as `score` does."""
         self.meter.current.reward_calls += len(condition)
         rewards = rewards_of(self.reward, samples, condition, may_fail=may_fail)
-        self.scored(samples, condition, rewards.detach())
+        if self.scored is not None:
+            self.scored(samples, condition, rewards.detach())
         return rewards
 
 

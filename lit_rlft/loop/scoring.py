@@ -131,8 +131,9 @@ class Scoring:
         assert isinstance(reward, Combination)
         self.rollouts.meter.current.reward_calls += len(condition)
         parts = reward.raw_parts(samples, condition)
-        if not self._normalises:  # those wait for the moments of all samples
-            self.rollouts.scored(samples, condition, reward.combine(reward.scaled(parts)))
+        hear = self.rollouts.scored
+        if hear is not None and not self._normalises:  # else there is no combination yet
+            hear(samples, condition, reward.combine(reward.scaled(parts)))
         self._append(torch.stack([*parts.values()], dim=1), samples)
 
     def _append(self, rewards: Tensor, samples: Any) -> None:

@@ -23,7 +23,6 @@ from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Metrics, Reward, WeightedSum
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.training_metric import TrainingMetric
-from lit_rlft.loop.rollouts import unheard
 from lit_rlft.loop.side.rewards import RewardWorkers
 from tests.loop.test_reward_workers import tuner_of
 from tests.support import assert_equal, trainer_of
@@ -123,4 +122,4 @@ def test_without_such_metrics_nothing_is_kept() -> None:
     watch = TrainingMetrics()
     trainer_of(callbacks=[watch]).fit(tuner, MixtureData(num_train=4, batch_size=4))
     assert watch.state_dict() == {} == training_values(tuner.metrics)
-    assert tuner.rollouts.scored is unheard
+    assert tuner.rollouts.scored is None
