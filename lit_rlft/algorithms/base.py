@@ -38,7 +38,7 @@ from lit_rlft.loop.round_log import RoundLog, round_means
 from lit_rlft.loop.route import Leg, Route, steps_told
 from lit_rlft.loop.side.rewards import RewardWorkers
 from lit_rlft.loop.side.watch import beside
-from lit_rlft.loop.strategy import check_trainer, shares_of
+from lit_rlft.loop.strategy import check_trainer, passes_of
 from lit_rlft.loop.updates import Update, clip, layout, plan, settled
 from lit_rlft.loop.watchers import watchers
 from lit_rlft.runs.folder import summary_writer
@@ -256,10 +256,10 @@ class RewardFineTuner(Sized, Checkpointed, ABC):
         optimizer, trainer, trained = self.optimizers(), self.trainer, [*self._trained().values()]
         assert isinstance(optimizer, LightningOptimizer)
         optimizer.zero_grad()
-        how = (self.manual_backward, trained, shares_of(trainer, idle))
+        passes = passes_of(trainer, self.manual_backward, trained, idle)
         loss = self.sizes.filled(self.loss, self.pipeline.denoiser, update, self.meter)
-        logged = fitting(update, self.audience.watched(loss), *how, self.sizes, self.meter)
-        with finishing(update, *how, self.sizes):
+        logged = fitting(update, self.audience.watched(loss), passes, self.sizes, self.meter)
+        with finishing(update, passes, self.sizes):
             values, norm = settled(logged, trained, loss_scale(trainer.precision_plugin))
             self.audience.on_gradients(values.get("grad_norm", float("inf")))
             clip(trained, norm, self.max_grad_norm)

@@ -76,7 +76,7 @@ from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.rollouts import Drawn
 from lit_rlft.loop.route import Route
 from lit_rlft.loop.scoring import Scoring
-from lit_rlft.loop.strategy import shares_of
+from lit_rlft.loop.strategy import passes_of
 
 __all__ = ["DDPO", "Rollout", "rounds_by_batch"]
 
@@ -487,9 +487,9 @@ class DDPO(RewardFineTuner):
         trainer = self.trainer
         share = -(-self.minibatch_size // trainer.world_size)
         minibatch = rollout.index(torch.arange(min(share, len(rollout))))
-        how = (self.manual_backward, list(self._trained().values()), shares_of(trainer))
+        passes = passes_of(trainer, self.manual_backward, list(self._trained().values()))
         self.train()
-        rehearse(minibatch, self.loss, *how, self.sizes, self.meter)
+        rehearse(minibatch, self.loss, passes, self.sizes, self.meter)
         self.eval()
 
     def _filled(self, pairs: Experience) -> Experience:

@@ -4,7 +4,6 @@ import re
 from argparse import ArgumentParser
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from copy import copy
 from functools import partial
 from typing import Any
@@ -29,7 +28,7 @@ from lit_rlft.cost.rehearsal import Ledger, backward, rehearsal, remembered
 from lit_rlft.kit.weightless import without_weights
 from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.precision import frozen_dtype
-from lit_rlft.loop.updates import Shares, Update, accumulate, layout
+from lit_rlft.loop.updates import Passes, Update, accumulate, layout
 from lit_rlft.loop.updates import plan as planned
 
 __all__ = ["plan_words", "rehearse"]
@@ -283,10 +282,10 @@ class _Round:
         before = self._spent()
         with ledger.phase("update", whole=True):
             tuner.train()
-            shares = Shares(tuner.sizes.microbatch.rows, 1, nullcontext)
+            passes = Passes(backward, self.trained, tuner.sizes.microbatch.rows)
             for _ in _draws(tuner):
                 self.parts_run = 0
-                accumulate(updates[0], self._loss, backward, self.trained, shares)
+                accumulate(updates[0], self._loss, passes)
         update = [now - then for now, then in zip(self._spent(), before, strict=True)]
         gradients = sum(_size(p.grad) for p in self.trained if p.grad is not None)
         optimizer = self._step()

@@ -1,7 +1,7 @@
 """The batch sizes of a run: what `auto` has come to, agreed on by all processes and kept."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from lit_rlft.distributed import gather
 from lit_rlft.kit.compiled import is_compiled
 from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.filled import filled
-from lit_rlft.loop.updates import Loss, Shares, Update, accumulate, meet, stopping
+from lit_rlft.loop.updates import Loss, Passes, Update, accumulate, meet, stopping
 from lit_rlft.runs.files import write_whole
 from lit_rlft.runs.folder import run_folder, writes_nothing
 
@@ -168,9 +168,7 @@ class Sized:
 def fitting(
     update: Update,
     loss: Loss,
-    backward: Callable[[Tensor], object],
-    parameters: Sequence[nn.Parameter],
-    shares: Shares,
+    passes: Passes,
     sizes: BatchSizes,
     meter: Meter,
 ) -> dict[str, Tensor]:
@@ -180,11 +178,9 @@ def fitting(
     gradients are those of a run with the smaller number. Of several processes all try again.
 
     Args:
-        update: As `accumulate` takes it, like the next three.
+        update: As `accumulate` takes it.
         loss: Returns the losses of some terms.
-        backward: Called with each microbatch's share of the loss.
-        parameters: What is trained; their gradients are zero.
-        shares: How the update is split; its number of terms is not used.
+        passes: How the update is split; its number of terms is not used, and gradients are zero.
         sizes: The batch sizes.
         meter: Counts the cost.
 
@@ -192,34 +188,31 @@ def fitting(
         torch.OutOfMemoryError: There is no room for one term.
         UsageError: There is none on another process.
     """
-    several = shares.world_size > 1
+    several = passes.world_size > 1
     if not sizes.automatic or (several and not sizes.microbatch.automatic):
-        size = sizes.microbatch.rows
-        return accumulate(update, loss, backward, parameters, shares._replace(microbatch_size=size))
+        return accumulate(update, loss, passes._replace(microbatch_size=sizes.microbatch.rows))
     noise, counted = GlobalNoise(), replace(meter.current)
     while True:
-        part = shares._replace(microbatch_size=sizes.microbatch.rows, held=several)
+        part = passes._replace(microbatch_size=sizes.microbatch.rows, held=several)
         for changing in sizes.automatic.values():
             changing.most = 0
-        logged, failed = _attempt(update, loss, backward, parameters, part)
-        if not _again(failed, update.minibatch.num_terms, sizes, shares.world_size):
+        logged, failed = _attempt(update, loss, part)
+        if not _again(failed, update.minibatch.num_terms, sizes, passes.world_size):
             break
-        for parameter in parameters:
+        for parameter in passes.parameters:
             parameter.grad = None
         free_memory()
         noise.restore()
         vars(meter.current).update(vars(counted))
     if several:
-        meet(backward, parameters, shares)
+        meet(passes)
     return logged
 
 
 @contextmanager
 def finishing(
     update: Update,
-    backward: Callable[[Tensor], object],
-    parameters: Sequence[nn.Parameter],
-    shares: Shares,
+    passes: Passes,
     sizes: BatchSizes,
 ) -> Iterator[None]:
     """In the block an update's gradients are used; an error there stops the other processes, too.
@@ -228,32 +221,28 @@ def finishing(
     there (`lit_rlft.distributed.telling`), unless they have parts of the weights.
 
     Args:
-        update: As `fitting` takes it, like all others.
-        backward: Called with a loss.
-        parameters: What is trained.
-        shares: How updates are split.
+        update: As `fitting` takes it.
+        passes: How updates are split.
         sizes: The batch sizes; with automatic ones processes gather in the next update, too.
     """
-    if update.last and shares.idle is None:
+    if update.last and passes.idle is None:
         yield
     else:
-        with stopping(backward, parameters, shares._replace(held=sizes.microbatch.automatic)):
+        with stopping(passes._replace(held=sizes.microbatch.automatic)):
             yield
 
 
 def _attempt(
     update: Update,
     loss: Loss,
-    backward: Callable[[Tensor], object],
-    parameters: Sequence[nn.Parameter],
-    shares: Shares,
+    passes: Passes,
 ) -> tuple[dict[str, Tensor], str | None]:
     """Return what `accumulate` does, and what was said where memory ran out.
 
     With the error gone, so are the tensors of its traceback.
     """
     try:
-        return accumulate(update, loss, backward, parameters, shares), None
+        return accumulate(update, loss, passes), None
     except torch.OutOfMemoryError as error:
         return {}, str(error)
 
@@ -261,9 +250,7 @@ def _attempt(
 def rehearse(
     minibatch: Experience,
     loss: Loss,
-    backward: Callable[[Tensor], object],
-    parameters: Sequence[nn.Parameter],
-    shares: Shares,
+    passes: Passes,
     sizes: BatchSizes,
     meter: Meter,
 ) -> None:
@@ -274,20 +261,18 @@ def rehearse(
     Args:
         minibatch: This process's own, possibly empty.
         loss: As `fitting` takes it, like all others.
-        backward: Called with each microbatch's share of the loss.
-        parameters: What is trained; they have no gradients.
-        shares: How the update is split.
+        passes: How the update is split; there are no gradients.
         sizes: The batch sizes; nothing happens where the number is given or known already.
         meter: Counts nothing.
     """
     if not sizes.microbatch.automatic or sizes.microbatch.begun:
         return
-    terms = gather(minibatch.num_terms, shares.world_size)
+    terms = gather(minibatch.num_terms, passes.world_size)
     sizes.microbatch.begin(max(*terms, 1))
     noise, update = GlobalNoise(), Update(minibatch, 0, max(len(minibatch), 1), max(sum(terms), 1))
     with torch.enable_grad(), meter.unbilled():
-        fitting(update, loss, backward, parameters, shares, sizes, meter)
-    for parameter in parameters:
+        fitting(update, loss, passes, sizes, meter)
+    for parameter in passes.parameters:
         parameter.grad = None
     noise.restore()
 

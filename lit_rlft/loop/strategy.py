@@ -1,6 +1,6 @@
 """How the processes of a run share its weights: DDP, or FSDP2, which is registered here."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, _GeneratorContextManager, nullcontext
 from datetime import timedelta
 from functools import partial
@@ -31,10 +31,10 @@ from lit_rlft.kit.compiled import is_compiled
 from lit_rlft.loop.checkpointed import Checkpointed
 from lit_rlft.loop.precision import check_precision
 from lit_rlft.loop.sharded import leaves_gradients, shard
-from lit_rlft.loop.updates import Shares
+from lit_rlft.loop.updates import Passes
 from lit_rlft.runs.folder import has_given_folder
 
-__all__ = ["FSDP2Strategy", "check_strategy", "check_trainer", "shares_of"]
+__all__ = ["FSDP2Strategy", "check_strategy", "check_trainer", "passes_of"]
 
 _NAMES = ("auto", "ddp", "fsdp2", "single_device")
 _CONFIG = "--config fsdp (trainer.strategy fsdp2)"
@@ -253,16 +253,24 @@ StrategyRegistry.register(
 )
 
 
-def shares_of(trainer: Trainer, idle: Callable[[], Tensor] | None = None) -> Shares:
-    """Return how a trainer's processes share updates.
+def passes_of(
+    trainer: Trainer,
+    backward: Callable[[Tensor], object],
+    parameters: Sequence[nn.Parameter],
+    idle: Callable[[], Tensor] | None = None,
+) -> Passes:
+    """Return how a trainer's processes share the backward passes of updates.
 
     Args:
         trainer: The run's.
-        idle: As `Shares` has it.
+        backward: As `Passes` has it, like the others.
+        parameters: What is trained.
+        idle: None where processes need not wait.
     """
     several, strategy = trainer.world_size > 1, trainer.strategy
     add_up = all_reduce if several and isinstance(strategy, DDPStrategy) else None
-    return Shares(None, trainer.world_size, partial(_no_sync, strategy), idle=idle, add_up=add_up)
+    split = (None, trainer.world_size, partial(_no_sync, strategy))
+    return Passes(backward, parameters, *split, idle=idle, add_up=add_up)
 
 
 def _no_sync(strategy: object) -> AbstractContextManager[Any]:

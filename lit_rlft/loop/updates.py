@@ -21,7 +21,7 @@ from lit_rlft.loop.tally import Tally, is_maximum
 __all__ = [
     "Layout",
     "Loss",
-    "Shares",
+    "Passes",
     "Update",
     "accumulate",
     "clip",
@@ -155,10 +155,12 @@ def _places(layouts: Sequence[Layout]) -> tuple[list[int], list[int]]:
     return owners, rows
 
 
-class Shares(NamedTuple):
-    """How an update is split into microbatches and among processes.
+class Passes(NamedTuple):
+    """The backward passes of an update: of what, by how many terms, and with which processes.
 
     Attributes:
+        backward: Called with each microbatch's share of the loss.
+        parameters: What is trained; a process without samples takes part with zeros.
         microbatch_size: Terms per backward pass; None takes all.
         world_size: Number of processes, over which gradients are averaged.
         no_sync: Makes a context in which a backward pass does not wait for other processes.
@@ -169,6 +171,8 @@ class Shares(NamedTuple):
             gradients for all weights, and weights that no loss reaches are left without one.
     """
 
+    backward: Callable[[Tensor], object]
+    parameters: Sequence[nn.Parameter]
     microbatch_size: int | None = None
     world_size: int = 1
     no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -177,13 +181,7 @@ class Shares(NamedTuple):
     add_up: Callable[[Tensor], object] | None = None
 
 
-def accumulate(
-    update: Update,
-    loss: Loss,
-    backward: Callable[[Tensor], object],
-    parameters: Sequence[nn.Parameter],
-    shares: Shares,
-) -> dict[str, Tensor]:
+def accumulate(update: Update, loss: Loss, passes: Passes) -> dict[str, Tensor]:
     """Accumulate an update's gradients; return what to log, averaged over its terms.
 
     Nothing here waits for the device.
@@ -191,70 +189,58 @@ def accumulate(
     Args:
         update: The minibatch.
         loss: Returns the losses of some of its terms.
-        backward: Called with each microbatch's share of the loss.
-        parameters: What is trained; a process without samples takes part with zeros.
-        shares: How the update is split.
+        passes: How it is split.
 
     Raises:
-        Exception: `loss` or `backward` failed. The gradients of the other processes are then NaN,
-            or the others fail, too.
+        Exception: `loss` or a backward pass failed. The gradients of the other processes are then
+            NaN, or the others fail, too.
     """
     minibatch = update.minibatch
-    scale = shares.world_size / update.total
+    scale = passes.world_size / update.total
     # Values are means over terms, of which a sample may have several.
     share = update.total / max(update.total_terms, 1)
-    num_terms = max(update.most_terms if shares.idle else minibatch.num_terms, 1)
-    size = shares.microbatch_size or num_terms
+    num_terms = max(update.most_terms if passes.idle else minibatch.num_terms, 1)
+    size = passes.microbatch_size or num_terms
     starts = range(0, num_terms, size)
     # Other processes have samples: take part in their all-reduce with zeros.
-    idle = shares.idle or partial(_nothing, parameters, shares)
+    idle = passes.idle or partial(_nothing, passes)
     tally = Tally()
     for start in starts:
         rows = torch.arange(start, max(start, min(start + size, minibatch.num_terms)))
         # One all-reduce per update: only the last backward pass synchronises.
-        last = start == starts[-1] and not shares.held
-        with stopping(backward, parameters, shares):
+        last = start == starts[-1] and not passes.held
+        with stopping(passes):
             total, values = _summed(minibatch.terms(rows), update.epoch, loss, idle)
             if last:
-                _averaged(total * scale, backward, parameters, shares)
+                _averaged(total * scale, passes)
             elif total.requires_grad:
-                with shares.no_sync():
-                    backward(total * scale)
+                with passes.no_sync():
+                    passes.backward(total * scale)
         tally.add(values)
     return _means(tally.totals(), scale, share)
 
 
 @contextmanager
-def stopping(
-    backward: Callable[[Tensor], object], parameters: Sequence[nn.Parameter], shares: Shares
-) -> Iterator[None]:
+def stopping(passes: Passes) -> Iterator[None]:
     """Let no other process wait in its next all-reduce for one whose block raises an error.
 
-    Args:
-        backward: As `accumulate` takes it, like the others.
-        parameters: What is trained.
-        shares: How an update is split; nothing is done where no backward pass waits.
+    Nothing is done where no backward pass waits.
     """
     try:
         yield
     except Exception as error:
-        if shares.world_size > 1 and not is_known(error):
-            if shares.idle:  # the others wait in the midst of a network
+        if passes.world_size > 1 and not is_known(error):
+            if passes.idle:  # the others wait in the midst of a network
                 leave(error)
-            elif not shares.held:
-                _spoil(error, backward, parameters, shares)
+            elif not passes.held:
+                _spoil(error, passes)
         raise
 
 
-def _spoil(
-    error: Exception,
-    backward: Callable[[Tensor], object],
-    parameters: Sequence[nn.Parameter],
-    shares: Shares,
-) -> None:
+def _spoil(error: Exception, passes: Passes) -> None:
     """Make the gradients of all processes NaN, at which they ask what has happened."""
     try:
-        _averaged(_zeros(parameters) * math.nan, backward, parameters, shares)
+        _averaged(_zeros(passes.parameters) * math.nan, passes)
     except Exception:  # some gradients are with the others already
         leave(error)
 
@@ -265,26 +251,20 @@ def _means(totals: Mapping[str, Tensor], scale: float, share: float) -> dict[str
     return {n: own if is_maximum(n) else own * weights[n] for n, own in totals.items()}
 
 
-def meet(
-    backward: Callable[[Tensor], object], parameters: Sequence[nn.Parameter], shares: Shares
-) -> None:
+def meet(passes: Passes) -> None:
     """Average the gradients that processes have held back."""
-    _averaged(_nothing(parameters, shares), backward, parameters, shares)
+    _averaged(_nothing(passes), passes)
 
 
-def _averaged(
-    total: Tensor,
-    backward: Callable[[Tensor], object],
-    parameters: Sequence[nn.Parameter],
-    shares: Shares,
-) -> None:
+def _averaged(total: Tensor, passes: Passes) -> None:
     """Make the backward pass that waits for the other processes.
 
     They wait for a gradient of each parameter, whether the loss reaches it or not. An optimiser
     would move one with a gradient of zero (momentum, weight decay), and skips one without.
     """
-    if shares.add_up is None:
-        backward(total)
+    parameters = passes.parameters
+    if passes.add_up is None:
+        passes.backward(total)
         return
     reached = [int(p.grad is not None) for p in parameters]
 
@@ -296,12 +276,12 @@ def _averaged(
         for i, p in enumerate(parameters)
     ]
     try:
-        backward(_Through.apply(total, *parameters))  # type: ignore[no-untyped-call]
+        passes.backward(_Through.apply(total, *parameters))  # type: ignore[no-untyped-call]
     finally:
         for hook in hooks:
             hook.remove()
     of_any = torch.tensor(reached, device=parameters[0].device)
-    shares.add_up(of_any)
+    passes.add_up(of_any)
     if not all(reached):
         for parameter, known in zip(parameters, of_any.tolist(), strict=True):
             if not known:
@@ -330,10 +310,10 @@ def _summed(
     return losses.sum(), {"loss": losses.detach(), **values}
 
 
-def _nothing(parameters: Sequence[nn.Parameter], shares: Shares) -> Tensor:
+def _nothing(passes: Passes) -> Tensor:
     """Return the loss of no samples."""
-    zeros = _zeros(parameters)
-    return zeros if shares.add_up is None else zeros.detach()
+    zeros = _zeros(passes.parameters)
+    return zeros if passes.add_up is None else zeros.detach()
 
 
 def _zeros(parameters: Sequence[nn.Parameter]) -> Tensor:

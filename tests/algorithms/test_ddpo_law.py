@@ -27,7 +27,7 @@ from lit_rlft.core.reward import Reward
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.schedule import DiscreteVP, vp_betas
 from lit_rlft.core.state import tensor_of
-from lit_rlft.loop.updates import Shares, Update, accumulate
+from lit_rlft.loop.updates import Passes, Update, accumulate
 from tests.algorithms.ddpo_support import (
     CLASSES,
     MASKED,
@@ -232,8 +232,8 @@ def test_logged_means_are_over_the_trained_pairs(shares: list[int]) -> None:
     logged: dict[str, float] = {}
     for rows in torch.arange(NUM).split(shares):
         update = Update(rollout.index(rows), 0, NUM, rollout.num_terms)
-        sizes = Shares(5, world_size=len(shares))
-        own = accumulate(update, tuner.loss, torch.Tensor.backward, parameters, sizes)
+        passes = Passes(torch.Tensor.backward, parameters, 5, len(shares))
+        own = accumulate(update, tuner.loss, passes)
         for name, value in own.items():
             logged[name] = logged.get(name, 0.0) + value / len(shares)
     assert logged["ratio"] == pytest.approx(float(torch.cat(ratios).mean()), rel=1e-5)

@@ -13,7 +13,7 @@ from lit_rlft.cost.meter import Meter
 from lit_rlft.kit.compiled import compile_network
 from lit_rlft.loop.batch_sizes import BatchSizes
 from lit_rlft.loop.experience import Experience
-from lit_rlft.loop.updates import Layout, Shares, Update, accumulate, plan
+from lit_rlft.loop.updates import Layout, Passes, Update, accumulate, plan
 from tests.loop.test_updates import experience_of
 
 GRAPHS: list[Any] = []
@@ -77,8 +77,8 @@ def updated(
         weights = list(network.parameters())
         network.zero_grad()
         own = sizes.filled(loss, network, update, meter)
-        shares = Shares(microbatch_size)
-        logs.append(accumulate(update, own, torch.Tensor.backward, weights, shares))
+        passes = Passes(torch.Tensor.backward, weights, microbatch_size)
+        logs.append(accumulate(update, own, passes))
         grads.append([p.grad.clone() for p in weights if p.grad is not None])
     assert (meter.current.denoiser_calls, meter.current.flops) == (13, 6 * 13)
     return grads, logs, rows

@@ -14,7 +14,7 @@ from lit_rlft.core.randomness import Generators
 from lit_rlft.core.state import tensor_of
 from lit_rlft.loop.batch_sizes import BatchSizes, finishing
 from lit_rlft.loop.experience import Experience
-from lit_rlft.loop.updates import Loss, Shares, Update, accumulate, layout, plan
+from lit_rlft.loop.updates import Loss, Passes, Update, accumulate, layout, plan
 
 
 def experience_of(num: int) -> Experience:
@@ -63,7 +63,7 @@ def test_a_loss_that_draws_nothing_costs_no_generator(monkeypatch: pytest.Monkey
         assert noise is not None and len(noise) == len(part)
         return weight * tensor_of(part.states["x"]).flatten(), {}
 
-    accumulate(update, loss, torch.Tensor.backward, [weight], Shares(2))
+    accumulate(update, loss, Passes(torch.Tensor.backward, [weight], 2))
     assert weight.grad == 1.5
 
 
@@ -154,8 +154,8 @@ def accumulated(
 
         rows = torch.arange(first, first := first + num)
         update = Update(experience_of(total).index(rows), 0, total, total)
-        shares = Shares(microbatch_size, world_size=len(counts))
-        logs.append(accumulate(update, loss, torch.Tensor.backward, [weight], shares))
+        given = (torch.Tensor.backward, [weight], microbatch_size, len(counts))
+        logs.append(accumulate(update, loss, Passes(*given)))
         assert weight.grad is not None
         grads.append(weight.grad)
     means = {name: sum(log.get(name, 0.0) for log in logs) / len(logs) for name in ("loss", "x")}
@@ -191,7 +191,7 @@ def test_a_process_that_fails_makes_all_gradients_nan() -> None:
 
     update = Update(experience_of(5), 0, 9, 9)
     with pytest.raises(UsageError, match=r"^no$"):
-        accumulate(update, loss, torch.Tensor.backward, [weight], Shares(2, world_size=2))
+        accumulate(update, loss, Passes(torch.Tensor.backward, [weight], 2, world_size=2))
     assert calls == [2, 2] and weight.grad is not None and weight.grad.isnan()
 
 
@@ -207,7 +207,7 @@ def test_an_error_of_a_backward_pass_makes_all_gradients_nan() -> None:
 
     update = Update(experience_of(5), 0, 9, 9)
     with pytest.raises(torch.OutOfMemoryError, match="in the second one"):
-        accumulate(update, linear(weight), backward, [weight], Shares(2, world_size=2))
+        accumulate(update, linear(weight), Passes(backward, [weight], 2, world_size=2))
     assert len(passes) == 3 and weight.grad is not None and weight.grad.isnan()
 
 
@@ -226,7 +226,7 @@ def test_a_process_leaves_where_the_others_have_some_of_its_gradients(
     update = Update(experience_of(5), 0, 9, 9, most_terms=5)
     idle = (lambda: 0 * weight) if split else None
     with pytest.raises(RuntimeError, match="pass 1") as raised:
-        accumulate(update, linear(weight), backward, [weight], Shares(5, 2, idle=idle))
+        accumulate(update, linear(weight), Passes(backward, [weight], 5, 2, idle=idle))
     assert left == [raised.value] and len(passes) == (1 if split else 2)
 
 
@@ -253,13 +253,16 @@ def test_an_error_between_updates_stops_the_others_where_they_wait(
     idle = (lambda: 0 * weight) if split else None
     update = Update(experience_of(2), 0, 2, 2, last=last)
     sizes = BatchSizes("auto" if automatic else 4, 64, {})
-    how = (torch.Tensor.backward, [weight], Shares(None, 2, idle=idle), sizes)
-    with pytest.raises(KeyError) as raised, finishing(update, *how):
+    given = (torch.Tensor.backward, [weight])
+    with (
+        pytest.raises(KeyError) as raised,
+        finishing(update, Passes(*given, None, 2, idle=idle), sizes),
+    ):
         raise KeyError("own")
     assert left == ([raised.value] if leaves else [])
     assert bool(weight.grad is not None and weight.grad.isnan()) == spoilt
     weight.grad = None
-    with pytest.raises(KeyError), finishing(update, *how[:2], Shares(), sizes):
+    with pytest.raises(KeyError), finishing(update, Passes(*given), sizes):
         raise KeyError("of one process")
     assert weight.grad is None
 
@@ -294,8 +297,8 @@ def test_processes_with_parts_of_the_weights_make_equally_many_passes(
         yield
 
     update = Update(experience_of(own), 0, 3 + own, 3 + own, most_terms=3)
-    shares = Shares(microbatch_size, 2, alone, idle=idle)
-    accumulate(update, loss, lambda total: total.backward(), [w], shares)
+    passes = Passes(lambda total: total.backward(), [w], microbatch_size, 2, alone, idle=idle)
+    accumulate(update, loss, passes)
     needed = -(-3 // (microbatch_size or 3))
     of_own = -(-own // (microbatch_size or 3))
     assert passes.count("own") == of_own and passes.count("idle") == needed - of_own
