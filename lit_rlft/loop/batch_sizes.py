@@ -166,11 +166,7 @@ class Sized:
 
 
 def fitting(
-    update: Update,
-    loss: Loss,
-    passes: Passes,
-    sizes: BatchSizes,
-    meter: Meter,
+    update: Update, loss: Loss, passes: Passes, sizes: BatchSizes, meter: Meter
 ) -> dict[str, Tensor]:
     """Accumulate an update's gradients, from the start with fewer terms where memory runs out.
 
@@ -210,11 +206,7 @@ def fitting(
 
 
 @contextmanager
-def finishing(
-    update: Update,
-    passes: Passes,
-    sizes: BatchSizes,
-) -> Iterator[None]:
+def finishing(update: Update, passes: Passes, sizes: BatchSizes) -> Iterator[None]:
     """In the block an update's gradients are used; an error there stops the other processes, too.
 
     What they do next is the next update. After the last one of a round they gather, and hear of it
@@ -232,11 +224,7 @@ def finishing(
             yield
 
 
-def _attempt(
-    update: Update,
-    loss: Loss,
-    passes: Passes,
-) -> tuple[dict[str, Tensor], str | None]:
+def _attempt(update: Update, loss: Loss, passes: Passes) -> tuple[dict[str, Tensor], str | None]:
     """Return what `accumulate` does, and what was said where memory ran out.
 
     With the error gone, so are the tensors of its traceback.
@@ -248,11 +236,7 @@ def _attempt(
 
 
 def rehearse(
-    minibatch: Experience,
-    loss: Loss,
-    passes: Passes,
-    sizes: BatchSizes,
-    meter: Meter,
+    minibatch: Experience, loss: Loss, passes: Passes, sizes: BatchSizes, meter: Meter
 ) -> None:
     """Find how many terms fit, before any update; nothing else is left of it.
 
@@ -260,7 +244,7 @@ def rehearse(
 
     Args:
         minibatch: This process's own, possibly empty.
-        loss: As `fitting` takes it, like all others.
+        loss: As `fitting` takes it.
         passes: How the update is split; there are no gradients.
         sizes: The batch sizes; nothing happens where the number is given or known already.
         meter: Counts nothing.
