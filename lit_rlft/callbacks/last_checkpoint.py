@@ -235,7 +235,7 @@ class LastCheckpoint(Hooks, ModelCheckpoint):
         wanted = self._validated or (lacking and (due or epoch_end or bool(stop)))
         if wanted and self._saves(trainer):
             self.save(trainer, pl_module)
-        self.signals.obey_requeue()
+        self.signals.obey_requeue(trainer)
         if stop:
             error, path = Stopped(stop, trainer), self._last_path(trainer)
             say(f"stopped by {error.signal.name}; {self._how_to_resume(trainer, path)}")

@@ -4,6 +4,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -92,11 +93,17 @@ class Signals:
         decided, self.stop, self.requeue = values.tolist()
         return bool(decided)
 
-    def obey_requeue(self) -> None:
-        """Let Lightning save for SLURM and requeue the job, if that was asked for."""
+    def obey_requeue(self, trainer: Trainer) -> None:
+        """Let Lightning save for SLURM and requeue the job, if that was asked for.
+
+        What it saved for earlier requeues is deleted: one file is left, however often they come.
+        """
         number, self.requeue = self.requeue, 0
         if number and self._requeue is not None:
+            earlier = list(Path(trainer.default_root_dir).glob("hpc_ckpt_*.ckpt"))
             self._requeue(number, None)
+            for path in earlier if trainer.is_global_zero else ():
+                path.unlink(missing_ok=True)
 
     def _asked_to_stop(self, number: int, frame: FrameType | None) -> None:
         again, self.stop = self.stop, number

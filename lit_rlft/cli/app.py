@@ -202,8 +202,10 @@ class Command(LightningCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         settings = super()._prepare_subcommand_kwargs(subcommand)
-        path = settings["ckpt_path"]
-        return settings | {"ckpt_path": None if path == NONE else path}
+        path = None if settings["ckpt_path"] == NONE else settings["ckpt_path"]
+        if path is None:  # in a job of SLURM, Lightning would look for one of its own
+            self.trainer._checkpoint_connector._user_managed = True
+        return settings | {"ckpt_path": path}
 
 
 def _check_seeds(config: Namespace) -> None:

@@ -1,5 +1,6 @@
 """Which checkpoint a command takes: the one that was named, or the last one of the run."""
 
+import os
 import re
 from pathlib import Path
 
@@ -28,10 +29,10 @@ def choose(config: Namespace, stage: str) -> str | None:
     given = None if config.ckpt_path is None else str(config.ckpt_path)
     folder = Path(config.root) / (config.name or "")
     found: str | Path | None = given
-    if stage == "fit":
-        found = None if given == NONE else given
-    elif given is None:
+    if given is None:
         found = _default(config, folder, stage)
+    elif stage == "fit" and given == NONE:
+        found = None
     if given in ("last", "best", "hpc"):
         found = _named(given, config, folder, stage)
     if found is None or found == NONE:
@@ -44,7 +45,21 @@ def choose(config: Namespace, stage: str) -> str | None:
 
 
 def _default(config: Namespace, folder: Path, stage: str) -> Path | None:
-    return _last(checkpoints_of(config, folder)) if config.name or _elsewhere(config) else None
+    """Return a run's last checkpoint; for a fit where SLURM has started its job again."""
+    known = config.name or _elsewhere(config)
+    goes_on = known and (stage != "fit" or _requeued(config, folder))
+    return _last(config, folder) if goes_on else None
+
+
+def _requeued(config: Namespace, folder: Path) -> bool:
+    again = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+    return "SLURM_JOB_ID" in os.environ and (again or bool(_of_slurm(config, folder)))
+
+
+def _of_slurm(config: Namespace, folder: Path) -> list[Path]:
+    """Return what Lightning saved of a run before SLURM requeued it, the newest at the end."""
+    root = Path(config.trainer["default_root_dir"] or folder)
+    return sorted(root.glob("hpc_ckpt_*.ckpt"), key=_number)
 
 
 def _elsewhere(config: Namespace) -> bool:
@@ -61,19 +76,27 @@ def _named(name: str, config: Namespace, folder: Path, stage: str) -> Path | Non
         raise UsageError(f"ckpt_path {name} is that of a run: give its --name, or a file's path")
     checkpoints = checkpoints_of(config, folder)
     if name == "last":
-        found = _last(checkpoints)
+        found = _last(config, folder)
     elif name == "best":
         found = _best(checkpoints)
     else:
-        folder = Path(config.trainer["default_root_dir"] or folder)
-        found = max(folder.glob("hpc_ckpt_*.ckpt"), key=_number, default=None)
+        found = next(reversed(_of_slurm(config, folder)), None)
     if found is None and (name, stage) != ("last", "fit"):
         where = folder if name == "hpc" else checkpoints
         raise UsageError(f"ckpt_path {name}: there is no such checkpoint in {where}")
     return found
 
 
-def _last(folder: Path) -> Path | None:
+def _last(config: Namespace, folder: Path) -> Path | None:
+    """Return a run's last checkpoint, or what was saved for SLURM where that has come further."""
+    last, saved = _newest(checkpoints_of(config, folder)), _of_slurm(config, folder)
+    known = [*saved, *([] if last is None else [last])]
+    if len(known) < 2:
+        return known[0] if known else None
+    return max(reversed(known), key=lambda path: check_file(path)["lit_rlft"]["num_rounds"])
+
+
+def _newest(folder: Path) -> Path | None:
     """Return the newest of a folder's last.ckpt (older versions numbered them), or of all."""
     for pattern in ("last*.ckpt", "*.ckpt"):
         files = [path for path in folder.glob(pattern) if path.is_file()]
@@ -88,7 +111,7 @@ def _best(folder: Path) -> Path | None:
     Raises:
         UsageError: Nothing was monitored.
     """
-    last = _last(folder)
+    last = _newest(folder)
     if last is None:
         return None
     for state in load(last).get("callbacks", {}).values():

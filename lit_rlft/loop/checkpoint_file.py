@@ -50,8 +50,8 @@ _ZIP = b"PK\x03\x04"
 Source = str | Path | IO[bytes]
 
 
-def check_file(path: str | Path, *, resuming: bool = False) -> None:
-    """Check a checkpoint before anything else is loaded.
+def check_file(path: str | Path, *, resuming: bool = False) -> dict[str, Any]:
+    """Check a checkpoint before anything else is loaded; return it, mapped into memory.
 
     Args:
         path: Of the file.
@@ -63,9 +63,10 @@ def check_file(path: str | Path, *, resuming: bool = False) -> None:
     """
     with _reading(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    _checked(checkpoint, path)
+    checkpoint = _checked(checkpoint, path)
     if resuming:
         check_resumable(checkpoint)
+    return checkpoint
 
 
 def load(path: Source, map_location: Any = "cpu") -> dict[str, Any]:

@@ -195,17 +195,16 @@ def _check_folders(folder: Path, checkpoints: Path) -> None:
 def _check_fresh(folder: Path, checkpoints: Path) -> None:
     """Raise UsageError where a new run would be mixed into an old one, and say how to resume it.
 
-    A run that was killed before its first checkpoint left nothing to resume: it starts again. So
-    does one that SLURM has requeued, from where Lightning saved it.
+    A run that was killed before its first checkpoint left nothing to resume: it starts again.
     """
-    found = sorted(checkpoints.glob("*.ckpt"), key=_newest)
-    requeued = "SLURM_JOB_ID" in os.environ and any(folder.glob("hpc_ckpt_*.ckpt"))
+    saved = (*folder.glob("hpc_ckpt_*.ckpt"), *checkpoints.glob("*.ckpt"))
+    found = sorted(saved, key=_newest)
     if not found and (folder / "tuned").exists():
         raise UsageError(
             f"{folder} already holds a run that kept no checkpoint; choose another --name, or "
             "delete it"
         )
-    if not found or requeued:
+    if not found:
         return
     if checkpoints.parent == folder:
         raise UsageError(

@@ -110,6 +110,7 @@ def _identity(pid: int) -> dict[str, Any]:
         "boot": _boot(),
         "process_start": _process_start(pid),
         "job": os.environ.get("SLURM_JOB_ID"),
+        "restarts": _restarts(),
     }
 
 
@@ -117,7 +118,8 @@ def _alive(held: dict[str, Any]) -> str:
     """Return why the holder of a lock may be at work, "" where it is not."""
     job = os.environ.get("SLURM_JOB_ID")
     own = held.get("host") == socket.gethostname()
-    if job is not None and job == held.get("job") and not own:
+    again = held.get("restarts") != _restarts()
+    if job is not None and job == held.get("job") and again and not own:
         return ""  # the same job, started anew on another machine
     if not own:
         return "elsewhere"
@@ -158,6 +160,11 @@ def _is_old(path: Path) -> bool:
         return time.time() - path.stat().st_mtime > _WRITTEN_WITHIN
     except OSError:
         return False
+
+
+def _restarts() -> str:
+    """Return how often SLURM has started this job again."""
+    return os.environ.get("SLURM_RESTART_COUNT", "0")
 
 
 def _boot() -> str | None:

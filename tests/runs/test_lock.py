@@ -69,6 +69,9 @@ def test_a_job_that_is_started_anew_takes_its_own_lock(
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     RunLock(tmp_path).acquire()
     changed(tmp_path, host="elsewhere")
+    with pytest.raises(UsageError):  # another step of the job, on another of its machines
+        RunLock(tmp_path).acquire()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     RunLock(tmp_path).acquire()
     monkeypatch.setenv("SLURM_JOB_ID", "13")
     changed(tmp_path, host="elsewhere")
