@@ -1,7 +1,7 @@
 """Keeps last.ckpt: never older than some minutes, never torn, and the end of the last fit."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ __all__ = ["AUTO", "LastCheckpoint", "monitored"]
 
 AUTO = "auto"
 """The value of `monitor` that leaves the choice to the run."""
+_PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")
+"""In the state of a checkpoint callback."""
 
 
 class LastCheckpoint(Hooks, ModelCheckpoint):
@@ -94,6 +96,13 @@ class LastCheckpoint(Hooks, ModelCheckpoint):
         if stage == "fit" and trainer.is_global_zero and not writes_nothing(trainer):
             for partial in Path(str(self.dirpath)).glob(f"*.ckpt{PARTIAL}"):
                 partial.unlink(missing_ok=True)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over which checkpoints were kept, also where the folder was moved since.
+
+        For Lightning another path is another folder: the best one would be forgotten and stay.
+        """
+        super().load_state_dict(_moved(state_dict, str(self.dirpath)))
 
     def _choose(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Monitor what is held out; it is never the lower the better.
@@ -368,6 +377,20 @@ def _as_cut(trainer: Trainer, *, before_logging: bool = False) -> Iterator[None]
         trainer.should_stop, loop._batches_that_stepped = stop, logged
         for one, processed in zip(counters, held, strict=True):
             one.processed = processed
+
+
+def _moved(state: Mapping[str, Any], folder: str) -> dict[str, Any]:
+    """Return a checkpoint callback's state as of a folder, where its checkpoints are there now."""
+
+    def here(path: str) -> str:
+        return str(Path(folder) / Path(path).name) if path else ""
+
+    paths = {key: here(state.get(key, "")) for key in _PATHS}
+    models = {here(path): score for path, score in state.get("best_k_models", {}).items()}
+    kept = {*models, paths["best_model_path"]} - {""}
+    if not kept or not all(Path(path).is_file() for path in kept):
+        return dict(state)
+    return {**state, **paths, "best_k_models": models, "dirpath": folder}
 
 
 def monitored(trainer: Trainer) -> dict[str, str]:

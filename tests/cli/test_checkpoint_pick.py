@@ -45,6 +45,26 @@ def test_the_best_checkpoint_is_kept_without_a_setting(capsys: pytest.CaptureFix
     assert report(Path("runs/run"))["checkpoint"]["path"] == f"checkpoints/{best}"
 
 
+@pytest.mark.parametrize("validations", [1.0, 0])
+def test_a_run_whose_folder_was_moved_keeps_its_best_checkpoint(validations: float) -> None:
+    settings: dict[str, Any] = {"trainer__limit_val_batches": validations}
+    command("fit", trainer__max_epochs=2, **settings)
+    Path("runs/run").rename("runs/moved")
+    folder = Path("runs/moved/checkpoints")
+    last, moved = folder / "last.ckpt", {"name": "moved", **settings}
+    command("fit", trainer__max_epochs=4, ckpt_path=str(last), **moved)
+    state = monitored(torch.load(last, weights_only=True))
+    best = folder / Path(state["best_model_path"]).name
+    assert {*folder.iterdir()} == {best, last}
+    if validations:
+        assert float(state["best_model_score"]) == pytest.approx(
+            max(scalars("moved")["val/Coordinate"])
+        )
+
+    command("fit", trainer__max_epochs=6, ckpt_path=str(last), **{**moved, "name": "other"})
+    assert {*folder.iterdir()} == {best, last}  # those of another run are left alone
+
+
 @pytest.mark.slow  # another fit
 def test_without_a_validation_the_newest_is_kept() -> None:
     command("fit", trainer__limit_val_batches=0, trainer__max_epochs=2)
