@@ -1,10 +1,12 @@
 """Arrays that are made once and kept on disk; later runs map them into memory."""
 
+import contextlib
+import glob
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,8 @@ from lit_rlft.kit.bad_entries import NothingLeft, Report
 __all__ = ["cached_folder", "listing", "open_arrays", "save_arrays", "save_report", "user_cache"]
 
 _REPORT, _LISTING = "report.txt", "left_out.txt"
+_LEFT_AFTER = 3600.0
+"""Seconds after which a folder that nobody has written to is one that a killed process left."""
 
 
 def user_cache(name: str, given: str | None = None) -> Path:
@@ -39,8 +43,10 @@ def cached_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
         return folder
     partial: Path | None = None
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(mkdtemp(dir=folder.parent, prefix=".partial-"))
+        # Not by `tempfile`, whose folders nobody else may read: caches can be shared.
+        partial = folder.with_name(f".partial-{folder.name}-{uuid.uuid4().hex}")
+        partial.mkdir(parents=True)
+        _clean(folder, partial.stat().st_mtime)
         fill(partial)
         partial.rename(folder)
     except NothingLeft as error:
@@ -57,6 +63,15 @@ def cached_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _clean(folder: Path, now: float) -> None:
+    """Remove what killed processes left of a folder; `now` is by the clock of its disk."""
+    for partial in folder.parent.glob(f".partial-{glob.escape(folder.name)}-*"):
+        with contextlib.suppress(OSError):  # another process may finish it, or remove it as well
+            ages = [now - file.stat().st_mtime for file in partial.iterdir()]
+            if ages and min(ages) > _LEFT_AFTER:
+                shutil.rmtree(partial, ignore_errors=True)
 
 
 def save_arrays(
