@@ -116,6 +116,7 @@ def write_folder(folder: Path, write: Callable[[Path], list[Path]]) -> list[Path
         shutil.rmtree(partial, ignore_errors=True)
         raise
     if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)  # of a process that was killed in the last line
         folder.replace(old)
     if any(partial.iterdir()):
         partial.replace(folder)

@@ -176,6 +176,9 @@ def test_a_folder_is_swapped_as_a_whole(tmp_path: Path) -> None:
     with pytest.raises(OSError):
         write_folder(folder, write(["c"], fail=True))
     assert sorted(p.name for p in folder.iterdir()) == ["a", "b"]
+    old = tmp_path / "tuned.old"
+    old.mkdir()
+    (old / "a").write_text("")  # killed after the swap
     write_folder(folder, write(["c"]))
     assert [p.name for p in folder.iterdir()] == ["c"]
     assert [p.name for p in tmp_path.iterdir()] == ["tuned"]
