@@ -1,5 +1,6 @@
 """Lines that a run prints: the facts at its start, and one a round where no bar is shown."""
 
+import os
 import sys
 from collections.abc import Mapping, Sized
 from typing import Any
@@ -167,11 +168,17 @@ def _rounds_of_epochs(trainer: Trainer) -> int | None:
 
 @rank_zero_only
 def say(text: str) -> None:
-    """Print on the main process, at once and above any progress bar."""
+    """Print on the main process, at once and above any progress bar.
+
+    Where nobody reads any more, as after the end of `| tee`, the run goes on.
+    """
     # What a live display of rich puts in place of standard output never ends in a notebook.
     out = getattr(sys.stdout, "rich_proxied_file", sys.stdout)
-    tqdm.write(text, file=out)
-    out.flush()
+    try:
+        tqdm.write(text, file=out)
+        out.flush()
+    except BrokenPipeError:  # what is held back would fail again at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
 
 
 def _lengths(trainer: Trainer, module: RewardFineTuner, conditions: int | None) -> list[str]:

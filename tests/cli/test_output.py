@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from lit_rlft.callbacks.facts import say
 from lit_rlft.callbacks.result_table import result_table
 from tests.support import ROOT, arguments, report
 
@@ -122,6 +123,15 @@ def test_on_a_terminal_an_error_begins_on_a_line_of_its_own() -> None:
 
 def moments(mean: float, sem: float = math.nan) -> dict[str, float]:
     return {"mean": mean, "sem": sem}
+
+
+def test_a_run_goes_on_when_nobody_reads_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        say("stopped by SIGINT")
+        say("to go on, ...")
 
 
 def test_the_table_shows_as_many_decimals_as_the_error_allows() -> None:
