@@ -1,6 +1,8 @@
 """A pool of worker processes that keeps the order of its work."""
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
@@ -40,4 +42,17 @@ def in_workers(function: Callable[[A], B], items: Sequence[A], num_workers: int 
 def _pool(num_workers: int) -> ProcessPoolExecutor:
     """Return the pool, kept for the next call: a reward is computed every round."""
     # Forked children of a process with threads, as torch's is, may hang.
-    return ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn"))
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(num_workers, context, initializer=_end_with_parent)
+
+
+def _end_with_parent() -> None:
+    """End this worker when the process that started it is gone: killed, it cannot tell it to."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
