@@ -110,7 +110,7 @@ class Signals:
         if again == signal.SIGINT == number:
             raise KeyboardInterrupt
         if not again:
-            with suppress(RuntimeError):  # printing was what the signal interrupted
+            with suppress(RuntimeError, OSError):  # it interrupted printing, or the disk is full
                 more = "; once more stops at once" if number == signal.SIGINT else ""
                 name = signal.Signals(number).name
                 say(f"{name}: the run is saved and ends after this round{more}")
