@@ -6,7 +6,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_rlft.algorithms.base import RewardFineTuner
-from lit_rlft.callbacks.last_checkpoint import monitored
+from lit_rlft.callbacks.last_checkpoint import LastCheckpoint, monitored
 from lit_rlft.core.checks import UsageError
 
 __all__ = ["Monitored"]
@@ -31,12 +31,7 @@ class Monitored(Callback):
                 raise _never(key, name, "a test is no part of a fit; val/ is what fit can monitor")
             if name.startswith(_OF_VALIDATION) and not trainer.enable_validation:
                 raise _never(key, name, "this fit has no validation (trainer.limit_val_batches)")
-            modes = [getattr(callback, "mode", None) for callback in trainer.checkpoint_callbacks]
-            if name == f"val/{pl_module.reward.name}" and "min" in modes:
-                rank_zero_warn(
-                    f"{key} {name} with mode min keeps the lowest rewards; set checkpoint.mode to "
-                    "max to keep the highest"
-                )
+        _warn_of_lowest(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -49,6 +44,22 @@ class Monitored(Callback):
         """Check all names, after the first validation within a fit."""
         if not trainer.sanity_checking:
             _check(trainer, ("",))
+
+
+def _warn_of_lowest(trainer: Trainer, module: RewardFineTuner) -> None:
+    """Warn of what waits for the lowest rewards, as Lightning's and torch's own modes do."""
+    name = module.reward.name
+    rewards = (f"val/{name}", f"val_gain/{name}", "train/reward")
+    schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
+    for waiting in (*vars(trainer).get("callbacks", []), *schedules):
+        monitor, mode = getattr(waiting, "monitor", None), getattr(waiting, "mode", None)
+        if monitor in rewards and mode == "min":
+            own = isinstance(waiting, LastCheckpoint)
+            key = "checkpoint" if own else type(waiting).__name__
+            rank_zero_warn(
+                f"{key}.monitor {monitor} with mode min takes the lowest rewards for the best; set "
+                f"{key}.mode to max"
+            )
 
 
 def _check(trainer: Trainer, prefixes: tuple[str, ...]) -> None:
