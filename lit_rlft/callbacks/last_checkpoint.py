@@ -1,6 +1,7 @@
 """Keeps last.ckpt: never older than some minutes, never torn, and the end of the last fit."""
 
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,8 +41,9 @@ class LastCheckpoint(Hooks, ModelCheckpoint):
     last.ckpt is written between two rounds: where `every_minutes` have passed since the last time,
     after each validation, at the end of each epoch and of the fit, before a signal ends the run,
     and after an error that came before the round's experience was complete. All of Lightning's
-    options work as they do there and say which further checkpoints are kept; `train_time_interval`
-    takes the place of `every_minutes`.
+    options say which further checkpoints are kept. A round that makes several updates is saved once
+    where it makes or passes the next multiple of `every_n_train_steps`. `train_time_interval` takes
+    the place of `every_minutes`, too.
 
     With `monitor: auto`, as `lit-rlft fit` has it, the further checkpoint is the best by what a
     validation measures and the run does not train on: the first reward that is held out, else the
@@ -84,7 +86,7 @@ class LastCheckpoint(Hooks, ModelCheckpoint):
         seconds = None if minutes is None else 60 * minutes
         self.clock = SaveClock(given.total_seconds() if given else seconds, max_share)
         self.signals = Signals()
-        self._saved_round = 0
+        self._saved_round = self._step = 0
         self._counts: dict[str, Any] = {}
         self._training = self._untouched = self._validated = self._held = False
 
@@ -132,8 +134,10 @@ class LastCheckpoint(Hooks, ModelCheckpoint):
         """Start the clock and listen to signals."""
         super().on_train_start(trainer, pl_module)
         self.clock.start()
-        self.signals.install(trainer)
+        if self._leads(trainer):
+            self.signals.install(trainer)
         self._training = True
+        self._step = trainer.global_step
         self._finished(trainer, pl_module)
         # What a run was resumed from may lie elsewhere; before the first round there is nothing.
         self._saved_round = -1 if _rounds(pl_module) else 0
@@ -155,7 +159,8 @@ class LastCheckpoint(Hooks, ModelCheckpoint):
     ) -> None:
         """Save what Lightning's options ask for, and before a validation that may end the fit."""
         self._finished(trainer, pl_module)
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self._is_asked_for(trainer) and not self._should_skip_saving_checkpoint(trainer):
+            self._save_further(trainer)
         loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
         unknown = monitored(trainer).keys() - trainer.callback_metrics.keys()
         follows = fetcher is not None and loop._should_check_val_fx(fetcher)
@@ -164,6 +169,27 @@ class LastCheckpoint(Hooks, ModelCheckpoint):
             self.save(trainer, pl_module)
             # The validation saves at this step, too: the best one, and last.ckpt once more.
             self._last_global_step_saved, self._saved_round = step, -1
+
+    def _is_asked_for(self, trainer: Trainer) -> bool:
+        """Return whether updates or time ask for a further checkpoint at the end of this round."""
+        before, self._step = self._step, trainer.global_step
+        if every := self._every_n_train_steps:
+            return before // every < self._step // every
+        if self._train_time_interval is None:
+            return False
+        waited = time.monotonic() - (self._last_time_checked or 0.0)
+        due = waited >= self._train_time_interval.total_seconds()
+        return bool(trainer.strategy.broadcast(due))
+
+    def _save_further(self, trainer: Trainer) -> None:
+        """Save, after the next validation where the monitor has no value yet."""
+        self._last_time_checked = time.monotonic()
+        candidates = self._monitor_candidates(trainer)
+        if self.monitor is not None and self.monitor not in candidates:
+            self._defer_save_until_validation = True
+            return
+        self._save_topk_checkpoint(trainer, candidates)
+        self._save_last_checkpoint(trainer, candidates)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note that the weights may be others until it ends."""
@@ -249,6 +275,11 @@ class LastCheckpoint(Hooks, ModelCheckpoint):
             error, path = Stopped(stop, trainer), self._last_path(trainer)
             say(f"stopped by {error.signal.name}; {self._how_to_resume(trainer, path)}")
             raise error
+
+    def _leads(self, trainer: Trainer) -> bool:
+        """Return whether it obeys signals: of several, the one that keeps last.ckpt."""
+        own = [one for one in trainer.checkpoint_callbacks if isinstance(one, LastCheckpoint)]
+        return self is max(own, key=lambda one: bool(one.save_last))
 
     def _saves(self, trainer: Trainer) -> bool:
         fitting = trainer.state.fn == TrainerFn.FITTING

@@ -1,0 +1,74 @@
+"""Which further checkpoints are kept, and who obeys signals."""
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from domains.gaussian_mixture.data import MixtureData
+from domains.gaussian_mixture.pipeline import GaussianMixturePipeline
+from domains.gaussian_mixture.rewards import Coordinate
+from lit_rlft.algorithms.graft import GRAFT
+from lit_rlft.callbacks.last_checkpoint import LastCheckpoint
+from lit_rlft.callbacks.signals import Signals
+from lit_rlft.core.sampling import Sampler
+from tests.support import trainer_of
+
+
+def fit(tmp_path: Path, *callbacks: LastCheckpoint, **settings: Any) -> set[str]:
+    """Run four rounds of three updates; return the names of what was kept."""
+    tuner = GRAFT(
+        GaussianMixturePipeline(), Coordinate(), sampler=Sampler(2), minibatch_size=2, seed=1
+    )
+    data = MixtureData(num_train=24, num_val=2, batch_size=6, eval_batch_size=2)
+    own = {"callbacks": [*callbacks], "default_root_dir": tmp_path, "enable_checkpointing": True}
+    trainer_of(**own, **settings).fit(tuner, data)
+    assert tuner.num_updates == 12
+    return {path.stem for path in tmp_path.glob("*.ckpt")}
+
+
+@pytest.mark.parametrize(
+    ("every", "kept"), [(1, {3, 6, 9, 12}), (3, {3, 6, 9, 12}), (5, {6, 12}), (7, {9}), (9, {9})]
+)
+def test_a_round_that_passes_a_multiple_of_the_steps_is_saved(
+    every: int, kept: set[int], tmp_path: Path
+) -> None:
+    save = LastCheckpoint(tmp_path, filename="{step}", every_n_train_steps=every, save_top_k=-1)
+    assert fit(tmp_path, save) == {f"step={step}" for step in kept}
+
+
+@pytest.mark.parametrize(("interval", "kept"), [(timedelta(0), 4), (timedelta(hours=1), 0)])
+def test_time_keeps_further_checkpoints(interval: timedelta, kept: int, tmp_path: Path) -> None:
+    save = LastCheckpoint(
+        tmp_path, filename="{step}", train_time_interval=interval, save_top_k=-1, save_last=True
+    )
+    assert len(fit(tmp_path, save) - {"last"}) == kept
+
+
+def test_what_is_monitored_is_waited_for(tmp_path: Path) -> None:
+    """The first validation comes after six updates."""
+    save = LastCheckpoint(
+        tmp_path,
+        filename="{step}",
+        monitor="val/Coordinate",
+        mode="max",
+        every_n_train_steps=3,
+        save_top_k=-1,
+    )
+    kept = fit(tmp_path, save, limit_val_batches=1, val_check_interval=2)
+    assert kept == {"step=6", "step=9", "step=12"}
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_of_several_the_one_that_keeps_the_last_obeys_signals(
+    first: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    obeying: list[Signals] = []
+    monkeypatch.setattr(Signals, "install", lambda self, trainer: obeying.append(self))
+    lasts = [
+        LastCheckpoint(tmp_path, save_last=last, filename="{step}", every_n_epochs=epochs)
+        for epochs, last in ((1, first), (2, not first))
+    ]
+    fit(tmp_path, *lasts)
+    assert obeying == [own.signals for own in lasts if own.save_last]
