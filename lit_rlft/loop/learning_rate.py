@@ -65,7 +65,8 @@ def optimizer_of(
         raise UsageError(f"{key}: {error}; change it") from error
     if isinstance(schedule, ReduceLROnPlateau):
         _check_monitor(_monitor(schedule), trainer)
-    return [own], [schedule]
+    # Steps are taken here; a LearningRateMonitor looks after each of them by this word.
+    return [own], [{"scheduler": schedule, "interval": "step"}]
 
 
 def after_update(schedule: Any) -> None:

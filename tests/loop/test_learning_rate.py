@@ -1,0 +1,29 @@
+"""Schedules of the learning rate under Lightning's own callbacks."""
+
+from pathlib import Path
+
+import torch
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.loggers import CSVLogger
+
+from domains.gaussian_mixture.data import MixtureData
+from domains.gaussian_mixture.pipeline import GaussianMixturePipeline
+from domains.gaussian_mixture.rewards import Coordinate
+from lit_rlft.algorithms.graft import GRAFT
+from lit_rlft.core.sampling import Sampler
+from tests.support import trainer_of
+
+
+def test_a_monitor_sees_the_rate_of_every_round(tmp_path: Path) -> None:
+    tuner = GRAFT(
+        GaussianMixturePipeline(),
+        Coordinate(),
+        sampler=Sampler(2),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0),
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5),
+    )
+    monitor, logger = LearningRateMonitor(), CSVLogger(tmp_path)
+    settings = {"logger": logger, "log_every_n_steps": 1, "default_root_dir": tmp_path}
+    trainer = trainer_of(callbacks=[monitor], **settings)
+    trainer.fit(tuner, MixtureData(num_train=12, batch_size=4))
+    assert monitor.lrs == {"lr-SGD": [1.0, 0.5, 0.25]}
