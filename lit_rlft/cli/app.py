@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import jsonargparse
 import lightning
 from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-defined]
-from lightning import Callback, LightningDataModule, Trainer
+from lightning import LightningDataModule, Trainer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -43,7 +43,9 @@ from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Pipeline
 from lit_rlft.core.reward import Metrics, Reward
 from lit_rlft.kit.data import SplitData
+from lit_rlft.loop.callback_check import check_callbacks
 from lit_rlft.loop.checkpointed import Checkpointed
+from lit_rlft.loop.precision import check_precision
 from lit_rlft.loop.strategy import check_strategy
 from lit_rlft.runs.checkpoint_file import WholeCheckpoints
 from lit_rlft.runs.events import quiet_event_writer
@@ -76,7 +78,7 @@ _FURTHER = (Facts, LeftOut, Monitored, TrainingMetrics, Charts, Voting, BlindPai
 """Those that every run has too, without settings."""
 
 
-def own_callbacks(trainer: Namespace) -> list[Callback]:
+def own_callbacks(trainer: Namespace) -> list[Any]:
     """Return the callbacks that a config gives to its trainer: a list, one alone, or none."""
     given = trainer["callbacks"] or []
     return given if isinstance(given, list) else [given]
@@ -148,6 +150,9 @@ class Command(LightningCLI):
         given = own.trainer.strategy
         check_strategy(given if isinstance(given, str) else given.class_path)
         check_loggers(own.trainer.logger)
+        check_callbacks(own_callbacks(own.trainer))
+        if self.config.subcommand == "fit":
+            check_precision(own.trainer.precision)
         _check_seeds(own)
         if own.trainer.max_epochs is None:
             other = own.trainer.max_steps >= 0 or own.trainer.max_time is not None

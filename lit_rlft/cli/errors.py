@@ -140,6 +140,8 @@ def _settings(causes: Sequence[BaseException], config: Namespace | None) -> str 
     error = causes[0]
     frames = traceback.extract_tb(error.__traceback__)
     misused = isinstance(error, MisconfigurationException)
+    # A package is missing, or two settings exclude each other.
+    misused |= isinstance(error, ImportError | RuntimeError) and _lightnings(frames)
     if not misused and not (isinstance(error, ValueError | TypeError) and _lightnings(frames)):
         return None
     text = short(str(error), 200)
@@ -152,7 +154,7 @@ def _settings(causes: Sequence[BaseException], config: Namespace | None) -> str 
         places = {name: re.search(rf"\b{name}\b", text) for name in known}
         if named := [(found.start(), name) for name, found in places.items() if found]:
             return f"{group}.{min(named)[1]}: {text}"
-    return text if misused else None
+    return text if text and misused else None
 
 
 def _lightnings(frames: traceback.StackSummary) -> bool:

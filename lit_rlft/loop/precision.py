@@ -28,7 +28,12 @@ __all__ = [
 
 _HALF = (torch.float16, torch.bfloat16)
 _LEAST_SCALE = 2.0**-10
-_REFUSED = {"16-true": "16-mixed", "bf16-true": "bf16-mixed"}
+_REFUSED = {
+    "16-true": "16-mixed",
+    "bf16-true": "bf16-mixed",
+    "transformer-engine": "bf16-mixed",
+    "transformer-engine-float16": "16-mixed",
+}
 """Precisions in which weights themselves are too coarse to be trained, and what to use instead.
 
 In fp16, Adam's 1e-8 is 0, and 0 / 0 ends the run. In bf16, at a learning rate of 1e-4, weights move

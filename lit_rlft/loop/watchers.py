@@ -3,6 +3,7 @@
 from lightning import Callback, Trainer
 
 from lit_rlft.loop.batch_check import BatchCheck
+from lit_rlft.loop.callback_check import check_callbacks
 from lit_rlft.loop.logged_test import LoggedTest
 from lit_rlft.loop.side.rewards import RewardWorkers
 from lit_rlft.loop.side.watch import SideWatch
@@ -17,6 +18,10 @@ def watchers(trainer: Trainer | None, workers: RewardWorkers | None) -> list[Cal
     Args:
         trainer: Of the run, if there is one.
         workers: The setting; None for no workers.
+
+    Raises:
+        UsageError: A callback of the trainer cannot do what it is for.
     """
+    check_callbacks(getattr(trainer, "callbacks", ()))
     beside = [SideWatch()] if workers else []
     return [BatchCheck(), LoggedTest(), *beside, *whole_draws(trainer)]

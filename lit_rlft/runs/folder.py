@@ -20,12 +20,15 @@ from lit_rlft.runs.files import clean, writing
 from lit_rlft.runs.lock import RunLock
 
 _NAME = "LIT_RLFT_RUN_NAME"
+_NO_CHECKPOINTS = "checkpoint.save_last to false and checkpoint.save_top_k to 0"
 _OWN_SETTINGS = {
-    "gradient_clip_val": (None, "max_grad_norm"),
-    "gradient_clip_algorithm": (None, "max_grad_norm, which bounds the norm"),
-    "accumulate_grad_batches": (1, "minibatch_size and microbatch_size"),
+    "gradient_clip_val": (None, "model.init_args.max_grad_norm"),
+    "gradient_clip_algorithm": (None, "model.init_args.max_grad_norm, which bounds the norm"),
+    "accumulate_grad_batches": (1, "model.init_args.minibatch_size and microbatch_size"),
+    "enable_checkpointing": (True, _NO_CHECKPOINTS),
+    "barebones": (False, f"{_NO_CHECKPOINTS}, trainer.logger to false"),
 }
-"""Lightning's settings of automatic optimisation: their defaults, and what takes their place."""
+"""Lightning's settings that do not apply: those that do nothing, and what takes their place."""
 
 _OF_STAGE = {"validate": "limit_val_batches", "test": "limit_test_batches"}
 _OF_STAGE |= {"predict": "limit_predict_batches"}
@@ -68,8 +71,8 @@ def make_folder(config: Namespace, stage: str, lock: ExitStack | None = None) ->
             folder, the trainer is asked for something that the model does itself, or for nothing.
     """
     for key, (default, remedy) in _OWN_SETTINGS.items():
-        if config.trainer[key] != default:
-            raise UsageError(f"trainer.{key} does not apply here; set model.init_args.{remedy}")
+        if config.trainer[key] not in (None, default):
+            raise UsageError(f"trainer.{key} does not apply here; set {remedy}")
     if (limit := _OF_STAGE.get(stage)) and config.trainer[limit] == 0:
         raise UsageError(f"trainer.{limit} is 0, so {stage} would do nothing; raise it")
     check_name(config.name)

@@ -173,6 +173,41 @@ SETTINGS = {
     "minibatch": ({"model.init_args.minibatch_size": 0}, "model.init_args.minibatch_size"),
     "clipping": ({"trainer.gradient_clip_val": 1.0}, "set model.init_args.max_grad_norm"),
     "accumulation": ({"trainer.accumulate_grad_batches": 2}, "set model.init_args.minibatch_size"),
+    "no checkpoints": (
+        {"trainer.enable_checkpointing": False},
+        "does not apply here; set checkpoint.save_last to false and checkpoint.save_top_k to 0",
+    ),
+    "bare bones": (
+        {"trainer.barebones": True},
+        "trainer.barebones does not apply here; set checkpoint.save_last to false and",
+    ),
+    "half precision": ({"trainer.precision": "bf16-true"}, "trainer.precision bf16-true keeps the"),
+    "eight bits": (
+        {"trainer.precision": "transformer-engine"},
+        "trainer.precision transformer-engine keeps the trained weights in 16 bits",
+    ),
+    "average of weights": (
+        {"trainer.callbacks": "EMAWeightAveraging"},
+        "EMAWeightAveraging does not apply here; take lit_rlft.callbacks.ema.EMA",
+    ),
+    "checkpoints that would be missed": (
+        {
+            "trainer.callbacks": {
+                "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+                "init_args": {"every_n_train_steps": 100},
+            }
+        },
+        "every_n_train_steps of ModelCheckpoint does not apply here",
+    ),
+    "two callbacks of one state": (
+        {
+            "trainer.callbacks": [
+                {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint"},
+                {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint"},
+            ],
+        },
+        "Found more than one stateful callback of type `ModelCheckpoint`",
+    ),
     "processes": (
         {
             "data.init_args.batch_size": 3,
