@@ -55,6 +55,7 @@ def check_settings(owner: Any) -> None:
         owner: Has them as attributes.
     """
     check_kinds(owner)
+    _check_lightnings(owner)
     check_networks(owner.pipeline)
     if owner.reward.name == DIVERGENCE:
         problem = f"is called {DIVERGENCE!r}, as reports call the divergence from the reference"
@@ -73,6 +74,22 @@ def check_settings(owner: Any) -> None:
         name = owner.reward.name
         raise BadArgument(owner, "best_of", f"must be 0 with {name}: nobody is asked in a test")
     require(owner.best_of != 1, owner, "best_of", "0 for none, or above 1")
+
+
+def _check_lightnings(owner: Any) -> None:
+    """Raise UsageError for two customs of Lightning that do not apply."""
+    name, method = type(owner).__name__, "configure_optimizers"
+    own = next(kind for kind in type(owner).__mro__ if method in vars(kind))
+    if not own.__module__.startswith("lit_rlft."):
+        raise UsageError(
+            f"{name}.{method}: updates and checkpoints go by the arguments optimizer and "
+            "lr_scheduler instead; give them, such as optimizer=torch.optim.SGD, and leave it out"
+        )
+    if getattr(owner, "_compiler_ctx", None) is not None:
+        raise UsageError(
+            f"torch.compile({name}) would compile whole rounds, with their sampling loops; give "
+            "the pipeline compile, such as compile='whole', for its denoiser alone"
+        )
 
 
 def check_kinds(owner: Any) -> None:

@@ -40,6 +40,7 @@ _NAMES = ("auto", "ddp", "fsdp2", "single_device")
 _CONFIG = "--config fsdp (trainer.strategy fsdp2)"
 _REFUSED = {
     "fsdp": "cannot run a network many times in one step, as sampling does; use " + _CONFIG,
+    "ddp_spawn": "cannot copy a whole run to the processes that it starts; use ddp",
     "deepspeed": f"has not been tested; {_CONFIG} splits weights, gradients and optimiser alike",
 }
 _OPTIMIZERS = (Adam, AdamW, SGD)

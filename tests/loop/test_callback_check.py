@@ -4,6 +4,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
@@ -80,3 +81,19 @@ def test_all_others_are_taken() -> None:
     )
     check_callbacks([{"class_path": f"{PATH}.ModelCheckpoint", "init_args": {"save_top_k": 2}}])
     check_callbacks([{"class_path": f"{PATH}.RichProgressBar"}])
+
+
+def test_optimisers_of_ones_own_are_arguments() -> None:
+    class Own(GRAFT):
+        def configure_optimizers(self) -> Any:
+            raise AssertionError
+
+    tuner = Own(GaussianMixturePipeline(), Coordinate())
+    with pytest.raises(UsageError, match=r"Own\.configure_optimizers: .* the arguments optimizer"):
+        trainer_of().fit(tuner, MixtureData(num_train=8, batch_size=8))
+
+
+def test_a_compiled_tuner_is_refused_before_anything_is_compiled() -> None:
+    tuner: Any = torch.compile(GRAFT(GaussianMixturePipeline(), Coordinate()))
+    with pytest.raises(UsageError, match=r"torch\.compile\(GRAFT\) .* compile='whole'"):
+        trainer_of().fit(tuner, MixtureData(num_train=8, batch_size=8))

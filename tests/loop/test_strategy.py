@@ -52,6 +52,7 @@ def test_known_strategies(known: object) -> None:
         (f"{PATH}.FSDPStrategy", f"FSDPStrategy cannot run a network many times.*{FSDP}"),
         ("deepspeed_stage_2", f"deepspeed_stage_2 has not been tested; {FSDP}.* alike$"),
         (f"{PATH}.DeepSpeedStrategy", f"DeepSpeedStrategy has not been tested; {FSDP}"),
+        ("ddp_spawn", "trainer.strategy ddp_spawn cannot copy a whole run .*; use ddp"),
         ("xla", f"trainer.strategy xla {REST}"),
         ("single_xla", f"trainer.strategy single_xla {REST}"),
         ("colossalai", f"trainer.strategy colossalai {REST}"),
