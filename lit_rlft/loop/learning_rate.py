@@ -70,9 +70,19 @@ def optimizer_of(
 
 
 def after_update(schedule: Any) -> None:
-    """Step a schedule that goes by the number of updates."""
+    """Step a schedule that goes by the number of updates.
+
+    Raises:
+        UsageError: It ends with an earlier update, as `OneCycleLR` does.
+    """
     if isinstance(schedule, LRScheduler) and not isinstance(schedule, ReduceLROnPlateau):
-        schedule.step()
+        try:
+            schedule.step()
+        except ValueError as error:
+            raise UsageError(
+                f"model.init_args.lr_scheduler.init_args: the fit has more updates than its "
+                f"schedule ({error}); make it longer, and resume with --ckpt_path"
+            ) from error
 
 
 def after_round(schedule: Any, means: Mapping[str, float]) -> None:
