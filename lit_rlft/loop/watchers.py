@@ -22,6 +22,9 @@ def watchers(trainer: Trainer | None, workers: RewardWorkers | None) -> list[Cal
     Raises:
         UsageError: A callback of the trainer cannot do what it is for.
     """
-    check_callbacks(getattr(trainer, "callbacks", ()))
+    given = getattr(trainer, "callbacks", [])
+    check_callbacks(given)
     beside = [SideWatch()] if workers else []
-    return [BatchCheck(), LoggedTest(), *beside, *whole_draws(trainer)]
+    found = [BatchCheck(), LoggedTest(), *beside, *whole_draws(trainer)]
+    known = {type(callback) for callback in given}  # since an earlier call of this trainer
+    return [callback for callback in found if type(callback) not in known]

@@ -97,3 +97,13 @@ def test_a_compiled_tuner_is_refused_before_anything_is_compiled() -> None:
     tuner: Any = torch.compile(GRAFT(GaussianMixturePipeline(), Coordinate()))
     with pytest.raises(UsageError, match=r"torch\.compile\(GRAFT\) .* compile='whole'"):
         trainer_of().fit(tuner, MixtureData(num_train=8, batch_size=8))
+
+
+def test_a_trainer_that_is_used_again_has_each_watcher_once() -> None:
+    tuner, names = GRAFT(GaussianMixturePipeline(), Coordinate()), []
+    trainer: Any = trainer_of(max_epochs=0)
+    for _ in range(2):
+        trainer.fit(tuner, MixtureData(num_train=8, batch_size=8))
+        names.append([type(callback).__name__ for callback in trainer.callbacks])
+        assert tuner.configure_callbacks() == []  # nothing for Lightning to say it replaces
+    assert names[0] == names[1] and {"BatchCheck", "LoggedTest"} <= {*names[0]}
