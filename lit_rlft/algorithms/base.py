@@ -31,7 +31,7 @@ from lit_rlft.loop.experience import Draw, Experience
 from lit_rlft.loop.hooks import Audience
 from lit_rlft.loop.learning_rate import after_round, after_update, after_validation, optimizer_of
 from lit_rlft.loop.lockstep import Idle, idle_of
-from lit_rlft.loop.precision import check_weights, loss_scale, settle, stepped
+from lit_rlft.loop.precision import check_weights, fresh_casts, loss_scale, settle, stepped
 from lit_rlft.loop.reference import LoRA, adapt, completed
 from lit_rlft.loop.rollouts import Rollouts, track
 from lit_rlft.loop.round_log import RoundLog, round_means
@@ -229,7 +229,7 @@ class RewardFineTuner(Sized, Checkpointed, ABC):
         """Run one round: collect, in evaluation mode, then update."""
         self.eval()
         self._collected_at = self.num_updates
-        with together(world_size := self.trainer.world_size):
+        with together(world_size := self.trainer.world_size), fresh_casts():
             with self.audience.phase("collect"), torch.no_grad():
                 condition = self.pipeline.encode(batch)
                 experience = self.collect(batch, condition)

@@ -1,6 +1,7 @@
 """Numbers that training can rely on: its precision, and weights that are finite."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from lightning import Trainer
@@ -17,6 +18,7 @@ from lit_rlft.distributed import of_all, own_part
 __all__ = [
     "check_precision",
     "check_weights",
+    "fresh_casts",
     "frozen_dtype",
     "in_single",
     "loss_scale",
@@ -53,6 +55,21 @@ def frozen_dtype(device: torch.device, precision: object) -> torch.dtype:
     """
     low = device.type == "cuda" and str(precision) == "bf16-mixed"
     return torch.bfloat16 if low else torch.float32
+
+
+@contextmanager
+def fresh_casts() -> Iterator[None]:
+    """Within the block autocast casts weights anew in each call, since updates change them.
+
+    It would keep its copies to the end of a round, as Lightning 2.5 has it: a round's updates
+    would all see the weights of the first one, and ratios stay at 1.
+    """
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 def in_single(network: nn.Module) -> None:
