@@ -27,6 +27,8 @@ __all__ = ["CosineVP", "DiscreteVP", "PolynomialVP", "RectifiedFlow", "Schedule"
 
 Spacing = Literal["leading", "trailing", "linspace"]
 Betas = Literal["linear", "scaled_linear"]
+_ROUNDING = 1e-6
+"""Of a table's levels: a level so little above an entry is that entry."""
 
 
 class Schedule(Recorded, Watched, ABC):
@@ -192,7 +194,7 @@ class DiscreteVP(Schedule):
 
     def draw_times(self, uniform: Tensor, low: float = 0.0) -> Tensor:
         """Map uniform numbers to table levels above `low`, each equally likely."""
-        first = round(low * self.num_levels)
+        first = math.floor(low * self.num_levels + _ROUNDING)
         levels = first + 1 + (uniform.double() * (self.num_levels - first)).floor()
         return levels.clamp(max=self.num_levels) / self.num_levels
 

@@ -136,6 +136,9 @@ def test_discrete_training_times_are_uniform_over_the_levels_above_low() -> None
         assert counts[first:].max() - counts[first:].min() <= 1
     edge = torch.tensor([0.0, 1 - 2**-24])
     assert schedule.draw_times(edge, 0.25).tolist() == [0.3, 1.0]
+    # Samplers that step x_t / alpha_t have levels between the entries.
+    for low in (5.4 / 20, 5.6 / 20):
+        assert float(schedule.draw_times(edge, low).min()) == pytest.approx(6 / 20)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=ids)
