@@ -25,7 +25,7 @@ from domains.text_to_image.pipeline import TextToImagePipeline
 from domains.text_to_image.rewards import Symmetry
 from lit_rlft.algorithms.inverse_noise_correction.inversion import noise_power
 from lit_rlft.core.fixed_point import FixedPoint
-from lit_rlft.core.randomness import generators
+from lit_rlft.core.randomness import generators, randn_like
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.state import flatten, tensor_of
 from lit_rlft.kit.data import collate
@@ -216,6 +216,19 @@ def test_pictures_are_corrected_under_their_prompts(
         drawn = flatten(tuner.prior(condition).sample(generators([1, 1, 1, 1])))
     assert_close_in_rounding(drawn[0], drawn[3])
     assert not torch.allclose(drawn[0], drawn[1], atol=1e-2)
+
+
+def test_the_corrector_starts_from_noise_of_its_own() -> None:
+    """Also where the base's sampler starts from noise of another size, as some schedulers have."""
+    pipeline = Biased()
+    pipeline.process.schedule.start_scale = 0.5
+    tuner = tuner_of(pipeline)
+    tuner.setup("fit")
+    condition = pipeline.encode({"index": torch.arange(4)})
+    start = torch.randn_like(tensor_of(pipeline.blank(condition)))
+    drawn = tuner.prior(condition).sample(generators(range(4)))
+    fresh = randn_like(start, generators(range(4)))
+    torch.testing.assert_close(drawn, fresh)  # a new corrector hands it on unchanged
 
 
 def test_the_power_of_noise_is_that_of_a_free_number() -> None:

@@ -146,8 +146,8 @@ class InverseNoiseCorrection(RewardFineTuner):
         return self.corrector.denoiser
 
     def prior(self, condition: Condition) -> FlowPrior:
-        """Return the distribution of the corrector's samples from the process's own noise."""
-        start = self.reference_prior(condition)
+        """Return the distribution of the corrector's samples from its own noise."""
+        start = self.corrector.process.prior(self.pipeline.blank(condition))
         return FlowPrior(self.corrector, start, condition, Sampler(self.corrector_steps))
 
     def route(self) -> Route:
