@@ -48,7 +48,7 @@ class RewardGradient(RewardFineTuner):
     Args:
         *args: Pipeline and reward.
         method: Which steps carry gradient; DRTune unless given.
-        kl_coef: Weight of the squared distance of prediction and reference prediction, per
+        kl_coef: Weight of the squared distance of prediction and reference prediction, per free
             dimension and averaged over the trained steps, whose states it takes as given; 0 never
             runs the reference. Methods that follow the states predict twice for it.
         reward_ceiling: lambda of the hinge max(0, lambda - r): samples above it are left alone;
@@ -262,7 +262,8 @@ class GradientWalk:
                 own = self._followed(given, t, condition)
             with torch.no_grad():
                 reference = self.reference(given, t, condition)
-            distance = _mean_square(own, reference)
+            size = self.pipeline.process.num_dimensions(given).clamp(min=1)
+            distance = (_square(own, reference) / size).float()
             self.distances.append(distance.view(len(self.condition), -1).mean(dim=1))
         return prediction
 
@@ -307,8 +308,8 @@ def _add_norm(value: Tensor, grad: Tensor, scale: Tensor) -> None:
     value.copy_((value.square() + squares / scale.square()).sqrt())
 
 
-def _mean_square(prediction: State, reference: State) -> Tensor:
-    """Return the squared distance per dimension, [B]."""
+def _square(prediction: State, reference: State) -> Tensor:
+    """Return the squared distance, [B]."""
     pairs = zip(leaves(prediction), leaves(reference), strict=True)
     squares = torch.cat([(p - r).float().square().flatten(1) for p, r in pairs], dim=1)
-    return squares.mean(dim=1)
+    return squares.sum(dim=1)

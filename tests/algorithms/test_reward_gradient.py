@@ -15,9 +15,10 @@ from torch import Tensor
 
 from domains.gaussian_mixture.pipeline import GaussianMixturePipeline
 from domains.gaussian_mixture.rewards import ComponentIndicator, Quadratic
+from domains.molecule.pipeline import MoleculePipeline
 from domains.text_to_image.pipeline import TextToImagePipeline
 from domains.text_to_image.rewards import Symmetry
-from lit_rlft.algorithms.reward_gradient import RewardGradient
+from lit_rlft.algorithms.reward_gradient import GradientWalk, RewardGradient
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.gradient_plan import (
     AlignProp,
@@ -34,6 +35,7 @@ from lit_rlft.core.reward import WeightedSum
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.schedule import DiscreteVP, vp_betas
 from lit_rlft.core.state import tensor_of
+from lit_rlft.core.subspace import occupied
 from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.reference import LoRA
 
@@ -397,6 +399,31 @@ def test_the_penalty_is_the_distance_to_the_reference(method: GradientMethod) ->
     assert distance.min() > 1e-4
     torch.testing.assert_close(values["reference_distance"].double(), distance, rtol=1e-5, atol=0)
     torch.testing.assert_close(losses, unpenalised + 0.5 * distance, rtol=1e-5, atol=0)
+
+
+def test_the_penalty_is_that_of_a_free_number() -> None:
+    """Empty slots, and the centre that a cloud of points has not, are no dimensions."""
+    pipeline = MoleculePipeline("small")
+    condition = pipeline.encode({"num_atoms": torch.tensor([4, 9])})
+    x_1 = pipeline.process.prior(pipeline.blank(condition)).sample(generators(range(2)))
+
+    def reference(x_t: Any, t: Tensor, given: Any) -> Tensor:
+        return tensor_of(pipeline(x_t, t, given)) + 0.1 * occupied(x_t)
+
+    plan = GradientPlan(frozenset([1]))
+    walk = GradientWalk(
+        plan,
+        condition,
+        pipeline,
+        Sampler(2),
+        reference=reference,
+        detach_input=True,
+        recompute=False,
+    )
+    walk.run(x_1, None)
+    numbers = torch.tensor([4, 9]) * tensor_of(x_1).shape[-1]
+    expected = 0.1**2 * numbers / (numbers - 3)
+    torch.testing.assert_close(walk.distances[0], expected, rtol=1e-4, atol=0)
 
 
 @each_method

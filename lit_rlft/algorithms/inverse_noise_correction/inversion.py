@@ -15,10 +15,10 @@ from lit_rlft.core.batch_size import BatchSize, sized
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.fixed_point import FixedPoint
 from lit_rlft.core.pipeline import Condition, Pipeline
-from lit_rlft.core.process import GaussianProcess, Process, ProductProcess
+from lit_rlft.core.process import Process
 from lit_rlft.core.randomness import Seeded, generators, seed_from
 from lit_rlft.core.sampling import Denoiser, Sampler
-from lit_rlft.core.state import State, cat, fields_of, flatten, tensor_of, tree_map
+from lit_rlft.core.state import State, cat, flatten, tree_map
 from lit_rlft.core.streams import Stream
 from lit_rlft.distributed import gather, together
 from lit_rlft.loop.rollouts import Track
@@ -30,16 +30,8 @@ _NUM_PROBES = 64
 
 def noise_power(process: Process, x_1: State) -> float:
     """Return the mean of ||x_1||^2 / d, d the free numbers of a state: about 1 for normal noise."""
-    if isinstance(process, ProductProcess):
-        parts = [(process.field(name), x) for name, x in fields_of(x_1).items()]
-    else:
-        parts = [(process, tensor_of(x_1))]
-    squares, numbers = torch.zeros(()), torch.zeros(())
-    for own, x in parts:
-        assert isinstance(own, GaussianProcess)
-        squares = squares + x.double().square().flatten(start_dim=1).sum(dim=1).cpu()
-        numbers = numbers + own.num_dimensions(x).cpu()
-    return float((squares / numbers).mean())
+    squares = flatten(x_1).double().square().sum(dim=1)
+    return float((squares / process.num_dimensions(x_1)).mean())
 
 
 class NoisyData:

@@ -203,6 +203,11 @@ class Process(Recorded, Watched, ABC):
     def noised(self, x_s: State, s: Tensor, t: Tensor, noise: Generators = None) -> State:
         """Draw x_t from the forward transition q(x_t | x_s)."""
 
+    def num_dimensions(self, x: State) -> Tensor:
+        """Return how many numbers of each state are free, float64 [B]: all, unless overridden."""
+        num = sum(leaf.shape[1:].numel() for leaf in leaves(x))
+        return torch.full((batch_size(x),), num, dtype=torch.float64, device=leaves(x)[0].device)
+
     @abstractmethod
     def loss(self, prediction: State, x_s: State, x_t: State, s: Tensor, t: Tensor) -> Tensor:
         """Return the denoising loss [B] at x_t for data known at level s.

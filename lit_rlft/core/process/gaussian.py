@@ -323,11 +323,10 @@ class GaussianProcess(Process):
         # The prediction's error is (a - b alpha / sigma) times that of x_0.
         return torch.minimum(alpha**2, gamma * sigma**2) / (a * sigma - b * alpha) ** 2
 
-    def num_dimensions(self, x: Tensor) -> Tensor:
-        """Return how many numbers of each state are free, float64 [B]."""
+    def num_dimensions(self, x: State) -> Tensor:
         if self.subspace is not None:
-            return self.subspace.num_dimensions(x)
-        return x.new_full((len(x),), x.shape[1:].numel(), dtype=torch.float64)
+            return self.subspace.num_dimensions(tensor_of(x))
+        return super().num_dimensions(x)
 
     def draw_times(self, uniform: Tensor, low: float = 0.0) -> Tensor:
         return self.schedule.draw_times(uniform, low)

@@ -124,6 +124,11 @@ class ProductProcess(Process):
         ]
         return torch.stack(losses).sum(dim=0)
 
+    def num_dimensions(self, x: State) -> Tensor:
+        parts = fields_of(x)
+        numbers = [self.field(name).num_dimensions(parts[name]) for name in self.names]
+        return torch.stack(numbers).sum(dim=0)
+
     def draw_times(self, uniform: Tensor, low: float = 0.0) -> Tensor:
         return self.field(self.names[0]).draw_times(uniform, low)
 
