@@ -148,7 +148,8 @@ class PGRAFT(RewardFineTuner):
         groups = rewards.cpu().view(-1, self.num_candidates)
         accepted = self._accept(groups, drawn.keys, seeds)
         chosen = accepted.flatten().nonzero().flatten()
-        counted = groups.flatten()[chosen] * accepted.flatten()[chosen]
+        shares = accepted.flatten()[chosen]
+        mean = mean_of_all(groups.flatten()[chosen] * shares, world_size)
         rate = mean_of_all((accepted > 0).float(), world_size)
         self._warn_of_none(rate, len(seeds) * world_size)
         weights = self._weights(accepted, groups.isfinite())
@@ -164,7 +165,7 @@ class PGRAFT(RewardFineTuner):
             metrics={
                 "reward": drawn.reward,
                 "failed_rewards": drawn.failed_rewards,
-                "accepted_reward": mean_of_all(counted, world_size),
+                "accepted_reward": mean / mean_of_all(shares, world_size),
                 "acceptance_rate": rate,
             },
             histograms={"reward": drawn.known, "accepted_reward": groups.flatten()[chosen]},

@@ -23,6 +23,7 @@ from lit_rlft.core.selection import (
     Classical,
     Preference,
     RandomK,
+    RewardWeighted,
     Selection,
     Threshold,
     TopK,
@@ -185,6 +186,19 @@ def test_rounds_that_accept_nothing_or_unequally(folder: Path) -> None:
     reward = experience.histograms["reward"]
     assert 0 < len(experience) == int((reward == 2).sum()) < 32
     assert some.num_updates == -(-len(experience) // 4)
+
+
+def test_the_accepted_reward_is_a_weighted_mean(folder: Path) -> None:
+    """Also where only some of the weights are left, which sum to their number no longer."""
+    tuner = tuner_of(GRAFT, reward=Coordinate(), selection=Unique(RewardWeighted(0.2)))
+    (experience,) = fit(tuner, default_root_dir=folder).experiences
+    weights, rewards = (
+        tensor_of(experience.states["weight"]),
+        experience.histograms["accepted_reward"],
+    )
+    assert len(weights) == len(rewards) < 32 and abs(float(weights.mean()) - 1) > 0.1
+    mean = float((weights * rewards).sum() / weights.sum())
+    assert experience.metrics["accepted_reward"] == pytest.approx(mean, rel=1e-5)
 
 
 def test_unique_takes_one_of_each_mode(folder: Path) -> None:
