@@ -73,7 +73,8 @@ class TextToImagePipeline(Pipeline):
             In FLUX.1-dev it is an input of the network instead; in Z-Image, as in diffusers, the
             prediction is c + w (c - u), without guidance at 0. None takes what diffusers takes.
         guidance_gradient: Where reward gradients go under guidance: "both" predictions, or the
-            "conditional" one alone; u is then computed without a graph, at half the memory.
+            "conditional" one alone; u is then computed without a graph, at half the memory. Losses
+            of the guided prediction itself, as DDPO's and GRAFT's, need both.
         negative_prompt: What the unconditional prediction u is conditioned on; None takes what
             diffusers takes, an empty text or, for Stable Diffusion XL, zeros.
         height: Picture height in pixels; None takes the model's own size.

@@ -44,7 +44,7 @@ from lit_rlft.core.randomness import Generators, generators, seed_from
 from lit_rlft.core.state import State, cat, flatten, leaves, tensor_of, tree_map
 from lit_rlft.core.streams import Stream
 from lit_rlft.distributed import gather, mean_of_all
-from lit_rlft.loop.differentiable import check_differentiable
+from lit_rlft.loop.differentiable import check_differentiable, check_guidance
 from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.rollouts import Chunk
 from lit_rlft.loop.strategy import FSDP2Strategy
@@ -148,12 +148,7 @@ class AdjointMatching(RewardFineTuner):
             "loss_quantile",
             f"in (0, 1], or null to keep all pairs, got {self.loss_quantile}",
         )
-        require(
-            getattr(self.pipeline, "guidance_gradient", "both") == "both",
-            self.pipeline,
-            "guidance_gradient",
-            f"both for {self.algorithm}: the adjoint runs through both predictions",
-        )
+        check_guidance(self.pipeline, self.algorithm)
 
     def _check_process(self, process: Process) -> None:
         if isinstance(process, ProductProcess):

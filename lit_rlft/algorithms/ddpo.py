@@ -72,6 +72,7 @@ from lit_rlft.distributed import gather
 from lit_rlft.loop.advantages import check_decoupled, judge
 from lit_rlft.loop.batch_sizes import rehearse
 from lit_rlft.loop.checkpoint import Kept
+from lit_rlft.loop.differentiable import check_guidance
 from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.rollouts import Drawn
 from lit_rlft.loop.route import Route
@@ -258,6 +259,7 @@ class DDPO(RewardFineTuner):
         one_of(self, "estimator", get_args(Estimator))
         one_of(self, "log_prob_reduction", get_args(Reduction))
         num_steps = self.sampler.num_steps
+        check_guidance(self.pipeline, self.algorithm)
         self._check_sliding()
         first, last = self._trained_window
         require(

@@ -33,6 +33,7 @@ from lit_rlft.core.state import State, cat, index, leaves, repeat
 from lit_rlft.core.streams import Stream
 from lit_rlft.distributed import gather, mean_of_all
 from lit_rlft.loop.candidates import draw_candidates
+from lit_rlft.loop.differentiable import check_guidance
 from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.pairs import PairStates
 from lit_rlft.loop.relay import Relay
@@ -92,6 +93,8 @@ class DiffusionDPO(RewardFineTuner):
     def check(self) -> None:
         at_least(2, self, "num_candidates")
         self.relay.check(self, self.sampler.num_steps)
+        if self.guided_loss:
+            check_guidance(self.pipeline, self.algorithm)
         positive(self, "beta")
         if self.offline:
             self.pipeline.check_states()

@@ -28,6 +28,7 @@ from lit_rlft.core.state import State, index, leaves, tensor_of
 from lit_rlft.core.streams import Stream
 from lit_rlft.distributed import mean_of_all
 from lit_rlft.loop.candidates import draw_candidates
+from lit_rlft.loop.differentiable import check_guidance
 from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.relay import Relay
 from lit_rlft.loop.route import Route
@@ -102,6 +103,8 @@ class PGRAFT(RewardFineTuner):
         at_least(1, self, "num_candidates")
         at_least(0, self, "contrast")
         self.relay.check(self, self.sampler.num_steps)
+        if self.guided_loss:
+            check_guidance(self.pipeline, self.algorithm)
         self.selection.check(self.num_candidates)
         if not self.selection.selects(self.num_candidates):
             rank_zero_warn(

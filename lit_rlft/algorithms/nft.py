@@ -37,6 +37,7 @@ from lit_rlft.core.state import State, index, leaves, tensor_of
 from lit_rlft.distributed import gather
 from lit_rlft.loop.candidates import draw_candidates
 from lit_rlft.loop.checkpoint import Kept
+from lit_rlft.loop.differentiable import check_guidance
 from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.old_policy import OldPolicy
 from lit_rlft.loop.relay import Relay
@@ -102,6 +103,7 @@ class DiffusionNFT(RewardFineTuner):
         return Relay(self.start, self.cut)
 
     def check(self) -> None:
+        check_guidance(self.pipeline, self.algorithm)
         at_least(2, self, "num_candidates")
         self.relay.check(self, self.sampler.num_steps)
         positive(self, "beta", "reward_clip")

@@ -232,12 +232,13 @@ def _for_weights(plan: Plan) -> str | None:
 
 def _for_update(plan: Plan, memory: int) -> str | None:
     room = memory - plan.standing - plan.gradients
-    recomputed = "steps" if "model.method" in plan.settings else "blocks"
+    walks = "model.method" in plan.settings  # back through the sampler
+    recomputed = "steps" if walks else "blocks"
     return (
         _fewer(plan, "model.microbatch_size", plan.activations, room)
         or _switch(plan, "pipeline.checkpoint_denoiser", False, "true")
         or _switch(plan, "model.gradient_checkpointing", None, recomputed)
-        or _switch(plan, "pipeline.guidance_gradient", "both", "conditional")
+        or (_switch(plan, "pipeline.guidance_gradient", "both", "conditional") if walks else None)
         or _switch(plan, "trainer.precision", "32-true", "bf16-mixed")
     )
 

@@ -4,7 +4,7 @@ from lit_rlft.core.checks import UsageError, require
 from lit_rlft.core.pipeline import Pipeline
 from lit_rlft.core.reward import Combination, Reward, WeightedSum
 
-__all__ = ["NoGradient", "check_differentiable"]
+__all__ = ["NoGradient", "check_differentiable", "check_guidance"]
 
 
 class NoGradient(UsageError):
@@ -63,6 +63,25 @@ def check_differentiable(
             f"{name} scores a few samples at a time, but reward.init_args.normalize "
             "takes all those of a round; set it to false and give reward.init_args.ranges"
         )
+
+
+def check_guidance(pipeline: Pipeline, name: str) -> None:
+    """Check that the gradient of a guided prediction is all of it.
+
+    Args:
+        pipeline: Makes the prediction.
+        name: The algorithm.
+
+    Raises:
+        BadArgument: The unconditional half is computed without a graph.
+    """
+    require(
+        getattr(pipeline, "guidance_gradient", "both") == "both",
+        pipeline,
+        "guidance_gradient",
+        f'both for {name}, whose gradient is that of both predictions; "conditional" is for '
+        "configs/algorithms/drtune.yaml and its kin",
+    )
 
 
 def _opaque(reward: Reward) -> str:

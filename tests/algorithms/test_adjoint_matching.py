@@ -496,11 +496,8 @@ def test_what_cannot_work_is_refused_by_name(case: str) -> None:
         tuner_of(normal(), **settings)
 
 
-def test_masked_states_and_half_a_guidance_are_refused_by_name() -> None:
+def test_masked_states_are_refused_by_name() -> None:
     pipeline = normal()
-    pipeline.guidance_gradient = "conditional"  # type: ignore[assignment]
-    with pytest.raises(UsageError, match="guidance_gradient must be both for AdjointMatching"):
-        tuner_of(pipeline)
     pipeline.process = MaskedProcess(3)  # type: ignore[assignment]
     with pytest.raises(UsageError, match=r"MaskedProcess of.*use configs/algorithms/p_graft"):
         tuner_of(pipeline)

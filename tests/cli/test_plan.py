@@ -191,6 +191,9 @@ def test_numbers() -> None:
         ({"update": 9, "decode": 17}, {"pipeline__tile_decoder": False},
          "--pipeline.tile_decoder true"),
         ({"update": 24}, {"pipeline__frozen_dtype": "float32"}, "--pipeline.frozen_dtype bfloat16"),
+        ({"update": 24}, {"pipeline__guidance_gradient": "both", "model.method": {}},
+         "--pipeline.guidance_gradient conditional"),
+        ({"update": 24}, {"pipeline__guidance_gradient": "both"}, None),
     ],
 )  # fmt: skip
 def test_what_to_change_first(
