@@ -51,6 +51,9 @@ from lit_rlft.loop.strategy import FSDP2Strategy
 
 __all__ = ["AdjointMatching", "Matches"]
 
+_SCALE = 2.0**8
+"""Of a reward's gradient on its way through the decoder: in float16 that of a mean over pixels
+would vanish. A power of two, it changes no other digit."""
 _WEAK_TILT = 0.3
 """Standard deviations by which the optimum moves the mean reward, below which a user is warned."""
 
@@ -239,15 +242,16 @@ class AdjointMatching(RewardFineTuner):
         with torch.enable_grad():
             x = tree_map(lambda leaf: leaf.detach().requires_grad_(), x_0)
             rewards = self.rollouts.reward_of(self.pipeline.decode(x, condition), condition)
-            of_all = torch.autograd.grad(rewards.sum(), leaves(x), materialize_grads=True)
+            total = _SCALE * rewards.sum()
+            of_all = torch.autograd.grad(total, leaves(x), materialize_grads=True)
         if not all(bool(part.isfinite().all()) for part in of_all):
             raise UsageError(
                 f"the gradient of {self.reward.name} is not finite for some samples of round "
                 f"{self.num_rounds + 1}, so no update was made of them; bound the reward where it "
                 "is steep, or use configs/algorithms/p_graft.yaml, which needs no gradient"
             )
-        parts = iter(of_all)
-        return rewards.detach(), tree_map(lambda leaf: -self.reward_scale * next(parts), x_0)
+        parts, scale = iter(of_all), -self.reward_scale / _SCALE
+        return rewards.detach(), tree_map(lambda leaf: scale * next(parts), x_0)
 
     def _tilt(self, rewards: Tensor, world_size: int) -> float:
         """Return the standard deviation of lambda r, in nats; warn at the start if it is small.

@@ -39,7 +39,16 @@ from lit_rlft.core.process import GaussianProcess, Process, ProductProcess
 from lit_rlft.core.process.steps import Steps
 from lit_rlft.core.randomness import Generators
 from lit_rlft.core.sampling import Denoiser, walk
-from lit_rlft.core.state import State, detach, expand_as, fields_of, leaves, tensor_of, tree_map
+from lit_rlft.core.state import (
+    State,
+    detach,
+    expand_as,
+    fields_of,
+    flatten,
+    leaves,
+    tensor_of,
+    tree_map,
+)
 
 __all__ = [
     "Match",
@@ -196,12 +205,24 @@ def _pulled(
     adjoint: State,
 ) -> tuple[State, State]:
     """Return the adjoint of x_t, given that of x_s, and the prediction at x_t."""
+    size = _size(adjoint)
+    given = tree_map(lambda leaf: leaf / expand_as(size, leaf), adjoint)
     with torch.enable_grad():
         x = tree_map(lambda leaf: leaf.detach().requires_grad_(), x_t)
         prediction = denoiser(x, t, condition)
         mean = process.step(prediction, x, coefficients).mean
-        pulls = iter(torch.autograd.grad(leaves(mean), leaves(x), leaves(adjoint)))
-    return tree_map(lambda leaf: next(pulls), x_t), detach(prediction)
+        pulls = iter(torch.autograd.grad(leaves(mean), leaves(x), leaves(given)))
+    pulled = tree_map(lambda leaf: next(pulls) * expand_as(size, leaf), x_t)
+    return pulled, detach(prediction)
+
+
+def _size(adjoint: State) -> Tensor:
+    """Return the power of two next above each sample's numbers, [B].
+
+    Divided by it they keep all their digits, and in float16 they do not vanish on their way.
+    """
+    largest = flatten(adjoint).abs().amax(dim=1)
+    return torch.ldexp(torch.ones_like(largest), largest.frexp().exponent)
 
 
 @dataclass(frozen=True)

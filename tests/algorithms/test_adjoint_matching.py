@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from domains.gaussian_mixture.data import MixtureData
 from domains.gaussian_mixture.pipeline import GaussianMixturePipeline
@@ -200,6 +201,31 @@ def test_the_lean_adjoint_is_the_gradient_through_the_walk(schedule: str) -> Non
             x = mean(j, x) + noise[j]
         (wanted,) = torch.autograd.grad(-scale * reward(x, condition).sum(), start)
         torch.testing.assert_close(found[i], wanted, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**-23])
+def test_small_adjoints_do_not_vanish_in_half_precision(scale: float) -> None:
+    """They are linear in the reward: of float16's numbers those below 6e-8 are 0."""
+    pipeline = bent("discrete_vp").float()
+    states = [*torch.randn(7, 4, 2)]
+    adjoint = torch.randn(4, 2) * torch.tensor([[1.0], [0.1], [0.01], [1.0]])
+    expected = swept(pipeline, states, adjoint)
+    with torch.autocast("cpu", torch.float16):
+        found = swept(pipeline, states, scale * adjoint)
+    for i, own in expected.items():
+        errors = (found[i] / scale - own).norm(dim=1) / own.norm(dim=1)
+        assert float(errors.max()) < 0.02
+
+
+def test_small_gradients_of_rewards_do_not_vanish_in_half_precision() -> None:
+    """That of a mean over a million pixels, through a decoder in float16."""
+    pipeline = normal().float()
+    pipeline.decode = lambda x, condition: functional.linear(tensor_of(x), torch.eye(1)).float()  # type: ignore[method-assign]
+    tuner = tuner_of(pipeline, reward=WeightedSum({"x": Coordinate()}, {"x": 2e-7}))
+    with torch.autocast("cpu", torch.float16):
+        _, adjoint = tuner._from_reward(torch.randn(3, 1), condition_of(pipeline, 3))
+    expected = torch.full((3, 1), -2e-7 * tuner.reward_scale)
+    torch.testing.assert_close(tensor_of(adjoint), expected, rtol=2e-3, atol=0)
 
 
 def test_small_steps_give_the_published_loss_times_their_length() -> None:
