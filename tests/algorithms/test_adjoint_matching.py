@@ -220,7 +220,7 @@ def test_small_adjoints_do_not_vanish_in_half_precision(scale: float) -> None:
 def test_small_gradients_of_rewards_do_not_vanish_in_half_precision() -> None:
     """That of a mean over a million pixels, through a decoder in float16."""
     pipeline = normal().float()
-    pipeline.decode = lambda x, condition: functional.linear(tensor_of(x), torch.eye(1)).float()  # type: ignore[method-assign]
+    pipeline.decode = lambda x_0, condition: functional.linear(tensor_of(x_0), torch.eye(1)).float()  # type: ignore[method-assign]
     tuner = tuner_of(pipeline, reward=WeightedSum({"x": Coordinate()}, {"x": 2e-7}))
     with torch.autocast("cpu", torch.float16):
         _, adjoint = tuner._from_reward(torch.randn(3, 1), condition_of(pipeline, 3))
