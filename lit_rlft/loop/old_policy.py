@@ -18,7 +18,8 @@ class OldPolicy:
     """The weights of a policy that lags behind the trained one; of a LoRA, those of the LoRA alone.
 
     It starts where training does. Its state is part of checkpoints. Where the trained weights are
-    split among processes it is split likewise.
+    split among processes it is split likewise. It has single precision at least: in half precision
+    it would stop following, short of the trained weights.
     """
 
     def __init__(self) -> None:
@@ -28,8 +29,9 @@ class OldPolicy:
     def active(self, trained: Mapping[str, nn.Parameter]) -> Iterator[None]:
         """Within the block the trained parameters hold this policy's weights, without gradients.
 
-        Nothing is copied, and no graph that was built before notices. Only the parts of split
-        weights are copied, and their graphs must have run backward before.
+        Nothing is copied, except to half precision, and no graph that was built before notices.
+        Only the parts of split weights are written over, and their graphs must have run backward
+        before.
 
         Args:
             trained: The trained parameters by name, not gathered.
@@ -37,7 +39,7 @@ class OldPolicy:
         own = self._weights_of(trained)
         with torch.no_grad(), ExitStack() as stack:
             for parameter, weight in zip(trained.values(), own, strict=True):
-                _lend(parameter, weight, stack)
+                _lend(parameter, weight.to(parameter.dtype), stack)
             yield
 
     def follow(self, trained: Mapping[str, nn.Parameter], decay: float) -> None:
@@ -48,7 +50,7 @@ class OldPolicy:
             decay: In [0, 1]; 0 takes the trained weights as they are.
         """
         for own, parameter in zip(self._weights_of(trained), trained.values(), strict=True):
-            own_part(own).lerp_(own_part(parameter.detach()), 1 - decay)
+            own_part(own).lerp_(own_part(parameter.detach()).to(own.dtype), 1 - decay)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the weights by name; none before the first use. All processes must call this."""
@@ -61,7 +63,9 @@ class OldPolicy:
     def _weights_of(self, trained: Mapping[str, nn.Parameter]) -> Sequence[Tensor]:
         """Return the weights on the devices of the trained ones; those as they are at first."""
         if not self._weights:
-            self._weights = {name: p.detach().clone() for name, p in trained.items()}
+            self._weights = {
+                name: p.detach().to(_precise(p), copy=True) for name, p in trained.items()
+            }
         if self._weights.keys() != trained.keys():
             raise UsageError(
                 "the checkpoint's sampling policy has other weights than this model trains; use "
@@ -69,8 +73,12 @@ class OldPolicy:
             )
         for name, parameter in trained.items():
             own = split_like(self._weights[name], parameter)
-            self._weights[name] = own.to(parameter.device, parameter.dtype)
+            self._weights[name] = own.to(parameter.device, _precise(parameter))
         return [self._weights[name] for name in trained]
+
+
+def _precise(weight: Tensor) -> torch.dtype:
+    return torch.promote_types(weight.dtype, torch.float32)
 
 
 def _lend(parameter: nn.Parameter, weight: Tensor, stack: ExitStack) -> None:

@@ -206,6 +206,22 @@ def test_the_old_policy_lends_its_weights() -> None:
         pass
 
 
+def test_the_old_policy_arrives_also_in_half_precision() -> None:
+    """A tenth of what is left is below the digits of bfloat16 long before the end."""
+    layer = nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
+    trained, policy = dict(layer.named_parameters()), OldPolicy()
+    with torch.no_grad():
+        layer.weight.fill_(1.0)
+        with policy.active(trained):
+            pass
+        layer.weight.fill_(1.03125)
+    for _ in range(100):
+        policy.follow(trained, decay=0.9)
+    with policy.active(trained):
+        assert layer.weight.item() == 1.03125 and layer.weight.dtype == torch.bfloat16
+    assert policy.state_dict()["weight"].dtype == torch.float32
+
+
 def tuner_of(reward: Reward, **settings: Any) -> DiffusionNFT:
     pipeline = GaussianMixturePipeline(schedule="rectified_flow", prediction_type="velocity")
     base: dict[str, Any] = {"sampler": Sampler(8), "num_candidates": 8, "minibatch_size": 128}
