@@ -13,7 +13,7 @@ from torch import Tensor
 
 from domains.layout.networks.encoder import LayoutEncoder, load_encoder
 from domains.layout.page import measures
-from domains.layout.page.classes import number_of
+from domains.layout.page.classes import check_names, number_of
 from domains.layout.page.comparisons import (
     box_wasserstein,
     class_total_variation,
@@ -22,7 +22,7 @@ from domains.layout.page.comparisons import (
 )
 from domains.layout.samples import Layouts, check_layouts
 from domains.layout.sources import Grammar, Source
-from lit_rlft.core.checks import at_least, reading
+from lit_rlft.core.checks import BadArgument, at_least, reading
 from lit_rlft.core.guard import LARGE_FALL, LARGE_RISE, Guard
 from lit_rlft.core.pipeline import Condition, Pipeline
 from lit_rlft.core.reward import LeftOut, Metric
@@ -42,6 +42,8 @@ __all__ = [
     "source_layouts",
 ]
 
+_IGNORED = "metrics: ignored of LayoutMeasures"
+
 
 class LayoutMeasures(Metric):
     """Alignment times 100, overlap, number of elements and covered share of each layout.
@@ -55,6 +57,9 @@ class LayoutMeasures(Metric):
         super().__init__()
         self.compat, self.ignored = compat, tuple(ignored)
 
+    def check(self, pipeline: Pipeline) -> None:
+        check_names(self.ignored, pipeline, _IGNORED)
+
     def evaluate(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
         """Return {"alignment_100", "overlap", "num_elements", "coverage"}, [B] each.
 
@@ -62,8 +67,7 @@ class LayoutMeasures(Metric):
             UsageError: A class to be ignored is none of the layouts'.
         """
         layouts = check_layouts(samples, condition)
-        key = "metrics: ignored of LayoutMeasures"
-        labels = [number_of(name, layouts.classes, key) for name in self.ignored]
+        labels = [number_of(name, layouts.classes, _IGNORED) for name in self.ignored]
         ignored = torch.tensor(labels, device=layouts.labels.device) if labels else None
         return {
             "alignment_100": 100 * measures.alignment(layouts, compat=self.compat),
@@ -105,6 +109,17 @@ class SetDistances(SourceDistances["_Real"]):
         self.max_layouts = max_layouts
 
     def check(self, pipeline: Pipeline) -> None:
+        drawn = getattr(pipeline, "classes", self.source.classes)
+        others = {"pretrained": self.encoder.classes, "source": self.source.classes}
+        for name, known in others.items():
+            if known != drawn:
+                raise BadArgument(
+                    self,
+                    name,
+                    f"has the classes {list(known)}, but the model draws {list(drawn)}; give one "
+                    "of these classes, or leave SetDistances out: --metrics.parts "
+                    "'[LayoutMeasures, Diversity]'",
+                )
         prepare(self, "source", self.source)
 
     @torch.no_grad()

@@ -284,15 +284,17 @@ class LayoutPipeline(Pipeline):
 
     def _check(self, batch: Batch) -> None:
         num_slots, own = batch["labels"].shape[1], tuple(batch["classes"][0])
+        if own != self.classes:
+            raise UsageError(
+                f"the data have the classes {list(own)}, the model {self.name!r} has "
+                f"{list(self.classes)}; use data of the model's classes, or pretrain a model of "
+                "these: --pipeline.pretrained null --pipeline.architecture.classes "
+                f"'[{', '.join(own)}]' --pipeline.architecture.num_slots {num_slots}"
+            )
         if num_slots != self.architecture.num_slots:
             raise UsageError(
                 f"the data have {num_slots} slots, the model {self.name!r} has "
                 f"{self.architecture.num_slots}; set max_elements of data.init_args.source to that"
-            )
-        if own != self.classes:
-            raise UsageError(
-                f"the data have the classes {list(own)}, the model {self.name!r} has "
-                f"{list(self.classes)}; use data of the model's classes, or train another model"
             )
 
     def _entry(

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from domains.layout.networks.encoder import load_encoder
 from domains.layout.page import measures
-from domains.layout.page.classes import number_of
+from domains.layout.page.classes import CLASS_LISTS, check_names, number_of
 from domains.layout.render import each
 from domains.layout.samples import Layouts, check_layouts
 from lit_rlft.core.checks import BadArgument, UsageError, at_least, positive, reading, within
-from lit_rlft.core.pipeline import Condition
+from lit_rlft.core.pipeline import Condition, Pipeline
 from lit_rlft.core.reward import Reward
 from lit_rlft.kit.called import name_of, numbers_of
 from lit_rlft.kit.judge import Judge, Output
@@ -41,6 +41,7 @@ __all__ = [
     "Relations",
 ]
 
+_GRAMMAR = CLASS_LISTS["publaynet"]  # the classes of the page grammar
 _TOO_FEW = -1.0  # reward of fewer than two elements; pages whose A or O exceeds 1 have less
 
 
@@ -92,6 +93,9 @@ class Overlap(_Twinned):
     def __init__(self, ignored: Sequence[str] = ()) -> None:
         super().__init__()
         self.ignored = tuple(ignored)
+
+    def check(self, pipeline: Pipeline) -> None:
+        check_names(self.ignored, pipeline, _key("ignored"))
 
     def value(self, layouts: Layouts, *, smooth: bool = False) -> Tensor:
         labels = [_number(name, layouts.classes, "ignored") for name in self.ignored]
@@ -212,6 +216,10 @@ class Relations(Reward):
                 f"{list(_RELATIONS)}, got {unknown or 'none'}"
             )
 
+    def check(self, pipeline: Pipeline) -> None:
+        named = (name for first, _, second in self.relations for name in (first, second))
+        check_names(named, pipeline, _key("relations"))
+
     def forward(self, samples: Any, condition: Condition) -> Tensor:
         """Return the share of each layout, [B]; NaN where a box is not finite."""
         layouts = check_layouts(samples, condition)
@@ -250,6 +258,9 @@ class ClassCounts(Reward):
             raise BadArgument(self, "counts", "must name at least one class")
         self.counts: Mapping[str, int] = dict(counts)
 
+    def check(self, pipeline: Pipeline) -> None:
+        check_names(self.counts, pipeline, _key("counts"))
+
     def forward(self, samples: Any, condition: Condition) -> Tensor:
         """Return the reward of each layout, [B]."""
         layouts = check_layouts(samples, condition)
@@ -277,6 +288,9 @@ class GrammarRules(Reward):
         within(0, 1, self, common=common)
         self.distance, self.flush, self.common = distance, flush, common
 
+    def check(self, pipeline: Pipeline) -> None:
+        check_names(_GRAMMAR, pipeline, "reward: GrammarRules")
+
     def forward(self, samples: Any, condition: Condition) -> Tensor:
         """Return the share of each layout, [B]; NaN where a box is not finite.
 
@@ -284,10 +298,7 @@ class GrammarRules(Reward):
             UsageError: The classes are not PubLayNet's.
         """
         layouts = check_layouts(samples, condition)
-        numbers = [
-            _number(name, layouts.classes, "rewards")
-            for name in ("text", "title", "list", "table", "figure")
-        ]
+        numbers = [number_of(name, layouts.classes, "reward: GrammarRules") for name in _GRAMMAR]
         text, title, listed, table, figure = (layouts.labels == number for number in numbers)
         left, top, right, bottom = layouts.edges.unbind(dim=-1)
         gap = (top.unsqueeze(1) - bottom.unsqueeze(2)).abs() <= self.distance  # j below i
@@ -358,6 +369,10 @@ class Critic(Judge):
         with reading(self, "pretrained"):
             self.encoder = load_encoder(pretrained)
 
+    def check(self, pipeline: Pipeline) -> None:
+        with reading(self, "pretrained"):
+            self.encoder.check_classes(getattr(pipeline, "classes", self.encoder.classes))
+
     def forward(self, samples: Any, condition: Condition) -> Tensor:
         """Return the critic's judgement of each layout, [B]."""
         layouts = check_layouts(samples, condition)
@@ -370,8 +385,12 @@ def _unless_few(rewards: Tensor, layouts: Layouts) -> Tensor:
     return rewards.where(layouts.num_elements >= 2, _TOO_FEW)
 
 
-def _number(name: str, classes: Sequence[str], key: str) -> int:
-    return number_of(name, classes, f"reward.init_args.{key}")
+def _number(name: str, classes: Sequence[str], argument: str) -> int:
+    return number_of(name, classes, _key(argument))
+
+
+def _key(argument: str) -> str:
+    return f"reward.init_args.{argument}"
 
 
 def _along(axis: int, sign: float) -> Callable[[Tensor], Tensor]:

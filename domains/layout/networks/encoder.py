@@ -115,11 +115,7 @@ class LayoutEncoder(nn.Module):
         Raises:
             UsageError: The layouts have other classes.
         """
-        if layouts.classes != self.classes:
-            raise UsageError(
-                f"this encoder was trained for the classes {list(self.classes)}, the layouts have "
-                f"{list(layouts.classes)}; train or load one for these"
-            )
+        self.check_classes(layouts.classes)
         empty = ~layouts.valid
         boxes = self.boxes_of(layouts).masked_fill(empty.unsqueeze(-1), 0)
         labels = (layouts.labels + 1).clamp(min=0)
@@ -128,6 +124,14 @@ class LayoutEncoder(nn.Module):
         tokens = torch.cat([self.token.expand(len(boxes), -1, -1), elements], dim=1)
         hidden = torch.nn.functional.pad(empty, (1, 0))  # the token is never hidden
         return self.encoder(tokens, src_key_padding_mask=hidden)[:, 0]
+
+    def check_classes(self, classes: tuple[str, ...]) -> None:
+        """Raise UsageError unless layouts have the classes that it was trained for."""
+        if classes != self.classes:
+            raise UsageError(
+                f"this encoder was trained for the classes {list(self.classes)}, the layouts have "
+                f"{list(classes)}; train or load one for these"
+            )
 
     def logits(self, features: Tensor) -> Tensor:
         """Return the logit of "real" of each layout, [B]."""

@@ -1,11 +1,12 @@
 """Class lists of layout data sets, and the colours that their elements are drawn in."""
 
 import colorsys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from lit_rlft.core.checks import UsageError
+from lit_rlft.core.pipeline import Pipeline
 
-__all__ = ["CLASS_LISTS", "class_list", "color_of", "number_of"]
+__all__ = ["CLASS_LISTS", "check_names", "class_list", "color_of", "number_of"]
 
 CLASS_LISTS: dict[str, tuple[str, ...]] = {
     "publaynet": ("text", "title", "list", "table", "figure"),
@@ -61,6 +62,13 @@ def number_of(name: str, classes: Sequence[str], key: str) -> int:
     if name not in classes:
         raise UsageError(f"{key} names the class {name!r}, but the layouts have {list(classes)}")
     return classes.index(name)
+
+
+def check_names(names: Iterable[str], pipeline: Pipeline, key: str) -> None:
+    """Raise UsageError where a pipeline's layouts lack a class; `key` as in `number_of`."""
+    names = tuple(names)
+    for name in names:
+        number_of(name, getattr(pipeline, "classes", names), key)
 
 
 def color_of(label: int, classes: Sequence[str]) -> tuple[int, int, int]:

@@ -1,5 +1,6 @@
 """Metrics of pairs and of sets: by hand, against slow loops, and quick enough."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from domains.layout.metrics import (
     source_layouts,
 )
 from domains.layout.networks.encoder import jittered
+from domains.layout.pipeline import LayoutPipeline
 from domains.layout.samples import EMPTY, Layouts
 from domains.layout.sources import Grammar, RicoArrays
 from lit_rlft.core.checks import UsageError
@@ -258,3 +260,21 @@ def test_layout_measures_of_real_screens(tmp_path: Path) -> None:
     near, far = (values["alignment_100"][several] for values in (compat, right))
     assert (near <= far + 1e-4).all() and near.mean() < far.mean()
     assert not right["alignment_100"][~several].any() and compat["alignment_100"][~several].any()
+
+
+def test_other_classes_are_told_before_anything_is_drawn(
+    tiny_pipeline: Callable[..., LayoutPipeline],
+) -> None:
+    own = tiny_pipeline(classes=("logo", "photo"))
+    with pytest.raises(UsageError, match=r"pretrained has the classes.*leave SetDistances out"):
+        SetDistances().check(own)
+    with pytest.raises(UsageError, match="LayoutMeasures names the class 'text'"):
+        LayoutMeasures(ignored=["text"]).check(own)
+    LayoutMeasures(ignored=["text"]).check(tiny_pipeline())
+
+
+def test_a_source_of_other_classes_is_told(tiny_pipeline: Callable[..., LayoutPipeline]) -> None:
+    metric = SetDistances()
+    metric.source.classes = ("logo", "photo")
+    with pytest.raises(UsageError, match="source has the classes"):
+        metric.check(tiny_pipeline())

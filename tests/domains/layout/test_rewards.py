@@ -1,6 +1,7 @@
 """Rewards of layouts: values by hand, ranges, twins, the ways in which they could be gamed."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from domains.layout import rewards
 from domains.layout.metrics import source_layouts
 from domains.layout.networks.encoder import jittered
+from domains.layout.pipeline import LayoutPipeline
 from domains.layout.rewards import Critic
 from domains.layout.samples import Layouts
 from domains.layout.sources import Grammar
@@ -259,6 +261,25 @@ def test_samples_and_classes_that_do_not_fit() -> None:
     screen = Layouts.of(page.boxes, page.labels, ("a", "b"))
     with pytest.raises(UsageError, match="encoder was trained for the classes"):
         Critic()(screen, condition(1))
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (rewards.Overlap(ignored=["text"]), "reward.init_args.ignored names the class 'text'"),
+        (rewards.Relations([("logo", "above", "text")]), "relations names the class 'text'"),
+        (rewards.ClassCounts({"text": 1}), "counts names the class 'text'"),
+        (rewards.GrammarRules(), "GrammarRules names the class 'text'"),
+        (Critic(), "pretrained cannot be used: this encoder was trained for the classes"),
+    ],
+)
+def test_other_classes_are_told_before_anything_is_drawn(
+    reward: Reward, message: str, tiny_pipeline: Callable[..., LayoutPipeline]
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        reward.check(tiny_pipeline(classes=("logo", "photo")))
+    more = ("logo", *NAMES) if isinstance(reward, rewards.Relations) else NAMES
+    reward.check(tiny_pipeline(classes=more))
 
 
 def test_a_function_gets_classes_and_boxes() -> None:
