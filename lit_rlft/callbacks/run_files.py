@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.callbacks.dial_file import DIAL, write_dial
+from lit_rlft.callbacks.exploitation_watch import signs_of
 from lit_rlft.callbacks.facts import say
 from lit_rlft.callbacks.logged import log_settings
 from lit_rlft.callbacks.report_files import OF_A_TEST
@@ -26,7 +27,7 @@ from lit_rlft.core.checks import UsageError, at_least
 from lit_rlft.core.pipeline import Pipeline
 from lit_rlft.distributed import gather, together
 from lit_rlft.evaluation.dial import dial_rows
-from lit_rlft.evaluation.exploitation import Exploitation, exploitation, guards_of
+from lit_rlft.evaluation.exploitation import Exploitation
 from lit_rlft.evaluation.kept import first_of_all
 from lit_rlft.evaluation.measurements import Measurements
 from lit_rlft.loop.checkpoint_file import COUNTERS
@@ -123,7 +124,7 @@ class RunFiles(Callback):
         folder = run_folder(trainer)
         newer = _measured(trainer, pl_module)
         reward = pl_module.reward
-        found = exploitation(summary, reward.name, guards_of(reward, pl_module.metrics))
+        found = signs_of(pl_module, summary)
         training = training_values(pl_module.metrics)
         rows = dial_rows(summary)
         report: dict[str, Any] = {
