@@ -103,7 +103,7 @@ class MoleculeFile(MoleculePath):
         **source: `strict`, `only_stable` and `cache_dir` of a source.
     """
 
-    version = 3  # of SDF entries with wrong bonds, of n_atoms, of byte order marks, of columns
+    version = 4  # of SDF entries with wrong bonds, n_atoms, byte order marks, columns, lone atoms
 
     def __init__(
         self,

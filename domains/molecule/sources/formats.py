@@ -315,9 +315,10 @@ def _sdf_entry(block: list[str], name: str, number: int) -> Entry:
         return BadEntry(name, "no conformer", "its positions are those of a drawing")
     mol.UpdatePropertyCache(strict=False)
     missing = sum(atom.GetTotalNumHs() for atom in mol.GetAtoms())
-    # Orders and charges of the file are not used otherwise, and often wrong; without a bond it
-    # says nothing of hydrogens.
-    if missing and (not mol.GetNumBonds() or _is_whole(symbols, positions)):
+    # Orders and charges of the file are not used otherwise, and often wrong; several atoms without
+    # a bond say nothing of hydrogens.
+    unbonded = len(symbols) > 1 and not mol.GetNumBonds()
+    if missing and (unbonded or _is_whole(symbols, positions)):
         missing = 0
     return Structure(name, number, symbols, positions, missing)
 

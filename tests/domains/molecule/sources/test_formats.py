@@ -279,10 +279,13 @@ def radical_sdf(path: Path) -> str:
     return str(path)
 
 
-def bare_sdf(path: Path) -> str:
-    ethanol = Chem.MolFromMolBlock(block("CCO"), removeHs=True)
-    path.write_text(Chem.MolToMolBlock(ethanol) + "$$$$\n" + block("C"))
-    return str(path)
+def bare_sdf(smiles: str) -> Callable[[Path], str]:
+    def make(path: Path) -> str:
+        bare = Chem.MolFromMolBlock(block(smiles), removeHs=True)
+        path.write_text(Chem.MolToMolBlock(bare) + "$$$$\n" + block("C"))
+        return str(path)
+
+    return make
 
 
 def after_methane(frame: str) -> Callable[[Path], str]:
@@ -319,7 +322,8 @@ def before_methane(entry: str) -> Callable[[Path], str]:
             after_methane("4\n\nC 0 0 0\nH 1 0 0\nH -0.5 0.9 0\nH -0.5 -0.9 0\n"),
             r"frame 2 at line 8 has an odd number of electrons",
         ),
-        (".sdf", bare_sdf, r"entry 1 at line 1 has missing hydrogens \(6 of them\)"),
+        (".sdf", bare_sdf("CCO"), r"entry 1 at line 1 has missing hydrogens \(6 of them\)"),
+        (".sdf", bare_sdf("O"), r"entry 1 at line 1 has missing hydrogens \(2 of them\)"),
         (".sdf", before_methane("a\nb\n$$$$\n"), r"entry 1 at line 1 has no end"),
         (".sdf", cut_sdf, r"entry 2 at line 16 has no end \(no line M  END: it is cut off\)"),
         (".sdf", flat_sdf, r"entry 1 at line 1 has no conformer \(its positions are those"),
