@@ -83,12 +83,17 @@ def docsim(a: Layouts, b: Layouts, *, normalised: bool = False) -> NDArray[np.fl
 
 
 def class_total_variation(a: Layouts, b: Layouts) -> float:
-    """Return half of the sum of differences of class shares, in [0, 1]."""
-    shares = [
+    """Return half of the sum of differences of class shares, in [0, 1].
+
+    1 where one of the sets has no elements.
+    """
+    counts = [
         torch.bincount(layouts.labels[layouts.valid], minlength=len(layouts.classes)).double()
         for layouts in (a, b)
     ]
-    first, second = (share / share.sum().clamp(min=1) for share in shares)
+    if not all(count.any() for count in counts):
+        return 1.0
+    first, second = (count / count.sum() for count in counts)
     return 0.5 * float((first - second).abs().sum())
 
 

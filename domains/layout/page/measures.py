@@ -77,7 +77,7 @@ def alignment(layouts: Layouts, *, smooth: bool = False, compat: bool = False) -
         layouts: B layouts.
         smooth: Use soft minima and presence.
         compat: Compare each element with empty slots too, as boxes 0, which the code that most
-            papers use does by mistake.
+            papers use does by mistake; one element alone then has more than 0.
     """
     weights = _weights(layouts, smooth)
     lines = _lines(layouts)

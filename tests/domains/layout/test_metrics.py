@@ -217,6 +217,7 @@ def test_set_distances_by_hand() -> None:
     assert box_wasserstein(a, b) == pytest.approx((0.5 + 0.25) / 4)
     assert class_total_variation(a, a) == 0 and box_wasserstein(a, a) == 0
     assert box_wasserstein(a, joined(layout())) == 1
+    assert class_total_variation(a, joined(layout())) == 1
 
 
 def test_frechet_distance_in_closed_form() -> None:
