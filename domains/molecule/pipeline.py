@@ -372,7 +372,10 @@ class MoleculePipeline(Pipeline):
         if own != self.elements:
             raise UsageError(
                 f"the data have the elements {list(own)}, the model {self.name!r} has "
-                f"{list(self.elements)}; use data of the model's elements, or train another model"
+                f"{list(self.elements)}; set elements of data.init_args.source to those, or "
+                "pretrain a model of the data's: --pipeline.pretrained null "
+                f"--pipeline.architecture.elements '[{', '.join(own)}]' "
+                f"--pipeline.architecture.implicit_hydrogens {str('H' not in own).lower()}"
             )
 
 
