@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import pooled, tokens_of
@@ -26,6 +26,7 @@ __all__ = ["load_tuned"]
 
 P = TypeVar("P")
 _LORA, _NOISE = "pytorch_lora_weights.safetensors", "noise_generator.safetensors"
+_WHOLE = "model_index.json"
 _ENCODINGS = {
     "StableDiffusionPipeline": (0,),
     "StableDiffusionXLPipeline": (0, 2),
@@ -40,10 +41,11 @@ _ENCODINGS = {
 def load_tuned(pipe: P, folder: str | Path) -> P:
     """Make a diffusers pipeline draw as a tuned model does; return it.
 
-    Its call then runs the steps that the tuned model ran with the LoRA, and the others without, as
-    P-GRAFT's last ones; or it draws its initial noise from the prior that Noise PPO learned. All
-    arguments of the call stay as they are. Unless given, `num_inference_steps` is what the model
-    was tuned with, and so is `max_sequence_length` where the folder says it.
+    Its call then runs the steps that the tuned model ran with the LoRA, or the fully trained
+    denoiser, and the others without, as P-GRAFT's last ones; or it draws its initial noise from the
+    prior that Noise PPO learned. All arguments of the call stay as they are. Unless given,
+    `num_inference_steps` is what the model was tuned with, and so is `max_sequence_length` where
+    the folder says it.
 
     The pictures are those that were tuned and measured. Where that took the steps of another
     scheduler than the model's, it takes that one's place, and `eta` is the sampler's unless given.
@@ -54,34 +56,47 @@ def load_tuned(pipe: P, folder: str | Path) -> P:
     decides: the LoRA is on above that of the first step that was not tuned. A second call on the
     same pipeline takes the first one's LoRA out.
 
+    As in diffusers, other LoRAs are off once this one is loaded; `set_adapters` sets them beside
+    it. Only the tuned model's own is switched within a call, and what you switch off stays off.
+
     Args:
         pipe: A pipeline of diffusers with the weights that were tuned; it is changed.
         folder: The folder `tuned` of a run.
 
     Raises:
-        UsageError: The folder is no tuned model of a LoRA or a prior.
+        UsageError: The folder is no tuned model of a LoRA, a prior or a part of the steps.
     """
     folder = Path(folder)
     card = read_card(folder)
-    has_lora, has_noise = ((folder / name).is_file() for name in (_LORA, _NOISE))
-    if not has_lora and not has_noise:
-        raise UsageError(
-            f"{folder} has neither {_LORA} nor {_NOISE}; a fully trained model is a pipeline of "
-            "its own: load it with from_pretrained"
-        )
+    has_lora, has_noise, whole = _held(folder, card)
     _take_out(pipe)
     adapter = _put_in(pipe, folder) if has_lora else None
+    networks = _both(pipe, folder) if whole else None
     if not isinstance(pipe, _Tuned):
         kind = type(pipe)
         pipe.__class__ = type(kind.__name__, (_Tuned, kind), {"__module__": kind.__module__})
-    pipe._tuned_adapter = adapter  # type: ignore[attr-defined]
+    pipe._tuned_adapter, pipe._tuned_off = adapter, None  # type: ignore[attr-defined]
+    pipe._tuned_networks = networks  # type: ignore[attr-defined]
+    _switch_on(pipe)
     pipe._tuned_schedulers = _swap(pipe, card.get("scheduler") or {})  # type: ignore[attr-defined]
     pipe._tuned_eta = card.get("eta", 0.0) if card.get("transition") == "eta" else 0.0  # type: ignore[attr-defined]
-    pipe._tuned_shares = _shares(card) if has_lora else (0.0, 0.0)  # type: ignore[attr-defined]
+    pipe._tuned_shares = _shares(card) if has_lora or whole else (0.0, 0.0)  # type: ignore[attr-defined]
     pipe._tuned_num_steps = card["num_steps"]  # type: ignore[attr-defined]
     pipe._tuned_length = card.get("max_sequence_length")  # type: ignore[attr-defined]
     pipe._tuned_noise = NoiseGenerator.load(folder / _NOISE) if has_noise else None  # type: ignore[attr-defined]
     return pipe
+
+
+def _held(folder: Path, card: Mapping[str, Any]) -> tuple[bool, bool, bool]:
+    """Return whether a folder has a LoRA, a prior, or a whole model for a part of the steps."""
+    lora, noise, whole = ((folder / name).is_file() for name in (_LORA, _NOISE, _WHOLE))
+    whole = whole and 0 < card["tuned_steps"] < card["num_steps"]  # a corrector runs none
+    if not lora and not noise and not whole:
+        raise UsageError(
+            f"{folder} has neither {_LORA} nor {_NOISE}; a fully trained model is a pipeline of "
+            "its own: load it with from_pretrained"
+        )
+    return lora, noise, whole
 
 
 def _take_out(pipe: Any) -> None:
@@ -93,6 +108,9 @@ def _take_out(pipe: Any) -> None:
     if adapter is not None:
         pipe.delete_adapters(adapter)
         pipe._tuned_adapter = None
+    if getattr(pipe, "_tuned_networks", None) is not None:
+        _switch_off(pipe)
+        pipe._tuned_networks = None
 
 
 def _swap(pipe: Any, told: Mapping[str, Any]) -> tuple[Any, Any] | None:
@@ -120,6 +138,13 @@ def _put_in(pipe: Any, folder: Path) -> str:
     return name
 
 
+def _both(pipe: Any, folder: Path) -> tuple[str, nn.Module, nn.Module]:
+    """Return the name of a pipeline's denoiser, the denoiser, and the one that was trained."""
+    name = "transformer" if getattr(pipe, "unet", None) is None else "unet"
+    own = getattr(pipe, name)
+    return name, own, type(own).from_pretrained(folder / name).to(own.device, own.dtype)
+
+
 def _shares(card: Mapping[str, Any]) -> tuple[float, float]:
     """Return the shares of the first and of the last steps that the LoRA was not tuned for."""
     total, first = card["num_steps"], card.get("skipped_steps", 0)
@@ -134,6 +159,8 @@ class _Tuned:
     _tuned_length: int | None
     _tuned_noise: NoiseGenerator | None
     _tuned_adapter: str | None
+    _tuned_networks: tuple[str, nn.Module, nn.Module] | None
+    _tuned_off: list[tuple[dict[str, float], float]] | None
     _tuned_schedulers: tuple[Any, Any] | None
     _tuned_eta: float
 
@@ -158,12 +185,42 @@ class _Tuned:
             raise UsageError(f"{named} leaves no step to the tuned model")
         further = settings.get("callback_on_step_end")
         settings["callback_on_step_end"] = _switch(self._tuned_shares, num_steps, further)
-        if first:
-            self.disable_lora()  # type: ignore[attr-defined]
         try:
+            if first:
+                _switch_off(self)
             return super().__call__(prompt, *args, **settings)  # type: ignore[misc]
         finally:
-            self.enable_lora()  # type: ignore[attr-defined]
+            _switch_on(self)
+
+
+def _switch_off(pipe: Any) -> None:
+    """Have the pretrained denoiser run; other LoRAs than the tuned model's stay as they are."""
+    if pipe._tuned_networks is not None:
+        name, pretrained, _ = pipe._tuned_networks
+        setattr(pipe, name, pretrained)
+    if pipe._tuned_adapter is None or pipe._tuned_off is not None:
+        return
+    pipe._tuned_off = []
+    parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    layers: list[Any] = [layer for part in parts for layer in part.modules()]
+    for layer in layers:
+        scales = getattr(layer, "scaling", None)
+        if not isinstance(scales, dict) or pipe._tuned_adapter not in scales:
+            continue
+        if getattr(layer, "merged", False):  # by fuse_lora
+            layer.unmerge()
+        pipe._tuned_off.append((scales, scales[pipe._tuned_adapter]))
+        scales[pipe._tuned_adapter] = 0.0
+
+
+def _switch_on(pipe: Any) -> None:
+    """Have the tuned denoiser run, its LoRA as strong as before `_switch_off`."""
+    if pipe._tuned_networks is not None:
+        name, _, tuned = pipe._tuned_networks
+        setattr(pipe, name, tuned)
+    for scales, own in pipe._tuned_off or ():
+        scales[pipe._tuned_adapter] = own
+    pipe._tuned_off = None
 
 
 def _part(shares: tuple[float, float], num_steps: int) -> tuple[int, int]:
@@ -191,9 +248,9 @@ def _switch(
             plan[:] = _plan(pipe.scheduler, shares, num_steps)
         now, following = plan[call : call + 2] if call + 1 < len(plan) else (True, True)
         if following and not now:
-            pipe.enable_lora()
+            _switch_on(pipe)
         if now and not following:
-            pipe.disable_lora()
+            _switch_off(pipe)
         return tensors if further is None else further(pipe, call, t, tensors)
 
     return on_step_end

@@ -169,7 +169,8 @@ def calls(network: torch.nn.Module) -> list[tuple[float, bool]]:
 
     def note(module: Any, args: Any, given: Any) -> None:
         t = given["timestep"] if "timestep" in given else args[1]
-        found.append((float(t.flatten()[0]), not layer.disable_adapters))
+        (strength,) = layer.scaling.values()
+        found.append((float(t.flatten()[0]), not layer.disable_adapters and strength != 0))
 
     network.register_forward_pre_hook(note, with_kwargs=True)
     return found
@@ -326,6 +327,90 @@ def test_a_second_tuned_model_takes_the_place_of_the_first(tmp_path: Path) -> No
     assert torch.equal(*drawn)
 
 
+@pytest.mark.parametrize("own", [{"cut": 0.4}, {"start": 0.4}, {"start": 0.2, "cut": 0.4}])
+@pytest.mark.parametrize("name", ["sd", "sd3"])
+def test_what_the_user_switched_off_stays_off(
+    name: str, own: dict[str, float], tmp_path: Path
+) -> None:
+    tiny(name).save_pretrained(tmp_path / name)
+    tuned(PGRAFT, tmp_path / name, tmp_path / "out", lora=LoRA(rank=2, alpha=2), **own)
+
+    def draw(pipe: Any) -> Tensor:
+        given = {"generator": generators()[0], "num_inference_steps": STEPS, **settings(pipe)}
+        return pipe(PROMPTS[0], **given).images
+
+    pipe = load_tuned(theirs(tmp_path / name), tmp_path / "out")
+    drawn = draw(pipe)
+    pipe.disable_lora()
+    untuned = draw(theirs(tmp_path / name))
+    assert all(torch.equal(draw(pipe), untuned) for _ in range(2))
+    pipe.enable_lora()
+    assert torch.equal(draw(pipe), drawn) and (drawn - untuned).abs().max() > 5e-4
+    pipe.unload_lora_weights()
+    assert torch.equal(draw(pipe), untuned)
+
+
+@pytest.mark.parametrize("own", [{"cut": 0.4}, {"start": 0.2, "cut": 0.4}])
+@pytest.mark.parametrize("name", ["sd", "flux_dev"])
+def test_a_fully_trained_denoiser_hands_over_too(
+    name: str, own: dict[str, float], tmp_path: Path
+) -> None:
+    tiny(name).save_pretrained(tmp_path / name)
+    tuner = tuned(PGRAFT, tmp_path / name, tmp_path / "out", lora=None, **own)
+    for parameter in tuner.trainable().parameters():
+        parameter.data *= 1.1
+    tuner.export(tmp_path / "out")
+    pipe, z = load_tuned(theirs(tmp_path / name), tmp_path / "out"), noise(tuner)
+    drawn = pipe(list(PROMPTS), latents=packed(pipe, z), **settings(pipe)).images
+    torch.testing.assert_close(drawn, ours(tuner, z), atol=2e-4, rtol=0)
+    given = {"num_inference_steps": STEPS, **settings(pipe)}
+    for other in (theirs(tmp_path / name), theirs(tmp_path / "out")):
+        pictures = other(list(PROMPTS), latents=packed(pipe, z), **given).images
+        assert (pictures - drawn).abs().max() > 5e-4
+    tuned(PGRAFT, tmp_path / name, tmp_path / "lora", lora=LoRA(rank=2, alpha=2), **own)
+    twice, once = (
+        load_tuned(each, tmp_path / "lora")(PROMPTS[0], generator=generators()[0], **given).images
+        for each in (pipe, theirs(tmp_path / name))
+    )
+    assert torch.equal(twice, once)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("name", ["sd", "sd3"])
+def test_a_lora_beside_it_runs_all_steps(name: str, fused: bool, tmp_path: Path) -> None:
+    tiny(name).save_pretrained(tmp_path / name)
+    for out, own in (("style", {"start": 0.4}), ("out", {"cut": 0.4})):
+        tuner = tuned(PGRAFT, tmp_path / name, tmp_path / out, lora=LoRA(rank=2, alpha=6), **own)
+        for parameter in tuner.trainable().parameters():
+            parameter.data *= -1 if parameter.requires_grad and out == "style" else 1
+        tuner.export(tmp_path / out)
+    given: dict[str, Any] = {"num_inference_steps": STEPS, **settings(theirs(tmp_path / name))}
+
+    def hand_over(pipe: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if i + 1 == 3:
+            pipe.set_adapters(["style"], [0.5])
+        return tensors
+
+    plain, pipe = theirs(tmp_path / name), theirs(tmp_path / name)
+    for own in (plain, pipe):
+        own.load_lora_weights(tmp_path / "style", adapter_name="style")
+    plain.load_lora_weights(tmp_path / "out", adapter_name="tuned_0")
+    load_tuned(pipe, tmp_path / "out")
+    for own in (plain, pipe):
+        own.set_adapters(["style", "tuned_0"], [0.5, 2.0])
+    expected = plain(
+        PROMPTS[0], generator=generators()[0], callback_on_step_end=hand_over, **given
+    ).images
+    if fused:
+        pipe.fuse_lora()
+    for _ in range(2):
+        drawn = pipe(PROMPTS[0], generator=generators()[0], **given).images
+        torch.testing.assert_close(drawn, expected, atol=1e-4, rtol=0)
+    pipe.set_adapters(["tuned_0"], [2.0])
+    alone = pipe(PROMPTS[0], generator=generators()[0], **given).images
+    assert (alone - expected).abs().max() > 1e-3
+
+
 def test_a_callback_of_the_callers_is_called_too(folder: Path, tmp_path: Path) -> None:
     tuned(PGRAFT, folder, tmp_path, cut=0.4, lora=LoRA(rank=2, alpha=2))
     pipe, steps = load_tuned(theirs(folder), tmp_path), []
@@ -435,6 +520,8 @@ def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
     (tmp_path / CARD).write_text("[]")
     with pytest.raises(UsageError, match="no JSON object"):
         load_tuned(object(), tmp_path)
-    (tmp_path / CARD).write_text('{"num_steps": 4, "tuned_steps": 4}')
-    with pytest.raises(UsageError, match="from_pretrained"):
-        load_tuned(object(), tmp_path)
+    (tmp_path / "model_index.json").write_text("{}")
+    for number in (0, 4):  # a corrector's, and a whole model's
+        write_card(tmp_path, {"num_steps": 4, "tuned_steps": number})
+        with pytest.raises(UsageError, match="from_pretrained"):
+            load_tuned(object(), tmp_path)
