@@ -21,7 +21,13 @@ from lit_rlft.core.process import GaussianProcess
 from lit_rlft.core.state import State, tensor_of
 from lit_rlft.kit.compiled import SmallCompiled, compile_small
 from lit_rlft.kit.images import save_pictures
-from lit_rlft.kit.network_folder import SaveDtype, found_variant, load_pretrained, merged
+from lit_rlft.kit.network_folder import (
+    SaveDtype,
+    forget_source,
+    found_variant,
+    load_pretrained,
+    merged,
+)
 from lit_rlft.kit.picture_folder import read_picture
 from lit_rlft.kit.probe_pictures import probe_pictures
 from lit_rlft.kit.saved_grids import SavedFlow, SavedVP, plain_flow
@@ -208,6 +214,7 @@ class ImagePipeline(Pipeline):
         if isinstance(schedule, SavedFlow):
             scheduler = plain_flow(scheduler, schedule)
         DDPMPipeline(unet=plain, scheduler=scheduler).save_pretrained(folder)
+        forget_source(folder)
         return [folder]
 
 

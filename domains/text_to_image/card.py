@@ -17,6 +17,7 @@ from domains.text_to_image.networks.web_lora import WEB_LORA
 __all__ = ["Beside", "hub_header", "strength", "usage", "vae_subfolder"]
 
 _LORA, _NOISE = "pytorch_lora_weights.safetensors", "noise_generator.safetensors"
+_CORRECTOR = "corrector.json"
 _LINE = 90
 _FLUX = "black-forest-labs/FLUX.1-dev"
 
@@ -54,6 +55,8 @@ def hub_header(base: str, files: Sequence[str]) -> dict[str, Any]:
         base: What was tuned: a hub id, or a folder, file or embedded model.
         files: Names of the tuned model's files.
     """
+    if _CORRECTOR in files:  # it draws noise
+        return {}
     tags = ["text-to-image", "lit-rlft", "reinforcement-learning"]
     header: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
     if _LORA in files:
@@ -72,7 +75,7 @@ def usage(
     facts: Mapping[str, Any],
     settings: Mapping[str, Any],
 ) -> str:
-    """Return how to draw pictures, in Python.
+    """Return how to draw pictures, in Python; nothing where lit-rlft alone does.
 
     Args:
         kind: The pipeline's class in diffusers.
@@ -82,9 +85,12 @@ def usage(
         facts: `num_steps`, `tuned_steps`, `eta` and `scheduler` of the run.
         settings: Further arguments of the pipeline's call.
     """
+    if _CORRECTOR in files:
+        return ""
     call = _call({"num_inference_steps": facts["num_steps"], **settings, **_eta(kind, facts)})
     swapped, sentence = _swapped(facts)
-    if _LORA not in files and _NOISE not in files:
+    partly = 0 < facts["tuned_steps"] < facts["num_steps"]
+    if _LORA not in files and _NOISE not in files and not partly:
         load = _line(f"pipe = {kind}.from_pretrained", ['"tuned"', *_typed(beside.dtype)]) + swapped
         start = _imports({kind}, load)
         return f'```python\n{start}\n# "tuned" is this folder\n{load}{call}```{sentence}'
@@ -97,17 +103,15 @@ def usage(
         sentence += " `load_tuned` sets it by itself."
     ours += sentence
     if _LORA not in files:
-        return ours
+        alone = "\n\n`load_tuned` keeps both denoisers; this folder alone draws all steps."
+        return ours + (alone if partly else "")
     imports, load = _loaded(kind, base, beside, swapped)
     plain = f'```python\n{imports}\n{load}pipe.load_lora_weights("tuned")\n{call}```'
-    if facts["tuned_steps"] == facts["num_steps"]:
+    if not partly:
         return f"{ours}\n\nIn plain diffusers:\n\n{plain}"
-    skipped, number = facts.get("skipped_steps", 0), facts["tuned_steps"]
-    which = f"steps {skipped + 1} to {skipped + number}" if skipped else f"the first {number}"
     return (
-        f"{ours}\n\nThe LoRA is for {which} of {facts['num_steps']} "
-        "steps; `load_tuned` switches it off for the others. Plain diffusers leaves it on:\n\n"
-        f"{plain}"
+        f"{ours}\n\n`load_tuned` switches the LoRA off for the other steps. Plain diffusers and "
+        f"web interfaces leave it on:\n\n{plain}"
     )
 
 

@@ -40,7 +40,7 @@ from lit_rlft.kit.compiled import Compiled, compile_network
 from lit_rlft.kit.frozen import cast_frozen, frozen
 from lit_rlft.kit.idle import at_work, put_away
 from lit_rlft.kit.images import save_pictures
-from lit_rlft.kit.network_folder import found_variant, source_of
+from lit_rlft.kit.network_folder import forget_source, found_variant, source_of
 from lit_rlft.kit.picture_folder import read_picture
 from lit_rlft.kit.probe_pictures import probe_pictures
 from lit_rlft.kit.weightless import weightless
@@ -525,6 +525,7 @@ class TextToImagePipeline(Pipeline):
                 if isinstance(part, nn.Module):  # one at a time: a device may have room for no more
                     setattr(whole, name, copy.deepcopy(part).to("cpu", self.save_dtype))
         whole.save_pretrained(folder)
+        forget_source(folder)
         return [folder]
 
     def hub_header(self, files: Sequence[str]) -> Mapping[str, Any]:

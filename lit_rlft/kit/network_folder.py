@@ -22,6 +22,7 @@ __all__ = [
     "WEIGHT_FILE",
     "SaveDtype",
     "check_one_given",
+    "forget_source",
     "found_variant",
     "load_pretrained",
     "load_weights",
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+_CONFIGS = (CONFIG, "model_index.json", "scheduler_config.json")
 
 _ADAPTED = ".base_layer"
 """How peft names the layer within an adapted one."""
@@ -151,6 +153,15 @@ def merged(network: N) -> N:
         parent, _, own = name.rpartition(".")
         setattr(plain.get_submodule(parent), own, layer.get_base_layer())
     return plain
+
+
+def forget_source(folder: Path) -> None:
+    """Take out of a folder that diffusers wrote where on this machine its parts came from."""
+    for path in sorted(folder.rglob("*.json")):
+        if path.name in _CONFIGS:
+            config = json.loads(path.read_text())
+            if config.pop("_name_or_path", None) is not None:
+                path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def found_variant(folder: Path, parts: Sequence[str] = ("",), *, quiet: bool = False) -> str | None:

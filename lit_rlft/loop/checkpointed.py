@@ -283,7 +283,8 @@ class Checkpointed(LightningModule):
         """Return what the folder of the tuned model says of it."""
         counters = {name: getattr(self, name) for name in COUNTERS}
         names = {"pipeline": self.pipeline.name, "reward": self.reward.name}
-        return {"algorithm": self.algorithm, **names, **counters}
+        average = _average_told(self.trainer.callbacks)  # type: ignore[attr-defined]
+        return {"algorithm": self.algorithm, **names, **counters, **average}
 
     def _model_card(self, files: list[str], facts: Mapping[str, Any]) -> str:
         """Return the model card of the tuned model, given its files and facts."""
@@ -357,6 +358,13 @@ class Checkpointed(LightningModule):
 
     def _trained(self) -> dict[str, nn.Parameter]:
         return {n: p for n, p in self.trainable().named_parameters() if p.requires_grad}
+
+
+def _average_told(callbacks: Sequence[Any]) -> dict[str, float]:
+    """Return what a card says of the average of the weights that callbacks leave in the model."""
+    known = [callback for callback in callbacks if callback.state_key.startswith(_AVERAGE)]
+    kept = [callback for callback in known if getattr(callback, "average", None) is not None]
+    return {"ema_decay": kept[0].decay} if kept else {}
 
 
 def _average_in(

@@ -34,7 +34,8 @@ def readme(
     """Return a model card.
 
     Args:
-        facts: `algorithm`, `reward` and the counters of the training, by name.
+        facts: `algorithm`, `reward` and the counters of the training, by name; where it has them,
+            `num_steps`, `tuned_steps`, `skipped_steps` and `ema_decay`.
         settings: Settings of the run by key; of absolute paths the last part alone is told.
         header: What the hub reads, for its YAML header; empty for none.
         base: The pretrained model's name.
@@ -45,7 +46,7 @@ def readme(
         f"# {base}, tuned for {facts['reward']}",
         f"Fine-tuned from {base} by {facts['algorithm']} with lit-rlft, for the reward "
         f"{facts['reward']}: {facts['num_rounds']} rounds, {facts['num_updates']} updates, "
-        f"{facts['num_samples']} samples.",
+        f"{facts['num_samples']} samples." + _average(facts) + _part(facts),
         "## Use",
         usage or _USE,
         "## Results",
@@ -84,6 +85,23 @@ def add_results(folder: Path, report: Mapping[str, Any], num_updates: int) -> Pa
     count = f"Means and standard errors of {report['num_samples']} samples, seed {report['seed']}."
     body = "\n".join([_START, *table, "", count])
     return write_whole(path, f"{text[:start]}{body}\n{text[end:]}")
+
+
+def _average(facts: Mapping[str, Any]) -> str:
+    """Return a sentence on weights that are an average; empty for others."""
+    if "ema_decay" not in facts:
+        return ""
+    return f" The weights are their average over training (EMA, decay {facts['ema_decay']:g})."
+
+
+def _part(facts: Mapping[str, Any]) -> str:
+    """Return a sentence on a model that runs some steps alone; empty for others."""
+    number, total = facts.get("tuned_steps", 0), facts.get("num_steps", 0)
+    if not 0 < number < total:
+        return ""
+    first = facts.get("skipped_steps", 0)
+    which = f"steps {first + 1} to {first + number}" if first else f"the first {number}"
+    return f" It is for {which} of {total} steps; the base model runs the others."
 
 
 def _number(moments: Mapping[str, float | None] | None) -> str:

@@ -48,28 +48,32 @@ def code(text: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
 
 
+@pytest.mark.parametrize("lora", [LoRA(rank=2), None])
 def test_a_run_writes_its_card_and_a_test_its_numbers(
-    tiny_stable_diffusion: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_stable_diffusion: Callable[..., Path],
+    lora: LoRA | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = tiny_stable_diffusion()
     pipeline = TextToImagePipeline(str(folder), guidance_scale=2.0)
     settings: dict[str, Any] = {"num_candidates": 2, "selection": TopK(1), "num_eval_samples": 1}
-    tuner = PGRAFT(
-        pipeline, Brightness(), sampler=Sampler(2), lora=LoRA(rank=2), cut=0.5, **settings
-    )
+    tuner = PGRAFT(pipeline, Brightness(), sampler=Sampler(2), lora=lora, cut=0.5, **settings)
     data = ShapesPrompts(num_train_prompts=2, num_val_prompts=2, num_test_prompts=2, batch_size=2)
     trainer = trainer_of(default_root_dir=tmp_path, callbacks=[RunFiles(1), EMA(0.5)])
     trainer.fit(tuner, data)
     (path,) = tmp_path.rglob(f"tuned/{README}")
     text = path.read_text()
     found, name = header(text), tuner.reward.name
-    assert found["library_name"] == "diffusers" and "lora" in found["tags"]
+    assert found["library_name"] == "diffusers" and ("lora" in found["tags"]) == bool(lora)
     assert "base_model" not in found  # it is a folder of this machine
     assert f"# tiny, tuned for {name}" in text and "1 updates" in text
     assert "| model.cut | 0.5 |" in text and "licence applies" in text
-    assert "first 1 of 2 steps" in text and "lit-rlft test --config" in text
+    assert "first 1 of 2 steps; the base" in text and "lit-rlft test --config" in text
+    assert "average over training (EMA, decay 0.5)" in text
+    written = [text, *(path.read_text() for path in path.parent.rglob("*.json"))]
     for private in (str(folder.parent), str(tmp_path), str(Path.home())):
-        assert private not in text
+        assert not any(private in each for each in written)
     trainer.test(tuner, data, verbose=False)
     (metrics,) = tmp_path.rglob("metrics.json")
     mean = yaml.safe_load(metrics.read_text())["tuned"][name]["mean"]
@@ -80,7 +84,9 @@ def test_a_run_writes_its_card_and_a_test_its_numbers(
     # What it shows runs beside the folder, with the base where its name says.
     (path.parent.parent / "tiny").symlink_to(folder)
     monkeypatch.chdir(path.parent.parent)
-    for block in code(tested):
+    blocks = code(tested)
+    assert len(blocks) == (2 if lora else 1) and "load_tuned" in blocks[0]
+    for block in blocks:
         names: dict[str, Any] = {}
         exec(block, names)
         assert names["picture"].size == (16, 16)
@@ -110,6 +116,13 @@ def test_what_the_hub_reads() -> None:
     assert hub_header(base, ["unet"])["base_model_relation"] == "finetune"
     assert "base_model" not in hub_header("shapes", LORA)
     assert "base_model" not in hub_header("/home/me/models/sdxl", LORA)
+
+
+def test_a_corrector_is_no_model_of_pictures() -> None:
+    files = ["corrector.json", "model_index.json", "unet"]
+    assert hub_header("a/b", files) == {}
+    facts = {**FACTS, "tuned_steps": 0}
+    assert usage("StableDiffusionPipeline", "a/b", Beside(), files, facts, CALL) == ""
 
 
 @pytest.mark.parametrize(
