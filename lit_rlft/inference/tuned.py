@@ -56,6 +56,9 @@ def load_tuned(pipe: P, folder: str | Path) -> P:
     decides: the LoRA is on above that of the first step that was not tuned. A second call on the
     same pipeline takes the first one's LoRA out.
 
+    A pipeline that begins with a picture (img2img, inpainting) runs its steps as at their place in
+    the whole.
+
     As in diffusers, other LoRAs are off once this one is loaded; `set_adapters` sets them beside
     it. Only the tuned model's own is switched within a call, and what you switch off stays off.
 
@@ -156,6 +159,8 @@ class _Tuned:
 
     _tuned_shares: tuple[float, float]
     _tuned_num_steps: int
+    _tuned_begin: int
+    _tuned_steps: int
     _tuned_length: int | None
     _tuned_noise: NoiseGenerator | None
     _tuned_adapter: str | None
@@ -175,6 +180,7 @@ class _Tuned:
             settings.setdefault("max_sequence_length", self._tuned_length)
         if self._tuned_noise is not None and settings.get("latents") is None:
             settings["latents"] = _latents(self, self._tuned_noise, prompt, settings)
+        self._tuned_begin, self._tuned_steps = 0, num_steps
         first, last = _part(self._tuned_shares, num_steps)
         if (first, last) == (0, num_steps):
             return super().__call__(prompt, *args, **settings)  # type: ignore[misc]
@@ -191,6 +197,15 @@ class _Tuned:
             return super().__call__(prompt, *args, **settings)  # type: ignore[misc]
         finally:
             _switch_on(self)
+
+    def get_timesteps(self, *args: Any, **settings: Any) -> Any:
+        """Return the last timesteps, which pipelines that begin with a picture take alone."""
+        timesteps, number = super().get_timesteps(*args, **settings)  # type: ignore[misc]
+        plan = _plan(self.scheduler, self._tuned_shares, self._tuned_steps)  # type: ignore[attr-defined]
+        self._tuned_begin = len(plan) - len(timesteps)
+        begins_off = plan[self._tuned_begin :][:1] == [False]
+        (_switch_off if begins_off else _switch_on)(self)
+        return timesteps, number
 
 
 def _switch_off(pipe: Any) -> None:
@@ -246,7 +261,7 @@ def _switch(
     def on_step_end(pipe: Any, call: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         if not call:  # the scheduler has its timesteps only once the pipeline runs
             plan[:] = _plan(pipe.scheduler, shares, num_steps)
-        now, following = plan[call : call + 2] if call + 1 < len(plan) else (True, True)
+        now, following, *_ = [*plan[call + pipe._tuned_begin :][:2], True, True]
         if following and not now:
             _switch_on(pipe)
         if now and not following:

@@ -206,6 +206,34 @@ def test_the_timestep_decides_where_a_step_has_several_calls(
     assert len(drawn) == CALLS[solver]
 
 
+@pytest.mark.parametrize("strength", [0.6, 0.3])
+@pytest.mark.parametrize(("start", "cut"), [(0.0, 0.5), (0.5, 0.2)])
+@pytest.mark.parametrize(("name", "solver"), [("sd", "ddim"), ("sd", "heun"), ("sd3", None)])
+def test_a_picture_that_is_given_leaves_each_step_its_denoiser(
+    name: str, solver: str | None, start: float, cut: float, strength: float, tmp_path: Path
+) -> None:
+    folder = solved(name, solver, tmp_path / "model")
+    more = {"start": start, "cut": cut, "lora": LoRA(rank=2, alpha=2)}
+    tuned(PGRAFT, folder, tmp_path / "out", sampler=Sampler(10), **more)
+    plain = load_tuned(theirs(folder), tmp_path / "out")
+    plain.scheduler = theirs(folder).scheduler
+    kind = {"sd": diffusers.StableDiffusionImg2ImgPipeline}.get(
+        name, diffusers.StableDiffusion3Img2ImgPipeline
+    )
+    pipe = load_tuned(kind.from_pretrained(folder), tmp_path / "out")
+    pipe.scheduler = theirs(folder).scheduler
+    pipe.set_progress_bar_config(disable=True)
+    network = "unet" if name == "sd" else "transformer"
+    whole, part = calls(getattr(plain, network)), calls(getattr(pipe, network))
+    given = settings(pipe)
+    plain(PROMPTS[0], **given)
+    for size in SIZE:
+        given.pop(size)
+    picture = torch.rand(1, 3, SIZE["height"], SIZE["width"])
+    pipe(PROMPTS[0], image=picture, strength=strength, **given)
+    assert 0 < len(part) < len(whole) and part == whole[-len(part) :]
+
+
 def solved(name: str, solver: str | None, folder: Path) -> Path:
     """Write a tiny model with a scheduler of another class."""
     model = tiny(name)
