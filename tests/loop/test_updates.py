@@ -281,19 +281,19 @@ def test_processes_with_parts_of_the_weights_make_equally_many_passes(
 ) -> None:
     """The one that has the most terms sets their number; the last one alone synchronises."""
     w = nn.Parameter(torch.ones(()))
-    passes: list[str] = []
+    made: list[str] = []
 
     def loss(part: Experience, noise: Generators) -> tuple[Tensor, dict[str, Tensor]]:
-        passes.append("own")
+        made.append("own")
         return tensor_of(part.states["x"])[:, 0] * w, {}
 
     def idle() -> Tensor:
-        passes.append("idle")
+        made.append("idle")
         return 0 * w
 
     @contextmanager
     def alone() -> Iterator[None]:
-        passes.append("alone")
+        made.append("alone")
         yield
 
     update = Update(experience_of(own), 0, 3 + own, 3 + own, most_terms=3)
@@ -301,7 +301,7 @@ def test_processes_with_parts_of_the_weights_make_equally_many_passes(
     accumulate(update, loss, passes)
     needed = -(-3 // (microbatch_size or 3))
     of_own = -(-own // (microbatch_size or 3))
-    assert passes.count("own") == of_own and passes.count("idle") == needed - of_own
-    assert passes.count("alone") == needed - 1
+    assert made.count("own") == of_own and made.count("idle") == needed - of_own
+    assert made.count("alone") == needed - 1
     assert w.grad is not None
     torch.testing.assert_close(float(w.grad), 2 * sum(range(own)) / (3 + own))

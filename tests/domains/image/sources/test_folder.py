@@ -12,7 +12,7 @@ from PIL import Image
 
 from domains.image.sources import ImageFolder
 from lit_rlft.core.checks import UsageError
-from lit_rlft.kit import cache
+from lit_rlft.kit import sources
 from lit_rlft.kit.picture_folder import Reading
 
 
@@ -189,13 +189,12 @@ def test_two_processes_at_once_leave_one_array(
     expected = np.array(load(pictures))
     (made,) = (tmp_path / "cache").iterdir()
     shutil.move(made, tmp_path / "made")
-    original = cache.mkdtemp
+    original = sources.save_arrays
 
-    def overtaken(**settings: Any) -> str:
-        partial = original(**settings)
+    def overtaken(*args: Any) -> None:
+        original(*args)
         shutil.copytree(tmp_path / "made", made)  # the other process is done first
-        return partial
 
-    monkeypatch.setattr(cache, "mkdtemp", overtaken)
+    monkeypatch.setattr(sources, "save_arrays", overtaken)
     np.testing.assert_array_equal(load(pictures), expected)
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [made.name]
