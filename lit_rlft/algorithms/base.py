@@ -229,7 +229,7 @@ class RewardFineTuner(Sized, Checkpointed, ABC):
         """Run one round: collect, in evaluation mode, then update."""
         self.eval()
         self._collected_at = self.num_updates
-        with together(world_size := self.trainer.world_size), fresh_casts():
+        with together(world_size := self.trainer.world_size), fresh_casts(self.device):
             with self.audience.phase("collect"), torch.no_grad():
                 condition = self.pipeline.encode(batch)
                 experience = self.collect(batch, condition)

@@ -58,14 +58,15 @@ def frozen_dtype(device: torch.device, precision: object) -> torch.dtype:
 
 
 @contextmanager
-def fresh_casts() -> Iterator[None]:
+def fresh_casts(device: torch.device) -> Iterator[None]:
     """Within the block autocast casts weights anew in each call, since updates change them.
 
     It would keep its copies to the end of a round, as Lightning 2.5 has it: a round's updates
     would all see the weights of the first one, and ratios stay at 1.
     """
     before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
+    # Where nothing is cast a change would have compiled networks compiled again.
+    torch.set_autocast_cache_enabled(before and not torch.is_autocast_enabled(device.type))
     try:
         yield
     finally:

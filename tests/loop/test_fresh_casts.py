@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
+from torch._dynamo.testing import CompileCounter
 
 from domains.gaussian_mixture.data import MixtureData
 from domains.gaussian_mixture.pipeline import GaussianMixturePipeline
@@ -12,8 +13,19 @@ from domains.gaussian_mixture.rewards import Coordinate
 from lit_rlft.algorithms.ddpo import DDPO
 from lit_rlft.core.advantage import BatchAdvantage
 from lit_rlft.core.sampling import Sampler
+from lit_rlft.loop.precision import fresh_casts
 from lit_rlft.loop.reference import LoRA
 from tests.support import trainer_of
+
+
+class TanhNetwork(torch.nn.Linear):
+    """A layer that torch compiles."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).tanh()
 
 
 class Keeping(MixedPrecision):
@@ -44,6 +56,19 @@ def fitted(folder: Path, keeps: bool) -> tuple[float, torch.Tensor]:
     trainer.fit(tuner, MixtureData(num_train=8, batch_size=8))
     weights = [own.detach().flatten() for own in tuner._trained().values()]
     return float(trainer.callback_metrics["train/ratio_deviation_max"]), torch.cat(weights)
+
+
+@pytest.mark.parametrize("cast", [False, True])
+def test_a_compiled_network_is_the_same_in_rounds_and_in_validation(cast: bool) -> None:
+    torch._dynamo.reset()
+    counter, network = CompileCounter(), TanhNetwork()
+    network.compile(backend=counter)
+    given = torch.zeros(2, 4)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, cast, cache_enabled=not cast):
+        network(given)
+        with fresh_casts(given.device):
+            network(given)
+    assert counter.frame_count == 1
 
 
 def test_casts_are_not_kept_from_one_update_to_the_next(tmp_path: Path) -> None:
