@@ -74,13 +74,12 @@ def load_tuned(pipe: P, folder: str | Path) -> P:
     has_lora, has_noise, whole = _held(folder, card)
     _take_out(pipe)
     adapter = _put_in(pipe, folder) if has_lora else None
-    networks = _both(pipe, folder) if whole else None
+    pretrained = _exchanged(pipe, folder) if whole else None
     if not isinstance(pipe, _Tuned):
         kind = type(pipe)
         pipe.__class__ = type(kind.__name__, (_Tuned, kind), {"__module__": kind.__module__})
     pipe._tuned_adapter, pipe._tuned_off = adapter, None  # type: ignore[attr-defined]
-    pipe._tuned_networks = networks  # type: ignore[attr-defined]
-    _switch_on(pipe)
+    pipe._tuned_pretrained, pipe._tuned_whole = pretrained, None  # type: ignore[attr-defined]
     pipe._tuned_schedulers = _swap(pipe, card.get("scheduler") or {})  # type: ignore[attr-defined]
     pipe._tuned_eta = card.get("eta", 0.0) if card.get("transition") == "eta" else 0.0  # type: ignore[attr-defined]
     pipe._tuned_shares = _shares(card) if has_lora or whole else (0.0, 0.0)  # type: ignore[attr-defined]
@@ -111,9 +110,9 @@ def _take_out(pipe: Any) -> None:
     if adapter is not None:
         pipe.delete_adapters(adapter)
         pipe._tuned_adapter = None
-    if getattr(pipe, "_tuned_networks", None) is not None:
+    if getattr(pipe, "_tuned_pretrained", None) is not None:
         _switch_off(pipe)
-        pipe._tuned_networks = None
+        pipe._tuned_pretrained = pipe._tuned_whole = None
 
 
 def _swap(pipe: Any, told: Mapping[str, Any]) -> tuple[Any, Any] | None:
@@ -141,11 +140,12 @@ def _put_in(pipe: Any, folder: Path) -> str:
     return name
 
 
-def _both(pipe: Any, folder: Path) -> tuple[str, nn.Module, nn.Module]:
-    """Return the name of a pipeline's denoiser, the denoiser, and the one that was trained."""
+def _exchanged(pipe: Any, folder: Path) -> tuple[str, nn.Module]:
+    """Put the trained denoiser in a pipeline; return the name and the denoiser that was there."""
     name = "transformer" if getattr(pipe, "unet", None) is None else "unet"
     own = getattr(pipe, name)
-    return name, own, type(own).from_pretrained(folder / name).to(own.device, own.dtype)
+    setattr(pipe, name, type(own).from_pretrained(folder / name).to(own.device, own.dtype))
+    return name, own
 
 
 def _shares(card: Mapping[str, Any]) -> tuple[float, float]:
@@ -164,7 +164,8 @@ class _Tuned:
     _tuned_length: int | None
     _tuned_noise: NoiseGenerator | None
     _tuned_adapter: str | None
-    _tuned_networks: tuple[str, nn.Module, nn.Module] | None
+    _tuned_pretrained: tuple[str, nn.Module] | None
+    _tuned_whole: nn.Module | None
     _tuned_off: list[tuple[dict[str, float], float]] | None
     _tuned_schedulers: tuple[Any, Any] | None
     _tuned_eta: float
@@ -190,6 +191,9 @@ class _Tuned:
             )
             raise UsageError(f"{named} leaves no step to the tuned model")
         further = settings.get("callback_on_step_end")
+        tensors = getattr(further, "tensor_inputs", None)  # diffusers asks its own callbacks
+        if tensors is not None:
+            settings["callback_on_step_end_tensor_inputs"] = tensors
         settings["callback_on_step_end"] = _switch(self._tuned_shares, num_steps, further)
         try:
             if first:
@@ -210,8 +214,12 @@ class _Tuned:
 
 def _switch_off(pipe: Any) -> None:
     """Have the pretrained denoiser run; other LoRAs than the tuned model's stay as they are."""
-    if pipe._tuned_networks is not None:
-        name, pretrained, _ = pipe._tuned_networks
+    if pipe._tuned_pretrained is not None and pipe._tuned_whole is None:
+        name, pretrained = pipe._tuned_pretrained
+        pipe._tuned_whole = getattr(pipe, name)  # the user may have compiled or moved it
+        where = pipe._execution_device, pipe._tuned_whole.dtype
+        if (pretrained.device, pretrained.dtype) != where:
+            pretrained.to(*where)
         setattr(pipe, name, pretrained)
     if pipe._tuned_adapter is None or pipe._tuned_off is not None:
         return
@@ -230,9 +238,9 @@ def _switch_off(pipe: Any) -> None:
 
 def _switch_on(pipe: Any) -> None:
     """Have the tuned denoiser run, its LoRA as strong as before `_switch_off`."""
-    if pipe._tuned_networks is not None:
-        name, _, tuned = pipe._tuned_networks
-        setattr(pipe, name, tuned)
+    if pipe._tuned_whole is not None:
+        setattr(pipe, pipe._tuned_pretrained[0], pipe._tuned_whole)
+        pipe._tuned_whole = None
     for scales, own in pipe._tuned_off or ():
         scales[pipe._tuned_adapter] = own
     pipe._tuned_off = None

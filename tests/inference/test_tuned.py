@@ -1,5 +1,6 @@
 """Tuned models in plain diffusers draw what this library's own sampler draws."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.callbacks import SDCFGCutoffCallback
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
@@ -395,12 +397,35 @@ def test_a_fully_trained_denoiser_hands_over_too(
     for other in (theirs(tmp_path / name), theirs(tmp_path / "out")):
         pictures = other(list(PROMPTS), latents=packed(pipe, z), **given).images
         assert (pictures - drawn).abs().max() > 5e-4
+    trained = pipe.components["unet" if name == "sd" else "transformer"]
+    setattr(pipe, "unet" if name == "sd" else "transformer", moved := copy.deepcopy(trained))
+    again = pipe(list(PROMPTS), latents=packed(pipe, z), **settings(pipe)).images
+    assert torch.equal(again, drawn) and moved in pipe.components.values()
     tuned(PGRAFT, tmp_path / name, tmp_path / "lora", lora=LoRA(rank=2, alpha=2), **own)
     twice, once = (
         load_tuned(each, tmp_path / "lora")(PROMPTS[0], generator=generators()[0], **given).images
         for each in (pipe, theirs(tmp_path / name))
     )
     assert torch.equal(twice, once)
+
+
+def test_a_fully_trained_denoiser_hands_over_after_a_move(tmp_path: Path) -> None:
+    tiny("sd").save_pretrained(tmp_path / "sd")
+    tuned(PGRAFT, tmp_path / "sd", tmp_path / "out", lora=None, cut=0.4)
+    pipe = load_tuned(theirs(tmp_path / "sd"), tmp_path / "out").to(torch.bfloat16)
+    drawn = pipe(PROMPTS[0], **{**settings(pipe), "output_type": "latent"}).images
+    assert drawn.dtype == torch.bfloat16 and drawn.isfinite().all()
+
+
+def test_a_callback_of_diffusers_has_the_tensors_that_it_names(tmp_path: Path) -> None:
+    tiny("sd").save_pretrained(tmp_path / "sd")
+    tuned(PGRAFT, tmp_path / "sd", tmp_path / "out", lora=LoRA(rank=2, alpha=2), cut=0.4)
+    pipe = load_tuned(theirs(tmp_path / "sd"), tmp_path / "out")
+    cutoff, draws = SDCFGCutoffCallback(cutoff_step_ratio=0.4), []
+    for further in (None, cutoff):
+        given = {"callback_on_step_end": further, "generator": generators()[0]}
+        draws.append(pipe(PROMPTS[0], **given, **settings(pipe)).images)
+    assert (draws[0] - draws[1]).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("fused", [False, True])
