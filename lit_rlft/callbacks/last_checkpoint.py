@@ -88,7 +88,7 @@ class LastCheckpoint(Hooks, ModelCheckpoint):
         self.signals = Signals()
         self._saved_round = self._step = 0
         self._counts: dict[str, Any] = {}
-        self._training = self._untouched = self._validated = self._held = False
+        self._training = self._untouched = self._validated = self._held = self._waits = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Choose what to monitor; remove what a run that was killed while it saved has left."""
@@ -128,7 +128,7 @@ class LastCheckpoint(Hooks, ModelCheckpoint):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget earlier fits."""
-        self._training = False
+        self._training = self._waits = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock and listen to signals."""
@@ -159,11 +159,11 @@ class LastCheckpoint(Hooks, ModelCheckpoint):
     ) -> None:
         """Save what Lightning's options ask for, and before a validation that may end the fit."""
         self._finished(trainer, pl_module)
-        if self._is_asked_for(trainer) and not self._should_skip_saving_checkpoint(trainer):
-            self._save_further(trainer)
         loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
-        unknown = monitored(trainer).keys() - trainer.callback_metrics.keys()
         follows = fetcher is not None and loop._should_check_val_fx(fetcher)
+        if self._is_asked_for(trainer):
+            self._save_further(trainer, follows)
+        unknown = monitored(trainer).keys() - trainer.callback_metrics.keys()
         if unknown and follows and self._saves(trainer):
             step = self._last_global_step_saved
             self.save(trainer, pl_module)
@@ -181,15 +181,14 @@ class LastCheckpoint(Hooks, ModelCheckpoint):
         due = waited >= self._train_time_interval.total_seconds()
         return bool(trainer.strategy.broadcast(due))
 
-    def _save_further(self, trainer: Trainer) -> None:
-        """Save, after the next validation where the monitor has no value yet."""
+    def _save_further(self, trainer: Trainer, follows: bool) -> None:
+        """Save, after a validation that follows: the monitor has no value yet, or an older one."""
         self._last_time_checked = time.monotonic()
         candidates = self._monitor_candidates(trainer)
-        if self.monitor is not None and self.monitor not in candidates:
-            self._defer_save_until_validation = True
-            return
-        self._save_topk_checkpoint(trainer, candidates)
-        self._save_last_checkpoint(trainer, candidates)
+        self._waits = self.monitor is not None and (follows or self.monitor not in candidates)
+        if not self._waits and not self._should_skip_saving_checkpoint(trainer):
+            self._save_topk_checkpoint(trainer, candidates)
+            self._save_last_checkpoint(trainer, candidates)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note that the weights may be others until it ends."""
@@ -208,6 +207,9 @@ class LastCheckpoint(Hooks, ModelCheckpoint):
         self._held = True
         with _as_cut(trainer, before_logging=True):
             super().on_validation_end(trainer, pl_module)
+            if self._waits and not self._should_skip_saving_checkpoint(trainer):
+                self._waits = False
+                self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
         self._held = False
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._untouched = self._validated = True

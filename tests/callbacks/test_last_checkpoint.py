@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning import Callback, Trainer
 
 from domains.gaussian_mixture.data import MixtureData
 from domains.gaussian_mixture.pipeline import GaussianMixturePipeline
@@ -16,7 +17,7 @@ from lit_rlft.core.sampling import Sampler
 from tests.support import trainer_of
 
 
-def fit(tmp_path: Path, *callbacks: LastCheckpoint, **settings: Any) -> set[str]:
+def fit(tmp_path: Path, *callbacks: Callback, **settings: Any) -> set[str]:
     """Run four rounds of three updates; return the names of what was kept."""
     tuner = GRAFT(
         GaussianMixturePipeline(), Coordinate(), sampler=Sampler(2), minibatch_size=2, seed=1
@@ -58,6 +59,30 @@ def test_what_is_monitored_is_waited_for(tmp_path: Path) -> None:
     )
     kept = fit(tmp_path, save, limit_val_batches=1, val_check_interval=2)
     assert kept == {"step=6", "step=9", "step=12"}
+
+
+def test_what_a_validation_measures_is_that_of_the_weights_that_are_saved(tmp_path: Path) -> None:
+    """It ends each epoch of two rounds."""
+    measured: dict[str, float] = {}
+
+    class Measured(Callback):
+        def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+            if not trainer.sanity_checking:
+                value = trainer.callback_metrics["val/Coordinate"]
+                measured[f"step={trainer.global_step}"] = float(value)
+
+    save = LastCheckpoint(
+        tmp_path,
+        filename="{step}",
+        monitor="val/Coordinate",
+        mode="max",
+        every_n_train_steps=3,
+        save_top_k=-1,
+    )
+    epochs = {"limit_train_batches": 2, "max_epochs": 2, "limit_val_batches": 1}
+    assert fit(tmp_path, save, Measured(), **epochs) == {"step=6", "step=9", "step=12"}
+    scores = {Path(path).stem: float(score) for path, score in save.best_k_models.items()}
+    assert {step: scores[step] for step in measured} == measured
 
 
 @pytest.mark.parametrize("first", [True, False])
