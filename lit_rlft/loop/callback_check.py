@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lightning import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_rlft.core.checks import UsageError
@@ -59,7 +58,7 @@ def check_callbacks(given: Iterable[Any]) -> None:
 
 def _described(callback: Any) -> tuple[list[str], Mapping[str, Any]]:
     """Return the names of a callback's classes that are Lightning's, and its options."""
-    if not isinstance(callback, Callback):
+    if not hasattr(callback, "on_train_batch_end"):  # of a config
         paths, options = [callback["class_path"]], callback.get("init_args") or {}
     else:
         kinds, own = type(callback).__mro__, vars(callback)

@@ -83,6 +83,11 @@ def test_all_others_are_taken() -> None:
     check_callbacks([{"class_path": f"{PATH}.RichProgressBar"}])
 
 
+def test_a_callback_of_another_base_is_taken() -> None:
+    """Lightning takes what has the hooks, such as a callback of `pytorch_lightning`."""
+    check_callbacks([type("Alike", (), {"on_train_batch_end": None})()])
+
+
 def test_optimisers_of_ones_own_are_arguments() -> None:
     class Own(GRAFT):
         def configure_optimizers(self) -> Any:
