@@ -79,6 +79,8 @@ def after_update(schedule: Any) -> None:
         try:
             schedule.step()
         except ValueError as error:
+            if "total steps" not in str(error):  # of a function of the user's
+                raise
             raise UsageError(
                 f"model.init_args.lr_scheduler.init_args: the fit has more updates than its "
                 f"schedule ({error}); make it longer, and resume with --ckpt_path"

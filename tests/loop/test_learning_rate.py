@@ -1,5 +1,6 @@
 """Schedules of the learning rate under Lightning's own callbacks."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -40,3 +41,10 @@ def test_a_schedule_that_ends_before_the_fit_is_named() -> None:
     with pytest.raises(UsageError, match=r"lr_scheduler.*more updates .*\(Tried to step 3 times"):
         for _ in range(2):
             after_update(schedule)
+
+
+def test_an_error_of_a_function_of_ones_own_is_told_as_it_is() -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: math.sqrt(0.5 - step))
+    with pytest.raises(ValueError, match=r"^math domain error$"):
+        after_update(schedule)
