@@ -141,7 +141,8 @@ def _settings(causes: Sequence[BaseException], config: Namespace | None) -> str 
     frames = traceback.extract_tb(error.__traceback__)
     misused = isinstance(error, MisconfigurationException)
     # A package is missing, or two settings exclude each other.
-    misused |= isinstance(error, ImportError | RuntimeError) and _lightnings(frames)
+    own = any(is_users(frame.filename) for frame in frames)
+    misused |= isinstance(error, ImportError | RuntimeError) and _lightnings(frames) and not own
     if not misused and not (isinstance(error, ValueError | TypeError) and _lightnings(frames)):
         return None
     text = short(str(error), 200)

@@ -21,6 +21,7 @@ TINY = [
 ]  # fmt: skip
 OWN = """
 import torch
+from lightning import Callback, LightningModule
 from lit_rlft import Reward
 
 class Fails(Reward):
@@ -44,6 +45,10 @@ class Unborn(Reward):
 
 class Unfinished(Reward):
     pass
+
+class Detached(Callback):
+    def on_train_start(self, trainer, module):
+        LightningModule().trainer
 """
 FILES = {
     "list.yaml": (b"- 1\n", "holds a list"),
@@ -139,6 +144,11 @@ def test_an_error_in_ones_own_reward_shows_its_place_and_keeps_the_state() -> No
     assert re.fullmatch(r"lit-rlft: error: KeyError: 'score' \(own.py, line \d+, in inner\)", last)
     assert 'return {}["score"]' in message and all("site-packages" not in line for line in frames)
     assert checkpoint()["lit_rlft"]["num_rounds"] == 1
+
+
+def test_a_mistake_in_ones_own_callback_shows_its_place_though_lightning_names_it() -> None:
+    message = error("--trainer.callbacks+=own.Detached")
+    assert re.search(r"error: RuntimeError: .* not attached .*\(own.py, line \d+, in on_", message)
 
 
 def test_configs_come_before_options() -> None:
