@@ -29,12 +29,12 @@ def choose(config: Namespace, stage: str) -> str | None:
     given = None if config.ckpt_path is None else str(config.ckpt_path)
     folder = Path(config.root) / (config.name or "")
     found: str | Path | None = given
-    if given is None:
-        found = _default(config, folder, stage)
-    elif stage == "fit" and given == NONE:
-        found = None
     if given in ("last", "best", "hpc"):
         found = _named(given, config, folder, stage)
+    elif stage == "fit" and given == NONE:
+        found = None
+    elif given is None or (stage == "fit" and _has_begun(given, config, folder)):
+        found = _default(config, folder, stage) or given
     if found is None or found == NONE:
         _tell_untuned(config, stage, asked=given == NONE)
         return None if stage == "fit" else NONE
@@ -47,13 +47,19 @@ def choose(config: Namespace, stage: str) -> str | None:
 def _default(config: Namespace, folder: Path, stage: str) -> Path | None:
     """Return a run's last checkpoint; for a fit where SLURM has started its job again."""
     known = config.name or _elsewhere(config)
-    goes_on = known and (stage != "fit" or _requeued(config, folder))
+    requeued = "SLURM_JOB_ID" in os.environ and bool(_of_slurm(config, folder))
+    goes_on = known and (stage != "fit" or requeued or _started_again())
     return _last(config, folder) if goes_on else None
 
 
-def _requeued(config: Namespace, folder: Path) -> bool:
-    again = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
-    return "SLURM_JOB_ID" in os.environ and (again or bool(_of_slurm(config, folder)))
+def _has_begun(given: str, config: Namespace, folder: Path) -> bool:
+    """Return whether a job is started again whose first start began from another run's file."""
+    own = [path.resolve() for path in (folder, checkpoints_of(config, folder))]
+    return _started_again() and not any(map(Path(given).resolve().is_relative_to, own))
+
+
+def _started_again() -> bool:
+    return os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
 
 
 def _of_slurm(config: Namespace, folder: Path) -> list[Path]:

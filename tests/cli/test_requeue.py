@@ -89,3 +89,17 @@ def test_a_job_that_was_killed_without_a_signal_goes_on(
     assert rounds_of(LAST) == 4
     command("fit", name="new")  # requeued before its first checkpoint
     assert checkpoint("new")["lit_rlft"]["num_rounds"] == 2
+
+
+def test_a_job_that_began_from_another_runs_file_goes_on_from_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command("fit")
+    command("fit", trainer__max_epochs=2, name="second", ckpt_path=str(LAST))
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    capsys.readouterr()
+    command("fit", trainer__max_epochs=3, name="second", ckpt_path=str(LAST))
+    assert "checkpoint: runs/second/checkpoints/last.ckpt" in capsys.readouterr().out
+    assert checkpoint("second")["lit_rlft"]["num_rounds"] == 6
+    command("fit", trainer__max_epochs=3, name="third", ckpt_path=str(LAST))
+    assert "checkpoint: " not in capsys.readouterr().out
