@@ -27,7 +27,7 @@ from lit_rlft.runs.files import PARTIAL, DiskError, whole, writing
 from lit_rlft.runs.folder import run_folder, writes_nothing
 from lit_rlft.runs.save_clock import SaveClock
 
-__all__ = ["AUTO", "LastCheckpoint", "monitored"]
+__all__ = ["AUTO", "LastCheckpoint", "called", "monitored"]
 
 AUTO = "auto"
 """The value of `monitor` that leaves the choice to the run."""
@@ -134,7 +134,7 @@ class LastCheckpoint(Hooks, ModelCheckpoint):
         """Start the clock and listen to signals."""
         super().on_train_start(trainer, pl_module)
         self.clock.start()
-        if self._leads(trainer):
+        if self.leads(trainer):
             self.signals.install(trainer)
         self._training = True
         self._step = trainer.global_step
@@ -278,7 +278,7 @@ class LastCheckpoint(Hooks, ModelCheckpoint):
             say(f"stopped by {error.signal.name}; {self._how_to_resume(trainer, path)}")
             raise error
 
-    def _leads(self, trainer: Trainer) -> bool:
+    def leads(self, trainer: Trainer) -> bool:
         """Return whether it obeys signals: of several, the one that keeps last.ckpt."""
         own = [one for one in trainer.checkpoint_callbacks if isinstance(one, LastCheckpoint)]
         return self is max(own, key=lambda one: bool(one.save_last))
@@ -435,8 +435,14 @@ def monitored(trainer: Trainer) -> dict[str, str]:
         name, own = getattr(callback, "monitor", None), isinstance(callback, LastCheckpoint)
         chosen = own and callback.chooses  # nobody has asked for that name
         if isinstance(name, str) and name not in ("epoch", "step") and not chosen:
-            found[name] = f"{'checkpoint' if own else type(callback).__name__}.monitor"
+            found[name] = f"{called(callback, trainer)}.monitor"
     return found
+
+
+def called(waiting: object, trainer: Trainer) -> str:
+    """Return the name of a callback or schedule in messages: its class, or a command's key."""
+    own = isinstance(waiting, LastCheckpoint) and waiting.leads(trainer)
+    return "checkpoint" if own else type(waiting).__name__
 
 
 def _rounds(module: LightningModule) -> int:

@@ -6,7 +6,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_rlft.algorithms.base import RewardFineTuner
-from lit_rlft.callbacks.last_checkpoint import LastCheckpoint, monitored
+from lit_rlft.callbacks.last_checkpoint import called, monitored
 from lit_rlft.core.checks import UsageError
 
 __all__ = ["Monitored"]
@@ -54,8 +54,7 @@ def _warn_of_lowest(trainer: Trainer, module: RewardFineTuner) -> None:
     for waiting in (*vars(trainer).get("callbacks", []), *schedules):
         monitor, mode = getattr(waiting, "monitor", None), getattr(waiting, "mode", None)
         if monitor in rewards and mode == "min":
-            own = isinstance(waiting, LastCheckpoint)
-            key = "checkpoint" if own else type(waiting).__name__
+            key = called(waiting, trainer)
             rank_zero_warn(
                 f"{key}.monitor {monitor} with mode min takes the lowest rewards for the best; set "
                 f"{key}.mode to max"

@@ -39,6 +39,9 @@ def test_the_lowest_rewards_are_warned_of(name: str, tmp_path: Any) -> None:
     assert told(EarlyStopping(name)) == [f"EarlyStopping{said}EarlyStopping.mode to max"]
     save = LastCheckpoint(tmp_path, monitor=name, save_last=True)
     assert told(save) == [f"checkpoint{said}checkpoint.mode to max"]
+    further = LastCheckpoint(tmp_path, monitor=name, every_n_epochs=2)
+    last = LastCheckpoint(tmp_path, save_last=True)
+    assert told(further, last) == [f"LastCheckpoint{said}LastCheckpoint.mode to max"]
     plateau = {"monitor": name}
     assert told(plateau=plateau) == [f"ReduceLROnPlateau{said}ReduceLROnPlateau.mode to max"]
 
