@@ -39,7 +39,7 @@ class CostMeter(Hooks):
     def __init__(self) -> None:
         self.books: Books = {}
         self._others: list[Books] = []
-        self._begun: dict[str, tuple[float, Cost]] = {}
+        self._begun: dict[str, tuple[float, Cost, int]] = {}
         self._first, self._world_size = True, 1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -54,12 +54,12 @@ class CostMeter(Hooks):
     def on_phase_start(self, module: LightningModule, name: str) -> None:
         """Note the time and the counters."""
         assert isinstance(module, RewardFineTuner)
-        self._begun[name] = (now(), replace(module.meter.current))
+        self._begun[name] = (now(), replace(module.meter.current), module.num_samples)
 
     def on_phase_end(self, module: LightningModule, name: str, num_samples: int) -> None:
         """Count what was spent since."""
         assert isinstance(module, RewardFineTuner)
-        start, before = self._begun.pop(name)
+        start, before, had = self._begun.pop(name)
         stage, spending = module.trainer.state.stage, module.meter.current
         if stage is None or module.trainer.sanity_checking:
             return
@@ -68,7 +68,7 @@ class CostMeter(Hooks):
         # Operations are counted in the first calls, of the arm that is sampled first.
         counting = spending.counting_seconds - before.counting_seconds
         spent["seconds"] += now() - start - counting
-        spent["samples"] += num_samples
+        spent["samples"] += num_samples + (module.num_samples - had) // self._world_size
         for count in _COUNTS:
             spent[count] += getattr(spending, count) - getattr(before, count)
 

@@ -45,7 +45,8 @@ class Hooks(Callback):
         Args:
             module: Whose work it is.
             name: What it was.
-            num_samples: Samples drawn in it; 0 for a phase that is not for drawing.
+            num_samples: Samples that an evaluation drew in it. What a round draws is counted by the
+                module's `num_samples`, of all processes.
         """
 
     def on_experience(self, module: LightningModule, experience: Experience) -> None:

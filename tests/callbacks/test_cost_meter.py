@@ -207,6 +207,7 @@ def test_books_of_graft_are_those_by_hand(tmp_path: Path, merge: bool) -> None:
     collect, learn = books["train"]["collect"], books["train"]["update"]
     assert collect["denoiser_calls"] == 4 * 3 * 5 and collect["reward_calls"] == 12
     assert collect["flops"] == 4 * 3 * 5 * MIXTURE
+    assert collect["samples"] == 4 * 3 and learn["samples"] == 0
     assert learn["denoiser_calls"] == 4 and learn["flops"] == 4 * (MIXTURE + update)
     assert set(books["validate"]) == {"sample_tuned", "sample_reference", "measure"}
     assert books["test"]["sample_tuned"]["samples"] == 8
