@@ -16,6 +16,14 @@ from lit_rlft.callbacks.signals import Signals
 from lit_rlft.core.sampling import Sampler
 from tests.support import trainer_of
 
+_EVERY_THREE: dict[str, Any] = {
+    "filename": "{step}",
+    "monitor": "val/Coordinate",
+    "mode": "max",
+    "every_n_train_steps": 3,
+    "save_top_k": -1,
+}
+
 
 def fit(tmp_path: Path, *callbacks: Callback, **settings: Any) -> set[str]:
     """Run four rounds of three updates; return the names of what was kept."""
@@ -49,14 +57,7 @@ def test_time_keeps_further_checkpoints(interval: timedelta, kept: int, tmp_path
 
 def test_what_is_monitored_is_waited_for(tmp_path: Path) -> None:
     """The first validation comes after six updates."""
-    save = LastCheckpoint(
-        tmp_path,
-        filename="{step}",
-        monitor="val/Coordinate",
-        mode="max",
-        every_n_train_steps=3,
-        save_top_k=-1,
-    )
+    save = LastCheckpoint(tmp_path, **_EVERY_THREE)
     kept = fit(tmp_path, save, limit_val_batches=1, val_check_interval=2)
     assert kept == {"step=6", "step=9", "step=12"}
 
@@ -71,14 +72,7 @@ def test_what_a_validation_measures_is_that_of_the_weights_that_are_saved(tmp_pa
                 value = trainer.callback_metrics["val/Coordinate"]
                 measured[f"step={trainer.global_step}"] = float(value)
 
-    save = LastCheckpoint(
-        tmp_path,
-        filename="{step}",
-        monitor="val/Coordinate",
-        mode="max",
-        every_n_train_steps=3,
-        save_top_k=-1,
-    )
+    save = LastCheckpoint(tmp_path, **_EVERY_THREE)
     epochs = {"limit_train_batches": 2, "max_epochs": 2, "limit_val_batches": 1}
     assert fit(tmp_path, save, Measured(), **epochs) == {"step=6", "step=9", "step=12"}
     scores = {Path(path).stem: float(score) for path, score in save.best_k_models.items()}
