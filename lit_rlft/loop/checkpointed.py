@@ -178,8 +178,7 @@ class Checkpointed(LightningModule):
         }
         contents.reduce(checkpoint, contents.trained_shapes(self, trained.values()), ours)
         if "callbacks" not in checkpoint:  # weights alone, without the average beside them
-            callbacks = getattr(self._trainer, "callbacks", ())
-            known = [c for c in callbacks if c.state_key.startswith(_AVERAGE)]
+            known = _averaging(getattr(self._trainer, "callbacks", ()))
             states = {callback.state_key: callback.state_dict() for callback in known}
             checkpoint["state_dict"] |= self._average_by_name(states)
 
@@ -330,7 +329,7 @@ class Checkpointed(LightningModule):
 
         The average is what a run exports, so it is what is to be measured.
         """
-        if any(callback.state_key.startswith(_AVERAGE) for callback in callbacks):
+        if _averaging(callbacks):
             return
         if average := self._average_by_name(checkpoint.get("callbacks", {})):
             checkpoint["state_dict"] |= average
@@ -360,10 +359,14 @@ class Checkpointed(LightningModule):
         return {n: p for n, p in self.trainable().named_parameters() if p.requires_grad}
 
 
+def _averaging(callbacks: Sequence[Any]) -> list[Any]:
+    """Return the callbacks that average the weights."""
+    return [callback for callback in callbacks if callback.state_key.startswith(_AVERAGE)]
+
+
 def _average_told(callbacks: Sequence[Any]) -> dict[str, float]:
     """Return what a card says of the average of the weights that callbacks leave in the model."""
-    known = [callback for callback in callbacks if callback.state_key.startswith(_AVERAGE)]
-    kept = [callback for callback in known if getattr(callback, "average", None) is not None]
+    kept = [own for own in _averaging(callbacks) if getattr(own, "average", None) is not None]
     return {"ema_decay": kept[0].decay} if kept else {}
 
 
