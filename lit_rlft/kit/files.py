@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lit_rlft.core.checks import UsageError
 
-__all__ = ["encoding", "existing", "reason", "stamps"]
+__all__ = ["encoding", "existing", "listed", "reason", "stamps"]
 
 
 def existing(path: Path) -> Path:
@@ -20,6 +20,14 @@ def existing(path: Path) -> Path:
     if not path.is_file():
         raise UsageError(f"there is no file {path}")
     return path
+
+
+def listed(folder: Path, pattern: str) -> list[Path]:
+    """Return the paths in a folder whose names have a pattern, sorted, but for hidden ones.
+
+    macOS writes `._<name>` beside every file on a disk of another system's format.
+    """
+    return sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
 
 
 def encoding(path: Path) -> str:

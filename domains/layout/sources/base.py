@@ -10,7 +10,7 @@ from domains.layout.sources.packed import LeaveOut, Packed, Page, pack
 from lit_rlft.core.checks import UsageError, at_least, one_of
 from lit_rlft.kit import sources
 from lit_rlft.kit.bad_entries import BadEntry, Report
-from lit_rlft.kit.files import stamps
+from lit_rlft.kit.files import listed, stamps
 
 __all__ = ["LayoutFile", "Source"]
 
@@ -90,6 +90,6 @@ class LayoutFile(Source, sources.CachedSource[Packed]):
     def identity(self) -> list[Any]:
         if not self.path.exists():
             raise UsageError(f"there is no {self.path}; give the file or folder of the data set")
-        files = sorted(self.path.glob("*.json")) if self.path.is_dir() else [self.path]
+        files = listed(self.path, "*.json") if self.path.is_dir() else [self.path]
         settings = [type(self).__name__, str(self.path.resolve()), self.classes, self.max_elements]
         return [_VERSION, *settings, self.strict, self.leave_out, stamps(files)]

@@ -13,7 +13,7 @@ from domains.layout.sources.packed import Element, Page
 from domains.layout.sources.streaming import JSONStream
 from lit_rlft.core.checks import UsageError
 from lit_rlft.kit.bad_entries import BadEntry
-from lit_rlft.kit.files import encoding, existing, reason
+from lit_rlft.kit.files import encoding, existing, listed, reason
 
 __all__ = ["page_of", "read_arrays", "read_coco", "read_json", "read_rico"]
 
@@ -56,7 +56,7 @@ def read_rico(folder: Path) -> Iterator[Entry]:
     """
     if not folder.is_dir():
         raise UsageError(f"{folder} is no folder; give RICO's folder of semantic annotations")
-    paths = sorted(folder.glob("*.json"), key=lambda path: (len(path.name), path.name))
+    paths = sorted(listed(folder, "*.json"), key=lambda path: (len(path.name), path.name))
     if not paths:
         raise UsageError(f"{folder} holds no .json files; give RICO's semantic annotations")
     for path in paths:
@@ -140,7 +140,7 @@ def read_json(path: Path) -> Iterator[Entry]:
         UsageError: There is no such file or folder, or the folder holds no .json files.
     """
     if path.is_dir():
-        files = sorted(path.glob("*.json"))
+        files = listed(path, "*.json")
         if not files:
             raise UsageError(f"{path} holds no .json files; give a .jsonl file or such a folder")
         for file in files:

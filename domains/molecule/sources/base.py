@@ -11,7 +11,7 @@ from domains.molecule.sources.packed import Packed, pack
 from lit_rlft.core.checks import UsageError, at_least
 from lit_rlft.kit import sources
 from lit_rlft.kit.bad_entries import Report
-from lit_rlft.kit.files import stamps
+from lit_rlft.kit.files import listed, stamps
 
 __all__ = ["MoleculePath", "Source"]
 
@@ -99,5 +99,5 @@ class MoleculePath(Source):
     def settings(self) -> list[Any]:
         if not self.path.exists():
             raise UsageError(f"there is no {self.path}; give the file or folder of the data set")
-        files = sorted(self.path.glob("*.xyz")) if self.path.is_dir() else [self.path]
+        files = listed(self.path, "*.xyz") if self.path.is_dir() else [self.path]
         return [str(self.path.resolve()), stamps(files)]

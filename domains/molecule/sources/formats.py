@@ -6,7 +6,7 @@ import re
 import tarfile
 from collections.abc import Iterator
 from itertools import takewhile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TextIO
 
 import numpy as np
@@ -20,7 +20,7 @@ from domains.molecule.samples import Molecules
 from domains.molecule.sources.packed import Structure
 from lit_rlft.core.checks import UsageError
 from lit_rlft.kit.bad_entries import BadEntry
-from lit_rlft.kit.files import encoding, existing, reason
+from lit_rlft.kit.files import encoding, existing, listed, reason
 
 __all__ = [
     "read_arrays",
@@ -196,7 +196,7 @@ def read_arrays(path: Path) -> Iterator[Entry]:
 
 
 def _folder_texts(folder: Path) -> Iterator[tuple[str, str]]:
-    for path in sorted(folder.glob("*.xyz")):
+    for path in listed(folder, "*.xyz"):
         yield path.name, _text(path)
 
 
@@ -205,7 +205,9 @@ def _tar_texts(path: Path) -> Iterator[tuple[str, str]]:
     try:
         with tarfile.open(existing(path), "r|*") as archive:
             for member in archive:
-                file = archive.extractfile(member) if member.name.endswith(".xyz") else None
+                hidden = PurePosixPath(member.name).name.startswith(".")
+                wanted = member.name.endswith(".xyz") and not hidden
+                file = archive.extractfile(member) if wanted else None
                 if file is not None:
                     yield member.name, file.read().decode("utf-8", errors="replace")
     except (tarfile.TarError, EOFError, OSError) as error:

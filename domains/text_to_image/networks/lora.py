@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lit_rlft.core.checks import UsageError, loading
+from lit_rlft.kit.files import listed
 from lit_rlft.kit.weight_file import PICKLES, check_file
 
 __all__ = ["FUSE", "Home", "lora_weights", "read_lora", "save_lora"]
@@ -168,7 +169,7 @@ def _within(folder: Path) -> Path:
     for name in (LORA_WEIGHT_NAME_SAFE, SAFETENSORS_WEIGHTS_NAME):
         if (folder / name).is_file():
             return folder / name
-    files = sorted(folder.glob("*.safetensors"))
+    files = listed(folder, "*.safetensors")
     if len(files) == 1:
         return files[0]
     if files:
@@ -286,7 +287,7 @@ def _of_peft(file: _File) -> tuple[dict[str, Tensor], float | None]:
             f"{_KEY}: {file.path} is of peft, whose alpha is in {_CONFIG}; put that file beside it"
         )
     with loading(f"{_KEY}: {path} could not be read"):
-        config = dict(json.loads(path.read_text()))
+        config = dict(json.loads(path.read_text(encoding="utf-8")))
     alpha = _checked_alpha(file, config)
     plain = {name.removeprefix(_PEFT): value for name, value in file.weights.items()}
     return plain, alpha

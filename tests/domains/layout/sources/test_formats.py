@@ -376,6 +376,7 @@ def test_json_lines_and_folders(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"holds no \.json files"):
         list(read_json(folder))
     (folder / "b.json").write_text(json.dumps(record, indent=1))
+    (folder / "._b.json").write_bytes(b"\x00\x05\x16\x07Mac OS X")  # macOS keeps notes there
     assert list(read_json(folder)) == [Page("b.json", 100, 200, [Element("text", *BOX)])]
 
 

@@ -46,13 +46,19 @@ def xyz(smiles: str, *, qm9: bool = False) -> str:
     return "\n".join(lines) + "\n"
 
 
+OF_MACOS = b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X"
+"""What macOS keeps in a file of its own, beside another, on disks of other systems."""
+
+
 def archive(path: Path, texts: dict[int, str]) -> Path:
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w") as tar:
         for number, text in texts.items():
-            entry = tarfile.TarInfo(f"dsgdb9nsd_{number:06d}.xyz")
-            entry.size = len(text)
-            tar.addfile(entry, io.BytesIO(text.encode()))
+            name = f"dsgdb9nsd_{number:06d}.xyz"
+            for own, content in ((name, text.encode()), (f"._{name}", OF_MACOS)):
+                entry = tarfile.TarInfo(own)
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
     path.write_bytes(bz2.compress(packed.getvalue()))
     return path
 
@@ -91,6 +97,7 @@ def test_qm9_archive_and_folder(tmp_path: Path) -> None:
     (folder / "readme.xyz").write_text("not one of them")
     for number, text in texts.items():
         (folder / f"dsgdb9nsd_{number:06d}.xyz").write_text(text)
+        (folder / f"._dsgdb9nsd_{number:06d}.xyz").write_bytes(OF_MACOS)
     for place in (path, folder):
         entries = good(read_qm9(place))
         assert [entry.number for entry in entries] == [1, 2, 3, 4, 5]
