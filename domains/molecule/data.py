@@ -115,7 +115,7 @@ class MoleculeData(SourceData[Packed]):
             batch_size=None,
             sampler=order,
             collate_fn=collate,
-            num_workers=self.num_workers,
+            **self.workers,
         )
 
 

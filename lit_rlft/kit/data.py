@@ -1,5 +1,6 @@
 """Loaders over three splits, shared out among ranks: the base of the domains' DataModules."""
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from lit_rlft.core.checks import UsageError, at_least
+from lit_rlft.core.checks import BadArgument, UsageError, at_least
 from lit_rlft.core.settings import Recorded
 
 __all__ = ["Record", "Rows", "Split", "SplitData", "batches_seen", "collate", "hold_out"]
@@ -120,7 +121,7 @@ class SplitData(Recorded, LightningDataModule, ABC):
         eval_batch_size: Conditions per evaluation batch on each rank.
         seed: Seed of the order in which training data are seen, of rows that are drawn, and of the
             choice of rows to hold out: a test with another seed than the fit's tests on others.
-        num_workers: Worker processes of each loader.
+        num_workers: Worker processes of each loader; on Linux alone.
     """
 
     def __init__(
@@ -129,6 +130,9 @@ class SplitData(Recorded, LightningDataModule, ABC):
         super().__init__()
         at_least(1, self, batch_size=batch_size, eval_batch_size=eval_batch_size)
         at_least(0, self, seed=seed, num_workers=num_workers)
+        if num_workers and sys.platform != "linux":
+            problem = f"must be 0 on this system, whose processes start empty, got {num_workers}"
+            raise BadArgument(self, "num_workers", problem)
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.seed, self.num_workers = seed, num_workers
 
@@ -242,8 +246,14 @@ class SplitData(Recorded, LightningDataModule, ABC):
             sampler=sampler,
             drop_last=drop_last and len(sampler) >= batch_size,
             collate_fn=collate,
-            num_workers=self.num_workers,
+            **self.workers,
         )
+
+    @property
+    def workers(self) -> dict[str, Any]:
+        """Arguments of a loader for its processes: forked, since rows may be closures."""
+        context = "fork" if self.num_workers else None
+        return {"num_workers": self.num_workers, "multiprocessing_context": context}
 
     def _seen(self) -> int | None:
         return None if self.trainer is None else batches_seen(self.trainer)

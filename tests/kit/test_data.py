@@ -1,3 +1,5 @@
+import multiprocessing
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,6 +9,7 @@ from lightning import LightningDataModule
 from torch.utils.data import Dataset, DistributedSampler
 
 from domains.gaussian_mixture.data import MixtureData
+from domains.molecule.data import MoleculeData
 from lit_rlft.core.checks import UsageError
 from lit_rlft.kit.data import Rows, Split, SplitData, _TrainOrder, collate
 
@@ -198,3 +201,21 @@ def test_so_are_its_evaluations_which_come_first_in_a_fit() -> None:
     for loader in ("val_dataloader", "test_dataloader", "predict_dataloader"):
         with pytest.raises(UsageError, match=r"Forgetful\.__init__ has to call super"):
             getattr(Forgetful(), loader)()
+
+
+@pytest.mark.parametrize("data", [Numbers, MoleculeData])
+def test_loaders_have_workers_whatever_processes_start_with(
+    data: type[SplitData], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python 3.14 no longer forks unless it is asked to."""
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        module = data(batch_size=8, num_workers=1)
+        module.setup("fit")
+        assert len(next(iter(module.train_dataloader()))["index"]) == 8
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(UsageError, match=r"num_workers must be 0 on this system.*got 1"):
+        data(batch_size=8, num_workers=1)
