@@ -25,7 +25,6 @@ from lit_rlft.evaluation.evaluator import Evaluator
 from lit_rlft.loop.base_settings import check_settings
 from lit_rlft.loop.batch_sizes import BatchSizes, Sized, finishing, fitting
 from lit_rlft.loop.checkpoint import Kept, fingerprint
-from lit_rlft.loop.checkpoint_file import secure
 from lit_rlft.loop.checkpointed import Checkpointed
 from lit_rlft.loop.experience import Draw, Experience
 from lit_rlft.loop.hooks import Audience
@@ -38,7 +37,7 @@ from lit_rlft.loop.round_log import RoundLog, round_means
 from lit_rlft.loop.route import Leg, Route, steps_told
 from lit_rlft.loop.side.rewards import RewardWorkers
 from lit_rlft.loop.side.watch import beside
-from lit_rlft.loop.strategy import check_trainer, passes_of
+from lit_rlft.loop.strategy import admit, check_trainer, passes_of
 from lit_rlft.loop.updates import Update, clip, layout, plan, settled
 from lit_rlft.loop.watchers import watchers
 from lit_rlft.runs.folder import summary_writer
@@ -174,11 +173,11 @@ class RewardFineTuner(Sized, Checkpointed, ABC):
 
     def setup(self, stage: str) -> None:
         """Check the settings and attach the adapter; the reference is the model as loaded."""
+        if self._trainer is not None:
+            admit(self._trainer)
+            self.sizes.check(self._trainer)
         if not self.pretrained:
             self._build()
-        if self._trainer is not None:
-            secure(self._trainer)
-            self.sizes.check(self._trainer)
         self.reward = beside(self.reward, self.reward_workers, self._trainer)
         self._listen(self._trainer)
 

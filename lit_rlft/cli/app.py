@@ -46,7 +46,7 @@ from lit_rlft.kit.data import SplitData
 from lit_rlft.loop.callback_check import check_callbacks
 from lit_rlft.loop.checkpointed import Checkpointed
 from lit_rlft.loop.precision import check_precision
-from lit_rlft.loop.strategy import check_strategy
+from lit_rlft.loop.strategy import check_strategy, usable_accelerator
 from lit_rlft.runs.checkpoint_file import WholeCheckpoints
 from lit_rlft.runs.events import quiet_event_writer
 from lit_rlft.runs.files import disk_trouble
@@ -191,6 +191,7 @@ class Command(LightningCLI):
         own = own_callbacks(given)
         shown, bars = progress(own, given["enable_progress_bar"])
         settings = trainer_settings(given, self.folder) | {
+            "accelerator": usable_accelerator(given["accelerator"]),
             "callbacks": [*own, *shown, *(further() for further in _FURTHER)],
             "enable_progress_bar": bars,
         }

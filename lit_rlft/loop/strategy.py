@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning import Trainer
+from lightning.fabric.accelerators.mps import MPSAccelerator
 from lightning.fabric.utilities.optimizer import _optimizer_to_device
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import (
@@ -28,13 +29,21 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from lit_rlft.core.checks import UsageError
 from lit_rlft.distributed import split_like, to_save
 from lit_rlft.kit.compiled import is_compiled
+from lit_rlft.loop.checkpoint_file import secure
 from lit_rlft.loop.checkpointed import Checkpointed
 from lit_rlft.loop.precision import check_precision
 from lit_rlft.loop.sharded import leaves_gradients, shard
 from lit_rlft.loop.updates import Passes
 from lit_rlft.runs.folder import has_given_folder
 
-__all__ = ["FSDP2Strategy", "check_strategy", "check_trainer", "passes_of"]
+__all__ = [
+    "FSDP2Strategy",
+    "admit",
+    "check_strategy",
+    "check_trainer",
+    "passes_of",
+    "usable_accelerator",
+]
 
 _NAMES = ("auto", "ddp", "fsdp2", "single_device")
 _CONFIG = "--config fsdp (trainer.strategy fsdp2)"
@@ -65,6 +74,25 @@ def check_strategy(given: object) -> None:
         return  # a class of somebody else's is checked once there is an instance
     reason = _why(own) or f"has not been tested; use ddp, or {_CONFIG} to split the weights"
     raise UsageError(f"trainer.strategy {name} {reason}")
+
+
+def admit(trainer: Trainer) -> None:
+    """Check a trainer's device, before anything is there, and have it load checkpoints safely.
+
+    Raises:
+        UsageError: The device cannot compute what is needed.
+    """
+    if trainer.strategy.root_device.type == "mps":
+        raise UsageError(
+            "trainer.accelerator is mps, the GPU of a Mac, which has no float64, in which noise "
+            "levels are computed; set it to cpu"
+        )
+    secure(trainer)
+
+
+def usable_accelerator(given: Any) -> Any:
+    """Return a trainer's accelerator as given; for "auto" on a Mac, the processor."""
+    return "cpu" if given in (None, "auto") and MPSAccelerator.is_available() else given
 
 
 def check_trainer(trainer: Trainer) -> None:

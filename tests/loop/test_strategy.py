@@ -5,6 +5,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from lightning import Trainer
+from lightning.fabric.accelerators.mps import MPSAccelerator
 from lightning.pytorch.strategies import (
     DDPStrategy,
     ModelParallelStrategy,
@@ -18,7 +20,13 @@ from domains.gaussian_mixture.rewards import Coordinate
 from lit_rlft.algorithms.graft import GRAFT
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.sampling import Sampler
-from lit_rlft.loop.strategy import FSDP2Strategy, check_strategy, check_trainer
+from lit_rlft.loop.strategy import (
+    FSDP2Strategy,
+    admit,
+    check_strategy,
+    check_trainer,
+    usable_accelerator,
+)
 from lit_rlft.runs.folder import give_folder
 from tests.support import trainer_of
 
@@ -98,3 +106,13 @@ def test_a_notebook_is_told_so_by_its_fit() -> None:
     data = MixtureData(num_train=8, num_val=2, num_test=2, batch_size=4)
     with pytest.raises(ProcessRaisedException, match="the tuned model would not come back"):
         trainer_of(devices=2, strategy="ddp_notebook").fit(tuner, data)
+
+
+def test_a_mac_computes_on_its_processor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert usable_accelerator("auto") == "auto"
+    monkeypatch.setattr(MPSAccelerator, "is_available", staticmethod(lambda: True))
+    assert [usable_accelerator(given) for given in ("auto", None, "cpu")] == ["cpu"] * 3
+    trainer = Trainer(logger=False, default_root_dir=tmp_path)
+    assert trainer.strategy.root_device.type == "mps"
+    with pytest.raises(UsageError, match=r"no float64.*set it to cpu"):
+        admit(trainer)
