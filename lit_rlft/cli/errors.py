@@ -22,6 +22,7 @@ _PLAIN = {
     "Architecture": "pipeline.init_args.architecture",
     "FixedPoint": "model.init_args.solver",
     "LoRA": "model.init_args.lora",
+    "RewardWorkers": "model.init_args.reward_workers",
     "Sampler": "model.init_args.sampler",
     "SlidingWindow": "model.init_args.sliding",
 }

@@ -1,5 +1,6 @@
 """The front door: help, version and lists at once; heavy imports only where a run needs them."""
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -75,6 +76,7 @@ def main(args: Sequence[str] | None = None) -> None:
         SystemExit: Something is wrong that the user can change; the message is one sentence.
     """
     words = list(sys.argv[1:] if args is None else args)
+    _take_all_characters()
     try:
         _answer(words)
     except BrokenPipeError:  # the reader has read enough, as `| head` does
@@ -84,6 +86,12 @@ def main(args: Sequence[str] | None = None) -> None:
         raise SystemExit(130) from None
     except UsageError as error:
         raise SystemExit(f"lit-rlft: error: {error}") from error
+
+
+def _take_all_characters() -> None:
+    """Have what the reader's encoding lacks written as escapes: a fit must not end for a "±"."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _answer(words: list[str]) -> None:

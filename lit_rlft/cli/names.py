@@ -1,6 +1,7 @@
 """Short class names: `--model PGRAFT`, `class_path: CLIPScore`."""
 
 import importlib
+import locale
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -61,7 +62,8 @@ class _Word(NamedTuple):
 def with_class_paths(words: Sequence[str]) -> list[str]:
     """Return a command's words with full class paths in place of short names.
 
-    Configs with short names become configs as text. Where a word may name a class or something
+    Configs with short names become configs as text; so do those that the parser would read in
+    another encoding than UTF-8. Where a word may name a class or something
     else, the class is imported, so that the parser can find it.
 
     Raises:
@@ -70,16 +72,21 @@ def with_class_paths(words: Sequence[str]) -> list[str]:
     texts = [(option, *text_of(option)) for option in options(words)]
     found = [(option, text, list(_words(prefix, text))) for option, prefix, text in texts]
     names = [word for _, _, own in found for word in own]
-    if not names:
-        return list(words)
-    resolver = _Resolver(_domain(names, texts))
+    resolver = _Resolver(_domain(names, texts)) if names else None
     for option, text, own in found:
-        paths = [(word.start, word.end, resolver.path(word)) for word in own]
+        paths = [(word.start, word.end, resolver.path(word)) for word in own] if resolver else []
         edits = [(start, end, path) for start, end, path in paths if path is not None]
-        if edits:
+        if edits or _is_misread(option, text):
             edits += absolute_files(option, text)
             words = rewritten(words, option, edited(text, edits))
     return list(words)
+
+
+def _is_misread(option: Option, text: str) -> bool:
+    """Return whether the parser, which reads files in the system's encoding, would change one."""
+    if option.key != "config" or text.isascii() or text == option.value:
+        return False
+    return locale.getpreferredencoding(False).lower().replace("-", "") != "utf8"
 
 
 class _Resolver:

@@ -1,6 +1,5 @@
 """What a run spends: denoiser and reward calls, FLOPs, seconds, memory."""
 
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +8,7 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any, Literal, TypeVar
 
+import psutil
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from lit_rlft.core.pipeline import Condition, Pipeline
 from lit_rlft.core.state import batch_size
+
+if sys.platform != "win32":
+    import resource
 
 __all__ = [
     "Cost",
@@ -235,5 +238,7 @@ def peak_memory_bytes() -> int:
     """Return the peak of the GPU's allocated memory, or of the process's memory without a GPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

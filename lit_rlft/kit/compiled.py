@@ -1,6 +1,7 @@
 """Compiling a denoiser, or its blocks, with torch.compile; CUDA graphs of small ones."""
 
 import shutil
+import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -138,12 +139,15 @@ def _check_compiler() -> None:
     if torch.cuda.is_available():
         from torch.utils._triton import has_triton
 
+        windows = sys.platform == "win32"
         if not has_triton():
+            package = "triton-windows" if windows else "triton"
             raise UsageError(
                 f"{_KEY} needs Triton, which is not there or does not know this GPU; "
-                "run `pip install triton`, or set it to null"
+                f"run `pip install {package}`, or set it to null"
             )
-        found = shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
+        # Triton for Windows brings its own.
+        found = windows or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
     else:
         from torch._inductor.exc import InvalidCxxCompiler
 

@@ -5,6 +5,8 @@ import errno
 import io
 import os
 import shutil
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +28,9 @@ __all__ = [
 
 PARTIAL, _OLD = ".partial", ".old"
 """Endings of a file that is being written, and of a folder that is being replaced."""
+
+_TRIES, _PAUSE = 20, 0.1
+"""Tries to replace a file on Windows, and the seconds between two."""
 
 _TROUBLES = {
     errno.ENOSPC: "the disk is full",
@@ -87,12 +92,29 @@ def whole(path: Path) -> Iterator[IO[bytes]]:
                 raise file.error or error from None
             raw.flush()
             os.fsync(raw.fileno())
-        os.replace(partial, path)
+        _replace(partial, path)
     except BaseException:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
     _sync(path.parent)
+
+
+def _replace(new: Path, path: Path) -> None:
+    """Give a file or folder another name; Windows refuses while somebody has one of them open."""
+    if sys.platform != "win32":
+        os.replace(new, path)
+        return
+    for _ in range(_TRIES):
+        try:
+            os.replace(new, path)
+            return
+        except PermissionError:
+            time.sleep(_PAUSE)
+    raise DiskError(
+        f"{new} cannot become {path}, as another program has one of them open; close it there, "
+        "then run the same command again"
+    )
 
 
 def write_folder(folder: Path, write: Callable[[Path], list[Path]]) -> list[Path]:
@@ -117,9 +139,9 @@ def write_folder(folder: Path, write: Callable[[Path], list[Path]]) -> list[Path
         raise
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)  # of a process that was killed in the last line
-        folder.replace(old)
+        _replace(folder, old)
     if any(partial.iterdir()):
-        partial.replace(folder)
+        _replace(partial, folder)
     else:
         partial.rmdir()
     shutil.rmtree(old, ignore_errors=True)

@@ -1,6 +1,7 @@
 """The folder that a run writes to, and its TensorBoard log."""
 
 import os
+import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -36,6 +37,9 @@ _OF_STAGE |= {"predict": "limit_predict_batches"}
 
 _FOLDER, _SCRATCH = "_lit_rlft_run_folder", "_lit_rlft_scratch"
 """Attributes of a trainer: the folder it was given, and that of a fast_dev_run."""
+
+_OF_WINDOWS = ':<>"|?*'
+"""Characters that no name of a file has there."""
 
 _WRITTEN = ("panels", "samples", "tuned", "report")
 """Folders in a run's own, beside that of the checkpoints."""
@@ -150,10 +154,12 @@ def check_name(name: str | None) -> None:
     """Raise UsageError for a name that is not that of one folder below the root."""
     if name is None:
         return
-    if not name.strip() or name in (".", "..") or any(c in "/\\$" or c < " " for c in name):
+    reserved = f"${_OF_WINDOWS}" if sys.platform == "win32" else "$"
+    others = any(c in f"/\\{reserved}" or c < " " for c in name)
+    if not name.strip() or name in (".", "..") or others:
         raise UsageError(
-            f"name must be that of a folder in root, without separators and $, got {name!r}; set "
-            "root to write elsewhere"
+            f"name must be that of a folder in root, without separators and {reserved}, got "
+            f"{name!r}; set root to write elsewhere"
         )
 
 

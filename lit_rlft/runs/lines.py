@@ -1,17 +1,26 @@
 """Files of JSON lines that grow, are killed in between, and are read all the while."""
 
-import fcntl
 import json
 import math
 import os
+import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lit_rlft.runs.files import writing
 
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
 __all__ = ["append_lines", "locked", "read_lines", "signature", "without_nan"]
+
+_PAUSE = 0.05
+"""Seconds between two tries to take a lock, where the system cannot wait for one."""
 
 
 def append_lines(path: Path, lines: str) -> None:
@@ -26,13 +35,10 @@ def append_lines(path: Path, lines: str) -> None:
         return
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        try:
-            _remove_torn_line(handle)
-            _write_all(handle, lines.encode())
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        with path.open("a+b", buffering=0) as file:
+            _remove_torn_line(file)
+            _write_all(file, lines.encode())
+            os.fsync(file.fileno())
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -73,29 +79,44 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        _lock(handle, wait)
         yield
     finally:
         os.close(handle)
 
 
-def _remove_torn_line(handle: int) -> None:
-    size = os.fstat(handle).st_size
+def _lock(handle: int, wait: bool) -> None:
+    if sys.platform == "win32":
+        while True:
+            try:
+                msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+                return
+            except OSError as error:
+                if not wait:
+                    raise BlockingIOError("another process holds the lock") from error
+            time.sleep(_PAUSE)
+    else:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+
+
+def _remove_torn_line(file: IO[bytes]) -> None:
+    size = os.fstat(file.fileno()).st_size
     end = size
     while end:
         start = max(0, end - 4096)
-        place = os.pread(handle, end - start, start).rfind(b"\n")
+        file.seek(start)
+        place = file.read(end - start).rfind(b"\n")
         if place >= 0:
             end = start + place + 1
             break
         end = start
     if end != size:
-        os.ftruncate(handle, end)
+        file.truncate(end)
 
 
-def _write_all(handle: int, content: bytes) -> None:
+def _write_all(file: IO[bytes], content: bytes) -> None:
     while content:
-        content = content[os.write(handle, content) :]
+        content = content[file.write(content) :]
 
 
 def without_nan(value: Any) -> Any:

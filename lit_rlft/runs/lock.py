@@ -8,6 +8,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from lit_rlft.core.checks import UsageError
 
 __all__ = ["LOCK", "RunLock"]
@@ -71,7 +73,7 @@ class RunLock:
             return False
         except OSError:  # no hard links here
             try:
-                with path.open("x") as file:
+                with path.open("x", encoding="utf-8") as file:
                     file.write(json.dumps(own))
             except FileExistsError:
                 return False
@@ -98,7 +100,7 @@ class RunLock:
 
     def _draft(self, own: dict[str, Any]) -> Path:
         draft = self.path.with_name(f".{LOCK}-{own['key']}")
-        draft.write_text(json.dumps(own))
+        draft.write_text(json.dumps(own), encoding="utf-8")
         return draft
 
 
@@ -124,14 +126,8 @@ def _alive(held: dict[str, Any]) -> str:
     if not own:
         return "elsewhere"
     pid = held.get("pid")
-    if not isinstance(pid, int) or held.get("boot") != _boot():
+    if not isinstance(pid, int) or held.get("boot") != _boot() or not psutil.pid_exists(pid):
         return ""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return ""
-    except PermissionError:
-        pass  # another user's, alive
     return "here" if held.get("process_start") == _process_start(pid) else ""
 
 
@@ -149,7 +145,7 @@ def _refusal(path: Path, held: dict[str, Any], reason: str, setting: str) -> str
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        held = json.loads(path.read_text())
+        held = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return held if isinstance(held, dict) else None
@@ -169,18 +165,29 @@ def _restarts() -> str:
 
 def _boot() -> str | None:
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     except OSError:
         return None
 
 
 def _process_start(pid: int) -> str | None:
-    """Return when a process started, in the kernel's ticks; None where nobody can tell.
+    """Return when a process started, in the kernel's ticks on Linux; None where nobody can tell.
 
     A process that has ended and waits for its parent to notice has the state Z.
     """
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return None
+        return _process_start_elsewhere(pid)
+    fields = text.rpartition(")")[2].split()
     return None if fields[0] == "Z" else fields[19]
+
+
+def _process_start_elsewhere(pid: int) -> str | None:
+    """Return when a process started, in seconds, where there is no /proc."""
+    try:
+        process = psutil.Process(pid)
+        ended = process.status() == psutil.STATUS_ZOMBIE
+        return None if ended else str(process.create_time())
+    except psutil.Error:
+        return None

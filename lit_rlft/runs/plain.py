@@ -36,7 +36,7 @@ def told(text: str) -> str:
     """Return a text in which paths keep their last part alone, and secrets are hidden."""
     for known in sorted({str(Path.cwd()), str(Path.home())}, key=len, reverse=True):
         if len(known) > 1:
-            text = text.replace(f"{known}/", "")
+            text = text.replace(f"{known}/", "").replace(f"{known}\\", "")
     for pattern, instead in _SECRETS:
         text = pattern.sub(instead, text)
     for pattern in (_FILE, _PATH, _WINDOWS):

@@ -3,10 +3,10 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
-__all__ = ["SAMPLES", "checkpoint_of", "keep_others", "measured"]
+__all__ = ["SAMPLES", "checkpoint_of", "keep_others", "measured", "named"]
 
 SAMPLES = "test_samples.csv"
 """File of what a test measured of each sample."""
@@ -28,16 +28,19 @@ def measured(path: str | Path | None, counters: Mapping[str, int], folder: Path)
     if path is None and not any(counters.values()):
         return None
     if path is not None:
-        full, root = os.path.abspath(path), os.path.abspath(folder)
-        inside = os.path.commonpath([full, root]) == root
-        path = os.path.relpath(full, root) if inside else full
+        path = named(Path(os.path.abspath(path)), Path(os.path.abspath(folder)))
     return {"path": path, **counters}
+
+
+def named(path: PurePath, folder: PurePath) -> str:
+    """Return the name of a file for a folder that may move: relative to it where it lies within."""
+    return (path.relative_to(folder) if path.is_relative_to(folder) else path).as_posix()
 
 
 def checkpoint_of(path: Path) -> Measured:
     """Return what a result (JSON, or JSON lines) says of its checkpoint."""
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         found = json.loads(text.partition("\n")[0] if path.suffix == ".jsonl" else text)
         return found.get("checkpoint", _UNKNOWN)
     except (OSError, ValueError, AttributeError):

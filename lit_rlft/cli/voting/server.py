@@ -46,6 +46,8 @@ class VoteServer(ThreadingHTTPServer):
     """
 
     daemon_threads = True
+    # On Windows it would let a second server listen at the address of one that runs.
+    allow_reuse_address = sys.platform != "win32"
 
     def __init__(self, ballot: Ballot, token: str, host: str, port: int) -> None:
         self.ballot, self.token, self.host = ballot, token, host

@@ -1,5 +1,6 @@
 """Rewards that run beside sampling: the setting, and the rewards that stand for others."""
 
+import sys
 import time
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
@@ -50,6 +51,8 @@ class RewardWorkers:
 
     def __post_init__(self) -> None:
         one_of(self, "kind", get_args(Workers))
+        if self.kind == "process" and sys.platform == "win32":
+            raise BadArgument(self, "kind", "is 'process', which needs Unix; set it to thread")
         at_least(1, self, "ahead")
         at_least(0, self, "restarts")
         positive(self, "timeout")

@@ -169,8 +169,11 @@ class SideProcess(Worker):
     def _kill(self) -> None:
         """Kill the process and those that it started: it leads a group of its own."""
         if self._process.returncode is None:  # until it is waited for, its number is its own
-            with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+            self._kill_group()
+
+    def _kill_group(self) -> None:
+        with suppress(ProcessLookupError, PermissionError):  # macOS: those that have ended
+            os.killpg(self._process.pid, signal.SIGKILL)
 
     def _exchange(self, sent: bytes, timeout: float) -> Any:
         late = threading.Event()
@@ -188,10 +191,10 @@ class SideProcess(Worker):
         except (EOFError, OSError) as error:
             if late.is_set():
                 raise Hangs(f"gave no answer within {timeout:g} s") from error
-            with suppress(ChildProcessError):
-                os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
+            status = self._process.wait()
+            self._kill_group()  # those that it started keep its number as their group's
             self.stop()
-            raise Lost(f"ended with status {self._process.returncode}") from error
+            raise Lost(f"ended with status {status}") from error
         finally:
             timer.cancel()
 
