@@ -25,6 +25,8 @@ LAYERS = (
 HEIGHTS = {room: height for height, rooms in enumerate(LAYERS) for room in rooms}
 LOOSE = {"__init__", "__main__", "distributed", "moved", "optimizers"}
 MAX_LINES, MAX_BASE = 50, 300
+UNIX = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty"}
+OF_OPEN = {"mode", "buffering", "errors", "newline", "data"}
 
 
 def dotted(path: Path) -> str:
@@ -187,3 +189,43 @@ def test_importing_the_package_is_light() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert result.stdout.strip() == "[]", result.stdout + result.stderr
+
+
+def test_modules_of_unix_are_imported_there_alone() -> None:
+    """An import at the left margin would end every command on Windows."""
+    found = []
+    for path in PATHS:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+            found += [f"{path.name}: {name}" for name in names if name in UNIX]
+    assert not found
+
+
+def unnamed(tree: ast.AST) -> Iterator[str]:
+    """Iterate over calls that open a text file in the encoding of the system."""
+    for node in ast.walk(tree):
+        given = {k.arg for k in node.keywords} if isinstance(node, ast.Call) else set()
+        if not isinstance(node, ast.Call) or "encoding" in given or given - OF_OPEN:
+            continue
+        method = isinstance(node.func, ast.Attribute)
+        name = node.func.attr if method else getattr(node.func, "id", "")
+        owner = ast.unparse(node.func.value) if method else ""
+        if name in ("read_text", "write_text"):
+            if "METADATA" not in ast.unparse(node):  # of a distribution, which has no encoding
+                yield ast.unparse(node)
+        elif name in ("open", "fdopen") and owner not in ("Image", "tarfile"):
+            place = 0 if method and owner != "os" else 1
+            modes = [k.value for k in node.keywords if k.arg == "mode"] + node.args[place:]
+            mode = modes[0].value if modes and isinstance(modes[0], ast.Constant) else ""
+            if "b" not in str(mode) and (owner != "os" or name == "fdopen"):
+                yield ast.unparse(node)
+
+
+def test_text_files_have_an_encoding_of_their_own() -> None:
+    """Windows would read and write them in that of its country: no "±", no "日"."""
+    assert not [
+        f"{path.relative_to(ROOT)}: {call}"
+        for path in PATHS
+        for call in unnamed(ast.parse(path.read_text(encoding="utf-8")))
+    ]

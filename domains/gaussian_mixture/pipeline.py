@@ -131,7 +131,7 @@ class GaussianMixturePipeline(Pipeline):
         }
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "mixture.json"
-        path.write_text(json.dumps(values, indent=2) + "\n")
+        path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         return [path]
 
     def save_samples(

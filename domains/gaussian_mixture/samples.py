@@ -33,7 +33,7 @@ def save_points(points: Tensor, folder: Path, names: Sequence[str]) -> list[Path
     """Write the coordinates of each point as `<folder>/<name>.json`; return the paths."""
     paths = [folder / f"{name}.json" for name in names]
     for point, path in zip(points.tolist(), paths, strict=True):
-        path.write_text(json.dumps(point) + "\n")
+        path.write_text(json.dumps(point) + "\n", encoding="utf-8")
     return paths
 
 
@@ -45,7 +45,7 @@ def read_point(sample: Any, folder: Path, size: int) -> Tensor:
     """
     if isinstance(sample, str):
         with loading(f"{sample} cannot be read as a point"):
-            sample = json.loads((folder / sample).read_text())
+            sample = json.loads((folder / sample).read_text(encoding="utf-8"))
     numbers = isinstance(sample, list) and all(isinstance(v, int | float) for v in sample)
     if not numbers or len(sample) != size or not all(map(math.isfinite, sample)):
         raise UsageError(f"a point is a list of {size} finite numbers, got {str(sample)[:60]}")

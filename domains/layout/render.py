@@ -116,8 +116,9 @@ def save_layout(layout: Layouts, canvas: tuple[int, int], path: Path) -> Path:
     (elements,) = each(layout)
     record = json.dumps(to_record(elements, canvas), indent=1)
     written = path.with_name(f"{path.name}.json")
-    written.write_text(record + "\n")
-    path.with_name(f"{path.name}.svg").write_text(to_svg(elements, layout.classes, canvas))
+    written.write_text(record + "\n", encoding="utf-8")
+    drawn = to_svg(elements, layout.classes, canvas)
+    path.with_name(f"{path.name}.svg").write_text(drawn, encoding="utf-8")
     to_image(elements, layout.classes, canvas).save(path.with_name(f"{path.name}.png"))
     return written
 

@@ -246,7 +246,7 @@ class RunFiles(Callback):
             )
         ]
         path = folder.parent / f"samples_{trainer.global_rank}.jsonl"
-        with writing(path), path.open("w" if batch_idx == 0 else "a") as file:
+        with writing(path), path.open("w" if batch_idx == 0 else "a", encoding="utf-8") as file:
             file.write("\n".join(lines) + "\n")
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -259,7 +259,8 @@ class RunFiles(Callback):
         if trainer.is_global_zero:
             paths = [folder / f"samples_{rank}.jsonl" for rank in range(trainer.world_size)]
             parts = [path for path in paths if path.is_file()]
-            lines = [line for part in parts for line in part.read_text().splitlines()]
+            texts = [part.read_text(encoding="utf-8") for part in parts]
+            lines = [line for text in texts for line in text.splitlines()]
             if trainer.world_size > 1:
                 lines.sort(key=lambda line: json.loads(line)["file"])
             _write(folder / "samples.jsonl", "".join(f"{line}\n" for line in lines))

@@ -169,7 +169,8 @@ def _parsed(module: str, path: Path) -> _Module:
         wanted = path.name == "__init__.py" or _CLASS.search(text)
         tree = ast.parse(text if wanted else "")
         stub = path.with_suffix(".pyi")  # says what a package re-exports that loads it lazily
-        body = [*tree.body, *(ast.parse(stub.read_text()).body if stub.is_file() else [])]
+        promised = ast.parse(stub.read_text(encoding="utf-8") if stub.is_file() else "")
+        body = [*tree.body, *promised.body]
     except (SyntaxError, UnicodeDecodeError, OSError):
         return _Module({}, {}, {})  # somebody's file that Python could not import either
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}

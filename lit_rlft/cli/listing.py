@@ -158,7 +158,7 @@ def is_of(path: str, entry: Entry) -> bool:
 
 @cache
 def _class_paths(config: Path) -> frozenset[str]:
-    return frozenset(_CLASS_PATH.findall(config.read_text()))
+    return frozenset(_CLASS_PATH.findall(config.read_text(encoding="utf-8")))
 
 
 def _classes(paths: Iterable[str]) -> str:
@@ -167,7 +167,7 @@ def _classes(paths: Iterable[str]) -> str:
 
 def _comment(config: Path) -> str:
     """Return the comment that describes a config, below the command in its first line."""
-    lines = config.read_text().splitlines()
+    lines = config.read_text(encoding="utf-8").splitlines()
     end = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
     first = 1 if lines[0].startswith("# lit-rlft ") else 0
     return sentence_of(" ".join(line[1:].strip() for line in lines[first:end]))
@@ -175,7 +175,7 @@ def _comment(config: Path) -> str:
 
 def _summary(package: str) -> str:
     path = modules(package).get(package)
-    docstring = ast.get_docstring(ast.parse(path.read_text())) if path else None
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) if path else None
     return sentence_of(docstring or "")
 
 

@@ -58,7 +58,7 @@ def _of_checkout() -> dict[str, str]:
     path = _ROOT / "pyproject.toml"
     if not path.is_file():
         return {}
-    project = tomllib.loads(path.read_text()).get("project", {})
+    project = tomllib.loads(path.read_text(encoding="utf-8")).get("project", {})
     if project.get("name") != "lit-rlft":
         return {}
     registered: dict[str, str] = project.get("entry-points", {}).get(GROUP, {})

@@ -182,7 +182,7 @@ class _Profiler:
             "levels": [level._asdict() for level in levels],
         }
         path = folder / "profile.json"
-        path.write_text(json.dumps(without_nan(written), indent=2) + "\n")
+        path.write_text(json.dumps(without_nan(written), indent=2) + "\n", encoding="utf-8")
         print(_table(levels, cut, most_open))
         print(f"profile: {path}")
 

@@ -128,13 +128,14 @@ def save_network(network: nn.Module, folder: Path, dtype: torch.dtype) -> list[P
         {name: weights[name].to("cpu", dtype).contiguous() for name in plain.state_dict()},
         folder / WEIGHTS,
     )
-    (folder / CONFIG).write_text(json.dumps(asdict(architecture), indent=2) + "\n")
+    config = json.dumps(asdict(architecture), indent=2)
+    (folder / CONFIG).write_text(f"{config}\n", encoding="utf-8")
     return [folder / CONFIG, folder / WEIGHTS]
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
     """Return the settings of the network in a folder."""
-    return json.loads((folder / CONFIG).read_text())
+    return json.loads((folder / CONFIG).read_text(encoding="utf-8"))
 
 
 def load_weights(network: N, folder: Path) -> N:
@@ -159,9 +160,9 @@ def forget_source(folder: Path) -> None:
     """Take out of a folder that diffusers wrote where on this machine its parts came from."""
     for path in sorted(folder.rglob("*.json")):
         if path.name in _CONFIGS:
-            config = json.loads(path.read_text())
+            config = json.loads(path.read_text(encoding="utf-8"))
             if config.pop("_name_or_path", None) is not None:
-                path.write_text(json.dumps(config, indent=2) + "\n")
+                path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def found_variant(folder: Path, parts: Sequence[str] = ("",), *, quiet: bool = False) -> str | None:

@@ -137,9 +137,9 @@ class Cache:
                 or the cache cannot be written.
         """
         made = self.fill()
-        shape = json.loads((made / "shape.json").read_text())
+        shape = json.loads((made / "shape.json").read_text(encoding="utf-8"))
         pixels = np.memmap(made / "pixels.bin", np.uint8, "r", shape=tuple(shape))
-        return pixels, (made / "report.txt").read_text()
+        return pixels, (made / "report.txt").read_text(encoding="utf-8")
 
     def fill(self) -> Path:
         """Return the folder of the array, which is made where it is missing; raises as `load`."""
@@ -178,7 +178,7 @@ class Cache:
         report.notes += [f"{_kinds(unused)} not looked at"] if unused else []
         report.check()
         size = (self.reading.channels, self.reading.height, self.reading.width)
-        (folder / "shape.json").write_text(json.dumps([report.num_kept, *size]))
+        (folder / "shape.json").write_text(json.dumps([report.num_kept, *size]), encoding="utf-8")
         save_report(folder, final, report)
 
     def _decoded(

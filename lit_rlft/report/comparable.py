@@ -94,7 +94,7 @@ def _as_tested(run: Run) -> Run:
     if not path.is_file():
         return run
     with loading(f"{path} is damaged; test the run again"):
-        return replace(run, config=dict(yaml.safe_load(path.read_text())))
+        return replace(run, config=dict(yaml.safe_load(path.read_text(encoding="utf-8"))))
 
 
 def _check_settings(runs: Sequence[Run]) -> None:

@@ -92,7 +92,8 @@ class Run:
         """Command and text of what it warned of, each once."""
         found: dict[tuple[str, str], None] = {}
         path = self.folder / WARNINGS
-        for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        for line in text.splitlines():
             try:
                 one = json.loads(line)
                 found[str(one["stage"]), told(str(one["message"]))] = None
@@ -115,7 +116,10 @@ class Run:
         path = self.folder / SAMPLES
         if not path.is_file():
             raise UsageError(f"{self.folder} has no {SAMPLES}; {_test(self.folder)}")
-        with loading(f"{path} is damaged; {_test(self.folder)}"), path.open(newline="") as file:
+        with (
+            loading(f"{path} is damaged; {_test(self.folder)}"),
+            path.open(newline="", encoding="utf-8") as file,
+        ):
             header, *lines = list(csv.reader(file))
             keys = [(int(line[0]), int(line[1]), line[2]) for line in lines]
             columns = {
@@ -151,13 +155,13 @@ def read_run(folder: Path, *, tested: bool = False) -> Run:
     if config_file is None:
         raise UsageError(f"{folder} has no {CONFIG}: it is not the folder of a run")
     with loading(f"{config_file} is damaged"):
-        config = yaml.safe_load(config_file.read_text())
+        config = yaml.safe_load(config_file.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise TypeError("it holds no settings")
     run, path = Run(folder, folder.resolve().name, config), folder / METRICS
     if path.is_file():
         with loading(f"{path} is damaged; {_test(folder)}"):
-            run.metrics = json.loads(path.read_text())
+            run.metrics = json.loads(path.read_text(encoding="utf-8"))
             if not all(isinstance(run.metrics[arm], dict) for arm in ("tuned", "reference")):
                 raise TypeError("it holds no measurements")
     elif tested:

@@ -28,7 +28,7 @@ def read_card(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UsageError(f"{folder} has no {CARD}; give the folder `tuned` of a run")
     with loading(f"{path} cannot be read; export the run again"):
-        card = json.loads(path.read_text())
+        card = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(card, dict):
         raise UsageError(f"{path} holds no JSON object; export the run again")
     return card

@@ -70,7 +70,8 @@ def add_results(folder: Path, report: Mapping[str, Any], num_updates: int) -> Pa
     """
     path = folder / README
     try:
-        text, card = path.read_text(), json.loads((folder / CARD).read_text())
+        text = path.read_text(encoding="utf-8")
+        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     start, end = text.find(_START), text.find(_END)

@@ -14,6 +14,7 @@ from domains.layout.sources.formats import page_of
 from domains.layout.sources.packed import Element, Page
 from lit_rlft.core.checks import UsageError
 from lit_rlft.kit.bad_entries import BadEntry
+from lit_rlft.kit.files import encoding
 
 __all__ = ["read_layout"]
 
@@ -35,7 +36,11 @@ def read_layout(
         UsageError: It is no layout, or has unknown classes or too many elements.
     """
     is_file = isinstance(sample, str)
-    text = (folder / sample).read_text(errors="replace") if is_file else json.dumps(sample)
+    if is_file:
+        path = folder / sample
+        text = path.read_text(encoding=encoding(path), errors="replace")
+    else:
+        text = json.dumps(sample)
     page = page_of(sample if is_file else "the layout", text)
     if isinstance(page, BadEntry):
         raise UsageError(f'{page}; write {{"canvas": [w, h], "elements": [...]}}, as predict does')

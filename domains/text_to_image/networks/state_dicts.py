@@ -85,7 +85,8 @@ def read_checkpoint(source: str) -> dict[str, Tensor]:
             return read_state_dict(whole)
         if index := _find(source, f"{name}.index.json"):
             state: dict[str, Tensor] = {}
-            for part in sorted(set(json.loads(index.read_text())["weight_map"].values())):
+            places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            for part in sorted(set(places.values())):
                 if (path := _find(source, part)) is None:
                     raise FileNotFoundError(f"{part}, which its {index.name} names, is not there")
                 state |= read_state_dict(path)

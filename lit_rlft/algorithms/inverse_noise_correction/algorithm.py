@@ -237,7 +237,7 @@ class InverseNoiseCorrection(RewardFineTuner):
         if not isinstance(self.corrector, Pipeline):
             return []
         written = self.corrector.save(folder)
-        (folder / _CARD).write_text(json.dumps(self._base(), indent=2) + "\n")
+        (folder / _CARD).write_text(json.dumps(self._base(), indent=2) + "\n", encoding="utf-8")
         return [*written, folder / _CARD]
 
     def _identity(self) -> dict[str, Any]:
@@ -288,7 +288,7 @@ class InverseNoiseCorrection(RewardFineTuner):
         if source is None or not path.is_file():
             return None
         with loading(f"{path} cannot be read; delete it to use the corrector unchecked"):
-            held = json.loads(path.read_text())
+            held = json.loads(path.read_text(encoding="utf-8"))
             return {name: held[name] for name in ("base_steps", "base_probe")}
 
 

@@ -111,12 +111,12 @@ def _token(folder: Path) -> str:
     try:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
-        if token := path.read_text().strip():
+        if token := path.read_text(encoding="utf-8").strip():
             return token
         path.unlink()
         return _token(folder)
     token = secrets.token_urlsafe(16)
-    with os.fdopen(handle, "w") as file:
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
         file.write(token)
     return token
 
