@@ -37,6 +37,7 @@ _DEFAULT = 8
 
 
 LoRADtype = Literal["float32", "bfloat16"]
+LoRAInit = Literal["uniform", "gaussian"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,9 @@ class LoRA:
             P-GRAFT, DiffusionNFT and Diffusion-DPO. It saves the adapter's own kernels. "auto"
             merges where layers compute in single precision; in fewer digits a weight loses small
             updates.
+        init: How A is drawn, beside a B of zero: "uniform", as torch draws a layer; or "gaussian"
+            with standard deviation 1 / rank, as the authors of Flow-GRPO and DiffusionNFT do. A
+            `pretrained` one takes its place.
 
     References:
         LoRA (Hu et al., 2021), https://arxiv.org/abs/2106.09685
@@ -71,6 +75,7 @@ class LoRA:
     pretrained: str | None = None
     dtype: LoRADtype = "float32"
     merge_for_sampling: Merge = "auto"
+    init: LoRAInit = "uniform"
 
     def __post_init__(self) -> None:
         for name in ("rank", "alpha"):
@@ -78,6 +83,7 @@ class LoRA:
                 object.__setattr__(self, name, _DEFAULT)
         at_least(1, self, "rank")
         positive(self, "alpha")
+        one_of(self, "init", get_args(LoRAInit))
         one_of(self, "dtype", get_args(LoRADtype))
         one_of(self, "merge_for_sampling", (True, False, "auto"))
 
@@ -100,7 +106,12 @@ def attach_lora(pipeline: Pipeline, lora: LoRA) -> None:
         )
     if lora.targets:
         _check_targets(pipeline, targets)
-    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets)
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=targets,
+        init_lora_weights="gaussian" if lora.init == "gaussian" else True,
+    )
     trained = [p for p in pipeline.denoiser.parameters() if p.requires_grad]
     pipeline.denoiser.requires_grad_(False)
     try:

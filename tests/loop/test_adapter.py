@@ -107,6 +107,18 @@ def operations() -> Iterator[list[str]]:
         yield names
 
 
+@pytest.mark.parametrize(("init", "std"), [("uniform", 1 / 48**0.5), ("gaussian", 1 / 32)])
+def test_the_half_that_is_not_zero_is_drawn_as_asked(init: Any, std: float) -> None:
+    """Of 16 inputs and rank 32: uniform within 1 / 4, or normal."""
+    pipeline = GaussianMixturePipeline()
+    pipeline.denoiser = nn.Sequential(nn.Linear(16, 8), nn.Conv2d(16, 8, 1))
+    adapt(pipeline, LoRA(32, targets=["0", "1"], init=init), seed=0)
+    for layer in pipeline.denoiser:
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        assert not b.any() and float(a.std()) == pytest.approx(std, rel=0.1)
+        assert (float(a.abs().max()) <= 0.25) and (init == "uniform") == (float(a.max()) > 0.2)
+
+
 @torch.no_grad()
 def test_predictions_stay_and_weights_come_back() -> None:
     made = Made()
