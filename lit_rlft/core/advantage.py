@@ -12,6 +12,7 @@ References:
     Training Diffusion Models with Reinforcement Learning (Black et al., 2023; running statistics),
     https://arxiv.org/abs/2305.13301
     DeepSeekMath (Shao et al., 2024; groups), https://arxiv.org/abs/2402.03300
+    Flow-GRPO (Liu et al., 2025; groups with the round's std), https://arxiv.org/abs/2505.05470
     Back to Basics (Ahmadian et al., 2024; RLOO), https://arxiv.org/abs/2402.14740
 """
 
@@ -19,12 +20,12 @@ import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from lit_rlft.core.checks import BadArgument, UsageError, at_least
+from lit_rlft.core.checks import BadArgument, UsageError, at_least, one_of
 from lit_rlft.core.settings import Recorded
 
 __all__ = [
@@ -35,6 +36,8 @@ __all__ = [
     "RunningAdvantage",
     "constant_groups",
 ]
+
+Spread = Literal["group", "round"]
 
 _EPSILON = 1e-6
 
@@ -65,9 +68,18 @@ class Advantage(Recorded, ABC):
         known = {id(own): _moments(own) for own in {id(own): own for own in peers}.values()}
         moments = [known[id(own)] for own in peers]  # many groups may share their peers
         mean, std = torch.tensor(moments, dtype=torch.float64).unsqueeze(-1).unbind(dim=1)
-        advantages = (rewards - mean) / (std + _EPSILON)
+        advantages = (rewards - mean) / (self.unit(rewards, std) + _EPSILON)
         advantages = advantages.where(rewards.isfinite() & (std > 0), 0)
         return advantages if clip is None else advantages.clamp(-clip, clip)
+
+    def unit(self, rewards: Tensor, std: Tensor) -> Tensor:
+        """Return what differences from the mean are divided by: the peers' standard deviation.
+
+        Args:
+            rewards: Float64 [G, M].
+            std: Of each group's peers, [G, 1].
+        """
+        return std
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the state that a resumed run needs, tensors by name."""
@@ -78,7 +90,17 @@ class Advantage(Recorded, ABC):
 
 
 class GroupAdvantage(Advantage):
-    """Peers are the candidates of the same group, as in group-relative policy optimisation."""
+    """Peers are the candidates of the same group, as in group-relative policy optimisation.
+
+    Args:
+        std: Divide by the standard deviation of the own "group", by which small differences count
+            as much as large ones; or by that of all rewards of the "round" (Flow-GRPO), which
+            leaves groups that hardly differ their small advantages.
+    """
+
+    def __init__(self, std: Spread = "group") -> None:
+        one_of(self, "std", get_args(Spread), std)
+        self.std: Spread = std
 
     def check(self, num_candidates: int) -> None:
         if num_candidates < 2:
@@ -90,6 +112,11 @@ class GroupAdvantage(Advantage):
     def peers(self, rewards: Tensor, conditions: Sequence[str]) -> list[Tensor]:
         return [_finite(group) for group in rewards]
 
+    def unit(self, rewards: Tensor, std: Tensor) -> Tensor:
+        if self.std == "group":
+            return std
+        return torch.full_like(std, _moments(_finite(rewards.flatten()))[1])
+
 
 class LeaveOneOutAdvantage(GroupAdvantage):
     r"""The reward less the mean of the *others* of its group (RLOO), in the reward's own unit.
@@ -100,6 +127,9 @@ class LeaveOneOutAdvantage(GroupAdvantage):
     No sample is part of its own baseline: the policy gradient is that of the expected reward
     itself. It is not divided by a standard deviation: scale the reward or `advantage_clip`.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
 
     def __call__(
         self, rewards: Tensor, conditions: Sequence[str], clip: float | None = None

@@ -39,6 +39,24 @@ def test_groups_and_batches_against_numpy() -> None:
     close(BatchAdvantage()(REWARDS, NAMES), by_hand(r, r))
 
 
+def test_groups_by_the_deviation_of_the_round() -> None:
+    """Flow-GRPO's: the own group's mean, and the standard deviation of all rewards."""
+    found = GroupAdvantage("round")(REWARDS, NAMES)
+    r = REWARDS.double().numpy()
+    close(found, (r - r.mean(axis=1, keepdims=True)) / (r.std() + 1e-6))
+    # By hand: 12 rewards of mean 35.25 / 12; those of the second group differ the least.
+    assert r.std() == pytest.approx(2.7540, abs=1e-4)
+    assert float(found[1].abs().max()) == pytest.approx(0.3125 / 2.7540, abs=1e-5)
+
+
+def test_a_constant_group_has_nothing_also_by_the_deviation_of_the_round() -> None:
+    rewards = torch.tensor([[0.1] * 7, [1.0, NAN, 2.0, 3.0, 4.0, 5.0, 6.0]])
+    found = GroupAdvantage("round")(rewards, ["a", "b"])
+    assert not found[0].any() and found[1, 1] == 0
+    known = rewards[rewards.isfinite()].double().numpy()
+    assert float(found[1, 0]) == pytest.approx((1 - 21 / 6) / known.std(), rel=1e-5)
+
+
 def test_running_statistics_against_a_plain_list() -> None:
     """The latest 6 rewards of a condition, or the round where there are fewer than 4."""
     advantage, seen = RunningAdvantage(buffer_size=6, min_count=4), dict[str, list[float]]()
