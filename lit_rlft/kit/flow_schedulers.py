@@ -17,7 +17,12 @@ _CLASS = "FlowMatchEulerDiscreteScheduler"
 
 
 def flow_process(
-    scheduler: Any, family: str, num_tokens: int | None, *, own_grid: bool
+    scheduler: Any,
+    family: str,
+    num_tokens: int | None,
+    *,
+    own_grid: bool,
+    logit_normal: tuple[float, float] | None = None,
 ) -> GaussianProcess:
     """Return the process of a flow scheduler: velocity prediction, the scheduler's time shift.
 
@@ -31,6 +36,8 @@ def flow_process(
         own_grid: Whether the family's pipeline leaves the grid to the scheduler, which spaces the
             levels evenly down to its smallest one; otherwise the pipeline itself spaces them evenly
             down to 1 / num_steps. Solvers are known where it does.
+        logit_normal: Mean and standard deviation of the logit of the times that the family was
+            trained at, before the shift; None for uniform ones.
 
     Raises:
         UsageError: The scheduler is of another class, or has an option that is not supported.
@@ -42,7 +49,7 @@ def flow_process(
             f"the model's {kind} is a solver of its own: Euler steps on its timesteps and noise "
             "levels stand in for it"
         )
-        return GaussianProcess(SolvedFlow(scheduler), "velocity")
+        return GaussianProcess(SolvedFlow(scheduler, logit_normal), "velocity")
     if kind != _CLASS:
         raise UsageError(
             f"{KEY}: the scheduler is {kind}, but {family} is sampled as a rectified flow here; "
@@ -52,7 +59,8 @@ def flow_process(
     check_options(kind, config, supplied=("use_dynamic_shifting",) if shifted else ())
     dynamic = config.get("use_dynamic_shifting", False)
     mu = _mu(config, num_tokens) if dynamic and num_tokens is not None else None
-    return GaussianProcess(SavedFlow(scheduler, mu=mu, own_grid=own_grid), "velocity")
+    flow = SavedFlow(scheduler, mu=mu, own_grid=own_grid, logit_normal=logit_normal)
+    return GaussianProcess(flow, "velocity")
 
 
 def flow_timestep(process: GaussianProcess, t: Tensor) -> Tensor:

@@ -187,13 +187,19 @@ class SavedFlow(RectifiedFlow):
         own_grid: Whether the pipeline leaves the levels to the scheduler, which spaces them down to
             the table's lowest one, or passes 1, ..., 1 / N. None leaves to it what a plain config
             has not.
+        logit_normal: The distribution of training times, as of `RectifiedFlow`.
 
     Attributes:
         num_steps: Number of steps of the last grid, None before the first.
     """
 
     def __init__(
-        self, scheduler: Any, *, mu: float | None = None, own_grid: bool | None = None
+        self,
+        scheduler: Any,
+        *,
+        mu: float | None = None,
+        own_grid: bool | None = None,
+        logit_normal: tuple[float, float] | None = None,
     ) -> None:
         config = scheduler.config
         shift, lowest = config["shift"], 1 / config["num_train_timesteps"]
@@ -201,7 +207,7 @@ class SavedFlow(RectifiedFlow):
             shift = mu if config["time_shift_type"] == "linear" else math.exp(mu)
         else:  # a fixed shift is applied to the lowest level, and to the whole grid once more
             lowest = shift * lowest / (1 + (shift - 1) * lowest)
-        super().__init__(shift, last=lowest if own_grid else None)
+        super().__init__(shift, logit_normal, last=lowest if own_grid else None)
         self.num_levels: int = config["num_train_timesteps"]
         self.num_steps: int | None = None
         asked = config.get("shift_terminal") or any(config.get(n) for n in CONVERSIONS)
@@ -232,10 +238,11 @@ class SolvedFlow(RectifiedFlow):
 
     Args:
         scheduler: Its `config` is read; a copy is kept.
+        logit_normal: The distribution of training times, as of `RectifiedFlow`.
     """
 
-    def __init__(self, scheduler: Any) -> None:
-        super().__init__(scheduler.config["flow_shift"])
+    def __init__(self, scheduler: Any, logit_normal: tuple[float, float] | None = None) -> None:
+        super().__init__(scheduler.config["flow_shift"], logit_normal)
         self.num_levels: int = scheduler.config["num_train_timesteps"]
         self._scheduler = copy.deepcopy(scheduler)
 

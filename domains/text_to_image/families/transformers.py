@@ -25,6 +25,8 @@ _ATTENTION = tuple(f"attn.{name}" for name in (*_JOINT, *_ADDED))
 class StableDiffusion3(Family):
     """Stable Diffusion 3 and 3.5: two CLIP encoders and, where the folder has it, T5.
 
+    Training times are logit-normal before the shift, as the model's own were (section 3.1).
+
     Options:
         max_sequence_length: Tokens of T5, at most 512; 256 unless given.
 
@@ -87,7 +89,8 @@ class StableDiffusion3(Family):
         patch = self.denoiser.config["patch_size"]
         height, width = self.latent_size
         tokens = (height // patch) * (width // patch)
-        return flow_process(self.parts.scheduler, self.name, tokens, own_grid=True)
+        scheduler, trained_at = self.parts.scheduler, (0.0, 1.0)
+        return flow_process(scheduler, self.name, tokens, own_grid=True, logit_normal=trained_at)
 
     def readers(self) -> list[Reader]:
         """Return T5's, which reads on where the CLIPs end; theirs where there is no T5."""

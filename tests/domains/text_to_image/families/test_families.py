@@ -287,6 +287,18 @@ def test_stable_diffusion_3_comes_without_t5_too() -> None:
     assert shape == again.encoded_shapes()["embedding"]
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"), [("sd3", [0.75, 0.52466]), ("zimage", [0.75, 0.3613])]
+)
+def test_training_times_are_those_of_the_model(name: str, expected: list[float]) -> None:
+    """Before the shift of 3, of SD3 logit-normal: sigmoid(0), sigmoid(-1); else 0.5, 0.1587."""
+    process = family_of(name, (32, 32)).process
+    uniform = torch.tensor([0.5, 0.841345], dtype=torch.float64)
+    assert process.draw_times(uniform).tolist() == pytest.approx(expected, abs=1e-4)
+    # Above a cut the law is the same one, given that it lies there.
+    assert float(process.draw_times(torch.ones(1).double(), low=0.5)) == pytest.approx(0.5)
+
+
 @pytest.mark.parametrize("name", ["sd3", "flux_dev"])
 def test_as_many_tokens_of_t5_as_diffusers_takes(name: str) -> None:
     call: dict[str, Any] = {"height": 32, "width": 32, "num_inference_steps": 1}
