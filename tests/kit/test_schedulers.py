@@ -13,6 +13,7 @@ from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.trajectory import Trajectories, law_of, walk_with_log_probs
+from lit_rlft.kit.flow_schedulers import flow_process
 from lit_rlft.kit.saved_grids import SavedFlow, plain_flow
 from lit_rlft.kit.schedulers import FAMILIES, REFUSED, RULES, saved_process
 from lit_rlft.loop.base_settings import check_sampler
@@ -429,6 +430,25 @@ def test_an_exported_flow_has_the_grid_that_was_sampled(shift: float, num_steps:
         exported.set_timesteps(other)
         if num_steps > 1:
             assert torch.equal(again.times(other).float(), exported.sigmas)
+
+
+@pytest.mark.parametrize(("pixels", "shift"), [(512, 1.878), (768, 2.332), (1024, 3.158)])
+def test_the_shift_of_flux_at_usual_sizes(pixels: int, shift: float) -> None:
+    """exp(mu) with mu = .5 + .65 (L - 256) / 3840 of L tokens of 16 x 16 pixels."""
+    scheduler = make(FLOW, shift=3.0, use_dynamic_shifting=True)
+    process = flow_process(scheduler, "FLUX.1", (pixels // 16) ** 2, own_grid=False)
+    flow: Any = process.schedule
+    assert flow.shift == pytest.approx(shift, abs=5e-4)
+    t = torch.tensor([0.75], dtype=torch.float64)
+    expected = shift * 0.75 / (1 + (shift - 1) * 0.75)
+    assert float(flow.times(4)[1]) == pytest.approx(expected, abs=1e-4)
+    assert float(flow.draw_times(1 - t)) == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_last_levels_of_stable_diffusion_3() -> None:
+    """Its scheduler shifts the lowest level twice: 28 steps end at 0.1109, 0.0089, 0."""
+    flow = flow_process(make(FLOW, shift=3.0), "Stable Diffusion 3", 1024, own_grid=True).schedule
+    assert flow.times(28)[-3:].tolist() == pytest.approx([0.1109, 0.0089, 0], abs=5e-5)
 
 
 def test_networks_of_flows_are_told_the_levels_of_their_scheduler() -> None:
