@@ -104,6 +104,7 @@ ALLOWED: Mapping[str, tuple[Sequence[float], set[str]]] = {
             "*.num_workers", "HTTPReward.retries", "RewardWorkers.restarts", "*.best_of",
             "NoisePPO.attention_heads",
             "MMD.num_draws", "SetDistances.num_draws", "Duplicates.num_draws",
+            "MaxIoU.num_draws",
             "DiffusionNFT.max_decay", "DiffusionNFT.decay_rate", "DiffusionNFT.cut",
             "DiffusionDPO.cut", "*.start", "Dial.lora_scale", "Dial.cut",
             "HumanPreference.undo_seconds",

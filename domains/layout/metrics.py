@@ -33,6 +33,7 @@ from lit_rlft.kit.statistics import frechet_distance
 __all__ = [
     "Diversity",
     "LayoutMeasures",
+    "MaxIoU",
     "SetDistances",
     "box_wasserstein",
     "class_total_variation",
@@ -109,17 +110,8 @@ class SetDistances(SourceDistances["_Real"]):
         self.max_layouts = max_layouts
 
     def check(self, pipeline: Pipeline) -> None:
-        drawn = getattr(pipeline, "classes", self.source.classes)
-        others = {"pretrained": self.encoder.classes, "source": self.source.classes}
-        for name, known in others.items():
-            if known != drawn:
-                raise BadArgument(
-                    self,
-                    name,
-                    f"has the classes {list(known)}, but the model draws {list(drawn)}; give one "
-                    "of these classes, or leave SetDistances out: --metrics.parts "
-                    "'[LayoutMeasures, Diversity]'",
-                )
+        own = {"pretrained": self.encoder.classes, "source": self.source.classes}
+        _check_classes(self, own, pipeline)
         prepare(self, "source", self.source)
 
     @torch.no_grad()
@@ -171,6 +163,55 @@ class _Real:
 
     layouts: Layouts
     known: RealFeatures
+
+
+class MaxIoU(SourceDistances[Layouts]):
+    """Max IoU of an evaluation's samples with a set of layouts, in [0, 1], higher is better.
+
+    "max_iou": layouts of the same multiset of classes are matched, each with one other at most, so
+    that the sum of their boxes' IoU is largest (`max_iou`). It depends on the number of samples
+    and on that of the set: compare equally many. Papers match the test set with as many samples,
+    made under its classes (`--data.tasks`).
+
+    Args:
+        source: The layouts compared with; pages of the page grammar unless given.
+        max_layouts: Compare with the first so many layouts.
+        num_draws: Groups of layouts left out in turn for the standard error of a test; 0 leaves it
+            out.
+
+    References:
+        Constrained Graphic Layout Generation via Latent Optimization (Kikuchi et al., 2021),
+        https://arxiv.org/abs/2108.00871
+    """
+
+    def __init__(
+        self, source: Source | None = None, max_layouts: int = 2048, num_draws: int = 20
+    ) -> None:
+        super().__init__(num_draws)
+        at_least(1, self, max_layouts=max_layouts)
+        self.source = source or Grammar(num_pages=max_layouts, seed=1)
+        self.max_layouts = max_layouts
+
+    def check(self, pipeline: Pipeline) -> None:
+        _check_classes(self, {"source": self.source.classes}, pipeline)
+        prepare(self, "source", self.source)
+
+    def features(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
+        """Return boxes [B, N, 4] and labels [B, N]."""
+        layouts = check_layouts(samples, condition).detach().to("cpu")
+        return {"boxes": layouts.boxes, "labels": layouts.labels}
+
+    def compare(self, features: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return {"max_iou"}; 0 where no layout has the classes of another."""
+        drawn = Layouts.of(features["boxes"], features["labels"], self.source.classes)
+        return {"max_iou": max_iou(drawn, self.real)}
+
+    def guards(self) -> dict[str, Guard]:
+        """Return {"max_iou"}, of which a fall by a fifth is a sign."""
+        return {"max_iou": LARGE_FALL}
+
+    def read(self) -> Layouts:
+        return source_layouts(self.source, self.max_layouts)
 
 
 class Diversity(Metric):
@@ -229,6 +270,20 @@ def source_layouts(source: Source, max_layouts: int | None = None) -> Layouts:
     boxes = torch.tensor(packed.boxes[:max_layouts])
     labels = torch.tensor(packed.labels[:max_layouts]).long()
     return Layouts.of(boxes, labels, source.classes)
+
+
+def _check_classes(metric: Metric, own: Mapping[str, Sequence[str]], pipeline: Pipeline) -> None:
+    """Raise BadArgument unless a metric's arguments have the classes that the model draws."""
+    for name, known in own.items():
+        drawn = getattr(pipeline, "classes", known)
+        if known != drawn:
+            raise BadArgument(
+                metric,
+                name,
+                f"has the classes {list(known)}, but the model draws {list(drawn)}; give one of "
+                f"these classes, or leave {type(metric).__name__} out: --metrics.parts "
+                "'[LayoutMeasures, Diversity]'",
+            )
 
 
 def _features(encoder: LayoutEncoder, layouts: Layouts, size: int = 512) -> Tensor:

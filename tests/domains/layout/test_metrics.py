@@ -10,6 +10,7 @@ import torch
 from domains.layout.metrics import (
     Diversity,
     LayoutMeasures,
+    MaxIoU,
     SetDistances,
     box_wasserstein,
     class_total_variation,
@@ -89,6 +90,30 @@ def test_max_iou_of_a_thousand_shaken_layouts() -> None:
     generator = torch.Generator().manual_seed(0)
     shaken = jittered(pages, torch.full((1000,), 0.01), generator)
     assert 0.5 < max_iou(shaken, pages) < 1
+
+
+def test_max_iou_as_a_metric() -> None:
+    metric = MaxIoU(Grammar(60, seed=2), max_layouts=40)
+    pages, rows = source_layouts(metric.source, 40), conditions(list(range(40)))
+    assert metric.compare(metric.features(pages, rows)) == {"max_iou": pytest.approx(1)}
+    shaken = jittered(pages, torch.full((40,), 0.02), torch.Generator().manual_seed(0))
+    found = metric.compare(metric.features(shaken, rows))["max_iou"]
+    assert found == max_iou(shaken, pages) and 0.3 < found < 0.99
+    halves = [
+        metric.features(shaken.index(rows.rows[part]), conditions(list(range(20))))
+        for part in (slice(20), slice(20, 40))
+    ]
+    whole = {name: torch.cat([half[name] for half in halves]) for name in halves[0]}
+    assert metric.compare(whole)["max_iou"] == found
+
+
+def test_max_iou_needs_the_classes_that_the_model_draws() -> None:
+    pipeline = LayoutPipeline("grammar")
+    MaxIoU(Grammar(8)).check(pipeline)
+    other = MaxIoU(Grammar(8))
+    other.source.classes = ("text", "title")
+    with pytest.raises(UsageError, match=r"source has the classes .*leave MaxIoU out"):
+        other.check(pipeline)
 
 
 def test_docsim_by_hand_and_against_slow_loops() -> None:
