@@ -105,6 +105,7 @@ ALLOWED: Mapping[str, tuple[Sequence[float], set[str]]] = {
             "NoisePPO.attention_heads",
             "MMD.num_draws", "SetDistances.num_draws", "Duplicates.num_draws",
             "MaxIoU.num_draws",
+            "DiffusionNFT.decay_after", "DiffusionNFT.kl_coef",
             "DiffusionNFT.max_decay", "DiffusionNFT.decay_rate", "DiffusionNFT.cut",
             "DiffusionDPO.cut", "*.start", "Dial.lora_scale", "Dial.cut",
             "HumanPreference.undo_seconds",

@@ -14,7 +14,8 @@ where f_old is the exact denoiser of its own samples,
     f^* = f_{old} + \frac{2}{\beta} E[r \mid x_t] \,
           \big(E[target \mid x_t, good] - f_{old}\big) .
 
-No likelihood of a path and no stored trajectory is needed. After each round f_old follows f.
+No likelihood of a path and no stored trajectory is needed. After each round f_old follows f. The
+squared distance to the reference's prediction may be added, `kl_coef` times.
 
 References:
     DiffusionNFT (Zheng et al., 2025), https://arxiv.org/abs/2509.16117
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.core.checks import at_least, below_one, one_of, positive, require
+from lit_rlft.core.divergence import prediction_distance
 from lit_rlft.core.implicit import centred, group_probabilities, implicit
 from lit_rlft.core.pipeline import Batch, Condition
 from lit_rlft.core.process import GaussianProcess, Process
@@ -66,8 +68,12 @@ class DiffusionNFT(RewardFineTuner):
         reward_clip: A reward counts as far from its condition's mean as so many standard
             deviations, those of all such differences in the round.
         max_decay: Largest share of its own weights that f_old keeps after a round, in [0, 1).
-        decay_rate: After round i it keeps min(decay_rate i, max_decay); 0 samples from the
-            policy that is trained.
+        decay_rate: After round i it keeps min(decay_rate (i - decay_after), max_decay); 0 samples
+            from the policy that is trained.
+        decay_after: Rounds of which it keeps nothing.
+        kl_coef: Weight of the squared distance of prediction and reference prediction, per free
+            dimension; 0 never runs the reference. The published code multiplies the rest of the
+            loss by reward_clip / beta: its 1e-4 is 1e-4 beta / reward_clip here.
         weighting: Of the levels t: the model's "native" loss, or the published "self_normalized"
             one, the squared error of x_0 divided by its mean absolute error; for Gaussian states.
         start: Share of the sampler's steps that the reference runs first, in [0, 1). The levels
@@ -84,6 +90,8 @@ class DiffusionNFT(RewardFineTuner):
         reward_clip: float = 1.0,
         max_decay: float = 0.5,
         decay_rate: float = 0.001,
+        decay_after: int = 0,
+        kl_coef: float = 0.0,
         weighting: Weighting = "native",
         start: float = 0.0,
         cut: float = 0.0,
@@ -93,7 +101,8 @@ class DiffusionNFT(RewardFineTuner):
         self.start, self.cut = start, cut
         self.num_candidates = num_candidates
         self.beta, self.reward_clip = beta, reward_clip
-        self.max_decay, self.decay_rate = max_decay, decay_rate
+        self.max_decay, self.decay_rate, self.decay_after = max_decay, decay_rate, decay_after
+        self.kl_coef = kl_coef
         self.weighting: Weighting = weighting
         self.old_policy = OldPolicy()
 
@@ -107,12 +116,15 @@ class DiffusionNFT(RewardFineTuner):
         at_least(2, self, "num_candidates")
         self.relay.check(self, self.sampler.num_steps)
         positive(self, "beta", "reward_clip")
-        at_least(0, self, "max_decay", "decay_rate")
+        at_least(0, self, "max_decay", "decay_rate", "decay_after", "kl_coef")
         below_one(self, "max_decay")
         one_of(self, "weighting", get_args(Weighting))
+        name = type(self.pipeline.process).__name__
+        rule = f"0 for a {name}: predictions of its categorical parts have no distance"
+        apart = not self.kl_coef or self.pipeline.process.differentiable
+        require(apart, self, "kl_coef", rule)
         if self.weighting == "native":
             return
-        name = type(self.pipeline.process).__name__
         gaussian = isinstance(self.pipeline.process, GaussianProcess)
         rule = f"'native' for a {name}: parts of its states have no squared error of x_0"
         require(gaussian, self, "weighting", rule)
@@ -169,8 +181,7 @@ class DiffusionNFT(RewardFineTuner):
         with split_meanwhile(denoiser):
             trained = self._trained()
             if self.num_rounds:
-                decay = min(self.decay_rate * self.num_rounds, self.max_decay)
-                self.old_policy.follow(trained, decay)
+                self.old_policy.follow(trained, self._decay)
             lent.enter_context(self.old_policy.active(trained))
         try:
             yield
@@ -181,6 +192,11 @@ class DiffusionNFT(RewardFineTuner):
         with split_meanwhile(denoiser):
             lent.close()
 
+    @property
+    def _decay(self) -> float:
+        """The share of its own weights that f_old keeps after the rounds so far."""
+        return min(self.decay_rate * max(self.num_rounds - self.decay_after, 0), self.max_decay)
+
     def _probabilities(self, groups: Tensor) -> Tensor:
         """Return how likely each sample of this process counts as good, [G, M]."""
         apart = centred(groups)
@@ -190,7 +206,7 @@ class DiffusionNFT(RewardFineTuner):
         return group_probabilities(groups, _deviation(every), self.reward_clip)
 
     def loss(self, experience: Experience, noise: Generators) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the contrastive loss of the samples at random levels, [n]."""
+        """Return the contrastive loss of the samples at random levels, plus the penalty, [n]."""
         process, x_0 = self.pipeline.process, experience.states["x_0"]
         t = self.relay.random_times(process, self.sampler.num_steps, x_0, noise)
         x_t = process.noised(x_0, torch.zeros_like(t), t, noise)
@@ -201,7 +217,12 @@ class DiffusionNFT(RewardFineTuner):
         losses = contrastive_loss(
             process, prediction, old, x_0, x_t, t, good, self.beta, self.weighting
         )
-        return losses, {}
+        if not self.kl_coef:
+            return losses, {}
+        with torch.no_grad():
+            reference = self.reference(x_t, t, experience.condition)
+        distance = prediction_distance(process, prediction, reference, x_t)
+        return losses + self.kl_coef * distance, {"reference_distance": distance.detach()}
 
 
 def _deviation(values: Tensor) -> float:

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.core.checks import at_least, finite
+from lit_rlft.core.divergence import prediction_distance
 from lit_rlft.core.gradient_plan import DRTune, GradientMethod, GradientPlan, check_plan
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline
 from lit_rlft.core.randomness import Generators, generators, seed_from
@@ -262,8 +263,7 @@ class GradientWalk:
                 own = self._followed(given, t, condition)
             with torch.no_grad():
                 reference = self.reference(given, t, condition)
-            size = self.pipeline.process.num_dimensions(given).clamp(min=1)
-            distance = (_square(own, reference) / size).float()
+            distance = prediction_distance(self.pipeline.process, own, reference, given)
             self.distances.append(distance.view(len(self.condition), -1).mean(dim=1))
         return prediction
 
@@ -306,10 +306,3 @@ def _add_norm(value: Tensor, grad: Tensor, scale: Tensor) -> None:
     """Add the norm of a gradient [n * copies, ...] to `value` [n], per unit of the loss."""
     squares = grad.detach().float().square().reshape(len(value), -1).sum(dim=1)
     value.copy_((value.square() + squares / scale.square()).sqrt())
-
-
-def _square(prediction: State, reference: State) -> Tensor:
-    """Return the squared distance, [B]."""
-    pairs = zip(leaves(prediction), leaves(reference), strict=True)
-    squares = torch.cat([(p - r).float().square().flatten(1) for p, r in pairs], dim=1)
-    return squares.sum(dim=1)

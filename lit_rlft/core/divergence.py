@@ -9,7 +9,7 @@ from lit_rlft.core.randomness import Generators, rand_like
 from lit_rlft.core.sampling import Denoiser
 from lit_rlft.core.state import State, leaves
 
-__all__ = ["path_kl"]
+__all__ = ["path_kl", "prediction_distance"]
 
 
 def path_kl(
@@ -53,3 +53,19 @@ def path_kl(
         for denoiser in (policy, reference)
     )
     return num_steps * ours.kl(theirs) * tuned[steps]
+
+
+def prediction_distance(
+    process: Process, prediction: State, reference: State, x_t: State
+) -> Tensor:
+    """Return the squared distance of two predictions at x_t per free dimension, float32 [B].
+
+    Args:
+        process: Knows how many numbers of a state are free.
+        prediction: The tuned denoiser's, [B, ...], with its graph.
+        reference: The pretrained one's.
+        x_t: Where both were made.
+    """
+    pairs = zip(leaves(prediction), leaves(reference), strict=True)
+    squares = torch.cat([(p - r).float().square().flatten(1) for p, r in pairs], dim=1)
+    return (squares.sum(dim=1) / process.num_dimensions(x_t).clamp(min=1)).float()

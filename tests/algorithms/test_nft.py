@@ -15,10 +15,12 @@ from lit_rlft.core.checks import UsageError
 from lit_rlft.core.implicit import centred, group_probabilities, implicit
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.process import GaussianProcess, MaskedProcess, PredictionType
+from lit_rlft.core.randomness import generators
 from lit_rlft.core.reward import Reward
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.schedule import RectifiedFlow
 from lit_rlft.core.state import State, tensor_of
+from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.old_policy import OldPolicy
 from tests.algorithms.graft_support import ModeValue, nearest
 from tests.algorithms.test_noise_ppo_learning import Unrelated
@@ -264,12 +266,67 @@ def test_it_gains_and_an_unrelated_reward_does_not(tmp_path: Path, weighting: st
         ({"num_candidates": 1}, "num_candidates must be at least 2"),
         ({"beta": 0.0}, "beta"),
         ({"max_decay": 1.0}, "max_decay"),
+        ({"decay_after": -1}, "decay_after"),
+        ({"kl_coef": -1e-4}, "kl_coef"),
         ({"weighting": "published"}, "weighting is 'published'; use 'native' or 'self_normalized'"),
     ],
 )
 def test_what_cannot_work_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         tuner_of(ModeValue(), **settings).setup("fit")
+
+
+def test_the_published_decays() -> None:
+    """Of the authors' config: types 1 and 2, by the number of rounds."""
+
+    def decays(**settings: Any) -> list[float]:
+        tuner, found = tuner_of(ModeValue(), **settings), []
+        for num_rounds in (1, 75, 76, 100, 500, 1000):
+            tuner.num_rounds = num_rounds
+            found.append(tuner._decay)
+        return found
+
+    assert decays() == pytest.approx([0.001, 0.075, 0.076, 0.1, 0.5, 0.5])
+    second = decays(decay_after=75, decay_rate=0.0075, max_decay=0.999)
+    assert second == pytest.approx([0, 0, 0.0075, 0.1875, 0.999, 0.999])
+
+
+def test_the_penalty_is_the_distance_to_the_reference() -> None:
+    """At the levels of the loss, and with its gradient; without it the reference does not run."""
+
+    def loss_of(kl_coef: float, reference: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        tuner = tuner_of(ModeValue(), kl_coef=kl_coef)
+        tuner.setup("fit")
+        with tuner._sampling_policy():
+            pass
+        with torch.no_grad():
+            for weight in tuner._trained().values():
+                weight.add_(0.1)
+        tuner.reference.forward = reference(tuner)  # type: ignore[method-assign]
+        x_0 = torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
+        condition = tuner.pipeline.encode({"index": torch.arange(6)})
+        good = torch.linspace(0, 1, 6)
+        experience = Experience({"x_0": x_0, "good": good}, condition, list(range(6)))
+        return tuner.loss(experience, generators(range(6)))
+
+    apart: list[Tensor] = []
+
+    def compared(tuner: DiffusionNFT) -> Any:
+        own = type(tuner.reference).forward
+
+        def forward(x_t: State, t: Tensor, condition: Condition) -> State:
+            found = own(tuner.reference, x_t, t, condition)
+            apart.append(tensor_of(tuner.pipeline(x_t, t, condition)) - tensor_of(found))
+            return found
+
+        return forward
+
+    losses, values = loss_of(0.5, compared)
+    without, none = loss_of(0.0, lambda _: lambda *_: pytest.fail("it ran"))
+    distance = apart[0].detach().square().mean(dim=1)
+    assert distance.min() > 1e-5 and not none
+    torch.testing.assert_close(values["reference_distance"], distance, rtol=1e-5, atol=0)
+    torch.testing.assert_close(losses, without + 0.5 * distance, rtol=1e-5, atol=1e-6)
 
 
 def test_an_error_while_sampling_leaves_the_trained_weights() -> None:

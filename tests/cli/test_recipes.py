@@ -25,6 +25,7 @@ RECIPES = {
     "sd2_graft_vqascore": "sd",
     "sd15_ddpo_aesthetic": "sd",
     "sd35m_grpo_pickscore": "sd3",
+    "sd35m_nft_pickscore": "sd3",
     "sd15_noise_ppo_pickscore": "sd",
 }
 """The tiny models that stand in for those of the recipes."""
