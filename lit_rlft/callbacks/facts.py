@@ -223,10 +223,17 @@ def _tf32(trainer: Trainer) -> str:
 
 
 def _halves(module: RewardFineTuner) -> list[str]:
-    """Return the precision of frozen weights where some are not in float32."""
-    frozen = {p.dtype for p in module.pipeline.parameters() if not p.requires_grad}
-    names = sorted(str(dtype).removeprefix("torch.") for dtype in frozen)
-    return [f"frozen weights in {' and '.join(names)}"] if names not in ([], ["float32"]) else []
+    """Return the precision of frozen weights and of the reward's, where not all are in float32."""
+    weights = {
+        "frozen weights": [p for p in module.pipeline.parameters() if not p.requires_grad],
+        "reward": list(module.reward.parameters()),
+    }
+    told = []
+    for name, own in weights.items():
+        types = sorted({str(p.dtype).removeprefix("torch.") for p in own})
+        if types not in ([], ["float32"]):
+            told.append(f"{name} in {' and '.join(types)}")
+    return told
 
 
 def _named(found: Mapping[str, torch.Tensor], prefix: str, names: tuple[str, ...]) -> str:

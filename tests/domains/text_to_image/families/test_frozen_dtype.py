@@ -143,7 +143,9 @@ def test_first_ratios_are_one_and_what_learns_is_in_float32(
     assert {p.dtype for name, p in own.items() if name not in trained} == {BF16}
     moments = [v for s in trainer.optimizers[0].state.values() for v in s.values() if v.dim()]
     assert moments and {value.dtype for value in moments} == {torch.float32}
-    assert "; frozen weights in bfloat16" in facts(trainer, module, 2)
+    assert "; frozen weights in bfloat16;" in facts(trainer, module, 2)
+    module.reward.add_module("network", nn.Linear(1, 1, dtype=torch.float16))
+    assert "; frozen weights in bfloat16; reward in float16; " in facts(trainer, module, 2)
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
