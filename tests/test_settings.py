@@ -88,6 +88,7 @@ NEEDED: Mapping[str, Mapping[str, Any]] = {
     "domains.text_to_image.set_metrics.Duplicates": {"pretrained": "shapes_clip"},
     "domains.text_to_image.data.PromptData": {"source": "file.txt"},
     "domains.text_to_image.benchmarks.DrawBenchPrompts": {"source": "file.csv"},
+    "domains.text_to_image.benchmarks.GenEval2Prompts": {"source": "file.jsonl"},
     "domains.text_to_image.benchmarks.GenEvalPrompts": {"source": "file.jsonl"},
     "domains.text_to_image.benchmarks.HPDv2Prompts": {"source": "folder"},
     "domains.text_to_image.benchmarks.PartiPrompts": {"source": "file.tsv"},

@@ -49,6 +49,14 @@ def geneval(folder: Path) -> str:
     return str(path)
 
 
+def geneval2(folder: Path) -> str:
+    cats = {"prompt": "two cats", "atom_count": 2, "vqa_list": [["How many cats are there?", "No"]]}
+    red = {"prompt": "a red dog", "atom_count": 3, "vqa_list": [["Is it red?", "Yes"]] * 2}
+    path = folder / "geneval2.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in (cats, red)))
+    return str(path)
+
+
 def t2i_compbench(folder: Path) -> str:
     prompts = {
         "color": "a red car",
@@ -87,6 +95,7 @@ def hpdv2(folder: Path) -> str:
 
 FILES: dict[str, Callable[[Path], str]] = {
     "geneval": geneval,
+    "geneval2": geneval2,
     "t2i_compbench": t2i_compbench,
     "parti": parti,
     "drawbench": drawbench,
@@ -95,6 +104,7 @@ FILES: dict[str, Callable[[Path], str]] = {
 WEIGHTS: dict[str, dict[str, str]] = {
     "GenEvalHF": {"detector": "mask2former", "clip": "clip"},
     "T2ICompBench": {"blip": "blip", "clip": "clip", "detector": "owl", "depth": "depth"},
+    "SoftTIFA": {"pretrained": "llava"},
     "PickScore": {"pretrained": "clip", "processor": "clip"},
     "ImageReward": {"pretrained": "ImageReward.pt", "tokenizer": "clip"},
     "HPSv2": {"pretrained": "HPS_v2.1_compressed.pt", "tokenizer": "clip"},
@@ -102,12 +112,13 @@ WEIGHTS: dict[str, dict[str, str]] = {
 """The tiny model for each argument of a metric or reward."""
 MEASURED = {
     "geneval": {"GenEvalHF", "GenEvalHF/counting", "GenEvalHF/position"},
+    "geneval2": {"SoftTIFA/groups", "SoftTIFA/2", "SoftTIFA/3", "win_rate/SoftTIFA"},
     "t2i_compbench": {"T2ICompBench", *(f"T2ICompBench/{name}" for name in CATEGORIES)},
     "parti": {"PickScore/arts", "win_rate/PickScore", "win_rate/PickScore/animals"},
     "drawbench": {"ImageReward/groups", "win_rate/ImageReward", "win_rate/ImageReward/colors"},
     "hpdv2": {"HPSv2/groups", "HPSv2/anime", "HPSv2/concept_art", "HPSv2/paintings", "HPSv2/photo"},
 }
-PROMPTS = {"geneval": 2, "t2i_compbench": 8, "parti": 2, "drawbench": 2, "hpdv2": 4}
+PROMPTS = {"geneval": 2, "geneval2": 2, "t2i_compbench": 8, "parti": 2, "drawbench": 2, "hpdv2": 4}
 DEFAULT = {"parti"}
 SOME = [pytest.param(n, marks=[] if n in DEFAULT else pytest.mark.slow) for n in FILES]
 

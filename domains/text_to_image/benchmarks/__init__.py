@@ -5,6 +5,7 @@ from domains.text_to_image.benchmarks.geneval import GenEvalHF
 from domains.text_to_image.benchmarks.preference import RewardByGroup
 from domains.text_to_image.benchmarks.prompts import (
     DrawBenchPrompts,
+    GenEval2Prompts,
     GenEvalPrompts,
     HPDv2Prompts,
     PartiPrompts,
@@ -13,6 +14,7 @@ from domains.text_to_image.benchmarks.prompts import (
 
 __all__ = [
     "DrawBenchPrompts",
+    "GenEval2Prompts",
     "GenEvalHF",
     "GenEvalPrompts",
     "HPDv2Prompts",

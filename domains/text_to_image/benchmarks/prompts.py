@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from domains.text_to_image.benchmarks.files import lines_of, refused, table_of
 from domains.text_to_image.benchmarks.geneval import COLORS, RELATIONS, TASKS
+from domains.text_to_image.rewards.soft_tifa import QUESTIONS, question_problem
 from lit_rlft.core.checks import BadArgument, UsageError, at_least, reading
 from lit_rlft.kit.data import Record, Rows, Split, SplitData
 
@@ -17,6 +18,7 @@ __all__ = [
     "CATEGORIES",
     "STYLES",
     "DrawBenchPrompts",
+    "GenEval2Prompts",
     "GenEvalPrompts",
     "HPDv2Prompts",
     "PartiPrompts",
@@ -114,10 +116,7 @@ class GenEvalPrompts(_Prompts):
         return [self._record(line, text) for line, text in lines_of(self.source)]
 
     def _record(self, line: int, text: str) -> Record:
-        try:
-            record = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise refused(self.source, line, f"is no JSON ({error})") from error
+        record = _json_of(self.source, line, text)
         if problem := _damage(record):
             raise refused(self.source, line, problem)
         return {
@@ -126,6 +125,31 @@ class GenEvalPrompts(_Prompts):
             "include": record["include"],
             "exclude": record.get("exclude"),
         }
+
+
+class GenEval2Prompts(_Prompts):
+    """GenEval 2's 800 prompts, each with its number of things, and questions with their answers.
+
+    Args:
+        source: `geneval2_data.jsonl` of https://github.com/facebookresearch/GenEval2, a record with
+            `prompt`, `atom_count` and `vqa_list` a line.
+        **loading: As in every benchmark: num_val_prompts, num_test_prompts, batch_size,
+            eval_batch_size, seed, num_workers.
+
+    Raises:
+        UsageError: In `setup`, the file is missing or damaged; the sentence names its line.
+    """
+
+    def read(self, split: Split) -> list[Record]:
+        return [self._record(line, text) for line, text in lines_of(self.source)]
+
+    def _record(self, line: int, text: str) -> Record:
+        record = _json_of(self.source, line, text)
+        if problem := _lack_of_prompt(record) or question_problem(record):
+            raise refused(self.source, line, problem)
+        questions = record[QUESTIONS]
+        count = record.get("atom_count") or len(questions)
+        return {"prompt": record["prompt"].strip(), "atom_count": count, QUESTIONS: questions}
 
 
 class T2ICompBenchPrompts(_Prompts):
@@ -268,12 +292,25 @@ def _key(text: str) -> str:
     return text.strip().split(".")[0].lower()
 
 
-def _damage(record: Any) -> str:
-    """Return what is wrong with a record of GenEval, nothing where all is right."""
+def _json_of(path: Path, line: int, text: str) -> Any:
+    """Return what a line of a file holds as JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise refused(path, line, f"is no JSON ({error})") from error
+
+
+def _lack_of_prompt(record: Any) -> str:
+    """Return how a record lacks a prompt, nothing where it has one."""
     if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
         return "has no 'prompt'"
-    if not record["prompt"].strip():
-        return "has an empty 'prompt'"
+    return "" if record["prompt"].strip() else "has an empty 'prompt'"
+
+
+def _damage(record: Any) -> str:
+    """Return what is wrong with a record of GenEval, nothing where all is right."""
+    if problem := _lack_of_prompt(record):
+        return problem
     if record.get("tag") not in TASKS:
         return f"has the tag {record.get('tag')!r}, not one of {', '.join(TASKS)}"
     if not record.get("include"):

@@ -15,6 +15,7 @@ from domains.text_to_image.rewards.ocr import OCRAccuracy
 from domains.text_to_image.rewards.pick_score import PickScore
 from domains.text_to_image.rewards.pixels import Brightness, Colourfulness, Symmetry
 from domains.text_to_image.rewards.shapes import ShapesClassifier, ShapesEval
+from domains.text_to_image.rewards.soft_tifa import SoftTIFA
 from domains.text_to_image.rewards.vlm_judge import VLMJudge
 from domains.text_to_image.rewards.vqa_score import VQAScore
 from domains.text_to_image.samples import check_pictures, prompts_of
@@ -35,6 +36,7 @@ __all__ = [
     "ShapesClassifier",
     "ShapesEval",
     "SmoothJPEGCompressibility",
+    "SoftTIFA",
     "Symmetry",
     "VLMJudge",
     "VQAScore",

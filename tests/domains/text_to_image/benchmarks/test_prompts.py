@@ -10,6 +10,7 @@ import pytest
 
 from domains.text_to_image.benchmarks import (
     DrawBenchPrompts,
+    GenEval2Prompts,
     GenEvalPrompts,
     HPDv2Prompts,
     PartiPrompts,
@@ -129,6 +130,26 @@ def test_damaged_files_of_geneval(text: str, problem: str, tmp_path: Path) -> No
         GenEvalPrompts(str(path)).setup("test")
 
 
+def geneval2(**change: Any) -> Callable[[Path], SplitData]:
+    record = {"prompt": "two cats", "atom_count": 3, "skills": ["object", "count"]}
+    record |= {"vqa_list": [["Is there a cat?", "Yes"], ["How many cats are there?", "two"]]}
+
+    def made(folder: Path) -> SplitData:
+        path = folder / "geneval2.jsonl"
+        path.write_text(json.dumps(record) + "\n" + json.dumps(record | change) + "\n")
+        return GenEval2Prompts(str(path))
+
+    return made
+
+
+def test_geneval_2(tmp_path: Path) -> None:
+    first, second = rows(geneval2(prompt=" a dog ", atom_count=None)(tmp_path))
+    questions = [["Is there a cat?", "Yes"], ["How many cats are there?", "two"]]
+    assert first == {"index": 0, "prompt": "two cats", "atom_count": 3, "vqa_list": questions}
+    assert second == {"index": 1, "prompt": "a dog", "atom_count": 2, "vqa_list": questions}
+    assert collate([first, second])["vqa_list"] == [questions, questions]
+
+
 def parti(text: str) -> Callable[[Path], SplitData]:
     def made(folder: Path) -> SplitData:
         (folder / "p.tsv").write_text(text)
@@ -157,6 +178,9 @@ def style(text: str) -> Callable[[Path], SplitData]:
 @pytest.mark.parametrize(
     ("make", "problem"),
     [
+        (geneval2(prompt=""), "line 2 of .* has an empty 'prompt'"),
+        (geneval2(vqa_list=None), "line 2 of .* has no questions under 'vqa_list'"),
+        (geneval2(vqa_list=[["Is there a cat?"]]), "line 2 of .*, not a question and its answer"),
         (parti("Text\tCategory\tChallenge\n"), "line 1 of .* names no column 'Prompt'"),
         (parti("Prompt\tCategory\tChallenge\na\tb\tc\nd\te\n"), "line 3 of .* has no challenge"),
         (parti("Prompt\tCategory\tChallenge\n"), "p.tsv holds no prompts"),

@@ -24,6 +24,7 @@ from tests.domains.text_to_image.rewards.published import (
     clip_folder,
     hps_file,
     image_reward_file,
+    llava_folder,
 )
 
 __all__ = [
@@ -156,4 +157,5 @@ def benchmark_models(folder: Path) -> Path:
     blip_folder(folder / "blip")
     owl_folder(folder / "owl")
     depth_folder(folder / "depth")
+    llava_folder(folder / "llava")
     return folder
