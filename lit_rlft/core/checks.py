@@ -1,6 +1,7 @@
 """Errors that the user can fix, and the checks of settings that all classes share."""
 
 import inspect
+import json
 import math
 import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,6 +16,7 @@ __all__ = [
     "at_least",
     "below_one",
     "finite",
+    "from_json",
     "hints",
     "loading",
     "of_kind",
@@ -194,6 +196,18 @@ def _numbers(value: Any) -> Iterator[float]:
     elif isinstance(value, list | tuple):
         for part in value:
             yield from _numbers(part)
+
+
+def from_json(text: str | bytes) -> Any:
+    """Return what a text of JSON holds.
+
+    Raises:
+        ValueError: It is no JSON, or lists in it lie deeper in each other than Python can read.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("its lists or objects lie too deep in each other") from None
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, from_json
 from lit_rlft.kit.files import encoding, existing
 
 __all__ = ["Pair", "preference_line", "read_preferences"]
@@ -121,7 +121,7 @@ def check_lines(path: Path, faults: list[str]) -> None:
 def _torn(last: str) -> bool:
     """Return whether what follows the last line's end is half of a line, as a kill leaves it."""
     try:
-        json.loads(last)
+        from_json(last)
     except ValueError:
         return True
     return False
@@ -133,8 +133,8 @@ class _Bad(Exception):
 
 def _record(line: str) -> dict[str, Any]:
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        record = from_json(line)
+    except ValueError as error:
         raise _Bad(f"it is no JSON ({error}); write one object a line") from error
     if not isinstance(record, dict):
         raise _Bad(f"it is a JSON {type(record).__name__}; write an object with chosen, rejected")

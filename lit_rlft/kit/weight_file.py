@@ -1,11 +1,10 @@
 """Files of weights as people have them: read without running code, or refused in a sentence."""
 
-import json
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, from_json
 
 __all__ = [
     "PICKLES",
@@ -81,7 +80,7 @@ def _expected_size(path: Path, size: int) -> int | None:
         if length > size - 8:
             return 0
         try:
-            header = json.loads(start + file.read(length - 1))
+            header = from_json(start + file.read(length - 1))
             ends = [entry["data_offsets"][1] for n, entry in header.items() if n != "__metadata__"]
         except (ValueError, TypeError, KeyError, IndexError, AttributeError):
             return None

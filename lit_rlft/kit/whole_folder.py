@@ -1,12 +1,11 @@
 """Whether a diffusers folder is whole: nothing half-downloaded, before anything is loaded."""
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, from_json
 from lit_rlft.kit.network_folder import WEIGHT_FILE
 from lit_rlft.kit.weight_file import check_file, start_problem
 
@@ -85,7 +84,7 @@ def _of(folder: Path, kind: re.Pattern[str], variant: str | None) -> list[Path]:
 def _json(path: Path, key: str) -> dict[str, Any]:
     """Return what a JSON file holds."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = from_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         problem = path.is_file() and start_problem(path)
         what = problem or f"{'is no JSON file' if path.is_file() else 'is missing'}; {_REMEDY}"

@@ -1,7 +1,6 @@
 """A run's folder, read for a report or a comparison."""
 
 import csv
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from lit_rlft.core.checks import UsageError, loading
+from lit_rlft.core.checks import UsageError, from_json, loading
 from lit_rlft.report.curves import Curves, read_curves
 from lit_rlft.runs.plain import Plain, flat, told
 from lit_rlft.runs.results import SAMPLES
@@ -95,7 +94,7 @@ class Run:
         text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
         for line in text.splitlines():
             try:
-                one = json.loads(line)
+                one = from_json(line)
                 found[str(one["stage"]), told(str(one["message"]))] = None
             except (ValueError, KeyError, TypeError):
                 continue  # a line that a killed run has left unfinished
@@ -161,7 +160,7 @@ def read_run(folder: Path, *, tested: bool = False) -> Run:
     run, path = Run(folder, folder.resolve().name, config), folder / METRICS
     if path.is_file():
         with loading(f"{path} is damaged; {_test(folder)}"):
-            run.metrics = json.loads(path.read_text(encoding="utf-8"))
+            run.metrics = from_json(path.read_text(encoding="utf-8"))
             if not all(isinstance(run.metrics[arm], dict) for arm in ("tuned", "reference")):
                 raise TypeError("it holds no measurements")
     elif tested:

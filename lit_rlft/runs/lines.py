@@ -1,6 +1,5 @@
 """Files of JSON lines that grow, are killed in between, and are read all the while."""
 
-import json
 import math
 import os
 import sys
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from lit_rlft.core.checks import from_json
 from lit_rlft.runs.files import writing
 
 if sys.platform == "win32":
@@ -53,7 +53,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     whole, _, _ = content.rpartition(b"\n")
     for line in whole.splitlines():
         try:
-            found = json.loads(line)
+            found = from_json(line)
         except ValueError:
             continue
         if isinstance(found, dict):

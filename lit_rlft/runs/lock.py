@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, from_json
 
 __all__ = ["LOCK", "RunLock"]
 
@@ -145,7 +145,7 @@ def _refusal(path: Path, held: dict[str, Any], reason: str, setting: str) -> str
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
+        held = from_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return held if isinstance(held, dict) else None

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lit_rlft.core.checks import from_json
 from lit_rlft.runs.card import CARD
 from lit_rlft.runs.files import write_whole
 
@@ -71,7 +72,7 @@ def add_results(folder: Path, report: Mapping[str, Any], num_updates: int) -> Pa
     path = folder / README
     try:
         text = path.read_text(encoding="utf-8")
-        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+        card = from_json((folder / CARD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     start, end = text.find(_START), text.find(_END)

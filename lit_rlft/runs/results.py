@@ -1,10 +1,11 @@
 """Results of a run by checkpoint: those of another one are kept under a name of their own."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
+
+from lit_rlft.core.checks import from_json
 
 __all__ = ["SAMPLES", "checkpoint_of", "keep_others", "measured", "named"]
 
@@ -41,7 +42,7 @@ def checkpoint_of(path: Path) -> Measured:
     """Return what a result (JSON, or JSON lines) says of its checkpoint."""
     try:
         text = path.read_text(encoding="utf-8")
-        found = json.loads(text.partition("\n")[0] if path.suffix == ".jsonl" else text)
+        found = from_json(text.partition("\n")[0] if path.suffix == ".jsonl" else text)
         return found.get("checkpoint", _UNKNOWN)
     except (OSError, ValueError, AttributeError):
         return _UNKNOWN

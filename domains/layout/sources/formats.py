@@ -1,6 +1,5 @@
 """Readers of layout files: each yields the pages of a format, or what is wrong with an entry."""
 
-import json
 import math
 from array import array
 from collections.abc import Iterator, Sequence
@@ -11,7 +10,7 @@ import numpy as np
 
 from domains.layout.sources.packed import Element, Page
 from domains.layout.sources.streaming import JSONStream
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, from_json
 from lit_rlft.kit.bad_entries import BadEntry
 from lit_rlft.kit.files import encoding, existing, listed, reason
 
@@ -61,7 +60,7 @@ def read_rico(folder: Path) -> Iterator[Entry]:
         raise UsageError(f"{folder} holds no .json files; give RICO's semantic annotations")
     for path in paths:
         try:
-            root = json.loads(path.read_text(encoding=encoding(path)))
+            root = from_json(path.read_text(encoding=encoding(path)))
             left, top, right, bottom = map(_number, root["bounds"])
             nodes = list(_labelled(root))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -220,7 +219,7 @@ def _labelled(node: Any) -> Iterator[tuple[str, list[float]]]:
 def page_of(name: str, text: str) -> Entry:
     """Return the page of one layout's JSON, as `read_json` has it, or what is wrong with it."""
     try:
-        record = json.loads(text)
+        record = from_json(text)
         width, height = record["canvas"]
         elements = []
         for element in record["elements"]:

@@ -1,6 +1,5 @@
 """DataModules of the published benchmarks' prompts, read from their own files."""
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from torch.utils.data import Dataset
 from domains.text_to_image.benchmarks.files import lines_of, refused, table_of
 from domains.text_to_image.benchmarks.geneval import COLORS, RELATIONS, TASKS
 from domains.text_to_image.rewards.soft_tifa import QUESTIONS, question_problem
-from lit_rlft.core.checks import BadArgument, UsageError, at_least, reading
+from lit_rlft.core.checks import BadArgument, UsageError, at_least, from_json, reading
 from lit_rlft.kit.data import Record, Rows, Split, SplitData
 
 __all__ = [
@@ -269,8 +268,8 @@ class HPDv2Prompts(_Prompts):
     def _texts(self, path: Path) -> list[str]:
         text = "\n".join(line for _, line in lines_of(path, blank=True))
         try:
-            found = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            found = from_json(text)
+        except ValueError as error:
             raise refused(path, getattr(error, "lineno", 1), f"is no JSON ({error})") from error
         if not isinstance(found, list) or not found:
             raise refused(path, 1, "holds no list of prompts")
@@ -295,8 +294,8 @@ def _key(text: str) -> str:
 def _json_of(path: Path, line: int, text: str) -> Any:
     """Return what a line of a file holds as JSON."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return from_json(text)
+    except ValueError as error:
         raise refused(path, line, f"is no JSON ({error})") from error
 
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lit_rlft.algorithms.inverse_noise_correction.fingerprint import alike
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, from_json
 from lit_rlft.core.state import State
 from lit_rlft.runs.files import write_whole
 
@@ -194,7 +194,7 @@ def _npy(values: NDArray[Any]) -> bytes:
 def _read(path: Path) -> dict[str, Any] | None:
     """Return a JSON object; None where the file is missing, cannot be read or is something else."""
     try:
-        content = json.loads(path.read_bytes())
+        content = from_json(path.read_bytes())
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None

@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from lit_rlft.cli.voting.ballot import Ballot, Refused
-from lit_rlft.core.checks import UsageError
+from lit_rlft.core.checks import UsageError, from_json
 
 __all__ = ["VoteServer"]
 
@@ -202,8 +202,8 @@ class _Handler(BaseHTTPRequestHandler):
         if len(length) > 9 or int(length) > _LARGEST:
             raise Refused(413, f"the body is larger than {_LARGEST} bytes")
         try:
-            found = json.loads(self.rfile.read(int(length)))
-        except (ValueError, RecursionError):
+            found = from_json(self.rfile.read(int(length)))
+        except ValueError:
             raise Refused(400, "the body is no JSON") from None
         if not isinstance(found, dict):
             raise Refused(400, "the body must be an object")
