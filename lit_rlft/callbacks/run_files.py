@@ -25,6 +25,7 @@ from lit_rlft.callbacks.result_table import result_table
 from lit_rlft.callbacks.training_metrics import training_values
 from lit_rlft.core.checks import UsageError, at_least
 from lit_rlft.core.pipeline import Pipeline
+from lit_rlft.core.settings import without_secrets
 from lit_rlft.distributed import gather, together
 from lit_rlft.evaluation.dial import dial_rows
 from lit_rlft.evaluation.exploitation import Exploitation
@@ -54,8 +55,9 @@ class SaveConfig(SaveConfigCallback):
     """Writes the whole config into the run's folder, and its settings to the loggers.
 
     TensorBoard has them as text too. Its page HParams, like the hyperparameters of other loggers,
-    has all plain settings of the model, the reward, the pipeline and the data. That of a fit starts
-    anew: it does not hold the checkpoint that the fit went on from.
+    has all plain settings of the model, the reward, the pipeline and the data. Loggers are told no
+    secrets; the file has what was given, since it is to be run again. That of a fit starts anew: it
+    does not hold the checkpoint that the fit went on from.
     """
 
     _last: tuple[Path, str] | None = None
@@ -73,10 +75,12 @@ class SaveConfig(SaveConfigCallback):
         self._last = (folder / name, text) if stage == "test" else None
         if self._last is None:
             _write(folder / name, text)
-        log_settings(pl_module, _settings(yaml.safe_load(text)))
+        given = without_secrets(yaml.safe_load(text))
+        log_settings(pl_module, _settings(given))
         writer = summary_writer(pl_module)
         if writer is not None:
-            writer.add_text(f"config/{stage}", f"```yaml\n{text}\n```")
+            shown = yaml.safe_dump(given, sort_keys=False, allow_unicode=True, width=1000)
+            writer.add_text(f"config/{stage}", f"```yaml\n{shown}\n```")
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the config of a test beside its results: until then it is that of older ones."""

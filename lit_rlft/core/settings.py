@@ -11,7 +11,7 @@ from typing import Any, Self
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-__all__ = ["HIDDEN", "SECRET", "Plain", "Recorded", "arguments", "settings"]
+__all__ = ["HIDDEN", "Plain", "Recorded", "arguments", "settings", "without_secrets"]
 
 Plain = bool | int | float | str | None
 _MAX_DEPTH = 4
@@ -22,11 +22,19 @@ _FOREIGN = ("torch", "lightning", "builtins", "abc")
 _RECORD = "_constructed_from"
 
 HIDDEN = "(hidden)"
-SECRET = re.compile(
+_SECRET = re.compile(
     r"(^|[._-])(token|secret|passw(or)?d|api_?key|access_?key|authori[sz]ation|credentials?)$",
     re.IGNORECASE,
 )
 """Names of settings whose values are nobody's business; `num_tokens` is none of them."""
+_SECRETS = (
+    (re.compile(r"\b(hf|ghp|gho|github_pat|glpat|xox[bp])[_-]\w{10,}"), HIDDEN),
+    (re.compile(r"\bsk-[\w-]{16,}"), HIDDEN),
+    (re.compile(r"(?<=://)[^\s/@]+@"), f"{HIDDEN}@"),
+    (re.compile(r"(?i)([?&](?:\w*token|\w*key|secret)=)[^&\s\"']+"), rf"\1{HIDDEN}"),
+    (re.compile(r"(?i)\b(bearer )[\w.~+/=-]{8,}"), rf"\1{HIDDEN}"),
+)
+"""What looks like a secret in any text, and what takes its place."""
 
 
 class Recorded:
@@ -62,7 +70,26 @@ def settings(value: Any, key: str, leave_out: Sequence[str] = ()) -> dict[str, P
         leave_out: Arguments to leave out.
     """
     found = _walk(value, key, frozenset(leave_out), _MAX_DEPTH)
-    return {name: HIDDEN if plain and SECRET.search(name) else plain for name, plain in found}
+    return {name: without_secrets(plain, name) for name, plain in found}
+
+
+def without_secrets(value: Any, key: str = "") -> Any:
+    """Return a text, a plain value, or lists and mappings of them, in which secrets are hidden.
+
+    Args:
+        value: The value.
+        key: Its name: `token` and the like hide all of it.
+    """
+    if isinstance(value, Mapping):
+        return {name: without_secrets(part, str(name)) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_secrets(part, key) for part in value]
+    if value and _SECRET.search(key):
+        return HIDDEN
+    if isinstance(value, str):
+        for pattern, instead in _SECRETS:
+            value = pattern.sub(instead, value)
+    return value
 
 
 def arguments(cls: type) -> dict[str, inspect.Parameter]:

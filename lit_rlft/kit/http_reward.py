@@ -3,6 +3,7 @@
 import base64
 import json
 import math
+import os
 import tempfile
 import time
 import warnings
@@ -17,9 +18,10 @@ from urllib.request import Request, urlopen
 import torch
 from torch import Tensor
 
-from lit_rlft.core.checks import BadArgument, UsageError, at_least, positive
+from lit_rlft.core.checks import BadArgument, UsageError, at_least, from_json, positive
 from lit_rlft.core.pipeline import Condition, Pipeline
 from lit_rlft.core.reward import Reward
+from lit_rlft.core.settings import without_secrets
 from lit_rlft.kit.records import plain
 
 __all__ = ["HTTPReward"]
@@ -43,7 +45,8 @@ class HTTPReward(Reward):
     samples is sent, to which `{"rewards": []}` is the answer.
 
     Args:
-        url: Where the server listens, http or https.
+        url: Where the server listens, http or https. A variable of the environment, such as
+            `http://host/score?key=$SCORER_KEY`, is put in as it is asked and stands in no file.
         batch_size: Samples per request.
         timeout: Seconds until a request has failed.
         retries: How often a failed request is made again, after 0.5, 1, 2, ... seconds.
@@ -67,6 +70,7 @@ class HTTPReward(Reward):
         at_least(0, self, retries=retries)
         positive(self, timeout=timeout)
         self.url, self.batch_size = url, batch_size
+        self._address = without_secrets(url)
         self.timeout, self.retries = timeout, retries
         self._pipeline: tuple[Pipeline, ...] = ()  # a tuple, or it would be a part of the reward
         self._said = False
@@ -77,8 +81,8 @@ class HTTPReward(Reward):
             self._ask([])
         except _NoRewards as error:
             raise UsageError(
-                f"HTTPReward: {self.url} gave no rewards at the start ({error}); start the server, "
-                'which must answer {"samples": []} with {"rewards": []}'
+                f"HTTPReward: {self._address} gave no rewards at the start ({error}); start the "
+                'server, which must answer {"samples": []} with {"rewards": []}'
             ) from error
 
     def forward(self, samples: Any, condition: Condition) -> Tensor:
@@ -118,8 +122,8 @@ class HTTPReward(Reward):
                 self._said = True
                 # On every process: each knows its own answers alone.
                 warnings.warn(
-                    f"HTTPReward: {self.url} gave no rewards for {len(packed)} samples ({error}); "
-                    "they are left out, and further failures are not said",
+                    f"HTTPReward: {self._address} gave no rewards for {len(packed)} samples "
+                    f"({error}); they are left out, and further failures are not said",
                     stacklevel=2,
                 )
             return [math.nan] * len(packed)
@@ -138,7 +142,7 @@ class HTTPReward(Reward):
         raise AssertionError
 
     def _post(self, body: bytes) -> bytes:
-        request = Request(self.url, body, {"Content-Type": "application/json"})
+        request = Request(os.path.expandvars(self.url), body, {"Content-Type": "application/json"})
         try:
             with urlopen(request, timeout=self.timeout) as answer:
                 found: bytes = answer.read(_LARGEST + 1)
@@ -157,7 +161,7 @@ class _NoRewards(Exception):
 
 def _rewards_in(answer: bytes, num_samples: int) -> list[float]:
     try:
-        held = json.loads(answer)
+        held = from_json(answer)
     except ValueError:
         start = answer[:40].decode(errors="replace")
         raise _NoRewards(f"the answer is no JSON but {start!r}") from None
@@ -168,4 +172,7 @@ def _rewards_in(answer: bytes, num_samples: int) -> list[float]:
         raise _NoRewards(f"{len(rewards)} rewards for {num_samples} samples")
     if any(isinstance(r, bool) or not isinstance(r, int | float | None) for r in rewards):
         raise _NoRewards("a reward is neither a number nor null")
-    return [math.nan if reward is None else float(reward) for reward in rewards]
+    try:
+        return [math.nan if reward is None else float(reward) for reward in rewards]
+    except OverflowError:  # a whole number of hundreds of digits
+        raise _NoRewards("a reward is too large a number") from None

@@ -5,20 +5,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lit_rlft.core.settings import HIDDEN, SECRET
+from lit_rlft.core.settings import HIDDEN, without_secrets
 
 __all__ = ["HIDDEN", "Plain", "flat", "told"]
 
 Plain = bool | int | float | str | None
-_SECRETS = (
-    (re.compile(r"\b(hf|ghp|gho|github_pat|glpat|xox[bp])[_-]\w{10,}"), HIDDEN),
-    (re.compile(r"\bsk-[\w-]{16,}"), HIDDEN),
-    (re.compile(r"(?<=://)[^\s/@]+@"), f"{HIDDEN}@"),
-    (re.compile(r"(?i)([?&](?:\w*token|\w*key|secret)=)[^&\s\"']+"), rf"\1{HIDDEN}"),
-    (re.compile(r"(?i)\b(bearer )[\w.~+/=-]{8,}"), rf"\1{HIDDEN}"),
-)
-"""What looks like a secret in any text, and what takes its place."""
-
 _PATH = re.compile(r"(?:file://)?(?<![\w./:~])~?/(?:[\w.@%+=-]+/)+([\w.@%+=-]*)")
 _FILE = re.compile(r"file://(?:[\w.@%+=-]*/)+([\w.@%+=-]*)")
 _WINDOWS = re.compile(r"\b[A-Za-z]:[\\/](?:[^\\/\s\"']+[\\/])*([^\\/\s\"']*)")
@@ -37,8 +28,7 @@ def told(text: str) -> str:
     for known in sorted({str(Path.cwd()), str(Path.home())}, key=len, reverse=True):
         if len(known) > 1:
             text = text.replace(f"{known}/", "").replace(f"{known}\\", "")
-    for pattern, instead in _SECRETS:
-        text = pattern.sub(instead, text)
+    text = without_secrets(text)
     for pattern in (_FILE, _PATH, _WINDOWS):
         text = pattern.sub(lambda match: match[1] or "...", text)
     return text
@@ -64,8 +54,7 @@ def _walk(value: Any, key: str) -> Iterator[tuple[str, Plain]]:
 
 
 def _value(key: str, value: Plain) -> Plain:
-    if value not in (None, "") and SECRET.search(key):
-        return HIDDEN
+    value = without_secrets(value, key)
     if not isinstance(value, str):
         return value
     if Path(value).is_absolute():

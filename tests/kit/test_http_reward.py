@@ -42,6 +42,7 @@ class Server:
 
     def __init__(self, answer: Answer) -> None:
         self.asked: list[list[dict[str, Any]]] = []
+        self.paths: set[str] = set()
         self.answer = answer
         server = self
 
@@ -50,6 +51,7 @@ class Server:
                 size = int(self.headers["Content-Length"])
                 samples = json.loads(self.rfile.read(size))["samples"]
                 server.asked.append(samples)
+                server.paths.add(self.path)
                 said = server.answer(samples)
                 if isinstance(said, int):
                     self.send_error(said)
@@ -151,6 +153,8 @@ FAULTS: dict[str, tuple[Any, str]] = {
     "no list": ({"scores": []}, 'no list "rewards"'),
     "words": ({"rewards": ["good"] * 5}, "neither a number nor null"),
     "status": (500, "status 500"),
+    "deep": (b"[" * 100_000, "the answer is no JSON but"),
+    "large": ({"rewards": [10**400] * 5}, "a reward is too large a number"),
     "endless": (b"[" + b"1," * (1 << 23) + b"1]", "more than 16 MB"),
 }
 
@@ -163,11 +167,11 @@ def test_a_fault_costs_its_samples_and_is_said_once(
     monkeypatch.setattr(rank_zero_only, "rank", 1)
     said, reason = FAULTS[fault]
     server = serve(lambda samples: said if samples else {"rewards": []})
-    reward = HTTPReward(server.url, retries=1)
+    reward = HTTPReward(f"{server.url}?key=sesame", retries=1)
     with pytest.warns(UserWarning, match=reason) as warned:
         assert rewards_of(reward).isnan().all()
         assert rewards_of(reward).isnan().all()
-    assert len(warned) == 1
+    assert len(warned) == 1 and "score?key=(hidden) gave" in str(warned[0].message)
     assert len(server.asked) == 2 * (1 + 2)  # a probe, and two requests
 
 
@@ -221,6 +225,24 @@ def test_a_scorer_that_fails_in_mid_run_costs_its_samples_and_not_the_run(
     )
     # After the probe, two requests of 8 samples a round.
     assert scalars("run")["train/failed_rewards"] == [0.5, 0.5, 0, 0]
+
+
+def test_secrets_of_an_address_stay_in_the_config(
+    serve: Callable[[Answer], Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that it takes from the environment stay out of that too."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SCORER", "from-the-environment")
+    server = serve(first_coordinates)
+    main(["fit", *TINY, f"--reward.url={server.url}?api_key=sesame&more=$SCORER"])
+    assert server.paths == {"/score?api_key=sesame&more=from-the-environment"}
+    written = {path: path.read_bytes() for path in Path("runs").rglob("*.*") if path.is_file()}
+    having = {
+        word: {p.name for p, content in written.items() if word in content}
+        for word in (b"sesame", b"from-the-environment", b"/score?")
+    }
+    assert having[b"sesame"] == {"config.yaml"} and not having[b"from-the-environment"]
+    assert {"README.md", "config.yaml", "last.ckpt"} < having[b"/score?"]
 
 
 def test_a_scorer_that_is_gone_ends_the_run_where_it_can_go_on(

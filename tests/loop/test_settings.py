@@ -184,6 +184,8 @@ def test_what_python_knows_nothing_of_is_no_obstacle() -> None:
 def test_secrets_are_hidden() -> None:
     assert settings(Named(api_key="hunter2"), "x")["x.api_key"] == "(hidden)"
     assert settings(Named(), "x")["x.api_key"] == ""
+    found = settings(Named("http://host/score?key=abc&n=2"), "x")
+    assert found["x.reference"] == "http://host/score?key=(hidden)&n=2"
 
 
 class Base(Reward):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from lit_rlft.core.settings import without_secrets
 from lit_rlft.runs.plain import HIDDEN, flat, told
 
 
@@ -47,4 +48,12 @@ def test_settings_are_told_by_key() -> None:
         "data.source": "B",
         "data.parts.0": "D",
         "none": None,
+    }
+
+
+def test_secrets_are_hidden_wherever_they_are() -> None:
+    config = {"reward": {"url": "http://h/?key=abc", "token": "abc", "use_token": False}, "n": [1]}
+    assert without_secrets(config) == {
+        "reward": {"url": f"http://h/?key={HIDDEN}", "token": HIDDEN, "use_token": False},
+        "n": [1],
     }
