@@ -161,13 +161,35 @@ def read_run(folder: Path, *, tested: bool = False) -> Run:
     if path.is_file():
         with loading(f"{path} is damaged; {_test(folder)}"):
             run.metrics = from_json(path.read_text(encoding="utf-8"))
-            if not all(isinstance(run.metrics[arm], dict) for arm in ("tuned", "reference")):
-                raise TypeError("it holds no measurements")
+            _check_results(run.metrics)
     elif tested:
         raise UsageError(f"{folder} has no {METRICS}; {_test(folder)}")
     else:
         run.notes.append(f"no test yet; {_test(folder)}")
     return run
+
+
+def _check_results(metrics: Mapping[str, Any]) -> None:
+    """Raise an error where results are none that a test writes: no numbers where those belong."""
+    cost, checkpoint = metrics.get("cost", {}), metrics.get("checkpoint")
+    arms = [
+        metrics["tuned"],
+        metrics["reference"],
+        metrics.get("gain", {}),
+        metrics.get("kept", {}),
+    ]
+    pages = [page for stage in cost.get("phases", {}).values() for page in stage.values()]
+    measured = [moments or {} for arm in arms for moments in arm.values()]
+    counts = [cost.get(name) for name in ("reward_calls", "denoiser_calls", "seconds")]
+    counts += [metrics.get("num_samples"), *(float(page["seconds"]) for page in pages)]
+    if isinstance(checkpoint, Mapping):
+        counts += [checkpoint.get(name) for name in ("num_rounds", "num_updates")]
+    numbers = [*counts, *(value for own in (*measured, *pages) for value in own.values())]
+    if not all(value is None or isinstance(value, int | float) for value in numbers):
+        raise TypeError("it has something else where numbers belong")
+    if not isinstance(metrics.get("reward") or "", str):
+        raise TypeError("its reward has no name")
+    list(metrics.get("exploitation") or [])
 
 
 def distinct_names(runs: Sequence[Run]) -> None:

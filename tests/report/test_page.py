@@ -11,6 +11,7 @@ import pytest
 
 from lit_rlft.core.checks import UsageError
 from lit_rlft.report import payload, write_report
+from lit_rlft.report.run import read_run
 from tests.report.folders import config, write_run
 
 EVIL = '<script>alert("x")</script> </script><img src=//evil.example/x onerror=alert(1)>'
@@ -144,6 +145,33 @@ def test_what_a_run_lacks_is_said_once(tmp_path: Path) -> None:
     assert "no curves: the folder has neither TensorBoard&#x27;s event files" in text
     assert "no samples of validations" in text and "The runs have not been tested." in text
     assert not data["charts"] and data["checkpoints"] is None
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (("tuned",), {"Validity": {"mean": "<b>1</b>"}}),
+        (("gain",), None),
+        (("cost", "seconds"), "1"),
+        (("cost", "phases"), {"train": {"collect": {"seconds": None}}}),
+        (("num_samples",), [1]),
+        (("checkpoint",), {"num_rounds": {}}),
+        (("reward",), 1),
+    ],
+)
+def test_results_of_other_kinds_are_refused(
+    keys: tuple[str, ...], value: Any, tmp_path: Path
+) -> None:
+    """As somebody else may have changed them."""
+    path = write_run(tmp_path / "a") / "metrics.json"
+    metrics = json.loads(path.read_text())
+    owner = metrics
+    for key in keys[:-1]:
+        owner = owner[key]
+    owner[keys[-1]] = value
+    path.write_text(json.dumps(metrics))
+    with pytest.raises(UsageError, match=r"metrics\.json is damaged; `lit-rlft test"):
+        read_run(path.parent)
 
 
 def test_damaged_samples_are_left_out(tmp_path: Path) -> None:
