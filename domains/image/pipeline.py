@@ -33,6 +33,7 @@ from lit_rlft.kit.probe_pictures import probe_pictures
 from lit_rlft.kit.saved_grids import SavedFlow, SavedVP, plain_flow
 from lit_rlft.kit.schedulers import saved_process
 from lit_rlft.kit.shapes import output_shape
+from lit_rlft.kit.whole_folder import refuse_code
 
 __all__ = ["EMBEDDED", "ImagePipeline"]
 
@@ -244,6 +245,7 @@ def _read(source: str, variant: str | None) -> tuple[UNet2DModel, Any]:
             raise UsageError(f"{_KEY}: {source!r} has a {kind}, not a UNet2DModel; {_ELSEWHERE}")
         return UNet2DModel.from_pretrained(source, variant=variant or found_variant(folder)), None
     index = DDPMPipeline.load_config(source)
+    refuse_code(index, source, _KEY)
     if odd := [name for name in index if name not in _PARTS and _is_part(index[name])]:
         raise UsageError(
             f"{_KEY}: {source!r}, a {index.get('_class_name')}, has a {odd[0]} beside its U-Net "

@@ -23,7 +23,7 @@ from lit_rlft.core.checks import UsageError
 from lit_rlft.kit.network_folder import found_variant, load_pretrained, source_of
 from lit_rlft.kit.weight_file import PICKLES
 from lit_rlft.kit.weightless import check_cached, weightless
-from lit_rlft.kit.whole_folder import check_whole
+from lit_rlft.kit.whole_folder import check_whole, refuse_code
 
 __all__ = ["Files", "load_parts", "text_encoder_reader"]
 
@@ -208,6 +208,7 @@ def _known_kind(source: str) -> tuple[str, dict[str, Any]]:
             index = dict(DiffusionPipeline.load_config(source, local_files_only=True))
     else:
         index = dict(DiffusionPipeline.load_config(source))
+    refuse_code(index, source, _KEY)
     saved = index.get("_class_name", "StableDiffusionPipeline")
     kind = _ALIKE.get(str(saved), str(saved))
     if kind not in FAMILIES:

@@ -21,6 +21,7 @@ from domains.text_to_image.networks.weightless import bare_pipeline
 from lit_rlft.core.checks import UsageError, loading
 from lit_rlft.kit.weight_file import refuse_pickle, refuse_quantised, shapes_in
 from lit_rlft.kit.weightless import weightless
+from lit_rlft.kit.whole_folder import refuse_code
 
 __all__ = ["load_single_file"]
 
@@ -217,6 +218,7 @@ def _configs(
             "(model_index.json, config.json files and tokenizers; weights only where the file "
             f"lacks a part) ({str(error).strip().partition(chr(10))[0]})"
         ) from error
+    refuse_code(index, source, _CONFIG)
     if index.get("_class_name") != kind:
         raise UsageError(
             f"{_CONFIG}: {source!r} is a {index.get('_class_name')}, but {path} is a "

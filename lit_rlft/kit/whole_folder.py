@@ -1,7 +1,7 @@
-"""Whether a diffusers folder is whole: nothing half-downloaded, before anything is loaded."""
+"""Whether a diffusers folder is whole and holds no code, before anything is loaded."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +9,13 @@ from lit_rlft.core.checks import UsageError, from_json
 from lit_rlft.kit.network_folder import WEIGHT_FILE
 from lit_rlft.kit.weight_file import check_file, start_problem
 
-__all__ = ["check_whole", "refuse_pickles"]
+__all__ = ["check_whole", "refuse_code", "refuse_pickles"]
 
 _INDEX = re.compile(r".*\.index(?:\.(?P<variant>\w+))?\.json")
 """A list of the files that weights in pieces are in."""
+_LIBRARIES = ("diffusers", "transformers", None)
+"""What a pipeline's parts are of; those of None are left out."""
+_NOT_LOADED = ("safety_checker", "_ignore_files")
 _REMEDY = "copy the folder again, or download the model again"
 
 
@@ -32,6 +35,30 @@ def check_whole(folder: Path, parts: Sequence[str], variant: str | None, key: st
     for part in parts:
         if index.get(part) not in (None, [None, None]):
             _check_part(folder / part, variant, key)
+
+
+def refuse_code(index: Mapping[str, Any], source: str, key: str) -> None:
+    """Raise UsageError where a pipeline's parts are not of diffusers and transformers.
+
+    Classes of other modules may be code that lies beside the model; transformers' Auto classes ask
+    whether they may run such code.
+
+    Args:
+        index: What model_index.json holds.
+        source: The folder or hub id that it is of.
+        key: The setting that names it.
+    """
+    for name, part in index.items():
+        if not isinstance(part, list | tuple) or name in _NOT_LOADED:
+            continue
+        library, kind = (*part, None, None)[:2]
+        automatic = library == "transformers" and str(kind).startswith("Auto")
+        if library not in _LIBRARIES or automatic:
+            raise UsageError(
+                f"{key}: {source!r} has as its {name} the class {kind} of {library}, but code that "
+                "comes with a model is never run; give a model whose parts are classes of "
+                f"{' and '.join(filter(None, _LIBRARIES))}"
+            )
 
 
 def refuse_pickles(folder: Path, kind: str, key: str) -> None:

@@ -12,6 +12,7 @@ from transformers import (
     ImageProcessingMixin,
 )
 
+from domains.text_to_image.networks.automatic import read_auto
 from domains.text_to_image.networks.clip import Preprocessing
 from lit_rlft.kit.frozen import Frozen, frozen
 from lit_rlft.kit.weightless import check_cached, weightless
@@ -42,10 +43,10 @@ class BlipVQA(Frozen):
         bare = weightless()
         local = {"local_files_only": True} if bare else {}
         with check_cached(source, "blip") if bare else torch.no_grad():
-            config = AutoConfig.from_pretrained(source, **local)
+            config = read_auto(AutoConfig, source, **local)
             if config.model_type != "blip":
                 raise ValueError(f"its config.json has model_type {config.model_type!r}")
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(source, **local)
+            self.tokenizer: Any = read_auto(AutoTokenizer, source, **local)
             settings, _ = ImageProcessingMixin.get_image_processor_dict(source, **local)
         if bare:
             with torch.device("meta"):

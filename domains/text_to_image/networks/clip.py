@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, CLIPModel, CLIPTokenizer, ImageProcessingMixin
 
 from domains.text_to_image import EMBEDDED
+from domains.text_to_image.networks.automatic import read_auto
 from domains.text_to_image.networks.texts import TextReader
 from domains.text_to_image.networks.weightless import NoTokenizer, bare_clip
 from lit_rlft.core.checks import UsageError, at_least, one_of
@@ -268,7 +269,7 @@ def _load(source: str, processor: str | None, key: str) -> tuple[Any, Any, dict[
     """
     if weightless():
         return bare_clip(source, key)
-    kind = AutoConfig.from_pretrained(source).model_type
+    kind = read_auto(AutoConfig, source).model_type
     if kind != "clip":
         raise ValueError(f"its config.json has model_type {kind!r}, not 'clip'")
     config, _ = ImageProcessingMixin.get_image_processor_dict(processor or source)

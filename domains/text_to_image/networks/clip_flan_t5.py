@@ -17,6 +17,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from domains.text_to_image.networks.automatic import read_auto
 from domains.text_to_image.networks.clip import Preprocessing
 from domains.text_to_image.networks.state_dicts import (
     check_has,
@@ -80,7 +81,7 @@ class CLIPFlanT5(Frozen):
             loading: dict[str, Any] = {"local_files_only": weightless()}
             config = _config(source, **loading)
             tower = _tower(source, config)
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(source, config=config, **loading)
+            self.tokenizer: Any = read_auto(AutoTokenizer, source, config=config, **loading)
             sees: Any = CLIPVisionConfig.from_pretrained(tower, **loading)
             read, _ = ImageProcessingMixin.get_image_processor_dict(tower, **loading)
         self.preprocess = Preprocessing.from_config(read)

@@ -11,6 +11,7 @@ from transformers import (
     Mask2FormerForUniversalSegmentation,
 )
 
+from domains.text_to_image.networks.automatic import read_auto
 from lit_rlft.kit.frozen import Frozen, frozen
 from lit_rlft.kit.images import to_image
 from lit_rlft.kit.weightless import check_cached, weightless
@@ -56,15 +57,15 @@ class Mask2Former(Frozen):
         self.processor: Any
         if weightless():
             with check_cached(source, "detector"):
-                config = AutoConfig.from_pretrained(source, local_files_only=True)
-                self.processor = AutoImageProcessor.from_pretrained(source, local_files_only=True)
+                config = read_auto(AutoConfig, source, local_files_only=True)
+                self.processor = read_auto(AutoImageProcessor, source, local_files_only=True)
             with torch.device("meta"):
                 model: Any = Mask2FormerForUniversalSegmentation(config).to(dtype)
         else:
-            kind = AutoConfig.from_pretrained(source).model_type
+            kind = read_auto(AutoConfig, source).model_type
             if kind != "mask2former":
                 raise ValueError(f"its config.json has model_type {kind!r}, not 'mask2former'")
-            self.processor = AutoImageProcessor.from_pretrained(source)
+            self.processor = read_auto(AutoImageProcessor, source)
             loaded: Any = Mask2FormerForUniversalSegmentation.from_pretrained(
                 source, dtype=dtype, output_loading_info=True
             )

@@ -14,6 +14,7 @@ from transformers import (
     AutoProcessor,
 )
 
+from domains.text_to_image.networks.automatic import read_auto
 from lit_rlft.kit.frozen import Frozen, frozen
 from lit_rlft.kit.images import to_image
 from lit_rlft.kit.weightless import check_cached, weightless
@@ -102,12 +103,12 @@ def _loaded(source: str, kind: Any, reader: Any, dtype: torch.dtype) -> tuple[An
     """Return a model and its processor."""
     if weightless():
         with check_cached(source, "detector"):
-            config = AutoConfig.from_pretrained(source, local_files_only=True)
-            processor = reader.from_pretrained(source, local_files_only=True)
+            config = read_auto(AutoConfig, source, local_files_only=True)
+            processor = read_auto(reader, source, local_files_only=True)
         with torch.device("meta"):
-            return frozen(kind.from_config(config).to(dtype)), processor
-    processor = reader.from_pretrained(source)
-    model, info = kind.from_pretrained(source, dtype=dtype, output_loading_info=True)
+            return frozen(kind.from_config(config, trust_remote_code=False).to(dtype)), processor
+    processor = read_auto(reader, source)
+    model, info = read_auto(kind, source, dtype=dtype, output_loading_info=True)
     if info["missing_keys"]:
         raise ValueError(f"its weights lack {sorted(info['missing_keys'])[0]}")
     return frozen(model), processor

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, ImageProcessingMixin
 
+from domains.text_to_image.networks.automatic import read_auto
 from domains.text_to_image.networks.clip import Preprocessing
 from lit_rlft.kit.images import to_image
 
@@ -67,8 +68,8 @@ class PatchReader:
 
     def __init__(self, source: str, pixels: int | None = None, **loading: Any) -> None:
         limits = {} if pixels is None else {"min_pixels": pixels, "max_pixels": pixels}
-        self.images: Any = AutoImageProcessor.from_pretrained(source, **limits, **loading)
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(source, **loading)
+        self.images: Any = read_auto(AutoImageProcessor, source, **limits, **loading)
+        self.tokenizer: Any = read_auto(AutoTokenizer, source, **loading)
         if not self.tokenizer.chat_template:
             raise ValueError("its tokenizer has no chat template")
         # So that the last token is the same place of all texts.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+from domains.text_to_image.networks.automatic import read_auto
 from domains.text_to_image.networks.clip import Preprocessing
 from domains.text_to_image.networks.picture_patches import (
     ROUNDING,
@@ -60,14 +61,16 @@ class VisionLanguage(Frozen):
         super().__init__()
         if weightless():
             with check_cached(source, "pretrained"):
-                config = AutoConfig.from_pretrained(source, local_files_only=True)
+                config = read_auto(AutoConfig, source, local_files_only=True)
                 self.reader = _reader(source, local_files_only=True)
             with torch.device("meta"):
-                model: Any = AutoModelForImageTextToText.from_config(config).to(dtype)
+                model: Any = AutoModelForImageTextToText.from_config(
+                    config, trust_remote_code=False
+                ).to(dtype)
         else:
             self.reader = _reader(source)
-            loaded: Any = AutoModelForImageTextToText.from_pretrained(
-                source, dtype=dtype, output_loading_info=True
+            loaded: Any = read_auto(
+                AutoModelForImageTextToText, source, dtype=dtype, output_loading_info=True
             )
             model, info = loaded
             if info["missing_keys"]:
@@ -178,7 +181,7 @@ class _ProcessorReader:
     """
 
     def __init__(self, source: str, **loading: Any) -> None:
-        self.processor: Any = AutoProcessor.from_pretrained(source, **loading)
+        self.processor: Any = read_auto(AutoProcessor, source, **loading)
         self.tokenizer = self.processor.tokenizer
         # So that the last token is the same place of all texts.
         self.tokenizer.padding_side = "left"

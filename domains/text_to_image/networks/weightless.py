@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 from transformers import AutoConfig, CLIPModel, CLIPTokenizer, PreTrainedModel
 
+from domains.text_to_image.networks.automatic import read_auto
 from lit_rlft.kit.weightless import check_cached
 
 __all__ = ["NoTokenizer", "bare_clip", "bare_pipeline"]
@@ -106,7 +107,7 @@ def _tokenizer(made: Any, source: str, **where: Any) -> Any:
 def bare_clip(source: str, key: str) -> tuple[Any, Any, dict[str, Any]]:
     """Return a CLIP without weights, its tokenizer and its preprocessor's settings."""
     with check_cached(source, key):
-        config = AutoConfig.from_pretrained(source, **_CACHED)
+        config = read_auto(AutoConfig, source, **_CACHED)
     with torch.device("meta"):
         model = CLIPModel(config)
     size = config.vision_config.image_size

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from domains.text_to_image.networks.automatic import read_auto
 from lit_rlft.core.checks import loading
 
 __all__ = ["check_vocabulary", "read_tokenizer", "reading"]
@@ -36,7 +37,7 @@ def read_tokenizer(kind: Any, source: str, what: str, give: str) -> Any:
         UsageError: There is none.
     """
     with reading("tokenizer", source, what, give):
-        words = kind.from_pretrained(source)
+        words = read_auto(kind, source)
         if len(words) <= 2:  # transformers makes an empty one of nothing
             raise ValueError("its files are missing")
     return words
