@@ -20,6 +20,7 @@ from lit_rlft.cli import main
 from lit_rlft.cli.voting import ballot as ballots
 from lit_rlft.cli.voting.ballot import Ballot, Fixed
 from lit_rlft.cli.voting.server import VoteServer
+from lit_rlft.cli.voting.sources import samples_ballot
 from lit_rlft.core.checks import UsageError
 from lit_rlft.kit.preferences import read_preferences
 from lit_rlft.runs.lines import read_lines
@@ -135,6 +136,19 @@ def test_pictures_outside_the_folder_are_not_shown(tmp_path: Path) -> None:
         for place in range(len(names)):
             status, told = own(server).send(f"drawing/{question.id}/{place}")
             assert status == 404 and told == {"error": "there is no such picture"}
+
+
+def test_samples_outside_the_folder_are_no_questions(tmp_path: Path) -> None:
+    """As a run that somebody else sent may name them: a vote would copy them into it."""
+    run = tmp_path / "run"
+    (run / "samples").mkdir(parents=True)
+    for number in range(2):
+        (tmp_path / f"{number}.png").write_bytes(b"secret %d" % number)
+    names = [f"../../{number}.png" for number in range(2)]
+    lines = [json.dumps({"prompt": "a", "seed": 0, "file": name}) for name in names]
+    (run / "samples.jsonl").write_text("\n".join([*lines, ""]))
+    with pytest.raises(UsageError, match="no condition with two samples"):
+        samples_ballot(run, 1)
 
 
 def test_two_voters_at_once_judge_every_question_once(tmp_path: Path) -> None:

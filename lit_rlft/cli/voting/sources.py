@@ -41,7 +41,7 @@ def samples_ballot(run: Path, pairs: int | None) -> Ballot:
     files: dict[str, Path] = {}
     for line in read_lines(run / "samples.jsonl"):
         record = {key: value for key, value in line.items() if key not in _NOT_CONDITION}
-        file = run / SAMPLES / str(line.get("file"))
+        file = run / SAMPLES / Path(str(line.get("file"))).name  # never outside the folder
         if file.is_file() and (drawing := drawing_of(file)) is not None:
             # Another checkpoint's samples may take the place of these under their names.
             sample = f"{SAMPLES}/{content_name(file.read_bytes())}{file.suffix}"
