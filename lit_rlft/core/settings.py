@@ -28,7 +28,8 @@ _SECRET = re.compile(
 )
 """Names of settings whose values are nobody's business; `num_tokens` is none of them."""
 _SECRETS = (
-    (re.compile(r"\b(hf|ghp|gho|github_pat|glpat|xox[bp])[_-]\w{10,}"), HIDDEN),
+    (re.compile(r"\b(hf|ghp|gho)_[A-Za-z0-9]{12,}\b"), HIDDEN),
+    (re.compile(r"\b(github_pat_|glpat-|xox[bp]-)[\w-]{10,}"), HIDDEN),
     (re.compile(r"\bsk-[\w-]{16,}"), HIDDEN),
     (re.compile(r"(?<=://)[^\s/@]+@"), f"{HIDDEN}@"),
     (re.compile(r"(?i)([?&](?:\w*token|\w*key|secret)=)[^&\s\"']+"), rf"\1{HIDDEN}"),

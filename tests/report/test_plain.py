@@ -20,6 +20,8 @@ from lit_rlft.runs.plain import HIDDEN, flat, told
         ("https://jane:geheim@example.org/a", f"https://{HIDDEN}@example.org/a"),
         ("http://h/score?api_key=abc&n=2", f"http://h/score?api_key={HIDDEN}&n=2"),
         ("hf_AbCdEfGhIjKlMnOp is no token", f"{HIDDEN} is no token"),
+        ("xoxb-123456-AbCdEf is no token", f"{HIDDEN} is no token"),
+        ("hf_hub_download of hf_internal_testing", "hf_hub_download of hf_internal_testing"),
         ("Authorization: Bearer abc.def-123456", f"Authorization: Bearer {HIDDEN}"),
     ],
 )
