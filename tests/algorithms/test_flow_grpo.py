@@ -246,7 +246,7 @@ def test_leave_one_out_leaves_out_what_failed() -> None:
     assert found.tolist() == [[-3.0, -1.5, 4.5], [0.0, -4.0, 4.0], [0.0, 0.0, 0.0]]
     clipped = LeaveOneOutAdvantage()(rewards, ["a", "b", "c"], 2.0)
     assert clipped[0].tolist() == [-2.0, -1.5, 2.0]
-    equal = torch.full((1, 3), 0.1)
+    equal = torch.full((1, 3), 0.1, dtype=torch.float64)  # whose mean is another number
     assert not LeaveOneOutAdvantage()(equal, ["a"]).any()
     with pytest.raises(UsageError, match="a group of one has no peers"):
         tuner_of(advantage=LeaveOneOutAdvantage(), num_candidates=1)

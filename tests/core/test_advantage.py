@@ -97,8 +97,10 @@ def test_failed_rewards_are_nobodys_peers(rule: Advantage) -> None:
 
 @pytest.mark.parametrize("rule", [GroupAdvantage(), BatchAdvantage(), RunningAdvantage()])
 def test_equal_rewards_give_exactly_nothing(rule: Advantage) -> None:
-    # 0.1 in three equal parts: a plain mean is off by a rounding error.
-    assert not rule(torch.full((3, 7), 0.1), NAMES).any()
+    # Of doubles: a plain mean of 7, or of 21, is off by a rounding error.
+    for value in (0.1, 1 / 3):
+        equal = torch.full((3, 7), value, dtype=torch.float64)
+        assert not copy.deepcopy(rule)(equal, NAMES).any()
 
 
 def test_clip() -> None:
@@ -229,7 +231,7 @@ def test_groups_of_one_condition_are_counted_together(monkeypatch: pytest.Monkey
 
 
 def test_constant_groups() -> None:
-    rewards = torch.tensor([[1.0, 1.0], [1.0, 2.0], [NAN, 1.0], [0.1, 0.1]])
+    rewards = torch.tensor([[1.0, 1.0, 1.0], [1.0, 2.0, NAN], [NAN, 1.0, NAN], [0.1, NAN, 0.1]])
     assert constant_groups(rewards) == 2 / 3
     assert math.isnan(constant_groups(torch.ones(3, 1)))
 
