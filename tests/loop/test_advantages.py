@@ -73,6 +73,29 @@ def test_several_rewards_are_compared_each_for_itself() -> None:
     torch.testing.assert_close(advantages(values, clip=0.5), found.clamp(-0.5, 0.5))
 
 
+def test_what_is_logged_of_several_rewards_is_their_weighted_sum() -> None:
+    values = rewards()
+    values[6, 1] = torch.nan
+    given: dict[str, Any] = {"clip": 0.5, "source": "Test", "world_size": 1, "weights": WEIGHTS}
+    found, logged = compare(values, CONDITION, SEEDS, advantage=GroupAdvantage(), **given)
+    assert logged["reward"] == pytest.approx(np.nanmean(values.numpy() @ np.array(WEIGHTS)))
+    assert logged["failed_rewards"] == pytest.approx(1 / 12)
+    assert logged["advantage_std"] == pytest.approx(found.numpy().std())
+    assert logged["zero_variance_groups"] == 0
+
+
+def test_the_order_of_groups_is_that_of_their_seeds() -> None:
+    """As processes share them out: what is remembered of a condition is the latest by seed."""
+    values, alike = rewards()[:, :1].view(3, M), Condition([{}], {}, torch.zeros(3).long())
+    states = []
+    for order in ([0, 1, 2], [2, 0, 1]):
+        rule, seeds = RunningAdvantage(buffer_size=6, min_count=4), [SEEDS[i] for i in order]
+        given: dict[str, Any] = {"clip": None, "source": "Test", "world_size": 1}
+        compare(values[order].flatten(), alike, seeds, advantage=rule, **given)
+        states.append(rule.state_dict()["rewards"])
+    assert torch.equal(*states) and torch.equal(states[0][-M:], values[2])
+
+
 def test_units_of_a_reward_do_not_matter() -> None:
     values = rewards()
     other = values * torch.tensor([1e4, 0.1]) + torch.tensor([-7.0, 300.0])
