@@ -31,9 +31,7 @@ def implicit(prediction: State, old: State, share: Tensor) -> State:
     """
 
     def between(f_old: Tensor, f: Tensor) -> Tensor:
-        certain = f_old.isinf()
-        line = f_old.masked_fill(certain, 0).lerp(f.masked_fill(certain, 0), expand_as(share, f))
-        return f_old.where(certain, line)
+        return f_old.where(f_old.isinf(), f_old.lerp(f, expand_as(share, f)))
 
     return tree_map(between, old, prediction)
 

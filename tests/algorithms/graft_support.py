@@ -14,7 +14,7 @@ from lit_rlft.algorithms.graft import PGRAFT
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Reward
 from lit_rlft.core.sampling import Sampler
-from lit_rlft.core.state import State
+from lit_rlft.core.state import State, tensor_of
 from lit_rlft.loop.experience import Experience
 from tests.support import trainer_of
 
@@ -23,6 +23,13 @@ W, M = np.array(WEIGHTS), np.array(MEANS)
 VALUES = (1.0, 0.0, 1.0, 2.0, 2.0)
 
 NUM_CONDITIONS, NUM_CANDIDATES, NUM_SAMPLES = 2048, 2, 4096
+
+
+class Guided(GaussianMixturePipeline):
+    """Samples from another prediction than the denoiser's own, as pipelines with guidance do."""
+
+    def forward(self, x_t: State, t: Tensor, condition: Condition) -> State:
+        return 1.5 * tensor_of(self.predict(x_t, t, condition))
 
 
 class ModeValue(Reward):

@@ -1,5 +1,6 @@
 """Diffusion-DPO: its loss at known points, its pairs, and what it learns."""
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from lit_rlft.core.randomness import generators, paired, randn_like
 from lit_rlft.core.reward import Reward
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.state import tensor_of
-from tests.algorithms.graft_support import ModeValue
+from tests.algorithms.graft_support import Guided, ModeValue
 from tests.algorithms.test_noise_ppo_learning import Constant, Unrelated
 from tests.support import trainer_of
 
@@ -51,8 +52,12 @@ def test_a_pair_draws_the_same_noise_twice() -> None:
     assert torch.equal(randn_like(like, again)[0], first[0])
 
 
-def tuner_of(reward: Reward, **settings: Any) -> DiffusionDPO:
-    pipeline = GaussianMixturePipeline(schedule="rectified_flow", prediction_type="velocity")
+def tuner_of(
+    reward: Reward, pipeline: GaussianMixturePipeline | None = None, **settings: Any
+) -> DiffusionDPO:
+    pipeline = pipeline or GaussianMixturePipeline(
+        schedule="rectified_flow", prediction_type="velocity"
+    )
     base: dict[str, Any] = {"sampler": Sampler(8), "num_candidates": 4, "minibatch_size": 32}
     return DiffusionDPO(pipeline, reward, **{"beta": 2.0, **base, **settings})
 
@@ -77,34 +82,64 @@ def test_at_the_reference_it_is_log_2_and_without_preference() -> None:
     assert any(part.any() for part in gradient)
 
 
-def test_the_gradient_at_the_reference() -> None:
-    """beta / 2 times that of the difference of the two denoising losses, noised alike."""
-    tuner = tuner_of(ModeValue(), beta=3.0)
+@pytest.mark.parametrize("guided", [True, False])
+@pytest.mark.parametrize("moved", [0.0, 0.2])
+def test_loss_and_gradient_by_hand(moved: float, guided: bool) -> None:
+    """At the reference beta / 2 times the difference of the two denoising losses, noised alike."""
+    pipeline = Guided(schedule="rectified_flow", prediction_type="velocity")
+    tuner = tuner_of(ModeValue(), pipeline, beta=3.0, guided_loss=guided)
     tuner.trainer = trainer_of()
     tuner.setup("fit")
     batch = {"index": torch.arange(4)}
     with torch.no_grad():
         experience = tuner.collect(batch, tuner.pipeline.encode(batch))
+    frozen, scale = copy.deepcopy(pipeline), 1.5 if guided else 1.0
     trained, num = list(tuner._trained().values()), len(experience)
-    losses, _ = tuner.loss(experience, generators(experience.seeds))
+    for weight in trained:
+        weight.data += moved * torch.randn(weight.shape)
+    losses, logged = tuner.loss(experience, generators(experience.seeds))
     found = torch.autograd.grad(losses.sum(), trained)
     # The same levels and noise, drawn as a pair's are.
     noise = generators(experience.seeds)
     t = torch.stack([torch.rand((), generator=own) for own in noise])
-    t = tuner.pipeline.process.draw_times(t)
+    t = pipeline.process.draw_times(t)
     seeds = [int(torch.randint(2**62, (), generator=own)) for own in noise]
-    total = torch.zeros(())
+    apart, change = torch.zeros(num), torch.zeros(num)
     for name, sign in (("preferred", 1.0), ("rejected", -1.0)):
         x_0 = tensor_of(experience.states[name])
         epsilon = torch.stack([torch.randn(2, generator=own) for own in generators(seeds)])
         level = t.float().unsqueeze(1)
         x_t = (1 - level) * x_0 + level * epsilon  # straight lines
-        v = tensor_of(tuner.pipeline.predict(x_t, t, experience.condition))
-        total = total + sign * (v - (epsilon - x_0)).square().mean(dim=1).sum()
-    wanted = torch.autograd.grad(3.0 / 2 * total, trained)
+        own, other = (
+            (scale * tensor_of(one.predict(x_t, t, experience.condition)) - (epsilon - x_0))
+            .square()
+            .mean(dim=1)
+            for one in (pipeline, frozen)
+        )
+        apart, change = apart + sign * own, change + sign * (own - other).detach()
+    exact: dict[str, Any] = {"rtol": 1e-3, "atol": 1e-4}
+    torch.testing.assert_close(losses.detach(), torch.log1p((3.0 * change).exp()), **exact)
+    torch.testing.assert_close(logged["implicit_margin"], -3.0 * change, **exact)
+    assert bool(change.any()) == bool(moved)
+    wanted = torch.autograd.grad((3.0 * (3.0 * change).sigmoid() * apart).sum(), trained)
     assert num > 2
     for a, b in zip(found, wanted, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(a, b, **exact)
+
+
+@pytest.mark.parametrize("iterative", [True, False])
+def test_candidates_are_of_the_reference_unless_iterative(iterative: bool) -> None:
+    batch, drawn = {"index": torch.arange(4)}, []
+    for moved in (0.0, 0.5):
+        tuner = tuner_of(ModeValue(), iterative=iterative)
+        tuner.trainer = trainer_of()
+        tuner.setup("fit")
+        for weight in tuner._trained().values():
+            weight.data += moved
+        with torch.no_grad():
+            experience = tuner.collect(batch, tuner.pipeline.encode(batch))
+        drawn.append(tensor_of(experience.states["preferred"]))
+    assert torch.equal(*drawn) is not iterative
 
 
 def values(tuner: DiffusionDPO, num: int = 2048) -> Tensor:

@@ -1,9 +1,11 @@
 """DiffusionNFT: its minimiser in closed form, its parts, and what it learns."""
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -22,7 +24,7 @@ from lit_rlft.core.schedule import RectifiedFlow
 from lit_rlft.core.state import State, tensor_of
 from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.old_policy import OldPolicy
-from tests.algorithms.graft_support import ModeValue, nearest
+from tests.algorithms.graft_support import Guided, ModeValue, nearest
 from tests.algorithms.test_noise_ppo_learning import Unrelated
 from tests.support import trainer_of
 
@@ -125,6 +127,8 @@ def test_a_self_normalised_loss_has_the_same_direction() -> None:
     (gradient,) = torch.autograd.grad(loss.sum(), f)
     own = 0.75 * 0.5 * 1.5 / 2.25 - 0.25 * 0.5 * 0.5 / 1.75
     assert float(gradient[0, 0]) == pytest.approx(own)
+    exact = contrastive_loss(process, x_0, x_0, x_0, x_t, t, good, 0.5, "self_normalized")
+    assert exact.tolist() == [0.0]
 
 
 def test_logits_start_in_the_direction_of_the_native_loss() -> None:
@@ -342,6 +346,65 @@ def test_an_error_while_sampling_leaves_the_trained_weights() -> None:
         assert torch.equal(weight, start)
         raise KeyError
     assert torch.equal(weight, start + 1) and torch.is_grad_enabled()
+
+
+def test_the_old_policy_keeps_more_of_itself_from_round_to_round() -> None:
+    """By hand: 0.3 after the first round, then max_decay; the trained weight grows by 1 in each."""
+    tuner = tuner_of(ModeValue(), decay_rate=0.3, max_decay=0.5)
+    tuner.setup("fit")
+    (weight, *_) = tuner._trained().values()
+    start = weight.detach().clone()
+    for tuner.num_rounds, moved in enumerate((0.0, 0.7, 0.5 * 0.7 + 0.5 * 2, 0.5 * 1.35 + 0.5 * 3)):
+        with tuner._sampling_policy():
+            torch.testing.assert_close(weight.detach(), start + moved)
+        with torch.no_grad():
+            weight.add_(1)
+
+
+def test_the_loss_by_hand_of_what_is_sampled_from() -> None:
+    """Guided predictions of both policies; straight lines, and levels and noise by seed."""
+    pipeline = Guided(schedule="rectified_flow", prediction_type="velocity")
+    tuner, seeds = DiffusionNFT(pipeline, ModeValue(), sampler=Sampler(8), beta=0.5), [3, 4, 5]
+    tuner.setup("fit")
+    with tuner._sampling_policy():
+        frozen = copy.deepcopy(pipeline)
+    trained = list(tuner._trained().values())
+    for weight in trained:
+        weight.data += 0.2 * torch.randn(weight.shape)
+    x_0, good = torch.randn(3, 2), torch.tensor([0.0, 0.3, 1.0])
+    condition = pipeline.encode({"index": torch.arange(3)})
+    losses, _ = tuner.loss(
+        Experience({"x_0": x_0, "good": good}, condition, seeds), generators(seeds)
+    )
+    noise = generators(seeds)
+    t = pipeline.process.draw_times(torch.stack([torch.rand((), generator=g) for g in noise]))
+    epsilon = torch.stack([torch.randn(2, generator=own) for own in noise])
+    x_t = (1 - t.float().unsqueeze(1)) * x_0 + t.float().unsqueeze(1) * epsilon
+    f, old = (1.5 * tensor_of(one.predict(x_t, t, condition)) for one in (pipeline, frozen))
+    plus, minus = (
+        (old.detach() + side * (f - old.detach()) - (epsilon - x_0)).square().mean(dim=1)
+        for side in (0.5, -0.5)
+    )
+    wanted = good * plus + (1 - good) * minus
+    torch.testing.assert_close(losses, wanted, rtol=1e-4, atol=1e-5)
+    gradients = [torch.autograd.grad(each.sum(), trained) for each in (losses, wanted)]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_probabilities_are_by_the_deviation_of_all_processes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The population's, of what could be scored."""
+    tuner = tuner_of(ModeValue(), reward_clip=2.0)
+    tuner.trainer = trainer_of()
+    other = torch.tensor([-3.0, 3.0, 1.0, -1.0], dtype=torch.float64)
+    monkeypatch.setattr("lit_rlft.algorithms.nft.gather", lambda own, size: [own, other])
+    groups = torch.tensor([[1.0, 3.0, NAN], [0.0, 9.0, 6.0]])
+    apart = np.array([[-1.0, 1.0, NAN], [-5.0, 4.0, 1.0]])
+    scale = np.concatenate([apart[np.isfinite(apart)], other.numpy()]).std()
+    wanted = 0.5 + (apart / scale).clip(-2, 2) / 4
+    np.testing.assert_allclose(tuner._probabilities(groups).numpy(), wanted, rtol=1e-12)
 
 
 class Failing(Reward):
