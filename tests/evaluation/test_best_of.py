@@ -73,6 +73,16 @@ def test_the_best_noise_is_worth_what_the_sampler_keeps_of_it() -> None:
     assert own_half.mean() + 10 * error < noise_half.mean() < samples_half.mean()
 
 
+def test_the_best_noise_starts_where_the_best_sample_did() -> None:
+    """With next to no noise on the way a fresh sample from there is next to the best one."""
+    tuner = tuner_of(1e-3)
+    condition, seeds = tuner.pipeline.encode({"index": torch.arange(16)}), list(range(16))
+    arms = best_of(tuner.rollouts, tuner.reference_route(), condition, seeds, N).values()
+    samples, noise = (tensor_of(x_0) for x_0 in arms)
+    torch.testing.assert_close(noise, samples, rtol=0, atol=0.05)
+    assert not torch.equal(noise, samples)
+
+
 def test_through_the_command_line(tmp_path: Path) -> None:
     settings = {
         "data.init_args.num_test": 8,
