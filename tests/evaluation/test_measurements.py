@@ -111,6 +111,23 @@ def test_the_share_kept_of_best_of_n_and_its_error(known: float) -> None:
     assert shares.mean().item() == pytest.approx(0.4, abs=4 * error / sets**0.5)
 
 
+def test_a_second_copy_of_each_sample_says_nothing_new() -> None:
+    """Copies belong to one row: means and errors are those of single samples, failures or not."""
+    generator = torch.Generator().manual_seed(0)
+    tuned, reference, best = torch.randn(3, 40, dtype=torch.float64, generator=generator).add(
+        torch.tensor([[1.0], [0.0], [2.0]])
+    )
+    tuned[3], reference[5] = torch.nan, torch.nan
+    rows = torch.arange(40).repeat_interleave(2)
+    a, b, c = (values.repeat_interleave(2) for values in (tuned, reference, best))
+    for found, wanted in (
+        (paired_moments(a, b, rows), paired_moments(tuned, reference)),
+        (kept_share(a, b, c, rows), kept_share(tuned, reference, best)),
+        (moments(a, rows), moments(tuned)),
+    ):
+        assert found == pytest.approx(wanted, rel=1e-12)
+
+
 def test_no_share_of_what_best_of_n_does_not_gain() -> None:
     evaluation = Measurements()
     added(evaluation, "reference", 0, r=[1.0, 2.0, 3.0], other=[1.0, 2.0, 3.0])
