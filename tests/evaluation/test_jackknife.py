@@ -11,7 +11,7 @@ from torch import Tensor
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import Metrics, SetMetric
 from lit_rlft.evaluation.jackknife import compared
-from lit_rlft.evaluation.measurements import Measurements
+from lit_rlft.evaluation.measurements import Measured, Measurements
 
 
 class Mean(SetMetric):
@@ -110,6 +110,38 @@ def test_an_evaluation_joins_the_batches_and_keeps_pairs() -> None:
     quick = evaluation.summary(1, [metric])
     assert quick["tuned"]["average"]["mean"] == 17
     assert math.isnan(quick["tuned"]["average"]["sem"])
+
+
+def test_errors_of_sets_do_not_depend_on_the_number_of_processes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two samples of each row, of which a process has every other one."""
+    points = torch.randn(12, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    metric, whole, first, second = Mean(), Measurements(), Measurements(), Measurements()
+    for evaluation, rows in (
+        (whole, range(12)),
+        (first, range(0, 12, 2)),
+        (second, range(1, 12, 2)),
+    ):
+        own = torch.tensor(rows)
+        for arm, shift in (("tuned", 2.0), ("reference", 0.0)):
+            parts = [{"points": points[own].flatten() + shift}]
+            given = ({"r": torch.ones(2 * len(own))}, None, [""] * 2 * len(own), parts)
+            evaluation.add(arm, 0, *given, rows=own.repeat_interleave(2))
+    alone = whole.summary(1, [metric], errors=True)
+
+    def gathered(mine: dict[str, Any], world_size: int) -> list[dict[str, Any]]:
+        kinds = (Measured.columns, Measured.all_rows, Measured.sets)
+        (kind,) = (kind for kind in kinds if same(mine["tuned"], kind(first.tuned)))
+        return [mine, {arm: kind(measured) for arm, measured in second.arms.items()}]
+
+    def same(one: Any, other: Any) -> bool:
+        return type(one) is type(other) and list(one) == list(other)
+
+    monkeypatch.setattr("lit_rlft.evaluation.measurements.gather", gathered)
+    for arm, numbers in first.summary(2, [metric], errors=True).items():
+        assert numbers["average"] == pytest.approx(alone[arm]["average"], rel=1e-9)
+    assert alone["tuned"]["average"]["sem"] > 0
 
 
 def test_metrics_of_sets_stand_beside_others() -> None:
