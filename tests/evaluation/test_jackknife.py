@@ -115,13 +115,13 @@ def test_an_evaluation_joins_the_batches_and_keeps_pairs() -> None:
 def test_errors_of_sets_do_not_depend_on_the_number_of_processes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Two samples of each row, of which a process has every other one."""
-    points = torch.randn(12, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    """Two samples of each row, of which a process has every other one; groups are of three rows."""
+    points = torch.randn(60, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     metric, whole, first, second = Mean(), Measurements(), Measurements(), Measurements()
     for evaluation, rows in (
-        (whole, range(12)),
-        (first, range(0, 12, 2)),
-        (second, range(1, 12, 2)),
+        (whole, range(60)),
+        (first, range(0, 60, 2)),
+        (second, range(1, 60, 2)),
     ):
         own = torch.tensor(rows)
         for arm, shift in (("tuned", 2.0), ("reference", 0.0)):
