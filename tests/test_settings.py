@@ -35,7 +35,7 @@ BAD = (math.nan, math.inf, -math.inf, -1, 0)
 
 INTERNAL = {
     "Flux", "Sana", "StableDiffusion", "StableDiffusion3", "StableDiffusionXL", "ZImage",
-    "SavedFlow",
+    "SavedFlow", "SolvedFlow",
     "Batches", "BadArgument", "Bars", "Chunk", "Categorical", "Command",
     "FixedBatches",
     "Gaussian", "GaussianMixtureDenoiser", "Generated", "GradientPlan", "Images",
