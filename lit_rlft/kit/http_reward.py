@@ -4,11 +4,12 @@ import base64
 import json
 import math
 import os
+import re
 import tempfile
 import time
 import warnings
 from collections.abc import Sequence
-from http.client import HTTPException
+from http.client import HTTPException, InvalidURL
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -80,9 +81,12 @@ class HTTPReward(Reward):
         try:
             self._ask([])
         except _NoRewards as error:
+            names = re.findall(r"\$\{?(\w+)", self.url)
+            unset = [f"export {name}=...; " for name in names if name not in os.environ]
             raise UsageError(
-                f"HTTPReward: {self._address} gave no rewards at the start ({error}); start the "
-                'server, which must answer {"samples": []} with {"rewards": []}'
+                f"HTTPReward: {self._address} gave no rewards at the start ({error}); "
+                f"{''.join(unset)}start the server, which must answer "
+                '{"samples": []} with {"rewards": []}'
             ) from error
 
     def forward(self, samples: Any, condition: Condition) -> Tensor:
@@ -148,6 +152,8 @@ class HTTPReward(Reward):
                 found: bytes = answer.read(_LARGEST + 1)
         except HTTPError as error:
             raise _NoRewards(f"status {error.code}") from error
+        except (InvalidURL, UnicodeError):  # whose words hold what the environment put in
+            raise _NoRewards("its characters, or those of its variables, are no URL's") from None
         except (OSError, HTTPException) as error:
             raise _NoRewards(str(getattr(error, "reason", None) or error)[:100]) from error
         if len(found) > _LARGEST:

@@ -209,6 +209,24 @@ def test_a_request_that_failed_is_made_again(serve: Callable[[Answer], Server]) 
     assert rewards_of(HTTPReward(server.url, retries=2)).tolist() == [1.0] * 5
 
 
+@pytest.mark.parametrize(
+    ("rest", "reason"),
+    [
+        ("$SCORER", "are no URL's"),
+        ("score?key=$SCORER", "are no URL's"),
+        ("grün", "are no URL's"),
+        ("score?key=$SCORER_GONE", r"; export SCORER_GONE=\.\.\.; start the server"),
+    ],
+)
+def test_what_is_wrong_with_a_variable_is_told_without_its_value(
+    rest: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SCORER", "open sesame\n")
+    with pytest.raises(UsageError, match=reason) as caught:
+        rewards_of(HTTPReward(f"http://localhost:1/{rest}", retries=0))
+    assert "sesame" not in str(caught.value)
+
+
 @pytest.mark.parametrize("url", ["localhost:8000", "file:///etc/passwd", "ftp://host/x", ""])
 def test_addresses_that_are_none_are_refused(url: str) -> None:
     with pytest.raises(UsageError, match="url must be such as http://localhost:8000/score"):
