@@ -21,7 +21,7 @@ from lit_rlft.core.moments import RunningMoments
 from lit_rlft.core.pipeline import Pipeline
 from lit_rlft.core.reward import Reward, WeightedSum
 from lit_rlft.core.sampling import Sampler
-from lit_rlft.core.settings import Plain, arguments, settings
+from lit_rlft.core.settings import HIDDEN, Plain, arguments, settings
 from lit_rlft.core.window import SlidingWindow
 from lit_rlft.cost.meter import Meter
 from lit_rlft.loop import checkpoint as contents
@@ -399,6 +399,8 @@ def _plain_arguments(cls: type, recorded: Mapping[str, Plain]) -> dict[str, Any]
     found: dict[str, Any] = {}
     for name, parameter in arguments(cls).items():
         value = recorded.get(f"model.{name}", parameter.empty)
+        if HIDDEN in str(value):
+            continue
         # Text can be the class of an object, or a path of somebody else's.
         if value == AUTO or type(value) in _TAKEN | {type(parameter.default)}:
             found[name] = value

@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from lit_rlft.core.settings import without_secrets
+
 __all__ = ["ABSENT", "changes"]
 
 
@@ -23,6 +25,7 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, A
     Where a class differs, its arguments are not compared. What one side alone has below an argument
     counts where the other side knows that argument: other versions have other arguments.
     """
+    old = without_secrets(old)  # those of an earlier version's checkpoint are not hidden
     known = set(_prefixes(old)), set(_prefixes(new))
     by_name = {_length_of_named(key) for key in known[0] | known[1]}
     found: list[tuple[str, Any, Any]] = []

@@ -229,6 +229,21 @@ def test_words_and_windows_are_those_of_the_checkpoint(tmp_path: Path) -> None:
     assert loaded.lora is not None and loaded.lora.dtype == "bfloat16"
 
 
+class Asked(PGRAFT):
+    """An algorithm of one's own, with a secret."""
+
+    def __init__(self, *, token: str = "", **init_args: Any) -> None:
+        super().__init__(**init_args)
+        self.token = token
+
+
+def test_what_a_checkpoint_hides_is_no_argument(tmp_path: Path) -> None:
+    parts = {"pipeline": GaussianMixturePipeline(), "reward": Coordinate()}
+    trained(Asked(**parts, sampler=STEPS, lora=LoRA(rank=2), cut=0.5, token="abc"), tmp_path)
+    parts["pipeline"] = GaussianMixturePipeline()
+    assert Asked.load_from_checkpoint(tmp_path / "file.ckpt", **parts).token == ""
+
+
 def test_a_checkpoint_with_an_average_gives_the_average(tmp_path: Path) -> None:
     average = EMA(decay=0.5)
     trained(tiny(), tmp_path, callbacks=[average])

@@ -186,6 +186,7 @@ def test_secrets_are_hidden() -> None:
     assert settings(Named(), "x")["x.api_key"] == ""
     found = settings(Named("http://host/score?key=abc&n=2"), "x")
     assert found["x.reference"] == "http://host/score?key=(hidden)&n=2"
+    assert not changes(found | {"x.reference": "http://host/score?key=abc&n=2"}, found)
 
 
 class Base(Reward):
