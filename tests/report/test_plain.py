@@ -22,6 +22,7 @@ from lit_rlft.runs.plain import HIDDEN, flat, told
         ("hf_AbCdEfGhIjKlMnOp is no token", f"{HIDDEN} is no token"),
         ("xoxb-123456-AbCdEf is no token", f"{HIDDEN} is no token"),
         ("hf_hub_download of hf_internal_testing", "hf_hub_download of hf_internal_testing"),
+        ("a ring bearer standing tall", "a ring bearer standing tall"),
         ("Authorization: Bearer abc.def-123456", f"Authorization: Bearer {HIDDEN}"),
     ],
 )
