@@ -32,7 +32,7 @@ _SECRETS = (
     (re.compile(r"\b(github_pat_|glpat-|xox[bp]-)[\w-]{10,}"), HIDDEN),
     (re.compile(r"\bsk-[\w-]{16,}"), HIDDEN),
     (re.compile(r"(?<=://)[^\s/@]+@"), f"{HIDDEN}@"),
-    (re.compile(r"(?i)([?&](?:\w*token|\w*key|secret)=)[^&\s\"']+"), rf"\1{HIDDEN}"),
+    (re.compile(r"(?i)([?&]\w*(?:token|key|secret|passw(?:or)?d)=)[^&\s\"']+"), rf"\1{HIDDEN}"),
     (re.compile(r"(?i)\b(bearer )(?=\S*\d)[\w.~+/=-]{8,}"), rf"\1{HIDDEN}"),
 )
 """What looks like a secret in any text, and what takes its place."""

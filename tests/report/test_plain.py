@@ -19,6 +19,10 @@ from lit_rlft.runs.plain import HIDDEN, flat, told
         ("https://example.org/a/b and a/b/c, and/or 1/2", None),
         ("https://jane:geheim@example.org/a", f"https://{HIDDEN}@example.org/a"),
         ("http://h/score?api_key=abc&n=2", f"http://h/score?api_key={HIDDEN}&n=2"),
+        (
+            "http://h/?client_secret=a&password=b",
+            f"http://h/?client_secret={HIDDEN}&password={HIDDEN}",
+        ),
         ("hf_AbCdEfGhIjKlMnOp is no token", f"{HIDDEN} is no token"),
         ("xoxb-123456-AbCdEf is no token", f"{HIDDEN} is no token"),
         ("hf_hub_download of hf_internal_testing", "hf_hub_download of hf_internal_testing"),
