@@ -208,7 +208,6 @@ def _known_kind(source: str) -> tuple[str, dict[str, Any]]:
             index = dict(DiffusionPipeline.load_config(source, local_files_only=True))
     else:
         index = dict(DiffusionPipeline.load_config(source))
-    refuse_code(index, source, _KEY)
     saved = index.get("_class_name", "StableDiffusionPipeline")
     kind = _ALIKE.get(str(saved), str(saved))
     if kind not in FAMILIES:
@@ -216,6 +215,7 @@ def _known_kind(source: str) -> tuple[str, dict[str, Any]]:
             f"{_KEY}: {source!r} is a {saved}, which is not supported; known are "
             f"{', '.join(FAMILIES)}"
         )
+    refuse_code(index, source, _KEY)
     family = FAMILIES[kind]
     absent = [name for name in family.needed() if index.get(name) in (None, [None, None])]
     if absent:  # diffusers would stop at them, with a sentence about its own arguments

@@ -87,6 +87,13 @@ def test_parts_of_pipelines(part: list[str], bare: bool, model: str) -> None:
     assert not Path("ran").exists()
 
 
+def test_an_unknown_kind_of_pipeline_is_refused_as_such(model: str) -> None:
+    index = {"_class_name": "IFPipeline", "watermarker": ["deepfloyd_if", "IFWatermarker"]}
+    (Path(model) / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    with pytest.raises(UsageError, match="is a IFPipeline, which is not supported"):
+        load_parts(model)
+
+
 @pytest.mark.parametrize("name", ["scheduler", "_class_name"])
 def test_parts_of_image_models(name: str, model: str) -> None:
     (Path(model) / "config.json").unlink()
