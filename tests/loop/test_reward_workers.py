@@ -294,7 +294,7 @@ def test_a_process_that_dies_is_started_again(tmp_path: Path, beside: Beside) ->
 @pytest.mark.slow
 def test_a_process_that_hangs_is_ended(tmp_path: Path, beside: Beside) -> None:
     samples, condition = points()
-    side = beside(Hangs([1], str(tmp_path / "calls")), timeout=15)
+    side = beside(Hangs([1], str(tmp_path / "calls")), timeout=120)
     side.start()
     while side.worker is None:
         time.sleep(0.1)
