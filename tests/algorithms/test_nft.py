@@ -281,7 +281,7 @@ def test_what_cannot_work_is_refused(settings: dict[str, Any], message: str) -> 
 
 
 def test_the_published_decays() -> None:
-    """Of the authors' config: types 1 and 2, by the number of rounds."""
+    """Types 1 and 2 of the authors' code, where each round makes one update."""
 
     def decays(**settings: Any) -> list[float]:
         tuner, found = tuner_of(ModeValue(), **settings), []
@@ -298,7 +298,11 @@ def test_the_published_decays() -> None:
 def test_the_penalty_is_the_distance_to_the_reference() -> None:
     """At the levels of the loss, and with its gradient; without it the reference does not run."""
 
-    def loss_of(kl_coef: float, reference: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    def gradient(value: Tensor, tuner: DiffusionNFT) -> Tensor:
+        found = torch.autograd.grad(value.sum(), [*tuner._trained().values()], retain_graph=True)
+        return torch.cat([part.flatten() for part in found])
+
+    def loss_of(kl_coef: float, reference: Any) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         tuner = tuner_of(ModeValue(), kl_coef=kl_coef)
         tuner.setup("fit")
         with tuner._sampling_policy():
@@ -311,26 +315,40 @@ def test_the_penalty_is_the_distance_to_the_reference() -> None:
         condition = tuner.pipeline.encode({"index": torch.arange(6)})
         good = torch.linspace(0, 1, 6)
         experience = Experience({"x_0": x_0, "good": good}, condition, list(range(6)))
-        return tuner.loss(experience, generators(range(6)))
+        losses, values = tuner.loss(experience, generators(range(6)))
+        return losses.detach(), values, gradient(losses, tuner)
 
     apart: list[Tensor] = []
+    pulls: list[Tensor] = []
 
     def compared(tuner: DiffusionNFT) -> Any:
         own = type(tuner.reference).forward
 
         def forward(x_t: State, t: Tensor, condition: Condition) -> State:
             found = own(tuner.reference, x_t, t, condition)
-            apart.append(tensor_of(tuner.pipeline(x_t, t, condition)) - tensor_of(found))
+            with torch.enable_grad():
+                difference = tensor_of(tuner.pipeline(x_t, t, condition)) - tensor_of(found)
+                pulls.append(gradient(difference.square().mean(dim=1), tuner))
+            apart.append(difference.detach())
             return found
 
         return forward
 
-    losses, values = loss_of(0.5, compared)
-    without, none = loss_of(0.0, lambda _: lambda *_: pytest.fail("it ran"))
-    distance = apart[0].detach().square().mean(dim=1)
+    losses, values, with_pull = loss_of(0.5, compared)
+    without, none, plain = loss_of(0.0, lambda _: lambda *_: pytest.fail("it ran"))
+    distance = apart[0].square().mean(dim=1)
     assert distance.min() > 1e-5 and not none
     torch.testing.assert_close(values["reference_distance"], distance, rtol=1e-5, atol=0)
     torch.testing.assert_close(losses, without + 0.5 * distance, rtol=1e-5, atol=1e-6)
+    assert pulls[0].abs().max() > 1e-3
+    torch.testing.assert_close(with_pull, plain + 0.5 * pulls[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_penalty_on_classes_is_refused() -> None:
+    tuner = tuner_of(ModeValue(), kl_coef=1e-4)
+    tuner.pipeline.process = MaskedProcess(3)
+    with pytest.raises(UsageError, match="kl_coef must be 0 for a MaskedProcess"):
+        tuner.check()
 
 
 def test_an_error_while_sampling_leaves_the_trained_weights() -> None:
