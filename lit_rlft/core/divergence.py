@@ -61,11 +61,12 @@ def prediction_distance(
     """Return the squared distance of two predictions at x_t per free dimension, float32 [B].
 
     Args:
-        process: Knows how many numbers of a state are free.
+        process: Knows how many numbers of a state are free; only these count.
         prediction: The tuned denoiser's, [B, ...], with its graph.
         reference: The pretrained one's.
         x_t: Where both were made.
     """
-    pairs = zip(leaves(prediction), leaves(reference), strict=True)
+    own, other = (process.projected(each, x_t) for each in (prediction, reference))
+    pairs = zip(leaves(own), leaves(other), strict=True)
     squares = torch.cat([(p - r).float().square().flatten(1) for p, r in pairs], dim=1)
     return (squares.sum(dim=1) / process.num_dimensions(x_t).clamp(min=1)).float()

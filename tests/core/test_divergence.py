@@ -5,12 +5,13 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from lit_rlft.core.divergence import path_kl
+from lit_rlft.core.divergence import path_kl, prediction_distance
 from lit_rlft.core.pipeline import Condition
-from lit_rlft.core.process import GaussianProcess, MaskedProcess
+from lit_rlft.core.process import GaussianProcess, MaskedProcess, Process, ProductProcess
 from lit_rlft.core.randomness import generators
 from lit_rlft.core.schedule import CosineVP, DiscreteVP, RectifiedFlow, Schedule, vp_betas
 from lit_rlft.core.state import State, tensor_of
+from lit_rlft.core.subspace import PointClouds
 
 N, B, D = 6, 4000, 3
 SCHEDULES = [CosineVP(), RectifiedFlow(), DiscreteVP(vp_betas(), ends_at_zero=False)]
@@ -78,3 +79,18 @@ def test_masked_paths_count_what_is_unmasked() -> None:
     tuned, noise = torch.ones(N, dtype=torch.bool), generators(range(B))
     kl = path_kl(process, policy, reference, x_0, condition_of(B), times, tuned, noise)
     assert abs(kl.mean() - expected) < 4 * kl.std() / B**0.5
+
+
+@pytest.mark.parametrize("product", [False, True])
+def test_a_distance_of_predictions_has_the_free_dimensions_alone(product: bool) -> None:
+    """What predictions say of empty slots, and how they move the centre, moves no state."""
+    process: Process = GaussianProcess(RectifiedFlow(), "velocity", PointClouds(2))
+    x = torch.tensor([[[1.0, 0, 5], [-1, 0, 6], [0, 0, 0]]])  # two points, an empty slot
+    apart = torch.tensor([[[3.0, 1, 2], [1, 1, 0], [7, 8, 9]]])  # centred: (1, 0), (-1, 0)
+    states: list[State] = [x, torch.zeros_like(x), apart]
+    if product:
+        process = ProductProcess({"cloud": process})
+        states = [{"cloud": tensor_of(state)} for state in states]
+    x_t, reference, prediction = states
+    distance = prediction_distance(process, prediction, reference, x_t)
+    assert distance.tolist() == pytest.approx([(1 + 1 + 4) / (2 * 3 - 2)])

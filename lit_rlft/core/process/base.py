@@ -208,6 +208,15 @@ class Process(Recorded, Watched, ABC):
         num = sum(leaf.shape[1:].numel() for leaf in leaves(x))
         return torch.full((batch_size(x),), num, dtype=torch.float64, device=leaves(x)[0].device)
 
+    def projected(self, x: State, like: State) -> State:
+        """Return x [B, ...] without what no state has, such as numbers of empty slots.
+
+        Args:
+            x: A prediction or a difference of two; it is returned as it is, unless overridden.
+            like: States, which tell their empty slots.
+        """
+        return x
+
     @abstractmethod
     def loss(self, prediction: State, x_s: State, x_t: State, s: Tensor, t: Tensor) -> Tensor:
         """Return the denoising loss [B] at x_t for data known at level s.

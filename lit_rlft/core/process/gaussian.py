@@ -224,7 +224,7 @@ class GaussianProcess(Process):
         """Return the bounded estimate of x_0, and the noise that a step goes on with."""
         assert self.bound is not None
         free = p if self.prediction_type == "sample" else step.x_0_of_x * x + step.x_0_of_p * p
-        free = self._projected(free, x)
+        free = self.projected(free, x)
         x_0 = self.bound(free)
         if self.keeps_noise and self.prediction_type == "epsilon":
             return x_0, p
@@ -248,25 +248,25 @@ class GaussianProcess(Process):
             slope = (alpha_s * alpha_t + sigma_s * sigma_t) / (alpha_t**2 + sigma_t**2)
         error = tensor_of(x_s) - tensor_of(self.transition(prediction, x, t, s, 0.0).mean)
         # Projected: no transition would remove what iterations add up outside the subspace.
-        return self._projected(x + error / expand_as(slope, x), x)
+        return self.projected(x + error / expand_as(slope, x), x)
 
     def denoised(self, prediction: State, x_t: State, t: Tensor) -> Tensor:
         x = tensor_of(x_t)
         p = tensor_of(prediction).to(x.dtype)
         if self.prediction_type == "sample":
-            return self._projected(p, x)
+            return self.projected(p, x)
         alpha, sigma = self.schedule.levels(t)
         a, b = self._weights(alpha, sigma)
         determinant = b * alpha - a * sigma
         x_0 = expand_as(b / determinant, x) * x - expand_as(sigma / determinant, x) * p
-        return self._projected(x_0, x)
+        return self.projected(x_0, x)
 
     def noised(self, x_s: State, s: Tensor, t: Tensor, noise: Generators = None) -> Tensor:
         x = tensor_of(x_s)
         (alpha_t, alpha_s), (sigma_t, sigma_s) = self.schedule.levels(torch.stack([t, s]))
         ratio = alpha_t / alpha_s
         std = _forward_variance(alpha_s, sigma_s, alpha_t, sigma_t).sqrt()
-        epsilon = self._projected(randn_like(x, noise), x)
+        epsilon = self.projected(randn_like(x, noise), x)
         if self.subspace is not None:
             epsilon = self.subspace.couple(epsilon, x)
         return expand_as(ratio, x) * x + expand_as(std, x) * epsilon
@@ -281,7 +281,7 @@ class GaussianProcess(Process):
         source, levels = tensor_of(x_s), self.schedule.levels(torch.stack([t, s]))
         target = self._target(source, tensor_of(x_t), *levels)
         error = tensor_of(prediction).to(target.dtype) - target
-        squares = self._projected(error, source).square().unsqueeze(-1).flatten(start_dim=1)
+        squares = self.projected(error, source).square().unsqueeze(-1).flatten(start_dim=1)
         (alpha_t, alpha_s), (sigma_t, sigma_s) = levels
         weight = _forward_variance(alpha_s, sigma_s, alpha_t, sigma_t) / sigma_t**2
         if self.subspace is None:
@@ -351,8 +351,9 @@ class GaussianProcess(Process):
         support = self.subspace.support(like) if support is None else support
         return self.subspace.gaussian(loc, std, support, known)
 
-    def _projected(self, x: Tensor, like: Tensor) -> Tensor:
-        return x if self.subspace is None else self.subspace.project(x, like)
+    def projected(self, x: State, like: State) -> Tensor:
+        own = tensor_of(x)
+        return own if self.subspace is None else self.subspace.project(own, tensor_of(like))
 
     def _weights(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """Return a and b of the prediction type at a level."""

@@ -129,6 +129,10 @@ class ProductProcess(Process):
         numbers = [self.field(name).num_dimensions(parts[name]) for name in self.names]
         return torch.stack(numbers).sum(dim=0)
 
+    def projected(self, x: State, like: State) -> State:
+        own, parts = fields_of(x), fields_of(like)
+        return {name: tensor_of(self.field(name).projected(own[name], parts[name])) for name in own}
+
     def draw_times(self, uniform: Tensor, low: float = 0.0) -> Tensor:
         return self.field(self.names[0]).draw_times(uniform, low)
 
