@@ -273,9 +273,12 @@ def source_layouts(source: Source, max_layouts: int | None = None) -> Layouts:
 
 
 def _check_classes(metric: Metric, own: Mapping[str, Sequence[str]], pipeline: Pipeline) -> None:
-    """Raise BadArgument unless a metric's arguments have the classes that the model draws."""
+    """Raise BadArgument unless a metric's arguments have the classes that the model draws.
+
+    Those of a model that names none are the source's.
+    """
+    drawn = getattr(pipeline, "classes", own["source"])
     for name, known in own.items():
-        drawn = getattr(pipeline, "classes", known)
         if known != drawn:
             raise BadArgument(
                 metric,

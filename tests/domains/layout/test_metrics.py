@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -296,6 +297,10 @@ def test_other_classes_are_told_before_anything_is_drawn(
         SetDistances().check(own)
     with pytest.raises(UsageError, match="LayoutMeasures names the class 'text'"):
         LayoutMeasures(ignored=["text"]).check(own)
+    other, nameless = Grammar(8), cast(Any, object())
+    other.classes = ("logo", "photo")
+    with pytest.raises(UsageError, match=r"pretrained has the classes.*leave SetDistances out"):
+        SetDistances(other).check(nameless)
     LayoutMeasures(ignored=["text"]).check(tiny_pipeline())
 
 
