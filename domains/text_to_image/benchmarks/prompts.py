@@ -144,11 +144,13 @@ class GenEval2Prompts(_Prompts):
 
     def _record(self, line: int, text: str) -> Record:
         record = _json_of(self.source, line, text)
-        if problem := _lack_of_prompt(record) or question_problem(record):
+        problem = _lack_of_prompt(record) or question_problem(record)
+        if not problem and not isinstance(record.get("atom_count"), int):
+            problem = "has no whole number under 'atom_count'"
+        if problem:
             raise refused(self.source, line, problem)
-        questions = record[QUESTIONS]
-        count = record.get("atom_count") or len(questions)
-        return {"prompt": record["prompt"].strip(), "atom_count": count, QUESTIONS: questions}
+        kept = {name: record[name] for name in ("atom_count", QUESTIONS)}
+        return {"prompt": record["prompt"].strip()} | kept
 
 
 class T2ICompBenchPrompts(_Prompts):
