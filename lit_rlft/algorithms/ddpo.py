@@ -442,7 +442,7 @@ class DDPO(RewardFineTuner):
         times, ends = process.times(num_steps), process.ends(num_steps)
         table = self._steps(condition.index(slice(0, 1)), self._noise).coefficients
         trained = self._draw_steps(process.noisy(table))
-        grid = (times, trained, table, self.state_dtype, ends)
+        grid = (times, trained, table, self.state_dtype)
         kept = Trajectories(len(condition), *grid, keeps_means=self.ratio_norm)
         x_0 = []
         for chunk in self.rollouts.chunks(condition, seeds, "Sampling"):

@@ -99,7 +99,6 @@ class Trajectories:
         steps: The S trained steps, numbers in [0, T).
         coefficients: [T, C] of each field, of all steps (`Process.steps`).
         dtype: Floating type of the kept states; None takes that of the states given.
-        ends: [T], where each step leads (`Process.ends`); None is the grid's next.
         keeps_means: Whether the means of the trained steps' Gaussians are kept too, in the
             precision they are computed in.
 
@@ -114,14 +113,12 @@ class Trajectories:
         steps: Iterable[int],
         coefficients: State,
         dtype: torch.dtype | None = None,
-        ends: Tensor | None = None,
         *,
         keeps_means: bool = False,
     ) -> None:
         self.keeps_means = keeps_means
         self._means: Tensor | None = None
         self.num, self.times, self.dtype = num, times, dtype
-        self.ends = times[1:] if ends is None else ends
         self.steps = sorted(set(steps))
         self._coefficients = coefficients
         needed = sorted({i + end for i in self.steps for end in (0, 1)})
@@ -172,9 +169,8 @@ class Trajectories:
             samples: [P] int64 on the CPU, numbers of trajectories.
 
         Returns:
-            `x_t` and `x_s` [P, ...] in the types of the states once given, `t` and `s` [P],
-            `log_prob` [P], `coefficients` [P, C] of each field, and `mean` [P, ...] where means are
-            kept.
+            `x_t` and `x_s` [P, ...] in the types of the states once given, `t` [P], `log_prob` [P],
+            `coefficients` [P, C] of each field, and `mean` [P, ...] where means are kept.
         """
         known = self._by_place
         places, samples = (rows.to(self._device, non_blocking=True) for rows in (places, samples))
@@ -183,7 +179,6 @@ class Trajectories:
             "x_t": self._read(slots, samples),
             "x_s": self._read(slots + 1, samples),  # the next state has the next slot
             "t": known["t"].index_select(0, places),
-            "s": known["s"].index_select(0, places),
             "log_prob": self.log_probs[places, samples],
             "coefficients": index(self._trained_coefficients, places),
         }
@@ -200,7 +195,7 @@ class Trajectories:
         """Slots and levels of the trained steps, each [S], on the device."""
         steps = torch.tensor(self.steps)
         slots = torch.tensor([self._slots[i] for i in self.steps])
-        own = {"slot": slots, "t": self.times[steps], "s": self.ends[steps]}
+        own = {"slot": slots, "t": self.times[steps]}
         return {name: one.to(self._device, non_blocking=True) for name, one in own.items()}
 
     @cached_property

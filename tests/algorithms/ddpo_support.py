@@ -135,6 +135,13 @@ def pairs_of(rollout: Rollout, size: int | None = None) -> list[Experience]:
     return [rollout.terms(rows) for rows in torch.arange(rollout.num_terms).split(size or 10**6)]
 
 
+def ends_of(tuner: DDPO, t: Tensor) -> Tensor:
+    """Where the sampler's steps from levels t lead, [P]."""
+    process, num_steps = tuner.pipeline.process, tuner.sampler.num_steps
+    steps = (process.times(num_steps)[:-1] == t.unsqueeze(1)).int().argmax(dim=1)
+    return process.ends(num_steps)[steps]
+
+
 def gradient(tuner: DDPO, losses: Tensor) -> Tensor:
     parameters = [p for p in tuner.trainable().parameters() if p.requires_grad]
     found = torch.autograd.grad(losses.sum(), parameters, allow_unused=True)

@@ -30,6 +30,7 @@ from lit_rlft.core.schedule import DiscreteVP
 from lit_rlft.core.state import tensor_of
 from lit_rlft.kit.data import Rows, collate
 from lit_rlft.loop.reference import LoRA
+from tests.algorithms.ddpo_support import ends_of
 from tests.support import arguments, trainer_of, working_directory, write_picture_domain
 
 STEPS, M = 4, 4
@@ -130,7 +131,8 @@ def test_the_last_step_is_that_of_diffusers(
     rollout = collected(tuner)
     num = len(rollout)
     pairs = rollout.trajectories.pairs(torch.full((num,), STEPS - 1), torch.arange(num))
-    x_t, x_s, t, s = (tensor_of(pairs[name]) for name in ("x_t", "x_s", "t", "s"))
+    x_t, x_s, t = (tensor_of(pairs[name]) for name in ("x_t", "x_s", "t"))
+    s = ends_of(tuner, t)
     with torch.no_grad():
         prediction = tuner.pipeline(x_t, t, rollout.condition)
     law = tuner.pipeline.process.transition(prediction, x_t, t, s, 1.0)

@@ -38,6 +38,7 @@ from tests.algorithms.ddpo_support import (
     Toy,
     collected,
     each_process,
+    ends_of,
     gradient,
     pairs_of,
     replayed,
@@ -170,7 +171,8 @@ def test_the_kl_is_that_of_torch_distributions(make: Any, reduction: Any) -> Non
     tuner = tuner_of(make().double(), kl_coef=0.7, log_prob_reduction=reduction)
     rollout = collected(moved(tuner))
     (part,) = pairs_of(rollout)
-    x_t, t, s = (tensor_of(part.states[name]) for name in ("x_t", "t", "s"))
+    x_t, t = (tensor_of(part.states[name]) for name in ("x_t", "t"))
+    s = ends_of(tuner, t)
     assert tuner.reference is not None and tuner.reference.frozen is not None
     laws: list[Any] = [
         tuner.pipeline.process.transition(denoiser(x_t, t), x_t, t, s, 1.0)
@@ -195,7 +197,8 @@ def test_the_kl_of_masked_states_is_that_of_torch_distributions() -> None:
     tuner = tuner_of(Toy(MASKED).double(), kl_coef=0.7, log_prob_reduction="sum")
     rollout = collected(moved(tuner))
     (part,) = pairs_of(rollout)
-    x_t, t, s = (tensor_of(part.states[name]) for name in ("x_t", "t", "s"))
+    x_t, t = (tensor_of(part.states[name]) for name in ("x_t", "t"))
+    s = ends_of(tuner, t)
     assert tuner.reference is not None and tuner.reference.frozen is not None
     logs = [
         torch.cat([((t - s) / t).view(-1, 1, 1).log() + p.log_softmax(-1),

@@ -167,9 +167,7 @@ def test_windows_and_subsets() -> None:
         seen.add(tuple(steps))
         (part,) = pairs_of(rollout)
         times = tuner.pipeline.process.times(10)
-        t, s = (tensor_of(part.states[name]) for name in ("t", "s"))
-        assert set(t.tolist()) == set(times[steps].tolist())
-        assert set(s.tolist()) == {float(times[i + 1]) for i in steps}
+        assert set(tensor_of(part.states["t"]).tolist()) == set(times[steps].tolist())
     assert len(seen) > 1
 
 
@@ -182,6 +180,21 @@ def test_a_window_keeps_the_transitions_of_the_whole() -> None:
         second = whole.trajectories.pairs(torch.full((NUM,), place + 1), samples)
         assert first.keys() == second.keys()
         assert all(torch.equal(tensor_of(first[k]), tensor_of(second[k])) for k in first)
+
+
+def test_selected_samples_keep_their_conditions_and_seeds() -> None:
+    """Through two selections, as of a minibatch and of a process, in any order."""
+    rollout = collected(tuner_of(Toy(FLOW)))
+    part = rollout.index(torch.tensor([6, 1, 3, 4])).index(torch.tensor([2, 0, 1]))
+    terms = part.terms(torch.arange(part.num_terms).flip(0))
+    places = part.num_terms // 3 - 1 - torch.arange(part.num_terms) // 3
+    samples = torch.tensor([1, 6, 3]).repeat(part.num_terms // 3)
+    assert torch.equal(terms.condition.rows, rollout.condition.rows[samples])
+    assert list(terms.seeds) == [rollout.seeds[i] for i in samples.tolist()]
+    own = rollout.trajectories.pairs(places, samples)
+    assert all(torch.equal(tensor_of(own[k]), tensor_of(terms.states[k])) for k in own)
+    advantages = rollout.advantages[samples].float()
+    assert torch.equal(tensor_of(terms.states["advantage"]), advantages)
 
 
 def test_the_next_state_is_the_one_that_was_sampled() -> None:

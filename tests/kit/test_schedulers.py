@@ -211,14 +211,14 @@ def test_all_walks_lead_where_the_steps_lead() -> None:
     times, ends = process.times(7), process.ends(7)
     assert (ends[:-1] != times[1:-1]).any() and ends[-1] == times[-1]
     steps = process.steps(times, ends, 1.0, noise())
-    kept = Trajectories(2, times, range(7), steps.coefficients, ends=ends)
+    kept = Trajectories(2, times, range(7), steps.coefficients)
     torch.manual_seed(1)
     walk = walk_with_log_probs(denoiser, process, noise(), condition, times, 1.0, ends=ends)
     x = kept.record(0, walk)
     torch.testing.assert_close(x, theirs(scheduler, 7, eta=1.0), rtol=0, atol=1e-6)
     pairs: Any = kept.pairs(torch.arange(7).repeat(2), torch.arange(2).repeat_interleave(7))
-    own = process.coefficients(pairs["t"], pairs["s"], 1.0)
-    again = law_of(denoiser, process, pairs["x_t"], pairs["t"], own, condition.repeat(7))
+    given = pairs["x_t"], pairs["t"], pairs["coefficients"]
+    again = law_of(denoiser, process, *given, condition.repeat(7))
     torch.testing.assert_close(again.log_prob(pairs["x_s"], "mean"), pairs["log_prob"])
 
 

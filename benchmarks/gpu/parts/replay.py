@@ -77,12 +77,15 @@ def _plain_loop(tuner: DDPO, update: Update, batch: int) -> None:
     assert isinstance(rollout, Rollout)
     optimizer: Any = tuner.optimizers()
     optimizer.zero_grad()
+    num_steps = tuner.sampler.num_steps
     starts = range(0, rollout.num_terms, batch)
     for start in starts:
         rows = torch.arange(start, min(start + batch, rollout.num_terms))
         pairs = rollout.terms(rows)
         own: dict[str, Any] = dict(pairs.states)
-        steps = process.coefficients(own["t"], own["s"], tuner.sampler.eta)
+        of_each = (process.times(num_steps)[:-1].to(own["t"]) == own["t"].unsqueeze(1)).int()
+        s = process.ends(num_steps).to(own["t"])[of_each.argmax(dim=1)]
+        steps = process.coefficients(own["t"], s, tuner.sampler.eta)
         policy = law_of(tuner.pipeline, process, own["x_t"], own["t"], steps, pairs.condition)
         ratio = torch.exp(policy.log_prob(own["x_s"], "mean") - own["log_prob"])
         clipped = ratio.clamp(1 - tuner.clip_range, 1 + tuner.clip_range)
