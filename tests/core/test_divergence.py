@@ -51,6 +51,38 @@ def test_gaussian_paths_add_the_kl_of_every_step(schedule: Schedule) -> None:
     assert abs(kl.mean() - total) < 4 * kl.std() / B**0.5
 
 
+def test_paths_follow_the_steps_of_a_coarse_table() -> None:
+    """Steps that lead past the grid, from data that carry noise themselves, against a sum by hand.
+
+    Predictions differ by c x_t, so that the KL of a step is D (f c)^2 E[x_t^2] / (2 std^2) with f
+    what its mean moves with the prediction.
+    """
+    bars = 0.7 ** torch.arange(9.0, dtype=torch.float64)  # of the levels k / 8
+    betas = torch.full((8,), 0.3, dtype=torch.float64)
+    schedule = DiscreteVP(betas, spacing="linspace", ends_at_zero=False, strides=True)
+    process, value, c = GaussianProcess(schedule, "v"), 3.0, 0.2
+    times, ends = process.times(3), process.ends(3)
+    assert (8 * times).tolist() == [8, 5, 1, 1] and (8 * ends).tolist() == [6, 3, 1]
+    total = 0.0
+    for k, j in ((8, 6), (5, 3)):  # the last step stays where it is
+        t, s, start = (float(bars[i]) for i in (k, j, 1))
+        std = ((1 - s) / (1 - t) * (1 - t / s)) ** 0.5
+        f = (1 - s - std**2) ** 0.5 * t**0.5 - (s * (1 - t)) ** 0.5
+        square = t / start * value**2 + 1 - t / start
+        total += D * (f * c) ** 2 * square / (2 * std**2)
+
+    def reference(x_t: State, t: Tensor, condition: Condition) -> Tensor:
+        return 0.3 * tensor_of(x_t)
+
+    def policy(x_t: State, t: Tensor, condition: Condition) -> Tensor:
+        return (0.3 + c) * tensor_of(x_t)
+
+    x_0 = torch.full((B, D), value, dtype=torch.float64)
+    models = (policy, reference, x_0, condition_of(B), times, torch.ones(3, dtype=torch.bool))
+    kl = path_kl(process, *models, generators(range(B)), ends)
+    assert abs(kl.mean() - total) < 4 * kl.std() / B**0.5 < 0.1 * total
+
+
 def test_equal_models_have_no_divergence() -> None:
     process = GaussianProcess(RectifiedFlow(), "velocity")
 
