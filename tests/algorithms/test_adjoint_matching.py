@@ -203,6 +203,28 @@ def test_the_lean_adjoint_is_the_gradient_through_the_walk(schedule: str) -> Non
         torch.testing.assert_close(found[i], wanted, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("schedule", ["rectified_flow", "cosine_vp"])
+def test_the_adjoint_of_the_start_is_that_of_the_first_state_noised(schedule: str) -> None:
+    """A bent model has another slope elsewhere: at the state after the first step, near noise."""
+    pipeline, seeds = bent(schedule), range(4)
+    process, condition = pipeline.process, condition_of(pipeline, 4)
+    x_1 = torch.randn(4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        states = memoryless_walk(pipeline, process, x_1, condition, 3, generators(seeds)).states
+    steps = memoryless_steps(process, 3, x_1)
+    near = near_noise(process, steps.t[0], steps.s[0])
+    assert near is not None and near > steps.s[0]
+    args = (pipeline, process, steps, states, condition, torch.ones_like(x_1), near)
+    *_, (_, after, _), (i, found, base) = adjoints(*args, generators(seeds))
+    t, s = near.expand(4), steps.s[0].expand(4)
+    x_t = process.noised(states[1], s, t, generators(seeds)).requires_grad_()
+    law: Any = process.transition(pipeline(x_t, t, condition), x_t, t, s, 1.0)
+    (expected,) = torch.autograd.grad(law.mean, x_t, after)
+    torch.testing.assert_close(found, expected, **EXACT)
+    torch.testing.assert_close(base, pipeline(x_1, steps.levels(0, 4), condition).detach(), **EXACT)
+    assert i == 0 and base.abs().min() > 0
+
+
 @pytest.mark.parametrize("scale", [1.0, 2.0**-23])
 def test_small_adjoints_do_not_vanish_in_half_precision(scale: float) -> None:
     """They are linear in the reward: of float16's numbers those below 6e-8 are 0."""
