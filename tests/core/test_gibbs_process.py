@@ -213,6 +213,21 @@ def test_numbers_have_the_gaussian_loss_of_their_own_levels() -> None:
     torch.testing.assert_close(process.loss(p, x_s, x_t, s, t), torch.stack(expected))
 
 
+def test_what_does_not_move_has_no_loss_and_no_gradient() -> None:
+    """A block whose turn is over, and elements that are all noise or none at both times."""
+    process = GibbsProcess({"x": FLOW, "y": FLOW}, {"y": 3}, 1, order=("x", "y"))
+    p, x_s, x_t = ({"x": torch.randn(2, 4), "y": torch.randn(2, 3, 2)} for _ in range(3))
+    p = {name: field.requires_grad_() for name, field in p.items()}
+    # Each of y takes a sixth of the round: the first is through, and the last has yet to start.
+    s, t = (torch.full((2,), v, dtype=torch.float64) for v in (0.7, 0.8))
+    loss = process.loss(p, x_s, x_t, s, t)
+    own = (part["y"][:, 1] for part in (p, x_s, x_t))
+    expected = FLOW.loss(*own, *(torch.full((2,), v, dtype=torch.float64) for v in (0.2, 0.8))) / 3
+    torch.testing.assert_close(loss, expected)
+    of_x, of_y = torch.autograd.grad(loss.sum(), list(p.values()))
+    assert not of_x.any() and not of_y[:, [0, 2]].any() and of_y[:, 1].abs().min() > 0
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_forward_noise_has_the_levels_marginals_in_one_step_and_in_two(kind: str) -> None:
     """Shares within 4 standard errors, moments of numbers likewise; what does not move stays."""
