@@ -31,7 +31,7 @@ from lit_rlft.core.selection import (
 )
 from lit_rlft.core.state import tensor_of
 from lit_rlft.loop.experience import Experience
-from tests.algorithms.graft_support import fit, nearest, tuner_of
+from tests.algorithms.graft_support import Guided, fit, nearest, tuner_of
 from tests.support import trainer_of
 
 
@@ -109,6 +109,35 @@ def gradient(tuner: PGRAFT, experience: Experience, *, signed: bool = False) -> 
         losses = losses * tensor_of(experience.states["weight"])
     parameters = list(tuner.trainable().parameters())
     return torch.cat([g.flatten() for g in torch.autograd.grad(losses.sum(), parameters)])
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("contrast", [0.0, 2.0])
+def test_the_losses_by_hand_after_the_model_has_moved(contrast: float, guided: bool) -> None:
+    """The mirror is the frozen reference, and both predict as the sampler does if asked to."""
+    pipeline = Guided(schedule="rectified_flow", prediction_type="velocity", residual_width=8)
+    settings: dict[str, Any] = {"cut": 0.5, "sampler": Sampler(8), "guided_loss": guided}
+    tuner = moved(PGRAFT(pipeline, Coordinate(), contrast=contrast, **settings), 0.3)
+    signs = torch.tensor([1.0, -1.0, -1.0, 1.0]) if contrast else torch.ones(4)
+    x_s = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
+    experience = candidates_of(x_s, (signs * torch.tensor([0.5, 0.25, 2.0, 1.0])).tolist(), tuner)
+    losses = tuner.loss(experience, generators(range(4)))[0]
+    noise, process = generators(range(4)), pipeline.process
+    t = tuner.relay.random_times(process, 8, x_s, noise)
+    s = torch.full_like(t, 0.5)
+    x_t = process.noised(x_s, s, t, noise)
+    assert tuner.reference.frozen is not None
+    f, f_ref = (
+        (1.5 if guided else 1.0) * denoiser(x_t, t)
+        for denoiser in (pipeline.denoiser, tuner.reference.frozen)
+    )
+    assert (f - f_ref).abs().max() > 0.1
+    if contrast:
+        f = f_ref + signs.unsqueeze(1) * (f - f_ref) / contrast
+    weights = torch.tensor([0.5, 0.25, 2.0, 1.0])
+    torch.testing.assert_close(losses, weights * process.loss(f, x_s, x_t, s, t))
+    (found,) = torch.autograd.grad(losses.sum(), pipeline.denoiser.means)
+    assert found.abs().max() > 0
 
 
 def candidates_of(x_s: Tensor, weights: Sequence[float], tuner: PGRAFT) -> Experience:
