@@ -223,8 +223,20 @@ def test_the_reduction_does_not_move_the_optimum() -> None:
         torch.testing.assert_close(total, 2 * mean, rtol=1e-4, atol=1e-6)
 
 
-def test_experience_is_the_initial_noise_and_two_numbers() -> None:
-    tuner = ready(num_candidates=5)
+def test_the_prior_is_in_units_of_the_processs_own() -> None:
+    """Schedulers of diffusers may start from noise of another size."""
+    tuner = ready()
+    disturb(tuner.trainable())
+    tuner.pipeline.process.schedule.start_scale = 0.25
+    condition = tuner.pipeline.encode({"index": torch.arange(3)})
+    z, law = tuner.trainable()(tuner.pipeline.features(condition)), tuner.prior(condition)
+    torch.testing.assert_close(law.loc, 0.25 * z.loc)
+    torch.testing.assert_close(law.std, 0.25 * z.std)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_experience_is_the_initial_noise_and_two_numbers(reduction: Any) -> None:
+    tuner = ready(num_candidates=5, log_prob_reduction=reduction)
     disturb(tuner.trainable())
     experience = collected(tuner, 3)
     assert {name: tuple(tensor_of(s).shape) for name, s in experience.states.items()} == {
