@@ -172,6 +172,16 @@ def test_golden_noise_is_judged_where_it_was_not_chosen() -> None:
     assert alone["mean"] == pytest.approx(1.766, abs=3 * alone["sem"])
 
 
+def test_a_common_noise_is_chosen_by_the_other_conditions_by_hand() -> None:
+    """The first condition alone would choose its first noise, the second alone its second."""
+    gains = golden_gains(torch.tensor([[1.0, 0.0], [0.0, 3.0]]).unsqueeze(2))
+    assert gains["common"] == pytest.approx({"mean": -1.0, "sem": 0.5})  # -1/2 and -3/2
+    assert gains["own"] == pytest.approx({"mean": 1.0, "sem": 0.5})
+    # Of three walks the first one chooses, and the others are counted.
+    walks = torch.tensor([[[5.0, 0.0, 1.0], [0.0, 4.0, 3.0]], [[0.0, 2.0, 2.0], [1.0, 6.0, 4.0]]])
+    assert golden_gains(walks)["own"]["mean"] == pytest.approx((-1.5 + 1.5) / 2)
+
+
 def test_what_could_not_be_scored_is_left_out_and_a_constant_has_no_share() -> None:
     rewards = parts(torch.Generator().manual_seed(0), 5, 6, 1)
     more = torch.cat([rewards, rewards[:1].clone()])
