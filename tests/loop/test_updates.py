@@ -122,11 +122,16 @@ def test_minibatches_do_not_depend_on_the_number_of_processes(
             assert {part.total for part in parts} == {len(whole.minibatch)} == {whole.total}
             terms = sum(seed % 4 for seed in seeds)
             assert {part.total_terms for part in parts} == {terms} == {whole.total_terms}
+            most = max(sum(seed % 4 for seed in part.minibatch.seeds) for part in parts)
+            assert {part.most_terms for part in parts} == {most}
             for part in parts:
                 # In the order that one process has them in, states beside their seeds.
                 order = [s for s in whole.minibatch.seeds if s in part.minibatch.seeds]
                 assert list(part.minibatch.seeds) == order
                 assert tensor_of(part.minibatch.states["x"]).flatten().tolist() == order
+        for updates in plans:
+            own = {update.minibatch.num_terms for update in updates}
+            assert {update.largest for update in updates} <= {max(own, default=0)}
 
 
 def test_several_processes_have_to_know_how_many_samples_a_row_has() -> None:
