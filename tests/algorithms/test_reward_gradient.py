@@ -189,8 +189,13 @@ def test_gradients_are_those_of_masked_backpropagation(method: GradientMethod, u
     torch.testing.assert_close(values["reward"], reward_of(tuner, x_0).detach(), **EXACT)
 
 
-def test_draft_lv_averages_the_last_step_over_copies() -> None:
+@pytest.mark.parametrize("noisy", [False, True])
+def test_draft_lv_averages_the_last_step_over_copies(noisy: bool) -> None:
+    """Also where samples are taken for data at a level of some noise, as Stable Diffusion's are."""
     tuner = tuner_of(DRaFTLV(num_copies=3))
+    if noisy:
+        schedule = DiscreteVP(vp_betas(), steps_offset=1, ends_at_zero=False)
+        tuner.pipeline.process = GaussianProcess(schedule, "v")
     condition, process = experience_of(tuner).condition, tuner.pipeline.process
     with torch.no_grad():
         x_0, _ = walk_by_hand(tuner, (), None, detach_input=False)
