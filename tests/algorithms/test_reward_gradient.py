@@ -426,8 +426,9 @@ def test_the_penalty_is_that_of_a_free_number() -> None:
         recompute=False,
     )
     walk.run(x_1, None)
-    numbers = torch.tensor([4, 9]) * tensor_of(x_1).shape[-1]
-    expected = 0.1**2 * numbers / (numbers - 3)
+    atoms, columns = torch.tensor([4, 9]), tensor_of(x_1).shape[-1]
+    # Positions that all move alike move the centre alone, which no sample has.
+    expected = 0.1**2 * atoms * (columns - 3) / (atoms * columns - 3)
     torch.testing.assert_close(walk.distances[0], expected, rtol=1e-4, atol=0)
 
 

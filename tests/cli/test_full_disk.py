@@ -48,7 +48,7 @@ def test_a_file_that_finds_no_room_is_named(command: str, file: str) -> None:
 
 
 def test_samples_that_find_no_room_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: Path, *_: object) -> None:
+    def full(self: Path, *_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("domains.gaussian_mixture.samples.Path.write_text", full)
