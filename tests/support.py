@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from lightning import Trainer
@@ -78,6 +79,11 @@ def trainer_of(**settings: Any) -> Trainer:
         "default_root_dir": _SCRATCH.name,
     }
     return Trainer(**{**quiet, **settings})
+
+
+def slow(*values: Any) -> Any:
+    """Return parameters of a test that does not run by default."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def arguments(stage: str, configs: Sequence[Any], *settings: dict[str, Any]) -> list[str]:

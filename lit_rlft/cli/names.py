@@ -63,8 +63,8 @@ def with_class_paths(words: Sequence[str]) -> list[str]:
     """Return a command's words with full class paths in place of short names.
 
     Configs with short names become configs as text; so do those that the parser would read in
-    another encoding than UTF-8. Where a word may name a class or something
-    else, the class is imported, so that the parser can find it.
+    another encoding than UTF-8. Where a word may name a class or something else, the class is
+    imported, so that the parser can find it.
 
     Raises:
         UsageError: A name belongs to no class, or to several; the sentence lists them.
@@ -74,7 +74,7 @@ def with_class_paths(words: Sequence[str]) -> list[str]:
     names = [word for _, _, own in found for word in own]
     resolver = _Resolver(_domain(names, texts)) if names else None
     for option, text, own in found:
-        paths = [(word.start, word.end, resolver.path(word)) for word in own] if resolver else []
+        paths = [(word.start, word.end, resolver.path(word)) for word in own if resolver]
         edits = [(start, end, path) for start, end, path in paths if path is not None]
         if edits or _is_misread(option, text):
             edits += absolute_files(option, text)

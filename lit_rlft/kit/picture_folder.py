@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from lit_rlft.core.checks import UsageError, at_least, one_of
 from lit_rlft.kit.bad_entries import BadEntry, Report, usable
 from lit_rlft.kit.cache import cached_folder, listing, save_report, user_cache
+from lit_rlft.kit.files import listed
 
 __all__ = [
     "SUFFIXES",
@@ -233,8 +234,7 @@ def picture_files(folder: Path) -> list[Path]:
 
 def _files(folder: Path) -> list[Path]:
     """Return all files below a folder but hidden ones, sorted."""
-    found = folder.rglob("*")
-    return sorted(p for p in found if p.is_file() and not p.name.startswith("."))
+    return [path for path in listed(folder, "**/*") if path.is_file()]
 
 
 def _kinds(files: Sequence[Path]) -> str:

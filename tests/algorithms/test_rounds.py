@@ -1,4 +1,4 @@
-"""Every round draws noise of its own, whatever the algorithm."""
+"""Every round of each algorithm draws noise of its own."""
 
 from typing import Any
 

@@ -20,6 +20,7 @@ from tests.support import (
     checkpoint,
     report,
     scalars,
+    slow,
     working_directory,
     write_picture_domain,
 )
@@ -34,10 +35,6 @@ SMALL = {
 }
 QUADRATIC = "domains.gaussian_mixture.rewards.Quadratic"
 Card = Callable[..., None]
-
-
-def slow(*values: Any) -> Any:
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

@@ -25,18 +25,14 @@ from lit_rlft.loop.reference import LoRA
 from lit_rlft.loop.route import steps_told
 from lit_rlft.runs.card import CARD, read_card, write_card
 from tests.domains.text_to_image.families.tiny import tiny
+from tests.support import slow
 
 SIZE = {"height": 32, "width": 64}
 STEPS = 5
 PAGE = Path(__file__).parents[2] / "docs/how_to/real_models.md"
 
 
-def later(*values: Any) -> Any:
-    """Return parameters of a test that does not run by default."""
-    return pytest.param(*values, marks=pytest.mark.slow)
-
-
-FAMILIES = ["sd", "sdxl", "sd3", "flux_dev", later("zimage"), later("sana")]
+FAMILIES = ["sd", "sdxl", "sd3", "flux_dev", slow("zimage"), slow("sana")]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -182,7 +178,7 @@ def calls(network: torch.nn.Module) -> list[tuple[float, bool]]:
     return found
 
 
-@pytest.mark.parametrize(("start", "cut"), [later(0.0, 0.4), later(0.3, 0.0), (0.2, 0.3)])
+@pytest.mark.parametrize(("start", "cut"), [slow(0.0, 0.4), slow(0.3, 0.0), (0.2, 0.3)])
 @pytest.mark.parametrize("solver", CALLS)
 def test_the_timestep_decides_where_a_step_has_several_calls(
     solver: str, start: float, cut: float, tmp_path: Path
@@ -212,7 +208,7 @@ def test_the_timestep_decides_where_a_step_has_several_calls(
     assert len(drawn) == CALLS[solver]
 
 
-@pytest.mark.parametrize("strength", [0.6, later(0.3)])
+@pytest.mark.parametrize("strength", [0.6, slow(0.3)])
 @pytest.mark.parametrize(("start", "cut"), [(0.0, 0.5), (0.5, 0.2)])
 @pytest.mark.parametrize(("name", "solver"), [("sd", "ddim"), ("sd", "heun"), ("sd3", None)])
 def test_a_picture_that_is_given_leaves_each_step_its_denoiser(
@@ -264,7 +260,7 @@ def solved(name: str, solver: str | None, folder: Path) -> Path:
         ("sd", "dpm", 1.0, "DPMSolverMultistepScheduler"),
         ("sdxl", None, 1.0, "DDIMScheduler"),
         ("sd3", "flow_dpm", 0.0, "DPMSolverMultistepScheduler"),
-        later("sana", "flow_dpm", 1.0, "DPMSolverMultistepScheduler"),
+        slow("sana", "flow_dpm", 1.0, "DPMSolverMultistepScheduler"),
     ],
 )
 def test_the_pictures_are_those_that_were_tuned_and_measured(
@@ -360,7 +356,7 @@ def test_a_second_tuned_model_takes_the_place_of_the_first(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "own", [later({"cut": 0.4}), later({"start": 0.4}), {"start": 0.2, "cut": 0.4}]
+    "own", [slow({"cut": 0.4}), slow({"start": 0.4}), {"start": 0.2, "cut": 0.4}]
 )
 @pytest.mark.parametrize("name", ["sd", "sd3"])
 def test_what_the_user_switched_off_stays_off(
@@ -384,7 +380,7 @@ def test_what_the_user_switched_off_stays_off(
     assert torch.equal(draw(pipe), untuned)
 
 
-@pytest.mark.parametrize("own", [later({"cut": 0.4}), {"start": 0.2, "cut": 0.4}])
+@pytest.mark.parametrize("own", [slow({"cut": 0.4}), {"start": 0.2, "cut": 0.4}])
 @pytest.mark.parametrize("name", ["sd", "flux_dev"])
 def test_a_fully_trained_denoiser_hands_over_too(
     name: str, own: dict[str, float], tmp_path: Path
@@ -489,7 +485,7 @@ def test_a_call_that_leaves_the_tuned_model_no_step_is_refused(
         pipe(PROMPTS[0], num_inference_steps=2, **settings(pipe))
 
 
-@pytest.mark.parametrize("swapped", [False, later(True)])
+@pytest.mark.parametrize("swapped", [False, slow(True)])
 def test_noise_ppo_draws_from_its_prior(folder: Path, tmp_path: Path, swapped: bool) -> None:
     """Attention where an encoding of the whole text stands beside the tokens, or elsewhere."""
     attends = (folder.name in ("sdxl", "flux_dev")) is not swapped
@@ -509,7 +505,7 @@ def test_noise_ppo_draws_from_its_prior(folder: Path, tmp_path: Path, swapped: b
     [
         ("flux_schnell", {}, 256),
         ("sd3", {"max_sequence_length": 20}, 20),
-        later("sana", {"max_sequence_length": 40}, 40),
+        slow("sana", {"max_sequence_length": 40}, 40),
     ],
 )
 def test_a_prior_is_given_prompts_as_long_as_in_training(

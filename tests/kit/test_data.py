@@ -204,7 +204,7 @@ def test_so_are_its_evaluations_which_come_first_in_a_fit() -> None:
 
 
 @pytest.mark.parametrize("data", [Numbers, MoleculeData])
-def test_loaders_have_workers_whatever_processes_start_with(
+def test_loaders_have_workers_in_each_way_that_processes_start(
     data: type[SplitData], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Python 3.14 no longer forks unless it is asked to."""
