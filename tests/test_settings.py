@@ -34,7 +34,8 @@ from lit_rlft.core.settings import arguments as recorded
 BAD = (math.nan, math.inf, -math.inf, -1, 0)
 
 INTERNAL = {
-    "Flux", "Sana", "StableDiffusion", "StableDiffusion3", "StableDiffusionXL", "ZImage",
+    "Flux", "Flux2Klein", "Sana", "StableDiffusion", "StableDiffusion3", "StableDiffusionXL",
+    "ZImage",
     "SavedFlow", "SolvedFlow",
     "Batches", "BadArgument", "Bars", "Chunk", "Categorical", "Command",
     "FixedBatches",

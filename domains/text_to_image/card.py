@@ -87,7 +87,7 @@ def usage(
     """
     if _CORRECTOR in files:
         return ""
-    call = _call({"num_inference_steps": facts["num_steps"], **settings, **_eta(kind, facts)})
+    call = _call(kind, {"num_inference_steps": facts["num_steps"], **settings, **_eta(kind, facts)})
     swapped, sentence = _swapped(facts)
     partly = 0 < facts["tuned_steps"] < facts["num_steps"]
     if _LORA not in files and _NOISE not in files and not partly:
@@ -142,10 +142,12 @@ def vae_subfolder(given: str) -> str | None:
     return None if isinstance(try_to_load_from_cache(given, "config.json"), str) else "vae"
 
 
-def _call(settings: Mapping[str, Any]) -> str:
+def _call(kind: str, settings: Mapping[str, Any]) -> str:
     """Return the line that draws a picture, or several lines where it is long."""
+    _, first, *_ = inspect.signature(getattr(diffusers, kind).__call__).parameters
+    prompt = '"a red ring"' if first == "prompt" else 'prompt="a red ring"'
     told = [f"{k}={v:g}" if isinstance(v, float) else f"{k}={v!r}" for k, v in settings.items()]
-    return _line("picture = pipe", ['"a red ring"', *told], ".images[0]")
+    return _line("picture = pipe", [prompt, *told], ".images[0]")
 
 
 def _line(start: str, arguments: Sequence[str], end: str = "") -> str:

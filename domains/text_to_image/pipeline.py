@@ -55,9 +55,9 @@ TextEncoders = Literal["keep", "cpu", "drop"]
 class TextToImagePipeline(Pipeline):
     """A latent diffusion or flow model: text encoders, a denoiser and a VAE.
 
-    The family is that of the folder: Stable Diffusion 1.x and 2.x, XL, 3 and 3.5, FLUX.1, Z-Image,
-    Sana. States are latents [B, C, H / f, W / f] in single precision; samples are pictures
-    [B, 3, H, W] in [0, 1]. Text encoders and VAE are frozen.
+    The family is that of the folder: Stable Diffusion 1.x and 2.x, XL, 3 and 3.5, FLUX.1,
+    FLUX.2-klein, Z-Image, Sana. States are latents [B, C, H / f, W / f] in single precision;
+    samples are pictures [B, 3, H, W] in [0, 1]. Text encoders and VAE are frozen.
 
     Args:
         pretrained: A folder saved by diffusers, a hub id, the name of an embedded model ("shapes"),
@@ -83,7 +83,7 @@ class TextToImagePipeline(Pipeline):
             the picture had before it was cropped; None is the size of the picture.
         crop: For Stable Diffusion XL: top and left edge in pixels that it is told of.
         max_sequence_length: For Stable Diffusion 3 and FLUX.1: tokens of the T5 encoder, at most
-            512. For Z-Image and Sana: most tokens of a prompt.
+            512. For FLUX.2-klein, Z-Image and Sana: most tokens of a prompt.
         true_cfg_scale: For FLUX.1: w of classifier-free guidance beside its own, for which there
             has to be a negative prompt.
         cfg_normalization: For Z-Image: the guided prediction is at most this times as long as the
@@ -205,7 +205,7 @@ class TextToImagePipeline(Pipeline):
         self.family = family_of(self.diffusers, size, encode_batch_size=rows, **options, **sizes)
         own = self.family.guidance_scale
         self.guidance_scale = own if guidance_scale is None else guidance_scale
-        self.family.check_negative(self.guidance_scale, self.negative_prompt)
+        self.family.check_guidance(self.guidance_scale, self.negative_prompt)
         if files.hollow_encoders and not weightless():
             self.family.read_encoder = self._reader(self._loaded)
 

@@ -302,22 +302,27 @@ class RectifiedFlow(Schedule):
             points = torch.tensor([(0, 1), *self.knots, (1, 0)], dtype=torch.float64)
             return _on_lines(points, torch.linspace(0, 1, num_steps + 1, dtype=torch.float64))
         if self.last is None:
-            return self._shifted(super().times(num_steps))
+            return _shifted(super().times(num_steps), self.grid_shift(num_steps))
         above = torch.linspace(1, self.last, num_steps, dtype=torch.float64)
-        return self._shifted(torch.cat([above, above.new_zeros(1)]))
+        return _shifted(torch.cat([above, above.new_zeros(1)]), self.grid_shift(num_steps))
+
+    def grid_shift(self, num_steps: int) -> float:
+        """Return the shift of the sampler's grid, which is that of the training times here."""
+        return self.shift
 
     def draw_times(self, uniform: Tensor, low: float = 0.0) -> Tensor:
         """Map uniform numbers to shifted times in (low, 1]."""
         unshifted_low = low / (self.shift - (self.shift - 1) * low)
         if self.logit_normal is None:
-            return self._shifted(super().draw_times(uniform, unshifted_low))
+            return _shifted(super().draw_times(uniform, unshifted_low), self.shift)
         mean, std = self.logit_normal
         below = torch.tensor(unshifted_low, dtype=torch.float64).logit()
         mass = super().draw_times(uniform, float(torch.special.ndtr((below - mean) / std)))
-        return self._shifted((mean + std * torch.special.ndtri(mass)).sigmoid())
+        return _shifted((mean + std * torch.special.ndtri(mass)).sigmoid(), self.shift)
 
-    def _shifted(self, t: Tensor) -> Tensor:
-        return self.shift * t / (1 + (self.shift - 1) * t)
+
+def _shifted(t: Tensor, shift: float) -> Tensor:
+    return shift * t / (1 + (shift - 1) * t)
 
 
 def _knots(knots: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -32,6 +32,7 @@ _ENCODINGS = {
     "StableDiffusionXLPipeline": (0, 2),
     "StableDiffusion3Pipeline": (0, 2),
     "FluxPipeline": (0, 1),
+    "Flux2KleinPipeline": (0,),
     "ZImagePipeline": (0,),
     "SanaPipeline": (0,),
 }
@@ -170,12 +171,15 @@ class _Tuned:
     _tuned_schedulers: tuple[Any, Any] | None
     _tuned_eta: float
 
-    def __call__(self, prompt: Any = None, *args: Any, **settings: Any) -> Any:
+    def __call__(self, *args: Any, **settings: Any) -> Any:
+        parameters = inspect.signature(super().__call__).parameters  # type: ignore[misc]
+        settings = {**dict(zip(parameters, args, strict=False)), **settings}
+        prompt = settings.get("prompt")  # it is the second one of FLUX.2
         lists = (settings.get(name) for name in ("timesteps", "sigmas"))
         given = [levels for levels in lists if levels is not None]
         num_steps = settings.setdefault("num_inference_steps", self._tuned_num_steps)
         num_steps = len(given[0]) if given else num_steps
-        if self._tuned_eta and "eta" in inspect.signature(super().__call__).parameters:  # type: ignore[misc]
+        if self._tuned_eta and "eta" in parameters:
             settings.setdefault("eta", self._tuned_eta)
         if self._tuned_length is not None:
             settings.setdefault("max_sequence_length", self._tuned_length)
@@ -184,7 +188,7 @@ class _Tuned:
         self._tuned_begin, self._tuned_steps = 0, num_steps
         first, last = _part(self._tuned_shares, num_steps)
         if (first, last) == (0, num_steps):
-            return super().__call__(prompt, *args, **settings)  # type: ignore[misc]
+            return super().__call__(**settings)  # type: ignore[misc]
         if first >= last:
             named = (
                 "the list of timesteps or sigmas" if given else f"num_inference_steps {num_steps}"
@@ -198,7 +202,7 @@ class _Tuned:
         try:
             if first:
                 _switch_off(self)
-            return super().__call__(prompt, *args, **settings)  # type: ignore[misc]
+            return super().__call__(**settings)  # type: ignore[misc]
         finally:
             _switch_on(self)
 
@@ -316,8 +320,8 @@ def _latents(pipe: Any, noise: NoiseGenerator, prompt: Any, settings: dict[str, 
     latents = noise.to(features.device)(features, settings.get("generator"))
     if getattr(pipe, "unet", None) is not None:  # other pipelines give latents a dtype themselves
         latents = latents.to(encoded[0].dtype)
-    pack = getattr(pipe, "_pack_latents", None)
-    return latents if pack is None else pack(latents, *latents.shape)
+    packed = type(pipe).__name__ == "FluxPipeline"  # FLUX.2's packs what it is given
+    return pipe._pack_latents(latents, *latents.shape) if packed else latents
 
 
 def _encode(pipe: Any, prompts: list[str], **settings: Any) -> list[Tensor]:
@@ -325,7 +329,7 @@ def _encode(pipe: Any, prompts: list[str], **settings: Any) -> list[Tensor]:
     name = type(pipe).__name__
     if name not in _ENCODINGS:
         raise UsageError(f"a {name} has no known prompt encodings; known: {', '.join(_ENCODINGS)}")
-    if name == "FluxPipeline":
+    if name in ("FluxPipeline", "Flux2KleinPipeline"):
         encoded = pipe.encode_prompt(prompts, **settings)
     elif name == "StableDiffusion3Pipeline":
         encoded = pipe.encode_prompt(

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -188,6 +189,8 @@ class SavedFlow(RectifiedFlow):
             the table's lowest one, or passes 1, ..., 1 / N. None leaves to it what a plain config
             has not.
         logit_normal: The distribution of training times, as of `RectifiedFlow`.
+        mu_of: What the pipeline passes instead for a grid of so many steps; training times keep the
+            shift of `mu`. None passes `mu` for each.
 
     Attributes:
         num_steps: Number of steps of the last grid, None before the first.
@@ -200,11 +203,13 @@ class SavedFlow(RectifiedFlow):
         mu: float | None = None,
         own_grid: bool | None = None,
         logit_normal: tuple[float, float] | None = None,
+        mu_of: Callable[[int], float] | None = None,
     ) -> None:
         config = scheduler.config
         shift, lowest = config["shift"], 1 / config["num_train_timesteps"]
+        self._is_linear = config.get("time_shift_type") == "linear"
         if mu is not None:
-            shift = mu if config["time_shift_type"] == "linear" else math.exp(mu)
+            shift = self._shift_of(mu)
         else:  # a fixed shift is applied to the lowest level, and to the whole grid once more
             lowest = shift * lowest / (1 + (shift - 1) * lowest)
         super().__init__(shift, logit_normal, last=lowest if own_grid else None)
@@ -212,7 +217,7 @@ class SavedFlow(RectifiedFlow):
         self.num_steps: int | None = None
         asked = config.get("shift_terminal") or any(config.get(n) for n in CONVERSIONS)
         self._scheduler = copy.deepcopy(scheduler) if asked else None
-        self._passed: dict[str, float] = {} if mu is None else {"mu": mu}
+        self._mu, self._mu_of = mu, mu_of
         self._passes_levels = own_grid is False
 
     def timestep(self, t: Tensor) -> Tensor:
@@ -223,11 +228,22 @@ class SavedFlow(RectifiedFlow):
         self.num_steps = num_steps
         if self._scheduler is None or num_steps == 1:  # one step leaves nothing to stretch
             return super().times(num_steps)
-        passed: dict[str, Any] = dict(self._passed)
+        passed: dict[str, Any] = {} if self._mu is None else {"mu": self._mu_at(num_steps)}
         if self._passes_levels:
             passed["sigmas"] = torch.linspace(1, 1 / num_steps, num_steps).tolist()
         self._scheduler.set_timesteps(num_steps, **passed)
         return self._scheduler.sigmas.double()
+
+    def grid_shift(self, num_steps: int) -> float:
+        mu = self._mu_at(num_steps)
+        return self.shift if mu is None else self._shift_of(mu)
+
+    def _mu_at(self, num_steps: int) -> float | None:
+        return self._mu if self._mu_of is None else self._mu_of(num_steps)
+
+    def _shift_of(self, mu: float) -> float:
+        """Return the shift that the scheduler makes of what a pipeline passes."""
+        return mu if self._is_linear else math.exp(mu)
 
 
 class SolvedFlow(RectifiedFlow):
@@ -271,10 +287,11 @@ def plain_flow(scheduler: Any, schedule: SavedFlow) -> Any:
         schedule: Made from it. Without a grid so far, or with one that the scheduler gave itself,
             `scheduler` is returned.
     """
-    num_steps, shift, total = schedule.num_steps, schedule.shift, schedule.num_levels
+    num_steps, total = schedule.num_steps, schedule.num_levels
     if num_steps in (None, 1) or schedule._scheduler is not None:
         return scheduler
     assert num_steps is not None
+    shift = schedule.grid_shift(num_steps)
     right = (1 - 1 / shift) * (1 - 1 / num_steps)
     middle = right * (total + 1) - (total - 1)
     inside = middle**2 - 4 * right**2 * total

@@ -26,7 +26,7 @@ MIXED = {"layout_mixed", "molecule_mixed"}
 # Of `layout_gibbs` a model ships; of the other `run` writes one that is not trained.
 GIBBS = {"layout_gibbs", "molecule_gibbs"}
 # Models of the hub: test_families.py runs tiny ones in their places.
-HUB = {"flux", "sana", "sd15", "sd2", "sd35", "sdxl", "zimage"}
+HUB = {"flux", "flux2_klein", "sana", "sd15", "sd2", "sd35", "sdxl", "zimage"}
 # Recipes of the hub's models: test_recipes.py runs tiny ones in their places.
 OF_THE_HUB = {path.stem for path in EXPERIMENTS if path.stem.split("_")[0] in {*HUB, "sd35m"}}
 # What another experiment runs too, with other numbers.

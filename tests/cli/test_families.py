@@ -12,7 +12,7 @@ from tests.domains.text_to_image.families.tiny import tiny
 
 CONFIGS = Path(lit_rlft.__file__).parents[1] / "configs"
 FAMILIES = {"sd15": "sd", "sd2": "sd2", "sdxl": "sdxl", "sd35": "sd3"}
-FAMILIES |= {"flux": "flux_dev", "zimage": "zimage", "sana": "sana"}
+FAMILIES |= {"flux": "flux_dev", "flux2_klein": "klein", "zimage": "zimage", "sana": "sana"}
 """Tiny models by the configs that they stand in for."""
 ALGORITHMS = ("graft", "p_graft", "drtune", "draft", "ddpo", "grpo", "noise_ppo", "nft", "dpo")
 ALGORITHMS += ("flow_grpo", "mix_grpo", "grpo_guard", "adjoint_matching")

@@ -12,7 +12,7 @@ from lit_rlft.algorithms.base import RewardFineTuner
 from lit_rlft.cli import main
 from lit_rlft.cost.plan import GB, Part, Plan, first_change, report
 from tests.cost.measured import peak_of
-from tests.domains.text_to_image.families.real_sizes import clip_l, sana, sdxl, z_image
+from tests.domains.text_to_image.families.real_sizes import clip_l, klein, sana, sdxl, z_image
 
 LIMITS = ["--trainer.limit_train_batches=1", "--trainer.limit_val_batches=0"]
 BUDGET = ["--trainer.callbacks+=Budget"]
@@ -96,6 +96,7 @@ def test_stable_diffusion_xl_of_its_real_size_from_configs_alone(
 @pytest.mark.parametrize(
     ("config", "write", "million"),
     [
+        ("flux2_klein", klein, {"denoiser": 3875.5, "encoder": 4022.5}),
         ("zimage", z_image, {"denoiser": 6154.9, "encoder": 4022.5}),
         ("sana", sana, {"denoiser": 1604.5, "encoder": 2614.3, "vae": 312.3}),
     ],

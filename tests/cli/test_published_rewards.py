@@ -13,7 +13,7 @@ from tests.domains.text_to_image.rewards.published import all_weights
 from tests.support import scalars
 
 FAMILIES = {"sd15": "sd", "sd2": "sd2", "sdxl": "sdxl", "sd35": "sd3"}
-FAMILIES |= {"flux": "flux_dev", "zimage": "zimage", "sana": "sana"}
+FAMILIES |= {"flux": "flux_dev", "flux2_klein": "klein", "zimage": "zimage", "sana": "sana"}
 ALGORITHMS: Mapping[str, list[str]] = {
     "drtune": ["--model.method.k=1", "--model.method.m=1"],
     "p_graft": ["--model.num_candidates=2"],

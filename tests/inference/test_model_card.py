@@ -168,6 +168,8 @@ SIZE: dict[str, Any] = {"height": 32, "width": 64}
             "true_cfg_scale=2.5",
         ),
         ("flux_schnell", {}, "max_sequence_length=256"),
+        ("klein", {"max_sequence_length": 64}, 'prompt="a red ring"'),
+        ("klein_distilled", {}, "guidance_scale=1"),
         ("sana", {}, "use_resolution_binning=False"),
         (
             "zimage",
@@ -193,7 +195,7 @@ def test_the_cards_code_draws_what_the_run_draws(
     given = {"latents": latents, "output_type": "pt"}
     names: dict[str, Any] = {"given": given}
     monkeypatch.chdir(tmp_path)
-    exec(re.sub(r"\bpipe\(", "pipe(**given, prompt=", text), names)
+    exec(re.sub(r"\bpipe\(\s*(prompt=)?", "pipe(**given, prompt=", text), names)
     torch.testing.assert_close(names["picture"], expected[0], atol=2e-4, rtol=0)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from domains.text_to_image.families.base import Family
+from domains.text_to_image.families.flux2 import Flux2Klein
 from domains.text_to_image.families.sana import Sana
 from domains.text_to_image.families.transformers import Flux, StableDiffusion3
 from domains.text_to_image.families.unet import StableDiffusion, StableDiffusionXL
@@ -14,7 +15,15 @@ __all__ = ["FAMILIES", "Family", "family_of"]
 
 FAMILIES: dict[str, type[Family]] = {
     family.pipeline_class: family
-    for family in (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, ZImage, Sana)
+    for family in (
+        StableDiffusion,
+        StableDiffusionXL,
+        StableDiffusion3,
+        Flux,
+        Flux2Klein,
+        ZImage,
+        Sana,
+    )
 }
 
 

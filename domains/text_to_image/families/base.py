@@ -67,8 +67,8 @@ class Family(ABC):
     pipeline_class: ClassVar[str]
     denoiser_name: ClassVar[str] = "transformer"
     encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder",)
-    lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
-    guidance_scale: ClassVar[float]
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    guidance_scale: float
     guided_above: ClassVar[str] = "guidance_scale above 1"
     option_names: ClassVar[tuple[str, ...]] = ()
     overflows_in_half: ClassVar[tuple[str, ...]] = ()
@@ -190,7 +190,8 @@ class Family(ABC):
         if self.cfg_scale(guidance) > 1:
             given["negative_prompt"] = negative
         parameters = inspect.signature(type(self.parts).__call__).parameters
-        usual = {name: parameters[name].default for name in given} | {"guidance_scale": None}
+        usual = {name: parameters[name].default for name in given if name in parameters}
+        usual["guidance_scale"] = None
         if (native := self.native()) is not None:
             for name, size in zip(("height", "width"), native, strict=True):
                 usual[name] = usual[name] or size * self.factor
@@ -308,8 +309,8 @@ class Family(ABC):
         """Return w of classifier-free guidance, which costs a second prediction above 1."""
         return guidance
 
-    def check_negative(self, guidance: float, negative: str | None) -> None:
-        """Warn of a negative prompt that no prediction is made of.
+    def check_guidance(self, guidance: float, negative: str | None) -> None:
+        """Warn of guidance that changes no picture, such as a negative prompt without a scale.
 
         Args:
             guidance: The pipeline's guidance scale.
@@ -353,7 +354,7 @@ class Family(ABC):
                 [latents, torch.ones(1), *shapes],
                 latents,
             ),
-            ("VAE", _Decoder(self.parts.vae), [latents], (1, 3, *self.pixels)),
+            ("VAE", _Decoder(self), [latents], (1, 3, *self.pixels)),
         ]
         for part, network, inputs, expected in checks:
             sentence = (
@@ -404,10 +405,12 @@ class _Denoiser(nn.Module):
 class _Decoder(nn.Module):
     """What a VAE does in `TextToImagePipeline.decode`."""
 
-    def __init__(self, vae: nn.Module) -> None:
+    def __init__(self, family: Family) -> None:
         super().__init__()
-        self.vae: Any = vae
+        self.vae = family.parts.vae
+        self._family = (family,)
 
     def forward(self, latents: Tensor) -> Tensor:
         """Return pictures [B, 3, H, W]."""
-        return self.vae.decode(latents.to(self.vae.dtype)).sample
+        (family,) = self._family
+        return self.vae.decode(family.to_vae(latents).to(self.vae.dtype)).sample

@@ -93,19 +93,27 @@ def clip_problems(encoder: Any, tokenizer: Any, which: str = "") -> Iterator[str
         )
 
 
-def text_problems(encoder: Any, tokenizer: Any, width: int) -> Iterator[str]:
+def text_problems(
+    encoder: Any, tokenizer: Any, width: int, layers: Sequence[int] = (-1,)
+) -> Iterator[str]:
     """Iterate over what does not fit in a language model, its tokenizer and a transformer.
 
     Args:
         encoder: The language model.
         tokenizer: Its tokenizer; that of a model without files is not looked at.
         width: Numbers of a token's features that the transformer reads.
+        layers: The language model's layers that the features are of.
     """
     own = encoder.config
-    if own.hidden_size != width:
+    if own.hidden_size * len(layers) != width:
         yield (
             f"its transformer reads text features of {width} numbers, its text encoder makes "
-            f"{own.hidden_size}"
+            f"{own.hidden_size * len(layers)}"
+        )
+    if max(layers) > own.num_hidden_layers:
+        yield (
+            f"its text encoder has {own.num_hidden_layers} layers, and the features are those of "
+            f"layer {max(layers)} too"
         )
     if not isinstance(tokenizer, NoTokenizer) and not 2 < len(tokenizer) <= own.vocab_size:
         yield (
@@ -147,7 +155,7 @@ def latent_problems(
     for name in unused:
         if own.get(name):
             yield f"its VAE has a {name}, which its family's pipeline leaves out"
-    if not own.get("scaling_factor"):
+    if not own.get("scaling_factor") and not hasattr(vae, "bn"):
         yield "its VAE has no scaling_factor"
     for name in ("in_channels", "out_channels"):
         if own.get(name, 3) != 3:

@@ -188,9 +188,9 @@ class Flux(Family):
     def cfg_scale(self, guidance: float) -> float:
         return self.options.get("true_cfg_scale", 1.0)
 
-    def check_negative(self, guidance: float, negative: str | None) -> None:
+    def check_guidance(self, guidance: float, negative: str | None) -> None:
         """Raise UsageError for `true_cfg_scale` alone, which in diffusers guides nothing."""
-        super().check_negative(guidance, negative)
+        super().check_guidance(guidance, negative)
         if negative is None and self.cfg_scale(guidance) > 1:
             raise UsageError(
                 "pipeline.init_args.true_cfg_scale above 1 needs a "

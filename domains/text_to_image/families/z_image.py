@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from domains.text_to_image.families.base import Family, Tables
+from domains.text_to_image.families.chat import chat_problems, chat_reader
 from domains.text_to_image.families.checks import latent_problems, missing, text_problems
 from domains.text_to_image.networks.texts import Reader
-from domains.text_to_image.networks.weightless import NoTokenizer
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.process import GaussianProcess
 from lit_rlft.kit.captions import filled
@@ -18,7 +18,6 @@ from lit_rlft.kit.flow_schedulers import flow_process
 __all__ = ["ZImage"]
 
 _PATCH = 2
-_PROMPT = "the prompt"
 _MULTIPLE = 32
 """Captions are filled up to a multiple of this in the transformer."""
 
@@ -53,7 +52,7 @@ class ZImage(Family):
         parts, config = self.parts, self.denoiser.config
         yield from missing(parts, self.needed())
         yield from text_problems(parts.text_encoder, parts.tokenizer, config["cap_feat_dim"])
-        yield from _chat_problems(parts.text_encoder, parts.tokenizer)
+        yield from chat_problems(parts.text_encoder, parts.tokenizer)
         patches = zip(config["all_patch_size"], config["all_f_patch_size"], strict=False)
         if (_PATCH, 1) not in patches:
             yield f"its transformer has no patches of {_PATCH} x {_PATCH} latents (all_patch_size)"
@@ -117,19 +116,7 @@ class ZImage(Family):
         return flow_process(self.parts.scheduler, self.name, tokens, own_grid=False)
 
     def readers(self) -> list[Reader]:
-        """Return Qwen3's: what is left of its tokens beside the chat's beginning."""
-        tokenizer = self.parts.tokenizer
-        if tokenizer.chat_template is None:  # without weights that is no problem yet
-            return []
-        chat = tokenizer.apply_chat_template(
-            [{"role": "user", "content": _PROMPT}],
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=True,
-        )
-        begun = len(tokenizer(chat.partition(_PROMPT)[0], add_special_tokens=False).input_ids)
-        remedy = "raise pipeline.init_args.max_sequence_length, or shorten it"
-        return [Reader(tokenizer, self._length - begun, "Qwen3", remedy)]
+        return chat_reader(self.parts.tokenizer, self._length)
 
     def encode_some(self, prompts: list[str]) -> dict[str, Tensor]:
         encoder = self.parts.text_encoder
@@ -163,14 +150,3 @@ def _captions(rows: Tensor) -> list[Tensor]:
     if not rows.is_meta:
         lengths = rows[..., -1].sum(dim=1, dtype=torch.int64).tolist()
     return [row[:length, :-1] for row, length in zip(rows, lengths, strict=True)]
-
-
-def _chat_problems(encoder: Any, tokenizer: Any) -> Iterator[str]:
-    """Iterate over what a tokenizer lacks to write prompts as a chat."""
-    if isinstance(tokenizer, NoTokenizer) or encoder.device.type == "meta":
-        return
-    if getattr(tokenizer, "chat_template", None) is None:
-        yield (
-            "its tokenizer has no chat template; copy chat_template.jinja, or the template in "
-            "tokenizer_config.json, from the model's own folder"
-        )

@@ -16,6 +16,7 @@ __all__ = ["WEB_LORA", "save_web_lora", "unread_layers"]
 WEB_LORA = "web_lora.safetensors"
 
 _WIDTH_OF_V2 = 1024
+_WIDTH_OF_9B = 12288
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ _BASES = {
     ),
     "StableDiffusion3Pipeline": _Base("sd3", "stable-diffusion-3"),
     "FluxPipeline": _Base("flux1", "flux-1-dev", _FLUX),
+    "Flux2KleinPipeline": _Base("flux_2_klein_4b", "Flux.2-klein-4b", f"{_FLUX}2"),
     "ZImagePipeline": _Base("z_image", "Z-Image", "https://github.com/Tongyi-MAI/Z-Image"),
     "SanaPipeline": _Base("sana", "sana", "https://github.com/NVlabs/Sana"),
 }
@@ -115,6 +117,8 @@ def _base(home: Home, v_prediction: bool) -> _Base:
     kind, config = home.kind.__name__, home.config
     if kind == "FluxPipeline" and not config.get("guidance_embeds"):
         return _Base("flux1", "flux-1-schnell", _FLUX)
+    if kind == "Flux2KleinPipeline" and config.get("joint_attention_dim") == _WIDTH_OF_9B:
+        return _Base("flux_2_klein_9b", "Flux.2-klein-9b", f"{_FLUX}2")
     if kind in _BASES:
         return _BASES[kind]
     if config.get("cross_attention_dim") != _WIDTH_OF_V2:
@@ -134,7 +138,7 @@ def _metadata(
 
     References:
         https://github.com/kohya-ss/sd-scripts, library/sai_model_spec.py, library/model_util.py
-        https://github.com/kohya-ss/musubi-tuner, utils/sai_model_spec.py (Z-Image)
+        https://github.com/kohya-ss/musubi-tuner, utils/sai_model_spec.py (FLUX.2, Z-Image)
         https://github.com/Stability-AI/ModelSpec
     """
     base = _base(home, v_prediction)

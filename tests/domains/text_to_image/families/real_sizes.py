@@ -8,16 +8,18 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2Transformer2DModel,
     SanaTransformer2DModel,
     UNet2DConditionModel,
     ZImageTransformer2DModel,
 )
 from transformers import CLIPConfig, CLIPTextConfig, Gemma2Config, Qwen3Config
 
-__all__ = ["clip_l", "sana", "sdxl", "z_image"]
+__all__ = ["clip_l", "klein", "sana", "sdxl", "z_image"]
 
 
 def sdxl(folder: Path) -> Path:
@@ -63,14 +65,8 @@ def sdxl(folder: Path) -> Path:
     return folder
 
 
-def z_image(folder: Path) -> Path:
-    """Write the configs of Z-Image, whose transformer has diffusers' default sizes."""
-    with torch.device("meta"):
-        transformer = ZImageTransformer2DModel()
-    transformer.save_config(folder / "transformer")
-    without = {"use_quant_conv": False, "use_post_quant_conv": False}
-    _save_vae(folder, latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, **without)
-    Qwen3Config(
+def _qwen3_4b() -> Qwen3Config:
+    return Qwen3Config(
         vocab_size=151936,
         hidden_size=2560,
         intermediate_size=9728,
@@ -80,7 +76,17 @@ def z_image(folder: Path) -> Path:
         head_dim=128,
         max_position_embeddings=40960,
         tie_word_embeddings=True,
-    ).save_pretrained(folder / "text_encoder")
+    )
+
+
+def z_image(folder: Path) -> Path:
+    """Write the configs of Z-Image, whose transformer has diffusers' default sizes."""
+    with torch.device("meta"):
+        transformer = ZImageTransformer2DModel()
+    transformer.save_config(folder / "transformer")
+    without = {"use_quant_conv": False, "use_post_quant_conv": False}
+    _save_vae(folder, latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, **without)
+    _qwen3_4b().save_pretrained(folder / "text_encoder")
     FlowMatchEulerDiscreteScheduler(shift=6.0).save_config(folder / "scheduler")
     index = {
         "_class_name": "ZImagePipeline",
@@ -89,6 +95,35 @@ def z_image(folder: Path) -> Path:
         "tokenizer": ["transformers", "Qwen2Tokenizer"],
         "transformer": ["diffusers", "ZImageTransformer2DModel"],
         "vae": ["diffusers", "AutoencoderKL"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def klein(folder: Path) -> Path:
+    """Write the configs of FLUX.2-klein-base-4B."""
+    with torch.device("meta"):
+        transformer = Flux2Transformer2DModel(
+            num_layers=5,
+            num_single_layers=20,
+            num_attention_heads=24,
+            joint_attention_dim=7680,
+            guidance_embeds=False,
+        )
+        vae = AutoencoderKLFlux2(decoder_block_out_channels=None)
+    transformer.save_config(folder / "transformer")
+    vae.save_config(folder / "vae")
+    _qwen3_4b().save_pretrained(folder / "text_encoder")
+    dynamic = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    dynamic.save_config(folder / "scheduler")
+    index = {
+        "_class_name": "Flux2KleinPipeline",
+        "is_distilled": False,
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "Qwen3ForCausalLM"],
+        "tokenizer": ["transformers", "Qwen2TokenizerFast"],
+        "transformer": ["diffusers", "Flux2Transformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKLFlux2"],
     }
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder

@@ -13,7 +13,7 @@ from tests.domains.text_to_image.families.tiny import tiny
 
 NAMES = [
     "sdxl",
-    *(pytest.param(n, marks=pytest.mark.slow) for n in ("sd", "sd3", "zimage", "sana")),
+    *(pytest.param(n, marks=pytest.mark.slow) for n in ("sd", "sd3", "klein", "zimage", "sana")),
 ]
 
 

@@ -63,7 +63,7 @@ def theirs(family: Family, num_steps: int, **settings: Any) -> Tensor:
     z = start(family)
     height, width = family.pixels
     return family.parts(
-        list(PROMPTS),  # Z-Image writes into the list
+        prompt=list(PROMPTS),  # Z-Image writes into the list
         height=height,
         width=width,
         latents=packed(z) if family.name == "FLUX.1" else z.clone(),
@@ -116,13 +116,13 @@ def test_flux_refuses_guidance_away_from_nothing() -> None:
     family = family_of("flux_dev", (32, 32), true_cfg_scale=2.5)
     sentence = r"true_cfg_scale above 1 needs a pipeline.init_args.negative_prompt .*'\"\"' for an"
     with pytest.raises(UsageError, match=sentence):
-        family.check_negative(3.5, None)
+        family.check_guidance(3.5, None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for negative in ("", "dull"):
-            family.check_negative(3.5, negative)
+            family.check_guidance(3.5, negative)
         for name, guidance in (("sd", 1.0), ("zimage", 0.0), ("flux_dev", 3.5)):
-            family_of(name, (32, 32)).check_negative(guidance, None)
+            family_of(name, (32, 32)).check_guidance(guidance, None)
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,9 @@ def test_what_suits_a_run() -> None:
     assert set(suited.values()) == {BF16, torch.float32}
 
 
-@pytest.mark.parametrize("family", ["sd3", *slow("sd", "sdxl", "flux_dev", "zimage", "sana")])
+@pytest.mark.parametrize(
+    "family", ["sd3", *slow("sd", "sdxl", "flux_dev", "klein", "zimage", "sana")]
+)
 def test_a_cast_at_the_start_of_a_run_is_what_loading_in_it_gives(
     family: str, folders: Any
 ) -> None:

@@ -53,6 +53,7 @@ def words(family: Family, end: str = "ring") -> tuple[str, str]:
         ("sd3", {"max_sequence_length": 24}, "T5", "raise pipeline.init_args.max_sequence_length"),
         ("flux_dev", {"max_sequence_length": 24}, "T5", "max_sequence_length"),
         ("flux_schnell", {}, "T5", "max_sequence_length"),
+        ("klein", {"max_sequence_length": 96}, "Qwen3", "max_sequence_length"),
         ("zimage", {"max_sequence_length": 96}, "Qwen3", "max_sequence_length"),
         ("sana", {"max_sequence_length": 24}, "Gemma2", "max_sequence_length"),
     ],
@@ -79,8 +80,9 @@ def test_the_words_that_are_lost_change_nothing(name: str) -> None:
     assert all(torch.equal(table[0], table[1]) for table in encoded.values())
 
 
-def test_a_chat_is_cut_where_the_prompt_was_said_to_be() -> None:
-    family = family_of("zimage", max_sequence_length=96)
+@pytest.mark.parametrize("name", ["klein", "zimage"])
+def test_a_chat_is_cut_where_the_prompt_was_said_to_be(name: str) -> None:
+    family = family_of(name, max_sequence_length=96)
     _, long = words(family)
     other, far = f"{long[:-1]}x", f"x{long}"
     (table,) = family.encode([long, long + " below", other, far]).values()

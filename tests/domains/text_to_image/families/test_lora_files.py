@@ -26,7 +26,10 @@ from tests.domains.text_to_image.families.tiny import tiny
 SLOW = pytest.mark.slow
 FAMILIES = [
     "sdxl",
-    *(pytest.param(name, marks=SLOW) for name in ("sd", "sd3", "flux_dev", "zimage", "sana")),
+    *(
+        pytest.param(name, marks=SLOW)
+        for name in ("sd", "sd3", "flux_dev", "klein", "zimage", "sana")
+    ),
 ]
 DOUBLE = [
     f"transformer_blocks.0.attn.{name}"
@@ -278,18 +281,18 @@ FLUX: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], bool, in
     "diffusion_model": (_prefixed("diffusion_model.", alpha=False), False, 2),
 }
 """How to write it, whether diffusers reads it as it is, and the alpha that is found."""
+FAST = ("kohya, split", "original names")
 
 
-@pytest.mark.parametrize("folder", ["flux_dev"], indirect=True)
 @pytest.mark.parametrize(
-    "kind",
-    [
-        pytest.param(kind, marks=() if kind in ("kohya, split", "original names") else SLOW)
-        for kind in FLUX
-    ],
+    ("folder", "kind"),
+    [pytest.param("flux_dev", kind, marks=() if kind in FAST else SLOW) for kind in FLUX]
+    + [pytest.param("klein", kind, marks=SLOW) for kind in FLUX],
+    indirect=["folder"],
 )
 def test_files_of_flux_of_other_tools_are_read(folder: Path, tmp_path: Path, kind: str) -> None:
     write, readable, alpha = FLUX[kind]
+    readable &= (folder.name, kind) != ("klein", "ai-toolkit with alphas")
     tuned = perturbed(folder, DOUBLE)
     if "kohya" in kind or kind == "original names":  # one down for queries, keys and values
         for start in ("", "add_") if kind != "kohya, split" else ():

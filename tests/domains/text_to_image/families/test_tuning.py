@@ -17,7 +17,7 @@ FAMILY_NAMES = [
     "sdxl",
     "sd3",
     "flux_dev",
-    *(pytest.param(name, marks=SLOW) for name in ("zimage", "sana")),
+    *(pytest.param(name, marks=SLOW) for name in ("klein", "zimage", "sana")),
 ]
 SIZE = {"height": 32, "width": 32}
 

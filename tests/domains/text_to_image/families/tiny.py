@@ -7,11 +7,14 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
     DDIMScheduler,
     DiffusionPipeline,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     SanaPipeline,
@@ -34,8 +37,10 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    PreTrainedModel,
     Qwen2Tokenizer,
     Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3Model,
     T5Config,
     T5EncoderModel,
@@ -90,7 +95,9 @@ def _t5(width: int) -> tuple[T5EncoderModel, T5Tokenizer]:
     return T5EncoderModel(config), tokenizer
 
 
-def _qwen3() -> tuple[Qwen3Model, Qwen2Tokenizer]:
+def _qwen3(
+    kind: type[PreTrainedModel] = Qwen3Model, layers: int = 3
+) -> tuple[PreTrainedModel, Qwen2Tokenizer]:
     """Return a decoder of text and a tokenizer of bytes, with the layout of Qwen3's chats."""
     special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
     tokens = (*sorted(ByteLevel.alphabet()), *special)
@@ -102,13 +109,13 @@ def _qwen3() -> tuple[Qwen3Model, Qwen2Tokenizer]:
         vocab_size=len(tokenizer) + 5,
         hidden_size=16,
         intermediate_size=24,
-        num_hidden_layers=3,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=8,
         max_position_embeddings=1024,
     )
-    return Qwen3Model(config), tokenizer
+    return kind(config), tokenizer
 
 
 def _gemma2() -> tuple[Gemma2Model, GemmaTokenizer]:
@@ -316,6 +323,42 @@ def zimage() -> DiffusionPipeline:
     )
 
 
+def klein(distilled: bool = False) -> DiffusionPipeline:
+    """Return FLUX.2-klein, 32 pixels or more, whose latents have other statistics than 0 and 1."""
+    encoder, tokenizer = _qwen3(Qwen3ForCausalLM, layers=27)
+    transformer = Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=3 * 16,
+        timestep_guidance_channels=32,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    )
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=32,
+    )
+    nn.init.normal_(vae.bn.running_mean)
+    nn.init.uniform_(vae.bn.running_var, 0.5, 2.0)
+    dynamic = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256}
+    return Flux2KleinPipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, **dynamic),
+        vae=vae,
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        is_distilled=distilled,
+    )
+
+
 def sana() -> DiffusionPipeline:
     """Return Sana with eight pixels per latent instead of 32; sizes are multiples of 32 pixels."""
     encoder, tokenizer = _gemma2()
@@ -367,6 +410,8 @@ MAKERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "sd3_first": lambda: sd3(first_version=True),
     "flux_dev": flux,
     "flux_schnell": lambda: flux(schnell=True),
+    "klein": klein,
+    "klein_distilled": lambda: klein(distilled=True),
     "zimage": zimage,
     "sana": sana,
 }
