@@ -23,7 +23,7 @@ from lit_rlft.loop.reference import LoRA
 from tests.domains.text_to_image.families.tiny import tiny
 from tests.support import trainer_of
 
-FAMILIES = ("sd", "sdxl", "sd3", "flux_dev")
+FAMILIES = ("sd", "sdxl", "sd3", "flux_dev", "klein")
 HOW = ("blocks", "whole")
 
 
