@@ -68,6 +68,7 @@ NEEDED: Mapping[str, Mapping[str, Any]] = {
     "domains.image.networks.features.FeatureArchitecture": {
         "size": 8, "channels": 1, "classes": ["a"],
     },
+    "domains.image.metrics.FrechetDistance": {"statistics": "a.npz", "features": "digits_features"},
     "domains.image.sources.ImageFolder": {"path": "folder"},
     "domains.image.sources.Arrays": {"path": "folder"},
     "domains.layout.rewards.ClassCounts": {"counts": {"text": 1}},
@@ -105,7 +106,8 @@ ALLOWED: Mapping[str, tuple[Sequence[float], set[str]]] = {
         {
             "*.num_workers", "HTTPReward.retries", "RewardWorkers.restarts", "*.best_of",
             "NoisePPO.attention_heads",
-            "MMD.num_draws", "SetDistances.num_draws", "Duplicates.num_draws",
+            "MMD.num_draws", "SetDistances.num_draws", "FrechetDistance.num_draws",
+            "Duplicates.num_draws",
             "MaxIoU.num_draws",
             "DiffusionNFT.decay_after", "DiffusionNFT.kl_coef",
             "DiffusionNFT.max_decay", "DiffusionNFT.decay_rate", "DiffusionNFT.cut",

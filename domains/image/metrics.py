@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,17 +11,18 @@ from torch import Tensor
 
 from domains.image.networks.features import features_of, load_features
 from domains.image.samples import check_pictures
+from domains.image.saved_moments import read_moments
 from domains.image.sources import Digits, Source
 from lit_rlft.core.checks import at_least, reading
 from lit_rlft.core.guard import LARGE_FALL, LARGE_RISE, Guard
 from lit_rlft.core.pipeline import Condition, Pipeline
 from lit_rlft.core.reward import LeftOut, Metric
-from lit_rlft.kit.leave_out import precision_recall_left_out
+from lit_rlft.kit.leave_out import frechet_left_out, precision_recall_left_out
 from lit_rlft.kit.set_metrics import RealFeatures, SourceDistances, pseudo_values, sums_over_others
 from lit_rlft.kit.sources import prepare
-from lit_rlft.kit.statistics import neighbour_distances, precision_recall
+from lit_rlft.kit.statistics import FittedGaussian, neighbour_distances, precision_recall
 
-__all__ = ["Diversity", "SetDistances"]
+__all__ = ["Diversity", "FrechetDistance", "SetDistances"]
 
 
 class SetDistances(SourceDistances["_Real"]):
@@ -110,6 +112,60 @@ class SetDistances(SourceDistances["_Real"]):
         features = features_of(self.network, images).cpu()
         radii = neighbour_distances(features.double(), self.num_neighbours)
         return _Real(RealFeatures.of(features), radii)
+
+
+class FrechetDistance(SourceDistances[FittedGaussian]):
+    """FID of all images of an evaluation against statistics that another program saved.
+
+    "fid_<f>_<s>" with the features' name <f> and the file's <s>. It is the published number where
+    the features are those of the file (for pytorch-fid, clean-fid and ADM's reference batches
+    InceptionV3), where as many images are drawn, and where they are brought to size alike.
+
+    Args:
+        statistics: An .npz file with the mean `mu` [D] and the covariance `sigma` [D, D] of the
+            features of real images.
+        features: The feature network, as for `SetDistances`.
+        num_draws: 0 leaves the standard error of a test out, which has a closed form.
+
+    Raises:
+        UsageError: `features` is no feature network; or, before the run, the file is missing, holds
+            something else, or its numbers are of other features.
+    """
+
+    def __init__(self, statistics: str, features: str, num_draws: int = 20) -> None:
+        super().__init__(num_draws)
+        self.statistics = statistics
+        with reading(self, "features"):
+            self.network = load_features(features)
+
+    def check(self, pipeline: Pipeline) -> None:
+        with reading(self, "statistics"):
+            self.read()
+
+    @property
+    def name(self) -> str:
+        """What the number is called."""
+        return f"fid_{self.network.name}_{Path(self.statistics).stem}"
+
+    @torch.no_grad()
+    def features(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
+        """Return the network's features of each image, {"features": [B, D]}."""
+        return {"features": features_of(self.network, check_pictures(samples, condition))}
+
+    def compare(self, features: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return the distance; NaN for fewer than two images."""
+        return {self.name: self.real.frechet_distance(features["features"])}
+
+    def left_out(self, features: Mapping[str, Tensor], pairs: Tensor) -> dict[str, LeftOut]:
+        return {self.name: frechet_left_out(features["features"], self.real, pairs)}
+
+    def guards(self) -> dict[str, Guard]:
+        """Return the distance, of which a rise by a fifth is a sign."""
+        return {self.name: LARGE_RISE}
+
+    def read(self) -> FittedGaussian:
+        moments = read_moments(Path(self.statistics), self.network.num_features)
+        return FittedGaussian.of_moments(*moments)
 
 
 @dataclass(frozen=True)

@@ -154,7 +154,12 @@ class FittedGaussian:
         mean, size = points.mean(dim=0), points.shape[1]
         if len(points) < 2:
             return cls(mean, points.new_full((size, size), torch.nan))
-        values, vectors = torch.linalg.eigh(points.T.cov())
+        return cls.of_moments(mean, points.T.cov())
+
+    @classmethod
+    def of_moments(cls, mean: Tensor, covariance: Tensor) -> "FittedGaussian":
+        """Take a mean [D] and a covariance [D, D], float64; what rounding put below 0 is 0."""
+        values, vectors = torch.linalg.eigh(covariance)
         return cls(mean, (vectors * values.clamp(min=0).sqrt()) @ vectors.T)
 
     def frechet_distance(self, generated: Tensor) -> float:
