@@ -9,6 +9,7 @@ from diffusers.utils import convert_state_dict_to_kohya, convert_unet_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
+from domains.text_to_image.networks.flux2_names import original_lora, without_original
 from domains.text_to_image.networks.lora import Home
 
 __all__ = ["WEB_LORA", "save_web_lora", "unread_layers"]
@@ -17,6 +18,7 @@ WEB_LORA = "web_lora.safetensors"
 
 _WIDTH_OF_V2 = 1024
 _WIDTH_OF_9B = 12288
+_KLEIN = "Flux2KleinPipeline"
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ _BASES = {
     ),
     "StableDiffusion3Pipeline": _Base("sd3", "stable-diffusion-3"),
     "FluxPipeline": _Base("flux1", "flux-1-dev", _FLUX),
-    "Flux2KleinPipeline": _Base("flux_2_klein_4b", "Flux.2-klein-4b", f"{_FLUX}2"),
+    _KLEIN: _Base("flux_2_klein_4b", "Flux.2-klein-4b", f"{_FLUX}2"),
     "ZImagePipeline": _Base("z_image", "Z-Image", "https://github.com/Tongyi-MAI/Z-Image"),
     "SanaPipeline": _Base("sana", "sana", "https://github.com/NVlabs/Sana"),
 }
@@ -62,8 +64,9 @@ def save_web_lora(
     """Write a LoRA for web interfaces; return the file.
 
     U-Nets have kohya's names, such as lora_unet_mid_block_attentions_0_proj_in.lora_down.weight,
-    and an alpha per layer. Transformers have diffusers' names, which ComfyUI and Forge take. Not
-    all readers take alphas there, so these weights are multiplied by alpha / rank.
+    and an alpha per layer. Transformers have diffusers' names, which ComfyUI and Forge take; FLUX.2
+    has kohya's, since ComfyUI does not know diffusers' of it. Not all readers take alphas of
+    transformers, so these weights are multiplied by alpha / rank.
 
     Args:
         weights: By peft's names, such as mid_block.attentions.0.proj_in.lora_A.weight.
@@ -80,10 +83,13 @@ def save_web_lora(
             named[name] = torch.tensor(float(alpha))
     else:
         scale = alpha / rank
-        named = {
-            f"{home.name}.{n}": value * scale if ".lora_B." in n else value
-            for n, value in weights.items()
-        }
+        scaled = {n: value * scale if ".lora_B." in n else value for n, value in weights.items()}
+        of_flux2 = home.kind.__name__ == _KLEIN
+        named = (
+            original_lora(scaled)
+            if of_flux2
+            else {f"{home.name}.{n}": value for n, value in scaled.items()}
+        )
         alpha = rank
     whole = {name: value.detach().cpu().contiguous() for name, value in named.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,9 +106,9 @@ def unread_layers(layers: Iterable[str], home: Home) -> list[str]:
         layers: Names of layers of the denoiser.
         home: The denoiser.
     """
-    if home.name != "unet":
-        return []
     layers = list(layers)
+    if home.name != "unet":
+        return without_original(layers) if home.kind.__name__ == _KLEIN else []
     weights = {f"{name}.lora_{half}.weight": torch.zeros(1, 1) for name in layers for half in "AB"}
     named = convert_state_dict_to_kohya({f"unet.{n}": value for n, value in weights.items()})
     read, _ = home.kind.lora_state_dict(named, unet_config=home.config)
@@ -117,7 +123,7 @@ def _base(home: Home, v_prediction: bool) -> _Base:
     kind, config = home.kind.__name__, home.config
     if kind == "FluxPipeline" and not config.get("guidance_embeds"):
         return _Base("flux1", "flux-1-schnell", _FLUX)
-    if kind == "Flux2KleinPipeline" and config.get("joint_attention_dim") == _WIDTH_OF_9B:
+    if kind == _KLEIN and config.get("joint_attention_dim") == _WIDTH_OF_9B:
         return _Base("flux_2_klein_9b", "Flux.2-klein-9b", f"{_FLUX}2")
     if kind in _BASES:
         return _BASES[kind]

@@ -1,6 +1,8 @@
 """What FLUX.2-klein alone has: patches as channels, a shift of its own, three layers of Qwen3."""
 
+import copy
 import math
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -8,10 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from domains.text_to_image.families import FAMILIES, Family
+from domains.text_to_image.networks.flux2_names import without_original
 from domains.text_to_image.pipeline import TextToImagePipeline
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.sampling import Sampler
@@ -24,6 +29,30 @@ PROMPTS = ["a red ring", "a blue square below"]
 SIZE = {"height": 32, "width": 48}
 LENGTH = {"max_sequence_length": 64}
 SLOW = pytest.mark.slow
+_DOUBLE, _SINGLE = r"^transformer_blocks\.(\d+)\.", r"^single_transformer_blocks\.(\d+)\."
+ORIGINAL = {
+    "^x_embedder": "img_in",
+    "^context_embedder": "txt_in",
+    "^proj_out": "final_layer.linear",
+    "^time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
+    "^time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
+    "^(double_stream_modulation_(img|txt)|single_stream_modulation).linear": r"\1.lin",
+    f"{_SINGLE}attn.to_qkv_mlp_proj": r"single_blocks.\1.linear1",
+    f"{_SINGLE}attn.to_out": r"single_blocks.\1.linear2",
+    f"{_SINGLE}attn.norm_q.weight": r"single_blocks.\1.norm.query_norm.scale",
+    f"{_SINGLE}attn.norm_k.weight": r"single_blocks.\1.norm.key_norm.scale",
+    f"{_DOUBLE}attn.norm_q.weight": r"double_blocks.\1.img_attn.norm.query_norm.scale",
+    f"{_DOUBLE}attn.norm_k.weight": r"double_blocks.\1.img_attn.norm.key_norm.scale",
+    f"{_DOUBLE}attn.norm_added_q.weight": r"double_blocks.\1.txt_attn.norm.query_norm.scale",
+    f"{_DOUBLE}attn.norm_added_k.weight": r"double_blocks.\1.txt_attn.norm.key_norm.scale",
+    f"{_DOUBLE}attn.to_out.0": r"double_blocks.\1.img_attn.proj",
+    f"{_DOUBLE}attn.to_add_out": r"double_blocks.\1.txt_attn.proj",
+    f"{_DOUBLE}ff.linear_in": r"double_blocks.\1.img_mlp.0",
+    f"{_DOUBLE}ff.linear_out": r"double_blocks.\1.img_mlp.2",
+    f"{_DOUBLE}ff_context.linear_in": r"double_blocks.\1.txt_mlp.0",
+    f"{_DOUBLE}ff_context.linear_out": r"double_blocks.\1.txt_mlp.2",
+}
+"""Names of diffusers' layers in the original code, but for those of queries, keys and values."""
 
 
 @pytest.fixture(scope="module")
@@ -219,3 +248,59 @@ def test_sizes_that_do_not_fit_are_refused(parts: Any) -> None:
     with pytest.raises(UsageError, match=r"init_args\.width is 34, .* multiple of 4"):
         FAMILIES["Flux2KleinPipeline"](parts, (32, 34))
     assert FAMILIES["Flux2KleinPipeline"](parts).pixels == (256, 256)  # 1024 with the real VAE
+
+
+def original(network: Any) -> dict[str, Tensor]:
+    """Return a transformer's weights by the names of the original code."""
+    found: dict[str, Tensor] = {}
+    for name, value in network.state_dict().items():
+        for own, other in ORIGINAL.items():
+            name = re.sub(own, other, name)
+        found[name] = value.clone()
+    for i, block in enumerate(network.transformer_blocks):
+        for own, parts in (
+            ("img", (block.attn.to_q, block.attn.to_k, block.attn.to_v)),
+            ("txt", (block.attn.add_q_proj, block.attn.add_k_proj, block.attn.add_v_proj)),
+        ):
+            found[f"double_blocks.{i}.{own}_attn.qkv.weight"] = torch.cat([p.weight for p in parts])
+    return {name: value for name, value in found.items() if "transformer_blocks" not in name}
+
+
+def test_a_web_lora_is_added_to_the_original_weights(
+    folder: Path, tmp_path: Path, parts: Any
+) -> None:
+    """As ComfyUI adds it: to each weight that its name, with underscores, is of."""
+    pipeline = TextToImagePipeline(str(folder), web_lora=True, **LENGTH, **SIZE)
+    linear = [n for n, own in pipeline.denoiser.named_modules() if isinstance(own, nn.Linear)]
+    known = [name for name in linear if not without_original([name])]
+    adapt(pipeline, LoRA(rank=2, alpha=3, targets=known), seed=0)
+    for name, parameter in pipeline.denoiser.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+    pipeline.save(tmp_path)
+    lora, weights = load_file(tmp_path / "web_lora.safetensors"), original(parts.transformer)
+    layers = {f"lora_unet_{n.removesuffix('.weight').replace('.', '_')}": n for n in weights}
+    changed = {name.partition(".lora_")[0] for name in lora}
+    assert changed <= set(layers) and len(changed) == 3 + (2 + 6) + 2 * 2
+    for layer in changed:
+        down, up = (lora[f"{layer}.lora_{half}.weight"] for half in ("down", "up"))
+        weights[layers[layer]] += up @ down
+    plain = copy.deepcopy(parts.transformer)
+    plain.load_state_dict(convert_flux2_transformer_checkpoint_to_diffusers(weights))
+    condition, x = pipeline.encode({"prompt": PROMPTS[:1]}), torch.randn(1, 16, 8, 12)
+    with torch.no_grad():
+        tables = {name: condition.table(name) for name in condition.tables}
+        given = (x, torch.tensor([0.5]), tables, 1.0)
+        expected = pipeline.family.denoise(pipeline.denoiser, *given)
+        torch.testing.assert_close(
+            pipeline.family.denoise(plain, *given), expected, atol=1e-5, rtol=1e-4
+        )
+        before = pipeline.family.denoise(parts.transformer, *given)
+    assert (before - expected).abs().max() > 0.01
+
+
+def test_layers_without_a_name_there_are_told_before_the_run(folder: Path) -> None:
+    pipeline = TextToImagePipeline(str(folder), web_lora=True, **LENGTH, **SIZE)
+    adapt(pipeline, LoRA(rank=2, alpha=2, targets=["attn.to_q", "norm_out.linear"]), seed=0)
+    with pytest.raises(UsageError, match=r"web_lora: .* the layers norm_out\.linear in web_lora"):
+        pipeline.settle(torch.device("cpu"), torch.float32)
