@@ -147,12 +147,13 @@ class Extremes:
         rewards = [pair[arm][1][self.reward].double().cpu() for arm in ("tuned", "reference")]
         for kind, rank in KINDS.items():
             own = self.found[kind]
-            scores = rank(*rewards).nan_to_num(nan=-torch.inf, posinf=-torch.inf)
+            scores = rank(*rewards).nan_to_num(nan=-torch.inf)
             least = own[-1][0] if len(own) == self.number else -torch.inf
-            top = scores.topk(min(self.number, len(scores)))
-            kept = [i for i, x in zip(top.indices.tolist(), top.values, strict=True) if x > least]
-            if kept:
-                entries = self._entries(pair, torch.tensor(kept), rows, condition)
+            # Unlike those of topk, equal ones come in order.
+            top = scores.argsort(descending=True, stable=True)[: self.number]
+            kept = top[scores[top] > least]
+            if len(kept):
+                entries = self._entries(pair, kept, rows, condition)
                 own += list(zip(scores[kept].tolist(), entries, strict=True))
                 self.found[kind] = merged([own], self.number)
 

@@ -24,7 +24,7 @@ from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.state import State
 from lit_rlft.evaluation.evaluator import Evaluator
 from lit_rlft.evaluation.exploitation import guards_of
-from lit_rlft.evaluation.kept import first_entries, first_of_all
+from lit_rlft.evaluation.kept import Extremes, first_entries, first_of_all
 from lit_rlft.evaluation.measurements import Measurements
 from tests.support import trainer_of
 from tests.test_distributed import processes
@@ -195,6 +195,44 @@ def test_processes_render_their_shares_of_the_first_samples(
         assert places[0] == places[1] and len(places[0]) == number
         values = [[one["tuned"]["values"]["Coordinate"] for one in p] for p in (entries, expected)]
         assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("number", [2, 10])
+def test_extremes_are_of_known_rewards_and_of_equal_ones_the_first(number: int) -> None:
+    """Samples that failed are none; models are told apart in either order."""
+    pipeline, nan = GaussianMixturePipeline(), math.nan
+    tuned = [[nan, 5.0, nan, 5.0, 5.0, 4.0], [nan, 5.0, -3.0, 6.0, 5.0, 5.0]]
+    reference = [[0.0, 4.0, 0.0, 4.5, 5.0, 4.0], [0.0, 4.0, 0.0, 6.0, 5.0, 5.0]]
+    extremes = Extremes(pipeline, "r", number, per_condition=2)
+    for batch in range(2):
+        rows = torch.tensor([0, 0, 1, 1, 2, 2]) + 3 * batch
+        condition = pipeline.encode({"index": rows})
+        arms = {"tuned": tuned[batch], "reference": reference[batch], "best_of_2": [9.0] * 6}
+        for arm in (list(arms), reversed(arms))[batch]:
+            values = {"r": torch.tensor(arms[arm])}
+            extremes.see(arm, batch, rows, torch.zeros(6, 2), condition, values)
+    places = {
+        kind: [(entry["row"], entry["sample"]) for _, entry in own]
+        for kind, own in extremes.found.items()
+    }
+    high, fives, low = [(4, 1)], [(0, 1), (1, 1), (2, 0), (3, 1), (5, 0), (5, 1)], [(2, 1), (4, 0)]
+    changed = [(4, 0), (0, 1), (3, 1), (1, 1), (2, 0), (2, 1), (4, 1), (5, 0), (5, 1)]
+    every = {"best": high + fives + low, "worst": low[::-1] + fives + high, "changed": changed}
+    assert places == {kind: own[:number] for kind, own in every.items()}
+    for _, entry in extremes.found["changed"]:
+        batch, place = divmod(2 * entry["row"] + entry["sample"], 6)
+        assert entry["tuned"]["values"]["r"] == tuned[batch][place]
+        assert entry["reference"]["values"]["r"] == reference[batch][place]
+
+
+def test_of_rewards_that_are_all_equal_the_first_samples_are_kept() -> None:
+    """As of a reward that is 0 or 1, for batches of any size."""
+    pipeline, rows = GaussianMixturePipeline(), torch.arange(3).repeat_interleave(2)
+    extremes, condition = Extremes(pipeline, "r", 2, 2), pipeline.encode({"index": rows})
+    for arm in ("tuned", "reference"):
+        extremes.see(arm, 0, rows, torch.zeros(6, 2), condition, {"r": torch.ones(6)})
+    for own in extremes.found.values():
+        assert [(entry["row"], entry["sample"]) for _, entry in own] == [(0, 0), (0, 1)]
 
 
 def test_the_reference_is_measured_again_for_other_rows() -> None:
