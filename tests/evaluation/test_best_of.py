@@ -1,6 +1,7 @@
 """Best-of-n baselines: order statistics of the reference's rewards, at the cost that is stated."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -81,6 +82,20 @@ def test_the_best_noise_starts_where_the_best_sample_did() -> None:
     samples, noise = (tensor_of(x_0) for x_0 in arms)
     torch.testing.assert_close(noise, samples, rtol=0, atol=0.05)
     assert not torch.equal(noise, samples)
+
+
+def test_a_fresh_sample_has_noise_that_no_candidate_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    tuner, seen = tuner_of(1.0), []
+    chunks = tuner.rollouts.chunks
+
+    def watched(condition: Condition, seeds: Any = None, label: Any = None) -> Any:
+        seen.extend(seeds or [])
+        return chunks(condition, seeds, label)
+
+    monkeypatch.setattr(tuner.rollouts, "chunks", watched)
+    condition = tuner.pipeline.encode({"index": torch.arange(3)})
+    best_of(tuner.rollouts, tuner.reference_route(), condition, [5, 6, 7], N)
+    assert len(seen) == len(set(seen)) == 3 * (N + 1) and {5, 6, 7} < set(seen)
 
 
 def test_through_the_command_line(tmp_path: Path) -> None:

@@ -52,6 +52,19 @@ def _cut_by_hand(tuner, condition):  # type: ignore[no-untyped-def]
     return x
 
 
+def test_settings_have_divergences_of_their_own() -> None:
+    dial = Dial(lora_scale=[0.0, 0.5, 1.0])
+    tuner = tuner_of(GRAFT, dial=dial, num_eval_samples=1)
+    routes = tuner.route(), tuner.reference_route()
+    settings = dial_settings(dial, routes[0], tuner.reference)
+    tuner.evaluator.start()
+    with torch.no_grad():
+        tuner.evaluator.run({"index": torch.arange(64)}, 0, *routes, settings=settings)
+    kl = {arm: values["kl"]["mean"] for arm, values in tuner.evaluator.summary().items()}
+    assert kl["lora_scale=0"] == 0 < kl["lora_scale=0.5"] < kl["tuned"]
+    assert kl["lora_scale=1"] == pytest.approx(kl["tuned"], rel=1e-4)
+
+
 def test_a_relayed_models_own_other_end_stays() -> None:
     tuner = tuner_of(PGRAFT, start=0.4, cut=0.2)
     settings = list(dial_settings(Dial(cut=[0.4], start=[0.0]), tuner.route(), tuner.reference))

@@ -70,6 +70,19 @@ def test_a_first_batch_that_fails_is_left_out() -> None:
     assert summary["tuned"]["Late"]["sem"] > 0 and summary["reference"]["Late"]["sem"] > 0
 
 
+def test_an_evaluation_goes_on_where_later_batches_fail() -> None:
+    class Early(Late):
+        """Scores the first samples it is asked about alone."""
+
+        def forward(self, samples: Tensor, condition: Condition) -> Tensor:
+            late = super().forward(samples, condition)
+            return Coordinate.forward(self, samples, condition).where(late.isnan(), torch.nan)
+
+    tuner = started(Early(4))
+    measure(tuner, num_batches=8, batch_size=8)
+    assert math.isfinite(tuner.evaluator.summary()["tuned"]["Early"]["mean"])
+
+
 def test_infinite_rewards_are_left_out_of_the_means_too() -> None:
     class Unbounded(Coordinate):
         def forward(self, samples: Tensor, condition: Condition) -> Tensor:
@@ -233,6 +246,30 @@ def test_of_rewards_that_are_all_equal_the_first_samples_are_kept() -> None:
         extremes.see(arm, 0, rows, torch.zeros(6, 2), condition, {"r": torch.ones(6)})
     for own in extremes.found.values():
         assert [(entry["row"], entry["sample"]) for _, entry in own] == [(0, 0), (0, 1)]
+
+
+def test_samples_belong_to_the_rows_that_their_noise_is_of() -> None:
+    tuner, drawn = started(Coordinate()), {}
+    tuner.evaluator.num_samples = 2
+    tuner.evaluator.seen = lambda arm, batch, rows, samples, *_: drawn.update(
+        {(arm, batch): (rows.tolist(), samples)}
+    )
+    for batch, rows in enumerate(([3, 1], [1, 3])):
+        routes = tuner.route(), tuner.reference_route()
+        tuner.evaluator.run({"index": torch.tensor(rows)}, batch, *routes)
+    (rows, one), (others, other) = (drawn["tuned", batch] for batch in range(2))
+    assert rows == [3, 3, 1, 1] and others == [1, 1, 3, 3]
+    torch.testing.assert_close(one, other[[2, 3, 0, 1]])
+    assert len(one.unique(dim=0)) == 4
+
+
+def test_predictions_are_on_nobodys_bill() -> None:
+    tuner = started(Coordinate())
+    with torch.no_grad():
+        draw = tuner.evaluator.predict({"index": torch.arange(3)}, tuner.route())
+    torch.testing.assert_close(draw.rewards, draw.samples[:, 0])
+    spent = tuner.meter.current
+    assert spent.reward_calls == spent.denoiser_calls == 0
 
 
 def test_the_reference_is_measured_again_for_other_rows() -> None:

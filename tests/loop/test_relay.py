@@ -127,6 +127,18 @@ def test_the_reference_runs_the_first_steps_bit_by_bit(name: str, eta: float) ->
     assert tuner.route().tuned_steps.tolist() == [False] * 2 + [True] * (3 - last) + [False] * last
 
 
+def test_the_divergence_of_a_relay_is_that_of_its_tuned_steps() -> None:
+    """Each sample estimates it from one of all steps: 0 where the reference runs that one."""
+    tuner = tuner_of(PGRAFT, eta=1.0, cut=0.6)
+    condition, seeds = tuner.pipeline.encode({"index": torch.arange(400)}), range(400)
+    x_0, routes = torch.zeros(400, 2), (tuner.route(), tuner.reference_route())
+    assert routes[0].tuned_steps.tolist() == [True] * 2 + [False] * 3
+    with torch.no_grad():
+        found = tuner.evaluator._divergence(x_0, condition, seeds, *routes)
+    share = float((found > 0).double().mean())
+    assert share == pytest.approx(2 / 5, abs=3 * (0.4 * 0.6 / 400) ** 0.5)
+
+
 def test_image_refl_trains_the_steps_after_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradient is that of a walk by hand, whose first steps the reference runs."""
     tuner = tuner_of(RewardGradient, start=0.4, method=ReFL(m=2))
