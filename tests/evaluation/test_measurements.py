@@ -139,6 +139,16 @@ def test_no_share_of_what_best_of_n_does_not_gain() -> None:
     assert "kept" not in evaluation.summary(1)
 
 
+def test_best_of_n_has_to_move_a_mean_by_two_standard_errors() -> None:
+    """Up or down: of what is better when smaller, such as a time, the best of n have less."""
+    zero = torch.zeros(4, dtype=torch.float64)
+    for gains, share in (([0.0, 3, 3, 3], 0.5), ([0.0, 0, 3, 3], NAN)):  # 3 and 1.7 errors
+        best = torch.tensor(gains, dtype=torch.float64)
+        for sign in (1, -1):
+            found = kept_share(sign * best.mean() / 2 + zero, zero, sign * best)
+            assert found["mean"] == pytest.approx(share, nan_ok=True)
+
+
 def test_reference_is_kept_for_the_next_evaluation() -> None:
     first = Measurements()
     added(first, "reference", 3, r=[1.0])
