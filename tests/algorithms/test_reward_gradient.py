@@ -281,7 +281,12 @@ def test_steps_without_gradient_build_no_graph(method: GradientMethod) -> None:
 def test_noise_of_the_sampler_is_reparameterised(eta: float) -> None:
     """With noise, x_0 is still a function of theta, whose derivative is a finite difference."""
     tuner = tuner_of(DRaFT(T), eta=eta)
-    losses, _ = tuner.loss(experience_of(tuner), generators(SEEDS))
+    losses, values = tuner.loss(experience_of(tuner), generators(SEEDS))
+    condition, noise = experience_of(tuner).condition, generators(SEEDS)
+    with torch.no_grad():
+        start = (tuner.pipeline.process, tuner.prior(condition).sample(noise), condition, noise)
+        x_0 = tensor_of(tuner.sampler.sample(tuner.pipeline, *start))
+    torch.testing.assert_close(values["reward"], reward_of(tuner, x_0), **EXACT)
     means = tuner.pipeline.denoiser.means
     index = [p is means for p in tuner.trainable().parameters()].index(True)
     exact = gradients(losses.sum(), tuner)[index][0, 0]
@@ -298,6 +303,16 @@ def test_noise_of_the_sampler_is_reparameterised(eta: float) -> None:
 def plans(method: GradientMethod, num_steps: int, count: int = 3000) -> list[GradientPlan]:
     generator = torch.Generator().manual_seed(0)
     return [method.draw(num_steps, generator) for _ in range(count)]
+
+
+def test_every_update_draws_a_plan_that_all_processes_share() -> None:
+    tuner, other = (tuner_of(AlignProp()) for _ in range(2))
+    drawn = []
+    for update in range(12):
+        tuner.num_updates = other.num_updates = update
+        drawn.append(drawn_plan(tuner))
+        assert drawn_plan(other) == drawn[-1]
+    assert len(set(drawn)) > 3
 
 
 def test_drtune_spreads_its_steps_over_those_that_run() -> None:
