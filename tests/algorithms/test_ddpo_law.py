@@ -224,6 +224,11 @@ def test_dropping_samples_without_advantage_changes_no_gradient() -> None:
     torch.testing.assert_close(replayed(tuner, whole)[0], replayed(tuner, rollout)[0])
 
 
+def test_advantages_are_clamped() -> None:
+    free, clamped = (collected(tuner_of(advantage_clip=clip)).advantages for clip in (None, 0.2))
+    assert free.abs().max() > 0.2 and torch.equal(clamped, free.clamp(-0.2, 0.2))
+
+
 @pytest.mark.parametrize("shares", [[NUM], [5, 3], [1, 0, 7]], ids=str)
 def test_logged_means_are_over_the_trained_pairs(shares: list[int]) -> None:
     """Of all processes, which have unequally many, also in uneven microbatches."""

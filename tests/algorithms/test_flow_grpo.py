@@ -152,6 +152,18 @@ def test_guarded_steps_pull_predictions_alike(make: Any) -> None:
         torch.testing.assert_close(weights[later], weights[later][:1].expand(int(later.sum())))
 
 
+def test_the_kl_of_guarded_steps_counts_alike() -> None:
+    """The balance is the surrogate's: it would scale the KL, which has the steps' std in it."""
+    tuner = tuner_of(Toy(FLOW).double(), **GUARD, kl_coef=0.7)
+    (part,) = pairs_of(collected(moved(tuner)))
+    losses, values = tuner.loss(part, None)
+    tuner.kl_coef = 0
+    free, _ = tuner.loss(part, None)
+    weight = tensor_of(part.states["weight"])
+    torch.testing.assert_close(losses - free, 0.7 * values["reference_kl"] * weight)
+    assert tensor_of(part.states["balance"]).unique().numel() > 1
+
+
 @GAUSSIAN
 @pytest.mark.parametrize("sampler", [Sampler(STEPS, 1.0), SDE["sampler"]])
 def test_steps_without_noise_are_not_drawn(make: Any, sampler: Sampler) -> None:

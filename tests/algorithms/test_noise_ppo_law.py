@@ -257,6 +257,13 @@ def test_experience_is_the_initial_noise_and_two_numbers(reduction: Any) -> None
     )
 
 
+def test_advantages_are_clamped() -> None:
+    free, clamped = (
+        tensor_of(collected(ready(advantage_clip=clip)).states["advantage"]) for clip in (None, 0.2)
+    )
+    assert free.abs().max() > 0.2 and torch.equal(clamped, free.clamp(-0.2, 0.2))
+
+
 def test_the_reported_kl_is_that_of_the_priors() -> None:
     tuner = ready(num_eval_samples=2)
     with torch.no_grad():
