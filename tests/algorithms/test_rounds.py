@@ -26,13 +26,16 @@ KINDS: dict[type[RewardFineTuner], dict[str, Any]] = {
     DiffusionNFT: {},
     GRAFT: {},
     NoisePPO: {},
-    RewardGradient: {"method": DRaFT()},
+    RewardGradient: {"method": DRaFT(), "num_epochs": 2},
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_round_has_seeds_of_its_own(kind: type[RewardFineTuner]) -> None:
-    """Other ones than evaluations have, and the same ones again for a round that is repeated."""
+    """Other ones than evaluations have, and the same ones again for a round that is repeated.
+
+    Samples are counted where they are scored; reward gradients draw theirs in each epoch's loss.
+    """
     settings = {"sampler": Sampler(3), **KINDS[kind]}
     tuner = kind(GaussianMixturePipeline(residual_width=4), Coordinate(), **settings)
     tuner.trainer = trainer_of()
@@ -46,3 +49,5 @@ def test_each_round_has_seeds_of_its_own(kind: type[RewardFineTuner]) -> None:
     _, evaluated = tuner.evaluator._conditions(batch)
     assert drawn[0] == drawn[2] and drawn[0].isdisjoint(drawn[1])
     assert drawn[0].isdisjoint(evaluated) and drawn[1].isdisjoint(evaluated)
+    scored = 3 * 4 * 2 if kind is RewardGradient else tuner.meter.current.reward_calls
+    assert tuner.num_samples == scored > 0

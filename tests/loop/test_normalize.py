@@ -81,7 +81,9 @@ def test_all_samples_so_far_are_the_unit(chunk_size: int) -> None:
 
 def test_parts_for_themselves_are_in_the_same_unit() -> None:
     samples, condition = points(8)
-    found = scoring_of(reward_of(), 3, by_part=True).finish(samples, condition, range(8), 1)
+    scoring = scoring_of(reward_of(), 3, by_part=True)
+    found = scoring.finish(samples, condition, range(8), 1)
+    assert scoring.rollouts.meter.current.reward_calls == 8
     torch.testing.assert_close(
         found.rewards.double(), by_hand(samples, samples), rtol=1e-5, atol=1e-6
     )
