@@ -138,6 +138,8 @@ def test_loss_is_flow_matching_from_noise_to_inverted_noise(tmp_path: Path) -> N
     batch = {"index": torch.tensor([13, 2, 19]), "name": ["mixture"] * 3}
     condition = tuner.pipeline.encode(batch)
     experience = tuner.collect(batch, condition)
+    tuner.num_rounds += 1
+    assert set(tuner.collect(batch, condition).seeds).isdisjoint(experience.seeds)
     x_1 = store_of(tmp_path).read(batch["index"])
     assert torch.equal(experience.states["x_1"], x_1)
     assert experience.metrics["noise_power"] == pytest.approx(float((x_1**2).mean()), rel=1e-5)

@@ -246,6 +246,20 @@ def test_iterations_that_do_not_contract_are_warned_of(tmp_path: Path) -> None:
     assert sum(note["unconverged"] for note in notes) > 10
 
 
+def test_what_is_told_of_an_inversion_counts_rows(tmp_path: Path) -> None:
+    """Shards have unequally many; of one that is exact enough nothing failed."""
+    notes = [
+        {"num_rows": 8, "residual": 1e-6, "unconverged": 3, "iterations": 2.0, "noise_power": 1.0},
+        {"num_rows": 4, "residual": 0.5, "unconverged": 1, "iterations": 5.0, "noise_power": 4.0},
+    ]
+    store: Any = SimpleNamespace(all_notes=lambda: notes, num_rows=12, folder=tmp_path)
+    rest: Any = None
+    with pytest.warns(UserWarning, match=r"inversion of 8\.3% of the data .*residual 0\.5"):
+        told = Inversion(rest, store, rest, Sampler(STEPS), FixedPoint(), 4).tell()
+    means = {"iterations": 3.0, "noise_power": 2.0}
+    assert told == pytest.approx({**means, "residual": 0.5, "unconverged": 1 / 12})
+
+
 LOOSE, PLAIN = FixedPoint(1e-2, 3, memory=0), FixedPoint(1e-9, 3, memory=0)
 
 
