@@ -114,6 +114,24 @@ def test_the_error_of_the_kernel_distance_by_repeated_sampling(shift: float) -> 
     assert float(errors.square().mean().sqrt() / values.std()) == pytest.approx(1, abs=0.15)
 
 
+@pytest.mark.parametrize(("seed", "spread"), [(1, 0.3), (1, 3.0), (7, 1.0)])
+def test_the_error_of_the_kernel_distance_is_that_of_its_parts(seed: int, spread: float) -> None:
+    """The effects by least squares over all pairs; of seed 7 the variance would be negative."""
+    real, generated = normal(20, 2, 0), normal(9, 2, seed, 0.0, spread)
+    m = len(generated)
+    pairs = [(i, j) for i in range(m) for j in range(i)]
+    across = [float(np.mean([(float(x @ y) / 2 + 1) ** 3 for y in real])) for x in generated]
+    h = [float(generated[i] @ generated[j] / 2 + 1) ** 3 - across[i] - across[j] for i, j in pairs]
+    design = np.array([[float(k in pair) for k in range(m)] for pair in pairs])
+    # The effects' own mean is half of that of h.
+    effects, (rest,), *_ = np.linalg.lstsq(design, np.array(h), rcond=None)
+    of_pairs = rest / (len(pairs) - m)
+    of_one = effects.var(ddof=1) - of_pairs / (m - 2)
+    variance = 4 * of_one / m + 2 * of_pairs / (m * (m - 1))
+    variance = max(variance, effects.var(ddof=1) / m)
+    assert kernel_distance(real, generated)[1] == pytest.approx(variance**0.5, rel=1e-9)
+
+
 @pytest.mark.parametrize("copies", [3, 40])
 def test_distances_in_many_dimensions_are_exact_for_equal_and_near_points(copies: int) -> None:
     a, b = normal(50, 100, 0, 5.0), normal(60, 100, 1, 5.0)
@@ -131,6 +149,8 @@ def test_precision_and_recall_by_hand() -> None:
     generated = torch.tensor([[-0.5], [4.9], [5.1], [20.0]])
     # Its own radii are 5.4, 0.2, 0.2 and 14.9: the first ball covers [-5.9, 4.9].
     assert precision_recall(real, generated, 1) == (0.5, 1.0)
+    # Balls have their edges: that of 3 reaches 5, and that of 5 reaches 3.
+    assert precision_recall(real, torch.tensor([[5.0], [7.0]]), 1) == (0.5, pytest.approx(1 / 3))
     far = torch.tensor([[100.0], [101.0]])
     assert precision_recall(real, far, 1) == (0.0, 0.0)
     assert all(math.isnan(value) for value in precision_recall(real, far, 2))
