@@ -195,6 +195,12 @@ def test_relations_by_hand() -> None:
     assert value(rewards.Relations([("text", "above", "text")]), page) == 0.5
 
 
+def test_ignored_classes_do_not_overlap() -> None:
+    page = layout((4, 0, 0, 1, 1), (0, 0.1, 0.1, 0.5, 0.5), (0, 0.3, 0.1, 0.7, 0.5))
+    assert value(rewards.Overlap(ignored=["figure"]), page) == pytest.approx(-0.5)
+    assert value(rewards.Overlap(), page) < -1
+
+
 def test_class_counts_by_hand() -> None:
     page = layout((1, 0.1, 0.1, 0.3, 0.15), (0, 0.1, 0.2, 0.9, 0.4))
     assert value(rewards.ClassCounts({"text": 1, "title": 1}), page) == 1
@@ -213,6 +219,10 @@ def test_grammar_rules_by_hand() -> None:
     assert value(rule, layout(above, (3, 0.1, 0.4, 0.9, 0.6))) == 1
     assert value(rule, layout((0, 0.1, 0.37, 0.3, 0.39), (3, 0.25, 0.4, 0.9, 0.6))) == 0
     assert value(rule, layout(text, caption)) == 1
+    # A list may follow a title, text above it does not; captions may be narrow.
+    assert value(rule, layout(title, (2, 0.1, 0.13, 0.9, 0.3))) == 1
+    assert value(rule, layout((0, 0.1, 0.07, 0.9, 0.09), title)) == 0
+    assert value(rule, layout((0, 0.4, 0.37, 0.6, 0.39), (3, 0.1, 0.4, 0.9, 0.6))) == 1
     real = rule(source_layouts(Grammar(300, seed=9)), condition(300)).mean()
     assert real > 0.8
 

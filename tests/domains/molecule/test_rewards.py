@@ -10,6 +10,7 @@ import torch
 from rdkit import Chem
 from rdkit.Chem import QED as RDKitQED
 from rdkit.Chem import Crippen, rdMolDescriptors
+from rdkit.Contrib.SA_Score import sascorer
 from scipy.stats import spearmanr
 
 from domains.molecule import rewards
@@ -109,6 +110,8 @@ def test_rewards_of_descriptors(heavy: bool) -> None:
 def test_synthetic_accessibility_prefers_simple_molecules() -> None:
     simple, odd = reward_of(rewards.SyntheticAccessibility(), from_smiles("CCO", "C1OC12CN2"))
     assert 1 >= simple > odd >= 0
+    score = sascorer.calculateScore(Chem.MolFromSmiles("CCO"))
+    assert simple == pytest.approx((10 - score) / 9, abs=1e-6)
 
 
 def test_substructures() -> None:
@@ -130,6 +133,8 @@ def test_strain_and_novelty(tmp_path: Path) -> None:
         rewards.Strain(), from_atoms([(symbols, places), (symbols, shaken)])
     )
     assert calm > 0.97 > 0.9 > shaken_value > 0
+    energy = float(chemistry_of(from_atoms([(symbols, shaken)])).strain()[0])
+    assert shaken_value == pytest.approx(np.exp(-energy / 10), rel=1e-6)
     path = tmp_path / "known.smi"
     path.write_text("OCC ethanol\nnot-a-molecule\n")
     novelty = rewards.Novelty(str(path))
