@@ -29,6 +29,7 @@ from tests.algorithms.ddpo_support import (
     seeded_generator,
     tuner_of,
 )
+from tests.test_distributed import processes
 
 
 @each_process
@@ -169,6 +170,17 @@ def test_windows_and_subsets() -> None:
         times = tuner.pipeline.process.times(10)
         assert set(tensor_of(part.states["t"]).tolist()) == set(times[steps].tolist())
     assert len(seen) > 1
+
+
+def test_a_step_counts_that_is_random_on_any_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else their terms would have different weights, as where masked states are all shown early."""
+
+    def work(rank: int) -> int:
+        tuner = tuner_of()
+        tuner.trainer.world_size = 2  # type: ignore[misc]
+        return tuner._num_random(torch.tensor([[False, rank == 0], [False, False], [True, True]]))
+
+    assert processes(monkeypatch, 2, work) == [2, 2]
 
 
 def test_a_window_keeps_the_transitions_of_the_whole() -> None:

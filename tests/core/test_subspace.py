@@ -10,7 +10,12 @@ from torch.distributions import MultivariateNormal, kl_divergence
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.distribution import Gaussian
 from lit_rlft.core.pipeline import Condition
-from lit_rlft.core.process import GaussianProcess, MaskedProcess, ProductProcess
+from lit_rlft.core.process import (
+    GaussianProcess,
+    MaskedProcess,
+    PredictionType,
+    ProductProcess,
+)
 from lit_rlft.core.randomness import generators
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.schedule import CosineVP, PolynomialVP, RectifiedFlow
@@ -207,6 +212,18 @@ def test_losses_are_means_over_free_dimensions(name: str) -> None:
 def laws_mean(process: GaussianProcess, x_t: Tensor, t: Tensor, prediction: Tensor) -> Tensor:
     """The mean of the step that goes to the data at once, which is the estimate of x_0."""
     return process.transition(prediction, x_t, t, torch.zeros_like(t), 0.0).loc
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v", "velocity"])
+def test_estimates_of_data_lie_in_the_subspace(kind: PredictionType) -> None:
+    """What a network says of empty slots and of the centre counts for nothing."""
+    process = GaussianProcess(PolynomialVP(), kind, SPACE)
+    x_0, eps, t = cloud(1), cloud(2), torch.full((4,), 0.6, dtype=torch.float64)
+    alpha, sigma = (level.view(4, 1, 1) for level in process.schedule.levels(t))
+    x_t, prediction = alpha * x_0 + sigma * eps, process.prediction(x_0, eps, t)
+    outside = 7.0 * (~full()).unsqueeze(-1) + 2 * (torch.arange(CHANNELS) < 3)
+    for given in (prediction, prediction + outside):
+        torch.testing.assert_close(process.denoised(given, x_t, t), x_0)
 
 
 def test_processes_without_a_subspace_are_as_they_were() -> None:
