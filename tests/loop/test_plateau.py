@@ -1,5 +1,6 @@
 """Schedules of the learning rate that wait for a plateau."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,8 @@ def test_rounds_without_its_value_are_passed_over(name: str) -> None:
     assert schedule.last_epoch == 0
     after_round(schedule, {name: 1.0})
     after_round(schedule, {"acceptance_rate": 0.0})
-    assert schedule.last_epoch == 1
+    after_round(schedule, {name: math.nan})  # as where no sample could be scored
+    assert schedule.last_epoch == 1 and schedule.num_bad_epochs == 0
 
 
 def test_a_sanity_check_is_no_validation(tmp_path: Path) -> None:

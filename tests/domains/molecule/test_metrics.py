@@ -110,6 +110,56 @@ def test_novelty_of_different_valid_molecules(tmp_path: Path, sizes: tuple[int, 
     assert math.isnan(invalid["novelty"]) and invalid["valid_unique_novel"] == 0
 
 
+def features_of(kinds: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Features of molecules that their kind says everything of."""
+    num_atoms = 5.0 + kinds % 7
+    return {
+        "identity": kinds,
+        "valid": kinds % 5 > 0,
+        "known": kinds % 3 == 0,
+        "num_atoms": num_atoms,
+        "num_stable": num_atoms - 2 * (kinds % 4 == 0),
+    }
+
+
+NAMES = {
+    metrics.MoleculeMeasures: {"atom_stability": 1.0, "uniqueness": 0.5, "valid_unique": 0.5},
+    metrics.Novelty: {"novelty": 1.0, "valid_unique_novel": 0.5},
+}
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_errors_are_those_of_fresh_sets(kind: type[SetMetric]) -> None:
+    """Of one model, and of the gain of pairs of which four in five are the same molecule."""
+    metric, generator, num = kind(), torch.Generator().manual_seed(0), 300
+    pairs = []
+    for _ in range(200):
+        first, second = torch.randint(0, 300, (2, num), generator=generator)
+        same = torch.rand(num, generator=generator) < 0.8
+        pairs.append([features_of(first), features_of(first.where(same, second))])
+    values = [[metric.compare(arm) for arm in pair] for pair in pairs]
+    found = [(metric.errors(pair[0]), metric.errors(*pair)) for pair in pairs[:40]]
+    assert found[0][0].keys() == found[0][1].keys() == values[0][0].keys() == NAMES[kind].keys()
+    for name in NAMES[kind]:
+        alone = np.std([own[name] for own, _ in values])
+        gain = np.std([own[name] - other[name] for own, other in values])
+        reported = np.sqrt(np.mean([[one[name] ** 2 for one in pair] for pair in found], axis=0))
+        # The deviation of 200 sets is itself known within 5 %.
+        np.testing.assert_allclose(reported, [alone, gain], rtol=0.2, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_second_copies_of_molecules_say_nothing_new(kind: type[SetMetric]) -> None:
+    """Samples of a row: shares of different ones among all are halved, and their errors."""
+    metric, kinds = kind(), torch.randint(0, 60, (40,), generator=torch.Generator().manual_seed(0))
+    arms = [features_of(kinds), features_of(kinds.roll(3))]
+    twice = [{n: x.repeat_interleave(2) for n, x in arm.items()} for arm in arms]
+    rows = torch.arange(40).repeat_interleave(2)
+    for count in (1, 2):
+        single, double = metric.errors(*arms[:count]), metric.errors(*twice[:count], rows=rows)
+        assert double == pytest.approx({n: single[n] * k for n, k in NAMES[kind].items()})
+
+
 def test_total_variations_by_hand() -> None:
     a, b = from_smiles("C", "C"), from_smiles("O", "C")
     # Shares of H, C, O: 8/10, 2/10, 0 and 6/8, 1/8, 1/8; of sizes 5 and 3: 1, 0 and 1/2, 1/2.
