@@ -638,6 +638,13 @@ def test_a_last_step_that_moves_nothing_is_not_one_of_those_trained(method: Grad
     assert all(float(values[name].abs().max()) > 0 for name in trained)
 
 
+def test_a_plan_before_a_still_step_is_the_same_one_step_earlier() -> None:
+    """ReFL's stop is then the step that it trains, not the one that moves nothing."""
+    plan = GradientPlan(frozenset([1, 3]), stop=1, num_copies=2)
+    assert plan.before(1) == GradientPlan(frozenset([2, 4]), stop=2, num_copies=2)
+    assert DRaFT(1).draw(T, torch.Generator()).before(1) == GradientPlan(frozenset([2]))
+
+
 def test_as_many_steps_can_be_trained_as_move() -> None:
     tuner = tuner_of(DRaFT(T))
     tuner.check()

@@ -14,7 +14,7 @@ from lit_rlft.algorithms.graft import PGRAFT
 from lit_rlft.algorithms.nft import DiffusionNFT
 from lit_rlft.algorithms.reward_gradient import RewardGradient
 from lit_rlft.core.checks import UsageError
-from lit_rlft.core.gradient_plan import ReFL
+from lit_rlft.core.gradient_plan import AlignProp, DRaFT, ReFL
 from lit_rlft.core.process import GaussianProcess, MaskedProcess, Process
 from lit_rlft.core.randomness import generators
 from lit_rlft.core.sampling import Sampler
@@ -163,6 +163,15 @@ def test_image_refl_trains_the_steps_after_the_reference(monkeypatch: pytest.Mon
     wanted = torch.autograd.grad(-tuner.reward(x_0, condition).sum(), trained)
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_steps_that_the_reference_runs_first_are_never_trained() -> None:
+    tuner, drawn = tuner_of(RewardGradient, start=0.4, method=AlignProp()), set()
+    for tuner.num_updates in range(20):
+        drawn |= tuner.draw_plan().trained  # type: ignore[attr-defined]
+    assert drawn == {1, 2, 3}
+    with pytest.raises(UsageError, match="1 <= k <= the sampler's 3 steps"):
+        tuner_of(RewardGradient, start=0.4, method=DRaFT(4))
 
 
 @pytest.mark.parametrize(
