@@ -13,6 +13,7 @@ from lit_rlft.algorithms.graft import GRAFT
 from lit_rlft.cli import main
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
+from lit_rlft.core.reward import WeightedSum
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.core.state import tensor_of
 from lit_rlft.evaluation.best_of import best_of
@@ -96,6 +97,16 @@ def test_a_fresh_sample_has_noise_that_no_candidate_had(monkeypatch: pytest.Monk
     condition = tuner.pipeline.encode({"index": torch.arange(3)})
     best_of(tuner.rollouts, tuner.reference_route(), condition, [5, 6, 7], N)
     assert len(seen) == len(set(seen)) == 3 * (N + 1) and {5, 6, 7} < set(seen)
+
+
+def test_the_best_are_chosen_in_the_present_unit() -> None:
+    """A normalised reward learns nothing from the samples of an evaluation."""
+    tuner, reward = tuner_of(0.0), WeightedSum({"a": Coordinate()}, normalize=True)
+    reward.learn({"a": torch.tensor([0.0, 2.0])})
+    tuner.rollouts.reward = reward
+    condition = tuner.pipeline.encode({"index": torch.arange(3)})
+    best_of(tuner.rollouts, tuner.reference_route(), condition, [5, 6, 7], N)
+    assert reward.moments["a"].state_dict()["count"] == 2
 
 
 def test_through_the_command_line(tmp_path: Path) -> None:

@@ -52,6 +52,22 @@ def test_win_rates_by_hand() -> None:
     assert found["gain"]["Given/food_beverage"]["sem"] == pytest.approx(differences)
 
 
+def test_second_copies_of_samples_say_nothing_new() -> None:
+    """Copies are samples of one row: means, gains, win rates and their errors stay."""
+    values = {"tuned": [0.5, 0.2, 0.6, 0.4, 0.9], "reference": [0.4, 0.3, 0.2, 0.4, 0.0]}
+    arms = {arm: features(own) for arm, own in values.items()}
+    twice = {
+        arm: {name: x.repeat_interleave(2, dim=0) for name, x in own.items()}
+        for arm, own in arms.items()
+    }
+    rows = dict.fromkeys(arms, torch.arange(5).repeat_interleave(2))
+    single = compared(RewardByGroup(Given()), arms, 2)
+    double = compared(RewardByGroup(Given()), twice, 2, rows=rows)
+    for arm, found in single.items():
+        for name, moments in found.items():
+            assert double[arm][name] == pytest.approx(moments, abs=1e-12), (arm, name)
+
+
 def test_means_by_hand() -> None:
     found = compared(RewardByGroup(Given()), {"tuned": features([0.5, 0.2, 0.6, 0.4, 0.0])}, 2)
     means = {name: one["mean"] for name, one in found["tuned"].items()}
