@@ -207,6 +207,9 @@ def test_selected_samples_keep_their_conditions_and_seeds() -> None:
     assert all(torch.equal(tensor_of(own[k]), tensor_of(terms.states[k])) for k in own)
     advantages = rollout.advantages[samples].float()
     assert torch.equal(tensor_of(terms.states["advantage"]), advantages)
+    # Those of a sample add up to 1: the last step, which has no noise, is none of them.
+    assert len(samples) == 3 * (STEPS - 1)
+    assert tensor_of(terms.states["weight"]).tolist() == pytest.approx([1 / 3] * len(samples))
 
 
 def test_the_next_state_is_the_one_that_was_sampled() -> None:
