@@ -3,6 +3,7 @@
 import math
 from contextlib import nullcontext
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -19,13 +20,16 @@ from lit_rlft.core.checks import UsageError
 from lit_rlft.core.gradient_plan import DRaFT
 from lit_rlft.core.guard import Guard
 from lit_rlft.core.pipeline import Condition, Pipeline
+from lit_rlft.core.process import GaussianProcess
 from lit_rlft.core.reward import Metric, Metrics, Reward, WeightedSum
 from lit_rlft.core.sampling import Sampler
-from lit_rlft.core.state import State
+from lit_rlft.core.schedule import DiscreteVP, vp_betas
+from lit_rlft.core.state import State, tensor_of
 from lit_rlft.evaluation.evaluator import Evaluator
 from lit_rlft.evaluation.exploitation import guards_of
 from lit_rlft.evaluation.kept import Extremes, first_entries, first_of_all
 from lit_rlft.evaluation.measurements import Measurements
+from lit_rlft.loop.route import Leg, Route
 from tests.support import trainer_of
 from tests.test_distributed import processes
 
@@ -261,6 +265,28 @@ def test_samples_belong_to_the_rows_that_their_noise_is_of() -> None:
     assert rows == [3, 3, 1, 1] and others == [1, 1, 3, 3]
     torch.testing.assert_close(one, other[[2, 3, 0, 1]])
     assert len(one.unique(dim=0)) == 4
+
+
+def test_divergences_are_of_the_steps_as_they_lead() -> None:
+    """Past the grid under schedulers of fixed strides; each sample has that of one of them."""
+    schedule = DiscreteVP(vp_betas(), spacing="linspace", strides=True)
+    process, tuner, size = GaussianProcess(schedule, "v"), started(Coordinate()), 64
+
+    def route(shift: float) -> Route:
+        leg = Leg(lambda x, t, condition: 0.3 * tensor_of(x) + shift, 4, tuned=shift > 0)
+        return Route(process, lambda own: process.prior(torch.zeros(len(own), 2)), [leg], 1.0)
+
+    def law(shift: float, i: int) -> Any:
+        t, s = process.times(4)[i].expand(1), process.ends(4)[i].expand(1)
+        return process.transition(torch.full((1, 2), shift).double(), torch.zeros(1, 2), t, s, 1.0)
+
+    steps = torch.stack([4 * law(0.2, i).kl(law(0.0, i))[0] for i in range(4)])
+    condition = tuner.pipeline.encode({"index": torch.arange(size)})
+    x_0 = torch.zeros(size, 2)
+    found = tuner.evaluator._divergence(x_0, condition, range(size), route(0.2), route(0.0))
+    nearest = (found.unsqueeze(1) - steps).abs().min(dim=1)
+    assert float(nearest.values.max()) < 1e-3 * float(steps[steps > 0].min())
+    assert set(nearest.indices.tolist()) == {0, 1, 2, 3}
 
 
 def test_predictions_are_on_nobodys_bill() -> None:

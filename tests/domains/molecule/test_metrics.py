@@ -148,6 +148,11 @@ def test_errors_are_those_of_fresh_sets(kind: type[SetMetric]) -> None:
         np.testing.assert_allclose(reported, [alone, gain], rtol=0.2, err_msg=name)
 
 
+def test_molecules_that_are_all_different_are_so_however_many_are_valid() -> None:
+    errors = metrics.MoleculeMeasures().errors(features_of(torch.arange(300)))
+    assert errors["uniqueness"] == 0 < errors["valid_unique"]
+
+
 @pytest.mark.parametrize("kind", NAMES)
 def test_second_copies_of_molecules_say_nothing_new(kind: type[SetMetric]) -> None:
     """Samples of a row: shares of different ones among all are halved, and their errors."""
