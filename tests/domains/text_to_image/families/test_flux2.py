@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from domains.text_to_image.families import FAMILIES, Family
-from domains.text_to_image.networks.flux2_names import without_original
+from domains.text_to_image.networks.flux2_names import original_lora, without_original
 from domains.text_to_image.pipeline import TextToImagePipeline
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.sampling import Sampler
@@ -297,6 +297,17 @@ def test_a_web_lora_is_added_to_the_original_weights(
         )
         before = pipeline.family.denoise(parts.transformer, *given)
     assert (before - expected).abs().max() > 0.01
+
+
+def test_a_third_without_a_lora_has_zeros() -> None:
+    layer = "transformer_blocks.4.attn.add_k_proj"
+    down, up = torch.randn(2, 3), torch.randn(5, 2)
+    lora = original_lora({f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up})
+    own = "lora_unet_double_blocks_4_txt_attn_qkv.lora_{}.weight"
+    found = lora[own.format("up")] @ lora[own.format("down")]
+    assert len(lora) == 2 and lora[own.format("down")].shape == (6, 3)
+    torch.testing.assert_close(found[5:10], up @ down)
+    assert not found[:5].any() and not found[10:].any()
 
 
 def test_layers_without_a_name_there_are_told_before_the_run(folder: Path) -> None:

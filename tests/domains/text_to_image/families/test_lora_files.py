@@ -163,6 +163,20 @@ NAMES: list[tuple[str, dict[str, Any], bool, tuple[str, str, str], int]] = [
     ),
     ("Flux", {"guidance_embeds": True}, False, ("flux1", "flux-1-dev", BLACK_FOREST), 1),
     ("Flux", {"guidance_embeds": False}, False, ("flux1", "flux-1-schnell", BLACK_FOREST), 1),
+    (
+        "Flux2Klein",
+        {"joint_attention_dim": 7680},
+        False,
+        ("flux_2_klein_4b", "Flux.2-klein-4b", f"{BLACK_FOREST}2"),
+        1,
+    ),
+    (
+        "Flux2Klein",
+        {"joint_attention_dim": 12288},
+        False,
+        ("flux_2_klein_9b", "Flux.2-klein-9b", f"{BLACK_FOREST}2"),
+        1,
+    ),
 ]
 
 
