@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo demo-layout demo-molecule test test-all lint format docs clean
+.PHONY: demo demo-layout demo-molecule test test-all test-lowest lint format docs clean
 
 demo: CONFIG = shapes_p_graft
 demo-layout: CONFIG = layout_p_graft
@@ -19,6 +19,10 @@ test-all: SLOW = -m "slow or not slow"
 test test-all: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(SLOW)
 
+# The tests at the lowest versions that pyproject.toml admits, of all but torch, in .venv-lowest.
+test-lowest: .venv-lowest/installed
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -34,7 +38,7 @@ docs: .venv/installed-docs
 	@echo "documentation: site/index.html"
 
 clean:
-	rm -rf .venv runs build site *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-lowest runs build site *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lit-rlft needs Python 3.11 or newer; run make PYTHON=python3.12")'
@@ -51,3 +55,10 @@ clean:
 .venv/installed-docs: pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install --quiet -e ".[docs]"
 	touch .venv/installed $@
+
+.venv-lowest/installed: pyproject.toml tests/lowest.py
+	$(PYTHON) -m venv --clear .venv-lowest
+	$(PYTHON) tests/lowest.py > .venv-lowest/lowest.txt
+	.venv-lowest/bin/python -m pip install --quiet --upgrade pip
+	.venv-lowest/bin/python -m pip install --quiet -e ".[dev]" -c .venv-lowest/lowest.txt
+	touch $@

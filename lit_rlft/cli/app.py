@@ -114,7 +114,6 @@ class Command(LightningCLI):
         return {name: own for name, own in known.items() if Command.command in (name, "")}
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        # Not by the argument parser_class, which Lightning 2.5.0 does not have.
         parser = _Parser(
             **{"dump_header": [f"lightning.pytorch=={lightning.__version__}"], **kwargs}
         )

@@ -104,7 +104,7 @@ def secure(trainer: Trainer) -> None:
 def _safely(
     inner: Callable[..., Any], checkpoint_path: Source, weights_only: bool | None = None
 ) -> dict[str, Any]:
-    # Always safely; Lightning 2.5 has no argument for it.
+    # Always safely; strategies that were written for Lightning 2.5 have no argument for it.
     if "weights_only" not in signature(inner).parameters:
         return load(checkpoint_path)
     with _reading(checkpoint_path):

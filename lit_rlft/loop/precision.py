@@ -61,7 +61,7 @@ def frozen_dtype(device: torch.device, precision: object) -> torch.dtype:
 def fresh_casts(device: torch.device) -> Iterator[None]:
     """Within the block autocast casts weights anew in each call, since updates change them.
 
-    It would keep its copies to the end of a round, as Lightning 2.5 has it: a round's updates
+    It would keep its copies to the end of a round, as Lightning has it: a round's updates
     would all see the weights of the first one, and ratios stay at 1.
     """
     before = torch.is_autocast_cache_enabled()
