@@ -187,9 +187,9 @@ class Family(ABC):
         """
         sizes = zip(("height", "width"), self.pixels, strict=True)
         given = {"guidance_scale": guidance, **dict(sizes), **self.call_settings()}
-        if self.cfg_scale(guidance) > 1:
-            given["negative_prompt"] = negative
         parameters = inspect.signature(type(self.parts).__call__).parameters
+        if self.cfg_scale(guidance) > 1 and "negative_prompt" in parameters:
+            given["negative_prompt"] = negative
         usual = {name: parameters[name].default for name in given if name in parameters}
         usual["guidance_scale"] = None
         if (native := self.native()) is not None:

@@ -196,6 +196,13 @@ def test_a_negative_prompt_is_refused(folder: Path) -> None:
         TextToImagePipeline(str(folder), negative_prompt="dull", **SIZE)
 
 
+def test_an_empty_negative_prompt_is_diffusers_own(parts: Any) -> None:
+    """Its call has no argument for one, which a model card would give it."""
+    family = family_of(parts)
+    assert family.call(4.0, "") == family.call(4.0, None)
+    assert "negative_prompt" not in family.call(4.0, None)
+
+
 def test_without_weights_there_are_shapes(folder: Path, tmp_path: Path) -> None:
     for pattern in ("*/config.json", "*_config.json", "model_index.json"):
         for path in folder.rglob(pattern):
