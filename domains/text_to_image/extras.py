@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, DiffusionPipeline
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderTiny,
+    DiffusionPipeline,
+)
+from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from lightning.pytorch.utilities import rank_zero_info
 from safetensors.torch import load_file
 
@@ -23,13 +30,14 @@ _VAE_KINDS: dict[str, tuple[type[Any], ...]] = {
     "AutoencoderKL": (AutoencoderKL, AutoencoderTiny),
     "AutoencoderTiny": (AutoencoderKL, AutoencoderTiny),
     "AutoencoderDC": (AutoencoderDC,),
+    "AutoencoderKLFlux2": (AutoencoderKLFlux2,),
 }
 """Classes of VAEs that can take the place of a model's own, by its class; whole ones first."""
 
 
 def load_vae(
     given: str, model: str, dtype: torch.dtype
-) -> AutoencoderKL | AutoencoderTiny | AutoencoderDC:
+) -> AutoencoderKL | AutoencoderTiny | AutoencoderDC | AutoencoderKLFlux2:
     """Return a VAE that takes the place of a model's own.
 
     Args:
@@ -68,6 +76,11 @@ def load_vae(
 
 def _vae_of_file(path: Path, model: str, dtype: torch.dtype, kind: type[Any]) -> Any:
     """Return the VAE in a file, alone or in a whole checkpoint, by the config of a model's own."""
+    if kind.__name__ not in SINGLE_FILE_LOADABLE_CLASSES:
+        raise UsageError(
+            f"{_VAE}: diffusers reads no single file of an {kind.__name__}, which the VAE of "
+            f"{model!r} is; give a folder with its config.json, or a hub id"
+        )
     refuse_pickle(path, _VAE)
     check_file(path, _VAE)
     refuse_quantised(path, _VAE)

@@ -203,6 +203,21 @@ def test_an_empty_negative_prompt_is_diffusers_own(parts: Any) -> None:
     assert "negative_prompt" not in family.call(4.0, None)
 
 
+def test_another_vae_takes_the_place_of_the_models_own(folder: Path, tmp_path: Path) -> None:
+    """As FLUX.2's small decoder; one of another class would read other latents."""
+    other = tiny("klein", seed=5).vae
+    other.save_pretrained(tmp_path / "vae")
+    pipeline = TextToImagePipeline(str(folder), vae=str(tmp_path / "vae"), **SIZE)
+    assert torch.equal(pipeline.vae.bn.running_mean, other.bn.running_mean)
+    file = str(tmp_path / "vae/diffusion_pytorch_model.safetensors")
+    with pytest.raises(UsageError, match=r"\.vae: diffusers reads no single file .* give a folder"):
+        TextToImagePipeline(str(folder), vae=file, **SIZE)
+    tiny("flux_dev").vae.save_pretrained(tmp_path / "kl")
+    said = r"^pipeline\.init_args\.vae: .* is of class AutoencoderKL, not an AutoencoderKLFlux2"
+    with pytest.raises(UsageError, match=said):
+        TextToImagePipeline(str(folder), vae=str(tmp_path / "kl"), **SIZE)
+
+
 def test_without_weights_there_are_shapes(folder: Path, tmp_path: Path) -> None:
     for pattern in ("*/config.json", "*_config.json", "model_index.json"):
         for path in folder.rglob(pattern):
