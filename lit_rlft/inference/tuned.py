@@ -172,7 +172,9 @@ class _Tuned:
     _tuned_eta: float
 
     def __call__(self, *args: Any, **settings: Any) -> Any:
-        parameters = inspect.signature(super().__call__).parameters  # type: ignore[misc]
+        signature = inspect.signature(super().__call__)  # type: ignore[misc]
+        signature.bind_partial(*args, **settings)  # a TypeError where the call would raise one
+        parameters = signature.parameters
         settings = {**dict(zip(parameters, args, strict=False)), **settings}
         prompt = settings.get("prompt")  # it is the second one of FLUX.2
         lists = (settings.get(name) for name in ("timesteps", "sigmas"))

@@ -320,6 +320,28 @@ def test_steps_of_no_scheduler_leave_the_models_own(
     assert "eta=" not in text and "pipe.scheduler" not in text
 
 
+@pytest.mark.parametrize("name", ["sd", slow("klein")])
+def test_arguments_come_in_the_order_of_the_pipelines_own(name: str, tmp_path: Path) -> None:
+    """The prompt is the second one of FLUX.2; what a plain call refuses is refused."""
+    tiny(name).save_pretrained(tmp_path / name)
+    tuned(PGRAFT, tmp_path / name, tmp_path / "out", cut=0.4, lora=LoRA(rank=2, alpha=2))
+    pipe = load_tuned(theirs(tmp_path / name), tmp_path / "out")
+    given = {k: v for k, v in settings(pipe).items() if k not in SIZE}
+    before = [None] * (name == "klein")
+    by_place, by_name = (
+        pipe(*args, generator=generators()[0], **given, **named).images
+        for args, named in (
+            ([*before, PROMPTS[0], *SIZE.values()], {}),
+            ([], {"prompt": PROMPTS[0], **SIZE}),
+        )
+    )
+    assert torch.equal(by_place, by_name)
+    with pytest.raises(TypeError, match="multiple values for argument 'prompt'"):
+        pipe(*before, PROMPTS[0], prompt=PROMPTS[1])
+    with pytest.raises(TypeError, match="too many positional arguments"):
+        pipe(*[None] * 40)
+
+
 @pytest.mark.parametrize("name", ["sd", "sd3"])
 def test_a_list_of_levels_has_as_many_steps(name: str, tmp_path: Path) -> None:
     tiny(name).save_pretrained(tmp_path / name)
