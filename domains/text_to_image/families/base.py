@@ -190,8 +190,7 @@ class Family(ABC):
         parameters = inspect.signature(type(self.parts).__call__).parameters
         if self.cfg_scale(guidance) > 1 and "negative_prompt" in parameters:
             given["negative_prompt"] = negative
-        usual = {name: parameters[name].default for name in given if name in parameters}
-        usual["guidance_scale"] = None
+        usual = {name: parameters[name].default for name in given} | {"guidance_scale": None}
         if (native := self.native()) is not None:
             for name, size in zip(("height", "width"), native, strict=True):
                 usual[name] = usual[name] or size * self.factor

@@ -5,9 +5,8 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any, ClassVar
 
-import diffusers
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKLFlux2, DiffusionPipeline
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
@@ -95,7 +94,7 @@ class Flux2Klein(Family):
             yield "its transformer is given the guidance scale, as FLUX.2-dev's is"
         area = _PATCH**2
         read, returned = config["in_channels"], config["out_channels"] or config["in_channels"]
-        kinds = (diffusers.AutoencoderKLFlux2,)
+        kinds = (AutoencoderKLFlux2,)
         yield from latent_problems(
             parts.vae, read // area, returned // area, "transformer", kinds=kinds
         )
