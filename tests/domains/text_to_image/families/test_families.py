@@ -118,7 +118,7 @@ def test_flux_refuses_guidance_away_from_nothing() -> None:
     with pytest.raises(UsageError, match=sentence):
         family.check_guidance(3.5, None)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         for negative in ("", "dull"):
             family.check_guidance(3.5, negative)
         for name, guidance in (("sd", 1.0), ("zimage", 0.0), ("flux_dev", 3.5)):

@@ -186,7 +186,7 @@ def test_a_distilled_model_has_no_guidance(parts: Any) -> None:
     with pytest.warns(UserWarning, match=r"guidance_scale 4 changes no picture: .*klein-base-4B"):
         family.check_guidance(4.0, None)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         family.check_guidance(1.0, None)
         family_of(parts).check_guidance(4.0, "")
 
