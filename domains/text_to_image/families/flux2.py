@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from domains.text_to_image.families.base import Family, Tables
 from domains.text_to_image.families.chat import chat_problems, chat_reader
 from domains.text_to_image.families.checks import latent_problems, missing, text_problems
+from domains.text_to_image.families.transformers import JOINT_ATTENTION
 from domains.text_to_image.networks.texts import Reader
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.process import GaussianProcess
@@ -21,17 +22,6 @@ from lit_rlft.kit.flow_schedulers import empirical_mu, flow_process
 __all__ = ["Flux2Klein"]
 
 _PATCH = 2
-_NAMES = (
-    "to_q",
-    "to_k",
-    "to_v",
-    "to_out.0",
-    "add_q_proj",
-    "add_k_proj",
-    "add_v_proj",
-    "to_add_out",
-)
-_LAYERS = tuple(f"attn.{name}" for name in (*_NAMES, "to_qkv_mlp_proj"))
 _TRAINED_AT = (0.0, 1.0)
 
 
@@ -66,7 +56,8 @@ class Flux2Klein(Family):
         single = range(len(self.denoiser.single_transformer_blocks))
         # In full: what is called attn.to_out in the other blocks is a list of layers.
         self.lora_targets = (
-            *_LAYERS,
+            *JOINT_ATTENTION,
+            "attn.to_qkv_mlp_proj",
             *(f"single_transformer_blocks.{i}.attn.to_out" for i in single),
         )
 

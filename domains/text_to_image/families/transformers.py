@@ -13,13 +13,14 @@ from lit_rlft.core.checks import UsageError
 from lit_rlft.core.process import GaussianProcess
 from lit_rlft.kit.flow_schedulers import flow_process, flow_timestep
 
-__all__ = ["Flux", "StableDiffusion3"]
+__all__ = ["JOINT_ATTENTION", "Flux", "StableDiffusion3"]
 
 _JOINT = ("to_q", "to_k", "to_v", "to_out.0")
 _ADDED = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 _MOST_TOKENS = 512
 """Diffusers' pipelines refuse more tokens of T5."""
-_ATTENTION = tuple(f"attn.{name}" for name in (*_JOINT, *_ADDED))
+JOINT_ATTENTION = tuple(f"attn.{name}" for name in (*_JOINT, *_ADDED))
+"""Layers of attention in blocks with a stream of text beside that of the picture."""
 
 
 class StableDiffusion3(Family):
@@ -37,7 +38,7 @@ class StableDiffusion3(Family):
     name = "Stable Diffusion 3"
     pipeline_class = "StableDiffusion3Pipeline"
     encoder_names = ("text_encoder", "text_encoder_2", "text_encoder_3")
-    lora_targets = _ATTENTION
+    lora_targets = JOINT_ATTENTION
     guidance_scale = 7.0
     option_names: ClassVar[tuple[str, ...]] = ("max_sequence_length",)
 
@@ -139,7 +140,7 @@ class Flux(Family):
     name = "FLUX.1"
     pipeline_class = "FluxPipeline"
     encoder_names = ("text_encoder", "text_encoder_2")
-    lora_targets = _ATTENTION
+    lora_targets = JOINT_ATTENTION
     guidance_scale = 3.5
     guided_above = "true_cfg_scale above 1"
     option_names: ClassVar[tuple[str, ...]] = ("max_sequence_length", "true_cfg_scale")
