@@ -140,7 +140,7 @@ class FrechetDistance(SourceDistances[FittedGaussian]):
 
     def check(self, pipeline: Pipeline) -> None:
         with reading(self, "statistics"):
-            self.read()
+            self._moments()
 
     @property
     def name(self) -> str:
@@ -164,8 +164,10 @@ class FrechetDistance(SourceDistances[FittedGaussian]):
         return {self.name: LARGE_RISE}
 
     def read(self) -> FittedGaussian:
-        moments = read_moments(Path(self.statistics), self.network.num_features)
-        return FittedGaussian.of_moments(*moments)
+        return FittedGaussian.of_moments(*self._moments())
+
+    def _moments(self) -> tuple[Tensor, Tensor]:
+        return read_moments(Path(self.statistics), self.network.num_features)
 
 
 @dataclass(frozen=True)

@@ -164,6 +164,13 @@ class Family(ABC):
     def encoded_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of one prompt's encodings, by name, without the row."""
 
+    def without_numbers(self, num: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Return encodings of so many prompts by text encoders on "meta", which have no numbers."""
+        shapes = self.encoded_shapes().items()
+        return {
+            name: torch.empty((num, *shape), dtype=dtype, device="meta") for name, shape in shapes
+        }
+
     def encoding_settings(self) -> dict[str, Any]:
         """Return what encodings depend on beside the text encoders and the encodings' shapes."""
         return {}

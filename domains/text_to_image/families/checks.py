@@ -155,7 +155,7 @@ def latent_problems(
     for name in unused:
         if own.get(name):
             yield f"its VAE has a {name}, which its family's pipeline leaves out"
-    if not own.get("scaling_factor") and not hasattr(vae, "bn"):
+    if not own.get("scaling_factor") and not hasattr(vae, "bn"):  # FLUX.2's has statistics instead
         yield "its VAE has no scaling_factor"
     for name in ("in_channels", "out_channels"):
         if own.get(name, 3) != 3:

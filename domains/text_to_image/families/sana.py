@@ -100,8 +100,7 @@ class Sana(Family):
     def encode_some(self, prompts: list[str]) -> dict[str, Tensor]:
         encoder = self.parts.text_encoder
         if encoder.device.type == "meta":
-            shape = (len(prompts), *self.encoded_shapes()["embedding"])
-            return {"embedding": torch.empty(shape, dtype=encoder.dtype, device="meta")}
+            return self.without_numbers(len(prompts), encoder.dtype)
         rows: list[Tensor | None] = [None] * len(prompts)
         for plain, instruction in ((False, self._instruction), (True, None)):
             chosen = [i for i, text in enumerate(prompts) if text.startswith(_NEGATIVE) == plain]

@@ -121,8 +121,7 @@ class ZImage(Family):
     def encode_some(self, prompts: list[str]) -> dict[str, Tensor]:
         encoder = self.parts.text_encoder
         if encoder.device.type == "meta":
-            shape = (len(prompts), *self.encoded_shapes()["embedding"])
-            return {"embedding": torch.empty(shape, dtype=encoder.dtype, device="meta")}
+            return self.without_numbers(len(prompts), encoder.dtype)
         captions, _ = self.parts.encode_prompt(  # writes into the list
             list(prompts), do_classifier_free_guidance=False, max_sequence_length=self._length
         )

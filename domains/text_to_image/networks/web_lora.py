@@ -84,12 +84,9 @@ def save_web_lora(
     else:
         scale = alpha / rank
         scaled = {n: value * scale if ".lora_B." in n else value for n, value in weights.items()}
-        of_flux2 = home.kind.__name__ == _KLEIN
-        named = (
-            original_lora(scaled)
-            if of_flux2
-            else {f"{home.name}.{n}": value for n, value in scaled.items()}
-        )
+        named = {f"{home.name}.{n}": value for n, value in scaled.items()}
+        if home.kind.__name__ == _KLEIN:
+            named = original_lora(scaled)
         alpha = rank
     whole = {name: value.detach().cpu().contiguous() for name, value in named.items()}
     path.parent.mkdir(parents=True, exist_ok=True)

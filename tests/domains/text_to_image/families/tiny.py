@@ -138,9 +138,9 @@ def _gemma2() -> tuple[Gemma2Model, GemmaTokenizer]:
     return Gemma2Model(config), tokenizer
 
 
-def _vae(channels: int, **settings: Any) -> AutoencoderKL:
+def _vae(channels: int, kind: Any = AutoencoderKL, **settings: Any) -> Any:
     """Return an autoencoder with two pixels per latent."""
-    return AutoencoderKL(
+    return kind(
         block_out_channels=(8, 16),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -337,15 +337,7 @@ def klein(distilled: bool = False) -> DiffusionPipeline:
         axes_dims_rope=(4, 4, 4, 4),
         guidance_embeds=False,
     )
-    vae = AutoencoderKLFlux2(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=32,
-    )
+    vae = _vae(4, AutoencoderKLFlux2)
     nn.init.normal_(vae.bn.running_mean)
     nn.init.uniform_(vae.bn.running_var, 0.5, 2.0)
     dynamic = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256}
