@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from domains.text_to_image.precision import dtype_name
 from lit_rlft.core.checks import UsageError
 
 __all__ = ["autocast_dtype", "check_latents", "check_vae", "kept_single"]
@@ -87,7 +88,7 @@ def _sentence(what: str, part: str, network: nn.Module) -> str:
         return f"{start}: so are weights of the {part}: {cause}"
     by_trainer = autocast_dtype(first.device)
     used = by_trainer or first.dtype
-    name = str(used).removeprefix("torch.")
+    name = dtype_name(used)
     if used != torch.float16:
         return f"{start}: the {part} overflows even in {name}; take another model or sampler"
     remedy = "trainer.precision to bf16-mixed" if by_trainer else f"{_WEIGHTS} to bfloat16"

@@ -1,7 +1,6 @@
 """The text-to-image pipeline on diffusers' models, of all families."""
 
 import copy
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -11,26 +10,31 @@ from diffusers import AutoencoderTiny
 from lightning.pytorch.utilities import rank_zero_info
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from domains.text_to_image import EMBEDDED, card
+from domains.text_to_image.conditions import encode_prompts
 from domains.text_to_image.decode_size import DecodeSize
 from domains.text_to_image.embeddings import EmbeddingCache, identity
 from domains.text_to_image.families import family_of
 from domains.text_to_image.loading import Files, load_parts, text_encoder_reader
-from domains.text_to_image.networks.clip import Precision, precision
 from domains.text_to_image.networks.lora import Home, lora_weights, read_lora, save_lora
-from domains.text_to_image.networks.web_lora import WEB_LORA, save_web_lora, unread_layers
-from domains.text_to_image.overflow import check_latents, check_vae, kept_single
-from domains.text_to_image.stand_ins import find_stand_in
+from domains.text_to_image.networks.web_lora import WEB_LORA, check_layers, save_web_lora
+from domains.text_to_image.overflow import check_latents
+from domains.text_to_image.precision import (
+    FrozenDtype,
+    Precision,
+    dtype_name,
+    precision,
+    precisions,
+)
+from domains.text_to_image.stand_ins import scheduler_facts
+from domains.text_to_image.vae import decoded, encoded
 from lit_rlft.core.batch_size import AUTO, BatchSize
 from lit_rlft.core.checks import UsageError, at_least, one_of, require
 from lit_rlft.core.pipeline import (
-    PAIR,
     Batch,
     Condition,
     Pipeline,
-    check_columns,
     column,
     tokens_of,
 )
@@ -38,7 +42,7 @@ from lit_rlft.core.process import GaussianProcess
 from lit_rlft.core.state import State, tensor_of
 from lit_rlft.kit.compiled import Compiled, compile_network
 from lit_rlft.kit.frozen import cast_frozen, frozen
-from lit_rlft.kit.idle import at_work, put_away
+from lit_rlft.kit.idle import put_away
 from lit_rlft.kit.images import save_pictures
 from lit_rlft.kit.network_folder import forget_source, found_variant, source_of
 from lit_rlft.kit.picture_folder import read_picture
@@ -48,7 +52,6 @@ from lit_rlft.kit.weightless import weightless
 __all__ = ["EMBEDDED", "TextToImagePipeline"]
 
 GuidanceGradient = Literal["both", "conditional"]
-FrozenDtype = Literal["auto", "float32", "float16", "bfloat16"]
 TextEncoders = Literal["keep", "cpu", "drop"]
 
 
@@ -170,86 +173,70 @@ class TextToImagePipeline(Pipeline):
         dtype: Precision | None = None,
     ) -> None:
         super().__init__()
-        self.pretrained, self.config, self.variant = pretrained, config, variant
+        self.pretrained, self.variant, self.from_scratch = pretrained, variant, from_scratch
         self.guidance_gradient, self.negative_prompt = guidance_gradient, negative_prompt
         self.decode_batch_size, self.checkpoint_decoder = decode_batch_size, checkpoint_decoder
         self.encode_batch_size, self.max_table_gb = encode_batch_size, max_table_gb
-        self.frozen_dtype, self.save_dtype = _precisions(self, frozen_dtype, dtype, save_dtype)
-        self.from_scratch, self.web_lora, self._cached_in = from_scratch, web_lora, embedding_cache
+        self.frozen_dtype, self.save_dtype = precisions(self, frozen_dtype, dtype, save_dtype)
+        self.web_lora, self.compile_how, self._cached_in = web_lora, compile, embedding_cache
+        self._text_encoders, self._offload = text_encoders, offload or []
+        self._files = Files(config, vae, textual_inversions or (), text_encoders == "drop")
         options: dict[str, Any] = {"true_cfg_scale": true_cfg_scale, "crop": crop}
         options |= {"cfg_normalization": cfg_normalization, "cfg_truncation": cfg_truncation}
         sizes = {"original_size": original_size, "max_sequence_length": max_sequence_length}
-        files = Files(config, vae, textual_inversions or (), _dropped(self, text_encoders))
-        self._load(files, (height, width), options, sizes, guidance_scale)
-        self._adopt(checkpoint_denoiser, tile_decoder, channels_last, text_encoders != "keep")
-        self._spare(offload or [], compile)
+        self._load((height, width), options, sizes, guidance_scale)
+        self._adopt(checkpoint_denoiser, tile_decoder, channels_last)
+
+    def _check_choices(self) -> None:
+        """Check settings that are one of a few."""
+        one_of(self, "guidance_gradient", get_args(GuidanceGradient))
+        one_of(self, "decode_batch_size", (AUTO,), others="a whole number")
+        one_of(self, "text_encoders", get_args(TextEncoders), self._text_encoders)
+        one_of(self, "compile", (*get_args(Compiled), None), self.compile_how)
+        for part in self._offload:
+            one_of(self, "offload", ("vae",), part)
+
+    def _check_text_encoders(self) -> None:
+        """Check that text encoders can be put away, and be read again where they are dropped."""
+        cached, files = self._cached_in is not None, self._files
+        rule = "with from_scratch, whose text encoder is trained"
+        put_off = self._text_encoders != "keep"
+        require(not (put_off and self.from_scratch), self, "text_encoders", f"'keep' {rule}")
+        require(not (cached and self.from_scratch), self, "embedding_cache", f"null {rule}")
+        if not files.hollow_encoders:
+            return
+        rule = "'keep' or 'cpu' {}: what is dropped is read again from a folder or hub id"
+        require(cached, self, "text_encoders", rule.format("without pipeline.embedding_cache"))
+        own = files.textual_inversions or Path(self.pretrained).is_file()
+        require(not own, self, "text_encoders", rule.format("with single files and inversions"))
 
     def _load(
         self,
-        files: Files,
         size: tuple[int | None, int | None],
         options: Mapping[str, Any],
         sizes: Mapping[str, Any],
         guidance_scale: float | None,
     ) -> None:
         """Load the model and find its family; settings from 0 up, and sizes from 1 up."""
-        one_of(self, "guidance_gradient", get_args(GuidanceGradient))
-        one_of(self, "decode_batch_size", (AUTO,), others="a whole number")
         at_least(0, self, "max_table_gb", guidance_scale=guidance_scale, **options)
         at_least(1, self, "decode_batch_size", "encode_batch_size", **sizes)
-        self._check_memory(files)
+        self._check_choices()
+        self._check_text_encoders()
         self._decode_size = DecodeSize(self.decode_batch_size)
         rows = self.encode_batch_size
         loading: dict[str, Any] = {"variant": self.variant, "from_scratch": self.from_scratch}
-        self.diffusers = load_parts(self.pretrained, self._loaded, files, **loading)
+        self.diffusers = load_parts(self.pretrained, self._loaded, self._files, **loading)
         self.family = family_of(self.diffusers, size, encode_batch_size=rows, **options, **sizes)
         own = self.family.guidance_scale
         self.guidance_scale = own if guidance_scale is None else guidance_scale
         self.family.check_guidance(self.guidance_scale, self.negative_prompt)
-        if files.hollow_encoders and not weightless():
+        if self._files.hollow_encoders and not weightless():
             self.family.read_encoder = self._reader(self._loaded)
 
-    def _check_memory(self, files: Files) -> None:
-        """Check, before anything is loaded, that dropped text encoders can be read again."""
-        self._files = files
-        if not files.hollow_encoders:
-            return
-        rule = "'keep' or 'cpu' {}: what is dropped is read again from a folder or hub id"
-        require(
-            self._cached_in is not None,
-            self,
-            "text_encoders",
-            rule.format("without pipeline.embedding_cache"),
-        )
-        own = files.textual_inversions or Path(self.pretrained).is_file()
-        require(not own, self, "text_encoders", rule.format("with single files and inversions"))
-        scratch = self.from_scratch
-        require(not scratch, self, "text_encoders", rule.format("with from_scratch"))
-
-    def _spare(self, offload: Sequence[str], compile: Compiled | None) -> None:
-        """Save memory and time as the settings have it."""
-        one_of(self, "compile", (*get_args(Compiled), None), compile)
-        for part in offload:
-            one_of(self, "offload", ("vae",), part)
-        if offload:
-            put_away(self, "vae")
-        self.family.max_table_bytes = self.max_table_gb * 2**30
-        self.compile_how = compile
-        self.compile_denoiser(self.denoiser)
-        self._keep_encodings(self._loaded)
-
-    def _adopt(
-        self, checkpoint_denoiser: bool, tile_decoder: bool, channels_last: bool, idle: bool
-    ) -> None:
+    def _adopt(self, checkpoint_denoiser: bool, tile_decoder: bool, channels_last: bool) -> None:
         """Take over the parts of the model."""
-        family = self.family
+        family, idle = self.family, self._text_encoders != "keep"
         self.denoiser, self.encoder = family.denoiser, family.encoders
-        require(
-            not (idle and self.from_scratch),
-            self,
-            "text_encoders",
-            "'keep' with from_scratch, whose text encoder is trained",
-        )
         if idle and not weightless() and family.read_encoder is None:
             family.idle_encoders = self.encoder
         if idle:
@@ -271,6 +258,15 @@ class TextToImagePipeline(Pipeline):
                 network.to(memory_format=torch.channels_last)
         if tile_decoder:
             self.vae.enable_tiling()
+        self._spare()
+
+    def _spare(self) -> None:
+        """Save memory and time as the settings have it."""
+        if self._offload:
+            put_away(self, "vae")
+        self.family.max_table_bytes = self.max_table_gb * 2**30
+        self.compile_denoiser(self.denoiser)
+        self._keep_encodings(self._loaded)
 
     @property
     def _loaded(self) -> torch.dtype:
@@ -289,7 +285,8 @@ class TextToImagePipeline(Pipeline):
         Raises:
             UsageError: `web_lora` is asked for, and diffusers could not read its layers.
         """
-        self._check_web_lora()
+        if self.web_lora and self._has_lora:
+            check_layers(self.denoiser, self._home)
         parts = [getattr(self.diffusers, name) for name in self.family.weighed()]
         parts = [part for part in parts if part is not None]
         whole = not self._has_lora and any(p.requires_grad for n in parts for p in n.parameters())
@@ -309,14 +306,7 @@ class TextToImagePipeline(Pipeline):
     def _keep_encodings(self, dtype: torch.dtype) -> None:
         """Keep encodings of prompts in a folder, if one is given, by all that they depend on."""
         folder, files = self._cached_in, self._files
-        if folder is None:
-            return
-        if self.from_scratch:
-            raise UsageError(
-                "pipeline.init_args.embedding_cache is for text encoders that stay as they are; "
-                "set it to null, or from_scratch to false"
-            )
-        if weightless():
+        if folder is None or weightless():
             return
         encoders = self.family.encoder_names
         tokenizers = [name.replace("text_encoder", "tokenizer") for name in encoders]
@@ -324,7 +314,7 @@ class TextToImagePipeline(Pipeline):
         model = {
             "family": self.family.name,
             "sources": [identity(source, [*encoders, *tokenizers]) for source in sources],
-            "loaded": [_name(dtype), self.variant],
+            "loaded": [dtype_name(dtype), self.variant],
             **self.family.encoding_settings(),
         }
         self.family.cache = EmbeddingCache(Path(folder), model, self.family.encoded_shapes())
@@ -360,32 +350,7 @@ class TextToImagePipeline(Pipeline):
         Raises:
             UsageError: The rows have no prompt, or one that is no text.
         """
-        check_columns(batch, ["prompt"], "a text-to-image model")
-        if others := [prompt for prompt in batch["prompt"] if not isinstance(prompt, str)]:
-            kind = type(others[0]).__name__
-            raise UsageError(f"a prompt of the data is a {kind}, {others[0]!r}; it must be a text")
-        columns = [name for name in batch if name not in ("index", PAIR)]
-        records = [{name: batch[name][i] for name in columns} for i in range(len(batch["prompt"]))]
-        first: dict[str, int] = {}
-        places = [first.setdefault(_identity(record), i) for i, record in enumerate(records)]
-        entries = [records[i] for i in first.values()]
-        numbers = batch["index"].tolist() if "index" in batch else range(len(records))
-        prompts: dict[str, int] = {}
-        for i in first.values():
-            prompts.setdefault(records[i]["prompt"], int(numbers[i]))
-        self.family.tell_cuts(list(prompts), list(prompts.values()))
-        tables = self.family.tables(list(prompts), self.negative_prompt)
-        if len(prompts) < len(entries):
-            known = {prompt: row for row, prompt in enumerate(prompts)}
-            rows = torch.tensor([*(known[entry["prompt"]] for entry in entries), len(prompts)])
-            tables = {name: table[rows.to(table.device)] for name, table in tables.items()}
-        row_of = {place: row for row, place in enumerate(first.values())}
-        return Condition(
-            entries=entries,
-            tables=tables,
-            rows=torch.tensor([row_of[place] for place in places]),
-            null=len(entries),
-        )
+        return encode_prompts(batch, self.family, self.negative_prompt)
 
     def example(self) -> Condition:
         # Not the negative prompt, under which guidance has no effect.
@@ -425,31 +390,13 @@ class TextToImagePipeline(Pipeline):
         return self.family.guided(u, c, t, self.guidance_scale)
 
     def decode(self, x_0: State, condition: Condition) -> Tensor:
-        check_latents(tensor_of(x_0), self.denoiser, self.encoder, condition.tables.values())
-        latents = self.family.to_vae(tensor_of(x_0)).to(self.vae.dtype)
-        graph = latents.requires_grad and torch.is_grad_enabled()
-        parts = []
-        with at_work(self._idle_vae, latents.device, stays=graph):
-            for part in self._at_a_time(graph=graph).parts(len(latents)):
-                with part:
-                    own = latents[part.rows]
-                    parts.append(self._decode(own, alone=len(own) == len(latents)))
-        pictures = torch.cat(parts)
+        x = tensor_of(x_0)
+        check_latents(x, self.denoiser, self.encoder, condition.tables.values())
+        latents = self.family.to_vae(x).to(self.vae.dtype)
+        size = self._at_a_time(graph=latents.requires_grad and torch.is_grad_enabled())
+        how = {"idle": self._idle_vae, "again": self.checkpoint_decoder}
+        pictures = decoded(self.vae, latents, size, **how)
         return (pictures.to(self.precision) / 2 + 0.5).clamp(0, 1)
-
-    def _decode(self, latents: Tensor, *, alone: bool) -> Tensor:
-        def decode(x: Tensor) -> Tensor:
-            return self.vae.decode(x).sample
-
-        with kept_single(self.vae, latents.device):
-            # What blocks that are computed again keep is little, but not that of many pictures.
-            again = self.checkpoint_decoder and latents.requires_grad and torch.is_grad_enabled()
-            if again and not (alone and self.vae.is_gradient_checkpointing):
-                pictures = checkpoint(decode, latents, use_reentrant=False)
-            else:
-                pictures = decode(latents)
-            check_vae(pictures, self.vae, "pictures")
-        return pictures
 
     def probes(self) -> tuple[Tensor, Condition]:
         pictures = probe_pictures(*self.family.pixels).to(self.device, self.precision)
@@ -475,21 +422,15 @@ class TextToImagePipeline(Pipeline):
         return self._decode_size.at(self.family.pixels, device, dtype, graph=graph)
 
     @property
-    def _idle_vae(self) -> torch.nn.Module | None:
-        return None if "vae" in self._modules else self.vae
+    def _idle_vae(self) -> bool:
+        return "vae" not in self._modules
 
     def states(self, batch: Batch) -> Tensor:
         """Return the latents of `batch["image"]`, uint8 [B, 3, H, W]: the VAE's mode, scaled."""
         self.check_states()
         pictures = column(batch, "image").to(self.device, self.vae.dtype) / 127.5 - 1
-        encoded = []
-        single = kept_single(self.vae, self.device)
-        with torch.no_grad(), at_work(self._idle_vae, self.device), single:
-            for part in self._at_a_time(graph=False).parts(len(pictures)):
-                with part:
-                    encoded.append(_mode(self.vae.encode(pictures[part.rows])))
-            modes = torch.cat(encoded)
-            check_vae(modes, self.vae, "latents of the given pictures")
+        size = self._at_a_time(graph=False)
+        modes = encoded(self.vae, pictures, size, idle=self._idle_vae)
         return self.family.from_vae(modes.to(self.precision))
 
     def condition_row(self, entry: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -534,19 +475,14 @@ class TextToImagePipeline(Pipeline):
     def tuned_facts(self, steps: Mapping[str, Any]) -> dict[str, Any]:
         """Return what a tuned model's lit_rlft.json says for `load_tuned`.
 
-        `max_sequence_length` is of the prompts. `scheduler` names the `model`'s own class, and the
-        `class` and `options` of the one that takes the sampler's steps, `exact`ly or nearly so;
-        no class takes others than DDIM(eta)'s.
+        `max_sequence_length` is of the prompts, `scheduler` what `scheduler_facts` returns.
         """
         length = self.family.call_settings().get("max_sequence_length")
         facts = {} if length is None else {"max_sequence_length": length}
-        own, eta = self.diffusers.scheduler, steps.get("eta", 0.0)
-        known = eta == 0 or (steps.get("transition", "eta") == "eta" and "noisy_steps" not in steps)
-        found = find_stand_in(own, self.process, steps["num_steps"], eta) if known else None
-        told: dict[str, Any] = {"model": type(own).__name__, "class": None}
-        if found is not None:
-            told |= {"class": found.name, "options": found.options, "exact": found.exact}
-        return {**facts, "scheduler": told}
+        return {
+            **facts,
+            "scheduler": scheduler_facts(self.diffusers.scheduler, self.process, steps),
+        }
 
     def usage(self, files: Sequence[str], facts: Mapping[str, Any]) -> str:
         kind = type(self.diffusers).__name__
@@ -557,19 +493,6 @@ class TextToImagePipeline(Pipeline):
         config = self.denoiser.peft_config["default"]
         return text + card.strength(config.r, config.lora_alpha, files)
 
-    def _check_web_lora(self) -> None:
-        """Raise UsageError for layers that `web_lora` cannot name as diffusers reads them."""
-        if not self.web_lora or not self._has_lora:
-            return
-        modules = self.denoiser.named_modules()
-        layers = [name for name, layer in modules if isinstance(layer, BaseTunerLayer)]
-        if unread := unread_layers(layers, self._home):
-            raise UsageError(
-                "pipeline.init_args.web_lora: diffusers could not read the layers "
-                f"{', '.join(unread)} in {WEB_LORA}; leave them out of "
-                "model.init_args.lora.targets, or set pipeline.init_args.web_lora to false"
-            )
-
     def _beside(self) -> card.Beside:
         """Return what was loaded beside the model's own files."""
         variant, source = self.variant, source_of(self.pretrained, EMBEDDED)
@@ -577,21 +500,21 @@ class TextToImagePipeline(Pipeline):
             variant = found_variant(Path(source), self.family.weighed(), quiet=True)
         vae = self._files.vae
         return card.Beside(
-            config=self.config,
+            config=self._files.config,
             variant=variant,
             vae=vae,
             vae_kind=type(self.vae).__name__,
             vae_subfolder=None if vae is None else card.vae_subfolder(vae),
             textual_inversions=self._files.textual_inversions,
             dtype=self._told_dtype,
-            vae_dtype=_name(self.vae.dtype),
+            vae_dtype=dtype_name(self.vae.dtype),
         )
 
     @property
     def _told_dtype(self) -> str | None:
         """Precision that a card's code asks for; None where it is that of the files."""
         if self._has_lora:
-            return _name(self.denoiser.dtype)
+            return dtype_name(self.denoiser.dtype)
         return None if self.save_dtype == torch.float32 else "float32"
 
     def _save_web_lora(self, folder: Path) -> list[Path]:
@@ -615,52 +538,6 @@ class TextToImagePipeline(Pipeline):
     @property
     def _home(self) -> Home:
         return Home(type(self.diffusers), self.family.denoiser_name, self.denoiser.config)
-
-
-def _precisions(
-    owner: TextToImagePipeline, frozen: FrozenDtype, dtype: Precision | None, saved: Precision
-) -> tuple[FrozenDtype, torch.dtype]:
-    """Return the precision of frozen weights, and the type of files."""
-    return _new(owner, frozen, dtype), precision(owner, saved, "save_dtype")
-
-
-def _new(
-    owner: TextToImagePipeline, frozen_dtype: FrozenDtype, dtype: Precision | None
-) -> FrozenDtype:
-    """Return `frozen_dtype`, or what is given under its old name, and say that it is old."""
-    one_of(owner, "frozen_dtype", get_args(FrozenDtype), frozen_dtype)
-    one_of(owner, "dtype", (*get_args(Precision), None), dtype)
-    if dtype is None:
-        return frozen_dtype
-    rule = f"null beside frozen_dtype {frozen_dtype}, which is its new name"
-    require(frozen_dtype in ("auto", dtype), owner, "dtype", rule)
-    warnings.warn(
-        f"pipeline.dtype is called frozen_dtype now: write frozen_dtype: {dtype} instead; the old "
-        "name is deprecated and goes next",
-        FutureWarning,
-        stacklevel=3,
-    )
-    return dtype
-
-
-def _dropped(owner: TextToImagePipeline, text_encoders: TextEncoders) -> bool:
-    one_of(owner, "text_encoders", get_args(TextEncoders), text_encoders)
-    return text_encoders == "drop"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _mode(encoded: Any) -> Tensor:
-    """Return the mode of what a VAE returned; an AutoencoderDC has no posterior, but latents."""
-    latent = getattr(encoded, "latent", None)
-    return encoded.latent_dist.mode() if latent is None else latent
-
-
-def _identity(record: Mapping[str, Any]) -> str:
-    """Return what tells a record from others: all that is in it but tensors."""
-    return repr({name: value for name, value in record.items() if not isinstance(value, Tensor)})
 
 
 def _brought(table: Tensor, device: torch.device) -> Tensor:

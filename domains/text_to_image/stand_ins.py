@@ -7,7 +7,7 @@ as the sampler; one whose states are the same takes the same steps.
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from lit_rlft.core.process import GaussianProcess
 from lit_rlft.core.sampling import walk
 from lit_rlft.kit.schedulers import FLOW_SOLVERS
 
-__all__ = ["StandIn", "find_stand_in"]
+__all__ = ["StandIn", "find_stand_in", "scheduler_facts"]
 
 _SHAPE = (1, 1, 8, 8)
 _SEED = 0
@@ -55,6 +55,28 @@ class StandIn:
     name: str
     options: dict[str, Any]
     exact: bool
+
+
+def scheduler_facts(
+    scheduler: Any, process: GaussianProcess, steps: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what lit_rlft.json says of the schedulers of a tuned model.
+
+    `model` is the class of its own. `class` and `options` are of the one that takes the sampler's
+    steps, `exact`ly or nearly so; no class takes others than DDIM(eta)'s.
+
+    Args:
+        scheduler: The model's own.
+        process: What the sampler walks, made of that scheduler.
+        steps: `num_steps`, and what else the sampler's settings are.
+    """
+    eta = steps.get("eta", 0.0)
+    known = eta == 0 or (steps.get("transition", "eta") == "eta" and "noisy_steps" not in steps)
+    found = find_stand_in(scheduler, process, steps["num_steps"], eta) if known else None
+    told: dict[str, Any] = {"model": type(scheduler).__name__, "class": None}
+    if found is not None:
+        told |= {"class": found.name, "options": found.options, "exact": found.exact}
+    return told
 
 
 def find_stand_in(

@@ -20,8 +20,9 @@ from domains.text_to_image.benchmarks.placing import (
 )
 from domains.text_to_image.benchmarks.prompts import CATEGORIES
 from domains.text_to_image.networks.blip_vqa import BlipVQA
-from domains.text_to_image.networks.clip import CLIPEncoder, Precision, precision
+from domains.text_to_image.networks.clip import CLIPEncoder
 from domains.text_to_image.networks.open_vocabulary import DepthEstimator, OpenVocabulary
+from domains.text_to_image.precision import Precision, precision
 from domains.text_to_image.rewards.published import reading
 from domains.text_to_image.samples import check_pictures
 from lit_rlft.core.checks import BadArgument, UsageError, at_least, within

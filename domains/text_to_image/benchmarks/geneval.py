@@ -9,8 +9,9 @@ from torch import Tensor
 
 from domains.text_to_image.benchmarks.boxes import Found, apart, kept
 from domains.text_to_image.benchmarks.group_means import GroupMeans
-from domains.text_to_image.networks.clip import CLIPEncoder, Precision, precision
+from domains.text_to_image.networks.clip import CLIPEncoder
 from domains.text_to_image.networks.mask2former import Mask2Former
+from domains.text_to_image.precision import Precision, precision
 from domains.text_to_image.rewards.published import reading
 from domains.text_to_image.samples import check_pictures
 from lit_rlft.core.checks import BadArgument, UsageError, at_least, within

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,14 +13,13 @@ from domains.text_to_image import EMBEDDED
 from domains.text_to_image.networks.automatic import read_auto
 from domains.text_to_image.networks.texts import TextReader
 from domains.text_to_image.networks.weightless import NoTokenizer, bare_clip
-from lit_rlft.core.checks import UsageError, at_least, one_of
+from domains.text_to_image.precision import Precision, precision
+from lit_rlft.core.checks import UsageError, at_least
 from lit_rlft.kit.frozen import Frozen, frozen
 from lit_rlft.kit.network_folder import load_pretrained
 from lit_rlft.kit.weightless import weightless
 
-__all__ = ["CLIPEncoder", "CLIPParts", "Precision", "Preprocessing", "load_clip", "precision"]
-
-Precision = Literal["float32", "float16", "bfloat16"]
+__all__ = ["CLIPEncoder", "CLIPParts", "Preprocessing", "load_clip"]
 
 _MAX_CACHED_TEXTS = 16384
 _CHUNK = 256
@@ -203,17 +202,6 @@ class CLIPEncoder(Frozen):
         tokens = {name: ids.to(weight.device) for name, ids in self.reader(texts).items()}
         with torch.autocast(weight.device.type, enabled=False):
             return _unit(self.clip.text_projection(self.clip.text_model(**tokens).pooler_output))
-
-
-def precision(owner: object, dtype: str, argument: str = "dtype") -> torch.dtype:
-    """Return the type of a precision's name.
-
-    Raises:
-        BadArgument: There is no such precision.
-    """
-    one_of(owner, argument, get_args(Precision), dtype)
-    kind: torch.dtype = getattr(torch, dtype)
-    return kind
 
 
 def load_clip(

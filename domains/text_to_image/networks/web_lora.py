@@ -6,13 +6,15 @@ from pathlib import Path
 
 import torch
 from diffusers.utils import convert_state_dict_to_kohya, convert_unet_state_dict_to_peft
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from domains.text_to_image.networks.flux2_names import original_lora, without_original
 from domains.text_to_image.networks.lora import Home
+from lit_rlft.core.checks import UsageError
 
-__all__ = ["WEB_LORA", "save_web_lora", "unread_layers"]
+__all__ = ["WEB_LORA", "check_layers", "save_web_lora", "unread_layers"]
 
 WEB_LORA = "web_lora.safetensors"
 
@@ -92,6 +94,26 @@ def save_web_lora(
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(whole, path, _metadata(rank, alpha, home, title, v_prediction))
     return path
+
+
+def check_layers(denoiser: nn.Module, home: Home) -> None:
+    """Check that diffusers would find a denoiser's LoRA again in the file of `save_web_lora`.
+
+    Args:
+        denoiser: With its LoRA.
+        home: The same.
+
+    Raises:
+        UsageError: It would not; the layers are named.
+    """
+    modules = denoiser.named_modules()
+    layers = [name for name, layer in modules if isinstance(layer, BaseTunerLayer)]
+    if unread := unread_layers(layers, home):
+        raise UsageError(
+            f"pipeline.init_args.web_lora: diffusers could not read the layers {', '.join(unread)} "
+            f"in {WEB_LORA}; leave them out of model.init_args.lora.targets, or set "
+            "pipeline.init_args.web_lora to false"
+        )
 
 
 def unread_layers(layers: Iterable[str], home: Home) -> list[str]:

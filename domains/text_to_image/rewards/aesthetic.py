@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from domains.text_to_image.networks.clip import CLIPEncoder, Precision, load_clip, precision
+from domains.text_to_image.networks.clip import CLIPEncoder, load_clip
 from domains.text_to_image.networks.state_dicts import (
     check_has,
     collapsed,
     read_state_dict,
     weight_file,
 )
+from domains.text_to_image.precision import Precision, precision
 from domains.text_to_image.rewards.published import reading
 from domains.text_to_image.samples import check_pictures
 from lit_rlft.core.checks import UsageError, at_least

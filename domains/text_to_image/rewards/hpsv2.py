@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from domains.text_to_image.networks.clip import CLIPEncoder, CLIPParts, Precision, precision
+from domains.text_to_image.networks.clip import CLIPEncoder, CLIPParts
 from domains.text_to_image.networks.open_clip import VIT_H_14, BlackBars, clip_of_open_clip
 from domains.text_to_image.networks.state_dicts import read_state_dict, weight_file
 from domains.text_to_image.networks.weightless import NoTokenizer
+from domains.text_to_image.precision import Precision, precision
 from domains.text_to_image.rewards.published import check_vocabulary, read_tokenizer, reading
 from domains.text_to_image.samples import check_pictures, prompts_of
 from lit_rlft.core.checks import at_least, one_of

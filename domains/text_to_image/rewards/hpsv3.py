@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from domains.text_to_image.networks.clip import Precision, precision
 from domains.text_to_image.networks.hps_v3 import REWARD, HPSv3Network, qwen_parts
 from domains.text_to_image.networks.state_dicts import read_state_dict, weight_file
+from domains.text_to_image.precision import Precision, precision
 from domains.text_to_image.rewards.published import reading
 from domains.text_to_image.samples import check_pictures, prompts_of
 from lit_rlft.core.checks import BadArgument, at_least, loading, require

@@ -9,10 +9,11 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from domains.text_to_image.networks.blip import BLIP, blip_of_image_reward
-from domains.text_to_image.networks.clip import Precision, Preprocessing, precision
+from domains.text_to_image.networks.clip import Preprocessing
 from domains.text_to_image.networks.state_dicts import read_state_dict, weight_file
 from domains.text_to_image.networks.texts import TextReader
 from domains.text_to_image.networks.weightless import NoTokenizer
+from domains.text_to_image.precision import Precision, precision
 from domains.text_to_image.rewards.published import check_vocabulary, read_tokenizer, reading
 from domains.text_to_image.samples import check_pictures, prompts_of
 from lit_rlft.core.checks import BadArgument, at_least, loading

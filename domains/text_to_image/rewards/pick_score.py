@@ -4,7 +4,8 @@ from typing import Any
 
 from torch import Tensor
 
-from domains.text_to_image.networks.clip import CLIPEncoder, Precision, load_clip, precision
+from domains.text_to_image.networks.clip import CLIPEncoder, load_clip
+from domains.text_to_image.precision import Precision, precision
 from domains.text_to_image.samples import check_pictures, prompts_of
 from lit_rlft.core.checks import at_least
 from lit_rlft.core.pipeline import Condition

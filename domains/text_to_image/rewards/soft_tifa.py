@@ -7,8 +7,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from domains.text_to_image.networks.clip import Precision, precision
 from domains.text_to_image.networks.vision_language import VisionLanguage
+from domains.text_to_image.precision import Precision, precision
 from domains.text_to_image.rewards.published import reading
 from domains.text_to_image.samples import check_pictures
 from lit_rlft.core.checks import UsageError, at_least, one_of, require

@@ -5,9 +5,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from domains.text_to_image.networks.clip import Precision, precision
 from domains.text_to_image.networks.clip_flan_t5 import CLIPFlanT5, is_clip_flan_t5
 from domains.text_to_image.networks.vision_language import VisionLanguage
+from domains.text_to_image.precision import Precision, precision
 from domains.text_to_image.rewards.published import reading
 from domains.text_to_image.samples import check_pictures, prompts_of
 from lit_rlft.core.checks import at_least, one_of, require

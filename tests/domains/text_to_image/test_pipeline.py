@@ -678,3 +678,23 @@ def test_saved_samples_are_the_pictures(tiny_stable_diffusion: Folder, tmp_path:
     for image, path in zip(images, paths, strict=True):
         stored = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)
         assert torch.equal(stored, (image * 255).round().byte())
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"compile": "all"}, "compile is 'all'; use 'blocks', 'whole' or None"),
+        ({"offload": ["unet"]}, "offload is 'unet'; use 'vae'"),
+        ({"guidance_gradient": "half"}, "guidance_gradient is 'half'; use 'both'"),
+        ({"text_encoders": "gpu"}, "text_encoders is 'gpu'; use 'keep'"),
+        ({"text_encoders": "cpu", "from_scratch": True}, "text_encoders must be 'keep' with"),
+        ({"text_encoders": "drop", "from_scratch": True}, "text_encoders must be 'keep' with"),
+        ({"text_encoders": "drop"}, "'keep' or 'cpu' without pipeline.embedding_cache"),
+        ({"embedding_cache": "c", "from_scratch": True}, "embedding_cache must be null with"),
+    ],
+)
+def test_settings_are_refused_before_anything_is_loaded(
+    settings: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        TextToImagePipeline("no/such-model", **settings)

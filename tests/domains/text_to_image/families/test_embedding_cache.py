@@ -159,7 +159,7 @@ def test_bad_settings_have_their_sentences(
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=r"embedding_cache: .*file is a file; give a folder"):
         loaded(folders("sd"), tmp_path / "file")
-    with pytest.raises(UsageError, match=r"embedding_cache .*from_scratch to false"):
+    with pytest.raises(UsageError, match=r"embedding_cache must be null with from_scratch"):
         loaded(folders("sd"), tmp_path, from_scratch=True)
     assert pipeline.encoder is not None
     pipeline.encoder.requires_grad_(True)

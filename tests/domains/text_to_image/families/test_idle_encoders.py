@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from domains.text_to_image.pipeline import TextToImagePipeline
-from lit_rlft.core.checks import UsageError
 from tests.domains.text_to_image.families.tiny import tiny
 
 
@@ -48,8 +47,3 @@ def test_idle_encoders_are_beside_the_denoiser_for_encodings_alone(
     idle.denoiser.to("meta")
     idle.encode(batch)
     assert moves == ["meta", "cpu"]
-
-
-def test_new_encoders_are_not_put_away() -> None:
-    with pytest.raises(UsageError, match="text_encoders must be 'keep' with from_scratch"):
-        TextToImagePipeline(from_scratch=True, text_encoders="cpu")
