@@ -29,9 +29,11 @@ from typing import Any
 
 import torch
 from cut_regimes import (
+    DOMAINS,
     STEPS,
     TEST,
     Cell,
+    Measured,
     compared,
     conditions,
     mean_and_error,
@@ -51,6 +53,7 @@ from lit_rlft.loop.experience import Experience
 from lit_rlft.loop.reference import LoRA
 from lit_rlft.runs.lines import append_lines, read_lines
 
+LAYOUT = DOMAINS["layout"]
 M, GROUPS, PASSES, SEARCH_SEED, SEARCHED = 4, 64, 4, 100, 4096
 PAGES = (1024, 4096, 16384)
 RATES = (3e-4, 1e-3, 3e-3)
@@ -74,7 +77,7 @@ class Store:
         seeds = [seed_from(seed, 1, i) for i in range(pages * M)]
         route = tuner.reference_route()
         (self.x_0,) = tuner.rollouts.draw(route, self.condition, seeds, keep=[STEPS])
-        groups = scored(tuner, self.x_0, self.condition)[objective].view(-1, M)
+        groups = scored(LAYOUT, tuner, self.x_0, self.condition)[objective].view(-1, M)
         best = groups.argmax(dim=1, keepdim=True)
         self.accepted = torch.zeros_like(groups).scatter(1, best, 1.0).flatten()
         spread = float((groups - groups.mean(dim=1, keepdim=True)).double().std(correction=0))
@@ -82,13 +85,13 @@ class Store:
         self.seed, self.test = seed, [seed_from(seed, 2, i) for i in range(TEST)]
 
     @cached_property
-    def reference(self) -> tuple[dict[str, Tensor], float]:
+    def reference(self) -> Measured:
         """What the reference's samples of the test are worth."""
         tuner = base(self.seed)
         with torch.no_grad():
             route, condition = tuner.reference_route(), conditions(tuner, TEST)
             (x_0,) = tuner.rollouts.draw(route, condition, self.test, keep=[STEPS])
-            return measured(tuner, x_0)
+            return measured(LAYOUT, tuner, x_0)
 
 
 def base(seed: int, lora: LoRA | None = LoRA(16, 16)) -> PGRAFT:
@@ -229,7 +232,7 @@ def curve(
         schedule.step()
     tuner.eval()
     own = line | {"loss": name, "pages": pages, "rate": rate}
-    own |= compared(tuner, store.test, store.reference)
+    own |= compared(LAYOUT, tuner, store.test, store.reference)
     write(out, own | {"processor_seconds": time.process_time() - start})
 
 

@@ -1,20 +1,28 @@
-"""When does P-GRAFT beat GRAFT? The cut f by accepted samples and by what is trained, on layouts.
+"""When does P-GRAFT beat GRAFT? The cut f by accepted samples and by what is trained.
 
-Method: per seed the pretrained layout model draws 8 candidates for each of 4,096 + 512 pages once,
-with 20 ancestral steps, and keeps x_0 and x_tau of every cut. A reward accepts the best of each 8;
-the published loss alone (accepted samples, no contrast) fits the first n of them in 200 updates of
-128, AdamW, learning rate falling linearly to 0. Then 1,024 pages are drawn, the reference's share f
-of the steps by the reference, with the noise of as many pages of the reference. Recorded: gain in
-the trained reward with its paired error, the change of FID and of held-out rewards, and on 512
-accepted pages that were not trained on the loss at five noise levels, tuned - reference, in units
-of the reference's. One process runs all, one line of JSON per cell; what is there is kept,
-so that an interrupted benchmark goes on where it stopped.
+Method: per seed the pretrained model of a domain draws 8 candidates for each of 4,096 + 512
+conditions once, with 20 ancestral steps, and keeps x_0 and x_tau of every cut. A reward accepts the
+best of each 8; the published loss alone (accepted samples, no contrast) fits the first n of them in
+200 updates of 128, AdamW, learning rate falling linearly to 0. Then 1,024 samples are drawn, the
+reference's share f of the steps by the reference, with the noise of as many of the reference.
+Recorded: gain in the trained reward with its paired error, FID and what comes with it, gains of
+rewards that are not trained for, and on 512 accepted samples that were not trained on the loss at
+five noise levels, tuned - reference, in units of the reference's. One process runs all, one line of
+JSON per cell; what is there is kept, so that an interrupted benchmark goes on where it stopped.
 
-    python benchmarks/cut_regimes.py run --out cut_regimes.jsonl --seeds 0 1 2
+    python benchmarks/cut_regimes.py run --out cut_regimes.jsonl --seeds 0
+    python benchmarks/cut_regimes.py run --out cut_regimes.jsonl --domain digits --seeds 0 1 2 3 4 \
+        --accepted 64 1024 --trained "LoRA 32"
     python benchmarks/cut_regimes.py table --out cut_regimes.jsonl
+    python benchmarks/cut_regimes.py versus --out cut_regimes.jsonl
 
-Rewards: `page`, the domain's own (alignment weighs most: edges in line, decided by the last steps),
-and `coverage` (decided early). `lit-rlft profile --config layout --config p_graft` shows when.
+`versus` prints each cut's differences from f = 0, paired by seed.
+
+Rewards of layouts: `page`, the domain's own (alignment weighs most: edges in line, decided by the
+last steps), and `coverage` (decided early); `critic` judges both. Rewards of digits: `three`, a
+classifier's log-probability of that digit, which another network's judges, and `brightness`, which
+pulls away from the data and is judged by the share of samples that lie among real digits
+(precision). `lit-rlft profile` shows when a reward is decided.
 """
 
 import argparse
@@ -22,7 +30,7 @@ import json
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,11 +39,14 @@ import torch
 from quiet import quiet_trainer
 from torch import Tensor
 
-from domains.layout.metrics import SetDistances
+from domains.image.metrics import SetDistances as PictureDistances
+from domains.image.pipeline import ImagePipeline
+from domains.image.rewards import Brightness, ClassProbability
+from domains.layout.metrics import SetDistances as PageDistances
 from domains.layout.pipeline import LayoutPipeline
 from domains.layout.rewards import Alignment, Coverage, Critic, InsidePage, Overlap
 from lit_rlft.algorithms.graft import PGRAFT
-from lit_rlft.core.pipeline import Condition
+from lit_rlft.core.pipeline import Condition, Pipeline
 from lit_rlft.core.randomness import generators, seed_from
 from lit_rlft.core.reward import Reward, WeightedSum
 from lit_rlft.core.sampling import Sampler
@@ -57,14 +68,58 @@ UPDATES, BATCH = 200, 128
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
-def rewards() -> dict[str, Reward]:
-    """Return the rewards that are trained for or held out."""
-    parts = {"overlap": Overlap(), "alignment": Alignment(), "coverage": Coverage()}
-    page = WeightedSum(parts | {"inside": InsidePage()}, {"alignment": 10.0, "coverage": 0.5})
+@dataclass(frozen=True)
+class Domain:
+    """Where the cut is tried.
+
+    Attributes:
+        pipeline: Makes the pretrained model.
+        rewards: Makes the rewards that are trained for or held out.
+        judges: The held-out reward or distance that judges, by the trained reward.
+        distances: Makes the metric of sets.
+        fid: Its name of FID.
+    """
+
+    pipeline: Callable[[], Pipeline]
+    rewards: Callable[[], dict[str, Reward]]
+    judges: Mapping[str, str]
+    distances: Callable[[], PageDistances | PictureDistances]
+    fid: str
+
+
+def page_rewards() -> dict[str, Reward]:
+    """Return the rewards of layouts."""
+    parts: dict[str, Reward] = {"overlap": Overlap(), "alignment": Alignment()}
+    parts |= {"coverage": Coverage(), "inside": InsidePage()}
+    page = WeightedSum(parts, {"alignment": 10.0, "coverage": 0.5})
     return {"page": page, "coverage": Coverage(), "overlap": Overlap(), "critic": Critic()}
 
 
-OBJECTIVES = ("page", "coverage")
+def digit_rewards() -> dict[str, Reward]:
+    """Return the rewards of digits."""
+    return {
+        "three": ClassProbability("3"),
+        "brightness": Brightness(),
+        "three, other network": ClassProbability("3", "digits_features"),
+    }
+
+
+DOMAINS = {
+    "layout": Domain(
+        lambda: LayoutPipeline("grammar"),
+        page_rewards,
+        {"page": "critic", "coverage": "critic"},
+        lambda: PageDistances(num_draws=0),
+        "fid",
+    ),
+    "digits": Domain(
+        lambda: ImagePipeline("digits"),
+        digit_rewards,
+        {"three": "three, other network", "brightness": "precision_digits_features"},
+        lambda: PictureDistances(num_draws=0),
+        "fid_digits_features",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -76,23 +131,31 @@ class Cell:
     accepted: int
     trained: str
     cut: float
+    domain: str = "layout"
+
+    @property
+    def where(self) -> Domain:
+        """The domain."""
+        return DOMAINS[self.domain]
 
 
-def cells(seeds: Sequence[int], objectives: Sequence[str]) -> Iterator[Cell]:
+def cells(
+    domain: str, seeds: Sequence[int], accepted: Sequence[int], trained: Sequence[str]
+) -> Iterator[Cell]:
     """Iterate over the sweep, seed by seed."""
     for seed in seeds:
-        for objective in objectives:
-            for accepted in ACCEPTED:
-                for trained in TRAINED:
+        for objective in DOMAINS[domain].judges:
+            for num in accepted:
+                for what in trained:
                     for cut in CUTS:
-                        yield Cell(seed, objective, accepted, trained, cut)
+                        yield Cell(seed, objective, num, what, cut, domain)
 
 
 def tuner_of(cell: Cell, lora: LoRA | None) -> PGRAFT:
     """Return the tuner of a cell, set up."""
     tuner = PGRAFT(
-        LayoutPipeline("grammar"),
-        Coverage(),
+        cell.where.pipeline(),
+        cell.where.rewards()[cell.objective],
         cut=cell.cut,
         lora=lora,
         sampler=Sampler(STEPS, 1.0),
@@ -105,7 +168,7 @@ def tuner_of(cell: Cell, lora: LoRA | None) -> PGRAFT:
 
 
 def conditions(tuner: PGRAFT, num: int) -> Condition:
-    """Return `num` pages of which nothing is given."""
+    """Return `num` conditions of which nothing is given."""
     return tuner.pipeline.example().repeat(num)
 
 
@@ -113,48 +176,54 @@ class Drawn:
     """What a seed's cells share: candidates, their states at the cuts, and rewards.
 
     Args:
+        domain: Its name.
         seed: Of all noise.
     """
 
-    def __init__(self, seed: int) -> None:
-        tuner = tuner_of(Cell(seed, "page", 64, "LoRA 4", 0.0), LoRA(4, 4))
+    def __init__(self, domain: str, seed: int) -> None:
+        self.domain = DOMAINS[domain]
+        first = Cell(seed, next(iter(self.domain.judges)), 64, "LoRA 4", 0.0, domain)
+        tuner = tuner_of(first, LoRA(4, 4))
         self.condition = conditions(tuner, (max(ACCEPTED) + HELD_OUT) * CANDIDATES)
         seeds = [seed_from(seed, 1, i) for i in range(len(self.condition))]
         keep = [STEPS - round(cut * STEPS) for cut in CUTS]
         route = tuner.reference_route()
         states = tuner.rollouts.draw(route, self.condition, seeds, keep=keep)
         self.states = dict(zip(CUTS, states, strict=True))
-        self.rewards = scored(tuner, states[0], self.condition)
+        self.rewards = scored(self.domain, tuner, states[0], self.condition)
         self.test = [seed_from(seed, 2, i) for i in range(TEST)]
         (x_0,) = tuner.rollouts.draw(route, conditions(tuner, TEST), self.test, keep=[STEPS])
-        self.reference = measured(tuner, x_0)
+        self.reference = measured(self.domain, tuner, x_0)
 
     def accepted(self, objective: str) -> Tensor:
-        """Return the row of each page's best candidate, [pages]."""
+        """Return the row of each condition's best candidate, [conditions]."""
         best = self.rewards[objective].view(-1, CANDIDATES).argmax(dim=1)
         return best + CANDIDATES * torch.arange(len(best))
 
 
-def scored(tuner: PGRAFT, x_0: State, condition: Condition) -> dict[str, Tensor]:
+def scored(domain: Domain, tuner: PGRAFT, x_0: State, condition: Condition) -> dict[str, Tensor]:
     """Return samples' rewards by name, [n] each."""
-    found = defaultdict(list)
+    found, rewards = defaultdict(list), domain.rewards()
     for chunk in tuner.rollouts.chunks(condition):
         samples = tuner.pipeline.decode(index(x_0, chunk.rows), chunk.condition)
-        for name, reward in rewards().items():
+        for name, reward in rewards.items():
             found[name].append(reward(samples, chunk.condition))
     return {name: torch.cat(values) for name, values in found.items()}
 
 
-def measured(tuner: PGRAFT, x_0: State) -> tuple[dict[str, Tensor], float]:
-    """Return the rewards of samples and their FID."""
-    condition = conditions(tuner, TEST)
-    metric = SetDistances(num_draws=0)
+Measured = tuple[dict[str, Tensor], dict[str, float]]
+"""Rewards of samples by name, [n] each, and the distances of their set."""
+
+
+def measured(domain: Domain, tuner: PGRAFT, x_0: State) -> Measured:
+    """Return the rewards of samples and the distances of their set."""
+    condition, metric = conditions(tuner, TEST), domain.distances()
     features = metric.features(tuner.pipeline.decode(x_0, condition), condition)
-    return scored(tuner, x_0, condition), metric.compare(features)["fid"]
+    return scored(domain, tuner, x_0, condition), metric.compare(features)
 
 
 def train(tuner: PGRAFT, cell: Cell, drawn: Drawn) -> None:
-    """Fit the first accepted pages."""
+    """Fit the first accepted samples."""
     rows = drawn.accepted(cell.objective)[: cell.accepted]
     states = drawn.states[cell.cut]
     trained = [p for p in tuner.trainable().parameters() if p.requires_grad]
@@ -205,26 +274,29 @@ def held_out_loss(tuner: PGRAFT, cell: Cell, drawn: Drawn) -> dict[str, float]:
 
 
 def compared(
-    tuner: PGRAFT, seeds: Sequence[int], reference: tuple[dict[str, Tensor], float]
+    domain: Domain, tuner: PGRAFT, seeds: Sequence[int], reference: Measured
 ) -> dict[str, Any]:
     """Draw from a tuned model and return gains with their paired errors, and FID, of both models.
 
     Args:
+        domain: Of the tuner.
         tuner: Trained.
         seeds: Of the test's samples.
         reference: What `measured` says of the reference's samples of the same seeds.
     """
     with torch.no_grad():
         (x_0,) = tuner.rollouts.draw(tuner.route(), conditions(tuner, TEST), seeds, keep=[STEPS])
-        values, fid = measured(tuner, x_0)
-    before, fid_before = reference
+        values, distances = measured(domain, tuner, x_0)
+    before, distances_before = reference
     gains = {name: values[name] - before[name] for name in values}
     return {
         "gain": {name: float(gain.mean()) for name, gain in gains.items()},
         "sem": {name: error_of_mean(gain) for name, gain in gains.items()},
         "reference": {name: float(value.mean()) for name, value in before.items()},
-        "fid": fid,
-        "fid_reference": fid_before,
+        "fid": distances[domain.fid],
+        "fid_reference": distances_before[domain.fid],
+        "distances": distances,
+        "distances_reference": distances_before,
     }
 
 
@@ -232,42 +304,81 @@ def run(cell: Cell, drawn: Drawn) -> dict[str, Any]:
     """Train and measure one cell."""
     start, tuner = time.process_time(), tuner_of(cell, TRAINED[cell.trained][0])
     train(tuner, cell, drawn)
-    own = compared(tuner, drawn.test, drawn.reference)
+    own = compared(cell.where, tuner, drawn.test, drawn.reference)
     own |= {"held_out_loss": held_out_loss(tuner, cell, drawn)}
     return asdict(cell) | own | {"processor_seconds": time.process_time() - start}
 
 
-def sweep(out: Path, seeds: Sequence[int], objectives: Sequence[str]) -> None:
+def sweep(out: Path, wanted: Iterator[Cell]) -> None:
     """Run what is not in the file yet."""
-    names = Cell.__dataclass_fields__
-    known = {Cell(**{name: line[name] for name in names}) for line in read_lines(out)}
+    known = {cell_of(line) for line in read_lines(out)}
     drawn: tuple[int, Drawn] | None = None
-    for cell in cells(seeds, objectives):
+    for cell in wanted:
         if cell in known:
             continue
         if drawn is None or drawn[0] != cell.seed:
             with torch.no_grad():
-                drawn = (cell.seed, Drawn(cell.seed))
+                drawn = (cell.seed, Drawn(cell.domain, cell.seed))
         result = run(cell, drawn[1])
         append_lines(out, json.dumps(result) + "\n")
         print(cell, f"{result['gain'][cell.objective]:+.3f}, FID {result['fid']:.1f}", flush=True)
 
 
-def table(out: Path) -> None:
-    """Print gain, change of FID and of the critic, mean over seeds and standard error."""
-    groups: dict[tuple[str, int, str, float], list[dict[str, Any]]] = defaultdict(list)
+def cell_of(line: Mapping[str, Any]) -> Cell:
+    """Return the cell of a line of results."""
+    return Cell(**{name: line[name] for name in Cell.__dataclass_fields__ if name in line})
+
+
+def columns_of(line: Mapping[str, Any]) -> tuple[float, float, float]:
+    """Return the gain of the trained reward, the change of FID and the gain of the judge."""
+    cell, gain = cell_of(line), line["gain"]
+    judge = cell.where.judges[cell.objective]
+    if (judged := gain.get(judge)) is None:
+        judged = line["distances"][judge] - line["distances_reference"][judge]
+    return gain[cell.objective], line["fid"] - line["fid_reference"], judged
+
+
+Group = tuple[str, str, int, str, float]
+
+
+def grouped(out: Path) -> dict[Group, dict[int, tuple[float, float, float]]]:
+    """Return the columns of all seeds by what the cells have in common."""
+    groups: dict[Group, dict[int, tuple[float, float, float]]] = defaultdict(dict)
     for line in read_lines(out):
-        groups[line["objective"], line["accepted"], line["trained"], line["cut"]].append(line)
-    print("| reward | accepted | trained | f | gain | change of FID | critic | seeds |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for (objective, accepted, trained, cut), lines in sorted(groups.items(), key=str):
-        columns = (
-            [line["gain"][objective] for line in lines],
-            [line["fid"] - line["fid_reference"] for line in lines],
-            [line["gain"]["critic"] for line in lines],
-        )
-        numbers = " | ".join(map(mean_and_error, columns))
-        print(f"| {objective} | {accepted:,} | {trained} | {cut} | {numbers} | {len(lines)} |")
+        cell = cell_of(line)
+        own = (cell.domain, cell.objective, cell.accepted, cell.trained, cell.cut)
+        groups[own][cell.seed] = columns_of(line)
+    return dict(sorted(groups.items()))
+
+
+_HEAD = "| domain | reward | accepted | trained | f | gain | change of FID | judge | seeds |"
+
+
+def table(out: Path) -> None:
+    """Print gain, change of FID and of the judge, mean over seeds and standard error."""
+    print(f"{_HEAD}\n{'| --- ' * 9}|")
+    for group, seeds in grouped(out).items():
+        print_row(group, list(seeds.values()))
+
+
+def versus(out: Path) -> None:
+    """Print by how much each cut differs from f = 0: mean over seeds and standard error."""
+    groups = grouped(out)
+    print(f"{_HEAD}\n{'| --- ' * 9}|")
+    for group, seeds in groups.items():
+        whole = groups.get((*group[:4], 0.0), {})
+        shared = sorted(seeds.keys() & whole.keys())
+        if group[4] and shared:
+            pairs = [zip(seeds[seed], whole[seed], strict=True) for seed in shared]
+            print_row(group, [tuple(cut - none for cut, none in pair) for pair in pairs])
+
+
+def print_row(group: Group, columns: Sequence[Sequence[float]]) -> None:
+    """Print a line of a table."""
+    domain, objective, accepted, trained, cut = group
+    numbers = " | ".join(mean_and_error(values) for values in zip(*columns, strict=True))
+    cells = f"| {domain} | {objective} | {accepted:,} | {trained} | {cut} |"
+    print(f"{cells} {numbers} | {len(columns)} |")
 
 
 def mean_and_error(values: Sequence[float]) -> str:
@@ -279,17 +390,20 @@ def mean_and_error(values: Sequence[float]) -> str:
 
 
 def main() -> None:
-    """Run the sweep, or print its table."""
+    """Run the sweep, or print a table of it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("what", choices=["run", "table"])
+    parser.add_argument("what", choices=["run", "table", "versus"])
     parser.add_argument("--out", type=Path, default=Path("cut_regimes.jsonl"))
+    parser.add_argument("--domain", choices=list(DOMAINS), default="layout")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
+    parser.add_argument("--accepted", type=int, nargs="+", default=ACCEPTED, choices=ACCEPTED)
+    parser.add_argument("--trained", nargs="+", default=list(TRAINED), choices=list(TRAINED))
     options = parser.parse_args()
-    if options.what == "table":
-        table(options.out)
+    if options.what == "run":
+        wanted = cells(options.domain, options.seeds, options.accepted, options.trained)
+        sweep(options.out, wanted)
     else:
-        sweep(options.out, options.seeds, options.objectives)
+        {"table": table, "versus": versus}[options.what](options.out)
 
 
 if __name__ == "__main__":
