@@ -13,7 +13,9 @@ Trajectories are drawn once with the current policy and replayed as (step, sampl
 | DPOK | importance sampling, clipped | per condition, running | KL to the reference, per step |
 | GRPO | importance sampling, clipped | per group | KL |
 | Flow-GRPO | importance sampling, clipped | per group | `sampler.transition` flow_sde, KL |
+| Flow-CPS | importance sampling, clipped | per group | `sampler.transition` cps |
 | MixGRPO | importance sampling, clipped | per group | noise inside a `sliding` window alone |
+| Flow-GRPO-Fast | importance sampling, clipped | per group | a `sliding` window in random order |
 | GRPO-Guard | importance sampling, clipped, `ratio_norm` | per group | |
 | RLOO | either | leave one out | |
 
@@ -26,6 +28,7 @@ References:
     https://arxiv.org/abs/2305.13301
     DPOK (Fan et al., 2023), https://arxiv.org/abs/2305.16381
     Flow-GRPO (Liu et al., 2025), https://arxiv.org/abs/2505.05470
+    Coefficients-Preserving Sampling (Wang & Yu, 2025; Flow-CPS), https://arxiv.org/abs/2509.05952
     MixGRPO (Li et al., 2025), https://arxiv.org/abs/2507.21802
     GRPO-Guard (Wang et al., 2025), https://arxiv.org/abs/2510.22319
 """
@@ -200,8 +203,8 @@ class DDPO(RewardFineTuner):
             reduced like log-probabilities; 0 never runs the reference.
         window: First trained step and the one after the last, counted from 0 at pure noise; None
             trains all.
-        sliding: A window that moves on over training, in place of `window`; only its steps draw
-            noise (MixGRPO), and evaluations draw none.
+        sliding: A window that moves over training, in place of `window`; only its steps draw noise
+            (MixGRPO, Flow-GRPO-Fast), and evaluations draw none.
         num_train_steps: Train so many steps of the window that have noise, drawn again each round;
             None trains all.
         state_dtype: Type in which states are kept between sampling and replay; None takes the
@@ -247,8 +250,10 @@ class DDPO(RewardFineTuner):
         if isinstance(self.advantage, GroupAdvantage):
             kinds = {
                 "GRPO-Guard": self.ratio_norm,
+                "Flow-GRPO-Fast": self.sliding is not None and self.sliding.order == "random",
                 "MixGRPO": self.sliding is not None,
                 "Flow-GRPO": self.sampler.transition == "flow_sde",
+                "Flow-CPS": self.sampler.transition == "cps",
             }
             return next((name for name, holds in kinds.items() if holds), "GRPO")
         if self.estimator == "score_function":
@@ -311,14 +316,18 @@ class DDPO(RewardFineTuner):
         if self.sliding is None:
             return
         require(self.window is None, self, "window", "null beside sliding, which moves it")
-        most, process = self.sampler.num_steps - 1, self.pipeline.process
+        num_steps, size = self.sampler.num_steps, self.sliding.size
         require(
-            self.sliding.size <= most,
+            size < num_steps,
             self.sliding,
             "size",
-            f"at most {most}, one less than model.init_args.sampler.num_steps: the last step has "
-            "no noise",
+            f"at most {num_steps - 1}, one less than model.init_args.sampler.num_steps: the last "
+            "step has no noise",
         )
+        fits = size <= self.sliding.most(num_steps)
+        rule = f"at least {size / num_steps:.4g}, the share of its {size} of {num_steps} steps"
+        require(fits, self.sliding, "until", rule)
+        process = self.pipeline.process
         require(
             process.differentiable,
             self,
@@ -343,7 +352,7 @@ class DDPO(RewardFineTuner):
         """The first step of this round's window, and the one after its last."""
         num_steps = self.sampler.num_steps
         if self.sliding is not None:
-            return self.sliding.at(self.num_rounds, num_steps)
+            return self.sliding.at(self.num_rounds, num_steps, self.seed)
         return self.window or (0, num_steps)
 
     @property

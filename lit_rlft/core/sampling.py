@@ -10,7 +10,7 @@ from torch import Tensor
 from lit_rlft.core.checks import UsageError, at_least, one_of, require, within
 from lit_rlft.core.fixed_point import FixedPoint
 from lit_rlft.core.pipeline import Condition
-from lit_rlft.core.process import FlowSDE, Noise, Process, of_step
+from lit_rlft.core.process import CPS, FlowSDE, Noise, Process, of_step
 from lit_rlft.core.randomness import Generators, next_step, step_noise
 from lit_rlft.core.state import State, batch_size, index, leaves
 
@@ -20,8 +20,9 @@ Denoiser = Callable[[State, Tensor, Condition], State]
 """(x_t, t [B], condition) -> prediction."""
 
 
-Transition = Literal["eta", "flow_sde"]
-"""The kinds of noisy steps: DDIM(eta), and Flow-GRPO's stochastic differential equation."""
+Transition = Literal["eta", "flow_sde", "cps"]
+"""The kinds of noisy steps: DDIM(eta), Flow-GRPO's stochastic differential equation, and steps that
+preserve the coefficients of signal and noise."""
 
 _MOST_STEPS = 100_000
 """Far more steps than any sampler needs; a slip of the keyboard would never end."""
@@ -52,9 +53,11 @@ class Sampler:
     Attributes:
         num_steps: Denoiser evaluations from noise to data.
         eta: Noise of each step: 0 is deterministic, 1 the ancestral sampler. Of "flow_sde" it is
-            the scale a, 0.7 as published.
+            the scale a, 0.7 as published; of "cps" sin(eta pi / 2) of a level's noise is new, with
+            0.8 as published.
         transition: "eta" takes DDIM(eta)'s steps; "flow_sde" those of Flow-GRPO's stochastic
-            differential equation, which Gaussian states have.
+            differential equation, and "cps" coefficients-preserving ones, which Gaussian states
+            have.
     """
 
     num_steps: int = 20
@@ -65,12 +68,14 @@ class Sampler:
         at_least(1, self, "num_steps")
         within(1, _MOST_STEPS, self, "num_steps")
         one_of(self, "transition", get_args(Transition))
-        within(0, 1 if self.transition == "eta" else 2, self, "eta")
+        within(0, 2 if self.transition == "flow_sde" else 1, self, "eta")
 
     @property
-    def noise(self) -> float | FlowSDE:
+    def noise(self) -> float | FlowSDE | CPS:
         """The noise of the steps, as a process takes it."""
-        return FlowSDE(self.eta) if self.eta and self.transition == "flow_sde" else self.eta
+        if not self.eta or self.transition == "eta":
+            return self.eta
+        return FlowSDE(self.eta) if self.transition == "flow_sde" else CPS(self.eta)
 
     def sample(
         self,

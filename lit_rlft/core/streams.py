@@ -37,6 +37,8 @@ class Stream(IntEnum):
     """Which steps of a round a policy gradient trains."""
     AUGMENT = 14
     """Random moves of data samples."""
+    WINDOW = 15
+    """Where a round's window of noisy steps is."""
     DATA_NOISE = 20
     """Noise added to data before they are inverted."""
     BASE_PROBE = 21

@@ -159,7 +159,7 @@ def check_sampler(sampler: Sampler, process: Process) -> None:
     if (times.diff() > 0).any():
         raise UsageError(f"{name}.times({num}) increases; a sampler's levels decrease to data")
     holds = sampler.transition == "eta" or process.has_sde
-    rule = "whose states follow no differential equation; set it, and sampler.eta to 1"
+    rule = "whose states have no such steps; set it, and sampler.eta to 1"
     require(holds, sampler, "transition", f"eta for a {type(process).__name__}, {rule}")
     for part in process.modules():
         if isinstance(part, Schedule):

@@ -62,6 +62,9 @@ def test_first_ratios_are_one(make: Callable[[], Pipeline]) -> None:
     assert tuner.algorithm != "Flow-GRPO"  # its advantages are over the batch here
     tuner.advantage = GroupAdvantage()
     assert tuner.algorithm == "Flow-GRPO"
+    preserving = tuner_of(make(), sampler=Sampler(STEPS, 0.7, "cps"), advantage=GroupAdvantage())
+    assert replayed(preserving, collected(preserving), NUM)[1] == 0
+    assert preserving.algorithm == "Flow-CPS"
 
 
 @GAUSSIAN
@@ -283,6 +286,11 @@ WRONG: dict[str, tuple[Callable[[], Pipeline], dict[str, Any], str]] = {
         "window must be null beside sliding",
     ),
     "large window": (PIPELINES["flow"], {"sliding": SlidingWindow(4)}, "size must be at most 3"),
+    "narrow share": (
+        PIPELINES["flow"],
+        {"sliding": SlidingWindow(3, order="random", until=0.5)},
+        r"until must be at least 0.75, the share of its 3 of 4 steps",
+    ),
     "many steps": (
         PIPELINES["flow"],
         {"sliding": SlidingWindow(2), "num_train_steps": 3},
@@ -336,6 +344,10 @@ def test_windows_are_at_least_one_step() -> None:
     for name in ("size", "interval", "stride"):
         with pytest.raises(UsageError, match=f"SlidingWindow: {name} must be at least 1"):
             SlidingWindow(**{name: 0})
+    with pytest.raises(UsageError, match="stride must be 1 with order random"):
+        SlidingWindow(order="random", stride=2)
+    with pytest.raises(UsageError, match="until must be in"):
+        SlidingWindow(until=1.5)
 
 
 def test_mixed_states_take_the_equation() -> None:
@@ -351,6 +363,11 @@ LEARNERS: dict[str, dict[str, Any]] = {
     "MixGRPO": {
         "sampler": Sampler(8, 0.7, "flow_sde"),
         "sliding": SlidingWindow(size=3, interval=5),
+    },
+    "Flow-CPS": {"sampler": Sampler(8, 0.7, "cps")},
+    "Flow-GRPO-Fast": {
+        "sampler": Sampler(8, 0.7, "flow_sde"),
+        "sliding": SlidingWindow(size=2, interval=1, order="random"),
     },
     "GRPO-Guard": {"sampler": Sampler(8, 0.7, "flow_sde"), "ratio_norm": True},
     "RLOO": {"advantage": LeaveOneOutAdvantage()},

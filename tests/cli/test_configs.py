@@ -48,10 +48,11 @@ WEIGHTS = [ASSETS / "shapes/unet/diffusion_pytorch_model.safetensors", ASSETS / 
 # What needs a continuous state.
 CONTINUOUS = {"AdjointMatching", "RewardGradient", "NoisePPO", "InverseNoiseCorrection"}
 CONTINUOUS_SETTINGS = {"mix_grpo": "sliding must be null", "grpo_guard": "ratio_norm must be false"}
+CONTINUOUS_SETTINGS |= {"flow_grpo_fast": "sliding must be null"}
 # Of each family's algorithm these are other settings: test_runs.py and test_ddpo.py train and
 # test them on the Gaussian mixture; here they run only where slow tests are asked for.
 VARIANTS = {"align_prop", "ddpo_sf", "dpok", "draft", "draft_lv", "grpo", "refl", "raft", "rwr"}
-VARIANTS |= {"dpo_offline", "flow_grpo", "mix_grpo", "grpo_guard"}
+VARIANTS |= {"dpo_offline", "flow_grpo", "flow_grpo_fast", "mix_grpo", "grpo_guard"}
 # What runs by default. The other files of this folder run all other algorithms on the Gaussian
 # mixture, and test_pipeline.py of layouts and molecules runs them on their models.
 DEFAULT = {

@@ -27,9 +27,11 @@ from tests.support import (
 )
 
 METHODS = ("ddpo", "ddpo_sf", "dpok", "grpo", "flow_grpo", "mix_grpo", "grpo_guard")
+METHODS += ("flow_grpo_fast",)
 # Between them they have both estimators, the divergence and both kinds of advantages.
 TERMS = ("ddpo_sf", "grpo")
 NAMES = {"flow_grpo": "Flow-GRPO", "mix_grpo": "MixGRPO", "grpo_guard": "GRPO-Guard"}
+NAMES |= {"flow_grpo_fast": "Flow-GRPO-Fast"}
 BY_GROUP = ("grpo", *NAMES)
 each_term = pytest.mark.parametrize(
     "method", [pytest.param(m, marks=[] if m in TERMS else pytest.mark.slow) for m in METHODS]
@@ -49,6 +51,7 @@ EPOCHS["mix_grpo"] |= {
     "model.init_args.sliding.interval": 1,
     "model.init_args.sampler.num_steps": 6,
 }
+EPOCHS["flow_grpo_fast"] |= {"model.init_args.sampler.num_steps": 6}
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ FAMILIES = {"sd15": "sd", "sd2": "sd2", "sdxl": "sdxl", "sd35": "sd3"}
 FAMILIES |= {"flux": "flux_dev", "flux2_klein": "klein", "zimage": "zimage", "sana": "sana"}
 """Tiny models by the configs that they stand in for."""
 ALGORITHMS = ("graft", "p_graft", "drtune", "draft", "ddpo", "grpo", "noise_ppo", "nft", "dpo")
-ALGORITHMS += ("flow_grpo", "mix_grpo", "grpo_guard", "adjoint_matching")
+ALGORITHMS += ("flow_grpo", "flow_grpo_fast", "mix_grpo", "grpo_guard", "adjoint_matching")
 DEFAULT = {("sdxl", "drtune")}
 SIZE = 32
 COMMON = [
@@ -34,6 +34,7 @@ COMMON = [
 SETTINGS = {
     "drtune": ["--model.method.k=1", "--model.method.m=1"],
     "mix_grpo": ["--model.sliding.size=1"],
+    "flow_grpo_fast": ["--model.sliding.size=1"],
     "inverse_noise_correction": ["--model.solver.max_iterations=3"],
 }
 PROMPTS = ["--data.source=prompts.txt", "--data.batch_size=2", "--data.eval_batch_size=2"]

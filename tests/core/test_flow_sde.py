@@ -1,4 +1,4 @@
-"""Flow-GRPO's stochastic differential equation, and noise in a window of steps alone."""
+"""Flow-GRPO's equation, coefficients-preserving steps, and noise in a window of steps alone."""
 
 import math
 from itertools import pairwise
@@ -13,6 +13,7 @@ from torch.distributions import Normal, kl_divergence
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.process import (
+    CPS,
     AngularFlow,
     FlowSDE,
     GaussianProcess,
@@ -94,6 +95,7 @@ def final(process: GaussianProcess, num_steps: int, noise: Noise) -> tuple[float
 
 LISTED = {
     "flow_sde": {10: 0.4746, 20: 0.4906, 40: 0.4976, 200: 0.5011},
+    "cps": {10: 0.3703, 20: 0.3945, 40: 0.4069, 200: 0.4201},
     "eta": {10: 0.4134, 20: 0.4508, 40: 0.4725, 200: 0.4936},
 }
 """Standard deviations of 400,000 samples, of standard error 0.0006."""
@@ -117,6 +119,43 @@ def test_marginals_are_the_datas_on_every_schedule(name: str, scale: float) -> N
     # The level in place of data is noisy on the schedule that ends there.
     assert fine[0] == pytest.approx(MEAN, abs=0.01) and fine[1] == pytest.approx(STD, abs=0.01)
     assert coarse[1] == pytest.approx(STD, abs=0.06)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("name", PROCESSES)
+def test_no_level_has_more_noise_than_the_forward_process(name: str, scale: float) -> None:
+    """Of data that are one point the states of every level are N(alpha m, sigma^2)."""
+    process = PROCESSES[name]
+    times, ends = process.times(12), process.ends(12)
+    levels = [
+        tuple(map(float, process.schedule.levels(t))) for t in (times[0], *ends.to(times).unbind())
+    ]
+    (alpha, sigma), variance = levels[0], levels[0][1] ** 2
+    mean = alpha * MEAN
+    table = process.steps(times, ends, CPS(scale), torch.zeros(1, dtype=torch.float64))
+    for i, (alpha_s, sigma_s) in enumerate(levels[1:]):
+        x, t = column(0.0, 1.0).unsqueeze(1), times[i].expand(2)
+        alpha, sigma = map(float, process.schedule.levels(times[i]))
+        x_0 = torch.full_like(x, MEAN)
+        p = process.prediction(x_0, (x - alpha * MEAN) / sigma, t)
+        law: Any = process.step(p, x, table.row(i))
+        start, slope, std = float(law.loc[0]), float(law.loc[1] - law.loc[0]), law.std.reshape(-1)
+        mean, variance = start + slope * mean, slope**2 * variance + float(std[0]) ** 2
+        assert mean == pytest.approx(alpha_s * MEAN, abs=1e-9)
+        assert variance == pytest.approx(sigma_s**2, abs=1e-9)
+        assert float(std[0]) == pytest.approx(sigma_s * math.sin(math.pi / 2 * scale), abs=1e-9)
+
+
+def test_the_preserving_step_is_the_published_one() -> None:
+    t, s = column(1.0, 0.6, 0.3), column(0.8, 0.5, 0.0)
+    x, v = torch.randn(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    law: Any = FLOW.step(v, x, FLOW.cps(t, s, 0.8))
+    for i in range(3):
+        level, std = float(s[i]), float(s[i]) * math.sin(0.8 * math.pi / 2)
+        data, noise = x[i] - t[i] * v[i], x[i] + (1 - t[i]) * v[i]
+        mean = (1 - level) * data + math.sqrt(level**2 - std**2) * noise
+        torch.testing.assert_close(law.loc[i], mean)
+        assert float(law.std.reshape(-1)[i]) == pytest.approx(std)
 
 
 @pytest.mark.parametrize("name", PROCESSES)
@@ -164,7 +203,7 @@ def network(x: State, t: Tensor, condition: Condition) -> Tensor:
 
 
 @pytest.mark.parametrize("process", [FLOW, PROCESSES["discrete VP"], PROCESSES["arcs"]], ids=str)
-@pytest.mark.parametrize("noise", [FlowSDE(A), 1.0])
+@pytest.mark.parametrize("noise", [FlowSDE(A), CPS(A), 1.0])
 def test_steps_outside_the_window_are_the_odes_bit_by_bit(
     process: GaussianProcess, noise: Any
 ) -> None:
@@ -204,9 +243,24 @@ def test_the_window_slides_and_stays_at_the_end() -> None:
     assert [fast.at(i, 4)[0] for i in range(4)] == [0, 2, 2, 2]
 
 
+def test_a_random_window_is_drawn_anew_within_its_share_of_the_steps() -> None:
+    window = SlidingWindow(size=2, interval=3, order="random", until=0.5)
+    drawn = [window.at(i, 10, seed=7) for i in range(3000)]
+    assert drawn[::3] == drawn[1::3] == drawn[2::3]
+    assert drawn == [window.at(i, 10, seed=7) for i in range(3000)]
+    assert drawn != [window.at(i, 10, seed=8) for i in range(3000)]
+    firsts = [first for first, last in drawn[::3] if last == first + 2]
+    counts = [firsts.count(first) for first in range(4)]
+    assert sum(counts) == 1000
+    assert all(abs(count - 250) < 4 * math.sqrt(1000 * 3 / 16) for count in counts)
+    whole = SlidingWindow(size=2, interval=1, order="random")
+    assert {whole.at(i, 4)[0] for i in range(100)} == {0, 1}  # never the last step
+    assert SlidingWindow(size=2, until=0.5).at(10**6, 10) == (3, 5)
+
+
 def test_kinds_of_noise_have_tables_of_their_own() -> None:
     x, times = torch.zeros(1), FLOW.times(4)
-    kinds: list[Noise] = [A, FlowSDE(A), Within(A, 0, 2), Within(FlowSDE(A), 0, 2)]
+    kinds: list[Noise] = [A, FlowSDE(A), CPS(A), Within(A, 0, 2), Within(FlowSDE(A), 0, 2)]
     tables = [tensor_of(FLOW.steps(times, None, kind, x).coefficients) for kind in kinds]
     distinct = {tuple(np.asarray(table).ravel().tolist()) for table in tables}
     assert len(distinct) == len(kinds)
@@ -222,17 +276,24 @@ def test_mixed_states_take_the_equation_where_they_have_it() -> None:
     assert not ProductProcess({"kind": masked}).has_sde
     with pytest.raises(UsageError, match=r"MaskedProcess has no stochastic.*transition to eta"):
         masked.flow_sde(t, s, A)
+    found = process.cps(t, s, A)
+    assert torch.equal(found["box"], FLOW.cps(t, s, A))
+    assert torch.equal(found["kind"], masked.coefficients(t, s, 1.0))
+    with pytest.raises(UsageError, match=r"MaskedProcess has no coefficients.*transition to eta"):
+        masked.cps(t, s, A)
 
 
 def test_samplers_say_what_is_possible() -> None:
     assert Sampler(4, 0.7).noise == 0.7 and Sampler(4, 0.7, "flow_sde").noise == FlowSDE(0.7)
-    assert Sampler(4, 0.0, "flow_sde").noise == 0.0
+    assert Sampler(4, 0.0, "flow_sde").noise == Sampler(4, 0.0, "cps").noise == 0.0
+    assert Sampler(4, 0.8, "cps").noise == CPS(0.8)
     assert Sampler(4, math.sqrt(2), "flow_sde").noise == FlowSDE(math.sqrt(2))
     unknown: Any = "sde"
     for settings, sentence in (
         ((4, 1.5), r"eta must be in \[0, 1\]"),
         ((4, 2.5, "flow_sde"), r"eta must be in \[0, 2\]"),
-        ((4, 1.0, unknown), "transition is .*; use 'eta' or 'flow_sde'"),
+        ((4, 1.5, "cps"), r"eta must be in \[0, 1\]"),
+        ((4, 1.0, unknown), "transition is .*; use 'eta', 'flow_sde' or 'cps'"),
     ):
         with pytest.raises(UsageError, match=sentence):
             Sampler(*settings)

@@ -20,6 +20,7 @@ VALUES = {
     "PLAN": 12,
     "STEPS": 13,
     "AUGMENT": 14,
+    "WINDOW": 15,
     "DATA_NOISE": 20,
     "BASE_PROBE": 21,
 }

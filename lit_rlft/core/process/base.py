@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.distribution import Distribution
-from lit_rlft.core.process.noise import FlowSDE, Noise, Within, within
+from lit_rlft.core.process.noise import CPS, FlowSDE, Noise, Within, within
 from lit_rlft.core.process.steps import Steps, StepTables
 from lit_rlft.core.randomness import Generators
 from lit_rlft.core.settings import Recorded
@@ -53,7 +53,7 @@ class Process(Recorded, Watched, ABC):
         differentiable: Whether reverse transitions carry gradients from x_s to x_t.
         invertible: Whether the deterministic sampler can be run backwards.
         one_way: Why it cannot, and what to do, where it cannot.
-        has_sde: Whether there are steps of a stochastic differential equation (`flow_sde`).
+        has_sde: Whether there are steps of flows that draw noise (`flow_sde`, `cps`).
     """
 
     differentiable: bool
@@ -119,6 +119,22 @@ class Process(Recorded, Watched, ABC):
             "model.init_args.sampler.transition to eta"
         )
 
+    def cps(self, t: Tensor, s: Tensor, scale: float) -> State:
+        """Return `coefficients` of the coefficients-preserving step.
+
+        Args:
+            t: Levels that steps start from, [B].
+            s: Levels that they lead to, [B].
+            scale: Of its noise (`CPS`).
+
+        Raises:
+            UsageError: The process has none.
+        """
+        raise UsageError(
+            f"a {type(self).__name__} has no coefficients-preserving step; set "
+            "model.init_args.sampler.transition to eta"
+        )
+
     def noisy_coefficients(self, t: Tensor, s: Tensor, noise: Noise) -> State:
         """Return what `step` takes from its levels, [B, C] of each field, under any noise.
 
@@ -131,6 +147,8 @@ class Process(Recorded, Watched, ABC):
             return within(noise, lambda kind: self.noisy_coefficients(t, s, kind))
         if isinstance(noise, FlowSDE):
             return self.flow_sde(t, s, noise.scale)
+        if isinstance(noise, CPS):
+            return self.cps(t, s, noise.scale)
         return self.coefficients(t, s, noise)
 
     @abstractmethod

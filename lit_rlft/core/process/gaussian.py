@@ -17,6 +17,7 @@ References:
     Flow Straight and Fast (Liu et al., 2023), https://arxiv.org/abs/2209.03003
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
@@ -153,10 +154,28 @@ class GaussianProcess(Process):
         std = size * scale * (tau * length / kept).sqrt() * (sigma_s > 0)
         return self._stacked((alpha_t, alpha_s), (sigma_t, sigma_s), direction, std)
 
+    def cps(self, t: Tensor, s: Tensor, scale: float) -> Tensor:
+        r"""Return `coefficients` of the coefficients-preserving step, float64 [B, C].
+
+        .. math::
+            x_s = \alpha_s \hat x_0 + \sigma_s \big( \cos(\tfrac{\pi}{2} \eta)\, \hat\epsilon
+                  + \sin(\tfrac{\pi}{2} \eta)\, z \big).
+
+        Signal and noise of every level are those of the forward process, as under DDIM(eta), and
+        the share of new noise is the same in steps of any length.
+
+        References:
+            Coefficients-Preserving Sampling (Wang & Yu, 2025), https://arxiv.org/abs/2509.05952
+        """
+        alphas, (sigma_t, sigma_s) = self.schedule.levels(torch.stack([t, s]))
+        angle = math.pi / 2 * scale
+        std = math.sin(angle) * sigma_s
+        return self._stacked(alphas, (sigma_t, sigma_s), math.cos(angle) * sigma_s, std)
+
     def _stacked(
         self,
-        alphas: tuple[Tensor, Tensor],
-        sigmas: tuple[Tensor, Tensor],
+        alphas: Sequence[Tensor] | Tensor,
+        sigmas: Sequence[Tensor] | Tensor,
         direction: Tensor,
         std: Tensor,
     ) -> Tensor:

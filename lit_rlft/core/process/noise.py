@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lit_rlft.core.state import State, tree_map
 
-__all__ = ["FlowSDE", "Noise", "StepNoiseLevel", "Within", "of_step", "within"]
+__all__ = ["CPS", "FlowSDE", "Noise", "StepNoiseLevel", "Within", "of_step", "within"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,19 @@ class FlowSDE:
     scale: float
 
 
-StepNoiseLevel = float | FlowSDE
+@dataclass(frozen=True)
+class CPS:
+    """Coefficients-preserving steps: part of a level's noise is new, and there is no more of it.
+
+    Attributes:
+        scale: eta from 0 to 1: sin(eta pi / 2) of the noise's standard deviation is new; 0.8 is
+            published.
+    """
+
+    scale: float
+
+
+StepNoiseLevel = float | FlowSDE | CPS
 """eta of the DDIM(eta) step, or the scale of another kind of step; 0 is deterministic."""
 
 

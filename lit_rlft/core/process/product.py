@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lit_rlft.core.checks import UsageError, at_least
 from lit_rlft.core.distribution import Product
 from lit_rlft.core.process.base import Process, Step
+from lit_rlft.core.process.noise import CPS, FlowSDE
 from lit_rlft.core.process.problems import first_problem
 from lit_rlft.core.randomness import Generators
 from lit_rlft.core.state import State, described, fields_of, tensor_of
@@ -81,11 +82,16 @@ class ProductProcess(Process):
 
     def flow_sde(self, t: Tensor, s: Tensor, scale: float) -> dict[str, Tensor]:
         """Return each field's coefficients; a field without an equation takes its own steps."""
+        return self._of_flows(FlowSDE(scale), t, s)
+
+    def cps(self, t: Tensor, s: Tensor, scale: float) -> dict[str, Tensor]:
+        """Return each field's coefficients; a field without such a step takes its own."""
+        return self._of_flows(CPS(scale), t, s)
+
+    def _of_flows(self, noise: FlowSDE | CPS, t: Tensor, s: Tensor) -> dict[str, Tensor]:
         rules = {name: self.field(name) for name in self.names}
         return {
-            name: tensor_of(
-                rule.flow_sde(t, s, scale) if rule.has_sde else rule.coefficients(t, s, 1.0)
-            )
+            name: tensor_of(rule.noisy_coefficients(t, s, noise if rule.has_sde else 1.0))
             for name, rule in rules.items()
         }
 
