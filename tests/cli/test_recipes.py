@@ -24,7 +24,10 @@ RECIPES = {
     "sd2_p_graft_vqascore": "sd",
     "sd2_graft_vqascore": "sd",
     "sd15_ddpo_aesthetic": "sd",
+    "sd15_ddpo_compressibility": "sd",
     "sd35m_grpo_pickscore": "sd3",
+    "sd35m_flow_grpo_fast_pickscore": "sd3",
+    "sd35m_graft_pickscore": "sd3",
     "sd35m_nft_pickscore": "sd3",
     "sd15_noise_ppo_pickscore": "sd",
 }
@@ -51,6 +54,7 @@ def weights(models: Path) -> dict[str, dict[str, Any]]:
         },
         "LAIONAesthetic": {"head": str(models / "head.pth"), "clip": clip},
         "VQAScore": {"pretrained": str(models / "llava"), "dtype": "float32"},
+        "JPEGCompressibility": {},
         "Diversity": {},
     }
 
@@ -73,6 +77,8 @@ def small(recipe: dict[str, Any], family: str, models: Path) -> dict[str, Any]:
     steps = 12 if class_name(recipe["model"]) == "RewardGradient" else 3
     recipe["model"]["init_args"]["sampler"]["num_steps"] = steps
     recipe["model"]["init_args"]["num_eval_samples"] = 1
+    if "sliding" in recipe["model"]["init_args"]:
+        recipe["model"]["init_args"]["sliding"]["size"] = 1
     limits = {f"limit_{stage}_batches": 1 for stage in ("train", "val", "test")}
     recipe["trainer"] |= {"accelerator": "cpu", "devices": 1, "max_epochs": 1, **limits}
     recipe["trainer"].pop("val_check_interval", None)
