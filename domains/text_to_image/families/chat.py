@@ -5,15 +5,16 @@ from typing import Any
 
 from domains.text_to_image.networks.texts import Reader
 from domains.text_to_image.networks.weightless import NoTokenizer
+from lit_rlft.kit.weightless import weightless
 
 __all__ = ["chat_problems", "chat_reader"]
 
 _PROMPT = "the prompt"
 
 
-def chat_problems(encoder: Any, tokenizer: Any) -> Iterator[str]:
+def chat_problems(tokenizer: Any) -> Iterator[str]:
     """Iterate over what a tokenizer lacks to write prompts as a chat."""
-    if isinstance(tokenizer, NoTokenizer) or encoder.device.type == "meta":
+    if isinstance(tokenizer, NoTokenizer) or weightless():
         return
     if getattr(tokenizer, "chat_template", None) is None:
         yield (

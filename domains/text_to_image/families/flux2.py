@@ -80,7 +80,7 @@ class Flux2Klein(Family):
         yield from missing(parts, self.needed())
         width = config["joint_attention_dim"]
         yield from text_problems(parts.text_encoder, parts.tokenizer, width, self._layers)
-        yield from chat_problems(parts.text_encoder, parts.tokenizer)
+        yield from chat_problems(parts.tokenizer)
         if config["guidance_embeds"]:
             yield "its transformer is given the guidance scale, as FLUX.2-dev's is"
         area = _PATCH**2

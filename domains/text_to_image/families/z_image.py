@@ -52,7 +52,7 @@ class ZImage(Family):
         parts, config = self.parts, self.denoiser.config
         yield from missing(parts, self.needed())
         yield from text_problems(parts.text_encoder, parts.tokenizer, config["cap_feat_dim"])
-        yield from chat_problems(parts.text_encoder, parts.tokenizer)
+        yield from chat_problems(parts.tokenizer)
         patches = zip(config["all_patch_size"], config["all_f_patch_size"], strict=False)
         if (_PATCH, 1) not in patches:
             yield f"its transformer has no patches of {_PATCH} x {_PATCH} latents (all_patch_size)"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from domains.text_to_image.pipeline import TextToImagePipeline
-from lit_rlft.core.checks import BadArgument
+from lit_rlft.core.checks import BadArgument, UsageError
 from lit_rlft.kit.weightless import without_weights
 from tests.domains.text_to_image.families.tiny import tiny
 
@@ -56,6 +56,19 @@ def test_encoders_are_read_for_new_prompts_alone(
     assert read == encoders  # not once more
     again.encode({"prompt": ["a ring", "a cross"]})
     assert read == encoders * 2
+
+
+@pytest.mark.parametrize("name", ["klein", "zimage"])
+def test_a_missing_chat_template_is_said_before_the_run(
+    name: str, tmp_path: Path, read: list[str]
+) -> None:
+    parts = tiny(name)
+    parts.tokenizer.chat_template = None
+    parts.save_pretrained(tmp_path / "model")
+    settings: dict[str, Any] = {"text_encoders": "drop", "embedding_cache": str(tmp_path / "c")}
+    with pytest.raises(UsageError, match=r"no chat template; copy chat_template\.jinja"):
+        TextToImagePipeline(str(tmp_path / "model"), **settings)
+    assert read == []
 
 
 def test_a_whole_model_is_written_with_its_encoders(tmp_path: Path, read: list[str]) -> None:
