@@ -270,17 +270,16 @@ def test_mixed_states_take_the_equation_where_they_have_it() -> None:
     masked = MaskedProcess(3)
     process = ProductProcess({"box": FLOW, "kind": masked})
     t, s = column(0.6), column(0.4)
-    found = process.flow_sde(t, s, A)
-    assert process.has_sde and torch.equal(found["box"], FLOW.flow_sde(t, s, A))
-    assert torch.equal(found["kind"], masked.coefficients(t, s, 1.0))
-    assert not ProductProcess({"kind": masked}).has_sde
-    with pytest.raises(UsageError, match=r"MaskedProcess has no stochastic.*transition to eta"):
-        masked.flow_sde(t, s, A)
-    found = process.cps(t, s, A)
-    assert torch.equal(found["box"], FLOW.cps(t, s, A))
-    assert torch.equal(found["kind"], masked.coefficients(t, s, 1.0))
-    with pytest.raises(UsageError, match=r"MaskedProcess has no coefficients.*transition to eta"):
-        masked.cps(t, s, A)
+    assert process.has_sde and not ProductProcess({"kind": masked}).has_sde
+    for noise, own in ((FlowSDE(A), FLOW.flow_sde(t, s, A)), (CPS(A), FLOW.cps(t, s, A))):
+        found: Any = process.noisy_coefficients(t, s, noise)
+        assert torch.equal(found["box"], own)
+        assert torch.equal(found["kind"], masked.coefficients(t, s, 1.0))
+        kind = type(noise).__name__
+        with pytest.raises(
+            UsageError, match=f"MaskedProcess has no steps of type {kind}; set .*to eta"
+        ):
+            masked.noisy_coefficients(t, s, noise)
 
 
 def test_samplers_say_what_is_possible() -> None:

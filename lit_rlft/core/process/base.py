@@ -53,7 +53,7 @@ class Process(Recorded, Watched, ABC):
         differentiable: Whether reverse transitions carry gradients from x_s to x_t.
         invertible: Whether the deterministic sampler can be run backwards.
         one_way: Why it cannot, and what to do, where it cannot.
-        has_sde: Whether there are steps of flows that draw noise (`flow_sde`, `cps`).
+        has_sde: Whether there are noisy steps of flows (`flow_coefficients`).
     """
 
     differentiable: bool
@@ -103,35 +103,19 @@ class Process(Recorded, Watched, ABC):
         In double precision, as long as single precision would not be exact enough.
         """
 
-    def flow_sde(self, t: Tensor, s: Tensor, scale: float) -> State:
-        """Return `coefficients` of Flow-GRPO's stochastic differential equation.
+    def flow_coefficients(self, t: Tensor, s: Tensor, noise: FlowSDE | CPS) -> State:
+        """Return `coefficients` of a step that flows have.
 
         Args:
             t: Levels that steps start from, [B].
             s: Levels that they lead to, [B].
-            scale: Of its noise (`FlowSDE`).
+            noise: Of the steps.
 
         Raises:
-            UsageError: The process has none.
+            UsageError: The process has no such steps.
         """
         raise UsageError(
-            f"a {type(self).__name__} has no stochastic differential equation; set "
-            "model.init_args.sampler.transition to eta"
-        )
-
-    def cps(self, t: Tensor, s: Tensor, scale: float) -> State:
-        """Return `coefficients` of the coefficients-preserving step.
-
-        Args:
-            t: Levels that steps start from, [B].
-            s: Levels that they lead to, [B].
-            scale: Of its noise (`CPS`).
-
-        Raises:
-            UsageError: The process has none.
-        """
-        raise UsageError(
-            f"a {type(self).__name__} has no coefficients-preserving step; set "
+            f"a {type(self).__name__} has no steps of type {type(noise).__name__}; set "
             "model.init_args.sampler.transition to eta"
         )
 
@@ -145,10 +129,8 @@ class Process(Recorded, Watched, ABC):
         """
         if isinstance(noise, Within):
             return within(noise, lambda kind: self.noisy_coefficients(t, s, kind))
-        if isinstance(noise, FlowSDE):
-            return self.flow_sde(t, s, noise.scale)
-        if isinstance(noise, CPS):
-            return self.cps(t, s, noise.scale)
+        if isinstance(noise, FlowSDE | CPS):
+            return self.flow_coefficients(t, s, noise)
         return self.coefficients(t, s, noise)
 
     @abstractmethod

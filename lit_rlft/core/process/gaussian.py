@@ -28,6 +28,7 @@ from torch import Tensor
 from lit_rlft.core.checks import UsageError, at_least, one_of
 from lit_rlft.core.distribution import Gaussian, density_of
 from lit_rlft.core.process.base import Process, Step
+from lit_rlft.core.process.noise import CPS, FlowSDE
 from lit_rlft.core.process.problems import shape_problem
 from lit_rlft.core.randomness import Generators, randn_like
 from lit_rlft.core.schedule import Schedule
@@ -124,6 +125,10 @@ class GaussianProcess(Process):
         if self.wide_above is not None:
             std = eta * variance.sqrt() * (t > self.wide_above)
         return self._stacked((alpha_t, alpha_s), (sigma_t, sigma_s), direction, std)
+
+    def flow_coefficients(self, t: Tensor, s: Tensor, noise: FlowSDE | CPS) -> Tensor:
+        rule = self.flow_sde if isinstance(noise, FlowSDE) else self.cps
+        return rule(t, s, noise.scale)
 
     def flow_sde(self, t: Tensor, s: Tensor, scale: float) -> Tensor:
         r"""Return `coefficients` of Euler-Maruyama's step of Flow-GRPO's equation, float64 [B, C].

@@ -80,15 +80,8 @@ class ProductProcess(Process):
         fields = [self.field(name).noisy(own[name]) for name in self.names]
         return torch.stack(fields).any(dim=0)
 
-    def flow_sde(self, t: Tensor, s: Tensor, scale: float) -> dict[str, Tensor]:
-        """Return each field's coefficients; a field without an equation takes its own steps."""
-        return self._of_flows(FlowSDE(scale), t, s)
-
-    def cps(self, t: Tensor, s: Tensor, scale: float) -> dict[str, Tensor]:
-        """Return each field's coefficients; a field without such a step takes its own."""
-        return self._of_flows(CPS(scale), t, s)
-
-    def _of_flows(self, noise: FlowSDE | CPS, t: Tensor, s: Tensor) -> dict[str, Tensor]:
+    def flow_coefficients(self, t: Tensor, s: Tensor, noise: FlowSDE | CPS) -> dict[str, Tensor]:
+        """Return each field's coefficients; a field without such steps takes its own."""
         rules = {name: self.field(name) for name in self.names}
         return {
             name: tensor_of(rule.noisy_coefficients(t, s, noise if rule.has_sde else 1.0))
