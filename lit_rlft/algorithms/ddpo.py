@@ -31,6 +31,7 @@ References:
     Coefficients-Preserving Sampling (Wang & Yu, 2025; Flow-CPS), https://arxiv.org/abs/2509.05952
     MixGRPO (Li et al., 2025), https://arxiv.org/abs/2507.21802
     GRPO-Guard (Wang et al., 2025), https://arxiv.org/abs/2510.22319
+    DanceGRPO (Xue et al., 2025; one start for a group), https://arxiv.org/abs/2505.07818
 """
 
 from collections.abc import Mapping, Sequence
@@ -52,7 +53,7 @@ from lit_rlft.core.advantage import (
 from lit_rlft.core.checks import UsageError, at_least, one_of, positive, require
 from lit_rlft.core.distribution import Distribution, Gaussian, Reduction
 from lit_rlft.core.pipeline import Batch, Condition
-from lit_rlft.core.process import GaussianProcess, Noise, Within
+from lit_rlft.core.process import GaussianProcess, MaskedProcess, Noise, Within
 from lit_rlft.core.process.steps import Steps
 from lit_rlft.core.randomness import Generators, generators, seed_from
 from lit_rlft.core.sampling import Denoiser
@@ -77,7 +78,7 @@ from lit_rlft.loop.batch_sizes import rehearse
 from lit_rlft.loop.checkpoint import Kept
 from lit_rlft.loop.differentiable import check_guidance
 from lit_rlft.loop.experience import Experience
-from lit_rlft.loop.rollouts import Drawn
+from lit_rlft.loop.rollouts import Chunk, Drawn
 from lit_rlft.loop.route import Route
 from lit_rlft.loop.scoring import Scoring
 from lit_rlft.loop.strategy import passes_of
@@ -184,6 +185,8 @@ class DDPO(RewardFineTuner):
     Args:
         *args: Pipeline and reward.
         num_candidates: M, samples drawn per condition, which are the groups of group advantages.
+        same_start: All candidates of a condition start from one noise and differ by that of the
+            steps alone, so that advantages compare what is trained (DanceGRPO).
         estimator: The clipped ratio, good for several passes over the samples, or the score
             function, for one.
         advantage: The rule that picks each sample's peers, the rewards that its own is compared
@@ -216,6 +219,7 @@ class DDPO(RewardFineTuner):
         self,
         *args: Any,
         num_candidates: int = 4,
+        same_start: bool = False,
         estimator: Estimator = "importance_sampling",
         advantage: Advantage | None = None,
         advantage_clip: float | None = 5.0,
@@ -231,7 +235,7 @@ class DDPO(RewardFineTuner):
         **base: Any,
     ) -> None:
         super().__init__(*args, **base)
-        self.num_candidates = num_candidates
+        self.num_candidates, self.same_start = num_candidates, same_start
         self.estimator: Estimator = estimator
         self.advantage = advantage or RunningAdvantage()
         self.advantage_clip, self.clip_range = advantage_clip, clip_range
@@ -297,6 +301,7 @@ class DDPO(RewardFineTuner):
             "model.init_args.estimator to importance_sampling",
         )
         self._check_ratio_norm()
+        self._check_same_start()
         self.advantage.check(self.num_candidates)
         if self.decoupled_rewards:
             check_decoupled(self.reward, self.advantage, self)
@@ -346,6 +351,15 @@ class DDPO(RewardFineTuner):
         require(getattr(process, "bound", None) is None, self, "ratio_norm", rule)
         rule = "importance_sampling with ratio_norm: the score function has no ratios"
         require(self.estimator == "importance_sampling", self, "estimator", rule)
+
+    def _check_same_start(self) -> None:
+        if not self.same_start:
+            return
+        rule = "false with one candidate of a condition; or raise num_candidates"
+        require(self.num_candidates > 1, self, "same_start", rule)
+        masked = isinstance(self.pipeline.process, MaskedProcess)
+        rule = "false for masked states, which all start from masks"
+        require(not masked, self, "same_start", rule)
 
     @property
     def _trained_window(self) -> tuple[int, int]:
@@ -459,7 +473,7 @@ class DDPO(RewardFineTuner):
                 walk = walk_with_log_probs(
                     self.pipeline,
                     process,
-                    self.prior(chunk.condition).sample(chunk.noise),
+                    self._start(chunk, seeds),
                     chunk.condition,
                     times,
                     self._noise,
@@ -473,6 +487,15 @@ class DDPO(RewardFineTuner):
                 drawn(chunk, last)
                 x_0.append(last)
         return kept, cat(x_0)
+
+    def _start(self, chunk: Chunk, seeds: Sequence[int]) -> State:
+        """Return x_1 of a chunk's trajectories; the noise of their steps is each one's own."""
+        prior = self.prior(chunk.condition)
+        own = prior.sample(chunk.noise)
+        if not self.same_start:
+            return own
+        numbers = range(chunk.rows.start, chunk.rows.stop)
+        return prior.sample(generators([seeds[i - i % self.num_candidates] for i in numbers]))
 
     @property
     def _rounds_by_batch(self) -> bool:

@@ -29,6 +29,7 @@ from tests.algorithms.ddpo_support import (
     NUM,
     PIPELINES,
     STEPS,
+    M,
     Sum,
     Toy,
     collected,
@@ -92,6 +93,27 @@ def test_only_the_windows_steps_have_noise_and_are_trained(make: Callable[[], Pi
         assert torch.equal(tensor_of(before), x_t)
         assert float(rewards.mean()) == pytest.approx(rollout.metrics["reward"], abs=1e-6)
         assert replayed(tuner, rollout, NUM)[1] == 0
+
+
+@GAUSSIAN
+def test_candidates_of_a_condition_may_start_from_one_noise(make: Callable[[], Pipeline]) -> None:
+    """That of the first; the noise of the steps is each one's own, whatever the chunks are."""
+
+    def states(size: int, **settings: Any) -> tuple[Tensor, Tensor]:
+        rollout = collected(tuner_of(make(), sampling_batch_size=size, **settings))
+        rows = rollout.terms(torch.arange(NUM)).states  # of the first trained step
+        return tensor_of(rows["x_t"]), tensor_of(rows["x_s"])
+
+    settings: dict[str, Any] = {**SDE, "window": (0, 1)}
+    (x_1, after), (own, own_after) = states(64, **settings, same_start=True), states(64, **settings)
+    groups, apart = x_1.view(NUM // M, M, -1), own.view(NUM // M, M, -1)
+    assert torch.equal(groups, apart[:, :1].expand_as(groups))
+    assert torch.equal(after.view_as(groups)[:, 0], own_after.view_as(groups)[:, 0])
+    assert len({tuple(row.tolist()) for row in groups[:, 0]}) == NUM // M
+    assert len({tuple(row.tolist()) for row in after}) == NUM
+    start, later = states(3, **settings, same_start=True)
+    assert torch.equal(start, x_1)
+    torch.testing.assert_close(later, after)  # a network rounds by the size of its batch
 
 
 @GAUSSIAN
@@ -305,6 +327,16 @@ WRONG: dict[str, tuple[Callable[[], Pipeline], dict[str, Any], str]] = {
         lambda: Toy(MIXED),
         {"sliding": SlidingWindow(2)},
         "sliding must be null for a ProductProcess.*flow_grpo for mixed states",
+    ),
+    "one start for masks": (
+        lambda: Toy(MASKED),
+        {"sampler": Sampler(STEPS, 1.0), "same_start": True},
+        "same_start must be false for masked states",
+    ),
+    "one start for one": (
+        PIPELINES["flow"],
+        {"same_start": True, "num_candidates": 1},
+        "same_start must be false with one candidate",
     ),
     "mixed ratios": (
         lambda: Toy(MIXED),
