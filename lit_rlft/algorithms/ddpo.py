@@ -321,18 +321,10 @@ class DDPO(RewardFineTuner):
         if self.sliding is None:
             return
         require(self.window is None, self, "window", "null beside sliding, which moves it")
-        num_steps, size = self.sampler.num_steps, self.sliding.size
-        require(
-            size < num_steps,
-            self.sliding,
-            "size",
-            f"at most {num_steps - 1}, one less than model.init_args.sampler.num_steps: the last "
-            "step has no noise",
-        )
-        fits = size <= self.sliding.most(num_steps)
-        rule = f"at least {size / num_steps:.4g}, the share of its {size} of {num_steps} steps"
-        require(fits, self.sliding, "until", rule)
-        process = self.pipeline.process
+        num_steps, process = self.sampler.num_steps, self.pipeline.process
+        rule = "at least 2 beside sliding: the last step has no noise"
+        require(num_steps > 1, self.sampler, "num_steps", rule)
+        self.sliding.check(num_steps)
         require(
             process.differentiable,
             self,

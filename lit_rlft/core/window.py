@@ -1,5 +1,6 @@
 """A window of steps with noise, for trajectories that are deterministic elsewhere."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -10,6 +11,9 @@ from lit_rlft.core.randomness import generators, seed_from
 from lit_rlft.core.streams import Stream
 
 __all__ = ["Order", "SlidingWindow"]
+
+_ROUNDING = 1e-6
+"""Shares such as 0.29 of 100 steps are a little less than a whole number of them in floats."""
 
 Order = Literal["forward", "random"]
 
@@ -27,7 +31,8 @@ class SlidingWindow:
         interval: Rounds after which it moves.
         stride: Steps that it moves by, of "forward".
         order: "forward" or "random".
-        until: The window stays within this share of the sampler's steps, from pure noise on.
+        until: The window stays within this share of the sampler's steps, from pure noise on; half
+            of 7 steps are 3.
 
     References:
         MixGRPO (Li et al., 2025), https://arxiv.org/abs/2507.21802
@@ -47,9 +52,18 @@ class SlidingWindow:
         fits = self.order == "forward" or self.stride == 1
         require(fits, self, "stride", "1 with order random, which does not move by steps")
 
+    def check(self, num_steps: int) -> None:
+        """Raise BadArgument unless a sampler of so many steps, two at least, has room for it."""
+        steps = "model.init_args.sampler.num_steps"
+        rule = f"at most {num_steps - 1}, one less than {steps}: the last step has no noise"
+        require(self.size < num_steps, self, "size", rule)
+        enough = math.ceil(self.size / num_steps * 1e4 - _ROUNDING) / 1e4
+        rule = f"at least {enough}, the share of its {self.size} of {num_steps} steps"
+        require(self.size <= self.most(num_steps), self, "until", rule)
+
     def most(self, num_steps: int) -> int:
         """Return in how many of the sampler's steps, from the first on, the window may lie."""
-        return min(round(self.until * num_steps), num_steps - 1)
+        return min(math.floor(self.until * num_steps + _ROUNDING), num_steps - 1)
 
     def at(self, num_rounds: int, num_steps: int, seed: int = 0) -> tuple[int, int]:
         """Return the window's first step and the one after its last.

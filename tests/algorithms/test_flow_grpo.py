@@ -146,9 +146,11 @@ def test_guarded_log_ratios_are_the_projected_noise(make: Any, reduction: Any) -
 
 
 @GAUSSIAN
-def test_guarded_steps_pull_predictions_alike(make: Any) -> None:
+@pytest.mark.parametrize("transition", ["flow_sde", "cps"])
+def test_guarded_steps_pull_predictions_alike(make: Any, transition: Any) -> None:
     """The surrogate's gradient in a prediction is A z / D at every step, up to one factor."""
-    tuner = tuner_of(make().double(), **GUARD)
+    sampler = Sampler(STEPS, 0.7, transition)
+    tuner = tuner_of(make().double(), **GUARD | {"sampler": sampler})
     rollout = collected(tuner)
     assert rollout.balance is not None and rollout.trajectories.steps == [0, 1, 2, 3]
     assert rollout.balance[-1] == 0 and float(rollout.balance[:-1].mean()) == pytest.approx(1)
@@ -169,7 +171,8 @@ def test_guarded_steps_pull_predictions_alike(make: Any) -> None:
     assert found is not None
     factors = found / (advantage * z)
     torch.testing.assert_close(factors.abs(), factors.abs()[:1, :1].expand_as(factors))
-    if isinstance(tuner.pipeline, Toy):  # on the flow this is the published weight, 1 / (t - s)
+    # On the flow this is the published weight of the equation's steps, 1 / (t - s).
+    if isinstance(tuner.pipeline, Toy) and transition == "flow_sde":
         t = tensor_of(part.states["t"])
         lengths = t - ends_of(tuner, t)
         weights = tensor_of(part.states["balance"]) * lengths
@@ -308,6 +311,11 @@ WRONG: dict[str, tuple[Callable[[], Pipeline], dict[str, Any], str]] = {
         "window must be null beside sliding",
     ),
     "large window": (PIPELINES["flow"], {"sliding": SlidingWindow(4)}, "size must be at most 3"),
+    "one step": (
+        PIPELINES["flow"],
+        {"sampler": Sampler(1, 0.7, "flow_sde"), "sliding": SlidingWindow(1)},
+        "Sampler: num_steps must be at least 2 beside sliding",
+    ),
     "narrow share": (
         PIPELINES["flow"],
         {"sliding": SlidingWindow(3, order="random", until=0.5)},

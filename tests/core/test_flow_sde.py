@@ -191,11 +191,30 @@ def test_log_probabilities_and_kl_are_those_of_torch_distributions() -> None:
     torch.testing.assert_close(laws[0].kl(laws[1]), distance / (2 * sig**2 * (t - s)))
 
 
-def test_point_clouds_stay_centred() -> None:
+@pytest.mark.parametrize("noise", [FlowSDE(A), CPS(A)])
+def test_point_clouds_stay_centred(noise: Any) -> None:
     process = GaussianProcess(RectifiedFlow(), "velocity", PointClouds(3))
     x, p = torch.randn(2, 2, 4, 3)
-    law = process.step(p, x, process.flow_sde(column(0.9, 0.5), column(0.8, 0.3), A))
+    law = process.step(p, x, process.flow_coefficients(column(0.9, 0.5), column(0.8, 0.3), noise))
     assert tensor_of(law.sample()).mean(dim=1).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("noise", [FlowSDE(A), CPS(A), CPS(1.0)])
+def test_clipped_steps_go_on_from_the_clipped_estimate(noise: Any) -> None:
+    """Within the limit they are the free ones; beyond it, those of the clipped data."""
+    schedule, t, s = DiscreteVP(vp_betas()), column(0.9, 0.5), column(0.8, 0.3)
+    free, clipped = (
+        GaussianProcess(schedule),
+        GaussianProcess(schedule, bound=lambda x: x.clamp(-1, 1)),
+    )
+    eps, x_0 = torch.randn(2, 3, dtype=torch.float64), torch.tensor([[0.3, -0.9, 4.0]]).double()
+    alpha, sigma = (level.unsqueeze(1) for level in schedule.levels(t))
+    laws: list[Any] = [
+        process.step(eps, alpha * data + sigma * eps, process.flow_coefficients(t, s, noise))
+        for process, data in ((clipped, x_0), (free, x_0.clamp(-1, 1)))
+    ]
+    torch.testing.assert_close(laws[0].loc, laws[1].loc)
+    torch.testing.assert_close(laws[0].std.flatten(), laws[1].std.flatten())
 
 
 def network(x: State, t: Tensor, condition: Condition) -> Tensor:
@@ -256,6 +275,22 @@ def test_a_random_window_is_drawn_anew_within_its_share_of_the_steps() -> None:
     whole = SlidingWindow(size=2, interval=1, order="random")
     assert {whole.at(i, 4)[0] for i in range(100)} == {0, 1}  # never the last step
     assert SlidingWindow(size=2, until=0.5).at(10**6, 10) == (3, 5)
+
+
+def test_a_window_stays_within_its_share_and_says_what_share_it_needs() -> None:
+    """Half of 7 steps are 3, as published; what the sentence asks for is enough."""
+    halves = {num: SlidingWindow(until=0.5).most(num) for num in (2, 3, 5, 6, 7, 10, 11)}
+    assert halves == {2: 1, 3: 1, 5: 2, 6: 3, 7: 3, 10: 5, 11: 5}
+    assert SlidingWindow(until=0.29).most(100) == 29 and SlidingWindow().most(7) == 6
+    for num in (2, 3, 7, 30, 300):
+        for size in range(1, num):
+            with pytest.raises(UsageError, match="until must be at least") as caught:
+                SlidingWindow(size, until=0.0).check(num)
+            share = float(str(caught.value).split("at least ")[1].split(",")[0])
+            enough = SlidingWindow(size, order="random", until=share)
+            enough.check(num)
+            assert enough.most(num) == size and enough.at(0, num)[1] <= size
+            assert share < size / num + 1e-4
 
 
 def test_kinds_of_noise_have_tables_of_their_own() -> None:

@@ -229,6 +229,24 @@ def test_words_and_windows_are_those_of_the_checkpoint(tmp_path: Path) -> None:
     assert loaded.lora is not None and loaded.lora.dtype == "bfloat16"
 
 
+def test_windows_of_earlier_versions_move_on_as_they_did(tmp_path: Path) -> None:
+    """They knew neither `order` nor `until`; those of now are read again."""
+    window = SlidingWindow(size=1, interval=2, order="random", until=0.5)
+    sampler = Sampler(3, 0.8, "cps")
+    parts = {"pipeline": GaussianMixturePipeline(), "reward": Coordinate()}
+    content = trained(DDPO(**parts, sampler=sampler, sliding=window), tmp_path)
+    path = tmp_path / "file.ckpt"
+    parts["pipeline"] = GaussianMixturePipeline()
+    loaded = DDPO.load_from_checkpoint(path, **parts)
+    assert (loaded.sampler, loaded.sliding) == (sampler, window)
+    known = content["lit_rlft"]["settings"]
+    for name in ("order", "until"):
+        del known[f"model.sliding.{name}"]
+    torch.save(content, path)
+    parts["pipeline"] = GaussianMixturePipeline()
+    assert DDPO.load_from_checkpoint(path, **parts).sliding == SlidingWindow(size=1, interval=2)
+
+
 class Asked(PGRAFT):
     """An algorithm of one's own, with a secret."""
 
