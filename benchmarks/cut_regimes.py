@@ -312,13 +312,14 @@ def run(cell: Cell, drawn: Drawn) -> dict[str, Any]:
 def sweep(out: Path, wanted: Iterator[Cell]) -> None:
     """Run what is not in the file yet."""
     known = {cell_of(line) for line in read_lines(out)}
-    drawn: tuple[int, Drawn] | None = None
+    drawn: tuple[tuple[str, int], Drawn] | None = None
     for cell in wanted:
         if cell in known:
             continue
-        if drawn is None or drawn[0] != cell.seed:
+        own = (cell.domain, cell.seed)
+        if drawn is None or drawn[0] != own:
             with torch.no_grad():
-                drawn = (cell.seed, Drawn(cell.domain, cell.seed))
+                drawn = (own, Drawn(*own))
         result = run(cell, drawn[1])
         append_lines(out, json.dumps(result) + "\n")
         print(cell, f"{result['gain'][cell.objective]:+.3f}, FID {result['fid']:.1f}", flush=True)

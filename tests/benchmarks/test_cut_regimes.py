@@ -40,6 +40,25 @@ def test_a_small_sweep_has_all_that_the_tables_show(
     assert len(out.read_text().splitlines()) == 4
 
 
+def test_each_domain_has_samples_of_its_own(
+    regimes: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    met: list[tuple[str, tuple[str, int]]] = []
+
+    def run(cell: Any, drawn: tuple[str, int]) -> dict[str, Any]:
+        met.append((cell.domain, drawn))
+        return {**vars(cell), "gain": {cell.objective: 0.0}, "fid": 0.0}
+
+    monkeypatch.setattr(regimes, "Drawn", lambda *own: own)
+    monkeypatch.setattr(regimes, "run", run)
+    wanted = [
+        regimes.Cell(seed, next(iter(regimes.DOMAINS[domain].judges)), 64, "full", 0.0, domain)
+        for seed, domain in ((0, "layout"), (0, "digits"), (1, "digits"))
+    ]
+    regimes.sweep(tmp_path / "cells.jsonl", iter(wanted))
+    assert met == [(cell.domain, (cell.domain, cell.seed)) for cell in wanted]
+
+
 def test_cuts_are_compared_seed_by_seed(
     regimes: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
