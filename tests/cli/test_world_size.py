@@ -88,7 +88,10 @@ ALGORITHMS: dict[str, tuple[str, dict[str, Any]]] = {
     "DDPO": ("ddpo", RUNNING),
     "GRPO": ("grpo", {}),
     "MixGRPO": ("mix_grpo", {"model.init_args.sliding": {"size": 2, "interval": 1}}),
-    "Flow-GRPO-Fast": ("flow_grpo_fast", {"model.init_args.sliding.size": 1}),
+    "Flow-GRPO-Fast": (
+        "flow_grpo_fast",
+        {"model.init_args.sliding.size": 1, "model.init_args.sliding.until": 1.0},
+    ),
     "GRPO-Guard": ("grpo_guard", {}),
     "DiffusionNFT": ("nft", {"model.init_args.decay_rate": 0.3}),
     "DPO": ("dpo", {"model.init_args.beta": 10.0}),
