@@ -158,7 +158,7 @@ def check_sampler(sampler: Sampler, process: Process) -> None:
     times = grids["times"][0]
     if (times.diff() > 0).any():
         raise UsageError(f"{name}.times({num}) increases; a sampler's levels decrease to data")
-    holds = sampler.transition == "eta" or process.has_sde
+    holds = sampler.transition == "eta" or process.has_flow_steps
     rule = "whose states have no such steps; set it, and sampler.eta to 1"
     require(holds, sampler, "transition", f"eta for a {type(process).__name__}, {rule}")
     for part in process.modules():

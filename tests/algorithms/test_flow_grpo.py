@@ -53,7 +53,7 @@ GUARD = {**SDE, "ratio_norm": True, "clip_range": 0.5}
 def test_first_ratios_are_one(make: Callable[[], Pipeline]) -> None:
     """On the equation's steps; masked states have none, mixed ones in their continuous part."""
     pipeline = make()
-    if not pipeline.process.has_sde:
+    if not pipeline.process.has_flow_steps:
         with pytest.raises(UsageError, match=r"transition must be eta for a MaskedProcess.*eta to"):
             tuner_of(pipeline, **SDE)
         return

@@ -305,7 +305,7 @@ def test_mixed_states_take_the_equation_where_they_have_it() -> None:
     masked = MaskedProcess(3)
     process = ProductProcess({"box": FLOW, "kind": masked})
     t, s = column(0.6), column(0.4)
-    assert process.has_sde and not ProductProcess({"kind": masked}).has_sde
+    assert process.has_flow_steps and not ProductProcess({"kind": masked}).has_flow_steps
     for noise, own in ((FlowSDE(A), FLOW.flow_sde(t, s, A)), (CPS(A), FLOW.cps(t, s, A))):
         found: Any = process.noisy_coefficients(t, s, noise)
         assert torch.equal(found["box"], own)

@@ -400,7 +400,7 @@ def test_pretraining_reaches_the_law_of_its_data(kind: str) -> None:
 def test_numbers_alone_are_no_plain_product() -> None:
     """Elements have clocks of their own, of which an adjoint at one level knows nothing."""
     process = GibbsProcess({"x": FLOW, "y": FLOW}, {"x": 2, "y": 2}, 2)
-    assert not (process.differentiable or process.invertible or process.has_sde)
+    assert not (process.differentiable or process.invertible or process.has_flow_steps)
 
 
 def test_bad_settings_are_named() -> None:

@@ -53,7 +53,7 @@ class Process(Recorded, Watched, ABC):
         differentiable: Whether reverse transitions carry gradients from x_s to x_t.
         invertible: Whether the deterministic sampler can be run backwards.
         one_way: Why it cannot, and what to do, where it cannot.
-        has_sde: Whether there are noisy steps of flows (`flow_coefficients`).
+        has_flow_steps: Whether there are noisy steps of flows (`flow_coefficients`).
     """
 
     differentiable: bool
@@ -62,7 +62,7 @@ class Process(Recorded, Watched, ABC):
         "its steps draw from distributions, and samples do not tell their noise; use a pipeline "
         "with a continuous state"
     )
-    has_sde: bool = False
+    has_flow_steps: bool = False
 
     def __init__(self) -> None:
         super().__init__()

@@ -73,7 +73,7 @@ class GaussianProcess(Process):
 
     differentiable = True
     invertible = True
-    has_sde = True
+    has_flow_steps = True
     one_way = (
         "its steps clip their estimate of x_0; set clip_sample and thresholding to false in the "
         "scheduler_config.json of pipeline.init_args.pretrained"

@@ -109,7 +109,7 @@ class GibbsProcess(ProductProcess):
             _check(name, self.field(name), name in elements)
         self.elements, self.rounds, self.shift = dict(elements), rounds, shift
         self._parts = _parts(order, shares)
-        self.differentiable = self.invertible = self.has_sde = False
+        self.differentiable = self.invertible = self.has_flow_steps = False
 
     def levels(self, x_t: State, t: Tensor) -> dict[str, Tensor]:
         """Return the level that each element has at time t, [B, L]; of a block [B].

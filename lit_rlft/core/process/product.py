@@ -42,7 +42,7 @@ class ProductProcess(Process):
         at_least(0, self, "weights")
         self.differentiable = all(self.field(name).differentiable for name in self.names)
         self.invertible = all(self.field(name).invertible for name in self.names)
-        self.has_sde = any(self.field(name).has_sde for name in self.names)
+        self.has_flow_steps = any(self.field(name).has_flow_steps for name in self.names)
 
     def field(self, name: str) -> Process:
         """Return the process of one field."""
@@ -84,7 +84,7 @@ class ProductProcess(Process):
         """Return each field's coefficients; a field without such steps takes its own."""
         rules = {name: self.field(name) for name in self.names}
         return {
-            name: tensor_of(rule.noisy_coefficients(t, s, noise if rule.has_sde else 1.0))
+            name: tensor_of(rule.noisy_coefficients(t, s, noise if rule.has_flow_steps else 1.0))
             for name, rule in rules.items()
         }
 

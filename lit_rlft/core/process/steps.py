@@ -18,7 +18,8 @@ from lit_rlft.core.watched import Watched
 __all__ = ["StepTables", "Steps"]
 
 _MOST_TABLES = 32
-"""Grids remembered, far more than a run has; a table takes some hundred bytes a step."""
+"""Grids remembered; more than 32 places of a random window are computed again. A table takes some
+hundred bytes a step."""
 
 Rule = Callable[[Tensor, Tensor, Noise], State]
 """`Process.noisy_coefficients`."""
