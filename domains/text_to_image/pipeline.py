@@ -394,8 +394,8 @@ class TextToImagePipeline(Pipeline):
         check_latents(x, self.denoiser, self.encoder, condition.tables.values())
         latents = self.family.to_vae(x).to(self.vae.dtype)
         size = self._at_a_time(graph=latents.requires_grad and torch.is_grad_enabled())
-        how = {"idle": self._idle_vae, "again": self.checkpoint_decoder}
-        pictures = decoded(self.vae, latents, size, **how)
+        again = self.checkpoint_decoder
+        pictures = decoded(self.vae, latents, size, idle=self._idle_vae, again=again)
         return (pictures.to(self.precision) / 2 + 0.5).clamp(0, 1)
 
     def probes(self) -> tuple[Tensor, Condition]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from lit_rlft.core.checks import UsageError, at_least, one_of, require, within
 from lit_rlft.core.fixed_point import FixedPoint
 from lit_rlft.core.pipeline import Condition
-from lit_rlft.core.process import CPS, FlowSDE, Noise, Process, of_step
+from lit_rlft.core.process import CPS, FLOW_STEPS, FlowSDE, Noise, Process, of_step
 from lit_rlft.core.randomness import Generators, next_step, step_noise
 from lit_rlft.core.state import State, batch_size, index, leaves
 
@@ -75,7 +75,7 @@ class Sampler:
         """The noise of the steps, as a process takes it."""
         if not self.eta or self.transition == "eta":
             return self.eta
-        return FlowSDE(self.eta) if self.transition == "flow_sde" else CPS(self.eta)
+        return FLOW_STEPS[self.transition](self.eta)
 
     def sample(
         self,

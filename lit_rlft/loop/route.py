@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lit_rlft.core.distribution import Distribution
 from lit_rlft.core.pipeline import Condition
-from lit_rlft.core.process import CPS, FlowSDE, Noise, Process, Within
+from lit_rlft.core.process import CPS, FLOW_STEPS, FlowSDE, Noise, Process, Within
 from lit_rlft.core.randomness import Generators, step_noise
 from lit_rlft.core.sampling import Denoiser, walk
 from lit_rlft.core.state import State, leaves
@@ -153,8 +153,7 @@ def noise_told(noise: Noise) -> dict[str, Any]:
     """
     if isinstance(noise, Within):
         return {**noise_told(noise.noise), "noisy_steps": [noise.first, noise.last]}
-    if isinstance(noise, FlowSDE):
-        return {"eta": noise.scale, "transition": "flow_sde"}
-    if isinstance(noise, CPS):
-        return {"eta": noise.scale, "transition": "cps"}
-    return {"eta": float(noise), "transition": "eta"}
+    if not isinstance(noise, FlowSDE | CPS):
+        return {"eta": float(noise), "transition": "eta"}
+    names = {kind: name for name, kind in FLOW_STEPS.items()}
+    return {"eta": noise.scale, "transition": names[type(noise)]}

@@ -97,7 +97,7 @@ def test_only_the_windows_steps_have_noise_and_are_trained(make: Callable[[], Pi
 
 @GAUSSIAN
 def test_candidates_of_a_condition_may_start_from_one_noise(make: Callable[[], Pipeline]) -> None:
-    """That of the first; the noise of the steps is each one's own, whatever the chunks are."""
+    """That of the first; the noise of the steps is each one's own, in chunks of any size."""
 
     def states(size: int, **settings: Any) -> tuple[Tensor, Tensor]:
         rollout = collected(tuner_of(make(), sampling_batch_size=size, **settings))

@@ -2,7 +2,7 @@
 
 import math
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -23,12 +23,13 @@ from lit_rlft.core.process import (
     Within,
 )
 from lit_rlft.core.randomness import generators
-from lit_rlft.core.sampling import Sampler, walk
+from lit_rlft.core.sampling import Sampler, Transition, walk
 from lit_rlft.core.schedule import CosineVP, DiscreteVP, PolynomialVP, RectifiedFlow, vp_betas
 from lit_rlft.core.state import State, tensor_of
 from lit_rlft.core.subspace import PointClouds
 from lit_rlft.core.trajectory import walk_with_log_probs
 from lit_rlft.core.window import SlidingWindow
+from lit_rlft.loop.route import noise_told
 
 FLOW = GaussianProcess(RectifiedFlow(), "velocity")
 PROCESSES: dict[str, GaussianProcess] = {
@@ -322,6 +323,9 @@ def test_samplers_say_what_is_possible() -> None:
     assert Sampler(4, 0.0, "flow_sde").noise == Sampler(4, 0.0, "cps").noise == 0.0
     assert Sampler(4, 0.8, "cps").noise == CPS(0.8)
     assert Sampler(4, math.sqrt(2), "flow_sde").noise == FlowSDE(math.sqrt(2))
+    for transition in get_args(Transition):
+        told = noise_told(Sampler(4, 0.8, transition).noise)
+        assert told == {"eta": 0.8, "transition": transition}
     unknown: Any = "sde"
     for settings, sentence in (
         ((4, 1.5), r"eta must be in \[0, 1\]"),

@@ -5,12 +5,13 @@ from lit_rlft.core.process.base import Process
 from lit_rlft.core.process.categorical import MaskedProcess
 from lit_rlft.core.process.gaussian import GaussianProcess, PredictionType
 from lit_rlft.core.process.gibbs import GibbsProcess
-from lit_rlft.core.process.noise import CPS, FlowSDE, Noise, Within, of_step
+from lit_rlft.core.process.noise import CPS, FLOW_STEPS, FlowSDE, Noise, Within, of_step
 from lit_rlft.core.process.product import ProductProcess
 from lit_rlft.core.process.uniform import UniformProcess
 
 __all__ = [
     "CPS",
+    "FLOW_STEPS",
     "AngularFlow",
     "FlowSDE",
     "GaussianProcess",

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lit_rlft.core.state import State, tree_map
 
-__all__ = ["CPS", "FlowSDE", "Noise", "StepNoiseLevel", "Within", "of_step", "within"]
+__all__ = ["CPS", "FLOW_STEPS", "FlowSDE", "Noise", "StepNoiseLevel", "Within", "of_step", "within"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,9 @@ class CPS:
 
     scale: float
 
+
+FLOW_STEPS: dict[str, type[FlowSDE | CPS]] = {"flow_sde": FlowSDE, "cps": CPS}
+"""The noise of steps that flows have, by the name of their transition."""
 
 StepNoiseLevel = float | FlowSDE | CPS
 """eta of the DDIM(eta) step, or the scale of another kind of step; 0 is deterministic."""
