@@ -68,7 +68,7 @@ class SaveConfig(SaveConfigCallback):
         if stage == "fit":
             config = config.clone()
             config.ckpt_path = None
-        text = self.parser.dump(config, skip_none=False)
+        text = self.parser.dump(config, skip_unset=False, skip_validation=True)
         name = "config.yaml" if stage == "fit" else f"config_{stage}.yaml"
         folder = run_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)

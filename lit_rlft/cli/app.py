@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import jsonargparse
 import lightning
+import yaml
 from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-defined]
 from lightning import LightningDataModule, Trainer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
@@ -161,6 +162,18 @@ class Command(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Leave the settings to the user: the base class takes a checkpoint's over them."""
+
+    def _dump_config(self) -> None:
+        # The base class checks all settings again, which takes five times as long as writing them.
+        if not hasattr(self, "config_dump"):
+            written = self.parser.dump(
+                self.config,
+                format="yaml",
+                skip_unset=False,
+                skip_validation=True,
+                skip_link_targets=False,
+            )
+            self.config_dump = yaml.safe_load(written)[self.config.subcommand]
 
     def before_instantiate_classes(self) -> None:
         config = self.config[str(self.subcommand)]
