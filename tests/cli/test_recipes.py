@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -28,7 +29,9 @@ RECIPES = {
     "sd35m_grpo_pickscore": "sd3",
     "sd35m_flow_grpo_fast_pickscore": "sd3",
     "sd35m_graft_pickscore": "sd3",
+    "sd35m_grpo_ocr": "sd3",
     "sd35m_nft_pickscore": "sd3",
+    "sd35m_nft_ocr": "sd3",
     "sd15_noise_ppo_pickscore": "sd",
 }
 """The tiny models that stand in for those of the recipes."""
@@ -55,8 +58,14 @@ def weights(models: Path) -> dict[str, dict[str, Any]]:
         "LAIONAesthetic": {"head": str(models / "head.pth"), "clip": clip},
         "VQAScore": {"pretrained": str(models / "llava"), "dtype": "float32"},
         "JPEGCompressibility": {},
+        "OCRAccuracy": {"engine": f"{__name__}.read"},
         "Diversity": {},
     }
+
+
+def read(pixels: np.ndarray) -> list[str]:
+    """Read more or less of a word, as the picture's brightness has it."""
+    return ["ring"[: int(pixels.mean()) % 5]]
 
 
 def class_name(part: Mapping[str, Any]) -> str:
@@ -70,7 +79,7 @@ def small(recipe: dict[str, Any], family: str, models: Path) -> dict[str, Any]:
     size = {"height": 32, "width": 32, "frozen_dtype": "float32"}
     recipe["pipeline"]["init_args"] |= {"pretrained": str(models / family), **size}
     for part in (recipe["reward"], *recipe["metrics"]["parts"]):
-        part["init_args"] |= weights(models)[class_name(part)]
+        part["init_args"] = part.get("init_args", {}) | weights(models)[class_name(part)]
     sources = [key for key in recipe["data"]["init_args"] if key.endswith("source")]
     recipe["data"]["init_args"] |= dict.fromkeys(sources, "prompts.txt")
     recipe["data"]["init_args"] |= {"batch_size": 2, "eval_batch_size": 2, "num_val_prompts": 2}
@@ -101,7 +110,7 @@ def test_recipes_train_and_test(
 ) -> None:
     """No network is there, so what was loaded is what the tiny config names."""
     monkeypatch.chdir(tmp_path)
-    Path("prompts.txt").write_text("".join(f"a red ring, number {i}\n" for i in range(20)))
+    Path("prompts.txt").write_text("".join(f'a red "ring", number {i}\n' for i in range(20)))
     recipe = yaml.safe_load((EXPERIMENTS / f"{name}.yaml").read_text())
     Path("tiny.yaml").write_text(yaml.safe_dump(small(recipe, RECIPES[name], models)))
     words = ["--config=tiny.yaml", "--run_files.num_conditions=2", "--name=run"]
