@@ -32,6 +32,7 @@ RECIPES = {
     "sd35m_grpo_ocr": "sd3",
     "sd35m_nft_pickscore": "sd3",
     "sd35m_nft_ocr": "sd3",
+    "sd35m_nft_multi_reward": "sd3",
     "sd15_noise_ppo_pickscore": "sd",
 }
 """The tiny models that stand in for those of the recipes."""
@@ -55,6 +56,11 @@ def weights(models: Path) -> dict[str, dict[str, Any]]:
             "tokenizer": str(TOKENIZER),
             "dtype": "float32",
         },
+        "ImageReward": {
+            "pretrained": str(models / "ImageReward.pt"),
+            "tokenizer": str(TOKENIZER),
+            "dtype": "float32",
+        },
         "LAIONAesthetic": {"head": str(models / "head.pth"), "clip": clip},
         "VQAScore": {"pretrained": str(models / "llava"), "dtype": "float32"},
         "JPEGCompressibility": {},
@@ -72,13 +78,19 @@ def class_name(part: Mapping[str, Any]) -> str:
     return part["class_path"].rpartition(".")[2]
 
 
+def judges(recipe: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the rewards of a recipe, each part of a combined one, and its metrics."""
+    parts = recipe["reward"].get("init_args", {}).get("rewards", {"reward": recipe["reward"]})
+    return [*parts.values(), *recipe["metrics"]["parts"]]
+
+
 def small(recipe: dict[str, Any], family: str, models: Path) -> dict[str, Any]:
     """Return a recipe for tiny models, two prompts and few steps; all else is the recipe's."""
     if not (models / family).exists():
         tiny(family).save_pretrained(models / family)
     size = {"height": 32, "width": 32, "frozen_dtype": "float32"}
     recipe["pipeline"]["init_args"] |= {"pretrained": str(models / family), **size}
-    for part in (recipe["reward"], *recipe["metrics"]["parts"]):
+    for part in judges(recipe):
         part["init_args"] = part.get("init_args", {}) | weights(models)[class_name(part)]
     sources = [key for key in recipe["data"]["init_args"] if key.endswith("source")]
     recipe["data"]["init_args"] |= dict.fromkeys(sources, "prompts.txt")
@@ -121,8 +133,9 @@ def test_recipes_train_and_test(
     assert trained["state_dict"] and all(v.isfinite().all() for v in trained["state_dict"].values())
     main(["test", *words, f"--ckpt_path={last}"])
     tuned = json.loads(Path("runs/run/metrics.json").read_text())["tuned"]
-    for part in (recipe["reward"], *recipe["metrics"]["parts"]):
-        assert any(class_name(part).lower() in measured.lower() for measured in tuned)
+    names = {measured.lower().replace("_", "") for measured in tuned}
+    for part in judges(recipe):
+        assert any(class_name(part).lower() in name for name in names)
 
 
 @pytest.mark.parametrize(
