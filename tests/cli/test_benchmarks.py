@@ -52,6 +52,7 @@ def geneval(folder: Path) -> str:
 def geneval2(folder: Path) -> str:
     cats = {"prompt": "two cats", "atom_count": 2, "vqa_list": [["How many cats are there?", "No"]]}
     red = {"prompt": "a red dog", "atom_count": 3, "vqa_list": [["Is it red?", "Yes"]] * 2}
+    cats["skills"], red["skills"] = ["count"], ["object", "attribute"]
     path = folder / "geneval2.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in (cats, red)))
     return str(path)
@@ -112,7 +113,8 @@ WEIGHTS: dict[str, dict[str, str]] = {
 """The tiny model for each argument of a metric or reward."""
 MEASURED = {
     "geneval": {"GenEvalHF", "GenEvalHF/counting", "GenEvalHF/position"},
-    "geneval2": {"SoftTIFA/groups", "SoftTIFA/2", "SoftTIFA/3", "win_rate/SoftTIFA"},
+    "geneval2": {"SoftTIFA/groups", "SoftTIFA/2", "SoftTIFA/3", "win_rate/SoftTIFA"}
+    | {"SoftTIFA/count", "SoftTIFA/object", "SoftTIFA/attribute", "SoftTIFA/questions"},
     "t2i_compbench": {"T2ICompBench", *(f"T2ICompBench/{name}" for name in CATEGORIES)},
     "parti": {"PickScore/arts", "win_rate/PickScore", "win_rate/PickScore/animals"},
     "drawbench": {"ImageReward/groups", "win_rate/ImageReward", "win_rate/ImageReward/colors"},

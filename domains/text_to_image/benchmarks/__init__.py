@@ -2,6 +2,7 @@
 
 from domains.text_to_image.benchmarks.compbench import T2ICompBench
 from domains.text_to_image.benchmarks.geneval import GenEvalHF
+from domains.text_to_image.benchmarks.geneval2 import GenEval2
 from domains.text_to_image.benchmarks.preference import RewardByGroup
 from domains.text_to_image.benchmarks.prompts import (
     DrawBenchPrompts,
@@ -14,6 +15,7 @@ from domains.text_to_image.benchmarks.prompts import (
 
 __all__ = [
     "DrawBenchPrompts",
+    "GenEval2",
     "GenEval2Prompts",
     "GenEvalHF",
     "GenEvalPrompts",

@@ -9,7 +9,8 @@ from torch.utils.data import Dataset
 
 from domains.text_to_image.benchmarks.files import lines_of, refused, table_of
 from domains.text_to_image.benchmarks.geneval import COLORS, RELATIONS, TASKS
-from domains.text_to_image.rewards.soft_tifa import QUESTIONS, question_problem
+from domains.text_to_image.benchmarks.geneval2 import SKILLS, skill_problem
+from domains.text_to_image.rewards.soft_tifa import QUESTIONS
 from lit_rlft.core.checks import BadArgument, UsageError, at_least, from_json, reading
 from lit_rlft.kit.data import Record, Rows, Split, SplitData
 
@@ -127,11 +128,11 @@ class GenEvalPrompts(_Prompts):
 
 
 class GenEval2Prompts(_Prompts):
-    """GenEval 2's 800 prompts, each with its number of things, and questions with their answers.
+    """GenEval 2's 800 prompts with their numbers of things, questions, answers and skills.
 
     Args:
         source: `geneval2_data.jsonl` of https://github.com/facebookresearch/GenEval2, a record with
-            `prompt`, `atom_count` and `vqa_list` a line.
+            `prompt`, `atom_count`, `vqa_list` and `skills` a line.
         **loading: As in every benchmark: num_val_prompts, num_test_prompts, batch_size,
             eval_batch_size, seed, num_workers.
 
@@ -144,12 +145,12 @@ class GenEval2Prompts(_Prompts):
 
     def _record(self, line: int, text: str) -> Record:
         record = _json_of(self.source, line, text)
-        problem = _lack_of_prompt(record) or question_problem(record)
+        problem = _lack_of_prompt(record) or skill_problem(record)
         if not problem and not isinstance(record.get("atom_count"), int):
             problem = "has no whole number under 'atom_count'"
         if problem:
             raise refused(self.source, line, problem)
-        kept = {name: record[name] for name in ("atom_count", QUESTIONS)}
+        kept = {name: record[name] for name in ("atom_count", QUESTIONS, SKILLS)}
         return {"prompt": record["prompt"].strip()} | kept
 
 

@@ -84,25 +84,37 @@ class SoftTIFA(Frozen, Reward):
         Raises:
             UsageError: A prompt has no questions, or the model no token for an answer.
         """
+        logs = self.log_probabilities(samples, condition)
+        return self.averaged(logs) if logs else samples.new_empty(0)
+
+    def log_probabilities(self, samples: Any, condition: Condition) -> list[Tensor]:
+        """Return the log-probability of the right answer to each question of each picture's prompt.
+
+        Raises:
+            UsageError: As `forward`.
+        """
         pictures = check_pictures(samples, condition)
         asked = [_questions(entry) for entry in condition.each()]
         if not asked:
-            return pictures.new_empty(0)
+            return []
         counts = [len(own) for own in asked]
         places = torch.arange(len(asked)).repeat_interleave(torch.tensor(counts))
         pairs = [pair for own in asked for pair in own]
         logs = torch.cat(
             [
-                self._log_probabilities(pictures[places[part]], pairs[part])
+                self._answered(pictures[places[part]], pairs[part])
                 for part in slices(len(pairs), self.batch_size)
             ]
         )
-        of_each = logs.to(pictures.device).tensor_split([*accumulate(counts)][:-1])
-        if self.average == "geometric":
-            return torch.stack([own.mean().exp() for own in of_each])
-        return torch.stack([own.exp().mean() for own in of_each])
+        return list(logs.to(pictures.device).tensor_split([*accumulate(counts)][:-1]))
 
-    def _log_probabilities(self, pictures: Tensor, pairs: Sequence[tuple[str, str]]) -> Tensor:
+    def averaged(self, logs: Sequence[Tensor]) -> Tensor:
+        """Return the mean of each picture's probabilities, given their logarithms, [B]."""
+        if self.average == "geometric":
+            return torch.stack([own.mean().exp() for own in logs])
+        return torch.stack([own.exp().mean() for own in logs])
+
+    def _answered(self, pictures: Tensor, pairs: Sequence[tuple[str, str]]) -> Tensor:
         """Return the log-probability of each pair's answer about its picture, [n]."""
         questions = [self.template.replace(_HOLE, question) for question, _ in pairs]
         found = self.network.answers(pictures, questions)

@@ -145,8 +145,9 @@ def geneval2(**change: Any) -> Callable[[Path], SplitData]:
 def test_geneval_2(tmp_path: Path) -> None:
     first, second = rows(geneval2(prompt=" a dog ", atom_count=2)(tmp_path))
     questions = [["Is there a cat?", "Yes"], ["How many cats are there?", "two"]]
-    assert first == {"index": 0, "prompt": "two cats", "atom_count": 3, "vqa_list": questions}
-    assert second == {"index": 1, "prompt": "a dog", "atom_count": 2, "vqa_list": questions}
+    asked = {"vqa_list": questions, "skills": ["object", "count"]}
+    assert first == {"index": 0, "prompt": "two cats", "atom_count": 3} | asked
+    assert second == {"index": 1, "prompt": "a dog", "atom_count": 2} | asked
     assert collate([first, second])["vqa_list"] == [questions, questions]
 
 
@@ -180,6 +181,7 @@ def style(text: str) -> Callable[[Path], SplitData]:
     [
         (geneval2(prompt=""), "line 2 of .* has an empty 'prompt'"),
         (geneval2(vqa_list=None), "line 2 of .* has no questions under 'vqa_list'"),
+        (geneval2(skills=None), "line 2 of .* has not one skill for each of its 2 questions"),
         (geneval2(vqa_list=[["Is there a cat?"]]), "line 2 of .*, not a question and its answer"),
         (geneval2(atom_count=None), "line 2 of .* has no whole number under 'atom_count'"),
         (parti("Text\tCategory\tChallenge\n"), "line 1 of .* names no column 'Prompt'"),
