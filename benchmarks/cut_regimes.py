@@ -13,6 +13,8 @@ JSON per cell; what is there is kept, so that an interrupted benchmark goes on w
     python benchmarks/cut_regimes.py run --out cut_regimes.jsonl --seeds 0
     python benchmarks/cut_regimes.py run --out cut_regimes.jsonl --domain digits --seeds 0 1 2 3 4 \
         --accepted 64 1024 --trained "LoRA 32"
+    python benchmarks/cut_regimes.py run --out cut_regimes.jsonl --seeds 0 1 2 3 4 --accepted 64 \
+        --trained "LoRA 32" --cuts 0 --updates 25 50 100
     python benchmarks/cut_regimes.py table --out cut_regimes.jsonl
     python benchmarks/cut_regimes.py versus --out cut_regimes.jsonl
 
@@ -27,11 +29,13 @@ pulls away from the data and is judged by the share of samples that lie among re
 
 import argparse
 import json
+import math
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +82,7 @@ class Domain:
         judges: The held-out reward or distance that judges, by the trained reward.
         distances: Makes the metric of sets.
         fid: Its name of FID.
+        recall: Its name of the share of the data's variety that samples have, None without one.
     """
 
     pipeline: Callable[[], Pipeline]
@@ -85,6 +90,7 @@ class Domain:
     judges: Mapping[str, str]
     distances: Callable[[], PageDistances | PictureDistances]
     fid: str
+    recall: str | None = None
 
 
 def page_rewards() -> dict[str, Reward]:
@@ -118,6 +124,7 @@ DOMAINS = {
         {"three": "three, other network", "brightness": "precision_digits_features"},
         lambda: PictureDistances(num_draws=0),
         "fid_digits_features",
+        "recall_digits_features",
     ),
 }
 
@@ -132,6 +139,7 @@ class Cell:
     trained: str
     cut: float
     domain: str = "layout"
+    updates: int = UPDATES
 
     @property
     def where(self) -> Domain:
@@ -140,15 +148,17 @@ class Cell:
 
 
 def cells(
-    domain: str, seeds: Sequence[int], accepted: Sequence[int], trained: Sequence[str]
+    domain: str,
+    seeds: Sequence[int],
+    accepted: Sequence[int],
+    trained: Sequence[str],
+    updates: Sequence[int],
+    cuts: Sequence[float],
 ) -> Iterator[Cell]:
     """Iterate over the sweep, seed by seed."""
-    for seed in seeds:
-        for objective in DOMAINS[domain].judges:
-            for num in accepted:
-                for what in trained:
-                    for cut in CUTS:
-                        yield Cell(seed, objective, num, what, cut, domain)
+    for seed, objective in product(seeds, DOMAINS[domain].judges):
+        for num, what, often, cut in product(accepted, trained, updates, cuts):
+            yield Cell(seed, objective, num, what, cut, domain, often)
 
 
 def tuner_of(cell: Cell, lora: LoRA | None) -> PGRAFT:
@@ -228,10 +238,10 @@ def train(tuner: PGRAFT, cell: Cell, drawn: Drawn) -> None:
     states = drawn.states[cell.cut]
     trained = [p for p in tuner.trainable().parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, TRAINED[cell.trained][1], weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, UPDATES)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, cell.updates)
     shuffled = torch.Generator().manual_seed(cell.seed)
     tuner.train()
-    for update in range(UPDATES):
+    for update in range(cell.updates):
         own = rows[torch.randint(len(rows), (BATCH,), generator=shuffled)]
         seeds = [seed_from(cell.seed, 3, update, i) for i in range(BATCH)]
         loss, _ = tuner.loss(experience(states, drawn.condition, own, seeds), generators(seeds))
@@ -330,34 +340,44 @@ def cell_of(line: Mapping[str, Any]) -> Cell:
     return Cell(**{name: line[name] for name in Cell.__dataclass_fields__ if name in line})
 
 
-def columns_of(line: Mapping[str, Any]) -> tuple[float, float, float]:
-    """Return the gain of the trained reward, the change of FID and the gain of the judge."""
+Columns = tuple[float, float, float, float]
+"""Of a table: see `columns_of`."""
+
+
+def columns_of(line: Mapping[str, Any]) -> Columns:
+    """Return the gain of the trained reward, then changes of FID, judge and recall, NaN without."""
     cell, gain = cell_of(line), line["gain"]
+
+    def change(name: str | None) -> float:
+        both = (line.get("distances", {}), line.get("distances_reference", {}))
+        return both[0][name] - both[1][name] if name in both[0] else math.nan
+
     judge = cell.where.judges[cell.objective]
-    if (judged := gain.get(judge)) is None:
-        judged = line["distances"][judge] - line["distances_reference"][judge]
-    return gain[cell.objective], line["fid"] - line["fid_reference"], judged
+    fid = line["fid"] - line["fid_reference"]
+    return gain[cell.objective], fid, gain.get(judge, change(judge)), change(cell.where.recall)
 
 
-Group = tuple[str, str, int, str, float]
+Group = tuple[str, str, int, str, int, float]
 
 
-def grouped(out: Path) -> dict[Group, dict[int, tuple[float, float, float]]]:
+def grouped(out: Path) -> dict[Group, dict[int, Columns]]:
     """Return the columns of all seeds by what the cells have in common."""
-    groups: dict[Group, dict[int, tuple[float, float, float]]] = defaultdict(dict)
+    groups: dict[Group, dict[int, Columns]] = defaultdict(dict)
     for line in read_lines(out):
         cell = cell_of(line)
-        own = (cell.domain, cell.objective, cell.accepted, cell.trained, cell.cut)
+        own = (cell.domain, cell.objective, cell.accepted, cell.trained, cell.updates, cell.cut)
         groups[own][cell.seed] = columns_of(line)
     return dict(sorted(groups.items()))
 
 
-_HEAD = "| domain | reward | accepted | trained | f | gain | change of FID | judge | seeds |"
+_HEAD = (
+    "| domain | reward | accepted | trained | f | gain | change of FID | judge | recall | seeds |"
+)
 
 
 def table(out: Path) -> None:
-    """Print gain, change of FID and of the judge, mean over seeds and standard error."""
-    print(f"{_HEAD}\n{'| --- ' * 9}|")
+    """Print gain and changes of FID, judge and recall, mean over seeds and standard error."""
+    print(f"{_HEAD}\n{'| --- ' * 11}|")
     for group, seeds in grouped(out).items():
         print_row(group, list(seeds.values()))
 
@@ -365,25 +385,27 @@ def table(out: Path) -> None:
 def versus(out: Path) -> None:
     """Print by how much each cut differs from f = 0: mean over seeds and standard error."""
     groups = grouped(out)
-    print(f"{_HEAD}\n{'| --- ' * 9}|")
+    print(f"{_HEAD}\n{'| --- ' * 11}|")
     for group, seeds in groups.items():
-        whole = groups.get((*group[:4], 0.0), {})
+        whole = groups.get((*group[:-1], 0.0), {})
         shared = sorted(seeds.keys() & whole.keys())
-        if group[4] and shared:
+        if group[-1] and shared:
             pairs = [zip(seeds[seed], whole[seed], strict=True) for seed in shared]
             print_row(group, [tuple(cut - none for cut, none in pair) for pair in pairs])
 
 
 def print_row(group: Group, columns: Sequence[Sequence[float]]) -> None:
     """Print a line of a table."""
-    domain, objective, accepted, trained, cut = group
+    domain, objective, accepted, trained, updates, cut = group
     numbers = " | ".join(mean_and_error(values) for values in zip(*columns, strict=True))
-    cells = f"| {domain} | {objective} | {accepted:,} | {trained} | {cut} |"
+    cells = f"| {domain} | {objective} | {accepted:,} | {trained} | {updates} | {cut} |"
     print(f"{cells} {numbers} | {len(columns)} |")
 
 
 def mean_and_error(values: Sequence[float]) -> str:
-    """Return the mean over runs with its standard error, if there are two or more."""
+    """Return the mean over runs with its standard error, if there are two or more; "" of NaN."""
+    if math.isnan(values[0]):
+        return ""
     if len(values) == 1:
         return f"{values[0]:+.3f}"
     error = statistics.stdev(values) / len(values) ** 0.5
@@ -399,10 +421,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--accepted", type=int, nargs="+", default=ACCEPTED, choices=ACCEPTED)
     parser.add_argument("--trained", nargs="+", default=list(TRAINED), choices=list(TRAINED))
+    parser.add_argument("--updates", type=int, nargs="+", default=[UPDATES])
+    parser.add_argument("--cuts", type=float, nargs="+", default=CUTS, choices=CUTS)
     options = parser.parse_args()
     if options.what == "run":
-        wanted = cells(options.domain, options.seeds, options.accepted, options.trained)
-        sweep(options.out, wanted)
+        fitted = (options.accepted, options.trained, options.updates, options.cuts)
+        sweep(options.out, cells(options.domain, options.seeds, *fitted))
     else:
         {"table": table, "versus": versus}[options.what](options.out)
 

@@ -18,7 +18,7 @@ def regimes(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture
 def small(regimes: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    sizes = {"STEPS": 4, "CANDIDATES": 2, "HELD_OUT": 4, "TEST": 70, "UPDATES": 2, "BATCH": 4}
+    sizes = {"STEPS": 4, "CANDIDATES": 2, "HELD_OUT": 4, "TEST": 70, "BATCH": 4}
     for name, value in {**sizes, "ACCEPTED": (4,), "CUTS": (0.0, 0.5)}.items():
         monkeypatch.setattr(regimes, name, value)
     return regimes
@@ -29,12 +29,13 @@ def test_a_small_sweep_has_all_that_the_tables_show(
     small: ModuleType, domain: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "cells.jsonl"
-    wanted = list(small.cells(domain, [0], [4], ["LoRA 4"]))
+    wanted = list(small.cells(domain, [0], [4], ["LoRA 4"], [2], [0.0, 0.5]))
     small.sweep(out, iter(wanted))
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [small.cell_of(line) for line in lines] == wanted and len(wanted) == 4
     for line in lines:
-        assert all(map(math.isfinite, small.columns_of(line)))
+        *known, recall = small.columns_of(line)
+        assert all(map(math.isfinite, known)) and math.isnan(recall) == (domain == "layout")
         assert ("0.1" in line["held_out_loss"]) == (line["cut"] == 0.0)
     small.sweep(out, iter(wanted))
     assert len(out.read_text().splitlines()) == 4
@@ -63,9 +64,12 @@ def test_cuts_are_compared_seed_by_seed(
     regimes: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def line(seed: int, cut: float, gain: float, fid: float, judge: float) -> dict[str, Any]:
+        distances = {"recall_digits_features": 0.5 + cut * (1 + seed)}
         cell = {"seed": seed, "objective": "three", "accepted": 64, "trained": "full", "cut": cut}
         gains = {"three": gain, "three, other network": judge}
-        return {**cell, "domain": "digits", "gain": gains, "fid": fid, "fid_reference": 2.0}
+        measured = {"distances": distances, "distances_reference": {"recall_digits_features": 0.9}}
+        own = {"domain": "digits", "gain": gains, "fid": fid, "fid_reference": 2.0}
+        return {**cell, **own, **measured}
 
     # Of seed 2 there is one cut alone.
     cells = [line(0, 0.0, 1.0, 5.0, 0.5), line(0, 0.25, 0.5, 3.0, 0.6), line(2, 0.25, 9, 9, 9)]
@@ -73,5 +77,5 @@ def test_cuts_are_compared_seed_by_seed(
     (out := tmp_path / "cells.jsonl").write_text("".join(json.dumps(c) + "\n" for c in cells))
     regimes.versus(out)
     own = capsys.readouterr().out.splitlines()[-1]
-    start = "| digits | three | 64 | full | 0.25 |"
-    assert own == f"{start} -0.700 ± 0.200 | -2.500 ± 0.500 | +0.300 ± 0.200 | 2 |"
+    start = "| digits | three | 64 | full | 200 | 0.25 |"
+    assert own == f"{start} -0.700 ± 0.200 | -2.500 ± 0.500 | +0.300 ± 0.200 | +0.375 ± 0.125 | 2 |"
