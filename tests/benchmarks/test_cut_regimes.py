@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+ROOT = Path(__file__).parents[2]
+
 
 @pytest.fixture
 def regimes(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     return importlib.import_module("cut_regimes")
 
 
@@ -79,3 +81,12 @@ def test_cuts_are_compared_seed_by_seed(
     own = capsys.readouterr().out.splitlines()[-1]
     start = "| digits | three | 64 | full | 200 | 0.25 |"
     assert own == f"{start} -0.700 ± 0.200 | -2.500 ± 0.500 | +0.300 ± 0.200 | +0.375 ± 0.125 | 2 |"
+
+
+def test_the_page_shows_what_was_measured(
+    regimes: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (ROOT / "docs/benchmarks/cut_regimes.md").read_text(encoding="utf-8").splitlines()
+    regimes.versus(ROOT / "benchmarks/sweeps/cut_regimes.jsonl")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + 16 and set(lines) <= set(page)
