@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from domains.text_to_image.benchmarks.group_means import encoded, places_by_group, slug
+from domains.text_to_image.benchmarks.group_means import WIDTH, encoded, places_by_group, slug
 from domains.text_to_image.benchmarks.preference import RewardByGroup
 from domains.text_to_image.rewards.soft_tifa import QUESTIONS, SoftTIFA, question_problem
 from lit_rlft.core.checks import UsageError
@@ -67,7 +67,7 @@ class GenEval2(RewardByGroup):
             "score": self.reward.averaged(logs).double().cpu(),
             "group": encoded(self.groups(condition)),
             "right": right,
-            "skill": encoded(names).view(len(skills), _MOST, -1),
+            "skill": encoded(names).view(len(skills), _MOST, WIDTH),
         }
 
     def compare(self, features: Mapping[str, Tensor]) -> dict[str, float]:

@@ -14,9 +14,9 @@ from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import SetMetric
 from lit_rlft.kit.ratios import error_of_mean, ratio, ratio_parts
 
-__all__ = ["GroupMeans", "decoded", "encoded", "places_by_group", "slug"]
+__all__ = ["WIDTH", "GroupMeans", "decoded", "encoded", "places_by_group", "slug"]
 
-_WIDTH = 64
+WIDTH = 64
 """Bytes of a group's name that are kept."""
 
 
@@ -105,8 +105,8 @@ def slug(name: str) -> str:
 
 def encoded(names: Iterable[str]) -> Tensor:
     """Return names as bytes, uint8 [B, 64], which processes can gather."""
-    rows = [name.encode()[:_WIDTH].ljust(_WIDTH, b"\0") for name in names]
-    return torch.tensor([list(row) for row in rows], dtype=torch.uint8).reshape(-1, _WIDTH)
+    rows = [name.encode()[:WIDTH].ljust(WIDTH, b"\0") for name in names]
+    return torch.tensor([list(row) for row in rows], dtype=torch.uint8).reshape(-1, WIDTH)
 
 
 def decoded(rows: Tensor) -> Sequence[str]:

@@ -84,8 +84,7 @@ class SoftTIFA(Frozen, Reward):
         Raises:
             UsageError: A prompt has no questions, or the model no token for an answer.
         """
-        logs = self.log_probabilities(samples, condition)
-        return self.averaged(logs) if logs else samples.new_empty(0)
+        return self.averaged(self.log_probabilities(samples, condition))
 
     def log_probabilities(self, samples: Any, condition: Condition) -> list[Tensor]:
         """Return the log-probability of the right answer to each question of each picture's prompt.
@@ -110,6 +109,8 @@ class SoftTIFA(Frozen, Reward):
 
     def averaged(self, logs: Sequence[Tensor]) -> Tensor:
         """Return the mean of each picture's probabilities, given their logarithms, [B]."""
+        if not logs:
+            return torch.empty(0)
         if self.average == "geometric":
             return torch.stack([own.mean().exp() for own in logs])
         return torch.stack([own.exp().mean() for own in logs])

@@ -86,6 +86,14 @@ def test_numbers_by_hand() -> None:
     )
 
 
+def test_no_samples_have_no_features() -> None:
+    none = Condition([], {}, torch.arange(0))
+    own = GenEval2(Asker(ASKED)).features(torch.zeros(0, 3, 2, 2), none)
+    assert {name: len(value) for name, value in own.items()} == dict.fromkeys(own, 0)
+    every = features(ASKED)
+    assert {n: v.shape[1:] for n, v in own.items()} == {n: v.shape[1:] for n, v in every.items()}
+
+
 def test_errors_are_the_jackknifes_to_first_order() -> None:
     """Of many prompts both agree; the difference of two models is taken prompt by prompt."""
     n = 400
