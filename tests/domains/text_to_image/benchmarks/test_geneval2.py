@@ -95,8 +95,8 @@ def test_no_samples_have_no_features() -> None:
 
 
 def test_errors_are_the_jackknifes_to_first_order() -> None:
-    """Of many prompts both agree; the difference of two models is taken prompt by prompt."""
-    n = 400
+    """Of 60 prompts both agree within 5 %; two models are compared prompt by prompt."""
+    n = 60
     right = torch.rand(2, n, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     right[:, :, 3:] = math.nan
     right[:, ::2, 2] = math.nan  # every second prompt has one question less
@@ -121,7 +121,7 @@ def test_errors_are_the_jackknifes_to_first_order() -> None:
     for key in keys:
         spread = torch.tensor(drawn[key], dtype=torch.float64)
         jackknife = ((n - 1) / n * (spread - spread.mean()).square().sum()).sqrt()
-        assert errors[key] == pytest.approx(float(jackknife), rel=0.01)
+        assert errors[key] == pytest.approx(float(jackknife), rel=0.05)
 
 
 def test_gains_and_win_rates() -> None:
