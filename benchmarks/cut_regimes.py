@@ -371,7 +371,8 @@ def grouped(out: Path) -> dict[Group, dict[int, Columns]]:
 
 
 _HEAD = (
-    "| domain | reward | accepted | trained | f | gain | change of FID | judge | recall | seeds |"
+    "| domain | reward | accepted | trained | updates | f "
+    "| gain | change of FID | judge | recall | seeds |"
 )
 
 

@@ -78,7 +78,8 @@ def test_cuts_are_compared_seed_by_seed(
     cells += [line(1, 0.0, 2.0, 7.0, 0.1), line(1, 0.25, 1.1, 4.0, 0.6)]
     (out := tmp_path / "cells.jsonl").write_text("".join(json.dumps(c) + "\n" for c in cells))
     regimes.versus(out)
-    own = capsys.readouterr().out.splitlines()[-1]
+    *head, own = capsys.readouterr().out.splitlines()
+    assert {line.count("|") for line in (*head, own)} == {12}
     start = "| digits | three | 64 | full | 200 | 0.25 |"
     assert own == f"{start} -0.700 ± 0.200 | -2.500 ± 0.500 | +0.300 ± 0.200 | +0.375 ± 0.125 | 2 |"
 
@@ -89,4 +90,4 @@ def test_the_page_shows_what_was_measured(
     page = (ROOT / "docs/benchmarks/cut_regimes.md").read_text(encoding="utf-8").splitlines()
     regimes.versus(ROOT / "benchmarks/sweeps/cut_regimes.jsonl")
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 + 16 and set(lines) <= set(page)
+    assert len(lines) == 2 + 22 and set(lines) <= set(page)
