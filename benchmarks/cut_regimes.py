@@ -14,7 +14,7 @@ JSON per cell; what is there is kept, so that an interrupted benchmark goes on w
     python benchmarks/cut_regimes.py run --out cut_regimes.jsonl --domain digits --seeds 0 1 2 3 4 \
         --accepted 64 1024 --trained "LoRA 32"
     python benchmarks/cut_regimes.py run --out cut_regimes.jsonl --seeds 0 1 2 3 4 --accepted 64 \
-        --trained "LoRA 32" --cuts 0 --updates 25 50 100
+        --trained "LoRA 32" --cuts 0 0.25 --updates 25 50 100
     python benchmarks/cut_regimes.py table --out cut_regimes.jsonl
     python benchmarks/cut_regimes.py versus --out cut_regimes.jsonl
 
@@ -374,11 +374,12 @@ _HEAD = (
     "| domain | reward | accepted | trained | updates | f "
     "| gain | change of FID | judge | recall | seeds |"
 )
+_HEAD += f"\n{'| --- ' * (_HEAD.count('|') - 1)}|"
 
 
 def table(out: Path) -> None:
     """Print gain and changes of FID, judge and recall, mean over seeds and standard error."""
-    print(f"{_HEAD}\n{'| --- ' * 11}|")
+    print(_HEAD)
     for group, seeds in grouped(out).items():
         print_row(group, list(seeds.values()))
 
@@ -386,7 +387,7 @@ def table(out: Path) -> None:
 def versus(out: Path) -> None:
     """Print by how much each cut differs from f = 0: mean over seeds and standard error."""
     groups = grouped(out)
-    print(f"{_HEAD}\n{'| --- ' * 11}|")
+    print(_HEAD)
     for group, seeds in groups.items():
         whole = groups.get((*group[:-1], 0.0), {})
         shared = sorted(seeds.keys() & whole.keys())

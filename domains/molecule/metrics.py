@@ -30,7 +30,7 @@ from lit_rlft.core.guard import LARGE_FALL, Guard
 from lit_rlft.core.pipeline import Condition, Pipeline
 from lit_rlft.core.reward import Metric, SetMetric
 from lit_rlft.kit.distinct import KindCount, kind_error, text_number
-from lit_rlft.kit.ratios import error_of_mean, ratio, ratio_parts
+from lit_rlft.kit.ratios import error_of_ratio, ratio
 from lit_rlft.kit.set_metrics import SourceDistances
 from lit_rlft.kit.sources import prepare
 
@@ -114,11 +114,11 @@ class MoleculeMeasures(SetMetric):
     ) -> dict[str, float]:
         """Return the standard errors of all three."""
         arms = [features] if other is None else [features, other]
-        parts = [ratio_parts(arm["num_stable"], arm["num_atoms"]) for arm in arms]
+        stable = [(arm["num_stable"], arm["num_atoms"]) for arm in arms]
         counts = [_different(arm, self.compare(arm)["uniqueness"]) for arm in arms]
         shares = [_different(arm) for arm in arms]
         return {
-            "atom_stability": error_of_mean(*parts, groups=rows),
+            "atom_stability": error_of_ratio(*stable, groups=rows),
             "uniqueness": kind_error(*counts, groups=rows),
             "valid_unique": kind_error(*shares, groups=rows),
         }

@@ -26,7 +26,7 @@ from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.randomness import seed_from
 from lit_rlft.core.state import batch_size, index, leaves
 from lit_rlft.core.streams import Stream
-from lit_rlft.kit.ratios import error_of_mean, ratio, ratio_parts
+from lit_rlft.kit.ratios import error_of_ratio, ratio
 from lit_rlft.loop.rollouts import Rollouts, Scores
 from lit_rlft.loop.route import Route
 from lit_rlft.loop.scoring import Scoring
@@ -127,8 +127,8 @@ def levels_of(profiled: Profiled, times: Tensor) -> list[Level]:
         rewards = rewards.double()
         within = rewards.var(dim=2).mean(dim=1)
         gain = _gain(profiled.weights, rewards.mean(dim=2))
-        share = (ratio(within, total), error_of_mean(ratio_parts(within, total)))
-        kept = (ratio(gain, without_cut), error_of_mean(ratio_parts(gain, without_cut)))
+        share = (ratio(within, total), error_of_ratio((within, total)))
+        kept = (ratio(gain, without_cut), error_of_ratio((gain, without_cut)))
         num_steps = len(times) - 1
         levels.append(Level(k, (num_steps - k) / num_steps, float(times[k]), *share, *kept))
     return levels

@@ -5,7 +5,10 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["error_of_mean", "ratio", "ratio_parts"]
+__all__ = ["Ratio", "error_of_mean", "error_of_ratio", "ratio", "ratio_parts"]
+
+Ratio = tuple[Tensor, Tensor]
+"""What each sample adds to the ratio's part and to its whole, [n] each."""
 
 
 def ratio(parts: Tensor, wholes: Tensor) -> float:
@@ -26,6 +29,20 @@ def ratio_parts(parts: Tensor, wholes: Tensor) -> Tensor:
     known = ~(parts.isnan() | wholes.isnan())
     p, w = (values.double().where(known, 0) for values in (parts, wholes))
     return (p - ratio(parts, wholes) * w) / w.mean()
+
+
+def error_of_ratio(
+    own: Ratio, other: Ratio | None = None, *, groups: Tensor | None = None
+) -> float:
+    """Return the standard error of a ratio, or of its difference from another's, to first order.
+
+    Args:
+        own: Parts and wholes.
+        other: Those of another model under the same conditions and noise.
+        groups: As in `error_of_mean`.
+    """
+    beside = None if other is None else ratio_parts(*other)
+    return error_of_mean(ratio_parts(*own), beside, groups=groups)
 
 
 def error_of_mean(

@@ -12,7 +12,7 @@ from domains.text_to_image.benchmarks.preference import RewardByGroup
 from domains.text_to_image.rewards.soft_tifa import QUESTIONS, SoftTIFA, question_problem
 from lit_rlft.core.checks import UsageError
 from lit_rlft.core.pipeline import Condition
-from lit_rlft.kit.ratios import error_of_mean, ratio, ratio_parts
+from lit_rlft.kit.ratios import Ratio, error_of_ratio, ratio
 
 __all__ = ["SKILLS", "GenEval2", "skill_problem"]
 
@@ -84,13 +84,13 @@ class GenEval2(RewardByGroup):
     ) -> dict[str, float]:
         """Return the standard error of each number, or of its difference from another model's."""
         others = {} if other is None else self._over_questions(other)
-        errors = super().errors(features, other, rows=rows)
-        for name, pair in self._over_questions(features).items():
-            beside = ratio_parts(*others[name]) if name in others else None
-            errors[name] = error_of_mean(ratio_parts(*pair), beside, groups=rows)
-        return errors
+        own = {
+            name: error_of_ratio(pair, others.get(name), groups=rows)
+            for name, pair in self._over_questions(features).items()
+        }
+        return super().errors(features, other, rows=rows) | own
 
-    def _over_questions(self, features: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    def _over_questions(self, features: Mapping[str, Tensor]) -> dict[str, Ratio]:
         """Return by name what each sample adds to a ratio's parts and to its wholes, [n] each."""
         right = features["right"]
         known, name = ~right.isnan(), self.reward.name

@@ -12,7 +12,7 @@ from torch import Tensor
 from lit_rlft.core.guard import Guard
 from lit_rlft.core.pipeline import Condition
 from lit_rlft.core.reward import SetMetric
-from lit_rlft.kit.ratios import error_of_mean, ratio, ratio_parts
+from lit_rlft.kit.ratios import Ratio, error_of_ratio, ratio
 
 __all__ = ["WIDTH", "GroupMeans", "decoded", "encoded", "places_by_group", "slug"]
 
@@ -66,10 +66,8 @@ class GroupMeans(SetMetric):
         places = places_by_group(features["group"])
         errors = {}
         for group, pair in own.items():
-            parts = ratio_parts(*pair)
-            beside = ratio_parts(*others[group]) if group in others else None
             within = None if rows is None else rows[places[group]]
-            errors[group] = error_of_mean(parts, beside, groups=within)
+            errors[group] = error_of_ratio(pair, others.get(group), groups=within)
         squares = sum(error**2 for error in errors.values())
         return self._named(errors, math.sqrt(squares) / len(errors) if errors else math.nan)
 
@@ -77,7 +75,7 @@ class GroupMeans(SetMetric):
         """Return the mean of the groups' means: a fall is a sign."""
         return {self.name: Guard()}
 
-    def _pairs(self, features: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    def _pairs(self, features: Mapping[str, Tensor]) -> dict[str, Ratio]:
         """Return scores and ones of each group's samples, in the order of the groups' names."""
         found = {}
         for group, places in places_by_group(features["group"]).items():
