@@ -13,17 +13,16 @@ differences over pairs from the same noise; the held-out patches and the trained
 as they are. FLOPs are of the forward passes of corrector and base, by torch's counter.
 
     python benchmarks/photo_patches.py --out runs/patches
-    python -m benchmarks.patch_correction base --root runs/patches
-    python -m benchmarks.patch_correction run --root runs/patches
-    python -m benchmarks.patch_correction table --root runs/patches
-    python -m benchmarks.patch_correction figure --root runs/patches --figure patches.png
+    python benchmarks/patch_correction.py base --root runs/patches
+    python benchmarks/patch_correction.py run --root runs/patches
+    python benchmarks/patch_correction.py table --root runs/patches
+    python benchmarks/patch_correction.py figure --root runs/patches --figure patches.png
 
 The features of each arm are kept in a file, so that an interrupted benchmark goes on.
 """
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command_line import fit
 from quiet import quiet_trainer
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -104,9 +104,6 @@ class Arm:
 
 def base(root: Path, num_updates: int, extra: Sequence[str]) -> None:
     """Pretrain the base through the command line."""
-    sys.path.insert(0, str(Path(__file__).parent))
-    from command_line import fit
-
     sources = {"source": "train", "val_source": "held_out", "test_source": "held_out"}
     arguments: dict[str, Any] = {
         key: {"class_path": "domains.image.sources.Arrays", "init_args": {"path": str(path)}}
