@@ -9,8 +9,11 @@ draws again, from the same initial noise. FID is against held-out patches, no pi
 trained on, by two networks' features: random convolutions (fixed seed; nothing else here has seen
 photographs), and those of the embedded shapes. Training patches against held-out ones say what FID
 the data themselves have. Errors are jackknife standard errors over the drawn pictures, of
-differences over pairs from the same noise; the held-out patches and the trained networks are taken
-as they are. FLOPs are of the forward passes of corrector and base, by torch's counter.
+differences over pairs from the same noise, and with several seeds that of their mean beside it;
+the held-out patches and the base are taken as they are. FLOPs are of the forward passes of
+corrector and base, by torch's counter. "Copies" asks whether inverted patches are copied: the place
+of their distance to the pictures among those of 39 other sets of training patches, in ascending
+order. Where nothing is copied all places are as likely.
 
     python benchmarks/photo_patches.py --out runs/patches
     python benchmarks/patch_correction.py base --root runs/patches
@@ -23,14 +26,18 @@ The features of each arm are kept in a file, so that an interrupted benchmark go
 
 import argparse
 import json
+import math
+import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from command_line import fit
+from command_line import fit, print_table, standard_error
 from quiet import quiet_trainer
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -51,6 +58,7 @@ from lit_rlft.kit.leave_out import frechet_left_out
 
 CONFIG = "configs/experiments/shapes_unconditional_pretrain.yaml"
 DEPTH, CORRECTOR_STEPS = 3, 5
+OTHER_SETS = 39
 OWN, SHAPES = "random_convolutions", "shapes_features"
 
 
@@ -157,15 +165,40 @@ def fitted(root: Path, arm: Arm, options: argparse.Namespace) -> InverseNoiseCor
         tuner.trainer = trainer
         tuner.setup("test")
         return tuner
-    data = ImageData(
+    trainer.fit(tuner, data_of(root, options.rows))
+    return tuner
+
+
+def data_of(root: Path, num_train: int) -> ImageData:
+    """Return the patches, the first so many of the training ones."""
+    return ImageData(
         Arrays(str(root / "train.npy")),
         val_source=Arrays(str(root / "held_out.npy")),
         test_source=Arrays(str(root / "held_out.npy")),
-        num_train=options.rows,
-        batch_size=options.rows,
+        num_train=num_train,
+        batch_size=num_train,
     )
-    trainer.fit(tuner, data)
-    return tuner
+
+
+def nearest_by_set(pictures: Tensor, root: Path, num: int) -> list[float]:
+    """Return the mean distance of pictures [n, 3, 32, 32] to the nearest patch, by set of patches.
+
+    The first set is the inverted ones, the others are as many random training patches each.
+    """
+    data = data_of(root, num)
+    data.setup("fit")
+    packed, inverted = data.chosen("train")
+    others = np.setdiff1d(np.arange(len(packed)), inverted)
+    random = np.random.default_rng(0)
+    sets = [inverted, *(random.choice(others, num, replace=False) for _ in range(OTHER_SETS))]
+    flat = pictures.flatten(1)
+    patches = (torch.from_numpy(packed.pixels[rows]).flatten(1) / 255 for rows in sets)
+    return [float(torch.cdist(flat, own).amin(dim=1).mean()) for own in patches]
+
+
+def rank_of_first(distances: Sequence[float]) -> int:
+    """Return the place of the first among all in ascending order, from 1 on."""
+    return 1 + sum(other < distances[0] for other in distances[1:])
 
 
 @torch.no_grad()
@@ -226,6 +259,7 @@ def run(root: Path, arm: Arm, options: argparse.Namespace) -> dict[str, Any]:
     return {
         "features": features,
         "pictures": (pictures[:16] * 255).round().byte(),
+        "nearest": nearest_by_set(pictures, root, options.rows),
         "flops": flops(tuner, arm),
         "notes": notes,
         "seconds": (trained, time.process_time() - start - trained),
@@ -276,27 +310,49 @@ def distances(
     return pairs[0], pairs[1] if len(pairs) > 1 else None
 
 
+def grouped(arms: Iterable[Arm]) -> dict[tuple[int, int], list[Arm]]:
+    """Return the arms of all seeds by width and base steps."""
+    groups: dict[tuple[int, int], list[Arm]] = defaultdict(list)
+    for arm in arms:
+        groups[arm.width, arm.base_steps].append(arm)
+    return groups
+
+
+def over_seeds(moments: Sequence[Moment]) -> Moment:
+    """Return the mean over correctors, and an error that counts the pictures and the seeds.
+
+    All seeds draw from the same noise, so that more of them do not make the pictures' part smaller.
+    """
+    values, errors = zip(*moments, strict=True)
+    of_pictures = statistics.fmean(error**2 for error in errors) ** 0.5
+    return statistics.fmean(values), math.hypot(of_pictures, standard_error(values, single=0.0))
+
+
 def table(root: Path) -> None:
-    """Print a row per arm."""
+    """Print a row per width and number of base steps, the means over seeds."""
     results, judged = held(root), metrics(root)
-    columns = [f"FID, {m.name}" for m in judged] + [f"minus it, {m.name}" for m in judged]
-    print(f"| corrector | base steps | MFLOP | base beside | {' | '.join(columns)} |")
-    print("| --- " * 8 + "|")
+    columns = ["corrector", "base steps", "MFLOP", "base beside", "copies"]
+    columns += [f"FID, {m.name}" for m in judged] + [f"minus it, {m.name}" for m in judged]
+    rows = []
     num = len(next(iter(results.values()))["features"][OWN])
     real = torch.from_numpy(Arrays(str(root / "train.npy")).load().pixels[:num].copy())
     for metric in judged:
         alone = {"data": {"features": features_of(metric.network, real)}}
         found = compared(metric, alone, metric.num_draws)["data"]["fid"]
         print(f"{num} training patches, {metric.name}: {found['mean']:.4g} ± {found['sem']:.2g}")
-    for arm, result in results.items():
-        both = [distances(metric, arm, results) for metric in judged]
-        other = dearer(arm, results) if arm.width else None
-        name = f"width {arm.width}, seed {arm.seed}" if arm.width else "none"
-        cells = [name, str(arm.base_steps), f"{result['flops'] / 1e6:.4g}"]
-        cells += [str(other.base_steps) if other else ""]
-        cells += ["{:.4g} ± {:.2g}".format(*value) for value, _ in both]
-        cells += ["{:+.3g} ± {:.2g}".format(*gain) if gain else "" for _, gain in both]
-        print(f"| {' | '.join(cells)} |")
+    for (width, steps), arms in grouped(results).items():
+        both = [[distances(metric, arm, results) for arm in arms] for metric in judged]
+        other = dearer(arms[0], results) if width else None
+        seeds = f", {len(arms)} seeds" if len(arms) > 1 else ""
+        cells = [f"width {width}{seeds}" if width else "none", str(steps)]
+        cells += [f"{results[arms[0]]['flops'] / 1e6:.4g}", str(other.base_steps) if other else ""]
+        places = sorted(rank_of_first(results[arm]["nearest"]) for arm in arms)
+        cells += [" ".join(map(str, places)) if width else ""]
+        cells += ["{:.4g} ± {:.2g}".format(*over_seeds([value for value, _ in b])) for b in both]
+        gains = [[gain for _, gain in b if gain] for b in both]
+        cells += ["{:+.3g} ± {:.2g}".format(*over_seeds(g)) if g else "" for g in gains]
+        rows.append(cells)
+    print_table(columns, rows)
 
 
 def draw_figure(root: Path, path: Path) -> None:
@@ -306,20 +362,24 @@ def draw_figure(root: Path, path: Path) -> None:
     results, judged = held(root), metrics(root)
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for metric, axes in zip(judged, panels, strict=True):
-        for width in sorted({arm.width for arm in results}):
-            arms = [arm for arm in results if arm.width == width]
-            values = [distances(metric, arm, results)[0] for arm in arms]
+        groups = grouped(results)
+        for width in sorted({width for width, _ in groups}):
+            own = {steps: arms for (w, steps), arms in groups.items() if w == width}
+            flops = [results[arms[0]]["flops"] for arms in own.values()]
+            means = [
+                over_seeds([distances(metric, arm, results)[0] for arm in arms])
+                for arms in own.values()
+            ]
             axes.errorbar(
-                [results[arm]["flops"] for arm in arms],
-                [value for value, _ in values],
-                [2 * error for _, error in values],
+                flops,
+                [value for value, _ in means],
+                [2 * error for _, error in means],
                 fmt="o-" if not width else "s",
                 capsize=3,
                 label=f"corrector of width {width}" if width else "base alone",
             )
-            for arm, (value, _) in zip(arms, values, strict=True):
-                place = (results[arm]["flops"], value)
-                axes.annotate(str(arm.base_steps), place, (4, 4), textcoords="offset points")
+            for steps, x, (y, _) in zip(own, flops, means, strict=True):
+                axes.annotate(str(steps), (x, y), (4, 4), textcoords="offset points")
         axes.set(xscale="log", yscale="log", xlabel="FLOPs per picture", ylabel=metric.name)
     panels[0].legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -35,6 +35,26 @@ def test_an_arm_is_compared_with_the_next_dearer_base() -> None:
     assert patch_correction.dearer(Arm(8, 64), results) is None
 
 
+def test_seeds_do_not_shrink_the_error_of_the_pictures_they_share() -> None:
+    """Deviation of 1, 3 and 5 is 2, so that their mean has 2 / sqrt(3) beside the pictures' 0.5."""
+    assert patch_correction.over_seeds([(3.0, 0.5)]) == (3.0, 0.5)
+    value, error = patch_correction.over_seeds([(1.0, 0.1), (3.0, 0.5), (5.0, 0.7)])
+    assert value == pytest.approx(3.0)
+    assert error == pytest.approx((4 / 3 + (0.01 + 0.25 + 0.49) / 3) ** 0.5)
+
+
+def test_copies_come_first_among_sets_of_patches(root: Path) -> None:
+    data = patch_correction.data_of(root, 4)
+    data.setup("fit")
+    packed, inverted = data.chosen("train")
+    copies = torch.from_numpy(packed.pixels[inverted]) / 255 + 0.001
+    distances = patch_correction.nearest_by_set(copies, root, 4)
+    assert distances[0] == pytest.approx(0.001 * (3 * 32 * 32) ** 0.5, rel=0.01)
+    assert len(distances) == 40
+    assert patch_correction.rank_of_first(distances) == 1
+    assert patch_correction.rank_of_first([3.0, 2.0, 5.0, 1.0]) == 3
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded flow as the base, and noise as its patches."""
@@ -67,3 +87,4 @@ def test_arms_start_from_the_same_noise_and_are_kept(root: Path) -> None:
     assert error > 0
     assert gain is None
     assert found[Arm(1)]["features"][SHAPES].shape == (8, 64)
+    assert len(found[Arm(2, 8)]["nearest"]) == 40
