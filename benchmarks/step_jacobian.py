@@ -418,9 +418,11 @@ def grouped(lines: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def mean_and_range(values: Sequence[float]) -> str:
-    """Return the mean over seeds, with the least and the most where they differ."""
-    text = f"{statistics.mean(values):.3g}"
-    return text if len(values) < 2 else f"{text} ({min(values):.3g} to {max(values):.3g})"
+    """Return the geometric mean over seeds, with the least and the most where they differ."""
+    text, low, high = (
+        f"{x:.3g}" for x in (statistics.geometric_mean(values), min(values), max(values))
+    )
+    return text if low == high else f"{text} ({low} to {high})"
 
 
 def norm_table(lines: Sequence[dict[str, Any]]) -> None:
