@@ -31,6 +31,7 @@ kept, so that an interrupted benchmark goes on where it stopped.
 
 import argparse
 import json
+import math
 import shutil
 import statistics
 import tempfile
@@ -43,9 +44,11 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from scipy import stats
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.aggregates import Estimate
 from domains.image.pipeline import ImagePipeline
 from domains.text_to_image import EMBEDDED
 from domains.text_to_image.pipeline import TextToImagePipeline
@@ -426,17 +429,33 @@ def mean_and_range(values: Sequence[float]) -> str:
 
 
 def norm_table(lines: Sequence[dict[str, Any]]) -> None:
-    """Print the gradient's norm by K."""
-    print("| model | K | DRaFT-K: attached | the same detached | ratio | DRTune-K |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    """Print the gradient's norm by K: geometric means over seeds, and the interval of the ratio."""
+    names = "attached: DRaFT-K", "detached", "ratio", "largest ratio", "DRTune-K"
+    print(f"| model | seeds | K | {' | '.join(names)} |")
+    print("| --- " * 8 + "|")
     for title, own in grouped(lines).items():
         for k in sorted(map(int, own[0]["norm_spaced"])):
-            names = ("attached", "detached")
-            arms = [[line[f"norm_{name}"][k - 1] for line in own] for name in names]
+            if k == 1:  # the same with and without the input
+                continue
+            arms = [
+                [line[f"norm_{name}"][k - 1] for line in own] for name in ("attached", "detached")
+            ]
             ratios = [a / b for a, b in zip(*arms, strict=True)]
-            spaced = [line["norm_spaced"][str(k)] for line in own]
-            cells = map(mean_and_range, (*arms, ratios, spaced))
-            print(f"| {title} | {k} | {' | '.join(cells)} |")
+            means = [statistics.geometric_mean(values) for values in arms]
+            spaced = statistics.geometric_mean(line["norm_spaced"][str(k)] for line in own)
+            cells = [*(f"{x:.3g}" for x in means), f"{geometric(ratios):.2f}"]
+            cells += [f"{max(ratios):.2f}", f"{spaced:.3g}"]
+            print(f"| {title} | {len(own)} | {k} | {' | '.join(cells)} |")
+
+
+def geometric(values: Sequence[float]) -> Estimate:
+    """Return the geometric mean of positive values, with the 95 % interval of Student's t."""
+    logs = [math.log(value) for value in values]
+    mean = statistics.fmean(logs)
+    if len(logs) < 2:
+        return Estimate(math.exp(mean), math.nan, math.nan)
+    reach = stats.t.ppf(0.975, len(logs) - 1) * statistics.stdev(logs) / len(logs) ** 0.5
+    return Estimate(*(math.exp(mean + side * reach) for side in (0, -1, 1)))
 
 
 def jacobian_table(lines: Sequence[dict[str, Any]]) -> None:
