@@ -404,12 +404,19 @@ def sweep(options: argparse.Namespace) -> None:
     names = Cell.__dataclass_fields__
     known = {Cell(**{name: line[name] for name in names}) for line in read_lines(options.out)}
     for seed in options.seeds:
-        for cell in (Cell.of(text, seed) for text in options.cells):
+        for cell in (Cell.of(text, seed) for text in options.cells or CELLS):
             if cell in known:
                 continue
             result = run(cell, options)
             append_lines(options.out, json.dumps(result) + "\n")
             print(f"{cell}: {result['processor_seconds']:.0f} s", flush=True)
+
+
+def chosen(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the lines of `--cells` in their order, or all."""
+    groups = grouped(list(read_lines(options.out)))
+    titles = [Cell.of(text, 0).title for text in options.cells] if options.cells else groups
+    return [line for title in titles for line in groups[title]]
 
 
 def grouped(lines: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -529,7 +536,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", choices=["run", "table", "figure"])
     parser.add_argument("--out", type=Path, default=Path("step_jacobian.jsonl"))
-    parser.add_argument("--cells", nargs="+", default=list(CELLS), help="model:size[:guidance]")
+    parser.add_argument("--cells", nargs="+", help="model:size[:guidance]; all in the file's table")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--iterations", type=int, default=6, help="of the power iteration")
@@ -542,9 +549,9 @@ def main() -> None:
     if options.what == "run":
         sweep(options)
     elif options.what == "figure":
-        draw(list(read_lines(options.out)), options.figure)
+        draw(chosen(options), options.figure)
     else:
-        lines = list(read_lines(options.out))
+        lines = chosen(options)
         norm_table(lines)
         jacobian_table(lines)
 
