@@ -6,14 +6,15 @@ shapes_unconditional_pretrain.yaml` and these data. `run` draws pictures with ev
 steps; then, for each of `--base-steps` and `--widths`, it trains a corrector (an MLP of three
 hidden layers) on the inverted training patches, which are inverted once per number of steps, and
 draws again, from the same initial noise. FID is against held-out patches, no pixel of which was
-trained on, by two networks' features: random convolutions (fixed seed; nothing else here has seen
-photographs), and those of the embedded shapes. Training patches against held-out ones say what FID
-the data themselves have. Errors are jackknife standard errors over the drawn pictures, of
-differences over pairs from the same noise, and with several seeds that of their mean beside it;
-the held-out patches and the base are taken as they are. FLOPs are of the forward passes of
-corrector and base, by torch's counter. "Copies" asks whether inverted patches are copied: the place
-of their distance to the pictures among those of 39 other sets of training patches, in ascending
-order. Where nothing is copied all places are as likely.
+trained on, by three networks' features, as nothing here has seen photographs: random convolutions
+(fixed seed); the same of pictures without their mean colour and contrast, "structure"; and those of
+the embedded shapes. Training patches against held-out ones say what FID the data themselves have.
+Errors are jackknife standard errors over the drawn pictures, of differences over pairs from the
+same noise, and with several seeds that of their mean beside it; the held-out patches and the base
+are taken as they are. FLOPs are of the forward passes of corrector and base, by torch's counter.
+"Copies" asks whether inverted patches are copied: the place of their distance to the pictures among
+those of 39 other sets of training patches, in ascending order. Where nothing is copied all places
+are as likely.
 
     python benchmarks/photo_patches.py --out runs/patches
     python benchmarks/patch_correction.py base --root runs/patches
@@ -21,7 +22,7 @@ order. Where nothing is copied all places are as likely.
     python benchmarks/patch_correction.py table --root runs/patches
     python benchmarks/patch_correction.py figure --root runs/patches --figure patches.png
 
-The features of each arm are kept in a file, so that an interrupted benchmark goes on.
+The pictures of each arm are kept in a file, so that an interrupted benchmark goes on.
 """
 
 import argparse
@@ -59,20 +60,23 @@ from lit_rlft.kit.leave_out import frechet_left_out
 CONFIG = "configs/experiments/shapes_unconditional_pretrain.yaml"
 DEPTH, CORRECTOR_STEPS = 3, 5
 OTHER_SETS = 39
-OWN, SHAPES = "random_convolutions", "shapes_features"
+OWN, STRUCTURE, SHAPES = "random_convolutions", "structure", "shapes_features"
 
 
 class RandomConvolutions(nn.Module):
     """Features of untrained networks: three convolutions, and each channel's mean and deviation.
 
-    Nothing is normalised within a picture, so that brightness and contrast count.
+    Args:
+        standardised: Take each picture's mean colour and its contrast away first, so that only the
+            structure counts; else nothing is normalised within a picture.
     """
 
-    name = OWN
     widths = (16, 32, 32)
 
-    def __init__(self) -> None:
+    def __init__(self, standardised: bool = False) -> None:
         super().__init__()
+        self.standardised = standardised
+        self.name = STRUCTURE if standardised else OWN
         channels, layers = 3, []
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -86,6 +90,10 @@ class RandomConvolutions(nn.Module):
     def forward(self, pictures: Tensor) -> Tensor:
         """Return the features of pictures [B, 3, H, W] in [0, 1], [B, 160]."""
         maps, found = 2 * pictures - 1, []
+        if self.standardised:
+            maps = maps - maps.mean(dim=(2, 3), keepdim=True)
+            # What hardly varies, such as a sky, is not blown up to full contrast.
+            maps = maps / (maps.square().mean(dim=(1, 2, 3), keepdim=True).sqrt() + 0.05)
         for layer in self.layers:
             maps = layer(maps).relu()
             found += [maps.mean(dim=(2, 3)), maps.std(dim=(2, 3))]
@@ -241,24 +249,23 @@ class FID(SetDistances):
 
 
 def metrics(root: Path) -> list[FID]:
-    """Return the distances from held-out patches by both networks."""
+    """Return the distances from held-out patches by all three networks."""
     source = Arrays(str(root / "held_out.npy"))
-    own, shapes = (FID(source, SHAPES, max_images=2048) for _ in range(2))
+    own, structure, shapes = (FID(source, SHAPES, max_images=2048) for _ in range(3))
     own.network = RandomConvolutions()  # type: ignore[assignment]
-    return [own, shapes]
+    structure.network = RandomConvolutions(standardised=True)  # type: ignore[assignment]
+    return [own, structure, shapes]
 
 
 def run(root: Path, arm: Arm, options: argparse.Namespace) -> dict[str, Any]:
-    """Train and draw one arm; return the features of its pictures and what they cost."""
+    """Train and draw one arm; return its pictures and what they cost."""
     start = time.process_time()
     tuner = fitted(root, arm, options)
     trained = time.process_time() - start
     pictures = draw(tuner, arm, options.num)
-    features = {m.name: features_of(m.network, pictures) for m in metrics(root)}
     notes = list(tuner._noise.all_notes()) if tuner._noise is not None else []
     return {
-        "features": features,
-        "pictures": (pictures[:16] * 255).round().byte(),
+        "pictures": (pictures * 255).round().byte(),
         "nearest": nearest_by_set(pictures, root, options.rows),
         "flops": flops(tuner, arm),
         "notes": notes,
@@ -281,12 +288,14 @@ def sweep(root: Path, options: argparse.Namespace) -> None:
         print(arm, "{:.0f} s to train, {:.0f} s to draw".format(*result["seconds"]), flush=True)
 
 
-def held(root: Path) -> dict[Arm, dict[str, Any]]:
-    """Return what every arm left."""
+def held(root: Path, judged: Sequence[FID]) -> dict[Arm, dict[str, Any]]:
+    """Return what every arm left, with the features of its pictures."""
     found = {}
     for path in sorted((root / "arms").glob("*.pt")):
         steps, width, seed = (int(part) for part in path.stem.split("_")[::2])
-        found[Arm(steps, width, seed)] = torch.load(path, weights_only=True)
+        result = torch.load(path, weights_only=True)
+        result["features"] = {m.name: features_of(m.network, result["pictures"]) for m in judged}
+        found[Arm(steps, width, seed)] = result
     return dict(sorted(found.items(), key=lambda item: (item[0].width, item[0].base_steps)))
 
 
@@ -330,11 +339,12 @@ def over_seeds(moments: Sequence[Moment]) -> Moment:
 
 def table(root: Path) -> None:
     """Print a row per width and number of base steps, the means over seeds."""
-    results, judged = held(root), metrics(root)
+    judged = metrics(root)
+    results = held(root, judged)
     columns = ["corrector", "base steps", "MFLOP", "base beside", "copies"]
     columns += [f"FID, {m.name}" for m in judged] + [f"minus it, {m.name}" for m in judged]
     rows = []
-    num = len(next(iter(results.values()))["features"][OWN])
+    num = len(next(iter(results.values()))["pictures"])
     real = torch.from_numpy(Arrays(str(root / "train.npy")).load().pixels[:num].copy())
     for metric in judged:
         alone = {"data": {"features": features_of(metric.network, real)}}
@@ -359,8 +369,9 @@ def draw_figure(root: Path, path: Path) -> None:
     """Plot FID over operations, a panel per network, with twice the standard errors."""
     import matplotlib.pyplot as plt
 
-    results, judged = held(root), metrics(root)
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    judged = metrics(root)
+    results = held(root, judged)
+    figure, panels = plt.subplots(1, len(judged), figsize=(13, 4), layout="constrained")
     for metric, axes in zip(judged, panels, strict=True):
         groups = grouped(results)
         for width in sorted({width for width, _ in groups}):

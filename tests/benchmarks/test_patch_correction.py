@@ -28,6 +28,21 @@ def test_features_see_brightness_and_contrast() -> None:
         assert moved > 0.1
 
 
+def test_structure_is_what_is_left_without_colour_and_contrast() -> None:
+    """Colour is not seen, contrast hardly, what was smoothed is; all flat pictures are the same."""
+    flat = torch.rand(4, 3, 1, 1, generator=torch.Generator().manual_seed(1)).expand(4, 3, 32, 32)
+    pictures = flat + 0.2 * torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    network = RandomConvolutions(standardised=True)
+    features = network(pictures)
+    coloured = pictures + torch.tensor([0.3, -0.1, 0.0]).view(3, 1, 1)
+    torch.testing.assert_close(network(coloured), features, rtol=1e-4, atol=1e-4)
+    moved = (network(1.5 * pictures) - features).norm() / features.norm()
+    smooth = torch.nn.functional.avg_pool2d(pictures, 4).repeat_interleave(4, -1)
+    other = (network(smooth.repeat_interleave(4, -2)) - features).norm() / features.norm()
+    assert 0.01 < moved < 0.2 < other
+    torch.testing.assert_close(network(flat), network(flat[:1]).expand(4, -1), rtol=0, atol=1e-4)
+
+
 def test_an_arm_is_compared_with_the_next_dearer_base() -> None:
     costs = {Arm(2): 2.0, Arm(3): 3.0, Arm(8): 8.0, Arm(2, 64): 2.5, Arm(8, 64): 8.5}
     results = {arm: {"flops": flops} for arm, flops in costs.items()}
@@ -73,14 +88,15 @@ def test_arms_start_from_the_same_noise_and_are_kept(root: Path) -> None:
         **vars(OPTIONS), base_only=[1, 2], base_steps=[2], widths=[8], seeds=[0]
     )
     patch_correction.sweep(root, options)
-    found = patch_correction.held(root)
+    judged = patch_correction.metrics(root)
+    found = patch_correction.held(root, judged)
     assert list(found) == [Arm(1), Arm(2), Arm(2, 8)]
     assert found[Arm(2)]["flops"] == 2 * found[Arm(1)]["flops"]
     assert found[Arm(2)]["flops"] < found[Arm(2, 8)]["flops"] < 1.1 * found[Arm(2)]["flops"]
     # A corrector of few updates hands noise on nearly unchanged: the pictures are nearly the same.
     alone, corrected = (found[arm]["pictures"].float() for arm in (Arm(2), Arm(2, 8)))
     assert (alone - corrected).abs().mean() < 10
-    metric, _ = patch_correction.metrics(root)
+    metric, *_ = judged
     (value, error), gain = patch_correction.distances(metric, Arm(1), found)
     features = found[Arm(1)]["features"][OWN]
     assert value == pytest.approx(frechet_distance(features, metric.real_features()))
