@@ -435,24 +435,19 @@ def mean_and_range(values: Sequence[float]) -> str:
     return text if low == high else f"{text} ({low} to {high})"
 
 
-def norm_table(lines: Sequence[dict[str, Any]]) -> None:
-    """Print the gradient's norm by K: geometric means over seeds, and the interval of the ratio."""
-    names = "attached: DRaFT-K", "detached", "ratio", "largest ratio", "DRTune-K"
-    print(f"| model | seeds | K | {' | '.join(names)} |")
-    print("| --- " * 8 + "|")
+def ratio_table(lines: Sequence[dict[str, Any]]) -> None:
+    """Print the attached gradient's norm over the detached one's, by K."""
+    counts = [k for k in map(int, lines[0]["norm_spaced"]) if k > 1]  # one step has no earlier one
+    head = [*(f"K = {k}" for k in counts), f"largest at K = {counts[-1]}"]
+    print(f"| model | seeds | {' | '.join(head)} |")
+    print("| --- " * (len(head) + 2) + "|")
     for title, own in grouped(lines).items():
-        for k in sorted(map(int, own[0]["norm_spaced"])):
-            if k == 1:  # the same with and without the input
-                continue
-            arms = [
-                [line[f"norm_{name}"][k - 1] for line in own] for name in ("attached", "detached")
-            ]
-            ratios = [a / b for a, b in zip(*arms, strict=True)]
-            means = [statistics.geometric_mean(values) for values in arms]
-            spaced = statistics.geometric_mean(line["norm_spaced"][str(k)] for line in own)
-            cells = [*(f"{x:.3g}" for x in means), f"{geometric(ratios):.2f}"]
-            cells += [f"{max(ratios):.2f}", f"{spaced:.3g}"]
-            print(f"| {title} | {len(own)} | {k} | {' | '.join(cells)} |")
+        ratios = [
+            [line["norm_attached"][k - 1] / line["norm_detached"][k - 1] for line in own]
+            for k in counts
+        ]
+        cells = [*(f"{geometric(values):.2f}" for values in ratios), f"{max(ratios[-1]):.3g}"]
+        print(f"| {title} | {len(own)} | {' | '.join(cells)} |")
 
 
 def geometric(values: Sequence[float]) -> Estimate:
@@ -552,7 +547,7 @@ def main() -> None:
         draw(chosen(options), options.figure)
     else:
         lines = chosen(options)
-        norm_table(lines)
+        ratio_table(lines)
         jacobian_table(lines)
 
 
