@@ -20,7 +20,8 @@ are as likely.
     python benchmarks/patch_correction.py base --root runs/patches
     python benchmarks/patch_correction.py run --root runs/patches
     python benchmarks/patch_correction.py table --root runs/patches
-    python benchmarks/patch_correction.py figure --root runs/patches --figure patches.png
+    python benchmarks/patch_correction.py figure --root runs/patches --figure costs.png
+    python benchmarks/patch_correction.py pictures --root runs/patches --figure pictures.png
 
 The pictures of each arm are kept in a file, so that an interrupted benchmark goes on.
 """
@@ -117,6 +118,17 @@ class Arm:
         """For files."""
         return f"{self.base_steps}_width_{self.width}_seed_{self.seed}"
 
+    @property
+    def title(self) -> str:
+        """For the rows of a figure."""
+        steps = "1 step" if self.base_steps == 1 else f"{self.base_steps} steps"
+        return f"{steps}, corrected" if self.width else steps
+
+    @classmethod
+    def of(cls, path: Path) -> "Arm":
+        """Return the arm of a file."""
+        return cls(*map(int, path.stem.split("_")[::2]))
+
 
 def base(root: Path, num_updates: int, extra: Sequence[str]) -> None:
     """Pretrain the base through the command line."""
@@ -125,14 +137,14 @@ def base(root: Path, num_updates: int, extra: Sequence[str]) -> None:
         key: {"class_path": "domains.image.sources.Arrays", "init_args": {"path": str(path)}}
         for key, path in ((key, root / f"{name}.npy") for key, name in sources.items())
     }
-    arguments |= {"num_val": 40, "num_test": 40, "batch_size": 32, "eval_batch_size": 40}
+    arguments |= {"num_val": 40, "num_test": 40, "batch_size": 16, "eval_batch_size": 40}
     config = root / "patches.yaml"
     data = {"class_path": "domains.image.data.ImageData", "init_args": arguments}
     average = {"class_path": "lit_rlft.callbacks.ema.EMA", "init_args": {"decay": 0.99}}
     config.write_text(json.dumps({"data": data, "trainer": {"callbacks": [average]}}))
     options = ["--config", CONFIG, "--config", str(config)]
     options += ["--pipeline.architecture.block_out_channels", "[16, 32, 64]"]
-    options += ["--pipeline.architecture.attention_head_dim", "16"]
+    options += ["--pipeline.architecture.attention_head_dim", "16", "--model.minibatch_size", "16"]
     for key in ("trainer.max_steps", "trainer.val_check_interval"):
         options += [f"--{key}", str(num_updates)]
     options += ["--model.lr_scheduler.total_steps", str(num_updates)]
@@ -292,10 +304,10 @@ def held(root: Path, judged: Sequence[FID]) -> dict[Arm, dict[str, Any]]:
     """Return what every arm left, with the features of its pictures."""
     found = {}
     for path in sorted((root / "arms").glob("*.pt")):
-        steps, width, seed = (int(part) for part in path.stem.split("_")[::2])
+        arm = Arm.of(path)
         result = torch.load(path, weights_only=True)
         result["features"] = {m.name: features_of(m.network, result["pictures"]) for m in judged}
-        found[Arm(steps, width, seed)] = result
+        found[arm] = result
     return dict(sorted(found.items(), key=lambda item: (item[0].width, item[0].base_steps)))
 
 
@@ -397,22 +409,54 @@ def draw_figure(root: Path, path: Path) -> None:
     figure.savefig(path, dpi=90)
 
 
+def shown(root: Path) -> list[Arm]:
+    """Return the arms whose pictures are shown: the base alone, then the middle width."""
+    arms = sorted(map(Arm.of, (root / "arms").glob("*.pt")), key=lambda a: (a.width, a.base_steps))
+    widths = sorted({arm.width for arm in arms if arm.width})
+    middle = widths[len(widths) // 2] if widths else 0
+    return [arm for arm in arms if arm.width in (0, middle) and not arm.seed]
+
+
+def draw_pictures(root: Path, path: Path) -> None:
+    """Show the first pictures of the base, of one corrector and of the data, a row per arm.
+
+    All rows start from the same noise but the data. The corrector is the first of the middle width.
+    """
+    import matplotlib.pyplot as plt
+
+    rows = {}
+    for arm in shown(root):
+        result = torch.load(root / "arms" / f"{arm.name}.pt", weights_only=True)
+        rows[arm.title] = result["pictures"]
+    held_out = Arrays(str(root / "held_out.npy")).load().pixels[:16]
+    rows["held-out patches"] = torch.from_numpy(held_out.copy())
+    figure, panels = plt.subplots(
+        len(rows), 1, figsize=(10, 0.68 * len(rows)), layout="constrained"
+    )
+    for (name, pictures), axes in zip(rows.items(), panels, strict=True):
+        axes.imshow(torch.cat([*pictures[:16]], dim=2).permute(1, 2, 0).numpy())
+        axes.set_ylabel(name, rotation="horizontal", ha="right", va="center")
+        axes.set(xticks=[], yticks=[])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=90)
+
+
 def main() -> None:
-    """Train the base, run the arms, print the table or draw the figure."""
+    """Train the base, run the arms, print the table, draw the figure or the pictures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=["base", "run", "table", "figure"])
+    parser.add_argument("what", choices=["base", "run", "table", "figure", "pictures"])
     parser.add_argument("--root", type=Path, default=Path("runs/patches"))
-    parser.add_argument("--updates", type=int, default=1800, help="of the base")
-    parser.add_argument("--base-steps", type=int, nargs="+", default=[2, 4, 1, 8])
-    parser.add_argument("--base-only", type=int, nargs="+", default=[1, 2, 3, 4, 6, 8, 16])
-    parser.add_argument("--widths", type=int, nargs="+", default=[256, 64, 1024])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the correctors")
+    parser.add_argument("--updates", type=int, default=6000, help="of the base")
+    parser.add_argument("--base-steps", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--base-only", type=int, nargs="+", default=[1, 2, 3, 4, 8, 16])
+    parser.add_argument("--widths", type=int, nargs="+", default=[32, 128, 512])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the correctors")
     parser.add_argument("--num", type=int, default=1024, help="pictures of each arm")
-    parser.add_argument("--rows", type=int, default=1024, help="patches that are inverted")
+    parser.add_argument("--rows", type=int, default=512, help="patches that are inverted")
     parser.add_argument("--epochs", type=int, default=10, help="rounds over them")
-    parser.add_argument("--passes", type=int, default=5, help="over them in a round")
+    parser.add_argument("--passes", type=int, default=8, help="over them in a round")
     parser.add_argument("--tolerance", type=float, default=1e-3, help="of the inversion")
-    parser.add_argument("--max-iterations", type=int, default=12, help="of the inversion's steps")
+    parser.add_argument("--max-iterations", type=int, default=8, help="of the inversion's steps")
     parser.add_argument("--data-noise", type=float, default=0.0)
     parser.add_argument("--figure", type=Path, default=Path("docs/patches_cost.png"))
     options, extra = parser.parse_known_args()
@@ -424,8 +468,10 @@ def main() -> None:
         sweep(options.root, options)
     elif options.what == "table":
         table(options.root)
-    else:
+    elif options.what == "figure":
         draw_figure(options.root, options.figure)
+    else:
+        draw_pictures(options.root, options.figure)
 
 
 if __name__ == "__main__":

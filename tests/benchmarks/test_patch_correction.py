@@ -104,3 +104,4 @@ def test_arms_start_from_the_same_noise_and_are_kept(root: Path) -> None:
     assert gain is None
     assert found[Arm(1)]["features"][SHAPES].shape == (8, 64)
     assert len(found[Arm(2, 8)]["nearest"]) == 40
+    assert patch_correction.shown(root) == list(found)
