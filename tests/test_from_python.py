@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,13 @@ def test_type_checkers_are_told_the_same() -> None:
     told = {alias.name: node.module for node in imports for alias in node.names}
     assert told == {name: f"lit_rlft.{module}" for name, module in lit_rlft._PLACES.items()}
     assert all(alias.asname == alias.name for node in imports for alias in node.names)
+
+
+@pytest.mark.parametrize("package", ["lit_rlft", "domains"])
+def test_type_checkers_of_users_read_the_types(package: str) -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert (ROOT / package / "py.typed").is_file()
+    assert "py.typed" in settings["package-data"]["*"]
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
