@@ -1,5 +1,6 @@
 """A part or a number of the wrong kind is refused before anything is drawn, in one sentence."""
 
+from collections.abc import Callable
 from typing import Any, TypedDict
 
 import pytest
@@ -66,6 +67,27 @@ def test_of_a_tuner(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(BadArgument) as caught:
         setup(**settings)
     assert message in str(caught.value)
+
+
+class Unborn(Coordinate):
+    """Forgets its base's constructor."""
+
+    def __init__(self) -> None:
+        self.axis = 0
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: setup(reward=Unborn()),
+        lambda: setup(metrics=Unborn()),
+        lambda: Metrics([Unborn()]),
+        lambda: WeightedSum({"first": Unborn()}),
+    ],
+)
+def test_of_a_part_that_forgets_its_base(make: Callable[[], Any]) -> None:
+    with pytest.raises(UsageError, match=r"Unborn: its __init__ must begin with super\(\)"):
+        make()
 
 
 def test_of_its_subclasses() -> None:

@@ -16,7 +16,7 @@ from lit_rlft.core.block_checkpointing import checkpoint_blocks
 from lit_rlft.core.distribution import Distribution
 from lit_rlft.core.pipeline import Batch, Condition, Pipeline
 from lit_rlft.core.randomness import Generators
-from lit_rlft.core.reward import Metric, Metrics, Reward, check_parts
+from lit_rlft.core.reward import Metric, Metrics, Reward, check_born, check_parts
 from lit_rlft.core.sampling import Sampler
 from lit_rlft.cost.meter import Meter
 from lit_rlft.distributed import gather, together
@@ -102,6 +102,7 @@ class RewardFineTuner(Sized, Checkpointed, ABC):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        check_born(pipeline, reward, metrics)
         self.automatic_optimization = self.strict_loading = False
         self.pipeline, self.reward, self.metrics = pipeline, reward, metrics or Metrics()
         self.sampler, self.lora, self.reward_workers = sampler, lora, reward_workers

@@ -35,6 +35,7 @@ __all__ = [
     "SetMetric",
     "WeightedSum",
     "all_failed",
+    "check_born",
     "check_parts",
     "check_rewards",
     "offer",
@@ -175,6 +176,7 @@ class Metrics(Metric):
         )
         for i, part in enumerate(parts or ()):
             of_kind(self, f"parts[{i}]", Metric, "give a lit_rlft.Metric", part)
+            check_born(part)
         self.parts = nn.ModuleList(parts or [])
 
     def evaluate(self, samples: Any, condition: Condition) -> dict[str, Tensor]:
@@ -349,6 +351,7 @@ class Combination(Reward):
             raise BadArgument(self, "rewards", "must name at least one reward")
         for name, reward in rewards.items():
             of_kind(self, f"rewards[{name!r}]", Reward, f"give {A_REWARD}", reward)
+            check_born(reward)
             self._check_part(name)
             if within := [other for other in rewards if str(name).startswith(f"{other}/")]:
                 problem = f"has {name!r}, which reads as a detail of its part {within[0]!r}"
@@ -549,6 +552,17 @@ def check_rewards(
         f"{reward.name} returned {known} for {int((~finite).sum())} of {num_samples} samples; "
         "give failed samples a finite low reward"
     )
+
+
+def check_born(*parts: object) -> None:
+    """Raise UsageError for a part whose `__init__` leaves out that of its base.
+
+    Torch and Lightning would name one of their own attributes, and no file of the user.
+    """
+    for part in parts:
+        if isinstance(part, nn.Module) and "_modules" not in vars(part):
+            name = type(part).__name__
+            raise UsageError(f"{name}: its __init__ must begin with super().__init__()")
 
 
 def check_parts(metric: Metric, pipeline: Pipeline) -> None:

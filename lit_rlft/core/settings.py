@@ -199,7 +199,7 @@ def _attributes(value: Any) -> dict[str, Any]:
     own = dict(getattr(value, "__dict__", {}))
     slots = {name for base in type(value).__mro__ for name in getattr(base, "__slots__", ())}
     own |= {name: getattr(value, name) for name in slots if hasattr(value, name)}
-    if isinstance(value, nn.Module):
+    if isinstance(value, nn.Module) and "_modules" in vars(value):  # its base's __init__ has run
         own |= dict(value.named_children())
     return {name: own[name] for name in arguments(type(value)) if name in own}
 
