@@ -1,7 +1,7 @@
 """The commands that need a model: LightningCLI with a pipeline, a reward and metrics."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, ClassVar
@@ -69,6 +69,9 @@ CLIPScore, and likewise --pipeline.help, --data.help. The whole config of a run:
 The options below are those that every run has."""
 
 
+_PARTS = {"pipeline": "--pipeline", "reward": "--reward", "metrics": "--metrics.parts+"}
+"""Arguments of every algorithm that a run makes for itself, and the options that say of what."""
+
 _CALLBACKS = (
     *("checkpoint", "run_files", "sample_panel", "self_check", "exploitation", "cost_meter"),
     *("tf32", "report"),
@@ -125,7 +128,7 @@ class Command(LightningCLI):
         parser.add_subclass_arguments(Pipeline, "pipeline", required=True)
         parser.add_subclass_arguments(Reward, "reward", required=True)
         parser.add_class_arguments(Metrics, "metrics")
-        for group in ("pipeline", "reward", "metrics"):
+        for group in _PARTS:
             parser.link_arguments(group, f"model.init_args.{group}", apply_on="instantiate")
         parser.add_argument("--name", type=str | None, default=None, help="folder of this run")
         parser.add_argument("--root", type=str, default="runs", help="folder of all runs")
@@ -146,6 +149,7 @@ class Command(LightningCLI):
         for group in ("trainer", "metrics", *_CALLBACKS):
             if group in own and not isinstance(own[group], Namespace):
                 raise UsageError(f"{group} is {own[group]!r}, but must hold keys with values")
+        _check_parts(own)
         check_domains(own.as_dict())
         given = own.trainer.strategy
         check_strategy(given if isinstance(given, str) else given.class_path)
@@ -224,6 +228,17 @@ class Command(LightningCLI):
         if path is None:  # in a job of SLURM, Lightning would look for one of its own
             self.trainer._checkpoint_connector._user_managed = True
         return settings | {"ckpt_path": path}
+
+
+def _check_parts(config: Namespace) -> None:
+    """Raise UsageError for a part within the model: the parser would take the run's own for it."""
+    given = config.as_dict()["model"].get("init_args") or {}
+    for name, option in _PARTS.items():
+        if isinstance(given.get(name), Mapping):
+            raise UsageError(
+                f"model.init_args.{name} would be ignored: {name} is a key of its own beside "
+                f"model; give {option} instead"
+            )
 
 
 def _check_seeds(config: Namespace) -> None:

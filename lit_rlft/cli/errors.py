@@ -93,7 +93,8 @@ def _uncompiled(causes: Sequence[BaseException]) -> str | None:
 
 
 _UNMADE = re.compile(
-    r"any of the Union subtypes.*?Errors:\s*- (?P<why>[^\n]+).*?class_path='(?P<path>[\w.]+)'",
+    r"any of the Union subtypes.*?Errors:\s*- (?:Problem with given class_path '[\w.]+':\s+)*"
+    r"(?P<why>[^\n]+).*?class_path='(?P<path>[\w.]+)'",
     re.DOTALL,
 )
 
@@ -115,14 +116,15 @@ def _unmade(causes: Sequence[BaseException], config: Namespace | None) -> str | 
 def _nulls(config: Namespace, key: str) -> list[str]:
     """Return the settings of a class that are null."""
     value: Any = config.as_dict()
-    for name in key.split("."):
-        value = value[int(name)] if isinstance(value, list) else value[name]
+    for name in key.split("."):  # a class without arguments has no init_args
+        value = value[int(name)] if isinstance(value, list) else value.get(name, {})
     return [name for name, own in value.items() if own is None]
 
 
 _UNBORN = re.compile(
     r"before Module.__init__\(\) call|'(\w+)' object has no attribute "
-    r"'(?:_modules|_parameters|_buffers|prepare_data_per_node|_log_hyperparams|automatic_opt\w+)'"
+    r"'(?:_modules|_parameters|_buffers|prepare_data_per_node|_log_hyperparams|automatic_opt\w+|"
+    r"_compiler_ctx)'"
 )
 
 

@@ -22,7 +22,7 @@ TINY = [
 OWN = """
 import torch
 from lightning import Callback, LightningModule
-from lit_rlft import Reward
+from lit_rlft import GRAFT, Reward
 
 class Fails(Reward):
     calls = 0
@@ -45,6 +45,18 @@ class Unborn(Reward):
 
 class Unfinished(Reward):
     pass
+
+class Named(Reward):
+    def __init__(self):
+        super().__init__()
+        self.name = "mine"
+
+    def forward(self, samples, condition):
+        return samples[:, 0]
+
+class UnbornTuner(GRAFT):
+    def __init__(self, *parts, **base):
+        self.parts = parts
 
 class Detached(Callback):
     def on_train_start(self, trainer, module):
@@ -95,6 +107,10 @@ MISTAKES = {
     "metrics.parts=[LayoutMeasures]": "metrics.parts.0: LayoutMeasures is of the domain layout",
     "reward=LayoutPipeline": "reward",
     "reward=own.Unborn": r"Unborn: its __init__ must begin with super\(\)",
+    "reward=own.Named": r"reward.init_args: Named cannot be .* \(property 'name' .* no setter\)",
+    "model=own.UnbornTuner": r"UnbornTuner: its __init__ must begin with super\(\)",
+    "model.reward=Coordinate": "model.init_args.reward would be ignored: .*; give --reward",
+    "model.init_args.metrics=MMD": r"model.init_args.metrics would .* give --metrics.parts\+",
     "reward=own.Unfinished": "reward: the class is abstract",
     "model.optimizer=bits_of_bytes.optim.AdamW8bit": (
         "model.init_args.optimizer: bits_of_bytes.optim.AdamW8bit cannot be imported: "
