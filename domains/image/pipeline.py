@@ -30,7 +30,7 @@ from lit_rlft.kit.network_folder import (
 )
 from lit_rlft.kit.picture_folder import read_picture
 from lit_rlft.kit.probe_pictures import probe_pictures
-from lit_rlft.kit.saved_grids import SavedFlow, SavedVP, plain_flow
+from lit_rlft.kit.saved_grids import SavedFlow, SavedVP, own_flow, plain_flow
 from lit_rlft.kit.schedulers import saved_process
 from lit_rlft.kit.shapes import output_shape
 from lit_rlft.kit.whole_folder import refuse_code
@@ -208,7 +208,7 @@ class ImagePipeline(Pipeline):
         """Write a `DDPMPipeline` folder, a LoRA merged into the weights.
 
         A flow's scheduler is written so that diffusers lays the grid that was sampled last, for
-        the same number of steps.
+        the same number of steps. Read again here, it lays the model's own for any number.
         """
         plain, schedule = merged(self.denoiser).to(self.save_dtype), self.process.schedule
         scheduler = self.scheduler
@@ -278,6 +278,8 @@ def _load(pretrained: str, variant: str | None) -> tuple[UNet2DModel, Any]:
             f"{_KEY}: {pretrained!r} has a {type(denoiser).__name__}, not a UNet2DModel; "
             f"{_ELSEWHERE}"
         )
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        scheduler = own_flow(scheduler)
     return denoiser.float(), scheduler
 
 

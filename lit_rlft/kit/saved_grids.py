@@ -19,12 +19,15 @@ __all__ = [
     "SavedVP",
     "SolvedFlow",
     "Threshold",
+    "own_flow",
     "plain_flow",
 ]
 
 Blend = Literal["power", "linear", "log"]
 CONVERSIONS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 """Options that lay a grid by its sigmas."""
+_MADE_OF = "_made_of"
+"""Setting of an exported flow: the model's own shift, and the number of steps of its grid."""
 
 
 @dataclass(frozen=True)
@@ -272,31 +275,62 @@ class SolvedFlow(RectifiedFlow):
 
 
 def plain_flow(scheduler: Any, schedule: SavedFlow) -> Any:
-    r"""Return a scheduler whose plain `set_timesteps(N)` gives the grid that was sampled last.
+    """Return a scheduler whose plain `set_timesteps(N)` gives the grid that was sampled last.
 
-    Left to itself `set_timesteps` lays N levels from 1 to the table's lowest, lo, and adds 0. With
-    another shift s' and a terminal level they are ours, :math:`s u / (1 + (s - 1) u)` at u = 1,
-    ..., 1 / N: both are Moebius maps of the step's number, and agree where
-
-    .. math::
-        \left(1 - \frac{1}{s'}\right)(1 - lo(s')) = \left(1 - \frac1s\right)
-        \left(1 - \frac1N\right), \qquad terminal = \frac{s}{N + s - 1}.
+    Its config says of which grid it was made, so that `own_flow` undoes it; diffusers passes over
+    settings of such a name.
 
     Args:
         scheduler: A FlowMatchEulerDiscreteScheduler; it is left as it is.
         schedule: Made from it. Without a grid so far, or with one that the scheduler gave itself,
             `scheduler` is returned.
     """
-    num_steps, total = schedule.num_steps, schedule.num_levels
-    if num_steps in (None, 1) or schedule._scheduler is not None:
+    num_steps = schedule.num_steps
+    if num_steps is None or schedule._scheduler is not None:
         return scheduler
-    assert num_steps is not None
-    shift = schedule.grid_shift(num_steps)
+    settings = _plain(schedule.grid_shift(num_steps), num_steps, schedule.num_levels)
+    if settings is None:
+        return scheduler
+    made = type(scheduler).from_config(scheduler.config, **settings)
+    made.register_to_config(
+        **{_MADE_OF: {"shift": scheduler.config["shift"], "num_steps": num_steps}}
+    )
+    return made
+
+
+def own_flow(scheduler: Any) -> Any:
+    """Return the scheduler that `plain_flow` was given, the model's own for any number of steps.
+
+    One of elsewhere, or one whose settings were changed since, is returned as it is.
+    """
+    config = dict(scheduler.config)
+    match config.pop(_MADE_OF, None):
+        case {"shift": float() | int() as shift, "num_steps": int(n)} if shift > 0 and n > 0:
+            made = _plain(shift, n, config["num_train_timesteps"])
+        case _:
+            return scheduler
+    if made is None or not all(math.isclose(x, config[key] or 0) for key, x in made.items()):
+        return scheduler
+    return type(scheduler).from_config(config, shift=shift, shift_terminal=None)
+
+
+def _plain(shift: float, num_steps: int, total: int) -> dict[str, float] | None:
+    r"""Return the settings under which `set_timesteps(N)` gives levels 1, ..., 1 / N, shifted.
+
+    Left to itself it lays N levels from 1 to the table's lowest, lo, and adds 0. With another shift
+    s' and a terminal level they are ours, :math:`s u / (1 + (s - 1) u)` at u = 1, ..., 1 / N: both
+    are Moebius maps of the step's number, and agree where
+
+    .. math::
+        \left(1 - \frac{1}{s'}\right)(1 - lo(s')) = \left(1 - \frac1s\right)
+        \left(1 - \frac1N\right), \qquad terminal = \frac{s}{N + s - 1}.
+
+    None where there are none: for one step, and shifts of about 17 and more.
+    """
     right = (1 - 1 / shift) * (1 - 1 / num_steps)
     middle = right * (total + 1) - (total - 1)
     inside = middle**2 - 4 * right**2 * total
-    if inside < 0:  # shifts of about 17 and more
-        return scheduler
+    if num_steps == 1 or inside < 0:
+        return None
     own = 1 + 2 * right * total / (-middle + math.sqrt(inside))
-    terminal = shift / (num_steps + shift - 1)
-    return type(scheduler).from_config(scheduler.config, shift=own, shift_terminal=terminal)
+    return {"shift": own, "shift_terminal": shift / (num_steps + shift - 1)}

@@ -142,7 +142,29 @@ def test_an_exported_flow_is_sampled_alike_by_diffusers(shift: float, tmp_path: 
     ).images
     pictures = pipeline.decode(ours, condition_of(pipeline, 2)).permute(0, 2, 3, 1).numpy()
     np.testing.assert_allclose(pictures, expected, rtol=0, atol=1e-5)
-    assert_close_in_rounding(sampled(ImagePipeline(str(tmp_path / "saved")), noise(), 5), ours)
+    again = ImagePipeline(str(tmp_path / "saved"))
+    assert_close_in_rounding(sampled(again, noise(), 5), ours)
+    for other in (1, 2, 20):  # the model's own grid, not the exported one stretched
+        assert torch.equal(again.process.times(other), pipeline.process.times(other))
+    again.process.times(5)
+    again.save(tmp_path / "again")
+    paths = (tmp_path / name / "scheduler/scheduler_config.json" for name in ("saved", "again"))
+    first, second = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
+    assert first == second
+
+
+def test_an_exported_flow_changed_by_hand_is_taken_as_it_is(tmp_path: Path) -> None:
+    pipeline = ImagePipeline(None, architecture=TINY)
+    pipeline.process.times(5)
+    pipeline.save(tmp_path)
+    path = tmp_path / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for changed in ({"shift_terminal": 0.1}, {"_made_of": {"shift": "1"}}):
+        path.write_text(json.dumps(config | changed), encoding="utf-8")
+        own = ImagePipeline(str(tmp_path)).process.times(4)
+        theirs = FlowMatchEulerDiscreteScheduler.from_pretrained(path.parent)
+        theirs.set_timesteps(4)
+        assert torch.equal(own.float(), theirs.sigmas)
 
 
 def test_networks_alone_need_a_schedule(tiny_unet: UNet, tmp_path: Path) -> None:
