@@ -1,4 +1,6 @@
-"""What a pipeline's methods answer, checked at each call: a wrong shape would train in silence.
+"""What a part's methods take, and what a pipeline's answer at each call.
+
+A wrong shape would train in silence.
 
 Shapes and types alone are looked at, so that no check waits for a device. A method of its own that
 raises an error is left alone: the error says more.
@@ -16,7 +18,7 @@ from lit_rlft.core.condition import Condition
 from lit_rlft.core.process import Process
 from lit_rlft.core.state import State, batch_size, described, is_state, leaves, num_rows
 
-__all__ = ["check_answers", "check_networks"]
+__all__ = ["check_answers", "check_networks", "check_signatures"]
 
 Check = Callable[[Any, Any, Any], str | None]
 """From a pipeline, its method's answer and the method's first argument to the problem, if any."""
@@ -37,6 +39,33 @@ def check_networks(pipeline: nn.Module) -> None:
             raise UsageError(
                 f"the {name} of {_name(pipeline)} is {described(own)}; it is a {kind.__name__}"
             )
+
+
+def check_signatures(part: object, *bases: type) -> None:
+    """Raise UsageError for a method of a part that cannot be called as the base's can.
+
+    Args:
+        part: Of a subclass of the user's own.
+        bases: Whose methods' arguments without defaults are handed over by position. Those that
+            are no bases of the part are passed over.
+    """
+    for base in bases:
+        if not isinstance(part, base):
+            continue
+        for name, method in vars(base).items():
+            own = getattr(type(part), name)
+            if isfunction(method) and isfunction(own) and own is not method and name[0] != "_":
+                _check_call(type(part).__name__, name, own, method)
+
+
+def _check_call(kind: str, name: str, own: Callable[..., Any], base: Callable[..., Any]) -> None:
+    taken = signature(base).parameters.values()
+    required = [p.name for p in taken if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
+    try:
+        signature(own).bind(*required)
+    except TypeError as error:
+        wanted = ", ".join(required)
+        raise UsageError(f"{kind}.{name} must take ({wanted}); as it is: {error}") from error
 
 
 def check_answers(kind: type, base: type) -> None:

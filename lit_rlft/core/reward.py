@@ -19,6 +19,7 @@ from lit_rlft.core.answers import (
     unchanged,
 )
 from lit_rlft.core.checks import BadArgument, UsageError, finite, of_kind, require
+from lit_rlft.core.contract import check_signatures
 from lit_rlft.core.guard import Guard
 from lit_rlft.core.moments import RunningMoments
 from lit_rlft.core.pipeline import Condition, Pipeline
@@ -569,10 +570,11 @@ def check_parts(metric: Metric, pipeline: Pipeline) -> None:
     """Freeze a metric or reward and all that it is made of, and check each with a pipeline.
 
     Raises:
-        UsageError: The pipeline's samples do not fit.
+        UsageError: The pipeline's samples do not fit, or a method cannot be called.
     """
     for part in metric.modules():
         if isinstance(part, Metric):
+            check_signatures(part, Metric, SetMetric, Reward)
             part.requires_grad_(False).check(pipeline)
 
 

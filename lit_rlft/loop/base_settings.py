@@ -19,7 +19,8 @@ from lit_rlft.core.checks import (
     positive,
     require,
 )
-from lit_rlft.core.contract import check_networks
+from lit_rlft.core.contract import check_networks, check_signatures
+from lit_rlft.core.pipeline import Pipeline
 from lit_rlft.core.process import Process
 from lit_rlft.core.reward import A_REWARD, DIVERGENCE
 from lit_rlft.core.sampling import Sampler
@@ -57,6 +58,7 @@ def check_settings(owner: Any) -> None:
     check_kinds(owner)
     _check_lightnings(owner)
     check_networks(owner.pipeline)
+    check_signatures(owner.pipeline, Pipeline)
     if owner.reward.name == DIVERGENCE:
         problem = f"is called {DIVERGENCE!r}, as reports call the divergence from the reference"
         raise BadArgument(owner, "reward", f"{problem}; give it another name")

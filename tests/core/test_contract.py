@@ -1,4 +1,4 @@
-"""A pipeline of one's own whose methods answer wrongly is told so, in one sentence."""
+"""A part of one's own whose methods take or answer the wrong things is told so, in a sentence."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lit_rlft import GRAFT, Condition, Pipeline, Reward, Sampler, SplitData
+from lit_rlft import GRAFT, Condition, Metric, Metrics, Pipeline, Reward, Sampler, SplitData
 from lit_rlft.core.checks import UsageError
-from lit_rlft.core.contract import check_networks
+from lit_rlft.core.contract import check_networks, check_signatures
 from lit_rlft.core.gradient_plan import GradientPlan, check_plan
 from lit_rlft.core.process import (
     AngularFlow,
@@ -256,6 +256,48 @@ def test_parts_of_another_kind_are_told(part: str) -> None:
     object.__setattr__(pipeline, part, "a name")
     with pytest.raises(UsageError, match=f"the {part} of Points is a str; it is a"):
         check_networks(pipeline)
+
+
+class OneArgument(Reward):
+    def forward(self, samples: Any) -> Tensor:  # type: ignore[override]
+        return torch.zeros(len(samples))
+
+
+class TwoArguments(OneArgument):
+    def forward(self, points: Any, *others: Any, scale: float = 1.0) -> Tensor:  # type: ignore[override]
+        return torch.zeros(len(points))
+
+
+class Swallowing(Metric):
+    def evaluate(self) -> dict[str, Tensor]:  # type: ignore[override]
+        return {}
+
+
+class TimeLess(Points):
+    def predict(self, x_t: State, t: Tensor) -> Any:  # type: ignore[override]
+        return x_t
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "reward", "metrics", "sentence"),
+    [
+        (Points(), OneArgument(), None, r"OneArgument\.forward must take \(self, samples, cond"),
+        (Points(), TwoArguments(), [Swallowing()], r"Swallowing\.evaluate must take \(self, samp"),
+        (TimeLess(), TwoArguments(), None, r"TimeLess\.predict must take \(self, x_t, t, cond"),
+    ],
+)
+def test_a_method_that_cannot_be_called_is_told_before_it_is(
+    pipeline: Pipeline, reward: Reward, metrics: list[Metric] | None, sentence: str
+) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        GRAFT(pipeline, reward, metrics=Metrics(metrics), sampler=Sampler(2)).setup("fit")
+
+
+def test_own_names_and_further_arguments_are_fine() -> None:
+    GRAFT(Points(), TwoArguments(), sampler=Sampler(2))
+    check_signatures(TwoArguments(), Metric, Reward)
+    check_signatures(Points(), Pipeline)
+    check_signatures(nn.Linear(2, 2), Pipeline)
 
 
 def test_samples_of_any_type_pass_and_are_selected_by_who_knows_them() -> None:
