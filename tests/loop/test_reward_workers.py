@@ -141,6 +141,31 @@ def test_a_process_has_the_same_numbers_and_ends_with_the_run(beside: Beside) ->
     assert not alive(worker.pid)
 
 
+def test_a_process_starts_where_a_notebook_searches_in_a_path(
+    beside: Beside, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path, tmp_path])
+    samples, condition = points()
+    assert_equal(beside(Sums())(samples, condition), Sums()(samples, condition))
+
+
+class Points(Tensor):
+    """Samples of a class of one's own."""
+
+
+@pytest.mark.parametrize("module", ["__main__", "tests.loop.nowhere"])
+def test_samples_of_a_class_that_a_process_lacks_are_refused(
+    module: str, beside: Beside, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of the main script, or of a notebook; and one that is not to be found here either."""
+    monkeypatch.setattr(Points, "__module__", module)
+    monkeypatch.setattr(sys.modules["__main__"], "Points", Points, raising=False)
+    samples, condition = points()
+    refused = r"^samples and conditions cannot be sent .*(Points|nowhere).*\.kind to thread"
+    with pytest.raises(UsageError, match=refused):
+        beside(Sums())(samples.as_subclass(Points), condition)
+
+
 class Meets(Reward):
     """Answers once somebody else is there too."""
 

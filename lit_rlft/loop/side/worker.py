@@ -36,6 +36,8 @@ serve(*map(int, sys.argv[2:]))
 """
 """What a side process runs: `multiprocessing` would run the main script once more."""
 
+_ASKED = "samples and conditions"
+
 
 class Lost(Exception):
     """A worker is gone; the message is how."""
@@ -106,11 +108,33 @@ def packed(reward: Reward) -> bytes:
         raise _unsendable(reward.name, f"{type(error).__name__}: {error}") from error
 
 
+def _packed_call(with_tables: bool, call: Call) -> bytes:
+    """Return a call as bytes that a side process can read."""
+    try:
+        return pickle.dumps((with_tables, call))
+    except Exception as error:  # every class has its own reasons
+        raise _unsendable(_ASKED, f"{type(error).__name__}: {error}") from error
+
+
+def _unpacked_call(sent: bytes) -> tuple[bool, Call]:
+    """Return what `_packed_call` was given: classes of the main script are found only there."""
+    try:
+        with_tables, call = pickle.loads(sent)
+    except Exception as error:  # every class has its own reasons
+        raise _unsendable(_ASKED, f"{type(error).__name__}: {error}") from error
+    return with_tables, call
+
+
 def _unsendable(name: str, reason: str) -> UsageError:
     return UsageError(
         f"{name} cannot be sent to a side process ({reason}); set "
         "model.init_args.reward_workers.kind to thread"
     )
+
+
+def _searched() -> list[str]:
+    """Return where modules are found; `import` passes over entries that are no text, as a Path."""
+    return [entry for entry in sys.path if isinstance(entry, str)]
 
 
 class SideProcess(Worker):
@@ -129,7 +153,7 @@ class SideProcess(Worker):
         self._tables: Mapping[str, Tensor] | None = None
         handles = (theirs.fileno(), watched)
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _PROGRAM, json.dumps(sys.path), *map(str, handles)],
+            [sys.executable, "-c", _PROGRAM, json.dumps(_searched()), *map(str, handles)],
             stdin=subprocess.DEVNULL,
             pass_fds=handles,
             # Ctrl-C reaches all processes of a terminal's group: the main one decides.
@@ -150,7 +174,7 @@ class SideProcess(Worker):
     def ask(self, call: Call, timeout: float) -> Answer:
         tables = call.condition.tables
         new, self._tables = tables is not self._tables, tables
-        said = self._exchange(pickle.dumps((new, call.to("cpu", with_tables=new))), timeout)
+        said = self._exchange(_packed_call(new, call.to("cpu", with_tables=new)), timeout)
         if isinstance(said, _Failure):
             raise said.error()
         found, warned = said
@@ -248,7 +272,12 @@ def serve(calls: int, watched: int) -> None:
         warned: list[tuple[str, type[Warning]]] = []
         warnings.showwarning = lambda text, kind, *_, **__: warned.append((str(text), kind))
         while True:
-            new, call = pickle.loads(connection.recv_bytes())
+            received = connection.recv_bytes()
+            try:
+                new, call = _unpacked_call(received)
+            except UsageError as error:
+                connection.send_bytes(pickle.dumps(_Failure.of(error)))
+                continue
             tables = call.condition.tables if new else tables
             call = replace(call, condition=replace(call.condition, tables=tables))
             torch.set_default_dtype(call.surroundings.default_dtype)
