@@ -43,7 +43,8 @@ class LastCheckpoint(Hooks, ModelCheckpoint):
     and after an error that came before the round's experience was complete. All of Lightning's
     options say which further checkpoints are kept. A round that makes several updates is saved once
     where it makes or passes the next multiple of `every_n_train_steps`. `train_time_interval` takes
-    the place of `every_minutes`, too.
+    the place of `every_minutes`, too. `save_last: false` writes no last.ckpt; where it is not
+    given, the first of several writes it, unless another one has `save_last: true`.
 
     With `monitor: auto`, as `lit-rlft fit` has it, the further checkpoint is the best by what a
     validation measures and the run does not train on: the first reward that is held out, else the
@@ -93,6 +94,8 @@ class LastCheckpoint(Hooks, ModelCheckpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Choose what to monitor; remove what a run that was killed while it saved has left."""
         super().setup(trainer, pl_module, stage)
+        if self.save_last is None and self.leads(trainer):
+            self.save_last = True  # Lightning's own callback takes None for False
         if self.chooses:
             self._choose(trainer, pl_module)
         if stage == "fit" and trainer.is_global_zero and not writes_nothing(trainer):
@@ -135,7 +138,7 @@ class LastCheckpoint(Hooks, ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
         self.clock.start()
         if self.leads(trainer):
-            self.signals.install(trainer)
+            self.signals.install(trainer, saves=self._saves(trainer))
         self._training = True
         self._step = trainer.global_step
         self._finished(trainer, pl_module)

@@ -48,11 +48,17 @@ class Signals:
 
     def __init__(self) -> None:
         self.stop = self.requeue = 0
+        self._saves = True
         self._requeue: Handler | None = None
 
-    def install(self, trainer: Trainer) -> None:
-        """Take the place of Lightning's handlers, which it has set by then."""
-        self.stop = self.requeue = 0
+    def install(self, trainer: Trainer, saves: bool) -> None:
+        """Take the place of Lightning's handlers, which it has set by then.
+
+        Args:
+            trainer: Of the fit.
+            saves: Whether a fit that ends is saved, which is said.
+        """
+        self.stop, self.requeue, self._saves = 0, 0, saves
         if threading.current_thread() is not threading.main_thread():
             return
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -113,7 +119,8 @@ class Signals:
             with suppress(RuntimeError, OSError):  # it interrupted printing, or the disk is full
                 more = "; once more stops at once" if number == signal.SIGINT else ""
                 name = signal.Signals(number).name
-                say(f"{name}: the run is saved and ends after this round{more}")
+                what = "is saved and ends" if self._saves else "ends"
+                say(f"{name}: the run {what} after this round{more}")
 
     def _asked_to_requeue(self, number: int, frame: FrameType | None) -> None:
         self.requeue = number

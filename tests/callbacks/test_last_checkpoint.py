@@ -1,5 +1,6 @@
 """Which further checkpoints are kept, and who obeys signals."""
 
+import signal
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from domains.gaussian_mixture.pipeline import GaussianMixturePipeline
 from domains.gaussian_mixture.rewards import Coordinate
 from lit_rlft.algorithms.graft import GRAFT
 from lit_rlft.callbacks.last_checkpoint import LastCheckpoint
-from lit_rlft.callbacks.signals import Signals
+from lit_rlft.callbacks.signals import Signals, Stopped
 from lit_rlft.core.sampling import Sampler
 from tests.support import trainer_of
 
@@ -22,6 +23,7 @@ _EVERY_THREE: dict[str, Any] = {
     "mode": "max",
     "every_n_train_steps": 3,
     "save_top_k": -1,
+    "save_last": False,
 }
 
 
@@ -43,7 +45,9 @@ def fit(tmp_path: Path, *callbacks: Callback, **settings: Any) -> set[str]:
 def test_a_round_that_passes_a_multiple_of_the_steps_is_saved(
     every: int, kept: set[int], tmp_path: Path
 ) -> None:
-    save = LastCheckpoint(tmp_path, filename="{step}", every_n_train_steps=every, save_top_k=-1)
+    save = LastCheckpoint(
+        tmp_path, filename="{step}", every_n_train_steps=every, save_top_k=-1, save_last=False
+    )
     assert fit(tmp_path, save) == {f"step={step}" for step in kept}
 
 
@@ -84,10 +88,42 @@ def test_of_several_the_one_that_keeps_the_last_obeys_signals(
     first: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     obeying: list[Signals] = []
-    monkeypatch.setattr(Signals, "install", lambda self, trainer: obeying.append(self))
+    monkeypatch.setattr(Signals, "install", lambda self, trainer, saves: obeying.append(self))
     lasts = [
         LastCheckpoint(tmp_path, save_last=last, filename="{step}", every_n_epochs=epochs)
         for epochs, last in ((1, first), (2, not first))
     ]
     fit(tmp_path, *lasts)
     assert obeying == [own.signals for own in lasts if own.save_last]
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [([None], True), ([False], False), ([None, None], True), ([False, None], False)],
+)
+def test_last_is_kept_unless_it_is_refused(
+    given: list[bool | None], kept: bool, tmp_path: Path
+) -> None:
+    lasts = [
+        LastCheckpoint(tmp_path, save_last=last, save_top_k=0, every_n_epochs=1 + place)
+        for place, last in enumerate(given)
+    ]
+    assert fit(tmp_path, *lasts) == ({"last"} if kept else set())
+    assert sum(bool(one.save_last) for one in lasts) == kept
+
+
+@pytest.mark.parametrize(("last", "said"), [(True, "is saved and ends"), (False, "ends")])
+def test_a_signal_says_whether_the_fit_is_saved(
+    last: bool, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Interrupts(Callback):
+        def on_train_batch_start(
+            self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int
+        ) -> None:
+            if batch_idx == 0:
+                signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(Stopped):
+        fit(tmp_path, LastCheckpoint(tmp_path, save_last=last, save_top_k=0), Interrupts())
+    assert f"SIGINT: the run {said} after this round" in capsys.readouterr().out
+    assert (tmp_path / "last.ckpt").is_file() == last
