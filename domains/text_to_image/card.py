@@ -193,22 +193,22 @@ def _swapped(facts: Mapping[str, Any]) -> tuple[str, str]:
 def _loaded(kind: str, base: str, beside: Beside, further: str = "") -> tuple[str, str]:
     """Return imports, and the lines that load what was tuned, with further lines after them."""
     classes, name, other = {kind}, _name(base), _name(beside.config)
-    alone, load, given = name.endswith(".safetensors"), "", [f'"{name}"']
-    method, whole = "from_pretrained", other if alone else name
+    alone, load, given = name.endswith(".safetensors"), "", [_quoted(base)]
+    method, whole = "from_pretrained", f'"{other}"' if other else ""
     if alone and kind == "FluxPipeline":  # its file is of the transformer alone
-        part, whole = "FluxTransformer2DModel", other or _FLUX
+        part, whole = "FluxTransformer2DModel", whole or f'"{_FLUX}"'
         classes.add(part)
         configured = [f'config="{other}"', 'subfolder="transformer"'] if other else []
         given += [*configured, *_typed(beside.dtype)]
         load += _line(f"transformer = {part}.from_single_file", given)
-        given = [f'"{whole}"', "transformer=transformer"]
+        given = [whole, "transformer=transformer"]
     elif alone:
         method, given = "from_single_file", given + ([f'config="{other}"'] if other else [])
     elif beside.variant is not None:
         given.append(f'variant="{beside.variant}"')
     if beside.vae is not None:
         classes.add(beside.vae_kind)
-        load += _vae(beside, whole)
+        load += _vae(beside, whole if alone else given[0])
         given.append("vae=vae")
     load += _line(f"pipe = {kind}.{method}", [*given, *_typed(beside.dtype)])
     tokens = "".join(_token(kind, path) for path in beside.textual_inversions)
@@ -221,6 +221,7 @@ def _imports(classes: set[str], code: str) -> str:
     classes = classes | set(re.findall(r"= (\w+)\.from_config", code))
     lines = ["import torch"] if "torch." in code else []
     lines.append(f"from diffusers import {', '.join(sorted(classes))}")
+    lines += ["from domains.text_to_image import EMBEDDED"] if "EMBEDDED" in code else []
     lines += ["from safetensors.torch import load_file"] if "load_file(" in code else []
     return "\n".join(lines) + "\n"
 
@@ -230,10 +231,15 @@ def _typed(dtype: str | None) -> list[str]:
 
 
 def _vae(beside: Beside, whole: str) -> str:
-    """Return the line that loads a VAE; a file needs the config of a model's own."""
+    """Return the line that loads a VAE; a file needs the config of a model's own.
+
+    Args:
+        beside: It is named there.
+        whole: Code that names the model; empty where nothing is known but its file.
+    """
     given = [f'"{_name(beside.vae)}"']
     if given[0].endswith('.safetensors"'):
-        given += [f'config="{whole}"', 'subfolder="vae"'] if whole else []
+        given += [f"config={whole}", 'subfolder="vae"'] if whole else []
         return _line(f"vae = {beside.vae_kind}.from_single_file", given + _typed(beside.vae_dtype))
     given += [f'subfolder="{beside.vae_subfolder}"'] if beside.vae_subfolder else []
     return _line(f"vae = {beside.vae_kind}.from_pretrained", given + _typed(beside.vae_dtype))
@@ -271,6 +277,12 @@ def _name(given: str | None) -> str:
     if given is None:
         return ""
     return Path(given).name if _local(given) else given
+
+
+def _quoted(base: str) -> str:
+    """Return the code of a model's name; that of an embedded one is the folder it comes in."""
+    embedded = not Path(base).exists() and (EMBEDDED / base).exists()
+    return f'str(EMBEDDED / "{base}")' if embedded else f'"{_name(base)}"'
 
 
 def _local(base: str) -> bool:

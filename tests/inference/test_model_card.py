@@ -1,6 +1,7 @@
 """The model card of a tuned model: what it says, where it goes, and that its code runs."""
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from domains.gaussian_mixture.data import MixtureData
 from domains.gaussian_mixture.pipeline import GaussianMixturePipeline
 from domains.gaussian_mixture.rewards import Coordinate
+from domains.text_to_image import EMBEDDED
 from domains.text_to_image.card import Beside, hub_header, usage
 from domains.text_to_image.data import ShapesPrompts
 from domains.text_to_image.pipeline import TextToImagePipeline
@@ -227,7 +229,21 @@ def token(path: Path, **vectors: int) -> str:
     return str(path)
 
 
+def embedded_vae(path: Path) -> str:
+    """Write the VAE of "shapes" as a file of its own."""
+    shutil.copy(EMBEDDED / "shapes" / "vae" / "diffusion_pytorch_model.safetensors", path)
+    return str(path)
+
+
 BESIDE: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
+    "an embedded model": (
+        lambda path: {"pretrained": "shapes"},
+        'str(EMBEDDED / "shapes")',
+    ),
+    "an embedded model and a VAE in a file": (
+        lambda path: {"pretrained": "shapes", "vae": embedded_vae(path / "other.safetensors")},
+        'config=str(EMBEDDED / "shapes")',
+    ),
     "a variant that is found": (
         lambda path: {"pretrained": half(path / "model")},
         'variant="fp16"',
