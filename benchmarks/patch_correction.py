@@ -14,7 +14,7 @@ same noise, and with several seeds that of their mean beside it; the held-out pa
 are taken as they are. FLOPs are of the forward passes of corrector and base, by torch's counter.
 "Copies" asks whether inverted patches are copied: the place of their distance to the pictures among
 those of 39 other sets of training patches, in ascending order. Where nothing is copied all places
-are as likely.
+are as likely, and the base, which has not seen these patches more than others, is the control.
 
     python benchmarks/photo_patches.py --out runs/patches
     python benchmarks/patch_correction.py base --root runs/patches
@@ -369,7 +369,7 @@ def table(root: Path) -> None:
         cells = [f"width {width}{seeds}" if width else "none", str(steps)]
         cells += [f"{results[arms[0]]['flops'] / 1e6:.4g}", str(other.base_steps) if other else ""]
         places = sorted(rank_of_first(results[arm]["nearest"]) for arm in arms)
-        cells += [" ".join(map(str, places)) if width else ""]
+        cells += [" ".join(map(str, places))]
         cells += ["{:.4g} ± {:.2g}".format(*over_seeds([value for value, _ in b])) for b in both]
         gains = [[gain for _, gain in b if gain] for b in both]
         cells += ["{:+.3g} ± {:.2g}".format(*over_seeds(g)) if g else "" for g in gains]
