@@ -428,17 +428,17 @@ def draw_pictures(root: Path, path: Path) -> None:
     for arm in shown(root):
         result = torch.load(root / "arms" / f"{arm.name}.pt", weights_only=True)
         rows[arm.title] = result["pictures"]
-    held_out = Arrays(str(root / "held_out.npy")).load().pixels[:16]
+    held_out = Arrays(str(root / "held_out.npy")).load().pixels[:12]
     rows["held-out patches"] = torch.from_numpy(held_out.copy())
     figure, panels = plt.subplots(
-        len(rows), 1, figsize=(10, 0.68 * len(rows)), layout="constrained"
+        len(rows), 1, figsize=(10, 0.88 * len(rows)), layout="constrained"
     )
     for (name, pictures), axes in zip(rows.items(), panels, strict=True):
-        axes.imshow(torch.cat([*pictures[:16]], dim=2).permute(1, 2, 0).numpy())
+        axes.imshow(torch.cat([*pictures[:12]], dim=2).permute(1, 2, 0).numpy())
         axes.set_ylabel(name, rotation="horizontal", ha="right", va="center")
         axes.set(xticks=[], yticks=[])
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=60)
 
 
 def main() -> None:
