@@ -531,7 +531,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", choices=["run", "table", "figure"])
     parser.add_argument("--out", type=Path, default=Path("step_jacobian.jsonl"))
-    parser.add_argument("--cells", nargs="+", help="model:size[:guidance]; all in the file's table")
+    parser.add_argument("--cells", nargs="+", help="model:size[:guidance]; a table has all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--iterations", type=int, default=6, help="of the power iteration")
