@@ -11,10 +11,13 @@ published loss, its two terms, the bounded contrast of P-GRAFT (noise shared by 
 candidates) and DiffusionNFT's loss. `curves` trains each loss from the reference on the same 4
 candidates of 1,024, 4,096, ... pages, 4 passes of 64 pages an update, LoRA of rank 16, AdamW with a
 learning rate falling linearly to 0. It is chosen per loss among three at 4,096 pages with a seed of
-its own, by the gain. Test: 1,024 pages, paired with the reference's.
+its own, by the gain. The contrast has strength 16; "contrast 2" and "contrast 4" have those. Test:
+1,024 pages, paired with the reference's.
 
     python benchmarks/contrast.py snr --out contrast.jsonl
     python benchmarks/contrast.py curves --out contrast.jsonl --seeds 0 1 2
+    python benchmarks/contrast.py curves --out contrast.jsonl --losses "contrast 2" "contrast 4" \
+        --pages 1024 4096
     python benchmarks/contrast.py table --out contrast.jsonl
 """
 
@@ -152,8 +155,12 @@ LOSSES: dict[str, Loss] = {
     "published": weighted(accepted),
     "contrast": weighted(apart, STRENGTH),
     "DiffusionNFT": nft,
+    "contrast 2": weighted(apart, 2.0),
+    "contrast 4": weighted(apart, 4.0),
 }
-TERMS: dict[str, Loss] = LOSSES | {
+FIRST = ("published", "contrast", "DiffusionNFT")
+"""What is measured unless `--losses` says otherwise."""
+TERMS: dict[str, Loss] = {name: LOSSES[name] for name in FIRST} | {
     "a - mean(a), noise apart": weighted(apart),
     "mean(a), no reward": weighted(everything),
 }
@@ -177,7 +184,7 @@ def snr(out: Path, seed: int, objective: str, batches: int = 384, groups: int = 
         gradients = []
         for k in range(batches):
             own = torch.arange(k * groups, (k + 1) * groups)
-            part = parts_of(own, seed, k, alike=name == "contrast")
+            part = parts_of(own, seed, k, alike=name.startswith("contrast"))
             grads = torch.autograd.grad(
                 loss(tuner, store, part) / groups, trained, allow_unused=True
             )
@@ -224,7 +231,7 @@ def curve(
         if not (at := update % (pages // GROUPS)):
             order = torch.randperm(pages, generator=shuffled)
         own = order[at * GROUPS : (at + 1) * GROUPS]
-        part = parts_of(own, seed, update, alike=name == "contrast")
+        part = parts_of(own, seed, update, alike=name.startswith("contrast"))
         optimizer.zero_grad()
         (LOSSES[name](tuner, store, part) / GROUPS).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -236,10 +243,15 @@ def curve(
     write(out, own | {"processor_seconds": time.process_time() - start})
 
 
-def curves(out: Path, seeds: Sequence[int], pages: Sequence[int], objective: str) -> None:
+def curves(out: Path, options: argparse.Namespace) -> None:
     """Search each loss's rate, then train at all sizes; what is in the file is not repeated."""
-    jobs = [("search", SEARCH_SEED, loss, SEARCHED, rate) for loss in LOSSES for rate in RATES] + [
-        ("curve", seed, loss, num, None) for seed in seeds for num in pages for loss in LOSSES
+    losses, objective, pages = options.losses, options.objective, options.pages
+    jobs = [("search", SEARCH_SEED, loss, SEARCHED, rate) for loss in losses for rate in RATES]
+    jobs += [
+        ("curve", seed, loss, num, None)
+        for seed in options.seeds
+        for num in pages
+        for loss in losses
     ]
     store: tuple[int, Store] | None = None
     for what, seed, loss, num, given in jobs:
@@ -302,11 +314,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--pages", type=int, nargs="+", default=list(PAGES))
     parser.add_argument("--objective", choices=["page", "coverage"], default="page")
+    parser.add_argument("--losses", nargs="+", choices=list(LOSSES), default=list(FIRST))
     options = parser.parse_args()
     if options.what == "snr":
         snr(options.out, options.seeds[0], options.objective)
     elif options.what == "curves":
-        curves(options.out, options.seeds, options.pages, options.objective)
+        curves(options.out, options)
     else:
         table(options.out)
 
