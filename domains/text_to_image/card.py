@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from domains.text_to_image import EMBEDDED
 from domains.text_to_image.networks.web_lora import WEB_LORA
+from lit_rlft.kit.network_folder import source_of
 
 __all__ = ["Beside", "hub_header", "strength", "usage", "vae_subfolder"]
 
@@ -281,7 +282,7 @@ def _name(given: str | None) -> str:
 
 def _quoted(base: str) -> str:
     """Return the code of a model's name; that of an embedded one is the folder it comes in."""
-    embedded = not Path(base).exists() and (EMBEDDED / base).exists()
+    embedded = source_of(base, EMBEDDED) != base
     return f'str(EMBEDDED / "{base}")' if embedded else f'"{_name(base)}"'
 
 

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lit_rlft.cli.gradients import with_names
 from lit_rlft.cli.parsing import is_users, parser_sentence, short
-from lit_rlft.core.checks import BadArgument, UsageError
+from lit_rlft.core.checks import NO_SUPER, BadArgument, UsageError
 from lit_rlft.loop.differentiable import NoGradient
 
 __all__ = ["own_frames", "sentence"]
@@ -134,7 +134,7 @@ def _unborn(causes: Sequence[BaseException]) -> str | None:
         if isinstance(cause, AttributeError) and (found := _UNBORN.search(str(cause))):
             paths = re.findall(r"given class_path '([\w.]+)'", " ".join(map(str, causes)))
             name = found.group(1) or (paths[-1] if paths else "a class of yours")
-            return f"{name}: its __init__ must begin with super().__init__()"
+            return NO_SUPER.format(name)
     return None
 
 

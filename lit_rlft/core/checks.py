@@ -11,6 +11,7 @@ from types import FunctionType
 from typing import Any, get_args, get_type_hints
 
 __all__ = [
+    "NO_SUPER",
     "BadArgument",
     "UsageError",
     "at_least",
@@ -28,6 +29,8 @@ __all__ = [
     "within",
 ]
 
+NO_SUPER = "{}: its __init__ must begin with super().__init__()"
+"""On a class whose `__init__` leaves out that of its base."""
 _LONGEST = 200
 """Characters of a reason that a reader of files gives."""
 _OWN = object()

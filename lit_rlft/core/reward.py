@@ -18,7 +18,7 @@ from lit_rlft.core.answers import (
     tensors,
     unchanged,
 )
-from lit_rlft.core.checks import BadArgument, UsageError, finite, of_kind, require
+from lit_rlft.core.checks import NO_SUPER, BadArgument, UsageError, finite, of_kind, require
 from lit_rlft.core.contract import check_signatures
 from lit_rlft.core.guard import Guard
 from lit_rlft.core.moments import RunningMoments
@@ -562,8 +562,7 @@ def check_born(*parts: object) -> None:
     """
     for part in parts:
         if isinstance(part, nn.Module) and "_modules" not in vars(part):
-            name = type(part).__name__
-            raise UsageError(f"{name}: its __init__ must begin with super().__init__()")
+            raise UsageError(NO_SUPER.format(type(part).__name__))
 
 
 def check_parts(metric: Metric, pipeline: Pipeline) -> None:

@@ -11,8 +11,8 @@ import threading
 import traceback
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -102,27 +102,17 @@ def packed(reward: Reward) -> bytes:
     parts += [part for one in parts if isinstance(one, Offloaded) for part in one.reward.modules()]
     if any(type(part).__module__ == "__main__" for part in parts):
         raise _unsendable(reward.name, "a class of the main script; move it to a module")
-    try:
+    with _sending(reward.name):
         return pickle.dumps(reward)
-    except Exception as error:  # every class has its own reasons
-        raise _unsendable(reward.name, f"{type(error).__name__}: {error}") from error
 
 
-def _packed_call(with_tables: bool, call: Call) -> bytes:
-    """Return a call as bytes that a side process can read."""
+@contextmanager
+def _sending(name: str) -> Iterator[None]:
+    """Raise UsageError for what cannot be packed, or cannot be read on the other side."""
     try:
-        return pickle.dumps((with_tables, call))
+        yield
     except Exception as error:  # every class has its own reasons
-        raise _unsendable(_ASKED, f"{type(error).__name__}: {error}") from error
-
-
-def _unpacked_call(sent: bytes) -> tuple[bool, Call]:
-    """Return what `_packed_call` was given: classes of the main script are found only there."""
-    try:
-        with_tables, call = pickle.loads(sent)
-    except Exception as error:  # every class has its own reasons
-        raise _unsendable(_ASKED, f"{type(error).__name__}: {error}") from error
-    return with_tables, call
+        raise _unsendable(name, f"{type(error).__name__}: {error}") from error
 
 
 def _unsendable(name: str, reason: str) -> UsageError:
@@ -174,7 +164,10 @@ class SideProcess(Worker):
     def ask(self, call: Call, timeout: float) -> Answer:
         tables = call.condition.tables
         new, self._tables = tables is not self._tables, tables
-        said = self._exchange(_packed_call(new, call.to("cpu", with_tables=new)), timeout)
+        sent = call.to("cpu", with_tables=new)
+        with _sending(_ASKED):
+            packed_call = pickle.dumps((new, sent))
+        said = self._exchange(packed_call, timeout)
         if isinstance(said, _Failure):
             raise said.error()
         found, warned = said
@@ -274,7 +267,8 @@ def serve(calls: int, watched: int) -> None:
         while True:
             received = connection.recv_bytes()
             try:
-                new, call = _unpacked_call(received)
+                with _sending(_ASKED):  # classes of the main script are found only there
+                    new, call = pickle.loads(received)
             except UsageError as error:
                 connection.send_bytes(pickle.dumps(_Failure.of(error)))
                 continue
