@@ -26,7 +26,6 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,6 @@ from cut_regimes import (
     conditions,
     mean_and_error,
     measured,
-    scored,
     tuner_of,
 )
 from torch import Tensor
@@ -69,37 +67,39 @@ class Store:
     """Candidates of the reference and their rewards.
 
     Args:
-        seed: Of all noise.
-        pages: Number of groups of M candidates.
-        objective: The reward.
+        tuner: Draws from its reference with noise of its seed, and scores.
+        groups: Number of groups of M candidates.
     """
 
-    def __init__(self, seed: int, pages: int, objective: str) -> None:
-        tuner = base(seed)
-        self.condition = conditions(tuner, pages * M)
-        seeds = [seed_from(seed, 1, i) for i in range(pages * M)]
-        route = tuner.reference_route()
-        (self.x_0,) = tuner.rollouts.draw(route, self.condition, seeds, keep=[STEPS])
-        groups = scored(LAYOUT, tuner, self.x_0, self.condition)[objective].view(-1, M)
-        best = groups.argmax(dim=1, keepdim=True)
-        self.accepted = torch.zeros_like(groups).scatter(1, best, 1.0).flatten()
-        spread = float((groups - groups.mean(dim=1, keepdim=True)).double().std(correction=0))
-        self.good = group_probabilities(groups.double(), spread, 1.0).flatten().float()
-        self.seed, self.test = seed, [seed_from(seed, 2, i) for i in range(TEST)]
-
-    @cached_property
-    def reference(self) -> Measured:
-        """What the reference's samples of the test are worth."""
-        tuner = base(self.seed)
+    def __init__(self, tuner: PGRAFT, groups: int) -> None:
+        self.condition = conditions(tuner, groups * M)
+        seeds = [seed_from(tuner.seed, 1, i) for i in range(groups * M)]
         with torch.no_grad():
-            route, condition = tuner.reference_route(), conditions(tuner, TEST)
-            (x_0,) = tuner.rollouts.draw(route, condition, self.test, keep=[STEPS])
-            return measured(LAYOUT, tuner, x_0)
+            route = tuner.reference_route()
+            (self.x_0,) = tuner.rollouts.draw(route, self.condition, seeds, keep=[STEPS])
+            rewards = tuner.rollouts.score(self.x_0, self.condition).rewards.view(-1, M)
+        best = rewards.argmax(dim=1, keepdim=True)
+        self.accepted = torch.zeros_like(rewards).scatter(1, best, 1.0).flatten()
+        spread = float((rewards - rewards.mean(dim=1, keepdim=True)).double().std(correction=0))
+        self.good = group_probabilities(rewards.double(), spread, 1.0).flatten().float()
 
 
-def base(seed: int, lora: LoRA | None = LoRA(16, 16)) -> PGRAFT:
+def base(seed: int, objective: str, lora: LoRA | None = LoRA(16, 16)) -> PGRAFT:
     """Return GRAFT on the layout model."""
-    return tuner_of(Cell(seed, "page", 0, "LoRA 16", 0.0), lora)
+    return tuner_of(Cell(seed, objective, 0, "LoRA 16", 0.0), lora)
+
+
+def test_seeds(seed: int) -> list[int]:
+    """Return the seeds of the test's samples."""
+    return [seed_from(seed, 2, i) for i in range(TEST)]
+
+
+@torch.no_grad()
+def reference(tuner: PGRAFT) -> Measured:
+    """Return what the reference's samples of the test are worth."""
+    condition, seeds = conditions(tuner, TEST), test_seeds(tuner.seed)
+    (x_0,) = tuner.rollouts.draw(tuner.reference_route(), condition, seeds, keep=[STEPS])
+    return measured(LAYOUT, tuner, x_0)
 
 
 def weighted(weight: Callable[[Store, Tensor], Tensor], contrast: float = 0.0) -> "Loss":
@@ -173,35 +173,33 @@ def parts_of(groups: Tensor, seed: int, update: int, *, alike: bool) -> Part:
     return rows, [seed_from(seed, 3, update, i - i % M if alike else i) for i in own]
 
 
-def snr(out: Path, seed: int, objective: str, batches: int = 384, groups: int = 16) -> None:
-    """Measure the gradients at the reference."""
-    with torch.no_grad():
-        store = Store(seed, batches * groups, objective)
-    tuner = base(seed, None)
+def snr(
+    out: Path, tuner: PGRAFT, line: dict[str, Any], batches: int = 384, groups: int = 16
+) -> None:
+    """Measure the gradients of all weights at the reference.
+
+    Args:
+        out: Receives a line per loss.
+        tuner: Trains all weights.
+        line: What else each line says.
+        batches: Number of batches of different conditions.
+        groups: Number of conditions of a batch.
+    """
+    store = Store(tuner, batches * groups)
     tuner.train()
     trained = [p for p in tuner.trainable().parameters() if p.requires_grad]
     for name, loss in TERMS.items():
         gradients = []
         for k in range(batches):
             own = torch.arange(k * groups, (k + 1) * groups)
-            part = parts_of(own, seed, k, alike=name.startswith("contrast"))
+            part = parts_of(own, tuner.seed, k, alike=name.startswith("contrast"))
             grads = torch.autograd.grad(
                 loss(tuner, store, part) / groups, trained, allow_unused=True
             )
             gradients.append(torch.cat([g.flatten() for g in grads if g is not None]))
         signal, error, noise = products(torch.stack(gradients))
-        line = {"what": "snr", "seed": seed, "objective": objective, "loss": name}
-        write(
-            out,
-            line
-            | {
-                "signal": signal,
-                "error": error,
-                "noise": noise,
-                "batch": groups,
-                "batches": batches,
-            },
-        )
+        found = {"loss": name, "signal": signal, "error": error, "noise": noise}
+        write(out, {"what": "snr", **line, **found, "batch": groups, "batches": batches})
 
 
 def products(gradients: Tensor) -> tuple[float, float, float]:
@@ -215,56 +213,52 @@ def products(gradients: Tensor) -> tuple[float, float, float]:
     return signal, error, float(lengths.mean()) - signal
 
 
-def curve(
-    out: Path, store: Store, name: str, pages: int, rate: float, line: dict[str, Any]
-) -> None:
-    """Train on the first pages and measure."""
-    start, seed = time.process_time(), line["seed"]
-    tuner = base(seed)
+def train(tuner: PGRAFT, store: Store, name: str, groups: int, rate: float) -> None:
+    """Train a loss on the first groups of the store, with the noise of the tuner's seed."""
     trained = [p for p in tuner.trainable().parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, rate, weight_decay=0.0)
-    updates = PASSES * pages // GROUPS
+    updates = PASSES * groups // GROUPS
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, updates)
-    shuffled = torch.Generator().manual_seed(seed)
+    shuffled = torch.Generator().manual_seed(tuner.seed)
     tuner.train()
     for update in range(updates):
-        if not (at := update % (pages // GROUPS)):
-            order = torch.randperm(pages, generator=shuffled)
+        if not (at := update % (groups // GROUPS)):
+            order = torch.randperm(groups, generator=shuffled)
         own = order[at * GROUPS : (at + 1) * GROUPS]
-        part = parts_of(own, seed, update, alike=name.startswith("contrast"))
+        part = parts_of(own, tuner.seed, update, alike=name.startswith("contrast"))
         optimizer.zero_grad()
         (LOSSES[name](tuner, store, part) / GROUPS).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
     tuner.eval()
-    own = line | {"loss": name, "pages": pages, "rate": rate}
-    own |= compared(LAYOUT, tuner, store.test, store.reference)
-    write(out, own | {"processor_seconds": time.process_time() - start})
 
 
 def curves(out: Path, options: argparse.Namespace) -> None:
     """Search each loss's rate, then train at all sizes; what is in the file is not repeated."""
     losses, objective, pages = options.losses, options.objective, options.pages
-    jobs = [("search", SEARCH_SEED, loss, SEARCHED, rate) for loss in losses for rate in RATES]
+    searched = () if options.rate else RATES
+    jobs = [("search", SEARCH_SEED, loss, SEARCHED, rate) for loss in losses for rate in searched]
     jobs += [
         ("curve", seed, loss, num, None)
         for seed in options.seeds
         for num in pages
         for loss in losses
     ]
-    store: tuple[int, Store] | None = None
+    held: tuple[int, Store, Measured] | None = None
     for what, seed, loss, num, given in jobs:
-        rate = given or best_rate(out, loss, objective)
+        rate = given or options.rate or best_rate(out, loss, objective)
         line = {"what": what, "seed": seed, "objective": objective}
-        wanted = line | {"loss": loss, "pages": num, "rate": rate}
-        if any(wanted.items() <= known.items() for known in read_lines(out)):
+        line |= {"loss": loss, "pages": num, "rate": rate}
+        if any(line.items() <= known.items() for known in read_lines(out)):
             continue
-        if store is None or store[0] != seed:
-            size = SEARCHED if what == "search" else max(pages)
-            with torch.no_grad():
-                store = (seed, Store(seed, size, objective))
-        curve(out, store[1], loss, num, rate, line)
+        if held is None or held[0] != seed:
+            size, tuner = SEARCHED if what == "search" else max(pages), base(seed, objective)
+            held = (seed, Store(tuner, size), reference(tuner))
+        start, tuner = time.process_time(), base(seed, objective)
+        train(tuner, held[1], loss, num, rate)
+        line |= compared(LAYOUT, tuner, test_seeds(seed), held[2])
+        write(out, line | {"processor_seconds": time.process_time() - start})
 
 
 def best_rate(out: Path, loss: str, objective: str) -> float:
@@ -313,11 +307,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("contrast.jsonl"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--pages", type=int, nargs="+", default=list(PAGES))
+    parser.add_argument("--rate", type=float, help="learning rate, instead of a search")
     parser.add_argument("--objective", choices=["page", "coverage"], default="page")
     parser.add_argument("--losses", nargs="+", choices=list(LOSSES), default=list(FIRST))
     options = parser.parse_args()
     if options.what == "snr":
-        snr(options.out, options.seeds[0], options.objective)
+        line = {"seed": options.seeds[0], "objective": options.objective}
+        snr(options.out, base(**line, lora=None), line)
     elif options.what == "curves":
         curves(options.out, options)
     else:

@@ -18,9 +18,9 @@ def contrast(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_the_terms_add_up_and_the_bounded_contrast_is_one_of_them_at_the_reference(
     contrast: ModuleType,
 ) -> None:
-    with torch.no_grad():
-        store = contrast.Store(0, 8, "page")
-    (tuner := contrast.base(0, None)).train()
+    tuner = contrast.base(0, "page", None)
+    store = contrast.Store(tuner, 8)
+    tuner.train()
     weights = [p for p in tuner.trainable().parameters() if p.requires_grad]
     part = contrast.parts_of(torch.arange(8), 0, 0, alike=False)
 
