@@ -45,8 +45,7 @@ from cut_regimes import (
 from torch import Tensor
 
 from lit_rlft.algorithms.graft import PGRAFT
-from lit_rlft.algorithms.nft import contrastive_loss
-from lit_rlft.core.implicit import group_probabilities
+from lit_rlft.core.implicit import group_probabilities, implicit
 from lit_rlft.core.process import Process
 from lit_rlft.core.randomness import generators, rand_like, seed_from
 from lit_rlft.core.state import index
@@ -121,19 +120,26 @@ def weighted(weight: Callable[[Store, Tensor], Tensor], contrast: float = 0.0) -
     return loss
 
 
-def nft(tuner: PGRAFT, store: Store, part: Part) -> Tensor:
-    """Return DiffusionNFT's loss with the reference as the old policy; sum over candidates."""
-    rows, seeds = part
-    process: Process = tuner.pipeline.process
-    x_0, noise = index(store.x_0, rows), generators(seeds)
-    t = process.draw_times(rand_like(torch.empty(len(rows)), noise))
-    x_t = process.noised(x_0, torch.zeros_like(t), t, noise)
-    condition = store.condition.index(rows)
-    with torch.no_grad():
-        old = tuner.reference(x_t, t, condition)
-    prediction = tuner.pipeline(x_t, t, condition)
-    good = store.good[rows]
-    return contrastive_loss(process, prediction, old, x_0, x_t, t, good, 1.0).sum()
+def mirrored(weights: Callable[[Store, Tensor], tuple[Tensor, Tensor]]) -> "Loss":
+    """Return u l(f) + v l(2 f_ref - f), summed over candidates, of their weights u and v."""
+
+    def loss(tuner: PGRAFT, store: Store, part: Part) -> Tensor:
+        rows, seeds = part
+        process: Process = tuner.pipeline.process
+        x_0, noise = index(store.x_0, rows), generators(seeds)
+        t = process.draw_times(rand_like(torch.empty(len(rows)), noise))
+        s = torch.zeros_like(t)
+        x_t = process.noised(x_0, s, t, noise)
+        condition = store.condition.index(rows)
+        with torch.no_grad():
+            old = tuner.reference(x_t, t, condition)
+        ahead = tuner.pipeline(x_t, t, condition)
+        behind = implicit(ahead, old, torch.full_like(t, -1.0))
+        u, v = weights(store, rows)
+        losses = [process.loss(own, x_0, x_t, s, t) for own in (ahead, behind)]
+        return (u * losses[0] + v * losses[1]).sum()
+
+    return loss
 
 
 Loss = Callable[[PGRAFT, Store, Part], Tensor]
@@ -151,13 +157,27 @@ def everything(store: Store, rows: Tensor) -> Tensor:
     return torch.full((len(rows),), 1 / M)
 
 
+def likely(store: Store, rows: Tensor) -> tuple[Tensor, Tensor]:
+    # DiffusionNFT's at beta = 1, with the reference as the old policy
+    good = store.good[rows]
+    return good, 1 - good
+
+
+def corrected(store: Store, rows: Tensor) -> tuple[Tensor, Tensor]:
+    # (l(f) - l(2 f_ref - f)) / 2 has the gradient that l has at the reference, whatever f is
+    return store.accepted[rows] - 0.5 / M, torch.full((len(rows),), 0.5 / M)
+
+
 LOSSES: dict[str, Loss] = {
     "published": weighted(accepted),
     "contrast": weighted(apart, STRENGTH),
-    "DiffusionNFT": nft,
+    "DiffusionNFT": mirrored(likely),
     "contrast 2": weighted(apart, 2.0),
     "contrast 4": weighted(apart, 4.0),
+    "control variate": mirrored(corrected),
 }
+ALIKE = ("contrast", "contrast 2", "contrast 4", "control variate")
+"""Losses of which a condition's candidates are noised alike."""
 FIRST = ("published", "contrast", "DiffusionNFT")
 """What is measured unless `--losses` says otherwise."""
 TERMS: dict[str, Loss] = {name: LOSSES[name] for name in FIRST} | {
@@ -192,7 +212,7 @@ def snr(
         gradients = []
         for k in range(batches):
             own = torch.arange(k * groups, (k + 1) * groups)
-            part = parts_of(own, tuner.seed, k, alike=name.startswith("contrast"))
+            part = parts_of(own, tuner.seed, k, alike=name in ALIKE)
             grads = torch.autograd.grad(
                 loss(tuner, store, part) / groups, trained, allow_unused=True
             )
@@ -225,7 +245,7 @@ def train(tuner: PGRAFT, store: Store, name: str, groups: int, rate: float) -> N
         if not (at := update % (groups // GROUPS)):
             order = torch.randperm(groups, generator=shuffled)
         own = order[at * GROUPS : (at + 1) * GROUPS]
-        part = parts_of(own, tuner.seed, update, alike=name.startswith("contrast"))
+        part = parts_of(own, tuner.seed, update, alike=name in ALIKE)
         optimizer.zero_grad()
         (LOSSES[name](tuner, store, part) / GROUPS).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)

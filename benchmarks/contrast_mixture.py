@@ -139,7 +139,7 @@ class Limits:
 
     def of(self, loss: str, x_t: Tensor, t: Tensor) -> Tensor:
         """Return a loss's limit, [B, 2]."""
-        if loss == "published":
+        if loss in ("published", "control variate"):
             return self.law(x_t, t)
         fitted, strength = (lambda r: self.share(r) * (1 - 1 / M)), strength_of(loss)
         mirrored: Weight = lambda r: (1 - self.share(r)) / M  # noqa: E731
@@ -260,7 +260,7 @@ def targets() -> tuple[Callable[[Tensor, Tensor], Tensor], ...]:
 
 
 COLUMNS = ("gain", "error", "mmd", "own_error")
-MEASURED = ("published", "contrast 2", "contrast 4", "contrast", "DiffusionNFT")
+MEASURED = ("published", "contrast 2", "contrast 4", "contrast", "DiffusionNFT", "control variate")
 
 
 def run(out: Path, seeds: Sequence[int], losses: Sequence[str], groups: Sequence[int]) -> None:

@@ -68,7 +68,9 @@ class Switched(nn.Module):
         return start + self.switch * (end - start)
 
 
-@pytest.mark.parametrize("loss", ["published", "contrast 2", "contrast 4", "DiffusionNFT"])
+@pytest.mark.parametrize(
+    "loss", ["published", "control variate", "contrast 2", "contrast 4", "DiffusionNFT"]
+)
 def test_losses_are_stationary_at_their_limits(
     mixture: ModuleType, contrast: ModuleType, monkeypatch: pytest.MonkeyPatch, loss: str
 ) -> None:
@@ -85,7 +87,7 @@ def test_losses_are_stationary_at_their_limits(
         gradients = []
         for k in range(batches):
             rows = torch.arange(k * groups, (k + 1) * groups)
-            part = contrast.parts_of(rows, 0, k, alike=loss.startswith("contrast"))
+            part = contrast.parts_of(rows, 0, k, alike=loss in contrast.ALIKE)
             (own,) = torch.autograd.grad(contrast.LOSSES[loss](tuner, store, part), switch)
             gradients.append(own / groups)
         drawn = torch.stack(gradients)
