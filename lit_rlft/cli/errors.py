@@ -12,7 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
 from lit_rlft.cli.gradients import with_names
-from lit_rlft.cli.parsing import is_users, parser_sentence, short
+from lit_rlft.cli.parsing import is_users, parser_sentence, short, users_line
 from lit_rlft.core.checks import NO_SUPER, BadArgument, UsageError
 from lit_rlft.loop.differentiable import NoGradient
 
@@ -105,7 +105,7 @@ def _unmade(causes: Sequence[BaseException], config: Namespace | None) -> str | 
         if found := _UNMADE.search(str(cause)):
             name = found["path"].rpartition(".")[2]
             keys = [] if config is None else [k for k, n in _classes(config.as_dict()) if n == name]
-            why = short(found["why"], 120)
+            why = users_line(causes[-1]) or short(found["why"], 120)
             nulls = [] if not keys or config is None else _nulls(config, keys[0])
             if nulls and "NoneType" in why:
                 why = f"null is no value of {', '.join(nulls)}"

@@ -216,12 +216,19 @@ def _own_code(causes: Sequence[BaseException]) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     # An error of the parser's own comes through no module that is being imported.
     importing = any(frame.name == "<module>" for frame in frames)
-    for frame in reversed(frames):
-        if importing and is_users(frame.filename):
-            place = f"{Path(frame.filename).name}, line {frame.lineno}"
-            return short(f"{type(error).__name__}: {error} ({place})", 160)
+    if importing and (line := users_line(error)):
+        return line
     if isinstance(error, SyntaxError) and error.filename and is_users(error.filename):
         return short(f"SyntaxError: {error.msg} ({Path(error.filename).name}, line {error.lineno})")
+    return ""
+
+
+def users_line(error: BaseException) -> str:
+    """Return an error and the innermost line of the user's own code that it came through."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if is_users(frame.filename):
+            place = f"{Path(frame.filename).name}, line {frame.lineno}"
+            return short(f"{type(error).__name__}: {error} ({place})", 160)
     return ""
 
 

@@ -54,6 +54,14 @@ class Named(Reward):
     def forward(self, samples, condition):
         return samples[:, 0]
 
+class Tables(Reward):
+    def __init__(self, name: str = "a"):
+        super().__init__()
+        self.table = {}[name]
+
+    def forward(self, samples, condition):
+        return samples[:, 0]
+
 class UnbornTuner(GRAFT):
     def __init__(self, *parts, **base):
         self.parts = parts
@@ -107,7 +115,13 @@ MISTAKES = {
     "metrics.parts=[LayoutMeasures]": "metrics.parts.0: LayoutMeasures is of the domain layout",
     "reward=LayoutPipeline": "reward",
     "reward=own.Unborn": r"Unborn: its __init__ must begin with super\(\)",
-    "reward=own.Named": r"reward.init_args: Named cannot be .* \(property 'name' .* no setter\)",
+    "reward=own.Named": (
+        r"reward.init_args: Named cannot be .* \(AttributeError: property 'name' .* no setter "
+        r"\(own.py, line \d+\)\)"
+    ),
+    "reward=own.Tables": (
+        r"reward.init_args: Tables cannot be made .* \(KeyError: 'a' \(own.py, line \d+\)\)"
+    ),
     "model=own.UnbornTuner": r"UnbornTuner: its __init__ must begin with super\(\)",
     "model.reward=Coordinate": "model.init_args.reward would be ignored: .*; give --reward",
     "model.init_args.metrics=MMD": r"model.init_args.metrics would .* give --metrics.parts\+",
