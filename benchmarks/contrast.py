@@ -8,11 +8,15 @@ an exact sampler of a perfectly fitted model, and noise on top.
 `snr` measures this at the reference, over all weights: the squared length of the mean gradient
 (unbiased, from products of different batches) and the variance of batches of 16 conditions, for the
 published loss, its two terms, the bounded contrast of P-GRAFT (noise shared by a condition's
-candidates) and DiffusionNFT's loss. `curves` trains each loss from the reference on the same 4
-candidates of 1,024, 4,096, ... pages, 4 passes of 64 pages an update, LoRA of rank 16, AdamW with a
-learning rate falling linearly to 0. It is chosen per loss among three at 4,096 pages with a seed of
-its own, by the gain. The contrast has strength 16; "contrast 2" and "contrast 4" have those. Test:
-1,024 pages, paired with the reference's.
+candidates) and DiffusionNFT's loss.
+
+`curves` trains each loss from the reference on the same 4 candidates of 1,024, 4,096, ... pages, 4
+passes of 64 pages an update, LoRA of rank 16, AdamW with a learning rate falling linearly to 0. It
+is chosen per loss among three at 4,096 pages with a seed of its own, by the gain, unless `--rate`
+gives it. The contrast has strength 16; "contrast 2" and "contrast 4" have those. The control
+variate a_i l_i(f) - mean(a) (l_i(f) - l_i(2 f_ref - f)) / 2 takes away, wherever f is, the gradient
+that all candidates have at the reference: with a perfectly fitted model it has the gradient of the
+published loss in the mean. Test: 1,024 pages, paired with the reference's.
 
     python benchmarks/contrast.py snr --out contrast.jsonl
     python benchmarks/contrast.py curves --out contrast.jsonl --seeds 0 1 2

@@ -60,7 +60,8 @@ class PGRAFT(RewardFineTuner):
             coarse sampler makes in every candidate; the difference cancels them. With f_ref the
             frozen reference's prediction, accepted candidates fit f_ref + (f - f_ref) / contrast
             and rejected ones its mirror image in f_ref, each with weight |a_i - mean(a)|. Then f
-            moves from f_ref by contrast / 2 times the difference of the two fits. The loss is
+            moves from f_ref by contrast / 2 times the difference of the two fits: at
+            2 (1 - k / M), to first order, to the law of the k accepted of M. The loss is
             bounded below, unlike one with negative weights, but has the same direction at the
             reference. After the implicit negative policy of DiffusionNFT (Zheng et al., 2025),
             https://arxiv.org/abs/2509.16117, which mirrors in the policy that drew; `iterative`
