@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contrast import LOSSES, SEARCH_SEED, SEARCHED, STEPS, M, Store, snr, train, write
+from contrast import LOSSES, SEARCH_SEED, SEARCHED, STEPS, STRENGTH, M, Store, snr, train, write
 from cut_regimes import conditions, mean_and_error
 from numpy.polynomial.hermite_e import hermegauss
 from quiet import quiet_trainer
@@ -107,8 +107,8 @@ class Limits:
         best = groups.argmax(dim=1) + M * torch.arange(len(groups))
         self.accepted = points[best]
         """Exact draws of the accepted law, [65536, 2]."""
-        self._grid = torch.linspace(-4, 4, 801, dtype=torch.float64)
-        self._good = self._good_on(self._grid, groups[:4096, 1:])
+        grid = torch.linspace(-4, 4, 801, dtype=torch.float64)
+        self._good = self._good_on(grid, groups[:4096, 1:])
 
     def _good_on(self, rewards: Tensor, others: Tensor) -> Tensor:
         """Return the mean of DiffusionNFT's r at each reward, over groups of others [n, M - 1]."""
@@ -124,9 +124,21 @@ class Limits:
         low = place.long()
         return self._good[low].lerp(self._good[low + 1], place - low)
 
+    def bad(self, reward: Tensor) -> Tensor:
+        """Return 1 - r."""
+        return 1 - self.good(reward)
+
     def share(self, reward: Tensor) -> Tensor:
         """Return how likely a candidate of a reward is accepted, F^3."""
         return distribution(self.mixture, reward) ** (M - 1)
+
+    def fitted(self, reward: Tensor) -> Tensor:
+        """Return the mean weight that the contrast fits a candidate with."""
+        return self.share(reward) * (1 - 1 / M)
+
+    def rejected(self, reward: Tensor) -> Tensor:
+        """Return the mean weight that the contrast fits a candidate's mirror image with."""
+        return (1 - self.share(reward)) / M
 
     def reference(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Return E[x_0 | x_t] of the mixture, [B, 2]."""
@@ -141,16 +153,22 @@ class Limits:
         """Return a loss's limit, [B, 2]."""
         if loss in ("published", "control variate"):
             return self.law(x_t, t)
-        fitted, strength = (lambda r: self.share(r) * (1 - 1 / M)), strength_of(loss)
-        mirrored: Weight = lambda r: (1 - self.share(r)) / M  # noqa: E731
-        if loss == "DiffusionNFT":
-            fitted, mirrored = self.good, lambda r: 1 - self.good(r)
+        nft = loss == "DiffusionNFT"
+        weights: tuple[Weight, Weight] = (
+            (self.good, self.bad) if nft else (self.fitted, self.rejected)
+        )
         reference, sums = self.reference(x_t, t), []
-        for weight in (fitted, mirrored):
+        for weight in weights:
             total, moved = self._expected(x_t, t, weight)
             sums.append((total, moved - total.unsqueeze(1) * reference))
         (up, ascent), (down, descent) = sums
-        return reference + strength * (ascent - descent) / (up + down).unsqueeze(1)
+        apart = (ascent - descent) / (up + down).unsqueeze(1)
+        return reference + strength_of(loss) * apart
+
+    def noise(self, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """Return the noise that takes x_0 to x_t, [B, 2], which the model predicts."""
+        alpha, sigma = (level.unsqueeze(1) for level in self.schedule.levels(t.double()))
+        return (x_t - alpha * x_0) / sigma
 
     def _expected(self, x_t: Tensor, t: Tensor, weight: Weight) -> tuple[Tensor, Tensor]:
         alpha, sigma = (level.unsqueeze(1) for level in self.schedule.levels(t.double()))
@@ -161,7 +179,7 @@ def strength_of(loss: str) -> float:
     """Return how far a loss steps from the reference; DiffusionNFT's is 1 / beta."""
     if loss == "DiffusionNFT":
         return 1.0
-    return float(loss.removeprefix("contrast") or 16)
+    return float(loss.removeprefix("contrast") or STRENGTH)
 
 
 class Limit(GaussianMixturePipeline):
@@ -177,13 +195,8 @@ class Limit(GaussianMixturePipeline):
 
     def predict(self, x_t: State, t: Tensor, condition: Condition) -> Tensor:
         x = tensor_of(x_t)
-        return self.process.prediction(*pair(self.limits.of(self.loss, x, t), x, t), t).to(x)
-
-
-def pair(x_0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Return x_0 and the noise that takes it to x_t."""
-    alpha, sigma = (level.unsqueeze(1) for level in limits().schedule.levels(t.double()))
-    return x_0, (x_t - alpha * x_0) / sigma
+        x_0 = self.limits.of(self.loss, x, t)
+        return self.process.prediction(x_0, self.limits.noise(x_0, x, t), t).to(x)
 
 
 @cache
@@ -223,14 +236,15 @@ class Test:
         self.x_t = process.noised(x_0, torch.zeros_like(self.t), self.t, noise)
         self.exact = exact[-TEST:]
         self.kernel = gaussian(median_distance(self.exact))
-        self.law, reference = (self._noise(own(self.x_t, self.t)) for own in targets())
+        self.law = self._noise(limits().law(self.x_t, self.t))
+        reference = self._noise(limits().reference(self.x_t, self.t))
         self.unit = float((reference - self.law).square().mean())
         tuner = base(seed)
         self.before = self.points(tuner, reference=True)
         self.apart = mmd(self.exact, self.before, self.kernel)
 
     def _noise(self, x_0: Tensor) -> Tensor:
-        return pair(x_0, self.x_t, self.t)[1]
+        return limits().noise(x_0, self.x_t, self.t)
 
     @torch.no_grad()
     def points(self, tuner: PGRAFT, *, reference: bool = False) -> Tensor:
@@ -252,11 +266,6 @@ class Test:
             "mmd": mmd(self.exact, points, self.kernel) / self.apart,
             "own_error": float((prediction - own).square().mean()) / self.unit,
         }
-
-
-def targets() -> tuple[Callable[[Tensor, Tensor], Tensor], ...]:
-    """Return the accepted law's denoiser and the mixture's."""
-    return limits().law, limits().reference
 
 
 COLUMNS = ("gain", "error", "mmd", "own_error")
