@@ -49,7 +49,8 @@ from cut_regimes import (
 from torch import Tensor
 
 from lit_rlft.algorithms.graft import PGRAFT
-from lit_rlft.core.implicit import group_probabilities, implicit
+from lit_rlft.algorithms.nft import contrastive_loss
+from lit_rlft.core.implicit import group_probabilities
 from lit_rlft.core.process import Process
 from lit_rlft.core.randomness import generators, rand_like, seed_from
 from lit_rlft.core.state import index
@@ -132,16 +133,17 @@ def mirrored(weights: Callable[[Store, Tensor], tuple[Tensor, Tensor]]) -> "Loss
         process: Process = tuner.pipeline.process
         x_0, noise = index(store.x_0, rows), generators(seeds)
         t = process.draw_times(rand_like(torch.empty(len(rows)), noise))
-        s = torch.zeros_like(t)
-        x_t = process.noised(x_0, s, t, noise)
+        x_t = process.noised(x_0, torch.zeros_like(t), t, noise)
         condition = store.condition.index(rows)
         with torch.no_grad():
             old = tuner.reference(x_t, t, condition)
-        ahead = tuner.pipeline(x_t, t, condition)
-        behind = implicit(ahead, old, torch.full_like(t, -1.0))
+        prediction = tuner.pipeline(x_t, t, condition)
+        ahead, behind = (
+            contrastive_loss(process, prediction, old, x_0, x_t, t, good, 1.0)
+            for good in (torch.ones_like(t), torch.zeros_like(t))
+        )
         u, v = weights(store, rows)
-        losses = [process.loss(own, x_0, x_t, s, t) for own in (ahead, behind)]
-        return (u * losses[0] + v * losses[1]).sum()
+        return (u * ahead + v * behind).sum()
 
     return loss
 
@@ -168,7 +170,7 @@ def likely(store: Store, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def corrected(store: Store, rows: Tensor) -> tuple[Tensor, Tensor]:
-    # (l(f) - l(2 f_ref - f)) / 2 has the gradient that l has at the reference, whatever f is
+    # (l(f) - l(2 f_ref - f)) / 2 has the gradient that l has at the reference, for every f
     return store.accepted[rows] - 0.5 / M, torch.full((len(rows),), 0.5 / M)
 
 

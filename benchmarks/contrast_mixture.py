@@ -167,12 +167,15 @@ class Limits:
 
     def noise(self, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """Return the noise that takes x_0 to x_t, [B, 2], which the model predicts."""
-        alpha, sigma = (level.unsqueeze(1) for level in self.schedule.levels(t.double()))
+        alpha, sigma = self._levels(t)
         return (x_t - alpha * x_0) / sigma
 
     def _expected(self, x_t: Tensor, t: Tensor, weight: Weight) -> tuple[Tensor, Tensor]:
-        alpha, sigma = (level.unsqueeze(1) for level in self.schedule.levels(t.double()))
-        return expected(self.mixture, alpha, sigma, x_t.double(), weight)
+        return expected(self.mixture, *self._levels(t), x_t.double(), weight)
+
+    def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        alpha, sigma = self.schedule.levels(t.double())
+        return alpha.unsqueeze(1), sigma.unsqueeze(1)
 
 
 def strength_of(loss: str) -> float:
